@@ -1,0 +1,70 @@
+"""The student and the method's own modules as the one module that is trained, wrapped and checkpointed.
+
+The loss is computed inside `forward`, so that whatever wraps the module (DDP, FSDP, autocast, compile) sees the
+whole of it, the head product included.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from understudy.data import Batch
+from understudy.losses.reduction import row_weights
+from understudy.models import RowModel, find_head
+from understudy.targets import Target
+from understudy.training.method import Live, Method, Shapes
+
+
+class Apprentice(nn.Module):
+    """A student with its method.
+
+    Args:
+        student: gives the rows of a batch.
+        method: what is minimised.
+        shapes: class count and feature width, for the method's own modules.
+        total: optimizer steps of the run.
+        reduction: what an update divides by, as in `understudy.losses.reduction`.
+    """
+
+    def __init__(
+        self, student: RowModel, method: Method, shapes: Shapes, total: int, reduction: str = "token_mean"
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.own = nn.ModuleDict(method.modules(shapes))
+        self.method = method
+        self.reduction = reduction
+        self.live = Live(modules=dict(self.own.items()), state=method.state(total), total=total)
+        self.units: dict[str, str] = {}
+        self.head_timer: Any = nullcontext
+
+    def forward(self, batch: Batch, teacher: Target | None) -> dict[str, Tensor]:
+        """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""
+        rows = self.student(batch, features="features" in self.method.needs)
+        timer: AbstractContextManager[Any] = self.head_timer()
+        with timer:
+            terms = self.method.loss(rows, teacher, batch, self.live)
+        weights, _ = row_weights(self.reduction, batch.sequence)
+        sums: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            total = (term.values * weights.to(term.values)).sum()
+            sums[name] = term.weight * total
+            sums[f"{name}/value"] = total.detach()
+        return sums
+
+    def owners(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters with the part each belongs to: `backbone`, `head`, or an own module's name."""
+        head = find_head(self.student)
+        in_head = set(map(id, head.parameters())) if head is not None else set()
+        named: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.startswith("own."):
+                named.append((name.split(".")[1], parameter))
+            else:
+                named.append(("head" if id(parameter) in in_head else "backbone", parameter))
+        return named

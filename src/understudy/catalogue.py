@@ -1,0 +1,92 @@
+"""The catalogue: all 41 papers with their place in the survey's taxonomy, and which of them work here.
+
+The facts of the papers are in `papers.csv`; the status is read from the methods, never written down.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from understudy.errors import InputError, nearest
+from understudy.methods import all_methods
+from understudy.training import Method
+
+ACCESS = frozenset({"white", "gray", "black", "self", "any"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue. `number` is `None` for a baseline or a plug-in."""
+
+    number: int | None
+    name: str
+    title: str
+    year: int | None
+    family: str
+    status: str
+    kind: str
+    elicitation: tuple[str, ...]
+    algorithm: tuple[str, ...]
+    skill: tuple[str, ...]
+    access: str
+    needs: tuple[str, ...]
+    cost: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@cache
+def papers() -> tuple[dict[str, str], ...]:
+    """The rows of `papers.csv`."""
+    with (files("understudy") / "papers.csv").open(encoding="utf-8") as file:
+        return tuple(csv.DictReader(file))
+
+
+def catalogue() -> list[Entry]:
+    """Baselines first, then the papers by number, then plug-ins."""
+    methods = all_methods()
+    by_paper = {m.paper: m for m in methods.values() if m.paper is not None}
+    numbered = [_paper(row, by_paper.get(int(row["number"]))) for row in papers()]
+    known = {e.number for e in numbered}
+    others = [_other(m) for m in methods.values() if m.paper not in known]
+    return others + numbered
+
+
+def _paper(row: dict[str, str], method: type[Method] | None) -> Entry:
+    return Entry(
+        number=int(row["number"]),
+        name=method.name if method else row["slug"],
+        title=row["title"],
+        year=int(row["year"]),
+        family=row["family"],
+        status="works" if method else "planned",
+        kind=row["kind"],
+        elicitation=tuple(row["elicitation"].split(";")),
+        algorithm=tuple(row["algorithm"].split(";")),
+        skill=tuple(row["skill"].split(";")),
+        access=row["access"],
+        needs=tuple(sorted(method.needs)) if method else (),
+        cost=method.cost if method else "",
+    )
+
+
+def _other(method: type[Method]) -> Entry:
+    title = (method.__doc__ or method.name).strip().splitlines()[0]
+    return Entry(
+        None, method.name, title, None, "baseline", "works", "method", (), (), (), "white" if method.needs else "any",
+        tuple(sorted(method.needs)), method.cost,
+    )  # fmt: skip
+
+
+def find(name: str) -> Entry:
+    """The entry with this name or number."""
+    entries = catalogue()
+    for entry in entries:
+        if name in (entry.name, str(entry.number)):
+            return entry
+    raise InputError(f"No method or paper {name!r}.{nearest(name, [e.name for e in entries])} See `understudy methods`.")

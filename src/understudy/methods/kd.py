@@ -1,0 +1,49 @@
+"""Knowledge distillation as Hinton, Vinyals and Dean wrote it (2015, arXiv 1503.02531), with any divergence.
+
+    loss = ce_weight · CE(labels, student) + kd_weight · τ² · D(teacher_τ, student_τ)
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from understudy import losses
+from understudy.data import Batch
+from understudy.models import Rows
+from understudy.streaming import rowwise
+from understudy.targets import Target
+from understudy.training import Live, Method, Term
+
+
+class KD(Method):
+    """Match the teacher's softened distribution, beside the labels."""
+
+    name = "kd"
+    page: ClassVar[dict[str, str]] = {
+        "when": "The first thing to try with any teacher; the yardstick of all other methods.",
+        "not": "When only the teacher's text is known, or teacher and student have other tokenizers.",
+        "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9.",
+    }
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = "forward_kl"
+    temperature: float = Field(2.0, gt=0, description="Divides both sides' logits before the softmax.")
+    tau_squared: bool = Field(True, description="Multiply the divergence by temperature².")
+    ce_weight: float = Field(0.1, ge=0, description="Weight of the cross-entropy with the labels.")
+    kd_weight: float = Field(0.9, ge=0, description="Weight of the divergence.")
+    beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of `jsd`.")
+    alpha: float = Field(0.1, ge=0, lt=1, description="Share of the other side in the mixture of the skew divergences.")
+
+    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+        divergence = getattr(losses, self.divergence)
+        options: dict[str, Any] = {"temperature": self.temperature, "tau_squared": self.tau_squared}
+        if self.divergence == "jsd":
+            options["beta"] = self.beta
+        elif self.divergence.startswith("skew"):
+            options["alpha"] = self.alpha
+        terms = {"kd": Term(rowwise(divergence, student.signal, teacher, **options), self.kd_weight)}
+        if self.ce_weight:
+            ce = rowwise(losses.cross_entropy, student.signal, None, batch.row_labels)
+            terms["ce"] = Term(ce, self.ce_weight)
+        return terms

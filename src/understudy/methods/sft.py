@@ -1,0 +1,28 @@
+"""Supervised training on the data's own labels: the baseline that every method must beat, without a teacher."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from understudy.data import Batch
+from understudy.losses import cross_entropy
+from understudy.models import Rows
+from understudy.streaming import rowwise
+from understudy.targets import Target
+from understudy.training import Live, Method, Term
+
+
+class SFT(Method):
+    """Cross-entropy with the labels."""
+
+    name = "sft"
+    needs = frozenset()
+    cost = "one student forward and backward a row; no teacher"
+    page: ClassVar[dict[str, str]] = {
+        "when": "As the baseline, and whenever labels are plentiful.",
+        "not": "When a good teacher exists and labels are few: it ignores the teacher.",
+        "deviations": "None: this is the plain objective.",
+    }
+
+    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+        return {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}

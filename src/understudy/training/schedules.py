@@ -1,0 +1,66 @@
+"""Scalars that move once per optimizer step, with what a checkpoint must hold of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class ProgressSchedule:
+    """A value that moves from `start` to `end`, at least linearly, faster the more the loss falls (TAID, Alg. 1).
+
+    With δ = (ℓ_prev − ℓ) / (ℓ_prev + 1e-15) and m ← β·m + (1 − β)·δ, the value becomes
+    `min(end, max(linear, value + α · sigmoid(m) · (1 − value)))`. The first call stores the loss and moves nothing.
+
+    Args:
+        start, end: `0 <= start <= end <= 1`.
+        alpha: size of the adaptive step.
+        beta: momentum of the relative progress.
+        adaptive: `False` leaves the linear part alone.
+    """
+
+    def __init__(self, start: float, end: float, alpha: float, beta: float, adaptive: bool = True) -> None:
+        self.start, self.end, self.alpha, self.beta, self.adaptive = start, end, alpha, beta, adaptive
+        self.value, self.momentum = start, 0.0
+        self.previous: float | None = None
+
+    def linear(self, step: int, total: int) -> float:
+        """The linear value at `step` of `total`."""
+        if total <= 0 or step > total:
+            raise ValueError(f"Step {step} is not within a run of {total} steps.")
+        return self.start + (self.end - self.start) * step / total
+
+    def update(self, loss: float, step: int, total: int) -> None:
+        """Move once. A loss that is not finite is skipped, since it would stay in the momentum for ever."""
+        linear = self.linear(step, total)
+        if not self.adaptive:
+            self.value = linear
+            return
+        if not math.isfinite(loss):
+            log.warning("The loss at step %d is %s: the schedule stays at %.4f.", step, loss, self.value)
+            return
+        if self.previous is None:
+            self.previous = loss
+            return
+        delta = (self.previous - loss) / (self.previous + 1e-15)
+        self.momentum = self.beta * self.momentum + (1 - self.beta) * delta
+        step_up = self.alpha * _sigmoid(self.momentum) * (1 - self.value)
+        self.value = min(self.end, max(linear, self.value + step_up))
+        self.previous = loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "momentum": self.momentum, "previous": self.previous}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value, self.momentum, self.previous = state["value"], state["momentum"], state["previous"]
+
+    def logs(self) -> dict[str, float]:
+        return {"t": self.value}
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,45 @@
+"""Losses: pure functions from tensors to one value per row. Nothing here reduces."""
+
+from understudy.losses.classification import cross_entropy
+from understudy.losses.divergences import (
+    alpha_beta,
+    cross_entropy_soft,
+    entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+    truncate,
+)
+from understudy.losses.interpolation import interpolate_logits, interpolated_kl
+from understudy.losses.logits import binary_kl, binary_kl_norm
+from understudy.losses.ranking import (
+    plackett_luce,
+    plackett_luce_distillation,
+    position_weights,
+    teacher_permutation,
+)
+
+__all__ = [
+    "alpha_beta",
+    "binary_kl",
+    "binary_kl_norm",
+    "cross_entropy",
+    "cross_entropy_soft",
+    "entropy",
+    "forward_kl",
+    "interpolate_logits",
+    "interpolated_kl",
+    "jsd",
+    "plackett_luce",
+    "plackett_luce_distillation",
+    "position_weights",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "teacher_permutation",
+    "total_variation",
+    "truncate",
+]

@@ -1,0 +1,122 @@
+"""From (student logits, target) to a pair of log-probabilities: the one place for temperature and truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from understudy.errors import InputError
+from understudy.targets import Dense, Projected, Target, TopK
+
+Truncation = Literal["tail", "renorm"]
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+
+def as_target(target: Target | Tensor) -> Target:
+    """A bare tensor means `Dense`."""
+    return Dense(target) if isinstance(target, Tensor) else target
+
+
+def need_dense(loss: str, target: Target | Tensor, classes: int | None = None) -> Tensor:
+    """The logits of a dense target, detached; any other kind is refused by name."""
+    target = as_target(target)
+    if not isinstance(target, Dense):
+        raise InputError(f"{loss} is not defined for {type(target).__name__} targets; it accepts Dense.")
+    if classes is not None and target.classes != classes:
+        raise InputError(
+            f"{loss}: the student has {classes} classes and the teacher {target.classes}. Choose models of one "
+            "class set, or cut padding rows off the larger head."
+        )
+    return full(target.logits.detach())
+
+
+def full(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def check_temperature(loss: str, temperature: float) -> None:
+    if not temperature > 0:
+        raise InputError(f"{loss}: temperature is {temperature} and must be above 0.")
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """`[rows, classes]` log-probabilities at a temperature, in float32 at least."""
+    logits = full(logits)
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
+    """Log-probabilities on a support: renormalised, or with one more bucket for the mass outside it.
+
+    The bucket is the log-sum-exp of the classes left out, not `log(1 − Σ)`, which would lose small masses.
+    """
+    kept = log_p.gather(-1, ids)
+    if truncation == "renorm":
+        return torch.log_softmax(kept, dim=-1)
+    outside = log_p.scatter(-1, ids, float("-inf"))
+    tail = _logsumexp(outside)
+    return torch.cat([kept, tail], dim=-1)
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """`logsumexp` whose gradient is 0, not nan, where everything is −inf."""
+    empty = (x == float("-inf")).all(-1, keepdim=True)
+    safe = torch.where(empty, torch.zeros_like(x), x)
+    return torch.where(empty, torch.full_like(x[..., :1], float("-inf")), safe.logsumexp(-1, keepdim=True))
+
+
+def pair(
+    loss: str, student: Tensor, target: Target | Tensor, temperature: float, truncation: Truncation
+) -> tuple[Tensor, Tensor]:
+    """`(log_q, log_p)`, both `[rows, n]`: the student's (with gradient) and the teacher's (without)."""
+    check_temperature(loss, temperature)
+    target = as_target(target)
+    if isinstance(target, Dense):
+        teacher = need_dense(loss, target, student.shape[-1])
+        return log_softmax(student, temperature), log_softmax(teacher, temperature)
+    if isinstance(target, TopK):
+        same_temperature(loss, target.temperature, temperature)
+        log_q = bucketed(log_softmax(student, temperature), target.ids, truncation)
+        log_p = full(target.log_probs.detach())
+        if truncation == "renorm":
+            return log_q, torch.log_softmax(log_p, dim=-1)
+        return log_q, torch.cat([log_p, full(target.log_tail.detach())], dim=-1)
+    if isinstance(target, Projected):
+        raise InputError(f"{loss} reads logits: pass Projected targets through streaming.rowwise.")
+    raise InputError(f"{loss} is not defined for Sampled targets, being not linear in p; it accepts Dense and TopK.")
+
+
+def same_temperature(loss: str, taken: float, asked: float) -> None:
+    if taken != asked:
+        raise InputError(
+            f"{loss}: the target's probabilities were taken at temperature {taken} and the loss asks for {asked}. "
+            "Capture them again at that temperature, or set the loss's temperature."
+        )
+
+
+def checked(loss: str, values: Tensor, student: Tensor, target: Target | Tensor | None) -> Tensor:
+    """Refuse rows that are nan. Only the `[rows]` values are looked at, so the check costs nothing."""
+    if not torch.isnan(values).any():
+        return values
+    row = int(torch.isnan(values).nonzero()[0, 0])
+    side, what = "the student", _trouble(student[row])
+    if what is None and target is not None:
+        logits = getattr(as_target(target), "logits", None)
+        side, what = "the teacher", (_trouble(logits[row]) if logits is not None else None)
+    raise InputError(f"{loss}: row {row} is not a distribution: {side} has {what or 'undefined values'}.")
+
+
+def _trouble(logits: Tensor) -> str | None:
+    if torch.isnan(logits).any():
+        return "nan logits"
+    if (logits == float("inf")).any():
+        return "+inf logits"
+    if (logits == float("-inf")).all():
+        return "-inf logits only"
+    return None
+
+

@@ -1,0 +1,50 @@
+"""Losses on raw logits, class by class. Values `[rows]`, nothing is reduced."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from understudy.errors import InputError
+from understudy.losses._pairs import check_temperature, checked, full, need_dense
+from understudy.targets import Target
+
+
+def binary_kl(student: Tensor, target: Target | Tensor, *, temperature: float = 2.0) -> Tensor:
+    """τ² Σ_k KL(Bernoulli(σ(t_k/τ)) ‖ Bernoulli(σ(v_k/τ))) (DHKD, BinaryKL). Gradient τ (σ(v/τ) − σ(t/τ)).
+
+    Args:
+        student: logits v `[rows, classes]`.
+        target: `Dense` teacher logits t. Not invariant to adding a constant to all of v: that is its point.
+    """
+    check_temperature("binary_kl", temperature)
+    teacher = _finite("binary_kl", target, student) / temperature
+    v = full(student) / temperature
+    p = torch.sigmoid(teacher)
+    cross = p * F.softplus(-v) + (1 - p) * F.softplus(v)
+    own = p * F.softplus(-teacher) + (1 - p) * F.softplus(teacher)
+    return checked("binary_kl", temperature**2 * (cross - own).sum(-1), student, target)
+
+
+def binary_kl_norm(student: Tensor, target: Target | Tensor, *, temperature: float = 2.0) -> Tensor:
+    """τ² Σ_k log cosh((v_k − t_k) / 2τ) (DHKD, BinaryKL-Norm in closed form).
+
+    It is KL(Bernoulli(½) ‖ Bernoulli(σ((v − t)/τ))) without the clamp that overflows. Even in v − t, grows linearly,
+    and its gradient τ/2 · tanh((v − t)/2τ) is bounded by τ/2. τ → ∞: Σ (v − t)² / 8.
+    """
+    check_temperature("binary_kl_norm", temperature)
+    teacher = _finite("binary_kl_norm", target, student)
+    x = ((full(student) - teacher) / (2 * temperature)).abs()
+    log_cosh = x + F.softplus(-2 * x) - math.log(2)
+    return checked("binary_kl_norm", temperature**2 * log_cosh.sum(-1), student, target)
+
+
+def _finite(loss: str, target: Target | Tensor, student: Tensor) -> Tensor:
+    teacher = need_dense(loss, target, student.shape[-1])
+    if not torch.isfinite(teacher).all():
+        row = int((~torch.isfinite(teacher)).any(-1).nonzero()[0, 0])
+        raise InputError(f"{loss}: the teacher's logits of row {row} are not finite, and this loss reads raw logits.")
+    return teacher

@@ -1,0 +1,74 @@
+"""What is checked before anything expensive starts. Each failure is one line with the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.evaluation import evaluate
+from understudy.models import RowModel
+from understudy.tasks import Prepared, Task
+
+
+@dataclass
+class Findings:
+    """What the check found: facts worth reading, and warnings that do not stop the run."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    scores: dict[str, Any] = field(default_factory=dict)
+
+
+def check(
+    task: Task, prepared: Prepared, student: RowModel, teacher: RowModel | None, *, sample: int = 256
+) -> Findings:
+    """Compare both sides on a sample of the validation split, and look for rows that train nothing.
+
+    Raises:
+        InputError: no row of the sample counts, or teacher and student disagree on the classes.
+    """
+    found = Findings(notes=list(prepared.notes))
+    loader = sample_loader(prepared, "validation", sample, 32)
+    rows = [Batch.from_dict(b).rows for b in sample_loader(prepared, "train", 64, 1)]
+    if sum(rows) == 0:
+        raise InputError(
+            "No row of the training sample counts: every label is masked. Check the columns, the chat template and "
+            "data.max_length (prompts may fill the whole row)."
+        )
+    empty = sum(r == 0 for r in rows)
+    if empty:
+        found.warnings.append(f"{empty} of {len(rows)} sampled training examples have no row that counts.")
+    if prepared.tokenizer is not None:
+        _check_ends(prepared, student, teacher, found)
+    if teacher is not None:
+        scores = evaluate(student, teacher, loader, kind=task.kind)["metrics"]
+        found.scores = scores
+        if scores["teacher_nll"] >= scores["nll"]:
+            found.warnings.append(
+                f"The teacher is no better than the untrained student on {sample} validation examples "
+                f"(NLL {scores['teacher_nll']:.3f} against {scores['nll']:.3f}): check that it fits this data, or train it."
+            )
+    return found
+
+
+def _check_ends(prepared: Prepared, student: RowModel, teacher: RowModel | None, found: Findings) -> None:
+    """End-of-sequence ids that differ let the student's texts grow without end."""
+    eos = prepared.tokenizer.eos_token_id
+    if eos is None:
+        found.warnings.append("The tokenizer has no end-of-sequence token: the student cannot learn to stop.")
+    for side, model in (("student", student), ("teacher", teacher)):
+        config = getattr(getattr(model, "model", None), "config", None)
+        own = getattr(config, "eos_token_id", None)
+        ids = own if isinstance(own, list) else [own]
+        if own is not None and eos is not None and eos not in ids:
+            found.warnings.append(f"The {side}'s end-of-sequence id is {own} and the tokenizer's is {eos}.")
+
+
+def sample_loader(prepared: Prepared, split: str, number: int, batch: int) -> DataLoader[Any]:
+    """The first `number` examples of a split in batches."""
+    data = prepared.split(split)
+    return DataLoader(Subset(data, range(min(number, len(data)))), batch_size=batch, collate_fn=prepared.collate)

@@ -1,0 +1,163 @@
+"""Recipes: one typed configuration, read from YAML, `key=value` overrides or Python, with unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from transformers import TrainingArguments
+
+from understudy.errors import InputError, nearest
+from understudy.methods import get as get_method
+from understudy.tasks import get as get_task
+from understudy.training import Method
+
+
+class ModelSpec(BaseModel):
+    """A model: a name, folder or Hub id, and how to hold it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
+    trust_remote_code: bool = False
+    tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
+    peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
+    train: dict[str, Any] | None = Field(
+        None, description="Train this model first on the task's labels, with these trainer options (teachers only)."
+    )
+
+
+class Recipe(BaseModel):
+    """Everything a run depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "kd"
+    task: str = "image_classification"
+    teacher: ModelSpec | None = None
+    student: ModelSpec | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+    output: Path = Path("runs/run")
+    seed: int = Field(0, ge=0)
+    options: dict[str, Any] = Field(default_factory=dict, description="The method's own options.")
+    trainer: dict[str, Any] = Field(default_factory=dict, description="Arguments of transformers' Trainer.")
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = "token_mean"
+    judge: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
+
+    @field_validator("teacher", "student", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else (value or {})
+
+    def build_method(self) -> Method:
+        """The configured method; a bad option is one line that names it."""
+        return _validate(get_method(self.method), self.options, f"option of method {self.method!r}")
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, as written to `recipe.yaml`."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def _validate(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
+    unknown = [k for k in values if k not in model.model_fields]
+    if unknown:
+        raise InputError(
+            f"Unknown {what}: {unknown[0]!r}.{nearest(unknown[0], model.model_fields)} "
+            f"Known: {', '.join(model.model_fields) or 'none'}."
+        )
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "value"
+        if first["type"] == "extra_forbidden":
+            field = model.model_fields.get(str(first["loc"][0]))
+            known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
+            raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"Bad {what}: {where} = {first['input']!r}: {message}.") from None
+
+
+def training_fields() -> set[str]:
+    """The keys that `trainer` may hold."""
+    own = {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
+    return {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - own
+
+
+def check_trainer_keys(values: Mapping[str, Any], where: str = "trainer") -> None:
+    """Refuse a key that transformers' Trainer does not know, with the nearest one."""
+    known = training_fields()
+    for key in values:
+        if key not in known:
+            raise InputError(f"Unknown key {where}.{key}.{nearest(key, known)} Keys are those of TrainingArguments.")
+
+
+def make(values: Mapping[str, Any]) -> Recipe:
+    """A validated recipe with its task's defaults filled in."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
+    recipe: Recipe = _validate(Recipe, dict(values), "recipe key")
+    task = get_task(recipe.task)
+    filled = task.fill(recipe.dump())
+    recipe = _validate(Recipe, filled, "recipe key")
+    check_trainer_keys(recipe.trainer)
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        check_trainer_keys(recipe.teacher.train, "teacher.train")
+    method = recipe.build_method()
+    if task.kind not in method.kinds:
+        raise InputError(
+            f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
+            f"{task.kind} task. Choose another method (`understudy methods`) or task."
+        )
+    return recipe
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key=value` overrides (dots reach inside, values are YAML)."""
+    values: Any = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise InputError(f"Recipe {file} does not exist. Give a YAML file, or overrides alone: task=... method=...")
+        try:
+            values = yaml.safe_load(file.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"Recipe {file} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"Recipe {file} must be a mapping of keys to values, not a {type(values).__name__}.")
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise InputError(f"Override {item!r} is not of the form key=value (for example trainer.max_steps=100).")
+        try:
+            _assign(values, key.split("."), yaml.safe_load(text) if text else None)
+        except yaml.YAMLError as error:
+            raise InputError(f"Override {item!r}: the value is not valid YAML.") from error
+    return make(values)
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+    short = {"teacher": "model", "student": "model", "data": "name"}
+    for i, key in enumerate(path[:-1]):
+        inner = values.get(key)
+        if isinstance(inner, str) and i == 0 and key in short:
+            inner = {short[key]: inner}
+        elif inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            raise InputError(f"Override {'.'.join(path)}: {key!r} holds {inner!r} and has no keys inside.")
+        values[key] = inner
+        values = inner
+    values[path[-1]] = value

@@ -1,0 +1,171 @@
+"""Typed targets. Leading axes are rows (tokens, images); the last axis is classes, hidden units or kept classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from understudy.errors import InputError
+
+
+class _Rows:
+    """Shared by targets whose fields marked in `_per_row` carry one entry a row."""
+
+    _per_row: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: the product of the leading axes."""
+        first: Tensor = getattr(self, self._per_row[0])
+        return first.shape[:-1].numel()
+
+    def _map(self, names: tuple[str, ...], change: Any) -> Self:
+        return replace(self, **{n: change(getattr(self, n)) for n in names})  # type: ignore[type-var]
+
+    def select(self, index: Any) -> Self:
+        """The rows that `index` (mask, indices or slice on the first axis) picks."""
+        return self._map(self._per_row, lambda x: x[index])
+
+    def _tensors(self) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor))  # type: ignore[arg-type]
+
+    def detach(self) -> Self:
+        """The same values without gradient."""
+        return self._map(self._tensors(), Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same values on another device."""
+        return self._map(self._tensors(), lambda x: x.to(device))
+
+
+@dataclass(frozen=True)
+class Dense(_Rows):
+    """All logits, `[..., classes]`."""
+
+    logits: Tensor
+    _per_row = ("logits",)
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[-1]
+
+
+@dataclass(frozen=True)
+class Projected(_Rows):
+    """Hidden states and the head that makes logits of them.
+
+    `logits = scale · (hidden · weightᵀ + bias)`, then `softcap · tanh(logits / softcap)` if there is a soft-cap.
+
+    Args:
+        hidden: `[..., hidden]`.
+        weight: `[classes, hidden]`.
+        bias: `[classes]` or `None`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    _per_row = ("hidden",)
+
+    def __post_init__(self) -> None:
+        if self.hidden.shape[-1] != self.weight.shape[-1]:
+            raise InputError(
+                f"Projected: hidden states are {self.hidden.shape[-1]} wide and the head takes {self.weight.shape[-1]}. "
+                "Pass the hidden states that this head reads."
+            )
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class TopK(_Rows):
+    """The k most probable classes with the mass of the rest.
+
+    Args:
+        ids: `[..., k]`, int64, distinct.
+        log_probs: `[..., k]`, nats.
+        log_tail: `[..., 1]`, log of the mass outside `ids` (−inf if none).
+        temperature: at which the probabilities were taken.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+    _per_row = ("ids", "log_probs", "log_tail")
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.log_probs.shape:
+            raise InputError(f"TopK: ids are {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)}.")
+
+
+@dataclass(frozen=True)
+class Sampled(_Rows):
+    """A sampled support with importance weights: `E[Σ_i weights_i · f(ids_i)] = Σ_v p_v · f(v)` for any f.
+
+    Args:
+        ids: `[..., k]`, int64; repeats are allowed.
+        weights: `[..., k]`.
+        log_probs: `[..., k]`, the teacher's log-probability of each id, nats.
+        temperature: at which the probabilities were taken.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    log_probs: Tensor
+    temperature: float = 1.0
+    _per_row = ("ids", "weights", "log_probs")
+
+    def __post_init__(self) -> None:
+        if not self.ids.shape == self.weights.shape == self.log_probs.shape:
+            raise InputError("Sampled: ids, weights and log_probs must have one shape [..., k].")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text a teacher wrote, with where it came from."""
+
+    text: str
+    source: str = ""
+    prompt: str = ""
+
+
+Target = Dense | Projected | TopK | Sampled
+
+
+def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
+    """Truncate to the k most probable classes; ties go to the lowest index.
+
+    Args:
+        logits: `[..., classes]`.
+        k: at least 1; more than `classes` keeps them all.
+    """
+    if k < 1:
+        raise InputError(f"top_k: k is {k} and must be at least 1.")
+    log_p = torch.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
+    k = min(k, logits.shape[-1])
+    ids = log_p.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    outside = log_p.scatter(-1, ids, float("-inf"))
+    return TopK(ids, log_p.gather(-1, ids), outside.logsumexp(-1, keepdim=True), temperature)
+
+
+def sample(
+    logits: Tensor, k: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Sampled:
+    """k independent draws from the teacher, each with weight 1/k: unbiased for anything linear in p.
+
+    Args:
+        logits: `[rows, classes]`.
+    """
+    if k < 1:
+        raise InputError(f"sample: k is {k} and must be at least 1.")
+    log_p = torch.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
+    ids = torch.multinomial(log_p.exp(), k, replacement=True, generator=generator)
+    return Sampled(ids, torch.full_like(ids, 1, dtype=log_p.dtype) / k, log_p.gather(-1, ids), temperature)

@@ -1,0 +1,20 @@
+"""Tasks: data with a default teacher, a default student and a metric, each with a default that needs no download."""
+
+from __future__ import annotations
+
+from understudy.errors import InputError, nearest
+from understudy.tasks.base import Prepared, Task
+from understudy.tasks.image_classification import ImageClassification
+from understudy.tasks.language_modeling import LanguageModeling
+
+TASKS: dict[str, Task] = {task.name: task for task in (ImageClassification(), LanguageModeling())}
+
+
+def get(name: str) -> Task:
+    """The task called `name`; an unknown one is an `InputError` with the nearest known."""
+    if name not in TASKS:
+        raise InputError(f"Unknown task {name!r}.{nearest(name, TASKS)} Known: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+__all__ = ["TASKS", "Prepared", "Task", "get"]

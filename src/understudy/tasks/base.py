@@ -1,0 +1,70 @@
+"""What a task answers: data, models and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from understudy.data import Batch
+from understudy.models import RowModel
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass
+class Prepared:
+    """Data ready to train on.
+
+    Args:
+        train, validation, test: indexable examples that `collate` turns into the tensors of a `Batch`.
+        teacher_train: what a teacher that is trained first may see.
+        classes: images: number of classes; text: size of the vocabulary.
+        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
+        hashes: content hashes for the run folder.
+    """
+
+    train: Any
+    validation: Any
+    test: Any
+    collate: Collate
+    classes: int
+    teacher_train: Any = None
+    tokenizer: Any = None
+    input_shape: tuple[int, ...] = ()
+    augmentation: Mapping[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    show: Callable[[Batch], Any] | None = None
+
+    def split(self, name: str) -> Any:
+        """`train`, `validation` or `test`."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+class Task(Protocol):
+    """A kind of problem."""
+
+    name: str
+    kind: str
+    unit: str
+    metric: str
+    higher_is_better: bool
+
+    def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The recipe with this task's defaults where it is silent."""
+        ...
+
+    def prepare(self, recipe: Any) -> Prepared:
+        """Read the data, and for text agree on the tokenizer."""
+        ...
+
+    def model(self, spec: Any, prepared: Prepared, folder: Path | None = None) -> RowModel:
+        """Build or load a model for this data; `folder` overrides where the weights come from."""
+        ...
+
+
+def merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `defaults`, one level deep."""
+    return {**defaults, **values}

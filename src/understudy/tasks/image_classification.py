@@ -1,0 +1,86 @@
+"""Image classification: scikit-learn's digits by default, CIFAR and MNIST from `UNDERSTUDY_DATA`, any folder or set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from understudy.data import collate_images, load_images
+from understudy.models import ClassifierRows, RowModel, load_classifier, normalisation
+from understudy.tasks.base import Prepared, merged
+
+_SMALL = {
+    "max_steps": 1000,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+}
+_REAL = {
+    "max_steps": 1000,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 50,
+    "weight_decay": 0.01,
+}
+_TEACHER = {"max_steps": 1500, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+
+
+class ImageClassification:
+    """Predict the class of an image."""
+
+    name = "image_classification"
+    kind = "image"
+    unit = "images"
+    metric = "accuracy"
+    higher_is_better = True
+
+    def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
+        data = recipe.get("data") or {}
+        data.setdefault("name", "digits")
+        embedded = data["name"] in ("digits", "clusters")
+        if data["name"] == "digits":
+            data.setdefault("limit", 200)
+        recipe["data"] = data
+        if recipe.get("teacher") is None:
+            if embedded:
+                recipe["teacher"] = {"model": "mlp:256,256", "train": dict(_TEACHER)}
+            elif data["name"] == "cifar10":
+                recipe["teacher"] = {"model": "cifar10_resnets/resnet56"}
+            else:
+                recipe["teacher"] = {"model": "convnet:32", "train": dict(_TEACHER)}
+        if recipe.get("student") is None:
+            small = {"digits": "mlp:24", "clusters": "mlp:48,48"}
+            recipe["student"] = {"model": small.get(data["name"], "resnet8")}
+        recipe["trainer"] = merged(_SMALL if embedded else _REAL, recipe.get("trainer") or {})
+        return recipe
+
+    def prepare(self, recipe: Any) -> Prepared:
+        data = dict(recipe.data)
+        augment = data.pop("augment", data["name"] in ("cifar10", "cifar100"))
+        splits = load_images(data)
+        return Prepared(
+            train=splits.train,
+            validation=splits.validation,
+            test=splits.test,
+            teacher_train=splits.teacher_train,
+            collate=collate_images,
+            classes=len(splits.classes),
+            input_shape=splits.shape,
+            augmentation={} if augment else None,
+            notes=list(splits.notes),
+            hashes={"data": splits.hash},
+        )
+
+    def model(self, spec: Any, prepared: Prepared, folder: Path | None = None) -> RowModel:
+        model = load_classifier(
+            str(folder) if folder is not None else spec.model,
+            classes=prepared.classes,
+            input_shape=prepared.input_shape,
+            dtype=spec.dtype,
+            quantization=spec.quantization,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        return ClassifierRows(model, prepared.classes, normalise=normalisation(model))

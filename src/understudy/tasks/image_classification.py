@@ -43,6 +43,8 @@ class ImageClassification:
         embedded = data["name"] in ("digits", "clusters")
         if data["name"] == "digits":
             data.setdefault("limit", 200)
+        if data["name"] == "clusters":
+            data.setdefault("limit", 1600)
         recipe["data"] = data
         if recipe.get("teacher") is None:
             if embedded:

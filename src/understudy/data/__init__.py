@@ -1,0 +1,28 @@
+"""Data: formats, batches of rows, built-in sets, sources."""
+
+from understudy.data.augment import augment
+from understudy.data.batch import IGNORE, Batch
+from understudy.data.folders import data_folder, find
+from understudy.data.images import ImageSet, Splits, collate_images, load_images
+from understudy.data.text import TextSplits, load_text
+from understudy.data.tokenize import Counts, TextSet, collate_text, encode, show_batch, train_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Counts",
+    "ImageSet",
+    "Splits",
+    "TextSet",
+    "TextSplits",
+    "augment",
+    "collate_images",
+    "collate_text",
+    "data_folder",
+    "encode",
+    "find",
+    "load_images",
+    "load_text",
+    "show_batch",
+    "train_tokenizer",
+]

@@ -1,0 +1,40 @@
+"""Random crops and flips that depend on (seed, epoch, example id) alone: the same in any batch, order or resumed run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mix_bits(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, with wrap-around: a well-spread hash of each entry."""
+    x = (x ^ _shift(x, 30)) * -4658895280553007687
+    x = (x ^ _shift(x, 27)) * -7723592293110705685
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def augment(pixels: Tensor, ids: Tensor, *, seed: int, epoch: int, crop: int = 4, flip: bool = True) -> Tensor:
+    """Shift each image by up to `crop` pixels (zero padded) and mirror half of them.
+
+    Args:
+        pixels: `[images, channels, height, width]`.
+        ids: `[images]`, stable ids that select the randomness.
+    """
+    number, _, height, width = pixels.shape
+    bits = mix_bits(mix_bits(ids.long() * 0x9E3779B97F4A7C1 + epoch) + seed)
+    span = 2 * crop + 1
+    down, across = _shift(bits, 8) % span, _shift(bits, 24) % span
+    rows = down[:, None] + torch.arange(height, device=pixels.device)
+    columns = across[:, None] + torch.arange(width, device=pixels.device)
+    if flip:
+        mirrored = (_shift(bits, 40) & 1).bool()
+        columns = torch.where(mirrored[:, None], columns.flip(-1), columns)
+    padded = F.pad(pixels, (crop,) * 4).permute(0, 2, 3, 1)
+    picked = padded[torch.arange(number, device=pixels.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,76 @@
+"""A batch: inputs, labels, stable ids, and which rows count. The causal shift happens here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """Examples with their labels.
+
+    Args:
+        inputs: what the model takes: `pixel_values [examples, channels, height, width]` in [0, 1], or `input_ids` and
+            `attention_mask [examples, length]`.
+        labels: `[examples]`, or `[examples, length]` *not* shifted; −100 is ignored.
+        ids: `[examples]`, stable example ids.
+        bytes: `[examples]`, UTF-8 bytes that the counted tokens of each text stand for; `None` for images.
+
+    A *row* is a label that counts. Rows are in flattened order, and for text row `(b, t)` predicts token `t + 1`.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    ids: Tensor
+    bytes: Tensor | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Batch:
+        """From what a collator returns."""
+        inputs = {k: v for k, v in values.items() if k not in ("labels", "ids", "bytes")}
+        return cls(inputs, values["labels"], values["ids"], values.get("bytes"))
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.labels.dim() == 2 else "image"
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Rows that count: `[examples]`, or `[examples, length − 1]` after the shift."""
+        labels = self.labels[:, 1:] if self.kind == "text" else self.labels
+        return labels != IGNORE
+
+    @cached_property
+    def rows(self) -> int:
+        return int(self.mask.sum())
+
+    @cached_property
+    def row_labels(self) -> Tensor:
+        """`[rows]`."""
+        return (self.labels[:, 1:] if self.kind == "text" else self.labels)[self.mask]
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """`[rows]`, the index of the example each row comes from."""
+        index = torch.arange(len(self.labels), device=self.labels.device)
+        return (index[:, None].expand(self.mask.shape) if self.kind == "text" else index)[self.mask]
+
+    def select(self, values: Tensor) -> Tensor:
+        """The rows of `[examples, width]` or `[examples, length, width]` that count. The rest get no gradient."""
+        return (values[:, :-1] if self.kind == "text" else values)[self.mask]
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            {k: v.to(device) for k, v in self.inputs.items()},
+            self.labels.to(device),
+            self.ids.to(device),
+            self.bytes.to(device) if self.bytes is not None else None,
+        )

@@ -1,0 +1,207 @@
+"""Text sets: the standard library's own text, files, folders and Hub sets, in TRL's column conventions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from understudy.data.folders import find
+from understudy.errors import InputError, nearest
+
+OPTIONS = {"name", "domains", "limit", "characters"}
+FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"})
+READERS = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
+# Modules whose sources every CPython 3.11+ carries, chosen for prose-like documentation strings.
+MODULES = (
+    "argparse ast asyncio/base_events asyncio/events bdb calendar cmd code codecs collections/__init__ configparser "
+    "contextlib copy csv ctypes/util dataclasses datetime decimal difflib dis doctest email/message enum fractions ftplib "
+    "functools gettext glob gzip heapq html/parser http/client http/cookiejar http/server imaplib inspect ipaddress "
+    "json/decoder json/encoder logging/__init__ logging/handlers mailbox mimetypes multiprocessing/managers "
+    "multiprocessing/pool netrc numbers optparse os pathlib pdb pickle pickletools platform plistlib poplib pprint "
+    "profile pstats pydoc queue random re/__init__ sched selectors shelve shlex shutil smtplib socket socketserver "
+    "ssl statistics string subprocess tarfile tempfile textwrap threading timeit tokenize traceback turtle typing "
+    "unittest/case unittest/mock urllib/parse urllib/request uuid warnings wave weakref xml/dom/minidom zipfile"
+).split()
+
+Record = dict[str, Any]
+
+
+@dataclass
+class TextSplits:
+    """Records of each split: `{"id": int, "text": …}`, `{"id", "messages"}` or `{"id", "prompt", "completion"}`."""
+
+    train: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    notes: list[str] = field(default_factory=list)
+    hash: str = ""
+
+    def texts(self) -> list[str]:
+        """The training split as plain text, for training a tokenizer."""
+        return [_plain(r) for r in self.train]
+
+
+def _plain(record: Record) -> str:
+    parts = [record.get(k) for k in ("text", "prompt", "completion", "messages") if record.get(k)]
+    return "".join(p if isinstance(p, str) else "\n".join(str(m["content"]) for m in p) for p in parts if p)
+
+
+def load_text(spec: Mapping[str, Any]) -> TextSplits:
+    """Read a text set.
+
+    Args:
+        spec: `name` (`stdlib`, a set in `UNDERSTUDY_DATA`, a file or folder, a Hub id), `domains` (of `lm_domains`),
+            `limit` (most training records), `characters` (most characters of `stdlib`).
+
+    A source without validation or test split gives up a tenth of its records for each, by a hash of their content.
+    """
+    for key in spec:
+        if key not in OPTIONS:
+            raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
+    name, notes = str(spec["name"]), []
+    splits = _source(name, spec)
+    for split, records in splits.items():
+        _check(name, split, records)
+    if "train" not in splits:
+        raise InputError(f"{name} has splits {', '.join(splits)} but no train split.")
+    for split, bucket in (("test", 0), ("validation", 1)):
+        if split not in splits:
+            taken = [r for i, r in enumerate(splits["train"]) if i % 10 == bucket * 5]
+            splits["train"] = [r for i, r in enumerate(splits["train"]) if i % 10 != bucket * 5]
+            splits[split] = taken
+            notes.append(f"{name} has no {split} split: {len(taken)} of its records were set aside as one.")
+    limit = spec.get("limit")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InputError(f"data.limit is {limit!r} and must be a whole number of at least 1.")
+    splits["train"] = splits["train"][:limit]
+    number = 0
+    for records in splits.values():
+        for record in records:
+            record["id"] = number
+            number += 1
+    for split in ("train", "validation", "test"):
+        if not splits[split]:
+            raise InputError(f"{name}: the {split} split is empty. Give more records (at least ten without splits).")
+    digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()
+    return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest)
+
+
+def _check(name: str, split: str, records: list[Record]) -> None:
+    if not records:
+        raise InputError(f"{name}: the {split} split is empty.")
+    columns = set(records[0])
+    wanted = next((f for f in FORMATS if f <= columns), None)
+    if wanted is None:
+        accepted = "; ".join(" + ".join(sorted(f)) for f in FORMATS)
+        raise InputError(f"{name} has columns {', '.join(sorted(columns))}; expected one of: {accepted}.")
+    for i, record in enumerate(records):
+        for key in wanted:
+            value = record.get(key)
+            if not isinstance(value, (str, list)) or (key == "messages" and not isinstance(value, list)):
+                raise InputError(f"{name}, {split} record {i}: {key} is {type(value).__name__}, not text or messages.")
+        for extra in set(record) - wanted:
+            del record[extra]
+
+
+def _source(name: str, spec: Mapping[str, Any]) -> dict[str, list[Record]]:
+    if name == "stdlib":
+        return {"train": stdlib(int(spec.get("characters", 1_200_000)))}
+    path = find(name)
+    if path is None:
+        if "/" not in name or name.startswith((".", "/", "~")):
+            raise InputError(
+                f"Data {name!r} is neither built in (stdlib), nor a path, nor in UNDERSTUDY_DATA.{nearest(name, ['stdlib'])}"
+            )
+        return _hub(name)
+    if path.is_file():
+        return {"train": _read(path)}
+    if (path / "chunks.parquet").is_file():
+        return _domains(path / "chunks.parquet", spec.get("domains"))
+    files = {s: f for s in ("train", "validation", "test") for f in sorted(path.glob(f"{s}.*")) if f.suffix in READERS}
+    if files:
+        return {split: _read(file) for split, file in files.items()}
+    every = [f for f in sorted(path.iterdir()) if f.suffix in READERS]
+    if not every:
+        raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
+    return {"train": [record for file in every for record in _read(file)]}
+
+
+def stdlib(characters: int) -> list[Record]:
+    """Sources of a fixed list of standard-library modules, cut to passages of about 2,000 characters."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    records: list[Record] = []
+    total = 0
+    for module in MODULES:
+        file = root / f"{module}.py"
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for start in range(0, len(text), 2000):
+            records.append({"text": text[start : start + 2000]})
+            total += len(records[-1]["text"])
+            if total >= characters:
+                return records
+    return records
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        if path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8")
+            return [{"text": text[i : i + 4000]} for i in range(0, len(text), 4000)]
+        if path.suffix == ".jsonl":
+            return [_record(path, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise InputError(f"{path} must hold a JSON list of records, not a {type(rows).__name__}.")
+            return [_record(path, row) for row in rows]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_table(path).to_pylist()
+        if path.suffix == ".csv":
+            import pyarrow.csv
+
+            return pyarrow.csv.read_csv(path).to_pylist()
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    raise InputError(f"{path} is not a text set: give one of {', '.join(sorted(READERS))}.")
+
+
+def _record(path: Path, row: Any) -> Record:
+    if not isinstance(row, dict):
+        raise InputError(f"{path}: a record is {type(row).__name__}, not an object with columns.")
+    return row
+
+
+def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path).to_pylist()
+    known = {r["domain"] for r in rows}
+    for domain in chosen or ():
+        if domain not in known:
+            raise InputError(f"Unknown domain {domain!r}.{nearest(domain, known)} Known: {', '.join(sorted(known))}.")
+    splits: dict[str, list[Record]] = {}
+    for row in rows:
+        if chosen is None or row["domain"] in chosen:
+            splits.setdefault(row["split"], []).append({"text": row["text"]})
+    return splits
+
+
+def _hub(name: str) -> dict[str, list[Record]]:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(name)
+    except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
+        raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return {split: rows.to_list() for split, rows in loaded.items()}

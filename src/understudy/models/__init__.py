@@ -1,0 +1,23 @@
+"""Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
+
+from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
+from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, find_head, state_hash
+from understudy.models.small import load_small, normalisation, save_small
+from understudy.models.tokenizers import compare_tokenizers, load_tokenizer
+
+__all__ = [
+    "CausalLMRows",
+    "ClassifierRows",
+    "RowModel",
+    "Rows",
+    "compare_tokenizers",
+    "find_head",
+    "is_new_causal_lm",
+    "load_causal_lm",
+    "load_classifier",
+    "load_small",
+    "load_tokenizer",
+    "normalisation",
+    "save_small",
+    "state_hash",
+]

@@ -1,0 +1,158 @@
+"""The rows of a model: from a batch to logits, or hidden states and a head, of the rows that count."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.models.small import save_small
+from understudy.targets import Dense, Projected
+
+
+class Rows(NamedTuple):
+    """What a model says about the rows of a batch.
+
+    Args:
+        signal: `Dense` logits or `Projected` hidden states, `[rows, …]`.
+        features: `[rows, width]` before the head, if asked for.
+    """
+
+    signal: Dense | Projected
+    features: Tensor | None = None
+
+
+class RowModel(nn.Module):
+    """Base of the adapters: `forward(batch, features=False) -> Rows`."""
+
+    model: nn.Module
+
+    def forward(self, batch: Batch, features: bool = False) -> Rows:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """`save_pretrained`, or the small networks' own format. Adapters of PEFT are saved as adapters."""
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(str(folder))
+        elif hasattr(self.model, "understudy"):
+            save_small(self.model, folder)
+        else:
+            raise InputError(
+                f"{type(self.model).__name__} has no save_pretrained: give your module one, or use a model that has."
+            )
+
+    def add_adapters(self, options: dict[str, Any]) -> None:
+        """Train LoRA adapters instead of the model; `options` are those of `peft.LoraConfig`."""
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise InputError("student.peft needs the extra: pip install understudy[peft].") from None
+        try:
+            self.model = get_peft_model(self.model, LoraConfig(**options))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Bad student.peft options: {str(error).splitlines()[0]}") from error
+
+
+class ClassifierRows(RowModel):
+    """An image classifier.
+
+    Args:
+        model: takes `[images, channels, height, width]`, returns logits or an output with `logits`.
+        classes: number of classes.
+        normalise: mean and standard deviation of the channels, applied to pixels in [0, 1].
+    """
+
+    def __init__(
+        self, model: nn.Module, classes: int, normalise: tuple[list[float], list[float]] | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.classes, self.normalise = model, classes, normalise
+        self.padding = 0
+
+    def forward(self, batch: Batch, features: bool = False) -> Rows:
+        pixels = batch.inputs["pixel_values"]
+        if self.normalise is not None:
+            mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in self.normalise)
+            pixels = (pixels - mean) / deviation
+        dtype = next(self.model.parameters()).dtype
+        if not features:
+            return Rows(Dense(batch.select(_logits(self.model(pixels.to(dtype))))))
+        head, seen = find_head(self), []
+        if head is None:
+            raise InputError(f"{type(self.model).__name__} has no linear head of {self.classes} classes to read features at.")
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            logits = _logits(self.model(pixels.to(dtype)))
+        finally:
+            hook.remove()
+        if not seen:
+            raise InputError(f"The head of {type(self.model).__name__} was never called: its features cannot be read.")
+        return Rows(Dense(batch.select(logits)), batch.select(seen[-1]))
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class CausalLMRows(RowModel):
+    """A causal language model. Its head is left to the loss, so that no `[tokens, vocabulary]` tensor exists.
+
+    Args:
+        model: a causal LM of transformers, or one wrapped by PEFT.
+        vocabulary: number of tokens; rows of the head beyond it (padding) are left out.
+
+    A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.model, self.vocabulary = model, vocabulary
+        head = model.get_output_embeddings()
+        if head is None:
+            raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
+        self.padding = max(0, head.weight.shape[0] - vocabulary)
+
+    def forward(self, batch: Batch, features: bool = False) -> Rows:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        output = inner.base_model(
+            input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False
+        )
+        hidden = batch.select(output.last_hidden_state)
+        signal = self._signal(inner, hidden)
+        return Rows(signal, hidden if features else None)
+
+    def _signal(self, inner: Any, hidden: Tensor) -> Dense | Projected:
+        head = inner.get_output_embeddings()
+        config = inner.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        if type(head) is nn.Linear:
+            bias = head.bias[: self.vocabulary] if head.bias is not None else None
+            weight = head.weight if self.padding == 0 else head.weight[: self.vocabulary]
+            return Projected(hidden, weight, bias, scale, softcap)
+        logits = head(hidden)[..., : self.vocabulary].float() * scale
+        return Dense(softcap * torch.tanh(logits / softcap) if softcap is not None else logits)
+
+
+def find_head(rows: RowModel) -> nn.Module | None:
+    """The classifier or output head of a model: an LM's output embeddings, or the last linear layer of its classes."""
+    if isinstance(rows, ClassifierRows):
+        linear = [m for m in rows.model.modules() if isinstance(m, nn.Linear) and m.out_features == rows.classes]
+        return linear[-1] if linear else None
+    getter = getattr(rows.model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 of all weights, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes()
+                      if value.dim() else str(value.item()).encode())  # fmt: skip
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Small networks for the built-in tasks, and their folder format: `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from understudy.errors import InputError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class MLP(nn.Module):
+    """Fully connected network on flattened pixels."""
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        widths = (inputs, *hidden)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(pixels))
+
+
+class ConvNet(nn.Module):
+    """Three convolution blocks with batch normalisation, average pooling and a linear head."""
+
+    def __init__(self, channels: int, width: int, classes: int) -> None:
+        super().__init__()
+        widths = (channels, width, 2 * width, 4 * width)
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(pixels))
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.pad, self.changes = (outputs - inputs) // 2, inputs != outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.changes:  # the parameter-free shortcut "A": every second pixel, channels padded with zeros
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet of He et al. 2015, Section 4.2, depth 6n + 2, with shortcut A."""
+
+    def __init__(self, depth: int, classes: int, channels: int = 3, width: int = 16) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise InputError(f"resnet{depth}: the depth of a CIFAR ResNet is 6n + 2, for example 8, 14, 20 or 56.")
+        n = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(n, width, width)
+        self.layer2 = self._stage(n, width, 2 * width)
+        self.layer3 = self._stage(n, 2 * width, 4 * width)
+        self.linear = nn.Linear(4 * width, classes)
+
+    @staticmethod
+    def _stage(n: int, inputs: int, outputs: int) -> nn.Sequential:
+        first = _Block(inputs, outputs, 1 if inputs == outputs else 2)
+        return nn.Sequential(first, *(_Block(outputs, outputs, 1) for _ in range(n - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def is_small(name: str) -> bool:
+    """Whether `name` is that of a small network: `mlp:64,64`, `convnet:16`, `resnet20`, `resnet20:8` (width 8)."""
+    return re.fullmatch(r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?", name) is not None
+
+
+def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """A new small network for images of `shape` (channels, height, width). It remembers how to be built again."""
+    kind, _, rest = name.partition(":")
+    if kind == "mlp":
+        hidden = tuple(int(v) for v in rest.split(",")) if rest else (64,)
+        model: nn.Module = MLP(torch.Size(shape).numel(), hidden, classes)
+    elif kind == "convnet":
+        model = ConvNet(shape[0], int(rest or 16), classes)
+    else:
+        model = ResNet(int(kind.removeprefix("resnet")), classes, shape[0], int(rest or 16))
+    colour = kind == "resnet" or (kind.startswith("resnet") and shape[0] == 3)
+    model.understudy = {  # type: ignore[assignment]
+        "understudy_model": name, "classes": classes, "shape": list(shape),
+        "normalise": [list(v) for v in IMAGENET] if colour else None,
+    }  # fmt: skip
+    return model
+
+
+def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation a small network expects of its pixels."""
+    facts: dict[str, Any] | None = getattr(model, "understudy", None)
+    return tuple(facts["normalise"]) if facts and facts["normalise"] else None  # type: ignore[return-value]
+
+
+def save_small(model: nn.Module, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(model.understudy, indent=1))
+
+
+def load_small(folder: Path) -> nn.Module:
+    """Read what `save_small` wrote."""
+    facts = json.loads((folder / "config.json").read_text())
+    model = build_small(facts["understudy_model"], facts["classes"], tuple(facts["shape"]))
+    load_weights(model, folder / "model.safetensors")
+    return model
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file; a damaged or foreign one is one clear line."""
+    try:
+        state = load_file(str(file))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"Weights {file} cannot be read: {str(error).splitlines()[0]}") from error
+    wrong = model.load_state_dict(state, strict=False)
+    missing = [k for k in wrong.missing_keys if not k.endswith("num_batches_tracked")]
+    if missing or wrong.unexpected_keys:
+        names = ", ".join((missing + wrong.unexpected_keys)[:3])
+        raise InputError(f"Weights {file} do not fit the network: {names} missing or unexpected.")

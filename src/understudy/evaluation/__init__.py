@@ -1,0 +1,19 @@
+"""Evaluation: task metrics, calibration, fidelity to the teacher, and what a run cost."""
+
+from understudy.evaluation.calibration import expected_calibration_error, fit_temperature, reliability
+from understudy.evaluation.cost import CostMeter, matmul_peak
+from understudy.evaluation.fidelity import by_confidence
+from understudy.evaluation.judge import evaluate
+from understudy.evaluation.rows import RowStatistics, row_statistics
+
+__all__ = [
+    "CostMeter",
+    "RowStatistics",
+    "by_confidence",
+    "evaluate",
+    "expected_calibration_error",
+    "fit_temperature",
+    "matmul_peak",
+    "reliability",
+    "row_statistics",
+]

@@ -1,0 +1,54 @@
+"""Calibration: does a confidence of 0.8 mean right four times in five?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+
+def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str, list[Any]]:
+    """Mean confidence and accuracy in equal-width bins; `None` in empty ones.
+
+    Args:
+        confidence: `[rows]`, probability of the top class. correct: `[rows]`, 0 or 1.
+    """
+    which = _bin(confidence, bins)
+    count = torch.bincount(which, minlength=bins)
+    mean = [torch.bincount(which, weights=v.double(), minlength=bins) / count.clamp(min=1) for v in (confidence, correct)]
+    return {
+        "edges": [i / bins for i in range(bins + 1)],
+        "confidence": [float(m) if n else None for m, n in zip(mean[0], count, strict=True)],
+        "accuracy": [float(m) if n else None for m, n in zip(mean[1], count, strict=True)],
+        "count": count.tolist(),
+    }
+
+
+def _bin(confidence: Tensor, bins: int) -> Tensor:
+    """Bins are (a, b], so that confidence 1 is in the last."""
+    return ((confidence.double() * bins).ceil().long() - 1).clamp(0, bins - 1)
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Σ over bins of share · |accuracy − confidence| (Guo et al. 2017, Eq. 3)."""
+    if len(confidence) == 0:
+        return 0.0
+    which = _bin(confidence, bins)
+    gap = torch.bincount(which, weights=correct.double() - confidence.double(), minlength=bins)
+    return float(gap.abs().sum() / len(confidence))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature in [0.05, 20] that minimises NLL on a validation split (Guo et al. 2017, Section 4.2).
+
+    Args:
+        logits: `[rows, classes]`. labels: `[rows]`.
+    """
+
+    def nll(log_t: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits.double() / torch.exp(torch.tensor(log_t)), labels))
+
+    found = minimize_scalar(nll, bounds=(-3.0, 3.0), method="bounded", options={"xatol": 1e-4})
+    return float(torch.exp(torch.tensor(found.x)))

@@ -1,0 +1,130 @@
+"""What a run cost: time by role, operations, memory, and how close that is to the machine's own peak."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROLES = ("teacher", "head", "step")
+
+
+class CostMeter:
+    """Accumulates over a run, also over one that is resumed.
+
+    Operations are counted on the first step and multiplied. Time is wall time; on a GPU the device is waited for
+    only at the borders of a role.
+
+    Args:
+        unit: what `rows` are called in reports (`images`, `tokens`).
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.seconds = dict.fromkeys(ROLES, 0.0)
+        self.flops = {"teacher": 0.0, "step": 0.0}
+        self.rows = self.micro_steps = 0
+        self.forwards = {"student": 0, "teacher": 0}
+
+    @contextmanager
+    def _timed(self, role: str) -> Iterator[None]:
+        _wait()
+        start = time.perf_counter()
+        yield
+        _wait()
+        self.seconds[role] += time.perf_counter() - start
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Around the teacher's targets."""
+        with self._timed("teacher"):
+            if self.flops["teacher"]:
+                yield
+            else:
+                with FlopCounterMode(display=False) as counter:
+                    yield
+                self.flops["teacher"] = float(counter.get_total_flops())
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Around the losses: with streaming that is the head, forward and backward."""
+        with self._timed("head"):
+            yield
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one micro-batch, forward and backward, teacher included."""
+        self.micro_steps += 1
+        with self._timed("step"):
+            if self.flops["step"]:
+                yield
+            else:
+                with FlopCounterMode(display=False) as counter:
+                    yield
+                self.flops["step"] = float(counter.get_total_flops())
+
+    def summary(self) -> dict[str, Any]:
+        """As stored under `cost` in `evaluation.json`."""
+        total = self.seconds["step"] or 1e-9
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        flops = self.flops["step"] * self.micro_steps
+        peak = matmul_peak()
+        rest = max(0.0, total - self.seconds["teacher"] - self.seconds["head"])
+        return {
+            "flops_total": flops,
+            "flops_per_step": {"teacher": self.flops["teacher"], "student": self.flops["step"] - self.flops["teacher"]},
+            "rows_per_second": self.rows / total,
+            "unit": self.unit,
+            "time_share": {
+                "teacher": self.seconds["teacher"] / total, "head": self.seconds["head"] / total, "student": rest / total,
+            },
+            "peak_memory_bytes": peak_memory(),
+            "peak_flops_per_second": peak,
+            "percent_of_peak": 100 * flops / total / peak,
+            "seconds": total,
+            "steps": self.micro_steps,
+            "forwards": dict(self.forwards),
+            "device": device,
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "forwards")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory() -> int:
+    """Bytes: the device's peak on a GPU, otherwise the process's largest resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@cache
+def matmul_peak(size: int = 768, repeats: int = 5) -> float:
+    """Operations a second of a float32 matrix product here and now: the median of a few. Noisy on shared machines."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    times = []
+    for _ in range(repeats + 1):
+        _wait()
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])

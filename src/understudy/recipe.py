@@ -47,6 +47,9 @@ class Recipe(BaseModel):
     output: Path = Path("runs/run")
     seed: int = Field(0, ge=0)
     options: dict[str, Any] = Field(default_factory=dict, description="The method's own options.")
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="For comparisons: options of each method by its name."
+    )
     trainer: dict[str, Any] = Field(default_factory=dict, description="Arguments of transformers' Trainer.")
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = "token_mean"
     judge: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")

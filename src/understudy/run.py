@@ -196,7 +196,10 @@ def _train(trainer: DistillationTrainer, folder: Path) -> bool:
     if metrics.exists():  # lines after the checkpoint will be written again
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         metrics.write_text("".join(line + "\n" for line in lines))
+    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    if trainer.meter is not None:
+        trainer.meter.wall += time.perf_counter() - start
     return trainer.state.global_step < trainer.state.max_steps
 
 

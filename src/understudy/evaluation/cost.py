@@ -31,6 +31,7 @@ class CostMeter:
         self.seconds = dict.fromkeys(ROLES, 0.0)
         self.flops = {"teacher": 0.0, "step": 0.0}
         self.rows = self.micro_steps = 0
+        self.wall = 0.0
         self.forwards = {"student": 0, "teacher": 0}
 
     @contextmanager
@@ -76,19 +77,21 @@ class CostMeter:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         flops = self.flops["step"] * self.micro_steps
         peak = matmul_peak()
-        rest = max(0.0, total - self.seconds["teacher"] - self.seconds["head"])
+        whole = max(self.wall, total)
+        student = max(0.0, total - self.seconds["teacher"] - self.seconds["head"])
         return {
             "flops_total": flops,
             "flops_per_step": {"teacher": self.flops["teacher"], "student": self.flops["step"] - self.flops["teacher"]},
             "rows_per_second": self.rows / total,
             "unit": self.unit,
             "time_share": {
-                "teacher": self.seconds["teacher"] / total, "head": self.seconds["head"] / total, "student": rest / total,
+                "teacher": self.seconds["teacher"] / whole, "head": self.seconds["head"] / whole,
+                "student": student / whole, "rest": (whole - total) / whole,
             },
             "peak_memory_bytes": peak_memory(),
             "peak_flops_per_second": peak,
             "percent_of_peak": 100 * flops / total / peak,
-            "seconds": total,
+            "seconds": whole,
             "steps": self.micro_steps,
             "forwards": dict(self.forwards),
             "device": device,
@@ -96,7 +99,7 @@ class CostMeter:
         }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "forwards")}
+        return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "forwards", "wall")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():

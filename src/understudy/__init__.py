@@ -1,0 +1,26 @@
+"""Understudy: teach small models from large ones, and show that it worked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from understudy.errors import InputError
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Method", "Term", "compare", "distill"]
+
+_LAZY = {
+    "distill": "understudy.run",
+    "compare": "understudy.comparison",
+    "Method": "understudy.training",
+    "Term": "understudy.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy parts when they are first asked for, so that `import understudy` stays quick."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'understudy' has no attribute {name!r}")

@@ -1,0 +1,160 @@
+"""Methods side by side: the same student, data and budget, over seeds, in parallel processes where cores allow."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.errors import InputError
+from understudy.methods import get as get_method
+from understudy.recipe import Recipe, load, make
+from understudy.reporting import render_comparison, summarise
+from understudy.run import run, train_teacher
+from understudy.tasks import get as get_task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found: `table` has one row a method, `folder` holds `comparison.json` and `report.html`."""
+
+    table: list[dict[str, Any]]
+    data: dict[str, Any]
+    folder: Path
+
+
+def compare(
+    recipe: Recipe | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3, *,
+    baseline: str | None = None, progress: bool = False,
+) -> Comparison:  # fmt: skip
+    """Train every method over every seed as the recipe says, and compare on the judged split.
+
+    All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
+
+    Args:
+        methods: names; options of each come from the recipe's `arms`.
+        seeds: how many, or which.
+        baseline: what differences are against; the first method unless given.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = make(recipe) if isinstance(recipe, Mapping) else load(recipe)
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not numbers or not methods:
+        raise InputError("A comparison needs at least one method and one seed: --methods a,b --seeds 3.")
+    baseline = baseline or methods[0]
+    if baseline not in methods:
+        raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(methods)}.")
+    folder = recipe.output
+    plans = [_arm(recipe, m, s, folder / "runs" / f"{m}-s{s}") for m in methods for s in numbers]
+    results = run_all(plans, folder / "teacher", progress=progress)
+    done = [
+        {"method": p.method, "seed": p.seed, "folder": os.path.relpath(p.output, folder), **r}
+        for p, r in zip(plans, results, strict=True)
+    ]
+    data = _collect(recipe, done, baseline, numbers)
+    (folder / "comparison.json").write_text(json.dumps(data, indent=1))
+    render_comparison(folder)
+    return Comparison(data["table"], data, folder)
+
+
+def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
+    get_method(method)
+    own = recipe.arms.get(method, recipe.options if method == recipe.method else {})
+    return make(recipe.dump() | {"method": method, "options": own, "seed": seed, "output": str(output), "arms": {}})
+
+
+def run_all(plans: Sequence[Recipe], teacher: Path, *, progress: bool = False) -> list[dict[str, Any]]:
+    """Carry out runs in parallel, one thread each; results in the order of the plans.
+
+    A shared teacher that has to be trained is trained first, once, in this process.
+    """
+    teachers = [_teacher_folder(p, teacher) for p in plans]
+    for plan, folder in {f: (p, f) for p, f in zip(plans, teachers, strict=True)}.values():
+        if plan.teacher is not None and plan.teacher.train is not None:
+            train_teacher(plan, folder, progress)
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
+    results: dict[int, dict[str, Any]] = {}
+    with _single_threaded(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, teachers, strict=True))}
+        for future in _tracked(waiting, progress):
+            results[waiting[future]] = future.result()
+    return [results[i] for i in range(len(plans))]
+
+
+def _teacher_folder(plan: Recipe, folder: Path) -> Path:
+    """Plans with other teachers or data get a folder of their own."""
+    import hashlib
+
+    spec = json.dumps([plan.teacher.model_dump() if plan.teacher else None, plan.data, plan.task], sort_keys=True)
+    return folder / hashlib.sha256(spec.encode()).hexdigest()[:8]
+
+
+def _tracked(waiting: Mapping[Any, int], progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield from as_completed(waiting)
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(as_completed(waiting), "runs", total=len(waiting), console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Children inherit one thread each: for small models that uses cores better than one process with many."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {n: os.environ.get(n) for n in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _work(recipe: dict[str, Any], teacher: str) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    plan = make(recipe)
+    result = run(plan, teacher_folder=Path(teacher))
+    if result.interrupted:
+        raise KeyboardInterrupt
+    evaluation = json.loads((plan.output / "evaluation.json").read_text())
+    return {"metrics": evaluation["metrics"], "cost": evaluation["cost"]}
+
+
+def _collect(recipe: Recipe, done: list[dict[str, Any]], baseline: str, seeds: list[int]) -> dict[str, Any]:
+    task = get_task(recipe.task)
+    first = done[0]
+    taught = {k.removeprefix("teacher_"): v for d in done for k, v in d["metrics"].items() if k.startswith("teacher_")}
+    facts = json.loads((recipe.output / first["folder"] / "run.json").read_text())
+    steps = {d["cost"]["steps"] for d in done}
+    return {
+        "title": f"{recipe.task} on {recipe.data['name']}",
+        "task": recipe.task,
+        "baseline": baseline,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "seeds": seeds,
+        "split": recipe.judge,
+        "runs": done,
+        "table": summarise(done, baseline, task.metric),
+        "teacher": {"name": recipe.teacher.model, **taught} if recipe.teacher is not None else None,
+        "budget": {
+            "micro_batches": sorted(steps),
+            "forwards": {d["method"]: d["cost"]["forwards"] for d in done},
+        },
+        "versions": facts["versions"],
+        "recipe": recipe.dump(),
+    }

@@ -1,0 +1,145 @@
+"""One HTML file that needs nothing else: table, plots, configuration, hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from understudy.reporting import plots
+from understudy.reporting.table import span
+
+Panel = dict[str, Any]
+
+
+def _render(**values: Any) -> str:
+    environment = Environment(loader=PackageLoader("understudy", "reporting"), autoescape=True)
+    return environment.get_template("template.html.j2").render(**values)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _panel(title: str, svg: str, caption: str) -> Panel:
+    return {"title": title, "svg": Markup(svg), "caption": caption}
+
+
+def render_run(folder: Path) -> Path:
+    """Write `report.html` of a run folder from what is in it; what is missing is left out."""
+    facts, evaluation = _read(folder / "run.json") or {}, _read(folder / "evaluation.json") or {}
+    recipe = folder / "recipe.yaml"
+    metrics = evaluation.get("metrics", {})
+    out = folder / "report.html"
+    out.write_text(
+        _render(
+            title=f"{facts.get('method', 'run')} on {facts.get('task', '')}",
+            subtitle=f"student {facts.get('student')} · teacher {facts.get('teacher')} · seed {facts.get('seed')}",
+            facts=facts,
+            headings=["metric", f"on the {evaluation.get('split', '')} split"],
+            rows=[[name, f"{value:.4f}"] for name, value in metrics.items()],
+            panels=_training(folder) + _panels(evaluation),
+            notes=evaluation.get("notes", []),
+            recipe=recipe.read_text() if recipe.is_file() else "",
+        ),
+        encoding="utf-8",
+    )
+    return out
+
+
+def _training(folder: Path) -> list[Panel]:
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+    if not lines:
+        return []
+    steps = [x["step"] for x in lines]
+    terms = {name: (steps, [x["terms"].get(name) for x in lines]) for name in lines[-1]["terms"]}
+    panels = [_panel("Loss", plots.curves({"loss": (steps, [x["loss"] for x in lines])}, "loss"),
+                     "Mean loss per row between two logs, all terms with their weights.")]  # fmt: skip
+    if len(terms) > 1:
+        panels.append(_panel("Terms", plots.curves(terms, "mean per row"), "Each term before its weight."))
+    state = {n: (steps, [x["state"].get(n) for x in lines]) for n in lines[-1].get("state", {})}
+    if state:
+        panels.append(_panel("Method state", plots.curves(state, "value"), "What the method carries from step to step."))
+    return panels
+
+
+def _panels(evaluation: dict[str, Any]) -> list[Panel]:
+    panels = []
+    if "reliability" in evaluation:
+        panels.append(_panel("Calibration", plots.reliability_diagram(evaluation["reliability"]),
+                             "On the diagonal, confidence means what it says; below it the student is overconfident."))  # fmt: skip
+    if "fidelity_by_confidence" in evaluation:
+        panels.append(_panel("Fidelity", plots.confidence_bars(evaluation["fidelity_by_confidence"]),
+                             "How often student and teacher choose the same class, by the student's confidence."))  # fmt: skip
+    if "cost" in evaluation:
+        cost = evaluation["cost"]
+        caption = (
+            f"{cost['seconds']:.1f} s, {cost['rows_per_second']:.0f} {cost['unit']} a second, "
+            f"{cost['flops_total']:.3g} operations, {cost['percent_of_peak']:.1f} % of the measured matrix-product peak, "
+            f"peak memory {cost['peak_memory_bytes'] / 2**20:.0f} MiB, {cost['device']}."
+        )
+        panels.append(_panel("Cost", plots.time_bar({"run": cost["time_share"]}), caption))
+    return panels
+
+
+def render_comparison(folder: Path) -> Path:
+    """Write `report.html` of a folder with `comparison.json`, or with several such folders below it."""
+    found = sorted(folder.glob("*/comparison.json")) if not (folder / "comparison.json").is_file() else None
+    parts = [_comparison(p.parent) for p in found] if found is not None else [_comparison(folder)]
+    out = folder / "report.html"
+    out.write_text(
+        _render(
+            title="Comparison", subtitle="equal budgets, paired over seeds", facts=parts[0]["facts"] if parts else {},
+            sections=parts, headings=[], rows=[], panels=[], notes=[], recipe="",
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    return out
+
+
+def _comparison(folder: Path) -> dict[str, Any]:
+    value = json.loads((folder / "comparison.json").read_text())
+    metric, rows = value["metric"], value["table"]
+    percent = metric in ("accuracy", "agreement")
+    others = list(dict.fromkeys(k for r in rows for k in r["others"]))
+    teacher = (value.get("teacher") or {}).get(metric)
+    panels = [_panel(metric, plots.intervals(rows, metric, teacher),
+                     f"Mean and 95 % interval over {len(value['seeds'])} seeds; "
+                     f"{'higher' if value['higher_is_better'] else 'lower'} is better.")]  # fmt: skip
+    panels.append(_panel("Where the time goes", plots.time_bar(_shares(value["runs"])), "First seed of each method."))
+    panels += _first_panels(folder, value["runs"])
+    return {
+        "title": value["title"],
+        "facts": {"versions": value.get("versions", {}), "budget": value.get("budget", {})},
+        "headings": ["method", f"{metric} [95 %]", f"against {value['baseline']} (paired)", *others, "seeds"],
+        "rows": [
+            [r["method"], span(r["mean"], *r["interval"], percent), span(r["difference"], *r["difference_interval"], percent),
+             *(f"{r['others'][k]:.3f}" if k in r["others"] else "–" for k in others), r["seeds"]]
+            for r in rows
+        ],
+        "panels": panels,
+        "recipe": yaml.safe_dump(value.get("recipe", {}), sort_keys=False),
+    }  # fmt: skip
+
+
+def _shares(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    return {r["method"]: r["cost"]["time_share"] for r in reversed(runs)}
+
+
+def _first_panels(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Loss curves of the first seed of every method, together."""
+    series = {}
+    for run in reversed(runs):
+        path = folder / run["folder"] / "metrics.jsonl"
+        if path.is_file():
+            lines = [json.loads(x) for x in path.read_text().splitlines()]
+            series[run["method"]] = ([x["step"] for x in lines], [x["loss"] for x in lines])
+    if not series:
+        return []
+    return [_panel("Loss", plots.curves(series, "loss"), "Losses of different methods have different scales.")]

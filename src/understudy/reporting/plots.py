@@ -1,0 +1,123 @@
+"""Plots as inline SVG whose colours are CSS variables, so one drawing is legible in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Colours to draw with, and the CSS variable each becomes. Series colours are Okabe and Ito's, which the colour-blind
+# tell apart.
+_INK, _GRID = "#010203", "#040506"
+_SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)", **{c: f"var(--s{i})" for i, c in enumerate(_SERIES)}}
+_STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.grid": True,
+    "grid.color": _GRID, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "svg.hashsalt": "understudy",
+}  # fmt: skip
+
+
+def _figure(width: float = 5.6, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r"font: ([^;\"]*)'sans-serif'[^;\"]*", r"font: \1system-ui, sans-serif", text)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text, count=1)
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
+    """Lines over optimizer steps: `{name: (steps, values)}`."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure()
+        for i, (name, (steps, values)) in enumerate(series.items()):
+            axes.plot(steps, values, color=_SERIES[i % len(_SERIES)], linewidth=1.5, label=name)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(ylabel)
+        if len(series) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], metric: str, reference: float | None = None) -> str:
+    """A dot and its interval for each method; the dashed line is the teacher."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(height=0.9 + 0.42 * len(rows))
+        for i, row in enumerate(rows):
+            low, high = row["interval"]
+            y = len(rows) - 1 - i
+            if low is not None and high is not None:
+                axes.plot([low, high], [y, y], color=_SERIES[0], linewidth=2, solid_capstyle="round")
+            axes.plot([row["mean"]], [y], "o", color=_SERIES[0])
+        axes.set_yticks(range(len(rows)), [r["method"] for r in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        if reference is not None:
+            axes.axvline(reference, color=_SERIES[1], linestyle="--", linewidth=1.2, label="teacher")
+            axes.legend(loc="best")
+        axes.set_xlabel(metric)
+        return _svg(figure)
+
+
+def reliability_diagram(table: Mapping[str, Any]) -> str:
+    """Accuracy against confidence; the size of a dot is its bin's share of the rows."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(3.6, 3.4)
+        axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1)
+        total = sum(table["count"]) or 1
+        points = [(c, a, n) for c, a, n in zip(table["confidence"], table["accuracy"], table["count"], strict=True) if n]
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=_SERIES[0], linewidth=1)
+        axes.scatter([p[0] for p in points], [p[1] for p in points], s=[12 + 300 * p[2] / total for p in points],
+                     color=_SERIES[0], alpha=0.8)  # fmt: skip
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
+        return _svg(figure)
+
+
+def confidence_bars(table: Mapping[str, Any]) -> str:
+    """Agreement with the teacher in bins of the student's confidence."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(3.6, 3.4)
+        edges = table["edges"]
+        names = [f"{a:.1f}–{b:.1f}" for a, b in zip(edges, edges[1:], strict=False)]
+        values = [v if v is not None else 0 for v in table["agreement"]]
+        bars = axes.bar(names, values, color=_SERIES[2], width=0.75)
+        axes.bar_label(bars, [f"n={n}" for n in table["count"]], fontsize=8)
+        axes.set(xlabel="student's confidence", ylabel="agreement with the teacher", ylim=(0, 1.1))
+        axes.grid(axis="x", visible=False)
+        return _svg(figure)
+
+
+def time_bar(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Where the time goes: `{run: {role: share}}` as stacked bars."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(height=1.1 + 0.35 * len(shares))
+        roles = list(dict.fromkeys(r for s in shares.values() for r in s))
+        names = list(shares)[::-1]
+        left = [0.0] * len(names)
+        for i, role in enumerate(roles):
+            values = [100 * shares[n].get(role, 0.0) for n in names]
+            axes.barh(names, values, left=left, color=_SERIES[i % len(_SERIES)], height=0.6, label=role)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        axes.set_xlabel("% of the wall time")
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=len(roles))
+        return _svg(figure)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
 from understudy.data import Batch
 from understudy.errors import InputError
@@ -33,6 +34,7 @@ from understudy.teachers import LocalTeacher
 from understudy.training import Apprentice, DistillationTrainer, Shapes, last_complete
 
 log = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Looking without training: a recipe before its run, a run folder after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import set_seed
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.preflight import Findings
+from understudy.preflight import check as preflight
+from understudy.recipe import Recipe, make
+from understudy.run import judge
+from understudy.tasks import get as get_task
+
+
+def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
+    """The pre-flight check alone, and one batch as text with its mask (text tasks).
+
+    A teacher that is to be trained first does not exist yet and is left out.
+    """
+    task = get_task(recipe.task)
+    prepared = task.prepare(recipe)
+    recipe.build_method()
+    set_seed(recipe.seed)
+    assert recipe.student is not None
+    student = task.model(recipe.student, prepared)
+    teacher = None
+    if recipe.teacher is not None and recipe.teacher.train is None:
+        teacher = task.model(recipe.teacher, prepared)
+    findings = preflight(task, prepared, student, teacher)
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        findings.notes.append(f"The teacher {recipe.teacher.model} will be trained first; it is not checked here.")
+    batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
+    return findings, prepared.show(batch) if prepared.show is not None else None
+
+
+def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
+    """The metrics of a finished run's saved student, computed again."""
+    if split not in ("test", "validation"):
+        raise InputError(f"Split {split!r} is not test or validation.")
+    try:
+        recipe = make(yaml.safe_load((folder / "recipe.yaml").read_text()))
+        status = json.loads((folder / "run.json").read_text())["status"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{folder} is not a run folder: {Path(error.filename).name} is missing.") from None
+    except (json.JSONDecodeError, KeyError, yaml.YAMLError) as error:
+        raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}.") from error
+    if status != "done" or not (folder / "student").is_dir():
+        raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
+    task = get_task(recipe.task)
+    prepared = task.prepare(recipe)
+    student = task.model(recipe.student, prepared, folder / "student")
+    teacher = None
+    if recipe.teacher is not None:
+        trained = folder / "teacher" / "student"
+        if recipe.teacher.train is None:
+            teacher = task.model(recipe.teacher, prepared)
+        elif trained.is_dir():
+            teacher = task.model(recipe.teacher, prepared, trained)
+    return judge(task, prepared, student, teacher, split)

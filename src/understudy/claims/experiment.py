@@ -1,0 +1,170 @@
+"""A claim as an experiment: arms of equal budget and equal tuning, tuned on validation, judged on test."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from understudy.comparison import run_all
+from understudy.errors import InputError
+from understudy.recipe import Recipe, make
+from understudy.reporting import interval, paired, verdict
+
+Overrides = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of an experiment: a method with fixed options, and the candidates to tune over."""
+
+    method: str
+    options: Overrides
+    candidates: Sequence[Overrides]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`arm` is better than `other` by more than `threshold` (negative: worse by less than that)."""
+
+    arm: str
+    other: str
+    threshold: float
+    metric: str
+    higher_is_better: bool
+    says: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper's main claim (`checks[0]`) with its side claims.
+
+    Args:
+        statement: one sentence. recipe: what all arms share. arms: by label; each has as many candidates.
+        tuned_on: the validation metric candidates are chosen by, and whether higher is better.
+    """
+
+    name: str
+    statement: str
+    recipe: Overrides
+    arms: Mapping[str, Arm]
+    checks: Sequence[Check]
+    tuned_on: tuple[str, bool]
+
+
+def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False) -> dict[str, Any]:
+    """Tune every arm over its candidates on one seed apart, then judge the chosen ones over `seeds` seeds.
+
+    Returns:
+        `{claim, arms, metric, difference, interval, verdict, budget, checks, …}`; also written to `claim.json`.
+    """
+    started = time.time()
+    trials = {len(arm.candidates) for arm in claim.arms.values()}
+    if len(trials) != 1:
+        raise InputError(f"Claim {claim.name}: arms must have equally many candidates, found {sorted(trials)}.")
+    teacher = output / "teacher"
+    labels = [(label, i) for label, arm in claim.arms.items() for i in range(len(arm.candidates))]
+    tuning = [_plan(claim, label, i, 1000, output / "tuning" / f"{label}-{i}", "validation") for label, i in labels]
+    scores = dict(zip(labels, run_all(tuning, teacher, progress=progress), strict=True))
+    metric, higher = claim.tuned_on
+    chosen = {
+        label: (max if higher else min)(
+            range(len(arm.candidates)), key=lambda i, name=label: scores[name, i]["metrics"][metric]
+        )
+        for label, arm in claim.arms.items()
+    }
+    runs = [(label, s) for label in claim.arms for s in range(seeds)]
+    plans = [_plan(claim, label, chosen[label], s, output / "runs" / f"{label}-s{s}", "test") for label, s in runs]
+    results = run_all(plans, teacher, progress=progress)
+    found: dict[str, list[dict[str, Any]]] = {label: [] for label in claim.arms}
+    for (label, _), result in zip(runs, results, strict=True):
+        found[label].append(result)
+    checks = [_check(check, found) for check in claim.checks]
+    result = {
+        "claim": claim.statement,
+        "arms": {label: _arm(claim, label, chosen[label], found[label], checks) for label in claim.arms},
+        **{k: checks[0][k] for k in ("metric", "difference", "interval", "verdict")},
+        "checks": checks,
+        "budget": _budget(claim, found, seeds),
+        "command": f"understudy reproduce {claim.name} --seeds {seeds}",
+        "commit": _commit(),
+        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "seconds": round(time.time() - started, 1),
+    }
+    (output / "claim.json").write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, judge: str) -> Recipe:
+    arm = claim.arms[label]
+    over = arm.candidates[candidate]
+    base = dict(claim.recipe)
+    return make(
+        base
+        | {
+            "method": arm.method,
+            "options": {**arm.options, **over.get("options", {})},
+            "trainer": {**base.get("trainer", {}), **over.get("trainer", {})},
+            "seed": seed,
+            "output": str(output),
+            "judge": judge,
+        }
+    )
+
+
+def _check(check: Check, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    a, b = ([r["metrics"][check.metric] for r in found[label]] for label in (check.arm, check.other))
+    difference = paired(a, b)
+    return {
+        "says": check.says, "arm": check.arm, "other": check.other, "metric": check.metric, "threshold": check.threshold,
+        "difference": difference.mean, "interval": [difference.low, difference.high],
+        "verdict": verdict(difference, check.threshold, check.higher_is_better),
+    }  # fmt: skip
+
+
+def _arm(
+    claim: Claim, label: str, chosen: int, results: list[dict[str, Any]], checks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    metrics = dict.fromkeys(c["metric"] for c in checks)
+    own = {m: interval([r["metrics"][m] for r in results]) for m in metrics}
+    arm = claim.arms[label]
+    return {
+        "method": arm.method, "options": dict(arm.options), "chosen": dict(arm.candidates[chosen]),
+        "metrics": {m: {"mean": i.mean, "interval": [i.low, i.high]} for m, i in own.items()},
+        "values": {m: [r["metrics"][m] for r in results] for m in metrics},
+    }  # fmt: skip
+
+
+def _budget(claim: Claim, found: Mapping[str, list[dict[str, Any]]], seeds: int) -> dict[str, Any]:
+    return {
+        "seeds": seeds,
+        "tuning_trials_per_arm": len(next(iter(claim.arms.values())).candidates),
+        "micro_batches": {label: rs[0]["cost"]["steps"] for label, rs in found.items()},
+        "forwards": {label: rs[0]["cost"]["forwards"] for label, rs in found.items()},
+        "seconds": {label: round(sum(r["cost"]["seconds"] for r in rs), 1) for label, rs in found.items()},
+    }
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """The checks of a claim for a terminal."""
+    table = Table("what is claimed", "metric", "difference [95 %]", "threshold", "verdict", title=str(result["claim"]))
+    for check in result["checks"]:
+        low, high = check["interval"]
+        span = f"{check['difference']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+        table.add_row(check["says"], check["metric"], span, f"{check['threshold']:+g}", check["verdict"])
+    return table

@@ -1,0 +1,31 @@
+"""9 PLD: list-wise distillation needs no mixing weight and does as well as tuned KD.
+
+Digits, as the card's experiment: the teacher sees the whole training part, the student 200 examples.
+"""
+
+from understudy.claims.experiment import Arm, Check, Claim
+
+_T = ({"options": {"temperature": 1.0}}, {"options": {"temperature": 2.0}}, {"options": {"temperature": 4.0}})
+_LR = tuple({"trainer": {"learning_rate": lr}} for lr in (1e-3, 3e-3, 6e-3))
+
+CLAIM = Claim(
+    name="pld",
+    statement="PLD beats cross-entropy by at least 1.5 points of accuracy and is within one point of tuned KD.",
+    recipe={
+        "task": "image_classification",
+        "data": {"name": "digits", "limit": 200},
+        "teacher": {"model": "mlp:256,256", "train": {"max_steps": 1500, "learning_rate": 1e-3}},
+        "student": "mlp:24",
+        "trainer": {"max_steps": 1050, "per_device_train_batch_size": 32, "learning_rate": 3e-3},
+    },
+    arms={
+        "sft": Arm("sft", {}, _LR),
+        "kd": Arm("kd", {"ce_weight": 0.1, "kd_weight": 0.9}, _T),
+        "pld": Arm("pld", {}, _T),
+    },
+    checks=(
+        Check("pld", "sft", 0.015, "accuracy", True, "PLD is 1.5 points above cross-entropy"),
+        Check("pld", "kd", -0.01, "accuracy", True, "PLD is within one point of tuned KD"),
+    ),
+    tuned_on=("accuracy", True),
+)

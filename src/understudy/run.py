@@ -258,7 +258,7 @@ def train_teacher(recipe: Recipe, folder: Path, progress: bool = False) -> Resul
     data = {**recipe.data, "for_teacher": True} if recipe.task == "image_classification" else recipe.data
     values = recipe.dump() | {
         "method": "sft", "options": {}, "output": str(folder), "student": student.model_dump(exclude_none=True),
-        "teacher": None, "trainer": spec.train, "seed": 0, "data": data,
+        "teacher": None, "trainer": spec.train, "seed": 0, "data": data, "judge": "test", "arms": {},
     }  # fmt: skip
     # The defaults of the task would name a teacher again; a teacher's own run has none.
     return run(make(values).model_copy(update={"teacher": None}), progress=progress)

@@ -12,7 +12,7 @@ from understudy.errors import InputError
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum", "sum"]
 
 
-def row_weights(how: str, sequence: Tensor) -> tuple[Tensor, str]:
+def row_weights(how: str, sequence: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, str]:
     """The weight of each row, and the unit whose count divides the weighted sum.
 
     `token_mean`: 1, by rows. `sequence_mean`: 1 / rows of its sequence, by sequences that have any. `sequence_sum`:
@@ -22,9 +22,9 @@ def row_weights(how: str, sequence: Tensor) -> tuple[Tensor, str]:
         sequence: `[rows]`, the sequence each row comes from.
 
     Returns:
-        Weights `[rows]` (float32) and `"rows"`, `"sequences"` or `"none"`.
+        Weights `[rows]` and `"rows"`, `"sequences"` or `"none"`.
     """
-    ones = torch.ones(sequence.shape, device=sequence.device)
+    ones = torch.ones(sequence.shape, dtype=dtype, device=sequence.device)
     if how == "token_mean":
         return ones, "rows"
     if how == "sequence_sum":
@@ -49,6 +49,6 @@ def reduce(values: Tensor, how: str, *, sequence: Tensor | None = None, count: f
     """
     if sequence is None:
         sequence = torch.zeros(values.shape, dtype=torch.long, device=values.device)
-    weights, unit = row_weights(how, sequence)
+    weights, unit = row_weights(how, sequence, values.dtype)
     number = {"rows": values.numel(), "sequences": sequence.unique().numel(), "none": 1}[unit]
-    return (values * weights.to(values)).sum() / max(count if count is not None else number, 1)
+    return (values * weights).sum() / max(count if count is not None else number, 1)

@@ -47,10 +47,10 @@ class Apprentice(nn.Module):
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
             terms = self.method.loss(rows, teacher, batch, self.live)
-        weights, _ = row_weights(self.reduction, batch.sequence)
         sums: dict[str, Tensor] = {}
         for name, term in terms.items():
-            total = (term.values * weights.to(term.values)).sum()
+            weights, _ = row_weights(self.reduction, batch.sequence, term.values.dtype)
+            total = (term.values * weights).sum()
             sums[name] = term.weight * total
             sums[f"{name}/value"] = total.detach()
         return sums

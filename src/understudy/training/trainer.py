@@ -132,8 +132,7 @@ class DistillationTrainer(Trainer):
         return samples, count
 
     def _units(self, batch: Batch) -> Tensor:
-        weights, unit = row_weights(self.model.reduction, batch.sequence)
-        del weights
+        _, unit = row_weights(self.model.reduction, batch.sequence)
         number = batch.rows if unit == "rows" else (batch.sequence.unique().numel() if unit == "sequences" else 1)
         return torch.tensor(float(number), dtype=torch.float64)
 

@@ -1,0 +1,28 @@
+# A fresh machine needs `make demo` and `make test`; both set up what they use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint docs clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/understudy demo --output runs/demo
+
+test: $(VENV)/ready
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) runs

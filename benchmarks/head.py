@@ -1,6 +1,6 @@
 """Head and divergence: time, peak memory and gradient error of the plain and the streaming path, as CSV.
 
-    python benchmarks/head.py --vocabulary 32000 --rows 512 2048 > benchmarks/results/head-cpu.csv
+python benchmarks/head.py --vocabulary 32000 --rows 512 2048 > benchmarks/results/head-cpu.csv
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from understudy import losses
 from understudy.streaming import plain, rowwise
 from understudy.targets import Projected
 
-COLUMNS = "loss path rows vocabulary hidden teacher_hidden seconds peak_mib gradient_error machine torch threads seed".split()
+COLUMNS = (
+    "loss path rows vocabulary hidden teacher_hidden seconds peak_mib gradient_error machine torch threads seed".split()
+)
 
 
 def measure(name: str, path: str, rows: int, vocabulary: int, hidden: int, wide: int, seed: int) -> dict[str, object]:
@@ -35,10 +37,20 @@ def measure(name: str, path: str, rows: int, vocabulary: int, hidden: int, wide:
     seconds = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {
-        "loss": name, "path": path, "rows": rows, "vocabulary": vocabulary, "hidden": hidden, "teacher_hidden": wide,
-        "seconds": round(seconds, 3), "peak_mib": round(peak), "gradient_error": f"{error(function, loss, seed):.2e}",
-        "machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads(), "seed": seed,
-    }  # fmt: skip
+        "loss": name,
+        "path": path,
+        "rows": rows,
+        "vocabulary": vocabulary,
+        "hidden": hidden,
+        "teacher_hidden": wide,
+        "seconds": round(seconds, 3),
+        "peak_mib": round(peak),
+        "gradient_error": f"{error(function, loss, seed):.2e}",
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
 
 
 def error(function: object, loss: object, seed: int) -> float:

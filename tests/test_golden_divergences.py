@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from golden_vectors import close, golden
 
+from golden_vectors import close, golden
 from understudy import losses
 from understudy.losses.reduction import reduce
 from understudy.targets import top_k
@@ -22,7 +22,12 @@ def divergence(g, name):
     """From a golden name to a function of (student, teacher) rows."""
     base, _, tau = name.partition("_tau")
     options = {"temperature": float(tau)} if tau else {}
-    simple = {"fkl": "forward_kl", "rkl": "reverse_kl", "tv": "total_variation", "cross_entropy_pq": "cross_entropy_soft"}
+    simple = {
+        "fkl": "forward_kl",
+        "rkl": "reverse_kl",
+        "tv": "total_variation",
+        "cross_entropy_pq": "cross_entropy_soft",
+    }
     if base in simple:
         function = simple[base]
     elif m := re.fullmatch(r"jsd_b([\d.]+)", base):
@@ -44,8 +49,14 @@ def rows(g, dtype=torch.float64):
 
 
 def plain_names(g):
-    return [k[4:] for k in g if k.startswith("tok_") and not k.startswith("tok_topk") and "entropy" not in k[4:11]
-            and not k.endswith("_entropy")]  # fmt: skip
+    return [
+        k[4:]
+        for k in g
+        if k.startswith("tok_")
+        and not k.startswith("tok_topk")
+        and "entropy" not in k[4:11]
+        and not k.endswith("_entropy")
+    ]
 
 
 def test_values(g):
@@ -82,7 +93,9 @@ def test_means_and_gradients(g):
         if f"grad_{key}" in g:
             mean.backward()
             expected = g[f"grad_{key}"]
-            torch.testing.assert_close(student.grad, expected, rtol=1e-7, atol=1e-10 * max(1, float(expected.abs().max())))
+            torch.testing.assert_close(
+                student.grad, expected, rtol=1e-7, atol=1e-10 * max(1, float(expected.abs().max()))
+            )
 
 
 def test_truncated(g):
@@ -108,7 +121,13 @@ def test_truncated_gradients(g):
         function, options = divergence(g, base)
         student = g["student_logits"].clone().requires_grad_()
         values = losses.truncate(
-            function, student[mask], g["teacher_logits"][mask], int(g["k"]), support=support, truncation=truncation, **options
+            function,
+            student[mask],
+            g["teacher_logits"][mask],
+            int(g["k"]),
+            support=support,
+            truncation=truncation,
+            **options,
         )
         reduce(values, "token_mean").backward()
         close(student.grad, g[key], rtol=1e-6, atol=1e-7)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden_vectors import close, golden
 
+from golden_vectors import close, golden
 from understudy import losses
 from understudy.losses.reduction import reduce
 from understudy.methods import DHKD
@@ -37,7 +37,9 @@ def test_pld_ignored_labels_and_variants():
     mean.backward()
     close(student.grad, g["grad_student_ignore"], rtol=1e-9)
     for weights, key in (("uniform", "uniform"), ("position", "position"), ("first", "first_only")):
-        values = losses.plackett_luce_distillation(g["student_logits"], g["teacher_logits"], g["labels"], weights=weights)
+        values = losses.plackett_luce_distillation(
+            g["student_logits"], g["teacher_logits"], g["labels"], weights=weights
+        )
         close(values, g[f"loss_per_sample_{key}"], rtol=1e-9)
     close(losses.position_weights(g["student_logits"].shape[1]), g["position_weights"])
 
@@ -53,7 +55,9 @@ def test_pld_ties_go_to_the_lower_class():
 @pytest.mark.parametrize("variant", ["", "_linear", "_klsched"])
 def test_taid_schedule(variant):
     g = golden("19-taid")
-    schedule = ProgressSchedule(*(float(g[k]) for k in ("t_start", "t_end", "alpha", "beta")), adaptive=variant != "_linear")
+    schedule = ProgressSchedule(
+        *(float(g[k]) for k in ("t_start", "t_end", "alpha", "beta")), adaptive=variant != "_linear"
+    )
     mask = g["mask"].bool()
     for n in range(int(g["n_steps"])):
         close(torch.tensor(schedule.value), g[f"t_before{variant}"][n].float(), rtol=1e-6)
@@ -114,11 +118,12 @@ def test_dhkd_alignment(world):
         name: list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
         for name, loss in (("ce", ce), ("kd", kd))
     }
-    flat = lambda gs: torch.cat([(x if x is not None else torch.zeros_like(p)).flatten() for x, p in zip(gs, parameters)])  # noqa: E731, B905
+    flat = lambda gs: torch.cat(
+        [(x if x is not None else torch.zeros_like(p)).flatten() for x, p in zip(gs, parameters)]
+    )  # noqa: E731, B905
     close(flat(grads["ce"]), g[f"{world}_g_ce"], atol=1e-9)
     close(flat(grads["kd"]), g[f"{world}_g_kd"], atol=1e-9)
     owners = ["backbone", "head", "head", "auxiliary", "auxiliary"]
     close(flat(DHKD(align="all").merge(grads, owners)), g[f"{world}_merged"], atol=1e-9)
     if f"{world}_merged_backbone_only" in g:
         close(flat(DHKD(align="shared").merge(grads, owners)), g[f"{world}_merged_backbone_only"], atol=1e-9)
-

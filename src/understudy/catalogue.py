@@ -78,9 +78,20 @@ def _paper(row: dict[str, str], method: type[Method] | None) -> Entry:
 def _other(method: type[Method]) -> Entry:
     title = (method.__doc__ or method.name).strip().splitlines()[0]
     return Entry(
-        None, method.name, title, None, "baseline", "works", "method", (), (), (), "white" if method.needs else "any",
-        tuple(sorted(method.needs)), method.cost,
-    )  # fmt: skip
+        None,
+        method.name,
+        title,
+        None,
+        "baseline",
+        "works",
+        "method",
+        (),
+        (),
+        (),
+        "white" if method.needs else "any",
+        tuple(sorted(method.needs)),
+        method.cost,
+    )
 
 
 def find(name: str) -> Entry:
@@ -89,4 +100,6 @@ def find(name: str) -> Entry:
     for entry in entries:
         if name in (entry.name, str(entry.number)):
             return entry
-    raise InputError(f"No method or paper {name!r}.{nearest(name, [e.name for e in entries])} See `understudy methods`.")
+    raise InputError(
+        f"No method or paper {name!r}.{nearest(name, [e.name for e in entries])} See `understudy methods`."
+    )

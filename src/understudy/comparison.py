@@ -30,9 +30,13 @@ class Comparison:
 
 
 def compare(
-    recipe: Recipe | Mapping[str, Any] | str | Path, methods: Sequence[str], seeds: int | Sequence[int] = 3, *,
-    baseline: str | None = None, progress: bool = False,
-) -> Comparison:  # fmt: skip
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    methods: Sequence[str],
+    seeds: int | Sequence[int] = 3,
+    *,
+    baseline: str | None = None,
+    progress: bool = False,
+) -> Comparison:
     """Train every method over every seed as the recipe says, and compare on the judged split.
 
     All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
@@ -81,7 +85,9 @@ def run_all(plans: Sequence[Recipe], teacher: Path, *, progress: bool = False) -
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
     results: dict[int, dict[str, Any]] = {}
     with _single_threaded(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, teachers, strict=True))}
+        waiting = {
+            pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, teachers, strict=True))
+        }
         for future in _tracked(waiting, progress):
             results[waiting[future]] = future.result()
     return [results[i] for i in range(len(plans))]
@@ -103,7 +109,9 @@ def _tracked(waiting: Mapping[Any, int], progress: bool) -> Iterator[Any]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(as_completed(waiting), "runs", total=len(waiting), console=console, disable=not console.is_terminal)
+    yield from track(
+        as_completed(waiting), "runs", total=len(waiting), console=console, disable=not console.is_terminal
+    )
 
 
 @contextmanager

@@ -20,8 +20,11 @@ def page(entry: Entry) -> str:
             if key in facts:
                 lines += [f"**{title}.** {facts[key]}", ""]
         lines += [f"**Cost.** {method.cost}.", ""]
-        lines += [f"**Needs.** {', '.join(sorted(method.needs)) or 'labels alone'}; "
-                  f"works on {' and '.join(sorted(method.kinds))} tasks.", ""]  # fmt: skip
+        lines += [
+            f"**Needs.** {', '.join(sorted(method.needs)) or 'labels alone'}; "
+            f"works on {' and '.join(sorted(method.kinds))} tasks.",
+            "",
+        ]
         if method.model_fields:
             lines += ["| option | default | what |", "|---|---|---|"]
             lines += [f"| `{n}` | `{f.default}` | {f.description or ''} |" for n, f in method.model_fields.items()]
@@ -39,6 +42,7 @@ def table() -> str:
     """The catalogue as a Markdown table, for the README and the docs."""
     lines = ["| no. | name | title | year | family | status |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {e.number or '–'} | `{e.name}` | {e.title} | {e.year or '–'} | {e.family} | {e.status} |" for e in catalogue()
+        f"| {e.number or '–'} | `{e.name}` | {e.title} | {e.year or '–'} | {e.family} | {e.status} |"
+        for e in catalogue()
     ]
     return "\n".join(lines)

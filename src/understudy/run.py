@@ -133,9 +133,15 @@ def judge(
 
 
 def _trainer(
-    recipe: Recipe, task: Task, prepared: Prepared, student: RowModel, teacher: RowModel | None,
-    folder: Path, meter: CostMeter, progress: bool,
-) -> DistillationTrainer:  # fmt: skip
+    recipe: Recipe,
+    task: Task,
+    prepared: Prepared,
+    student: RowModel,
+    teacher: RowModel | None,
+    folder: Path,
+    meter: CostMeter,
+    progress: bool,
+) -> DistillationTrainer:
     args = training_arguments(recipe.trainer, folder / "checkpoints", recipe.seed)
     total = args.max_steps if args.max_steps > 0 else _steps(args, len(prepared.train))
     method = recipe.build_method()
@@ -149,9 +155,16 @@ def _trainer(
         device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
         local = LocalTeacher(teacher, recipe.teacher.model if recipe.teacher else "teacher", device)
     return DistillationTrainer(
-        apprentice, args, prepared.train, prepared.collate, teacher=local, augmentation=prepared.augmentation,
-        meter=meter, metrics_file=folder / "metrics.jsonl", callbacks=callbacks,
-    )  # fmt: skip
+        apprentice,
+        args,
+        prepared.train,
+        prepared.collate,
+        teacher=local,
+        augmentation=prepared.augmentation,
+        meter=meter,
+        metrics_file=folder / "metrics.jsonl",
+        callbacks=callbacks,
+    )
 
 
 def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:
@@ -257,9 +270,17 @@ def train_teacher(recipe: Recipe, folder: Path, progress: bool = False) -> Resul
     student = ModelSpec(**{**spec.model_dump(), "train": None})
     data = {**recipe.data, "for_teacher": True} if recipe.task == "image_classification" else recipe.data
     values = recipe.dump() | {
-        "method": "sft", "options": {}, "output": str(folder), "student": student.model_dump(exclude_none=True),
-        "teacher": None, "trainer": spec.train, "seed": 0, "data": data, "judge": "test", "arms": {},
-    }  # fmt: skip
+        "method": "sft",
+        "options": {},
+        "output": str(folder),
+        "student": student.model_dump(exclude_none=True),
+        "teacher": None,
+        "trainer": spec.train,
+        "seed": 0,
+        "data": data,
+        "judge": "test",
+        "arms": {},
+    }
     # The defaults of the task would name a teacher again; a teacher's own run has none.
     return run(make(values).model_copy(update={"teacher": None}), progress=progress)
 
@@ -288,7 +309,9 @@ def _open_folder(recipe: Recipe) -> Path:
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"Output {folder} is a file, not a folder. Choose another output.") from None
     except OSError as error:
-        raise InputError(f"Output folder {folder} cannot be written: {error.strerror}. Choose another output.") from None
+        raise InputError(
+            f"Output folder {folder} cannot be written: {error.strerror}. Choose another output."
+        ) from None
     return folder
 
 

@@ -74,12 +74,10 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
     tuning = [_plan(claim, label, i, 1000, output / "tuning" / f"{label}-{i}", "validation") for label, i in labels]
     scores = dict(zip(labels, run_all(tuning, teacher, progress=progress), strict=True))
     metric, higher = claim.tuned_on
-    chosen = {
-        label: (max if higher else min)(
-            range(len(arm.candidates)), key=lambda i, name=label: scores[name, i]["metrics"][metric]
-        )
-        for label, arm in claim.arms.items()
-    }
+    chosen = {}
+    for label, arm in claim.arms.items():
+        values = [scores[label, i]["metrics"][metric] for i in range(len(arm.candidates))]
+        chosen[label] = values.index(max(values) if higher else min(values))
     runs = [(label, s) for label in claim.arms for s in range(seeds)]
     plans = [_plan(claim, label, chosen[label], s, output / "runs" / f"{label}-s{s}", "test") for label, s in runs]
     results = run_all(plans, teacher, progress=progress)
@@ -123,10 +121,15 @@ def _check(check: Check, found: Mapping[str, list[dict[str, Any]]]) -> dict[str,
     a, b = ([r["metrics"][check.metric] for r in found[label]] for label in (check.arm, check.other))
     difference = paired(a, b)
     return {
-        "says": check.says, "arm": check.arm, "other": check.other, "metric": check.metric, "threshold": check.threshold,
-        "difference": difference.mean, "interval": [difference.low, difference.high],
+        "says": check.says,
+        "arm": check.arm,
+        "other": check.other,
+        "metric": check.metric,
+        "threshold": check.threshold,
+        "difference": difference.mean,
+        "interval": [difference.low, difference.high],
         "verdict": verdict(difference, check.threshold, check.higher_is_better),
-    }  # fmt: skip
+    }
 
 
 def _arm(
@@ -136,10 +139,12 @@ def _arm(
     own = {m: interval([r["metrics"][m] for r in results]) for m in metrics}
     arm = claim.arms[label]
     return {
-        "method": arm.method, "options": dict(arm.options), "chosen": dict(arm.candidates[chosen]),
+        "method": arm.method,
+        "options": dict(arm.options),
+        "chosen": dict(arm.candidates[chosen]),
         "metrics": {m: {"mean": i.mean, "interval": [i.low, i.high]} for m, i in own.items()},
         "values": {m: [r["metrics"][m] for r in results] for m in metrics},
-    }  # fmt: skip
+    }
 
 
 def _budget(claim: Claim, found: Mapping[str, list[dict[str, Any]]], seeds: int) -> dict[str, Any]:
@@ -154,7 +159,9 @@ def _budget(claim: Claim, found: Mapping[str, list[dict[str, Any]]], seeds: int)
 
 def _commit() -> str | None:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=5)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=5
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -16,8 +16,13 @@ from rich.table import Table
 
 from understudy.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
-                  help="Teach small models from large ones, and show that it worked.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Teach small models from large ones, and show that it worked.",
+)
 out = Console()
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
@@ -67,7 +72,9 @@ def methods(
     table = Table("no.", "name", "title", "year", "family", "access", "status")
     for e in entries:
         style = "green" if e.status == "works" else "dim"
-        table.add_row(str(e.number or "–"), e.name, e.title, str(e.year or "–"), e.family, e.access, e.status, style=style)
+        table.add_row(
+            str(e.number or "–"), e.name, e.title, str(e.year or "–"), e.family, e.access, e.status, style=style
+        )
     out.print(table)
 
 

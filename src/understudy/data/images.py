@@ -87,7 +87,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     for key in spec:
         if key not in OPTIONS:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
-    name, notes = str(spec["name"]), []
+    name = str(spec["name"])
+    notes: list[str] = []
     pools, classes = _source(name, spec, notes)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -149,8 +150,12 @@ def _source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[
     if path.is_file():
         part = _table(path, spec)
         return {"train": part}, _names(part)
-    tables = {s: path / f"{s}{end}" for s in ("train", "validation", "test") for end in (".parquet", ".npz")
-              if (path / f"{s}{end}").is_file()}  # fmt: skip
+    tables = {
+        s: path / f"{s}{end}"
+        for s in ("train", "validation", "test")
+        for end in (".parquet", ".npz")
+        if (path / f"{s}{end}").is_file()
+    }
     if tables:
         if "train" not in tables:
             raise InputError(f"{path} has {', '.join(sorted(tables))} but no train file.")
@@ -175,7 +180,9 @@ def _digits() -> tuple[dict[str, ImageSet], list[str]]:
     return {"train": every.select(order[600:]), "test": every.select(order[:600])}, [str(i) for i in range(10)]
 
 
-def _clusters(seed: int, classes: int = 40, latent: int = 20, inputs: int = 32) -> tuple[dict[str, ImageSet], list[str]]:
+def _clusters(
+    seed: int, classes: int = 40, latent: int = 20, inputs: int = 32
+) -> tuple[dict[str, ImageSet], list[str]]:
     """A 40-class mixture in 8 super-clusters: 20 latent dimensions, mapped to 32 inputs through tanh.
 
     Kept as float features of shape [1, 1, 32]. 13,600 training examples, 3,000 for test.
@@ -249,7 +256,11 @@ def decode(cells: Iterable[Any], source: str) -> Tensor:
     for i, cell in enumerate(cells):
         where = str(cell) if isinstance(cell, Path) else f"{source}, row {i}"
         try:
-            opened = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell)
+            opened = (
+                cell
+                if isinstance(cell, Image.Image)
+                else Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell)
+            )
             gray = opened.mode in ("L", "1", "I;16")
             out.append(np.asarray(opened.convert("L" if gray else "RGB")))
         except (UnidentifiedImageError, OSError, TypeError, AttributeError) as error:
@@ -270,7 +281,9 @@ def _folder(path: Path) -> tuple[dict[str, ImageSet], list[str]]:
     classes = sorted(p.name for p in roots["train"].iterdir() if p.is_dir())
     parts = {}
     for split, root in roots.items():
-        files = [(f, i) for i, c in enumerate(classes) for f in sorted((root / c).glob("*")) if f.suffix.lower() in SUFFIXES]
+        files = [
+            (f, i) for i, c in enumerate(classes) for f in sorted((root / c).glob("*")) if f.suffix.lower() in SUFFIXES
+        ]
         if not files:
             raise InputError(f"{root} holds no images. Expected {root}/CLASS/IMAGE with {', '.join(sorted(SUFFIXES))}.")
         pixels = decode([f for f, _ in files], str(root))

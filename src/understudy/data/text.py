@@ -63,7 +63,8 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
     for key in spec:
         if key not in OPTIONS:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
-    name, notes = str(spec["name"]), []
+    name = str(spec["name"])
+    notes: list[str] = []
     splits = _source(name, spec)
     for split, records in splits.items():
         _check(name, split, records)
@@ -155,7 +156,11 @@ def _read(path: Path) -> list[Record]:
             text = path.read_text(encoding="utf-8")
             return [{"text": text[i : i + 4000]} for i in range(0, len(text), 4000)]
         if path.suffix == ".jsonl":
-            return [_record(path, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [
+                _record(path, json.loads(line))
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
         if path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):

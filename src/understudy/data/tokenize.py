@@ -57,9 +57,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
@@ -102,7 +104,9 @@ def _packed(records: list[Record], tokenizer: PreTrainedTokenizerBase, length: i
     stream: list[int] = []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for record in records:
-        stream += ([bos] if bos is not None else []) + _ids(tokenizer, record["text"]) + ([eos] if eos is not None else [])
+        stream += (
+            ([bos] if bos is not None else []) + _ids(tokenizer, record["text"]) + ([eos] if eos is not None else [])
+        )
     starts = range(0, max(1, len(stream) - 1), length)
     pieces = [stream[s : s + length] for s in starts]
     return [_row(p, p, i, tokenizer) for i, p in enumerate(p for p in pieces if len(p) > 1)]
@@ -209,9 +213,11 @@ def show_batch(batch: Batch, tokenizer: PreTrainedTokenizerBase, rows: int = 2) 
     """The first rows as text: tokens that are trained on in bold green, the rest dim."""
     out = Text()
     for ids, labels, mask in zip(
-        batch.inputs["input_ids"][:rows].tolist(), batch.labels[:rows].tolist(),
-        batch.inputs["attention_mask"][:rows].tolist(), strict=True,
-    ):  # fmt: skip
+        batch.inputs["input_ids"][:rows].tolist(),
+        batch.labels[:rows].tolist(),
+        batch.inputs["attention_mask"][:rows].tolist(),
+        strict=True,
+    ):
         for i, (token, label, kept) in enumerate(zip(ids, labels, mask, strict=True)):
             if kept:
                 out.append(tokenizer.decode([token]), style="bold green" if i and label != IGNORE else "dim")

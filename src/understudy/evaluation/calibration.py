@@ -17,7 +17,9 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str
     """
     which = _bin(confidence, bins)
     count = torch.bincount(which, minlength=bins)
-    mean = [torch.bincount(which, weights=v.double(), minlength=bins) / count.clamp(min=1) for v in (confidence, correct)]
+    mean = [
+        torch.bincount(which, weights=v.double(), minlength=bins) / count.clamp(min=1) for v in (confidence, correct)
+    ]
     return {
         "edges": [i / bins for i in range(bins + 1)],
         "confidence": [float(m) if n else None for m, n in zip(mean[0], count, strict=True)],

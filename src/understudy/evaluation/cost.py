@@ -85,8 +85,10 @@ class CostMeter:
             "rows_per_second": self.rows / total,
             "unit": self.unit,
             "time_share": {
-                "teacher": self.seconds["teacher"] / whole, "head": self.seconds["head"] / whole,
-                "student": student / whole, "rest": (whole - total) / whole,
+                "teacher": self.seconds["teacher"] / whole,
+                "head": self.seconds["head"] / whole,
+                "student": student / whole,
+                "rest": (whole - total) / whole,
             },
             "peak_memory_bytes": peak_memory(),
             "peak_flops_per_second": peak,
@@ -96,7 +98,7 @@ class CostMeter:
             "forwards": dict(self.forwards),
             "device": device,
             "threads": torch.get_num_threads(),
-        }  # fmt: skip
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "forwards", "wall")}

@@ -17,9 +17,7 @@ from understudy.models import RowModel
 
 
 @torch.no_grad()
-def evaluate(
-    student: RowModel, teacher: RowModel | None, loader: DataLoader[Any], *, kind: str
-) -> dict[str, Any]:
+def evaluate(student: RowModel, teacher: RowModel | None, loader: DataLoader[Any], *, kind: str) -> dict[str, Any]:
     """Metrics of the student, beside the teacher where there is one.
 
     Accuracy, NLL (nats a row), ECE, bits per byte (text), agreement and KL(teacher ‖ student). Both models run in

@@ -118,5 +118,3 @@ def _trouble(logits: Tensor) -> str | None:
     if (logits == float("-inf")).all():
         return "-inf logits only"
     return None
-
-

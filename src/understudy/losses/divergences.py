@@ -12,6 +12,7 @@ With `TopK`, `truncation="tail"` compares k + 1 buckets, the last holding all ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,9 +36,13 @@ _INF = float("inf")
 
 
 def forward_kl(
-    student: Tensor, target: Target | Tensor, *, temperature: float = 1.0, tau_squared: bool = False,
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
     truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """KL(p ‖ q) = Σ p (log p − log q). Mass covering. Gradient at temperature 1: q − p. +inf where q = 0 < p.
 
     With `Sampled` it is an unbiased estimate, in value and gradient. Source: Hinton et al. 2015; GKD at β = 0.
@@ -53,9 +58,13 @@ def forward_kl(
 
 
 def cross_entropy_soft(
-    student: Tensor, target: Target | Tensor, *, temperature: float = 1.0, tau_squared: bool = False,
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
     truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """−Σ p log q = KL(p ‖ q) + H(p): the gradient of `forward_kl`, another value. Accepts `Sampled`."""
     sampled = as_target(target)
     if isinstance(sampled, Sampled):
@@ -68,18 +77,27 @@ def cross_entropy_soft(
 
 
 def reverse_kl(
-    student: Tensor, target: Target | Tensor, *, temperature: float = 1.0, tau_squared: bool = False,
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
     truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """KL(q ‖ p). Mode seeking. Gradient at temperature 1: q (log q − log p − KL(q ‖ p)). +inf where p = 0 < q."""
     log_q, log_p = pair("reverse_kl", student, target, temperature, truncation)
     return _done("reverse_kl", _kl(log_q, log_p), student, target, temperature, tau_squared)
 
 
 def jsd(
-    student: Tensor, target: Target | Tensor, *, beta: float = 0.5, temperature: float = 1.0,
-    tau_squared: bool = False, truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
+    truncation: Truncation = "tail",
+) -> Tensor:
     """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q (GKD, Eq. 1).
 
     At most the binary entropy of β. By convention β = 0 is `forward_kl` and β = 1 `reverse_kl`: the limits of
@@ -99,9 +117,14 @@ def jsd(
 
 
 def skew_kl(
-    student: Tensor, target: Target | Tensor, *, alpha: float = 0.1, temperature: float = 1.0,
-    tau_squared: bool = False, truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
+    truncation: Truncation = "tail",
+) -> Tensor:
     """KL(p ‖ α p + (1 − α) q), at most −log α (DistiLLM, Eq. 4). α → 0 is `forward_kl`."""
     _check_alpha("skew_kl", alpha)
     log_q, log_p = pair("skew_kl", student, target, temperature, truncation)
@@ -109,9 +132,14 @@ def skew_kl(
 
 
 def skew_reverse_kl(
-    student: Tensor, target: Target | Tensor, *, alpha: float = 0.1, temperature: float = 1.0,
-    tau_squared: bool = False, truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
+    truncation: Truncation = "tail",
+) -> Tensor:
     """KL(q ‖ α q + (1 − α) p), at most −log α (DistiLLM). α → 0 is `reverse_kl`."""
     _check_alpha("skew_reverse_kl", alpha)
     log_q, log_p = pair("skew_reverse_kl", student, target, temperature, truncation)
@@ -120,18 +148,28 @@ def skew_reverse_kl(
 
 
 def total_variation(
-    student: Tensor, target: Target | Tensor, *, temperature: float = 1.0, tau_squared: bool = False,
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
     truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """½ Σ |p − q|, at most 1. The subgradient at p = q is 0."""
     log_q, log_p = pair("total_variation", student, target, temperature, truncation)
     return _done("total_variation", _tv(log_p, log_q), student, target, temperature, tau_squared)
 
 
 def alpha_beta(
-    student: Tensor, target: Target | Tensor, *, alpha: float, beta: float, temperature: float = 1.0,
-    tau_squared: bool = False, truncation: Truncation = "tail",
-) -> Tensor:  # fmt: skip
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
+    truncation: Truncation = "tail",
+) -> Tensor:
     """The α-β divergence −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] (ABKD), with its true limits.
 
     (1, 0) is `forward_kl`, (0, 1) `reverse_kl`, (1, 1) half the squared distance, (½, ½) 4 (1 − Σ √(pq)).
@@ -174,10 +212,16 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
 
 def truncate(
-    divergence: str, student: Tensor, teacher: Tensor, k: int, *,
-    support: Literal["teacher", "student", "union"] = "teacher", truncation: Truncation = "tail",
-    temperature: float = 1.0, **options: float,
-) -> Tensor:  # fmt: skip
+    divergence: str,
+    student: Tensor,
+    teacher: Tensor,
+    k: int,
+    *,
+    support: Literal["teacher", "student", "union"] = "teacher",
+    truncation: Truncation = "tail",
+    temperature: float = 1.0,
+    **options: float,
+) -> Tensor:
     """A divergence on the k most probable classes of one side or of both, where both sides' logits are known.
 
     Ties go to the lowest class index. GKD truncates forward KL to the teacher's support, reverse KL to the student's,
@@ -210,7 +254,7 @@ def _on_support(log_x: Tensor, keep: Tensor, truncation: Truncation) -> Tensor:
     return torch.cat([kept, tail], dim=-1)
 
 
-_KERNELS = {
+_KERNELS: dict[str, Callable[..., Tensor]] = {
     "forward_kl": lambda p, q: _kl(p, q),
     "reverse_kl": lambda p, q: _kl(q, p),
     "total_variation": lambda p, q: _tv(p, q),

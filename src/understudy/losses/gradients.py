@@ -18,8 +18,14 @@ def align(reference: Sequence[Tensor | None], other: Sequence[Tensor | None]) ->
         reference, other: gradients of the same parameters, in the same order.
     """
     zero = torch.zeros((), dtype=torch.float64)
-    dot = sum(((a.double() * b.double()).sum().cpu() for a, b in zip(reference, other, strict=True)
-               if a is not None and b is not None), zero)  # fmt: skip
+    dot = sum(
+        (
+            (a.double() * b.double()).sum().cpu()
+            for a, b in zip(reference, other, strict=True)
+            if a is not None and b is not None
+        ),
+        zero,
+    )
     norm = sum((a.double().square().sum().cpu() for a in reference if a is not None), zero)
     if dot >= 0 or norm == 0:
         return list(other)

@@ -88,9 +88,7 @@ class DHKD(Method):
     def merges_gradients(self) -> bool:
         return self.align != "none"
 
-    def merge(
-        self, gradients: Mapping[str, list[Tensor | None]], owners: Sequence[str]
-    ) -> list[Tensor | None]:
+    def merge(self, gradients: Mapping[str, list[Tensor | None]], owners: Sequence[str]) -> list[Tensor | None]:
         ce, kd = gradients["ce"], gradients["kd"]
         chosen = [self.align == "all" or owner == "backbone" for owner in owners]
         aligned = iter(

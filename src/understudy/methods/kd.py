@@ -1,6 +1,6 @@
 """Knowledge distillation as Hinton, Vinyals and Dean wrote it (2015, arXiv 1503.02531), with any divergence.
 
-    loss = ce_weight · CE(labels, student) + kd_weight · τ² · D(teacher_τ, student_τ)
+loss = ce_weight · CE(labels, student) + kd_weight · τ² · D(teacher_τ, student_τ)
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class KD(Method):
         "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9.",
     }
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
+        "forward_kl"
+    )
     temperature: float = Field(2.0, gt=0, description="Divides both sides' logits before the softmax.")
     tau_squared: bool = Field(True, description="Multiply the divergence by temperature².")
     ce_weight: float = Field(0.1, ge=0, description="Weight of the cross-entropy with the labels.")

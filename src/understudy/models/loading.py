@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from understudy.data.folders import find
 from understudy.errors import InputError
@@ -36,7 +41,7 @@ def load_classifier(
     weights = find(f"{name}.safetensors")
     if path is None and weights is not None:
         model = build_small(weights.stem, classes=10, shape=input_shape)
-        model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator]
+        model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator,assignment]
         load_weights(model, weights)
     elif path is not None and "understudy_model" in _config(path):
         model = load_small(path)
@@ -128,9 +133,16 @@ def _new_llama(name: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         raise InputError(f"{name!r}: hidden must be an even multiple of heads.")
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=values["hidden"], intermediate_size=values["hidden"] * 8 // 3,
-            num_hidden_layers=values["layers"], num_attention_heads=values["heads"],
-            max_position_embeddings=values["context"], tie_word_embeddings=True, use_cache=False,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=values["hidden"],
+            intermediate_size=values["hidden"] * 8 // 3,
+            num_hidden_layers=values["layers"],
+            num_attention_heads=values["heads"],
+            max_position_embeddings=values["context"],
+            tie_word_embeddings=True,
+            use_cache=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )

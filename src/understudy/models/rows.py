@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 class RowModel(nn.Module):
     """Base of the adapters: `forward(batch, features=False) -> Rows`."""
 
-    model: nn.Module
+    model: Any
 
     def forward(self, batch: Batch, features: bool = False) -> Rows:
         raise NotImplementedError
@@ -84,7 +84,9 @@ class ClassifierRows(RowModel):
             return Rows(Dense(batch.select(_logits(self.model(pixels.to(dtype))))))
         head, seen = find_head(self), []
         if head is None:
-            raise InputError(f"{type(self.model).__name__} has no linear head of {self.classes} classes to read features at.")
+            raise InputError(
+                f"{type(self.model).__name__} has no linear head of {self.classes} classes to read features at."
+            )
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
             logits = _logits(self.model(pixels.to(dtype)))
@@ -129,7 +131,9 @@ class CausalLMRows(RowModel):
     def _signal(self, inner: Any, hidden: Tensor) -> Dense | Projected:
         head = inner.get_output_embeddings()
         config = inner.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         softcap = getattr(config, "final_logit_softcapping", None)
         if type(head) is nn.Linear:
             bias = head.bias[: self.vocabulary] if head.bias is not None else None
@@ -153,6 +157,9 @@ def state_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes()
-                      if value.dim() else str(value.item()).encode())  # fmt: skip
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes()
+            if value.dim()
+            else str(value.item()).encode()
+        )
     return digest.hexdigest()

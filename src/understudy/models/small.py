@@ -109,9 +109,11 @@ def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         model = ResNet(int(kind.removeprefix("resnet")), classes, shape[0], int(rest or 16))
     colour = kind == "resnet" or (kind.startswith("resnet") and shape[0] == 3)
     model.understudy = {  # type: ignore[assignment]
-        "understudy_model": name, "classes": classes, "shape": list(shape),
+        "understudy_model": name,
+        "classes": classes,
+        "shape": list(shape),
         "normalise": [list(v) for v in IMAGENET] if colour else None,
-    }  # fmt: skip
+    }
     return model
 
 

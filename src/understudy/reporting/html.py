@@ -59,24 +59,41 @@ def _training(folder: Path) -> list[Panel]:
         return []
     steps = [x["step"] for x in lines]
     terms = {name: (steps, [x["terms"].get(name) for x in lines]) for name in lines[-1]["terms"]}
-    panels = [_panel("Loss", plots.curves({"loss": (steps, [x["loss"] for x in lines])}, "loss"),
-                     "Mean loss per row between two logs, all terms with their weights.")]  # fmt: skip
+    panels = [
+        _panel(
+            "Loss",
+            plots.curves({"loss": (steps, [x["loss"] for x in lines])}, "loss"),
+            "Mean loss per row between two logs, all terms with their weights.",
+        )
+    ]
     if len(terms) > 1:
         panels.append(_panel("Terms", plots.curves(terms, "mean per row"), "Each term before its weight."))
     state = {n: (steps, [x["state"].get(n) for x in lines]) for n in lines[-1].get("state", {})}
     if state:
-        panels.append(_panel("Method state", plots.curves(state, "value"), "What the method carries from step to step."))
+        panels.append(
+            _panel("Method state", plots.curves(state, "value"), "What the method carries from step to step.")
+        )
     return panels
 
 
 def _panels(evaluation: dict[str, Any]) -> list[Panel]:
     panels = []
     if "reliability" in evaluation:
-        panels.append(_panel("Calibration", plots.reliability_diagram(evaluation["reliability"]),
-                             "On the diagonal, confidence means what it says; below it the student is overconfident."))  # fmt: skip
+        panels.append(
+            _panel(
+                "Calibration",
+                plots.reliability_diagram(evaluation["reliability"]),
+                "On the diagonal, confidence means what it says; below it the student is overconfident.",
+            )
+        )
     if "fidelity_by_confidence" in evaluation:
-        panels.append(_panel("Fidelity", plots.confidence_bars(evaluation["fidelity_by_confidence"]),
-                             "How often student and teacher choose the same class, by the student's confidence."))  # fmt: skip
+        panels.append(
+            _panel(
+                "Fidelity",
+                plots.confidence_bars(evaluation["fidelity_by_confidence"]),
+                "How often student and teacher choose the same class, by the student's confidence.",
+            )
+        )
     if "cost" in evaluation:
         cost = evaluation["cost"]
         caption = (
@@ -95,11 +112,18 @@ def render_comparison(folder: Path) -> Path:
     out = folder / "report.html"
     out.write_text(
         _render(
-            title="Comparison", subtitle="equal budgets, paired over seeds", facts=parts[0]["facts"] if parts else {},
-            sections=parts, headings=[], rows=[], panels=[], notes=[], recipe="",
+            title="Comparison",
+            subtitle="equal budgets, paired over seeds",
+            facts=parts[0]["facts"] if parts else {},
+            sections=parts,
+            headings=[],
+            rows=[],
+            panels=[],
+            notes=[],
+            recipe="",
         ),
         encoding="utf-8",
-    )  # fmt: skip
+    )
     return out
 
 
@@ -109,9 +133,14 @@ def _comparison(folder: Path) -> dict[str, Any]:
     percent = metric in ("accuracy", "agreement")
     others = list(dict.fromkeys(k for r in rows for k in r["others"]))
     teacher = (value.get("teacher") or {}).get(metric)
-    panels = [_panel(metric, plots.intervals(rows, metric, teacher),
-                     f"Mean and 95 % interval over {len(value['seeds'])} seeds; "
-                     f"{'higher' if value['higher_is_better'] else 'lower'} is better.")]  # fmt: skip
+    panels = [
+        _panel(
+            metric,
+            plots.intervals(rows, metric, teacher),
+            f"Mean and 95 % interval over {len(value['seeds'])} seeds; "
+            f"{'higher' if value['higher_is_better'] else 'lower'} is better.",
+        )
+    ]
     panels.append(_panel("Where the time goes", plots.time_bar(_shares(value["runs"])), "First seed of each method."))
     panels += _first_panels(folder, value["runs"])
     return {
@@ -119,13 +148,18 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "facts": {"versions": value.get("versions", {}), "budget": value.get("budget", {})},
         "headings": ["method", f"{metric} [95 %]", f"against {value['baseline']} (paired)", *others, "seeds"],
         "rows": [
-            [r["method"], span(r["mean"], *r["interval"], percent), span(r["difference"], *r["difference_interval"], percent),
-             *(f"{r['others'][k]:.3f}" if k in r["others"] else "–" for k in others), r["seeds"]]
+            [
+                r["method"],
+                span(r["mean"], r["interval"], percent),
+                span(r["difference"], r["difference_interval"], percent),
+                *(f"{r['others'][k]:.3f}" if k in r["others"] else "–" for k in others),
+                r["seeds"],
+            ]
             for r in rows
         ],
         "panels": panels,
         "recipe": yaml.safe_dump(value.get("recipe", {}), sort_keys=False),
-    }  # fmt: skip
+    }
 
 
 def _shares(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -20,11 +20,22 @@ _INK, _GRID = "#010203", "#040506"
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)", **{c: f"var(--s{i})" for i, c in enumerate(_SERIES)}}
 _STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.grid": True,
-    "grid.color": _GRID, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "svg.hashsalt": "understudy",
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "understudy",
+}
 
 
 def _figure(width: float = 5.6, height: float = 3.2) -> tuple[Figure, Axes]:
@@ -84,10 +95,17 @@ def reliability_diagram(table: Mapping[str, Any]) -> str:
         figure, axes = _figure(3.6, 3.4)
         axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1)
         total = sum(table["count"]) or 1
-        points = [(c, a, n) for c, a, n in zip(table["confidence"], table["accuracy"], table["count"], strict=True) if n]
+        points = [
+            (c, a, n) for c, a, n in zip(table["confidence"], table["accuracy"], table["count"], strict=True) if n
+        ]
         axes.plot([p[0] for p in points], [p[1] for p in points], color=_SERIES[0], linewidth=1)
-        axes.scatter([p[0] for p in points], [p[1] for p in points], s=[12 + 300 * p[2] / total for p in points],
-                     color=_SERIES[0], alpha=0.8)  # fmt: skip
+        axes.scatter(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            s=[12 + 300 * p[2] / total for p in points],
+            color=_SERIES[0],
+            alpha=0.8,
+        )
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
         return _svg(figure)
 

@@ -38,20 +38,26 @@ def summarise(runs: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> 
         }
         rows.append(
             {
-                "method": method, "metric": metric, "mean": own.mean, "interval": [own.low, own.high],
+                "method": method,
+                "metric": metric,
+                "mean": own.mean,
+                "interval": [own.low, own.high],
                 "difference": difference.mean if method != baseline else None,
-                "difference_interval": [difference.low, difference.high], "seeds": len(seeds), "others": others,
+                "difference_interval": [difference.low, difference.high],
+                "seeds": len(seeds),
+                "others": others,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
-def span(mean: float | None, low: float | None, high: float | None, percent: bool) -> str:
+def span(mean: float | None, ends: Sequence[float | None], percent: bool) -> str:
     """`93.1 [92.0, 94.2]`, in percent where asked."""
     if mean is None:
         return "–"
     factor, digits = (100, 1) if percent else (1, 3)
     text = f"{mean * factor:.{digits}f}"
+    low, high = ends
     if low is None or high is None:
         return text
     return f"{text} [{low * factor:.{digits}f}, {high * factor:.{digits}f}]"
@@ -70,13 +76,15 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         cells = [f"{row['others'][k]:.3f}" if k in row["others"] else "–" for k in others]
         table.add_row(
             row["method"],
-            span(row["mean"], *row["interval"], percent),
-            span(row["difference"], *row["difference_interval"], percent),
+            span(row["mean"], row["interval"], percent),
+            span(row["difference"], row["difference_interval"], percent),
             *cells,
             str(row["seeds"]),
         )
     teacher = comparison.get("teacher")
     if teacher:
         value = teacher.get(metric)
-        table.caption = f"teacher {teacher['name']}: {span(value, None, None, percent)}" if value is not None else None
+        table.caption = (
+            f"teacher {teacher['name']}: {span(value, (None, None), percent)}" if value is not None else None
+        )
     return table

@@ -51,16 +51,19 @@ class _Work:
     """The loss and its inputs, and the pass over tiles."""
 
     def __init__(
-        self, loss: RowLoss, student: Projected, target: Target | None, rows: tuple[Tensor, ...],
-        options: dict[str, Any], tile_bytes: int,
-    ) -> None:  # fmt: skip
+        self,
+        loss: RowLoss,
+        student: Projected,
+        target: Target | None,
+        rows: tuple[Tensor, ...],
+        options: dict[str, Any],
+        tile_bytes: int,
+    ) -> None:
         self.loss, self.student, self.target, self.rows, self.options = loss, student, target, rows, options
         size = max(4, student.hidden.element_size()) * student.classes
         self.tile = max(1, tile_bytes // size)
 
-    def run(
-        self, needs: tuple[bool, bool, bool], upstream: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    def run(self, needs: tuple[bool, bool, bool], upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
         """Values, and the gradients of `Σ upstream · values` (upstream 1 where none is given)."""
         student = self.student
         hidden, weight = student.hidden, student.weight

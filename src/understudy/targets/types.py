@@ -156,9 +156,7 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     return TopK(ids, log_p.gather(-1, ids), outside.logsumexp(-1, keepdim=True), temperature)
 
 
-def sample(
-    logits: Tensor, k: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
-) -> Sampled:
+def sample(logits: Tensor, k: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Sampled:
     """k independent draws from the teacher, each with weight 1/k: unbiased for anything linear in p.
 
     Args:

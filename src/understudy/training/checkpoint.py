@@ -67,7 +67,9 @@ def load_tree(path: Path) -> Any:
             structure = json.loads(file.metadata()["structure"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise InputError(f"Checkpoint file {path} cannot be read ({error}). Delete its folder to go back to the one before.") from error
+        raise InputError(
+            f"Checkpoint file {path} cannot be read ({error}). Delete its folder to go back to the one before."
+        ) from error
     return _unflatten(structure, tensors)
 
 

@@ -92,9 +92,7 @@ class Method(BaseModel):
         """Whether `merge` must see the gradient of each term apart."""
         return False
 
-    def merge(
-        self, gradients: Mapping[str, list[Tensor | None]], owners: Sequence[str]
-    ) -> list[Tensor | None]:
+    def merge(self, gradients: Mapping[str, list[Tensor | None]], owners: Sequence[str]) -> list[Tensor | None]:
         """Merge the whole update's gradients, one list per term (weight included), aligned with `owners`.
 
         `owners[i]` names the part a parameter belongs to: `"backbone"`, `"head"`, or one of `modules`.

@@ -119,8 +119,8 @@ def test_dhkd_alignment(world):
         for name, loss in (("ce", ce), ("kd", kd))
     }
     flat = lambda gs: torch.cat(
-        [(x if x is not None else torch.zeros_like(p)).flatten() for x, p in zip(gs, parameters)]
-    )  # noqa: E731, B905
+        [(x if x is not None else torch.zeros_like(p)).flatten() for x, p in zip(gs, parameters, strict=True)]
+    )
     close(flat(grads["ce"]), g[f"{world}_g_ce"], atol=1e-9)
     close(flat(grads["kd"]), g[f"{world}_g_kd"], atol=1e-9)
     owners = ["backbone", "head", "head", "auxiliary", "auxiliary"]

@@ -111,16 +111,19 @@ def run(recipe: Recipe, *, progress: bool = False, teacher_folder: Path | None =
     if interrupted:
         _write_json(folder / "run.json", _facts(recipe, hashes, findings, "interrupted", started))
         return Result(student.model, {}, folder, interrupted=True)
-    student.save(folder / "student")
-    if prepared.tokenizer is not None:
-        prepared.tokenizer.save_pretrained(folder / "student")
+    if first_rank():
+        student.save(folder / "student")
+        if prepared.tokenizer is not None:
+            prepared.tokenizer.save_pretrained(folder / "student")
     evaluation = judge(task, prepared, student, teacher, recipe.judge)
     evaluation["cost"] = meter.summary()
     evaluation["notes"] = findings.notes + findings.warnings
     _write_json(folder / "evaluation.json", evaluation)
     hashes["student"] = state_hash(student)
     _write_json(folder / "run.json", _facts(recipe, hashes, findings, "done", started))
-    render_run(folder)
+    if first_rank():
+        render_run(folder)
+    _together()
     return Result(student.model, evaluation["metrics"], folder)
 
 
@@ -208,7 +211,7 @@ def _train(trainer: DistillationTrainer, folder: Path) -> bool:
     last = last_complete(folder / "checkpoints")
     metrics = folder / "metrics.jsonl"
     step = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
-    if metrics.exists():  # lines after the checkpoint will be written again
+    if metrics.exists() and first_rank():  # lines after the checkpoint will be written again
         lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
         metrics.write_text("".join(line + "\n" for line in lines))
     start = time.perf_counter()
@@ -302,7 +305,7 @@ def _open_folder(recipe: Recipe) -> Path:
                     f"Folder {folder} holds another run: {key} was {before.get(key)!r} and is {now.get(key)!r} now. "
                     "Choose another output, or delete the folder."
                 )
-        else:
+        elif first_rank():
             written.write_text(text)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied", str(folder))
@@ -344,7 +347,20 @@ def _facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, s
     }
 
 
+def first_rank() -> bool:
+    """Whether this process writes files: the first of those that `torchrun` or `accelerate launch` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _together() -> None:
+    """Wait for the other ranks, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def _write_json(path: Path, value: Any) -> None:
+    if not first_rank():
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1))
     temporary.rename(path)

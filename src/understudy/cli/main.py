@@ -226,7 +226,16 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # only the command parser's own errors have it
             raise
         _fail(" ".join(error.format_message().split()) + " See --help.", 2)
+    finally:
+        _leave_ranks()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_ranks() -> None:
+    """Close the process group of a run under torchrun; without it the last rank may abort at exit."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _fail(message: str, code: int) -> None:

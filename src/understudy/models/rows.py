@@ -111,7 +111,7 @@ class CausalLMRows(RowModel):
     A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`.
     """
 
-    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+    def __init__(self, model: Any, vocabulary: int) -> None:
         super().__init__()
         self.model, self.vocabulary = model, vocabulary
         head = model.get_output_embeddings()

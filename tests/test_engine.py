@@ -1,0 +1,266 @@
+"""The engine: resume to the bit, invariance to how a batch is cut, garbage under the mask, who is trained."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import DIGITS, OPTIONS, TEXT, weights
+
+from understudy import distill
+from understudy.data import Batch, collate_images, collate_text
+from understudy.methods import DHKD, KD, PLD, SFT, TAID
+from understudy.models import CausalLMRows, ClassifierRows
+from understudy.models.small import build_small
+from understudy.targets import Dense
+from understudy.teachers import LocalTeacher
+from understudy.training import Apprentice, DistillationTrainer, Shapes
+from understudy.training.checkpoint import load_tree, save_tree
+
+HERE = Path(__file__).parent
+
+
+def recipe(base, method, output, **trainer):
+    return {
+        **base,
+        "method": method,
+        "options": OPTIONS[method],
+        "output": str(output),
+        "trainer": {**base["trainer"], **trainer},
+    }
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Each task's teacher, trained once."""
+    root = tmp_path_factory.mktemp("teachers")
+    for name, base in (("digits", DIGITS), ("text", TEXT)):
+        distill({**recipe(base, "kd", root / name, max_steps=1), "options": {}})
+    return {"digits": root / "digits" / "teacher", "text": root / "text" / "teacher"}
+
+
+CASES = [("digits", m) for m in OPTIONS] + [("text", m) for m in ("kd", "taid")]
+
+
+@pytest.mark.parametrize("task,method", CASES)
+def test_killed_and_resumed_ends_in_the_same_weights(task, method, teachers, tmp_path):
+    base = {"digits": DIGITS, "text": TEXT}[task]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        shutil.copytree(teachers[task], folder / "teacher")
+    distill(recipe(base, method, whole))
+    command = [sys.executable, str(HERE / "engine_cases.py"), json.dumps(recipe(base, method, cut))]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = cut / "metrics.jsonl"
+    steps = random.Random(method).randint(4, base["trainer"]["max_steps"] - 3)
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < steps):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = not (cut / "evaluation.json").exists()
+    distill(recipe(base, method, cut))
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    lines = [[json.loads(x)["loss"] for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, cut)]
+    assert lines[0] == lines[1]
+    assert killed or task == "digits"  # a tiny run may have ended before the signal
+
+
+def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="token_mean", text=False):
+    """A trainer whose update covers the same examples however it is cut."""
+    from understudy.run import training_arguments
+
+    torch.manual_seed(1)
+    if text:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        def model():
+            config = LlamaConfig(
+                vocab_size=40,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+            )
+            return CausalLMRows(LlamaForCausalLM(config).double(), 40)
+
+        items = []
+        for i in range(examples):
+            ids = torch.randint(0, 40, (4 + i,))
+            labels = ids.clone()
+            labels[: i // 2] = -100
+            items.append({"input_ids": ids, "labels": labels, "id": i, "bytes": 0})
+        collate, classes, width = collate_text, 40, 16
+    else:
+
+        def model():
+            return ClassifierRows(build_small("mlp:8", 5, (1, 3, 3)).double(), 5)
+
+        items = [(torch.rand(1, 3, 3).double(), i % 5, i) for i in range(examples)]
+        collate, classes, width = collate_images, 5, 8
+    student, teacher = model(), model()
+    args = training_arguments(
+        {
+            "max_steps": 2,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": accumulate,
+            "save_strategy": "no",
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+        },
+        tmp_path,
+        0,
+    )
+    apprentice = Apprentice(student, method, Shapes(classes, width), 2, reduction).double()
+    return DistillationTrainer(apprentice, args, items, collate, teacher=LocalTeacher(teacher, "teacher"))
+
+
+METHODS = [
+    SFT(),
+    KD(divergence="reverse_kl"),
+    PLD(),
+    TAID(alpha=0.3, distil_ratio=0.7),
+    DHKD(align="all"),
+    DHKD(align="shared"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'align', '')}")
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_any_split_of_a_batch_gives_the_same_update(method, text, reduction, tmp_path):
+    if text and "text" not in method.kinds:
+        pytest.skip("works on images")
+    results = []
+    for micro, accumulate in ((12, 1), (4, 3), (1, 12)):
+        trainer = trainer_for(method, tmp_path, micro, accumulate, reduction=reduction, text=text)
+        trainer.train()
+        results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=0, atol=1e-6)
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_engine import trainer_for, METHODS
+trainer = trainer_for(METHODS[int(sys.argv[1])], Path(sys.argv[2]), 6, 1, text=sys.argv[3] == "1")
+trainer.train()
+if trainer.args.process_index == 0:
+    torch.save(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), sys.argv[2] + "/two.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("index,text", [(1, True), (3, False), (4, False)])
+def test_two_ranks_give_the_result_of_one(index, text, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(here=str(HERE)))
+    port = str(random.randint(20000, 40000))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        port,
+        str(script),
+        str(index),
+        str(tmp_path),
+        str(int(text)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    single = trainer_for(METHODS[index], tmp_path, 12, 1, text=text)
+    single.train()
+    alone = torch.cat([p.detach().flatten() for p in single.model.parameters()])
+    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), alone, rtol=0, atol=1e-6)
+
+
+def test_garbage_under_the_mask_changes_nothing():
+    hidden = torch.randn(2, 5, 4, requires_grad=True)
+    labels = torch.tensor([[1, 2, 3, -100, -100], [-100, 1, 1, 1, -100]])
+    batch = Batch({}, labels, torch.arange(2))
+    clean = batch.select(hidden).sum()
+    with torch.no_grad():
+        poisoned = hidden.clone()
+        poisoned[:, :-1][~batch.mask] = float("nan")
+        poisoned[:, -1] = float("inf")
+    poisoned.requires_grad_()
+    value = batch.select(poisoned).sum()
+    assert value == clean
+    value.backward()
+    assert poisoned.grad.isfinite().all() and (poisoned.grad[:, :-1][~batch.mask] == 0).all()
+    assert (
+        batch.rows == 5 and batch.row_labels.tolist() == [2, 3, 1, 1, 1] and batch.sequence.tolist() == [0, 0, 1, 1, 1]
+    )
+
+
+@pytest.mark.parametrize("method", METHODS[:5], ids=lambda m: m.name)
+def test_gradients_reach_the_student_and_own_modules_only(method, tmp_path):
+    trainer = trainer_for(method, tmp_path, 12, 1)
+    seen = {}
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)
+    step = trainer.optimizer.step
+
+    def record(*args, **kwargs):
+        seen.update(
+            {n: p.grad is not None and bool(p.grad.abs().sum() > 0) for n, p in trainer.model.named_parameters()}
+        )
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = record
+    trainer.train()
+    assert seen and all(seen.values()), seen
+    assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.model.parameters())
+
+
+def test_a_teacher_keeps_its_own_mode_and_the_students():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 5))
+    rows = ClassifierRows(net, 5).train()
+    teacher = LocalTeacher(rows, "t")
+    batch = Batch({"pixel_values": torch.rand(4, 1, 3, 3)}, torch.zeros(4).long(), torch.arange(4))
+    a, b = teacher.targets(batch), teacher.targets(batch)
+    assert isinstance(a, Dense) and torch.equal(a.logits, b.logits) and not a.logits.requires_grad
+    assert all(m.training for m in rows.modules())
+
+
+def test_auxiliary_head_stays_behind_and_alpha_zero_is_plain_training(tmp_path):
+    plain = trainer_for(SFT(), tmp_path, 12, 1)
+    plain.train()
+    dual = trainer_for(DHKD(alpha=0.0), tmp_path, 12, 1)
+    dual.train()
+    a, b = plain.model.student.state_dict(), dual.model.student.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
+
+
+def test_checkpoint_trees_round_trip(tmp_path):
+    tree = {"a": [1, 2.5, None, ("x", True)], 3: {"t": torch.randn(2, 2), "s": torch.tensor(4)}}
+    save_tree(tree, tmp_path / "x.safetensors")
+    back = load_tree(tmp_path / "x.safetensors")
+    assert back["a"] == tree["a"] and torch.equal(back[3]["t"], tree[3]["t"])
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "pld", "taid", "dhkd"])
+def test_every_method_learns_digits(method, teachers, tmp_path):
+    shutil.copytree(teachers["digits"], tmp_path / "run" / "teacher")
+    base = recipe(DIGITS, method, tmp_path / "run", max_steps=150, learning_rate=1e-2, save_steps=1000)
+    options = {"align": "none"} if method == "dhkd" else {}
+    metrics = distill({**base, "options": {**base["options"], **options}}).metrics
+    assert metrics["accuracy"] > 0.4  # chance is 0.1
+    assert {"nll", "ece"} <= metrics.keys()

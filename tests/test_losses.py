@@ -1,0 +1,221 @@
+"""Limits that must hold and bad input of cards 00, 09, 19 and 40."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from understudy import losses
+from understudy.errors import InputError
+from understudy.losses.gradients import align
+from understudy.losses.reduction import reduce
+from understudy.targets import Projected, TopK, sample, top_k
+
+F64 = torch.float64
+DIVERGENCES = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.3},
+    "skew_kl": {"alpha": 0.2},
+    "skew_reverse_kl": {"alpha": 0.2},
+    "total_variation": {},
+    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+}
+
+
+def draw(seed, rows=4, classes=7, scale=3.0):
+    g = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(rows, classes, generator=g, dtype=F64) for _ in range(2))
+
+
+def gradient(function, student, *args, **kwargs):
+    leaf = student.clone().requires_grad_()
+    function(leaf, *args, **kwargs).sum().backward()
+    return leaf.grad
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(DIVERGENCES)))
+def test_divergences_are_non_negative_and_shift_invariant(seed, name):
+    function, options = getattr(losses, name), DIVERGENCES[name]
+    s, t = draw(seed)
+    values = function(s, t, **options)
+    assert (values >= -1e-12).all()
+    torch.testing.assert_close(function(s + 3, t - 5, **options), values)
+    order = torch.randperm(s.shape[1], generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(function(s[:, order], t[:, order], **options), values)
+    torch.testing.assert_close(
+        gradient(function, s, t, **options).sum(-1), torch.zeros(len(s), dtype=F64), atol=1e-10, rtol=0
+    )
+    equal = function(s, s + 2, **options)
+    torch.testing.assert_close(equal, torch.zeros_like(equal), atol=1e-12, rtol=0)
+    assert gradient(function, s, s + 2, **options).abs().max() < 1e-10
+
+
+def test_symmetries_and_limits():
+    s, t = draw(1)
+    torch.testing.assert_close(losses.forward_kl(s, t), losses.reverse_kl(t, s))
+    torch.testing.assert_close(losses.jsd(s, t, beta=0.3), losses.jsd(t, s, beta=0.7))
+    torch.testing.assert_close(losses.skew_reverse_kl(s, t, alpha=0.3), losses.skew_kl(t, s, alpha=0.3))
+    torch.testing.assert_close(losses.jsd(s, t, beta=1e-7) / 1e-7, losses.forward_kl(s, t), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.jsd(s, t, beta=0.0), losses.forward_kl(s, t))
+    torch.testing.assert_close(losses.jsd(s, t, beta=1.0), losses.reverse_kl(s, t))
+    tv = losses.total_variation(s, t)
+    assert (tv**2 <= 0.5 * torch.minimum(losses.forward_kl(s, t), losses.reverse_kl(s, t)) + 1e-12).all()
+    assert (losses.skew_kl(s, t, alpha=0.1) <= -math.log(0.1)).all()
+    for pair, expected in (((1, 0), losses.forward_kl(s, t)), ((0, 1), losses.reverse_kl(s, t))):
+        torch.testing.assert_close(losses.alpha_beta(s, t, alpha=pair[0], beta=pair[1]), expected)
+    q, p = s.softmax(-1), t.softmax(-1)
+    torch.testing.assert_close(losses.alpha_beta(s, t, alpha=1, beta=1), 0.5 * (p - q).square().sum(-1))
+    torch.testing.assert_close(losses.alpha_beta(s, t, alpha=0.5, beta=0.5), 4 * (1 - (p * q).sqrt().sum(-1)))
+    tau = 1e4
+    centred = [x - x.mean(-1, keepdim=True) for x in (s, t)]
+    hot = losses.forward_kl(s, t, temperature=tau, tau_squared=True)
+    torch.testing.assert_close(hot, (centred[1] - centred[0]).square().sum(-1) / (2 * s.shape[1]), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("a,b", [(0.7, 0.0), (0.0, 0.7), (0.4, -0.4), (0.0, 0.0)])
+def test_alpha_beta_is_continuous_through_its_branches(a, b):
+    s, t = draw(2, scale=1.0)
+    here = losses.alpha_beta(s, t, alpha=a, beta=b)
+    near = losses.alpha_beta(s, t, alpha=a + 1e-4, beta=b + 2e-4)
+    torch.testing.assert_close(here, near, rtol=5e-3, atol=1e-4)
+
+
+def test_gradients_in_closed_form():
+    s, t = draw(3)
+    q, p = s.softmax(-1), t.softmax(-1)
+    torch.testing.assert_close(gradient(losses.forward_kl, s, t), q - p)
+    torch.testing.assert_close(gradient(losses.interpolated_kl, s, t, t=1.0), q - p)
+    assert gradient(losses.interpolated_kl, s, t, t=0.0).abs().max() < 1e-14
+    p_t = (0.6 * s + 0.4 * t).softmax(-1)
+    torch.testing.assert_close(gradient(losses.interpolated_kl, s, t, t=0.4), q - p_t)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation", "skew_kl", "skew_reverse_kl"])
+def test_a_tail_bucket_never_exceeds_the_whole(name):
+    s, t = draw(4, rows=8)
+    options = DIVERGENCES[name]
+    full = getattr(losses, name)(s, t, **options)
+    for k in (1, 3, 6, 7, 20):
+        cut = getattr(losses, name)(s, top_k(t, k), **options)
+        assert (cut <= full + 1e-9).all()
+    torch.testing.assert_close(getattr(losses, name)(s, top_k(t, 6), **options), full)
+
+
+def test_sampled_targets_are_unbiased_in_value_and_gradient():
+    s, t = draw(5, rows=1, scale=1.5)
+    g = torch.Generator().manual_seed(0)
+    drawn = sample(t, 40_000, generator=g)
+    torch.testing.assert_close(losses.forward_kl(s, drawn), losses.forward_kl(s, t), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(
+        gradient(losses.forward_kl, s, drawn), gradient(losses.forward_kl, s, t), rtol=0.1, atol=0.02
+    )
+    with pytest.raises(InputError, match="reverse_kl is not defined for Sampled"):
+        losses.reverse_kl(s, drawn)
+
+
+def test_forbidden_tokens_give_no_nan():
+    s, t = draw(6, rows=2)
+    s[:, 0] = t[:, 0] = -math.inf
+    for name, options in DIVERGENCES.items():
+        if name == "alpha_beta":
+            continue
+        function = getattr(losses, name)
+        assert function(s, t, **options).isfinite().all()
+        assert gradient(function, s, t, **options).isfinite().all()
+
+
+def test_one_class_and_no_rows():
+    one = torch.randn(3, 1, dtype=F64)
+    for name, options in DIVERGENCES.items():
+        assert getattr(losses, name)(one, one + 1, **options).abs().max() < 1e-12
+    empty = torch.zeros(0, 5, requires_grad=True)
+    value = reduce(losses.forward_kl(empty, torch.zeros(0, 5)), "token_mean")
+    value.backward()
+    assert value == 0 and empty.grad is not None
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda s, t: losses.forward_kl(s, t[:, :-1]), "7 classes and the teacher 6"),
+        (lambda s, t: losses.forward_kl(s, t, temperature=0), "temperature is 0"),
+        (lambda s, t: losses.jsd(s, t, beta=1.5), "beta is 1.5"),
+        (lambda s, t: losses.skew_kl(s, t, alpha=1.0), "alpha is 1.0"),
+        (lambda s, t: losses.forward_kl(s, top_k(t, 2, temperature=2.0)), "temperature 2.0 and the loss asks for 1.0"),
+        (lambda s, t: losses.forward_kl(s * math.nan, t), "row 0 .* student has nan"),
+        (lambda s, t: losses.forward_kl(s, t * math.inf), "teacher has"),
+        (lambda s, t: losses.forward_kl(torch.full_like(s, -math.inf), t), "-inf logits only"),
+        (lambda s, t: losses.forward_kl(s, Projected(s, torch.ones(7, 7, dtype=F64))), "streaming.rowwise"),
+        (lambda s, t: losses.binary_kl_norm(s, top_k(t, 2)), "not defined for TopK"),
+        (lambda s, t: losses.binary_kl_norm(s, t * math.nan), "row 0 are not finite"),
+        (lambda s, t: losses.cross_entropy(s, torch.tensor([0, 1, 2, 9])), "label 9"),
+        (lambda s, t: losses.plackett_luce_distillation(s, t, torch.tensor([0, 1, 2, 9])), "label 9"),
+        (lambda s, t: losses.plackett_luce_distillation(s, t * math.nan, torch.zeros(4).long()), "nan"),
+        (lambda s, t: losses.interpolated_kl(s, t, t=1.2), "t is 1.2"),
+        (lambda s, t: top_k(t, 0), "k is 0"),
+        (lambda s, t: TopK(torch.zeros(2, 3).long(), torch.zeros(2, 2), torch.zeros(2, 1)), "ids are"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(InputError, match=message):
+        call(*draw(0))
+
+
+def test_plackett_luce_limits():
+    s, t = draw(7, rows=5)
+    y = torch.tensor([0, 1, 2, 3, 6])
+    pld = losses.plackett_luce_distillation
+    ce = losses.cross_entropy(s, y)
+    torch.testing.assert_close(pld(s, t, y, weights="first"), ce)
+    torch.testing.assert_close(pld(s, t, y, temperature=1e6), pld(s, t, y, weights="uniform"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(pld(s + 4, t - 2, y), pld(s, t, y))
+    torch.testing.assert_close(gradient(pld, s, t, y).sum(-1), torch.zeros(5, dtype=F64), atol=1e-12, rtol=0)
+    a1 = t.softmax(-1).gather(-1, y[:, None])[:, 0]
+    assert (pld(s, t, y) >= a1 * ce - 1e-12).all()
+    assert gradient(pld, t, t, y).abs().max() > 1e-3  # a student equal to the teacher is not stationary
+    two = torch.tensor([0, 1, 1, 0, 1])
+    torch.testing.assert_close(
+        pld(s[:, :2], t[:, :2], two),
+        t[:, :2].softmax(-1).gather(-1, two[:, None])[:, 0] * losses.cross_entropy(s[:, :2], two),
+    )
+    wrong = torch.tensor([[5.0, 0.0, 0.0]], dtype=F64)
+    first = losses.plackett_luce_distillation(s[:1, :3], wrong, torch.tensor([1]), temperature=1e-3)
+    assert first.isfinite().all()
+    masked = t.clone()
+    masked[:, 4:6] = -math.inf
+    student = s.clone()
+    student[:, 4:6] = -math.inf
+    value = pld(student, masked, torch.zeros(5).long())
+    assert value.isfinite().all() and gradient(pld, student, masked, torch.zeros(5).long()).isfinite().all()
+    assert losses.position_weights(300).isfinite().all()
+    half = (pld(0.5 * (s + t), t, y) - 0.5 * (pld(s, t, y) + pld(t, t, y))) <= 1e-12
+    assert half.all()
+
+
+def test_binary_kl_norm_limits():
+    v, t = draw(8)
+    norm = losses.binary_kl_norm
+    torch.testing.assert_close(norm(v, t), norm(t, v))
+    torch.testing.assert_close(norm(v + 7, t + 7), norm(v, t))
+    torch.testing.assert_close(norm(v, t, temperature=1e3), (v - t).square().sum(-1) / 8, rtol=1e-4, atol=1e-8)
+    assert gradient(norm, 1000 * v, t).abs().max() <= 1.0 + 1e-12
+    assert not torch.allclose(norm(v + 1, t), norm(v, t))
+    assert norm(torch.full((1, 3), 1e4), torch.full((1, 3), -1e4)).isfinite().all()
+    p = losses.binary_kl
+    torch.testing.assert_close(gradient(p, v, t), 2 * (torch.sigmoid(v / 2) - torch.sigmoid(t / 2)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_alignment_never_opposes_the_reference(seed):
+    a, b = draw(seed)
+    aligned = align([a, None], [b, b])
+    dot = (a * (a + aligned[0])).sum()
+    assert dot >= a.square().sum() - 1e-9
+    if (a * b).sum() >= 0:
+        assert torch.equal(aligned[0], b)
+    assert torch.equal(align([torch.zeros_like(a)], [b])[0], b)

@@ -1,4 +1,4 @@
-"""Write the generated pages: one per method, and the catalogue. `make docs` runs this; a test keeps them current."""
+"""Write the generated pages: one per method, the catalogue, and its table in the README. A test keeps them current."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ def build(folder: Path) -> None:
     for entry in catalogue():
         if entry.status == "works":
             (folder / "methods" / f"{entry.name}.md").write_text(page(entry) + "\n", encoding="utf-8")
+    readme = folder.parent / "README.md"
+    head = readme.read_text(encoding="utf-8").split("## Catalogue\n")[0]
+    readme.write_text(f"{head}## Catalogue\n\n{table()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

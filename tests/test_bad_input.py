@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from engine_cases import DIGITS, TEXT
 
+from engine_cases import DIGITS, TEXT
 from understudy.cli import main
 
 
@@ -176,8 +176,8 @@ def test_a_corrupt_checkpoint_is_named(tmp_path):
 
 
 def test_corrupt_weights_are_named(tmp_path):
-    from understudy.models import load_classifier, save_small
     from understudy.errors import InputError
+    from understudy.models import load_classifier, save_small
 
     save_small(load_classifier("mlp:4", classes=10, input_shape=(1, 8, 8)), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import DIGITS, OPTIONS, TEXT, weights
 
+from engine_cases import DIGITS, OPTIONS, TEXT, weights
 from understudy import distill
 from understudy.data import Batch, collate_images, collate_text
 from understudy.methods import DHKD, KD, PLD, SFT, TAID
@@ -168,15 +168,13 @@ torch.distributed.destroy_process_group()
 def test_two_ranks_give_the_result_of_one(index, text, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(here=str(HERE)))
-    port = str(random.randint(20000, 40000))
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        port,
         str(script),
         str(index),
         str(tmp_path),

@@ -118,9 +118,12 @@ def test_dhkd_alignment(world):
         name: list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
         for name, loss in (("ce", ce), ("kd", kd))
     }
-    flat = lambda gs: torch.cat(
-        [(x if x is not None else torch.zeros_like(p)).flatten() for x, p in zip(gs, parameters, strict=True)]
-    )
+
+    def flat(gs):
+        return torch.cat(
+            [(x if x is not None else torch.zeros_like(p)).flatten() for x, p in zip(gs, parameters, strict=True)]
+        )
+
     close(flat(grads["ce"]), g[f"{world}_g_ce"], atol=1e-9)
     close(flat(grads["kd"]), g[f"{world}_g_kd"], atol=1e-9)
     owners = ["backbone", "head", "head", "auxiliary", "auxiliary"]

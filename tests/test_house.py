@@ -1,0 +1,125 @@
+"""The house: imports go one way, files and functions keep their size, the catalogue and the pages are true."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from understudy.catalogue import catalogue, find, papers
+from understudy.errors import InputError
+from understudy.methods import all_methods
+from understudy.pages import page, table
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "understudy"
+ROOMS = (
+    "errors targets losses streaming data models teachers training evaluation tasks methods catalogue reporting recipe "
+    "preflight progress run comparison check pages demo claims cli"
+).split()
+
+
+def room(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("understudy"):
+            parts = node.module.split(".")
+            yield from ([parts[1]] if len(parts) > 1 else [a.name for a in node.names if a.name in ROOMS])
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        here = room(path)
+        if here.startswith("__"):
+            continue
+        assert here in ROOMS, f"{here} has no place in the order"
+        wrong += [f"{here} imports {i}" for i in imports(path) if ROOMS.index(i) > ROOMS.index(here)]
+    assert not wrong, wrong
+
+
+def test_files_and_functions_keep_their_size():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 75, f"{path}: {node.name}"
+                assert (
+                    node.name.startswith("_")
+                    or path.name.startswith("_")
+                    or ast.get_docstring(node)
+                    or room(path) != "losses"
+                ), node.name
+
+
+def test_the_catalogue_has_all_papers_once():
+    entries = [e for e in catalogue() if e.number is not None]
+    assert [e.number for e in entries] == list(range(1, 42))
+    assert {e.name for e in catalogue() if e.status == "works"} == set(all_methods())
+    assert {e.number for e in entries if e.access == "black"} == {1, 11, 16, 21, 24, 28, 34, 36}
+    for column in ("elicitation", "algorithm"):
+        used = {v for r in papers() for v in r[column].split(";")}
+        assert used - {"all"} <= {
+            "labeling",
+            "expansion",
+            "curation",
+            "feature",
+            "feedback",
+            "self_knowledge",
+            "sft",
+            "divergence_similarity",
+            "rl",
+            "rank_optimization",
+            "none_prompting",
+        }
+    assert find("19").name == "taid" and find("taid").number == 19
+    with pytest.raises(InputError, match="Did you mean 'dhkd'"):
+        find("dkhd")
+
+
+def test_committed_pages_are_current():
+    docs = ROOT / "docs"
+    for entry in catalogue():
+        if entry.status == "works":
+            assert (docs / "methods" / f"{entry.name}.md").read_text() == page(entry) + "\n", "run `make docs`"
+    assert table() in (docs / "catalogue.md").read_text()
+    assert table() in (ROOT / "README.md").read_text()
+
+
+def test_a_users_method_needs_no_edit(tmp_path, monkeypatch):
+    """An entry point registers a method that lives outside the package."""
+    (tmp_path / "mine.py").write_text(
+        "from understudy import Method, Term\n"
+        "from understudy.losses import total_variation\n"
+        "from understudy.streaming import rowwise\n"
+        "class Mine(Method):\n"
+        "    '''Total variation.'''\n"
+        "    name = 'mine'\n"
+        "    def loss(self, student, teacher, batch, live):\n"
+        "        return {'tv': Term(rowwise(total_variation, student.signal, teacher))}\n"
+    )
+    info = tmp_path / "mine-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[understudy.methods]\nmine = mine:Mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from engine_cases import DIGITS
+    from understudy import distill
+
+    try:
+        assert "mine" in all_methods() and find("mine").status == "works"
+        result = distill(
+            {
+                **DIGITS,
+                "method": "mine",
+                "output": str(tmp_path / "run"),
+                "trainer": {"max_steps": 200, "learning_rate": 1e-2},
+            }
+        )
+        assert result.metrics["accuracy"] > 0.2
+    finally:
+        sys.modules.pop("mine", None)

@@ -262,3 +262,29 @@ def test_every_method_learns_digits(method, teachers, tmp_path):
     metrics = distill({**base, "options": {**base["options"], **options}}).metrics
     assert metrics["accuracy"] > 0.4  # chance is 0.1
     assert {"nll", "ece"} <= metrics.keys()
+
+
+def test_modules_teach_and_learn(tmp_path):
+    """Teacher and student handed over as modules; a student without save_pretrained must be one of ours."""
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    student = build_small("mlp:8", 10, (1, 8, 8))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    result = distill(recipe(DIGITS, "kd", tmp_path / "run", max_steps=5), teacher=teacher, student=student)
+    assert result.student is student and "teacher_accuracy" in result.metrics
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+def test_an_interrupt_leaves_a_run_that_resumes(teachers, tmp_path):
+    shutil.copytree(teachers["digits"], tmp_path / "run" / "teacher")
+    long = recipe(DIGITS, "kd", tmp_path / "run", max_steps=3000, save_steps=5000)
+    values = [f"{k}={json.dumps(v)}" for k, v in long.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "understudy", "train", *values], stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "resumes" in error
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*/complete.json"))) == 1

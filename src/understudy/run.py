@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -30,6 +31,7 @@ from understudy.recipe import ModelSpec, Recipe, load, make
 from understudy.reporting import render_run
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
+from understudy.tasks.base import MODULE
 from understudy.teachers import LocalTeacher
 from understudy.training import Apprentice, DistillationTrainer, Shapes, last_complete
 
@@ -64,7 +66,9 @@ def distill(
     """Train a student as a recipe says, and evaluate it.
 
     Args:
-        recipe: a recipe, a mapping, or the path of a YAML file; `keys` go on top (`method="taid"`, ...).
+        recipe: a recipe, a mapping, or the path of a YAML file; `keys` go on top (`method="taid"`, ...). `teacher` and
+            `student` may also be modules: image classifiers that return logits, or causal LMs (name their tokenizer
+            with `data={"tokenizer": ...}`).
         progress: show a progress bar.
 
     Started again on the same folder it resumes, and a finished run is read rather than repeated.
@@ -74,12 +78,26 @@ def distill(
     """
     if isinstance(recipe, (str, Path)):
         recipe = load(recipe)
-    values = recipe.dump() if isinstance(recipe, Recipe) else dict(recipe or {})
-    return run(make({**values, **keys}), progress=progress)
+    values = {**(recipe.dump() if isinstance(recipe, Recipe) else dict(recipe or {})), **keys}
+    modules = {side: values[side] for side in ("teacher", "student") if isinstance(values.get(side), nn.Module)}
+    named = {side: {"model": f"{MODULE}{type(m).__name__}"} for side, m in modules.items()}
+    return run(make({**values, **named}), progress=progress, modules=modules)
 
 
-def run(recipe: Recipe, *, progress: bool = False, teacher_folder: Path | None = None) -> Result:
-    """Carry out a validated recipe. `teacher_folder` is where a teacher that is trained first is kept and shared."""
+def run(
+    recipe: Recipe,
+    *,
+    progress: bool = False,
+    teacher_folder: Path | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> Result:
+    """Carry out a validated recipe.
+
+    Args:
+        teacher_folder: where a teacher that is trained first is kept and shared.
+        modules: `teacher` or `student` handed over as a module.
+    """
+    modules = modules or {}
     folder = _open_folder(recipe)
     task = get_task(recipe.task)
     done = _finished(folder)
@@ -92,10 +110,13 @@ def run(recipe: Recipe, *, progress: bool = False, teacher_folder: Path | None =
     method = recipe.build_method()
     teacher = None
     if "teacher" in method.needs or recipe.teacher is not None:
-        teacher = _teacher(recipe, task, prepared, teacher_folder or folder / "teacher", progress)
+        if "teacher" in modules:
+            teacher = task.model(recipe.teacher, prepared, modules["teacher"])
+        else:
+            teacher = _teacher(recipe, task, prepared, teacher_folder or folder / "teacher", progress)
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
-    student = task.model(recipe.student, prepared)
+    student = task.model(recipe.student, prepared, modules.get("student"))
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = preflight(task, prepared, student, teacher)

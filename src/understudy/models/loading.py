@@ -24,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load_classifier(
-    name: str | nn.Module,
+    name: str | Path | nn.Module,
     *,
     classes: int,
     input_shape: tuple[int, ...],
@@ -35,6 +35,7 @@ def load_classifier(
     """An image classifier: a module, a small network's name, a folder, `cifar10_resnets/resnetN`, or a Hub id."""
     if isinstance(name, nn.Module):
         return name
+    name = str(name)
     if is_small(name):
         return build_small(name, classes, input_shape)
     path = find(name)
@@ -92,7 +93,7 @@ def is_new_causal_lm(name: str) -> bool:
 
 
 def load_causal_lm(
-    name: str | nn.Module,
+    name: str | Path | nn.Module,
     *,
     tokenizer: PreTrainedTokenizerBase,
     dtype: str = "auto",
@@ -105,6 +106,7 @@ def load_causal_lm(
     """
     if isinstance(name, nn.Module):
         return name
+    name = str(name)
     if is_new_causal_lm(name):
         model: nn.Module = _new_llama(name, tokenizer)
     else:

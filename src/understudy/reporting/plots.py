@@ -84,7 +84,7 @@ def intervals(rows: Sequence[Mapping[str, Any]], metric: str, reference: float |
         axes.grid(axis="y", visible=False)
         if reference is not None:
             axes.axvline(reference, color=_SERIES[1], linestyle="--", linewidth=1.2, label="teacher")
-            axes.legend(loc="best")
+            figure.legend(loc="outside upper right")
         axes.set_xlabel(metric)
         return _svg(figure)
 

@@ -71,7 +71,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     table = Table(title=f"{comparison['title']}: {metric}{' %' if percent else ''} ({better} is better)")
     others = [k for k in _OTHERS if any(k in r["others"] for r in comparison["table"])]
     for heading in ("method", f"{metric} [95 %]", f"against {comparison['baseline']} (paired)", *others, "seeds"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "method" else "right", no_wrap="95" in heading or heading == "method"
+        )
     for row in comparison["table"]:
         cells = [f"{row['others'][k]:.3f}" if k in row["others"] else "–" for k in others]
         table.add_row(

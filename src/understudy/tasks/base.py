@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from understudy.data import Batch
 from understudy.models import RowModel
+
+MODULE = "module:"
+"""Begins the name of a model that was handed over as a module."""
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -60,8 +65,8 @@ class Task(Protocol):
         """Read the data, and for text agree on the tokenizer."""
         ...
 
-    def model(self, spec: Any, prepared: Prepared, folder: Path | None = None) -> RowModel:
-        """Build or load a model for this data; `folder` overrides where the weights come from."""
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+        """Build or load a model for this data; `source` stands in for the recipe's name: a folder, or a module."""
         ...
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from understudy.data import collate_images, load_images
 from understudy.models import ClassifierRows, RowModel, load_classifier, normalisation
 from understudy.tasks.base import Prepared, merged
@@ -76,9 +78,9 @@ class ImageClassification:
             hashes={"data": splits.hash},
         )
 
-    def model(self, spec: Any, prepared: Prepared, folder: Path | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
         model = load_classifier(
-            str(folder) if folder is not None else spec.model,
+            spec.model if source is None else source,
             classes=prepared.classes,
             input_shape=prepared.input_shape,
             dtype=spec.dtype,

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
 from understudy.errors import InputError
 from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer
 from understudy.models.tokenizers import compare_tokenizers
-from understudy.tasks.base import Prepared, merged
+from understudy.tasks.base import MODULE, Prepared, merged
 
 _TRAINER = {
     "max_steps": 300,
@@ -81,7 +83,9 @@ class LanguageModeling:
             found["data.tokenizer"] = load_tokenizer(own)
         for side in ("teacher", "student"):
             spec = getattr(recipe, side)
-            if spec is not None and not is_new_causal_lm(spec.model):
+            if spec is None or (spec.model.startswith(MODULE) and spec.tokenizer is None):
+                continue
+            if not is_new_causal_lm(spec.model):
                 found[side] = load_tokenizer(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         if not found:
             return train_tokenizer(splits.texts(), vocabulary)
@@ -95,9 +99,9 @@ class LanguageModeling:
                 )
         return chosen
 
-    def model(self, spec: Any, prepared: Prepared, folder: Path | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
         model = load_causal_lm(
-            str(folder) if folder is not None else spec.model,
+            spec.model if source is None else source,
             tokenizer=prepared.tokenizer,
             dtype=spec.dtype,
             quantization=spec.quantization,

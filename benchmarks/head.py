@@ -60,7 +60,7 @@ def error(function: object, loss: object, seed: int) -> float:
     teacher = (h.float() + 0.15 * torch.randn(64, 64)).bfloat16()
     grads = []
     for dtype in (torch.bfloat16, torch.float64):
-        leaf = h.to(dtype).requires_grad_()
+        leaf = h.to(dtype).detach().clone().requires_grad_()
         values = function(loss, Projected(leaf, weight.to(dtype)), Projected(teacher.to(dtype), weight.to(dtype)))  # type: ignore[operator]
         values.sum().backward()
         grads.append(leaf.grad.double())

@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach small models from large ones, and show that it worked.",
 )
-out = Console(width=None if sys.stdout.isatty() else 150)
+# Under torchrun only the first rank speaks.
+out = Console(width=None if sys.stdout.isatty() else 150, quiet=os.environ.get("RANK", "0") != "0")
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots reach inside: trainer.max_steps=100")]

@@ -3,7 +3,7 @@
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
 from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, find_head, state_hash
 from understudy.models.small import load_small, normalisation, save_small
-from understudy.models.tokenizers import compare_tokenizers, load_tokenizer
+from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tokenizer_hashes
 
 __all__ = [
     "CausalLMRows",
@@ -20,4 +20,5 @@ __all__ = [
     "normalisation",
     "save_small",
     "state_hash",
+    "tokenizer_hashes",
 ]

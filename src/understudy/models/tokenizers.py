@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from understudy.data.folders import find
@@ -15,6 +18,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         return AutoTokenizer.from_pretrained(str(path or name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"No tokenizer can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Content hashes of the tokens with their ids, and of the chat template (empty where there is none)."""
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    template = tokenizer.chat_template
+    return {
+        "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
+        "template": hashlib.sha256(str(template).encode()).hexdigest() if template else "",
+    }
 
 
 def compare_tokenizers(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:

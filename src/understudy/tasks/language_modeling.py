@@ -10,7 +10,7 @@ from torch import nn
 
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
 from understudy.errors import InputError
-from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer
+from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer, tokenizer_hashes
 from understudy.models.tokenizers import compare_tokenizers
 from understudy.tasks.base import MODULE, Prepared, merged
 
@@ -72,7 +72,7 @@ class LanguageModeling:
             classes=len(tokenizer),
             tokenizer=tokenizer,
             notes=notes,
-            hashes={"data": splits.hash},
+            hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
             show=lambda batch: show_batch(batch, tokenizer),
         )
 
@@ -97,6 +97,8 @@ class LanguageModeling:
                     f"{first} and {name} have different tokenizers: {difference}. Choose a student of the teacher's "
                     "family, or a new one (student=llama:hidden=...), which takes the teacher's tokenizer."
                 )
+            if chosen.chat_template != other.chat_template:
+                notes.append(f"{first} and {name} have different chat templates: that of {first} is used for both.")
         return chosen
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:

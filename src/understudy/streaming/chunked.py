@@ -15,8 +15,8 @@ from torch import Tensor
 from understudy.streaming.plain import RowLoss, call, dense, finish, linear
 from understudy.targets import Dense, Projected, Target
 
-TILE_BYTES = 16 * 2**20
-"""Bytes of one `[tile rows, classes]` float32 tensor; a loss holds about six of them at a time."""
+TILE_BYTES = 6 * 2**20
+"""Bytes of one `[tile rows, classes]` float32 tensor; a loss holds about eight of them at a time."""
 
 
 def rowwise(
@@ -96,6 +96,7 @@ class _Work:
                 grads[1].addmm_(slope.T, wide_hidden)
             if grads[2] is not None:
                 grads[2].add_(slope.sum(0))
+            del slope
         return values, grads
 
 

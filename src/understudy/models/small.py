@@ -107,7 +107,7 @@ def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         model = ConvNet(shape[0], int(rest or 16), classes)
     else:
         model = ResNet(int(kind.removeprefix("resnet")), classes, shape[0], int(rest or 16))
-    colour = kind == "resnet" or (kind.startswith("resnet") and shape[0] == 3)
+    colour = kind.startswith("resnet") and shape[0] == 3
     model.understudy = {  # type: ignore[assignment]
         "understudy_model": name,
         "classes": classes,

@@ -38,7 +38,6 @@ class Apprentice(nn.Module):
         self.method = method
         self.reduction = reduction
         self.live = Live(modules=dict(self.own.items()), state=method.state(total), total=total)
-        self.units: dict[str, str] = {}
         self.head_timer: Any = nullcontext
 
     def forward(self, batch: Batch, teacher: Target | None) -> dict[str, Tensor]:

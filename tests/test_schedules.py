@@ -1,0 +1,47 @@
+"""Limits of TAID's schedule (card 19, limits 5 and 6, and bad input)."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from understudy.training.schedules import ProgressSchedule
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=40), st.floats(0, 0.9), st.floats(0, 1), st.floats(0, 0.99))
+def test_t_never_falls_and_never_lags_the_line(losses, start, alpha, beta):
+    schedule, total = ProgressSchedule(start, 1.0, alpha, beta), len(losses)
+    before = schedule.value
+    for n, loss in enumerate(losses):
+        schedule.update(loss, n, total)
+        assert before <= schedule.value <= 1.0
+        assert n == 0 or schedule.value >= schedule.linear(n, total)
+        before = schedule.value
+
+
+def test_without_alpha_or_adaptivity_it_is_linear():
+    for schedule in (ProgressSchedule(0.2, 0.9, 0.0, 0.9), ProgressSchedule(0.2, 0.9, 0.5, 0.9, adaptive=False)):
+        for n in range(10):
+            schedule.update(3.0 / (n + 1), n, 10)
+            assert n == 0 or schedule.value == pytest.approx(0.2 + 0.7 * n / 10)
+    assert schedule.linear(10, 10) == pytest.approx(0.9)
+
+
+def test_a_constant_loss_still_drifts():
+    schedule = ProgressSchedule(0.0, 1.0, 0.1, 0.9)
+    for _ in range(6):
+        schedule.update(2.0, 0, 1000)
+    assert 1 - schedule.value == pytest.approx((1 - 0.05) ** 5)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_steps_are_checked():
+    schedule = ProgressSchedule(0.2, 1.0, 0.5, 0.9)
+    schedule.update(2.0, 0, 10)
+    for bad in (math.nan, math.inf):
+        schedule.update(bad, 0, 10)
+    assert schedule.state_dict() == {"value": 0.2, "momentum": 0.0, "previous": 2.0}
+    with pytest.raises(ValueError, match="not within a run"):
+        schedule.update(1.0, 11, 10)
+    with pytest.raises(ValueError, match="not within a run"):
+        schedule.linear(0, 0)

@@ -1,6 +1,8 @@
-"""Small recipes, and a run of them in a process of its own that can be killed."""
+"""Small recipes, and a run of them in a process of its own that is killed on the way."""
 
-import sys
+import multiprocessing
+import os
+import signal
 
 DIGITS = {
     "task": "image_classification",
@@ -34,9 +36,40 @@ def weights(folder):
     return load_file(folder / "student" / "model.safetensors")
 
 
-if __name__ == "__main__":
-    import json
+def killed_run(recipe, step, moment):
+    """A run in a forked process that kills itself (SIGKILL) at a step: before it, after it, or inside a checkpoint.
+
+    Returns whether the kill landed.
+    """
+    process = multiprocessing.get_context("forkserver").Process(target=_run_until, args=(recipe, step, moment))
+    process.start()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def _run_until(recipe, step, moment):
+    import torch
 
     from understudy import distill
+    from understudy.training import DistillationTrainer
+    from understudy.training import checkpoint as ck
 
-    distill(json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    micro_step, seal = DistillationTrainer.training_step, ck.seal
+
+    def stepping(self, *args, **kwargs):
+        now = self.state.global_step == step
+        if now and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = micro_step(self, *args, **kwargs)
+        if now and moment == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    def sealing(folder):
+        if moment == "saving" and int(folder.name.rsplit("-", 1)[1]) >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seal(folder)
+
+    DistillationTrainer.training_step, ck.seal = stepping, sealing
+    distill(recipe)

@@ -74,10 +74,11 @@ def test_values_in_float32(g):
     student, teacher, mask = rows(g, torch.float32)
     for name in plain_names(g):
         function, options = divergence(g, name)
-        if function == "alpha_beta":
-            continue
+        keep = torch.ones_like(mask)
+        if function == "alpha_beta" and min(options["alpha"], options["beta"]) < 0:
+            keep[0, 1] = False  # the spike, where a negative exponent reaches 1e30 (the card's one exception)
         values = getattr(losses, function)(student, teacher, **options)
-        close(values, g[f"tok_{name}"][mask].float(), rtol=2e-5, atol=3e-6)
+        close(values[keep[mask]], g[f"tok_{name}"][mask & keep].float(), rtol=2e-5, atol=1e-6)
 
 
 def test_means_and_gradients(g):

@@ -151,23 +151,27 @@ def test_commands_end_to_end(comparison, capsys, tmp_path, monkeypatch):
 
 
 def test_a_claim_runs_and_says_what_it_found(tmp_path):
+    """A student that learns against one whose learning rate is next to nothing: no doubt what to find."""
     from understudy.claims.experiment import Arm, Check, Claim, reproduce
 
-    tune = ({"trainer": {"learning_rate": 1e-3}}, {"trainer": {"learning_rate": 1e-2}})
+    learn = ({"trainer": {"learning_rate": 1e-3}}, {"trainer": {"learning_rate": 1e-2}})
+    idle = ({"trainer": {"learning_rate": 1e-9}}, {"trainer": {"learning_rate": 2e-9}})
     claim = Claim(
         name="toy",
-        statement="KD beats nothing.",
-        recipe={**DIGITS, "output": "unused"},
-        arms={"sft": Arm("sft", {}, tune), "kd": Arm("kd", {}, tune)},
-        checks=(Check("kd", "sft", 5.0, "accuracy", True, "more points than there are"),),
+        statement="Learning beats idling.",
+        recipe={**DIGITS, "output": "unused", "trainer": {**DIGITS["trainer"], "max_steps": 120, "save_steps": 500}},
+        arms={"learns": Arm("sft", {}, learn), "idles": Arm("sft", {}, idle)},
+        checks=(
+            Check("learns", "idles", 0.1, "accuracy", True, "it learns"),
+            Check("idles", "learns", 0.0, "accuracy", True, "idling learns"),
+        ),
         tuned_on=("accuracy", True),
     )
-    result = reproduce(claim, 2, tmp_path)
-    assert (
-        result["verdict"] == "not supported"
-        and {"claim", "arms", "metric", "difference", "interval", "budget"} <= result.keys()
-    )
+    result = reproduce(claim, 3, tmp_path)
+    assert [c["verdict"] for c in result["checks"]] == ["supported", "not supported"]
+    assert result["verdict"] == "supported" and result["difference"] > 0.1
+    assert {"claim", "arms", "metric", "difference", "interval", "budget"} <= result.keys()
     assert result["budget"]["tuning_trials_per_arm"] == 2 and len(set(result["budget"]["micro_batches"].values())) == 1
-    assert result["arms"]["sft"]["chosen"] in [dict(t) for t in tune]
-    judged = json.loads((tmp_path / "tuning" / "sft-0" / "evaluation.json").read_text())
+    assert result["arms"]["learns"]["chosen"] == learn[1]
+    judged = json.loads((tmp_path / "tuning" / "learns-0" / "evaluation.json").read_text())
     assert judged["split"] == "validation"

@@ -75,7 +75,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(task, method, teachers, tmp
 
 def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="token_mean", text=False):
     """A trainer whose update covers the same examples however it is cut."""
-    from understudy.run import training_arguments
+    from understudy.training.arguments import training_arguments
 
     torch.manual_seed(1)
     if text:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
     "errors targets losses streaming data models teachers training evaluation tasks methods catalogue reporting recipe "
-    "preflight progress run comparison check pages demo claims cli"
+    "preflight progress folder run comparison check pages demo claims cli"
 ).split()
 
 
@@ -44,10 +44,10 @@ def test_imports_go_one_way():
 def test_files_and_functions_keep_their_size():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        assert text.count("\n") <= 400, path
+        assert text.count("\n") <= 300, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 75, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
                 assert (
                     node.name.startswith("_")
                     or path.name.startswith("_")

@@ -5,25 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import platform
-import signal
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter, evaluate
+from understudy.folder import facts, finished, first_rank, open_folder, together, write_json
 from understudy.models import RowModel, state_hash
 from understudy.preflight import check as preflight
 from understudy.progress import RichProgress
@@ -34,6 +30,7 @@ from understudy.tasks import get as get_task
 from understudy.tasks.base import MODULE
 from understudy.teachers import LocalTeacher
 from understudy.training import Apprentice, DistillationTrainer, Shapes, last_complete
+from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
@@ -54,10 +51,6 @@ class Result:
     metrics: dict[str, Any]
     folder: Path
     interrupted: bool = False
-
-
-class Interrupted(Exception):
-    """The run was stopped after a checkpoint; the same command resumes it."""
 
 
 def distill(
@@ -98,22 +91,16 @@ def run(
         modules: `teacher` or `student` handed over as a module.
     """
     modules = modules or {}
-    folder = _open_folder(recipe)
+    folder = open_folder(recipe)
     task = get_task(recipe.task)
-    done = _finished(folder)
+    done = finished(folder)
     if done is not None:
         prepared = task.prepare(recipe)
         model = task.model(recipe.student, prepared, folder / "student")
         return Result(model.model, done["metrics"], folder)
     started = time.time()
     prepared = task.prepare(recipe)
-    method = recipe.build_method()
-    teacher = None
-    if "teacher" in method.needs or recipe.teacher is not None:
-        if "teacher" in modules:
-            teacher = task.model(recipe.teacher, prepared, modules["teacher"])
-        else:
-            teacher = _teacher(recipe, task, prepared, teacher_folder or folder / "teacher", progress)
+    teacher = _teacher(recipe, task, prepared, teacher_folder or folder / "teacher", progress, modules.get("teacher"))
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
     student = task.model(recipe.student, prepared, modules.get("student"))
@@ -125,26 +112,28 @@ def run(
     hashes = {**prepared.hashes, "student_initial": state_hash(student)}
     if teacher is not None:
         hashes["teacher"] = state_hash(teacher)
-    _write_json(folder / "run.json", _facts(recipe, hashes, findings, "running", started))
+
+    def record(status: str) -> None:
+        write_json(folder / "run.json", facts(recipe, hashes, findings, status, started))
+
+    record("running")
     meter = CostMeter(task.unit)
     trainer = _trainer(recipe, task, prepared, student, teacher, folder, meter, progress)
-    interrupted = _train(trainer, folder)
-    if interrupted:
-        _write_json(folder / "run.json", _facts(recipe, hashes, findings, "interrupted", started))
+    if _train(trainer, folder):
+        record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
     if first_rank():
         student.save(folder / "student")
         if prepared.tokenizer is not None:
             prepared.tokenizer.save_pretrained(folder / "student")
     evaluation = judge(task, prepared, student, teacher, recipe.judge)
-    evaluation["cost"] = meter.summary()
-    evaluation["notes"] = findings.notes + findings.warnings
-    _write_json(folder / "evaluation.json", evaluation)
+    evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
+    write_json(folder / "evaluation.json", evaluation)
     hashes["student"] = state_hash(student)
-    _write_json(folder / "run.json", _facts(recipe, hashes, findings, "done", started))
+    record("done")
     if first_rank():
         render_run(folder)
-    _together()
+    together()
     return Result(student.model, evaluation["metrics"], folder)
 
 
@@ -167,7 +156,7 @@ def _trainer(
     progress: bool,
 ) -> DistillationTrainer:
     args = training_arguments(recipe.trainer, folder / "checkpoints", recipe.seed)
-    total = args.max_steps if args.max_steps > 0 else _steps(args, len(prepared.train))
+    total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     features = _feature_width(student, prepared) if "features" in method.needs else None
     apprentice = Apprentice(student, method, Shapes(prepared.classes, features), total, recipe.reduction)
@@ -189,29 +178,6 @@ def _trainer(
         metrics_file=folder / "metrics.jsonl",
         callbacks=callbacks,
     )
-
-
-def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:
-    """Transformers' arguments with this project's defaults; a bad value is one line."""
-    defaults: dict[str, Any] = {
-        "save_steps": 200,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "log_level": "error",
-    }
-    try:
-        return TrainingArguments(output_dir=str(output), seed=seed, **{**defaults, **values})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Bad trainer options: {' '.join(str(error).split())}") from error
-
-
-def _steps(args: TrainingArguments, examples: int) -> int:
-    batch = args.train_batch_size * max(1, args.world_size) * args.gradient_accumulation_steps
-    return int(-(-examples // batch) * args.num_train_epochs)
 
 
 def _feature_width(student: RowModel, prepared: Prepared) -> int:
@@ -249,40 +215,18 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM finish the step, write a checkpoint and stop; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        def ask(number: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        try:
-            self.before = [signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)]
-        except ValueError:  # signals belong to the main thread; elsewhere the caller handles them
-            self.before = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), self.before, strict=False):
-            signal.signal(number, handler)
-
-
-def _teacher(recipe: Recipe, task: Task, prepared: Prepared, folder: Path, progress: bool) -> RowModel:
-    """Load the teacher; one that is to be trained first is trained once and kept in `folder`."""
+def _teacher(
+    recipe: Recipe, task: Task, prepared: Prepared, folder: Path, progress: bool, module: nn.Module | None
+) -> RowModel | None:
+    """Load the teacher, if there is one; one that is to be trained first is trained once and kept in `folder`."""
     spec = recipe.teacher
     if spec is None:
-        raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
-    if spec.train is None:
-        return task.model(spec, prepared)
-    if not (folder / "student" / "config.json").exists() or _finished(folder) is None:
+        if "teacher" in recipe.build_method().needs:
+            raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
+        return None
+    if module is not None or spec.train is None:
+        return task.model(spec, prepared, module)
+    if not (folder / "student" / "config.json").exists() or finished(folder) is None:
         train_teacher(recipe, folder, progress)
     return task.model(spec, prepared, folder / "student")
 
@@ -307,81 +251,3 @@ def train_teacher(recipe: Recipe, folder: Path, progress: bool = False) -> Resul
     }
     # The defaults of the task would name a teacher again; a teacher's own run has none.
     return run(make(values).model_copy(update={"teacher": None}), progress=progress)
-
-
-def _open_folder(recipe: Recipe) -> Path:
-    """Make the run folder, or refuse one that holds another run."""
-    folder = recipe.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = folder / "recipe.yaml"
-        text = yaml.safe_dump(recipe.dump(), sort_keys=False)
-        if written.exists():
-            before = yaml.safe_load(written.read_text()) or {}
-            now = yaml.safe_load(text)
-            changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "output"]
-            if changed:
-                key = changed[0]
-                raise InputError(
-                    f"Folder {folder} holds another run: {key} was {before.get(key)!r} and is {now.get(key)!r} now. "
-                    "Choose another output, or delete the folder."
-                )
-        elif first_rank():
-            written.write_text(text)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied", str(folder))
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"Output {folder} is a file, not a folder. Choose another output.") from None
-    except OSError as error:
-        raise InputError(
-            f"Output folder {folder} cannot be written: {error.strerror}. Choose another output."
-        ) from None
-    return folder
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The evaluation of a finished run, or None."""
-    try:
-        if json.loads((folder / "run.json").read_text())["status"] != "done":
-            return None
-        evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-        return evaluation
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
-
-
-def _facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, started: float) -> dict[str, Any]:
-    packages = ("understudy", "torch", "transformers", "accelerate", "numpy")
-    return {
-        "format": 1,
-        "method": recipe.method,
-        "task": recipe.task,
-        "teacher": recipe.teacher.model if recipe.teacher else None,
-        "student": recipe.student.model if recipe.student else None,
-        "seed": recipe.seed,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "hashes": hashes,
-        "preflight": dataclasses.asdict(findings),
-        "status": status,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 2),
-    }
-
-
-def first_rank() -> bool:
-    """Whether this process writes files: the first of those that `torchrun` or `accelerate launch` started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _together() -> None:
-    """Wait for the other ranks, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    if not first_rank():
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.rename(path)

@@ -3,7 +3,8 @@
 from understudy.data.augment import augment
 from understudy.data.batch import IGNORE, Batch
 from understudy.data.folders import data_folder, find
-from understudy.data.images import ImageSet, Splits, collate_images, load_images
+from understudy.data.image_sources import ImageSet
+from understudy.data.images import Splits, collate_images, load_images
 from understudy.data.text import TextSplits, load_text
 from understudy.data.tokenize import Counts, TextSet, collate_text, encode, show_batch, train_tokenizer
 

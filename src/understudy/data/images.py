@@ -1,50 +1,21 @@
-"""Image sets in memory: built-in ones, folders `class/image`, tables with `image` and `label`, sets of the Hub."""
+"""Image sets in memory with their splits, limits and hashes."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from understudy.data.batch import IGNORE
-from understudy.data.folders import find
+from understudy.data.image_sources import ImageSet, read_source
 from understudy.errors import InputError, nearest
 
-EMBEDDED = ("digits", "clusters")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 OPTIONS = {"name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "seed"}
-
-
-class ImageSet(Dataset[tuple[Tensor, int, int]]):
-    """Images with labels and ids, held in memory.
-
-    Args:
-        pixels: `[images, channels, height, width]`, uint8 (0 … 255) or float features.
-        labels: `[images]`, int64.
-        ids: `[images]`, int64.
-    """
-
-    def __init__(self, pixels: Tensor, labels: Tensor, ids: Tensor) -> None:
-        self.pixels, self.labels, self.ids = pixels, labels, ids
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return self.pixels[index], int(self.labels[index]), int(self.ids[index])
-
-    def select(self, index: Tensor | slice) -> ImageSet:
-        return ImageSet(self.pixels[index], self.labels[index], self.ids[index])
 
 
 def collate_images(items: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
@@ -89,7 +60,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
     name = str(spec["name"])
     notes: list[str] = []
-    pools, classes = _source(name, spec, notes)
+    pools, classes = read_source(name, spec, notes)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     if test is None:
@@ -132,178 +103,3 @@ def _check(name: str, split: str, part: ImageSet, classes: int) -> None:
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         wrong = int(labels.min() if labels.min() < 0 else labels.max())
         raise InputError(f"{name}: label {wrong} in the {split} split is outside 0 … {classes - 1}.")
-
-
-def _source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
-    if name == "digits":
-        return _digits()
-    if name == "clusters":
-        return _clusters(int(spec.get("seed", 0)))
-    path = find(name)
-    if path is None:
-        if "/" not in name or name.startswith((".", "/", "~")):
-            raise InputError(
-                f"Data {name!r} is neither built in ({', '.join(EMBEDDED)}), nor a path, nor in UNDERSTUDY_DATA."
-                f"{nearest(name, EMBEDDED)}"
-            )
-        return _hub(name, spec)
-    if path.is_file():
-        part = _table(path, spec)
-        return {"train": part}, _names(part)
-    tables = {
-        s: path / f"{s}{end}"
-        for s in ("train", "validation", "test")
-        for end in (".parquet", ".npz")
-        if (path / f"{s}{end}").is_file()
-    }
-    if tables:
-        if "train" not in tables:
-            raise InputError(f"{path} has {', '.join(sorted(tables))} but no train file.")
-        parts = {split: _table(file, spec) for split, file in tables.items()}
-        classes = json.loads((path / "classes.json").read_text()) if (path / "classes.json").exists() else None
-        return parts, classes or _names(parts["train"])
-    return _folder(path)
-
-
-def _names(part: ImageSet) -> list[str]:
-    return [str(i) for i in range(int(part.labels.max()) + 1)] if len(part) else []
-
-
-def _digits() -> tuple[dict[str, ImageSet], list[str]]:
-    """scikit-learn's 1,797 digits of 8 × 8: 600 for test, the rest for training."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    pixels = torch.from_numpy(raw.images / 16 * 255).round().to(torch.uint8)[:, None]
-    every = ImageSet(pixels, torch.from_numpy(raw.target).long(), torch.arange(len(raw.target)))
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(9))
-    return {"train": every.select(order[600:]), "test": every.select(order[:600])}, [str(i) for i in range(10)]
-
-
-def _clusters(
-    seed: int, classes: int = 40, latent: int = 20, inputs: int = 32
-) -> tuple[dict[str, ImageSet], list[str]]:
-    """A 40-class mixture in 8 super-clusters: 20 latent dimensions, mapped to 32 inputs through tanh.
-
-    Kept as float features of shape [1, 1, 32]. 13,600 training examples, 3,000 for test.
-    """
-    rng = np.random.default_rng(seed)
-    centres = np.repeat(rng.normal(size=(8, latent)) * 2, classes // 8, 0) + rng.normal(size=(classes, latent))
-    into = rng.normal(size=(latent, inputs)) / np.sqrt(latent)
-    labels = rng.integers(0, classes, size=16_600)
-    values = np.tanh((centres[labels] + 0.9 * rng.normal(size=(len(labels), latent))) @ into)
-    pixels = torch.from_numpy(values).float()[:, None, None]
-    every = ImageSet(pixels, torch.from_numpy(labels).long(), torch.arange(len(labels)))
-    return {"train": every.select(slice(3000, None)), "test": every.select(slice(0, 3000))}, [
-        str(i) for i in range(classes)
-    ]
-
-
-def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            have = set(file.files)
-            image, label = ("images" if "images" in have else image), ("labels" if "labels" in have else label)
-            _need(path, have, {image, label})
-            pixels, labels = torch.from_numpy(file[image]), file[label]
-        if pixels.dim() == 3:
-            pixels = pixels[:, None]
-        return ImageSet(pixels, _labels(path, labels), torch.arange(len(pixels)))
-    if path.suffix != ".parquet":
-        raise InputError(f"{path} is not an image set: give a folder class/image, a .parquet or an .npz file.")
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
-    _need(path, set(table.column_names), {image, label})
-    cells = table.column(image).to_pylist()
-    return ImageSet(
-        decode([c["bytes"] if isinstance(c, dict) else c for c in cells], str(path)),
-        _labels(path, table.column(label).to_numpy()),
-        torch.arange(len(cells)),
-    )
-
-
-def _need(path: Path | str, have: set[str], want: set[str]) -> None:
-    if not want <= have:
-        raise InputError(
-            f"{path} has columns {', '.join(sorted(have))}; expected {', '.join(sorted(want))}. "
-            "Name yours with data.image_column and data.label_column."
-        )
-
-
-def _labels(path: Path | str, labels: Any) -> Tensor:
-    values = np.asarray(labels)
-    if values.dtype == object or values.dtype.kind == "f":
-        try:
-            floats = values.astype(float)
-        except (TypeError, ValueError):
-            raise InputError(f"{path}: labels must be class numbers, found {values[0]!r}.") from None
-        wrong = np.flatnonzero(~np.isfinite(floats) | (floats != np.round(floats)))
-        if len(wrong):
-            raise InputError(f"{path}: the label of row {wrong[0]} is {floats[wrong[0]]}, not a class number.")
-        values = floats
-    return torch.from_numpy(values.astype(np.int64))
-
-
-def decode(cells: Iterable[Any], source: str) -> Tensor:
-    """Encoded images (bytes, paths or PIL images) as uint8 `[images, channels, height, width]`."""
-    out: list[np.ndarray[Any, Any]] = []
-    for i, cell in enumerate(cells):
-        where = str(cell) if isinstance(cell, Path) else f"{source}, row {i}"
-        try:
-            opened = (
-                cell
-                if isinstance(cell, Image.Image)
-                else Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell)
-            )
-            gray = opened.mode in ("L", "1", "I;16")
-            out.append(np.asarray(opened.convert("L" if gray else "RGB")))
-        except (UnidentifiedImageError, OSError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} is not a readable image ({type(error).__name__}).") from None
-        if out[-1].shape != out[0].shape:
-            raise InputError(f"{where} is {out[-1].shape} and the first image {out[0].shape}: resize them to one size.")
-    if not out:
-        raise InputError(f"{source} holds no images.")
-    stacked = torch.from_numpy(np.stack(out))
-    return stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
-
-
-def _folder(path: Path) -> tuple[dict[str, ImageSet], list[str]]:
-    """`class/image.png`, optionally below train, validation and test."""
-    roots = {s: path / s for s in ("train", "validation", "test") if (path / s).is_dir()} or {"train": path}
-    if "train" not in roots:
-        raise InputError(f"{path} has {', '.join(sorted(roots))} but no train folder.")
-    classes = sorted(p.name for p in roots["train"].iterdir() if p.is_dir())
-    parts = {}
-    for split, root in roots.items():
-        files = [
-            (f, i) for i, c in enumerate(classes) for f in sorted((root / c).glob("*")) if f.suffix.lower() in SUFFIXES
-        ]
-        if not files:
-            raise InputError(f"{root} holds no images. Expected {root}/CLASS/IMAGE with {', '.join(sorted(SUFFIXES))}.")
-        pixels = decode([f for f, _ in files], str(root))
-        parts[split] = ImageSet(pixels, torch.tensor([i for _, i in files]), torch.arange(len(files)))
-    return parts, classes
-
-
-def _hub(name: str, spec: Mapping[str, Any]) -> tuple[dict[str, ImageSet], list[str]]:
-    from datasets import load_dataset
-
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
-    try:
-        loaded = load_dataset(name)
-    except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
-        raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    parts: dict[str, ImageSet] = {}
-    for split, rows in loaded.items():
-        _need(name, set(rows.column_names), {image, label})
-        parts[split] = ImageSet(decode(rows[image], name), _labels(name, rows[label]), torch.arange(len(rows)))
-    if "train" not in parts:
-        raise InputError(f"{name} has splits {', '.join(parts)} but no train split.")
-    names = getattr(loaded["train"].features[label], "names", None)
-    return parts, names or _names(parts["train"])

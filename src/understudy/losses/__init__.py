@@ -11,7 +11,6 @@ from understudy.losses.divergences import (
     skew_kl,
     skew_reverse_kl,
     total_variation,
-    truncate,
 )
 from understudy.losses.interpolation import interpolate_logits, interpolated_kl
 from understudy.losses.logits import binary_kl, binary_kl_norm
@@ -21,6 +20,7 @@ from understudy.losses.ranking import (
     position_weights,
     teacher_permutation,
 )
+from understudy.losses.truncation import truncate
 
 __all__ = [
     "alpha_beta",

@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._kernels import kl, weighted
 from understudy.losses._pairs import checked, full, log_softmax, need_dense
-from understudy.losses.divergences import _kl, _weighted
 from understudy.targets import Target
 
 
@@ -41,5 +41,5 @@ def interpolated_kl(
     teacher = need_dense("interpolated_kl", target, student.shape[-1])
     log_p = log_softmax(interpolate_logits(full(student.detach()), teacher, t), 1.0)
     log_q = log_softmax(student, 1.0)
-    values = _kl(log_p, log_q) if value == "kl" else -_weighted(log_p, log_q)
+    values = kl(log_p, log_q) if value == "kl" else -weighted(log_p, log_q)
     return checked("interpolated_kl", values, student, target)

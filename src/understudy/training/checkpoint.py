@@ -31,9 +31,12 @@ def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, np.ndarray):
         return {"numpy": _flatten(torch.from_numpy(value.astype(np.int64)), tensors), "dtype": str(value.dtype)}
     if isinstance(value, dict):
-        return {"dict": [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items()]}
+        # Schedulers keep functions beside their state; those are made anew, not stored.
+        return {"dict": [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items() if not callable(v)]}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_flatten(v, tensors) for v in value]}
+        return {
+            "tuple" if isinstance(value, tuple) else "list": [_flatten(v, tensors) for v in value if not callable(v)]
+        }
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise TypeError(f"A checkpoint holds numbers, strings, tensors and nests of them, not {type(value).__name__}.")

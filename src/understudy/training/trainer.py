@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,9 @@ from understudy.losses.reduction import row_weights
 from understudy.teachers import Teacher
 from understudy.training import checkpoint as ck
 from understudy.training.apprentice import Apprentice
+from understudy.training.order import EpochShuffle
 
 STATE, OPTIMIZER, MODEL = "state.safetensors", "optimizer.safetensors", "model.safetensors"
-
-
-class EpochShuffle(Sampler[int]):
-    """A permutation of the data set that depends on seed and epoch alone, so a resumed run sees the same order."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
 
 
 class _Follow(TrainerCallback):
@@ -273,7 +257,7 @@ class DistillationTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
             tree = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
-            ck.save_tree(_plain(tree), Path(output_dir) / OPTIMIZER)
+            ck.save_tree(tree, Path(output_dir) / OPTIMIZER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -307,12 +291,3 @@ class DistillationTrainer(Trainer):
             self.model.live.state.load_state_dict(tree["method"])
         if self.meter is not None and tree["meter"] is not None:
             self.meter.load_state_dict(tree["meter"])
-
-
-def _plain(value: Any) -> Any:
-    """State dictionaries hold subclasses of dict and bound schedules; keep what a checkpoint may hold."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if not callable(v)}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(v) for v in value if not callable(v))
-    return value

@@ -1,0 +1,71 @@
+"""Sums over classes that the divergences are made of, on log-probabilities, safe where a class has probability 0."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_INF = float("inf")
+
+
+def alpha_beta_sum(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
+    if a == 0 and b == 0:
+        return 0.5 * (log_p - log_q).square().sum(-1)
+    if b == 0:
+        return _one_sided(log_p, log_q, a)
+    if a == 0:
+        return _one_sided(log_q, log_p, b)
+    if a + b == 0:
+        ratio = a * (log_p - log_q)  # log (p/q)^a
+        return (torch.expm1(ratio) - ratio).sum(-1) / a**2
+    cross, left, right = _power(a * log_p + b * log_q), _power((a + b) * log_p), _power((a + b) * log_q)
+    return -(cross - a / (a + b) * left - b / (a + b) * right).sum(-1) / (a * b)
+
+
+def _one_sided(log_x: Tensor, log_y: Tensor, a: float) -> Tensor:
+    """1/a² Σ [x^a log(x^a / y^a) − x^a + y^a]: the limit of the divergence where the other exponent is 0."""
+    x, y = _power(a * log_x), _power(a * log_y)
+    absent = log_x == -_INF
+    ratio = torch.where(absent, torch.zeros_like(log_x), a * (log_x.masked_fill(absent, 0.0) - log_y))
+    return (x * ratio - x + y).sum(-1) / a**2
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return exponent.exp()
+
+
+def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
+    """Σ x (log x − log y) with 0 · log 0 = 0. Both guards let nan through, so a bad row shows."""
+    absent = log_x == -_INF
+    if not absent.any():
+        return (log_x.exp() * (log_x - log_y)).sum(-1)
+    safe = log_x.masked_fill(absent, 0.0)
+    difference = safe - log_y.masked_fill(absent, 0.0)
+    return (safe.exp() * difference).masked_fill(absent, 0.0).sum(-1)
+
+
+def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½ Σ |p − q|. A difference within rounding counts as none, so that equal rows have the subgradient 0."""
+    p, difference = log_p.exp(), log_p.exp() - log_q.exp()
+    same = difference.abs() <= 64 * torch.finfo(p.dtype).eps * p
+    return 0.5 * difference.masked_fill(same, 0.0).abs().sum(-1)
+
+
+def weighted(log_p: Tensor, values: Tensor) -> Tensor:
+    """Σ p · values, where p = 0 contributes nothing."""
+    absent = log_p == -_INF
+    return (log_p.exp() * values.masked_fill(absent, 0.0)).sum(-1)
+
+
+def mix(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
+    """log(share · x + (1 − share) · y), safe in value and gradient where either is −inf."""
+    if share == 0:
+        return log_y
+    a, b = log_x + math.log(share), log_y + math.log1p(-share)
+    both = (a == -_INF) & (b == -_INF)
+    if not both.any():
+        return torch.logaddexp(a, b)
+    mixed = torch.logaddexp(a.masked_fill(both, 0.0), b.masked_fill(both, 0.0))
+    return mixed.masked_fill(both, -_INF)

@@ -5,8 +5,12 @@ Digits, as the card's experiment: the teacher sees the whole training part, the 
 
 from understudy.claims.experiment import Arm, Check, Claim
 
-_T = ({"options": {"temperature": 1.0}}, {"options": {"temperature": 2.0}}, {"options": {"temperature": 4.0}})
-_LR = tuple({"trainer": {"learning_rate": lr}} for lr in (1e-3, 3e-3, 6e-3))
+# Nine candidates for each arm: three learning rates by three temperatures, or nine learning rates in the same range.
+_RATES = (1e-3, 3e-3, 6e-3)
+_GRID = tuple(
+    {"trainer": {"learning_rate": rate}, "options": {"temperature": t}} for rate in _RATES for t in (1.0, 2.0, 4.0)
+)
+_FINE = tuple({"trainer": {"learning_rate": 1e-3 * 6 ** (i / 8)}} for i in range(9))
 
 CLAIM = Claim(
     name="pld",
@@ -19,9 +23,9 @@ CLAIM = Claim(
         "trainer": {"max_steps": 1050, "per_device_train_batch_size": 32, "learning_rate": 3e-3},
     },
     arms={
-        "sft": Arm("sft", {}, _LR),
-        "kd": Arm("kd", {"ce_weight": 0.1, "kd_weight": 0.9}, _T),
-        "pld": Arm("pld", {}, _T),
+        "sft": Arm("sft", {}, _FINE),
+        "kd": Arm("kd", {"ce_weight": 0.1, "kd_weight": 0.9}, _GRID),
+        "pld": Arm("pld", {}, _GRID),
     },
     checks=(
         Check("pld", "sft", 0.015, "accuracy", True, "PLD is 1.5 points above cross-entropy"),

@@ -21,12 +21,14 @@ TEXT = {
     "student": "llama:hidden=16,layers=1,heads=2",
     "trainer": {"max_steps": 12, "per_device_train_batch_size": 4, "save_steps": 3, "logging_steps": 1},
 }
+CONV = {**DIGITS, "teacher": {**DIGITS["teacher"], "model": "convnet:4"}, "student": "convnet:2"}
 OPTIONS = {
     "sft": {},
     "kd": {"divergence": "jsd"},
     "pld": {"temperature": 2.0},
     "taid": {"alpha": 0.2, "distil_ratio": 0.8},
     "dhkd": {"head": "nonlinear", "align": "all"},
+    "trg": {"group": 4, "k": 3},
 }
 
 

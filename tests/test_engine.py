@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_cases import DIGITS, OPTIONS, TEXT, killed_run, weights
+from engine_cases import CONV, DIGITS, OPTIONS, TEXT, killed_run, weights
 from understudy import distill
 from understudy.data import Batch, collate_images, collate_text
-from understudy.methods import DHKD, KD, PLD, SFT, TAID
+from understudy.methods import DHKD, KD, PLD, SFT, TAID, TRG
 from understudy.models import CausalLMRows, ClassifierRows
 from understudy.models.small import build_small
 from understudy.targets import Dense
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, Shapes
+from understudy.training import Apprentice, DistillationTrainer
 from understudy.training.checkpoint import load_tree, save_tree
+from understudy.training.shapes import probe
 
 HERE = Path(__file__).parent
 
@@ -37,22 +38,26 @@ def recipe(base, method, output, **trainer):
     }
 
 
+BASES = {"digits": DIGITS, "conv": CONV, "text": TEXT}
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """Each task's teacher, trained once."""
     root = tmp_path_factory.mktemp("teachers")
-    for name, base in (("digits", DIGITS), ("text", TEXT)):
+    for name, base in BASES.items():
         distill({**recipe(base, "kd", root / name, max_steps=1), "options": {}})
-    return {"digits": root / "digits" / "teacher", "text": root / "text" / "teacher"}
+    return {name: root / name / "teacher" for name in BASES}
 
 
-CASES = [("digits", m) for m in OPTIONS] + [("text", m) for m in ("kd", "taid")]
+CASES = [(task, method) for method in OPTIONS for task in (["conv"] if method == "trg" else ["digits"])]
+CASES += [("text", m) for m in ("kd", "taid")]
 
 
 @pytest.mark.parametrize("task,method", CASES)
 def test_killed_and_resumed_ends_in_the_same_weights(task, method, teachers, tmp_path):
     """One run is left alone; the other dies four times, at random steps and inside a checkpoint."""
-    base = {"digits": DIGITS, "text": TEXT}[task]
+    base = BASES[task]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         shutil.copytree(teachers[task], folder / "teacher")
@@ -73,11 +78,19 @@ def test_killed_and_resumed_ends_in_the_same_weights(task, method, teachers, tmp
     assert lines[0] == lines[1]
 
 
+def patches():
+    """Convolutions without batch statistics, which no cut of a batch could leave as they are."""
+    layers = [torch.nn.Conv2d(1, 6, 2, 2), torch.nn.ReLU(), torch.nn.Conv2d(6, 8, 1), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(128, 5))
+
+
 def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="token_mean", text=False):
     """A trainer whose update covers the same examples however it is cut."""
     from understudy.training.arguments import training_arguments
 
     torch.manual_seed(1)
+    if isinstance(method, TRG):  # a group of images is coupled: cut between groups
+        micro, accumulate = max(micro, 4), min(accumulate, 3)
     if text:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,14 +111,16 @@ def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="tok
             labels = ids.clone()
             labels[: i // 2] = -100
             items.append({"input_ids": ids, "labels": labels, "id": i, "bytes": 0})
-        collate, classes, width = collate_text, 40, 16
+        collate, classes = collate_text, 40
     else:
 
         def model():
-            return ClassifierRows(build_small("mlp:8", 5, (1, 3, 3)).double(), 5)
+            return ClassifierRows(
+                (patches() if isinstance(method, TRG) else build_small("mlp:8", 5, (1, 8, 8))).double(), 5
+            )
 
-        items = [(torch.rand(1, 3, 3).double(), i % 5, i) for i in range(examples)]
-        collate, classes, width = collate_images, 5, 8
+        items = [(torch.rand(1, 8, 8).double(), i % 5, i) for i in range(examples)]
+        collate, classes = collate_images, 5
     student, teacher = model(), model()
     args = training_arguments(
         {
@@ -121,8 +136,13 @@ def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="tok
         tmp_path,
         0,
     )
-    apprentice = Apprentice(student, method, Shapes(classes, width), 2, reduction).double()
-    return DistillationTrainer(apprentice, args, items, collate, teacher=LocalTeacher(teacher, "teacher"))
+    sides = {"student": student, "teacher": teacher}
+    example = Batch.from_dict(collate(items[:2]))
+    taps = {side: method.taps(side, model, example) for side, model in sides.items()}
+    shapes = probe(method, classes, sides, taps, example)
+    apprentice = Apprentice(student, method, shapes, 2, reduction, taps["student"]).double()
+    local = LocalTeacher(teacher, "teacher", taps=taps["teacher"])
+    return DistillationTrainer(apprentice, args, items, collate, teacher=local)
 
 
 METHODS = [
@@ -132,6 +152,7 @@ METHODS = [
     TAID(alpha=0.3, distil_ratio=0.7),
     DHKD(align="all"),
     DHKD(align="shared"),
+    TRG(group=4, k=3),
 ]
 
 
@@ -231,7 +252,7 @@ def test_a_teacher_keeps_its_own_mode_and_the_students():
     rows = ClassifierRows(net, 5).train()
     teacher = LocalTeacher(rows, "t")
     batch = Batch({"pixel_values": torch.rand(4, 1, 3, 3)}, torch.zeros(4).long(), torch.arange(4))
-    a, b = teacher.targets(batch), teacher.targets(batch)
+    a, b = teacher.rows(batch).signal, teacher.rows(batch).signal
     assert isinstance(a, Dense) and torch.equal(a.logits, b.logits) and not a.logits.requires_grad
     assert all(m.training for m in rows.modules())
 

@@ -100,7 +100,7 @@ def test_a_users_method_needs_no_edit(tmp_path, monkeypatch):
         "    '''Total variation.'''\n"
         "    name = 'mine'\n"
         "    def loss(self, student, teacher, batch, live):\n"
-        "        return {'tv': Term(rowwise(total_variation, student.signal, teacher))}\n"
+        "        return {'tv': Term(rowwise(total_variation, student.signal, teacher.signal))}\n"
     )
     info = tmp_path / "mine-1.dist-info"
     info.mkdir()

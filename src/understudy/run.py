@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
@@ -29,8 +28,9 @@ from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import MODULE
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, Shapes, last_complete
+from understudy.training import Apprentice, DistillationTrainer, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
+from understudy.training.shapes import probe
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
@@ -158,15 +158,20 @@ def _trainer(
     args = training_arguments(recipe.trainer, folder / "checkpoints", recipe.seed)
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
-    features = _feature_width(student, prepared) if "features" in method.needs else None
-    apprentice = Apprentice(student, method, Shapes(prepared.classes, features), total, recipe.reduction)
+    example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
+    sides = {"student": student, "teacher": teacher if "teacher" in method.needs else None}
+    taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
+    shapes = probe(method, prepared.classes, sides, taps, example)
+    apprentice = Apprentice(student, method, shapes, total, recipe.reduction, taps["student"])
     callbacks: list[TrainerCallback] = [StopOnSignal()]
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
     local = None
     if teacher is not None and "teacher" in method.needs:
         device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
-        local = LocalTeacher(teacher, recipe.teacher.model if recipe.teacher else "teacher", device)
+        name = recipe.teacher.model if recipe.teacher else "teacher"
+        asks = "teacher_features" in method.needs
+        local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"])
     return DistillationTrainer(
         apprentice,
         args,
@@ -178,19 +183,6 @@ def _trainer(
         metrics_file=folder / "metrics.jsonl",
         callbacks=callbacks,
     )
-
-
-def _feature_width(student: RowModel, prepared: Prepared) -> int:
-    """The width of the features before the classifier, read off two examples."""
-    batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    training = student.training
-    student.eval()
-    with torch.no_grad():
-        features = student(batch, features=True).features
-    student.train(training)
-    if features is None:
-        raise InputError("This student shows no features before its classifier, which the method needs.")
-    return features.shape[-1]
 
 
 def _train(trainer: DistillationTrainer, folder: Path) -> bool:

@@ -15,7 +15,7 @@ from understudy.data.batch import IGNORE
 from understudy.data.image_sources import ImageSet, read_source
 from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "seed"}
+OPTIONS = {"name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"}
 
 
 def collate_images(items: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
@@ -51,7 +51,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
 
     Args:
         spec: `name` (`digits`, `clusters`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
-            examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part).
+            examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part), `imbalance`
+            (training examples of the first class for one of the last, falling by a constant factor between).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     """
@@ -73,6 +74,9 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
         validation, order = train.select(order[:cut]), order[cut:]
         notes.append(f"{cut} training examples were set aside for validation.")
     pool = train.select(order)
+    if spec.get("imbalance") is not None:
+        pool = _long_tailed(pool, spec["imbalance"], len(classes))
+        notes.append(f"Long-tailed training part: {torch.bincount(pool.labels).tolist()} examples by class.")
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
     teacher_train = pool.select(slice(0, teacher_limit))
     student = teacher_train if spec.get("for_teacher") else pool.select(slice(0, limit))
@@ -83,6 +87,18 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     for part in (*parts.values(),):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     return Splits(**parts, classes=classes, teacher_train=teacher_train, notes=notes, hash=digest.hexdigest())
+
+
+def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:
+    """Keep of class c the share ratio^(−c / (classes − 1)) of the first class's examples, the first of each in order."""
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or ratio < 1:
+        raise InputError(f"data.imbalance is {ratio!r} and must be a number of at least 1.")
+    most = int((pool.labels == 0).sum())
+    keep = torch.zeros(len(pool), dtype=torch.bool)
+    for c in range(classes):
+        number = max(1, round(most * float(ratio) ** (-c / max(1, classes - 1))))
+        keep[(pool.labels == c).nonzero()[:number, 0]] = True
+    return pool.select(keep)
 
 
 def _count(spec: Mapping[str, Any], key: str, most: int) -> int:

@@ -10,9 +10,10 @@ from understudy.methods.kd import KD
 from understudy.methods.pld import PLD
 from understudy.methods.sft import SFT
 from understudy.methods.taid import TAID
+from understudy.methods.trg import TRG
 from understudy.training import Method
 
-BUILT_IN: tuple[type[Method], ...] = (SFT, KD, PLD, TAID, DHKD)
+BUILT_IN: tuple[type[Method], ...] = (SFT, KD, PLD, TAID, DHKD, TRG)
 
 
 def all_methods() -> dict[str, type[Method]]:
@@ -36,4 +37,4 @@ def get(name: str) -> type[Method]:
     return known[name]
 
 
-__all__ = ["BUILT_IN", "DHKD", "KD", "PLD", "SFT", "TAID", "all_methods", "get"]
+__all__ = ["BUILT_IN", "DHKD", "KD", "PLD", "SFT", "TAID", "TRG", "all_methods", "get"]

@@ -20,7 +20,7 @@ from understudy.losses import binary_kl_norm, cross_entropy
 from understudy.losses.gradients import align
 from understudy.models import Rows
 from understudy.streaming import rowwise
-from understudy.targets import Dense, Target
+from understudy.targets import Dense
 from understudy.training import Live, Method, Shapes, Term
 
 
@@ -67,7 +67,8 @@ class DHKD(Method):
             )
         }
 
-    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        assert teacher is not None
         if self.head == "shared":
             auxiliary = student.signal
         else:
@@ -81,7 +82,7 @@ class DHKD(Method):
             auxiliary = Dense(live.modules["auxiliary"](features))
         return {
             "ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.gamma),
-            "kd": Term(rowwise(binary_kl_norm, auxiliary, teacher, temperature=self.tau), self.alpha),
+            "kd": Term(rowwise(binary_kl_norm, auxiliary, teacher.signal, temperature=self.tau), self.alpha),
         }
 
     @property

@@ -13,7 +13,6 @@ from understudy import losses
 from understudy.data import Batch
 from understudy.models import Rows
 from understudy.streaming import rowwise
-from understudy.targets import Target
 from understudy.training import Live, Method, Term
 
 
@@ -37,14 +36,15 @@ class KD(Method):
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of `jsd`.")
     alpha: float = Field(0.1, ge=0, lt=1, description="Share of the other side in the mixture of the skew divergences.")
 
-    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        assert teacher is not None
         divergence = getattr(losses, self.divergence)
         options: dict[str, Any] = {"temperature": self.temperature, "tau_squared": self.tau_squared}
         if self.divergence == "jsd":
             options["beta"] = self.beta
         elif self.divergence.startswith("skew"):
             options["alpha"] = self.alpha
-        terms = {"kd": Term(rowwise(divergence, student.signal, teacher, **options), self.kd_weight)}
+        terms = {"kd": Term(rowwise(divergence, student.signal, teacher.signal, **options), self.kd_weight)}
         if self.ce_weight:
             ce = rowwise(losses.cross_entropy, student.signal, None, batch.row_labels)
             terms["ce"] = Term(ce, self.ce_weight)

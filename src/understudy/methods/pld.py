@@ -18,7 +18,6 @@ from understudy.data import Batch
 from understudy.losses import plackett_luce_distillation
 from understudy.models import Rows
 from understudy.streaming import rowwise
-from understudy.targets import Target
 from understudy.training import Live, Method, Term
 
 
@@ -41,11 +40,12 @@ class PLD(Method):
         "teacher", description="teacher: PLD; uniform: ListMLE / C; position: p-ListMLE; first: cross-entropy."
     )
 
-    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        assert teacher is not None
         values = rowwise(
             plackett_luce_distillation,
             student.signal,
-            teacher,
+            teacher.signal,
             batch.row_labels,
             temperature=self.temperature,
             weights=self.weights,

@@ -8,7 +8,6 @@ from understudy.data import Batch
 from understudy.losses import cross_entropy
 from understudy.models import Rows
 from understudy.streaming import rowwise
-from understudy.targets import Target
 from understudy.training import Live, Method, Term
 
 
@@ -24,5 +23,5 @@ class SFT(Method):
         "deviations": "None: this is the plain objective.",
     }
 
-    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         return {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}

@@ -18,7 +18,6 @@ from understudy.data import Batch
 from understudy.losses import cross_entropy, interpolated_kl
 from understudy.models import Rows
 from understudy.streaming import rowwise
-from understudy.targets import Target
 from understudy.training import Live, Method, Term
 from understudy.training.schedules import ProgressSchedule
 
@@ -55,8 +54,9 @@ class TAID(Method):
     def state(self, total: int) -> ProgressSchedule:
         return ProgressSchedule(self.t_start, self.t_end, self.alpha, self.beta, self.adaptive)
 
-    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
-        values = rowwise(interpolated_kl, student.signal, teacher, t=live.state.value, value=self.drive)
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        assert teacher is not None
+        values = rowwise(interpolated_kl, student.signal, teacher.signal, t=live.state.value, value=self.drive)
         terms = {"taid": Term(values, self.distil_ratio)}
         if self.distil_ratio < 1:
             ce = rowwise(cross_entropy, student.signal, None, batch.row_labels)

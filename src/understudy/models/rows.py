@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models.small import save_small
+from understudy.models.taps import tapped
 from understudy.targets import Dense, Projected
 
 
@@ -19,20 +22,41 @@ class Rows(NamedTuple):
     """What a model says about the rows of a batch.
 
     Args:
-        signal: `Dense` logits or `Projected` hidden states, `[rows, …]`.
+        signal: `Dense` logits or `Projected` hidden states, `[rows, …]`; of a teacher any target.
         features: `[rows, width]` before the head, if asked for.
+        taps: outputs of tapped layers by name, `[examples, …]`, as the layer gave them.
     """
 
-    signal: Dense | Projected
+    signal: Any
     features: Tensor | None = None
+    taps: Mapping[str, Tensor] = MappingProxyType({})
+
+    def detach(self) -> Rows:
+        """The same without gradient."""
+        features = self.features.detach() if self.features is not None else None
+        return Rows(self.signal.detach(), features, {k: v.detach() for k, v in self.taps.items()})
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same on another device."""
+        features = self.features.to(device) if self.features is not None else None
+        return Rows(self.signal.to(device), features, {k: v.to(device) for k, v in self.taps.items()})
 
 
 class RowModel(nn.Module):
-    """Base of the adapters: `forward(batch, features=False) -> Rows`."""
+    """Base of the adapters. Subclasses write `answer`; `forward` adds the taps."""
 
     model: Any
 
-    def forward(self, batch: Batch, features: bool = False) -> Rows:
+    def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> Rows:
+        """What the model says about the batch's rows, with features and tapped layers if asked for."""
+        if not taps:
+            return self.answer(batch, features)
+        with tapped(taps) as seen:
+            rows = self.answer(batch, features)
+        return rows._replace(taps=seen)
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        """Signal and, if asked for, features of the rows."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -74,7 +98,7 @@ class ClassifierRows(RowModel):
         self.model, self.classes, self.normalise = model, classes, normalise
         self.padding = 0
 
-    def forward(self, batch: Batch, features: bool = False) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> Rows:
         pixels = batch.inputs["pixel_values"]
         if self.normalise is not None:
             mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in self.normalise)
@@ -82,11 +106,12 @@ class ClassifierRows(RowModel):
         dtype = next(self.model.parameters()).dtype
         if not features:
             return Rows(Dense(batch.select(_logits(self.model(pixels.to(dtype))))))
-        head, seen = find_head(self), []
+        head = find_head(self)
         if head is None:
             raise InputError(
                 f"{type(self.model).__name__} has no linear head of {self.classes} classes to read features at."
             )
+        seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
             logits = _logits(self.model(pixels.to(dtype)))
@@ -119,7 +144,7 @@ class CausalLMRows(RowModel):
             raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
         self.padding = max(0, head.weight.shape[0] - vocabulary)
 
-    def forward(self, batch: Batch, features: bool = False) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> Rows:
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         output = inner.base_model(
             input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False

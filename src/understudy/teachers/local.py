@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from understudy.data import Batch
-from understudy.models import RowModel
-from understudy.targets import Target
+from understudy.models import RowModel, Rows
 
 
 class Teacher(Protocol):
@@ -16,7 +17,7 @@ class Teacher(Protocol):
 
     name: str
 
-    def targets(self, batch: Batch) -> Target:
+    def rows(self, batch: Batch) -> Rows:
         """What the teacher says about the batch's rows, detached and on the batch's device."""
         ...
 
@@ -32,18 +33,26 @@ class LocalTeacher:
         name: for messages and reports.
         device: where it lives; `None` leaves it where it is.
         freeze: turn off the gradients of its parameters.
+        features, taps: what to answer beside the signal: features before the head, outputs of these layers.
     """
 
     def __init__(
-        self, model: RowModel, name: str, device: torch.device | str | None = None, freeze: bool = True
+        self,
+        model: RowModel,
+        name: str,
+        device: torch.device | str | None = None,
+        freeze: bool = True,
+        *,
+        features: bool = False,
+        taps: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model = model if device is None else model.to(device)
-        self.name = name
+        self.name, self.features, self.taps = name, features, taps
         if freeze:
             self.model.requires_grad_(False)
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> Target:
+    def rows(self, batch: Batch) -> Rows:
         """`Dense` or `Projected` rows of the batch, detached.
 
         Half-precision teachers compute in their own dtype; the head product is left to the loss, in float32.
@@ -54,7 +63,7 @@ class LocalTeacher:
         device = next(self.model.parameters()).device
         home = batch.labels.device
         with torch.autocast(home.type, enabled=False):
-            signal = self.model(batch if device == home else batch.to(device)).signal
+            rows: Rows = self.model(batch if device == home else batch.to(device), self.features, self.taps)
         for module in training:
             module.training = True
-        return signal.detach() if device == home else signal.detach().to(home)
+        return rows.detach() if device == home else rows.detach().to(home)

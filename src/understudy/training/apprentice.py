@@ -6,6 +6,7 @@ whole of it, the head product included.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.losses.reduction import row_weights
-from understudy.models import RowModel, find_head
-from understudy.targets import Target
-from understudy.training.method import Live, Method, Shapes
+from understudy.models import RowModel, Rows, find_head
+from understudy.training.method import Live, Method
+from understudy.training.shapes import Shapes
 
 
 class Apprentice(nn.Module):
@@ -27,22 +28,30 @@ class Apprentice(nn.Module):
         shapes: class count and feature width, for the method's own modules.
         total: optimizer steps of the run.
         reduction: what an update divides by, as in `understudy.losses.reduction`.
+        taps: inner layers of the student that the method reads.
     """
 
     def __init__(
-        self, student: RowModel, method: Method, shapes: Shapes, total: int, reduction: str = "token_mean"
+        self,
+        student: RowModel,
+        method: Method,
+        shapes: Shapes,
+        total: int,
+        reduction: str = "token_mean",
+        taps: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.own = nn.ModuleDict(method.modules(shapes))
         self.method = method
         self.reduction = reduction
+        self._taps = dict(taps or {})  # a plain dict: the layers belong to the student already
         self.live = Live(modules=dict(self.own.items()), state=method.state(total), total=total)
         self.head_timer: Any = nullcontext
 
-    def forward(self, batch: Batch, teacher: Target | None) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, teacher: Rows | None) -> dict[str, Tensor]:
         """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""
-        rows = self.student(batch, features="features" in self.method.needs)
+        rows = self.student(batch, "features" in self.method.needs, self._taps)
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
             terms = self.method.loss(rows, teacher, batch, self.live)

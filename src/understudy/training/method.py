@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from understudy.data import Batch
-from understudy.models import Rows
-from understudy.targets import Target
+from understudy.models import RowModel, Rows
+from understudy.training.shapes import Shapes
 
 
 class Term(NamedTuple):
@@ -38,14 +38,6 @@ class State(Protocol):
     def logs(self) -> dict[str, float]: ...
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What a method may need to know to build its own modules."""
-
-    classes: int
-    features: int | None = None
-
-
 @dataclass
 class Live:
     """What is alive during a run: own modules, state, and where in the run we are."""
@@ -60,7 +52,7 @@ class Method(BaseModel):
     """Base of all methods. Subclass it in one file, state the facts below, and write `loss`.
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `needs`
-    (of `"teacher"`, `"features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step).
+    (of `"teacher"`, `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +64,10 @@ class Method(BaseModel):
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
 
+    def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
+        """Inner layers of one side to read, by a name of the method's own. `batch` is an example to find them with."""
+        return {}
+
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         """Own trainable modules. They are optimised and checkpointed with the student, and stay behind at export."""
         return {}
@@ -80,7 +76,7 @@ class Method(BaseModel):
         """State for a run of `total` optimizer steps, or `None`."""
         return None
 
-    def loss(self, student: Rows, teacher: Target | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         """Named terms, each with one value per row and no reduction."""
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -64,3 +64,11 @@ class ProgressSchedule:
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def anneal(start: float, end: float, progress: float, pace: Literal["cosine", "linear", "constant"]) -> float:
+    """From `start` to `end` as `progress` goes from 0 to 1; `constant` stays at `start`."""
+    if pace == "constant":
+        return start
+    share = (1 + math.cos(math.pi * min(progress, 1.0))) / 2 if pace == "cosine" else 1 - min(progress, 1.0)
+    return end + (start - end) * share

@@ -144,7 +144,7 @@ class DistillationTrainer(Trainer):
         target = None
         if self.teacher is not None:
             with meter.teacher() if meter is not None else nullcontext():
-                target = self.teacher.targets(batch)
+                target = self.teacher.rows(batch)
         sums: dict[str, Tensor] = model(batch, target)
         for name, value in sums.items():
             if name.endswith("/value"):

@@ -1,0 +1,131 @@
+"""8. Knowledge Distillation via Token-level Relationship Graph (2023).
+
+Besides the labels and the teacher's softened classes, the student learns how image patches relate: inside an image
+(the pattern of their similarities), near each other in a group of images (a k-nearest-neighbour graph), and one to
+one with the teacher's patches (contrast over the group):
+
+    loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + α L_inner + β L_local + γ L_global
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from understudy.data import Batch
+from understudy.data.augment import mix_bits
+from understudy.errors import InputError
+from understudy.losses import cross_entropy, forward_kl
+from understudy.losses.relations import (
+    affinity_kl,
+    contextual_mse,
+    grid_tokens,
+    knn_affinity,
+    median_squared_distance,
+    paired_info_nce,
+)
+from understudy.models import RowModel, Rows
+from understudy.models.taps import called_layers, layer
+from understudy.streaming import rowwise
+from understudy.training import Live, Method, Shapes, Term
+from understudy.training.schedules import anneal
+from understudy.training.shapes import look
+
+
+class TRG(Method):
+    """Relations among image patches, beside labels and softened classes."""
+
+    name = "trg"
+    paper = 8
+    kinds = frozenset({"image"})
+    cost = "as kd, and tokens² · width operations a group of images; one projector"
+    page: ClassVar[dict[str, str]] = {
+        "when": "Image classifiers whose inner layers can be read, above all with classes of very different size.",
+        "not": "When only the teacher's outputs are known. The local term is bounded by 1/2 a token: with the default "
+        "weight its pull is small, and `affinity_scale` makes it felt.",
+        "deviations": "Means over tokens instead of sums (`tokens_reduction=sum` for the paper's). Images are coupled "
+        "inside groups of `group` consecutive ones, so that a batch may be cut between groups. Hyperparameters, the "
+        "cosine pace of the temperature and σ as the teacher's median squared distance are ours: the text gives none.",
+    }
+
+    alpha: float = Field(1.0, ge=0, description="Weight of the similarity pattern inside each image.")
+    beta: float = Field(1.0, ge=0, description="Weight of the nearest-neighbour graph.")
+    gamma: float = Field(0.5, ge=0, description="Weight of the contrast with the teacher's tokens.")
+    kd_weight: float = Field(1.0, ge=0, description="λ, weight of the softened classes.")
+    temperature: float = Field(4.0, gt=0, description="Of the softened classes.")
+    grid: int = Field(2, ge=1, description="Both sides' feature maps are pooled to grid × grid tokens.")
+    group: int = Field(16, ge=1, description="Images whose tokens form one graph.")
+    tokens: int = Field(256, ge=1, description="Most tokens of a group, drawn equally from its images.")
+    k: int = Field(5, ge=1, description="Neighbours of a token.")
+    sigma: float | Literal["median"] = Field("median", description="Width of the affinity, in squared distance.")
+    affinity_scale: float = Field(1.0, gt=0, description="Multiplies affinities before the softmax.")
+    direction: Literal["student_teacher", "teacher_student"] = "student_teacher"
+    tau_start: float = Field(1.0, gt=0, description="Temperature of the contrast at the first step.")
+    tau_end: float = Field(0.1, gt=0, description="And at the last.")
+    tau_pace: Literal["cosine", "linear", "constant"] = "cosine"
+    tokens_reduction: Literal["mean", "sum"] = "mean"
+    student_layer: str | None = Field(None, description="Layer to read; the last with a fine enough map if not given.")
+    teacher_layer: str | None = None
+
+    def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
+        name = self.student_layer if side == "student" else self.teacher_layer
+        if name is not None:
+            return {"tokens": layer(rows.model, name)}
+        for module, output in reversed(called_layers(rows.model, lambda: look(rows, batch))):
+            square = output.dim() == 3 and output.shape[1] >= self.grid**2
+            if square or (output.dim() == 4 and min(output.shape[2:]) >= self.grid):
+                return {"tokens": module}
+        raise InputError(
+            f"The {side} has no layer with a {self.grid} × {self.grid} map of tokens: method 'trg' needs a network of "
+            "convolutions or patches, or a smaller options.grid."
+        )
+
+    def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
+        if not self.gamma:
+            return {}
+        widths = [
+            s["tokens"][0] if len(s["tokens"]) == 3 else s["tokens"][1] for s in (shapes.taps, shapes.teacher_taps)
+        ]
+        return {"projector": nn.Linear(widths[0], widths[1], bias=False)}
+
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        assert teacher is not None
+        kd = rowwise(forward_kl, student.signal, teacher.signal, temperature=self.temperature, tau_squared=True)
+        terms = {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
+        terms["kd"] = Term(kd, self.kd_weight)
+        ours, theirs = (grid_tokens(r.taps["tokens"][batch.mask], self.grid) for r in (student, teacher))
+        terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
+        ids = batch.ids[batch.mask]
+        parts = [
+            self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], live)
+            for i in range(0, len(ids), self.group)
+        ]
+        for name, weight in (("local", self.beta), ("global", self.gamma)):
+            if weight:
+                terms[name] = Term(torch.cat([p[name] for p in parts]) if parts else ours.sum((1, 2)), weight)
+        return terms
+
+    def _group(self, ours: Tensor, theirs: Tensor, ids: Tensor, live: Live) -> dict[str, Tensor]:
+        """Relations across the images of one group; one value an image."""
+        images, patches = ours.shape[:2]
+        each = max(1, min(patches, self.tokens // images))
+        # Which tokens are drawn hangs on the image and the step alone, not on how the batch is cut.
+        draw = mix_bits(
+            mix_bits(ids[:, None] * 0x9E3779B97F4A7C1 + live.step) + torch.arange(patches, device=ids.device)
+        )
+        chosen = draw.argsort(-1)[:, :each].sort(-1).values
+        s, t = (x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1) for x in (ours, theirs))
+        found = {}
+        if self.beta:
+            sigma = median_squared_distance(t) if self.sigma == "median" else self.sigma
+            near = [knn_affinity(x, k=self.k, sigma=sigma) for x in (s, t)]
+            found["local"] = affinity_kl(near[0], near[1], direction=self.direction, scale=self.affinity_scale)
+        if self.gamma:
+            tau = anneal(self.tau_start, self.tau_end, live.step / live.total, self.tau_pace)
+            found["global"] = paired_info_nce(live.modules["projector"](s), t, temperature=tau)
+        factor = images if self.tokens_reduction == "sum" else 1 / each
+        return {name: values.unflatten(0, (images, each)).sum(1) * factor for name, values in found.items()}

@@ -1,0 +1,65 @@
+"""The widths a method's own modules need, read off two examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.models import RowModel, Rows
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a method may need to know to build its own modules.
+
+    Args:
+        classes: of the task.
+        features, teacher_features: width before the head, where the method needs it.
+        taps, teacher_taps: shape of each tapped output, without the axis of examples.
+    """
+
+    classes: int
+    features: int | None = None
+    teacher_features: int | None = None
+    taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    teacher_taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def look(model: RowModel, batch: Batch, *, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> Rows:
+    """One forward pass in evaluation mode that leaves every module in the mode it was in."""
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        return model(batch.to(next(model.parameters()).device), features=features, taps=taps)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def probe(
+    method: Any,
+    classes: int,
+    sides: Mapping[str, RowModel | None],
+    taps: Mapping[str, Mapping[str, nn.Module]],
+    batch: Batch,
+) -> Shapes:
+    """The shapes a method sees on `batch`: it asks each side for what its `needs` and taps name."""
+    found: dict[str, Any] = {}
+    for side, prefix in (("student", ""), ("teacher", "teacher_")):
+        model, asks = sides[side], f"{prefix}features" in method.needs
+        if model is None or not (asks or taps[side]):
+            continue
+        rows = look(model, batch, features=asks, taps=taps[side])
+        if asks and rows.features is None:
+            raise InputError(f"The {side} shows no features before its classifier, which {method.name!r} needs.")
+        found[f"{prefix}features"] = rows.features.shape[-1] if rows.features is not None else None
+        found[f"{prefix}taps"] = {name: tuple(value.shape[1:]) for name, value in rows.taps.items()}
+    return Shapes(classes, **found)

@@ -1,0 +1,184 @@
+"""Paper 8, TRG: golden vectors, limits that must hold, bad input."""
+
+import math
+
+import pytest
+import torch
+
+from golden_vectors import close, golden
+from understudy import InputError
+from understudy.losses.relations import (
+    affinity_kl,
+    contextual_mse,
+    grid_tokens,
+    knn_affinity,
+    paired_info_nce,
+    self_similarity,
+)
+from understudy.training.schedules import anneal
+
+
+@pytest.mark.golden
+def test_golden():
+    g = golden("08-trg")
+    k, sigma, tau = int(g["k"]), float(g["sigma"]), float(g["tau_global"])
+    index, number = g["token_idx"], len(g["token_idx"])
+    student, projector = g["feat_s"].clone().requires_grad_(), g["proj"].clone().requires_grad_()
+    s, t = student.flatten(0, 1)[index], g["feat_t"].flatten(0, 1)[index]
+    ours, theirs = (knn_affinity(x, k=k, sigma=sigma) for x in (s, t))
+    close(ours, g["A_s"], rtol=1e-9)
+    close(theirs, g["A_t"], rtol=1e-9)
+    local, inner = affinity_kl(ours, theirs).sum(), contextual_mse(student, g["feat_t"]).mean()
+    contrast = paired_info_nce(s @ projector, t, temperature=tau).sum()
+    reverse = affinity_kl(ours, theirs, direction="teacher_student").sum()
+    alpha, beta, gamma = (float(g[n]) for n in ("alpha", "beta", "gamma"))
+    total = alpha * inner + beta * local / number + gamma * contrast / number
+    for value, name in (
+        (local, "loss_local_sum"),
+        (reverse, "loss_local_reverse_sum"),
+        (contrast, "loss_global_sum"),
+        (inner, "loss_inner"),
+        (total, "loss_aux_mean"),
+    ):
+        close(value, g[name], rtol=1e-9)
+    for value, wanted in (
+        (local, {"grad_local_feat_s": student}),
+        (contrast, {"grad_global_feat_s": student, "grad_global_proj": projector}),
+        (inner, {"grad_inner_feat_s": student}),
+        (total, {"grad_aux_feat_s": student}),
+    ):
+        found = torch.autograd.grad(value, list(wanted.values()), retain_graph=True)
+        for gradient, name in zip(found, wanted, strict=True):
+            close(gradient, g[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.fixture
+def tokens():
+    torch.manual_seed(3)
+    return torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(2, 9, 7, dtype=torch.float64)
+
+
+def test_equal_tokens_cost_nothing(tokens):
+    s = tokens[0].clone().requires_grad_()
+    near = knn_affinity(s, k=3, sigma=2.0)
+    value = affinity_kl(near, knn_affinity(tokens[0], k=3, sigma=2.0)).sum() + contextual_mse(s, tokens[0]).sum()
+    (gradient,) = torch.autograd.grad(value, s)
+    assert value.abs() < 1e-14 and gradient.abs().max() < 1e-14
+
+
+def test_relations_ignore_rotation_shift_and_order(tokens):
+    s, t = tokens
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    theirs = knn_affinity(t, k=3, sigma=2.0)
+    local = affinity_kl(knn_affinity(s, k=3, sigma=2.0), theirs)
+    close(affinity_kl(knn_affinity(s @ rotation + 3.0, k=3, sigma=2.0), theirs), local)
+    close(contextual_mse(s @ rotation, t), contextual_mse(s, t))
+    order = torch.randperm(9)
+    close(
+        affinity_kl(knn_affinity(s[:, order], k=3, sigma=2.0), knn_affinity(t[:, order], k=3, sigma=2.0)),
+        local[:, order],
+    )
+    w = torch.randn(5, 7, dtype=torch.float64)
+    contrast = paired_info_nce(s @ w, t, temperature=0.3)
+    close(paired_info_nce((s @ w)[:, order], t[:, order], temperature=0.3), contrast[:, order])
+    close(paired_info_nce(4.0 * s @ w, t, temperature=0.3), contrast)
+
+
+def test_limits_of_the_widths(tokens):
+    s, t = tokens
+    wide, narrow = knn_affinity(s, k=3, sigma=1e12), knn_affinity(s, k=3, sigma=1e-6)
+    close(wide, wide.round(), atol=1e-9)
+    assert (wide.sum(-2).round() == 3).all() and wide.diagonal(dim1=-2, dim2=-1).eq(0).all()
+    assert narrow.eq(0).all() and affinity_kl(narrow, knn_affinity(t, k=3, sigma=1e-6)).abs().max() < 1e-15
+    far = paired_info_nce(torch.randn_like(t), t, temperature=1e9)
+    close(far, torch.full_like(far, math.log(9)), atol=1e-6)
+    assert affinity_kl(torch.rand(4, 9, 9), torch.rand(4, 9, 9)).max() <= 1 / 2
+
+
+def test_duplicates_outliers_and_zeros_stay_finite():
+    s = torch.randn(6, 4, dtype=torch.float64)
+    s[1] = s[0]
+    s[5] = 500.0
+    s[3] = 0.0
+    s.requires_grad_()
+    near = knn_affinity(s, k=2, sigma=1.0)
+    assert near[1, 0] == 1 and near[5].eq(0).all()
+    value = affinity_kl(near, torch.rand(6, 6, dtype=torch.float64)).sum()
+    value = value + paired_info_nce(s, torch.randn(6, 4, dtype=torch.float64), temperature=0.1).sum()
+    value.backward()
+    assert s.grad.isfinite().all()
+    one = torch.randn(1, 4)
+    assert paired_info_nce(one, one, temperature=0.1).item() == pytest.approx(0, abs=1e-6)
+    assert contextual_mse(torch.randn(3, 1, 4), torch.randn(3, 1, 8)).eq(0).all()
+    close(self_similarity(torch.zeros(1, 3, 4)), torch.full((1, 3, 3), 1 / 3), rtol=1e-6)
+
+
+def test_grids():
+    maps = torch.arange(16.0).view(1, 1, 4, 4)
+    close(grid_tokens(maps, 2)[0, :, 0], torch.tensor([2.5, 4.5, 10.5, 12.5]))
+    patches = maps.flatten(2).transpose(1, 2)
+    close(grid_tokens(patches, 2), grid_tokens(maps, 2))
+    with_class = torch.cat([torch.full((1, 1, 1), 99.0), patches], 1)
+    close(grid_tokens(with_class, 2), grid_tokens(maps, 2))
+
+
+@pytest.mark.parametrize(
+    "call,says",
+    [
+        (lambda: knn_affinity(torch.rand(4, 2), k=4, sigma=1.0), "k is 4 and there are 4"),
+        (lambda: knn_affinity(torch.rand(4, 2), k=0, sigma=1.0), "k is 0"),
+        (lambda: knn_affinity(torch.rand(4, 2), k=1, sigma=0.0), "sigma is 0.0"),
+        (lambda: paired_info_nce(torch.rand(4, 2), torch.rand(4, 2), temperature=0.0), "temperature is 0.0"),
+        (lambda: paired_info_nce(torch.rand(4, 2), torch.rand(3, 2), temperature=1.0), "differ in shape"),
+        (lambda: affinity_kl(torch.rand(4, 4), torch.rand(3, 3)), "differ in shape"),
+        (lambda: contextual_mse(torch.rand(1, 4, 2), torch.rand(1, 5, 2)), "differ in tokens"),
+        (lambda: grid_tokens(torch.rand(1, 3, 1, 1), 2), "2 × 2 grid"),
+        (lambda: grid_tokens(torch.rand(1, 7, 3), 2), "no square grid"),
+    ],
+)
+def test_bad_input(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+def test_paces():
+    assert anneal(1.0, 0.1, 0.0, "cosine") == 1.0 and anneal(1.0, 0.1, 1.0, "cosine") == pytest.approx(0.1)
+    assert anneal(1.0, 0.0, 0.25, "linear") == 0.75 and anneal(1.0, 0.0, 0.9, "constant") == 1.0
+
+
+def test_it_learns_long_tailed_digits_and_the_projector_stays_behind(tmp_path):
+    from safetensors.torch import load_file
+
+    from understudy import distill
+
+    result = distill(
+        task="image_classification",
+        method="trg",
+        data={"name": "digits", "imbalance": 5},
+        teacher={"model": "convnet:8", "train": {"max_steps": 150, "learning_rate": 1e-2}},
+        student="convnet:4",
+        output=str(tmp_path),
+        trainer={"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2, "save_strategy": "no"},
+    )
+    assert result.metrics["accuracy"] > 0.7  # chance is 0.1
+    assert not any("projector" in key for key in load_file(tmp_path / "student" / "model.safetensors"))
+    terms = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"global"' in line]
+    assert terms and all(f'"{name}"' in terms[0] for name in ("ce", "kd", "inner", "local"))
+
+
+def test_a_network_without_maps_is_refused(tmp_path):
+    from understudy import distill
+
+    values = {"task": "image_classification", "method": "trg", "output": str(tmp_path), "trainer": {"max_steps": 1}}
+    teacher = {"model": "convnet:4", "train": {"max_steps": 1}}
+    with pytest.raises(InputError, match="student has no layer with a 2 × 2 map"):
+        distill(values, student="mlp:8", teacher=teacher)
+    with pytest.raises(InputError, match="no layer 'bdy.0'. Did you mean"):
+        distill(
+            values | {"output": str(tmp_path / "b")},
+            student="convnet:4",
+            teacher=teacher,
+            options={"student_layer": "bdy.0"},
+        )
+    with pytest.raises(InputError, match="data.imbalance is 0"):
+        distill(values | {"output": str(tmp_path / "c")}, data={"name": "digits", "imbalance": 0})

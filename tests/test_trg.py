@@ -173,12 +173,12 @@ def test_a_network_without_maps_is_refused(tmp_path):
     teacher = {"model": "convnet:4", "train": {"max_steps": 1}}
     with pytest.raises(InputError, match="student has no layer with a 2 × 2 map"):
         distill(values, student="mlp:8", teacher=teacher)
-    with pytest.raises(InputError, match="no layer 'bdy.0'. Did you mean"):
+    with pytest.raises(InputError, match=r"no layer 'bdy.0'. Did you mean"):
         distill(
             values | {"output": str(tmp_path / "b")},
             student="convnet:4",
             teacher=teacher,
             options={"student_layer": "bdy.0"},
         )
-    with pytest.raises(InputError, match="data.imbalance is 0"):
+    with pytest.raises(InputError, match=r"data.imbalance is 0"):
         distill(values | {"output": str(tmp_path / "c")}, data={"name": "digits", "imbalance": 0})

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from understudy.claims import dhkd, pld, taid
+from understudy.claims import dhkd, pld, taid, trg
 from understudy.claims.experiment import Claim, result_table
 from understudy.claims.experiment import reproduce as _reproduce
 from understudy.errors import InputError, nearest
 
-CLAIMS: dict[str, Claim] = {"pld": pld.CLAIM, "taid": taid.CLAIM, "dhkd": dhkd.CLAIM}
+CLAIMS: dict[str, Claim] = {"pld": pld.CLAIM, "taid": taid.CLAIM, "dhkd": dhkd.CLAIM, "trg": trg.CLAIM}
 
 
 def reproduce(name: str, seeds: int, output: Path, *, progress: bool = False) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Anchored preference losses over lists of candidates (paper 2, ADPO), and the targets they learn from.
+
+All arrays are `[lists, candidates]` with a `mask` of valid candidates; masked entries may hold anything and leak into
+neither value nor gradient. Losses return one value per list.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from understudy.errors import InputError
+
+
+def anchored_cross_entropy(
+    log_prob: Tensor, anchor: Tensor, target: Tensor, *, tau: float, mask: Tensor | None = None
+) -> Tensor:
+    """−Σ q log softmax((log π − log π_ref) / τ) over valid candidates: `[lists]`. One candidate: 0.
+
+    Args:
+        log_prob: sequence log-probabilities in nats. anchor: those of the anchor, not differentiated.
+        target: q, rows sum to 1 over valid candidates, not differentiated.
+
+    Gradient per list: (p̃ − q) / τ. The optimum is log π = log π_ref + τ log q + const. Source: ADPO, Eq. for L.
+    With two candidates and q = (1, 0) it is DPO at β = 1/τ.
+    """
+    mask = _mask(log_prob, mask)
+    q = target.detach().masked_fill(~mask, 0.0)
+    _check_target(q, mask)
+    log_p = _anchored(log_prob, anchor, tau, mask)
+    return -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
+
+
+def _anchored(log_prob: Tensor, anchor: Tensor, tau: float, mask: Tensor) -> Tensor:
+    if not tau > 0:
+        raise InputError(f"tau is {tau} and must be positive.")
+    ours, theirs = (x.masked_fill(~mask, 0.0) for x in (log_prob, anchor.detach()))
+    for name, x in (("log-probability", ours), ("anchor", theirs)):
+        if not bool(x.isfinite().all()):
+            row, column = (~x.isfinite()).nonzero()[0].tolist()
+            raise InputError(
+                f"The {name} of list {row}, candidate {column} is {float(x[row, column].detach())}: it must be finite."
+            )
+    return torch.log_softmax(((ours - theirs) / tau).masked_fill(~mask, -math.inf), -1)
+
+
+def _mask(values: Tensor, mask: Tensor | None) -> Tensor:
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
+    empty = (~mask.any(-1)).nonzero()
+    if len(empty):
+        raise InputError(f"List {int(empty[0, 0])} has no valid candidate.")
+    return mask
+
+
+def _check_target(q: Tensor, mask: Tensor) -> None:
+    wrong = ((q < 0).any(-1) | ((q.sum(-1) - 1).abs() > 1e-6) | q.isnan().any(-1)).nonzero()
+    if len(wrong):
+        row = int(wrong[0, 0])
+        raise InputError(
+            f"The target of list {row} is {[round(v, 4) for v in q[row].tolist()]}: it must be ≥ 0 and sum to 1."
+        )
+
+
+def bradley_terry(first: Tensor, second: Tensor, *, beta: float) -> Tensor:
+    """The probability σ((r₁ − r₂) / β) that the first of two is better."""
+    return torch.sigmoid((first - second) / beta)
+
+
+def softmax_advantage(reward: Tensor, *, beta: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(A / β), A = (reward − mean) / deviation in each list (n − 1 in the denominator); uniform if all are equal."""
+    mask = _rewards(reward, mask)
+    return _softmax(_advantage(reward, mask) / beta, mask)
+
+
+def _advantage(reward: Tensor, mask: Tensor) -> Tensor:
+    number = mask.sum(-1, keepdim=True)
+    values = reward.masked_fill(~mask, 0.0)
+    centred = (values - values.sum(-1, keepdim=True) / number).masked_fill(~mask, 0.0)
+    deviation = (centred.square().sum(-1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
+    return centred / torch.where(deviation < 1e-8, torch.ones_like(deviation), deviation)
+
+
+def tempered(log_prob: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(log π_T / T) over the candidates: the teacher as target (KD)."""
+    return _softmax(log_prob / temperature, _mask(log_prob, mask))
+
+
+def exact_teacher(teacher: Tensor, anchor: Tensor, *, tau: float, mask: Tensor | None = None) -> Tensor:
+    """softmax((log π_T − log π_ref) / τ): the optimum is then the teacher itself, whatever the anchor."""
+    return _softmax((teacher - anchor) / tau, _mask(teacher, mask))
+
+
+def best(reward: Tensor, mask: Tensor | None = None) -> Tensor:
+    """All mass on the best candidate (the first of equals): supervised training on it."""
+    mask = _rewards(reward, mask)
+    top = reward.masked_fill(~mask, -math.inf).argmax(-1, keepdim=True)
+    return torch.zeros_like(reward).scatter(-1, top, 1.0)
+
+
+def kde_rank(
+    reward: Tensor,
+    *,
+    beta: float,
+    mask: Tensor | None = None,
+    factor: float = 0.9,
+    least: float = 1e-3,
+    clip: float = 1e-4,
+) -> Tensor:
+    """softmax(logit F / β), F the Gaussian-kernel distribution function of the list's own rewards.
+
+    An outlier's influence is bounded: a reward of 500 or of 5 million gives the same target. The bandwidth is
+    max(factor · min(deviation, IQR / 1.349) · n^(−1/5), least).
+    """
+    mask = _rewards(reward, mask)
+    return _softmax(kde_logits(reward, mask, factor, least, clip) / beta, mask)
+
+
+def kde_logits(reward: Tensor, mask: Tensor, factor: float = 0.9, least: float = 1e-3, clip: float = 1e-4) -> Tensor:
+    """log F − log(1 − F) of each candidate."""
+    number = mask.sum(-1, keepdim=True)
+    values = reward.masked_fill(~mask, math.nan)
+    centred = (reward - values.nanmean(-1, keepdim=True)).masked_fill(~mask, 0.0)
+    deviation = (centred.square().sum(-1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
+    spread = values.nanquantile(0.75, -1, keepdim=True) - values.nanquantile(0.25, -1, keepdim=True)
+    width = (factor * torch.minimum(deviation, spread / 1.349) * number.to(reward.dtype) ** -0.2).clamp(min=least)
+    z = (reward[..., :, None] - reward[..., None, :]) / width[..., None]
+    below = torch.special.ndtr(z).masked_fill(~mask[..., None, :], 0.0).sum(-1) / number
+    f = below.clamp(clip, 1 - clip)
+    return f.log() - torch.log1p(-f)
+
+
+def anchored_plackett_luce(
+    score: Tensor,
+    reward: Tensor,
+    *,
+    mask: Tensor | None = None,
+    top: int | None = None,
+    label_smoothing: float = 0.0,
+    poly: float = 0.0,
+) -> Tensor:
+    """−Σ_k log of the k-th best among the rest, by anchored scores, over the first `top` positions (all but the last).
+
+    Args:
+        score: (log π − log π_ref) / τ. reward: gives the order; ties keep the lower index first.
+        label_smoothing: share of (log Z_k − mean score of the rest). poly: weight of 1 − exp(−nll), nll at most 20.
+
+    Returns `[lists]`, the *mean* over positions, 0 for one candidate. Source: ADPO, list-wise variant, official code.
+    """
+    mask = _rewards(reward, mask)
+    order = reward.masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    ranked, valid = score.masked_fill(~mask, 0.0).gather(-1, order), mask.gather(-1, order)
+    held = ranked.masked_fill(~valid, -math.inf)
+    log_z = held.flip(-1).logcumsumexp(-1).flip(-1)
+    rest = valid.flip(-1).cumsum(-1).flip(-1)
+    suffix = ranked.masked_fill(~valid, 0.0).flip(-1).cumsum(-1).flip(-1) / rest.clamp(min=1)
+    positions = valid & (rest > 1) & (torch.arange(score.shape[-1], device=score.device) < (top or score.shape[-1]))
+    log_z = log_z.masked_fill(~positions, 0.0)
+    nll = log_z - ranked
+    if label_smoothing:
+        nll = (1 - label_smoothing) * nll + label_smoothing * (log_z - suffix)
+    if poly:
+        nll = nll + poly * (1 - torch.exp(-nll.clamp(max=20.0)))
+    return nll.masked_fill(~positions, 0.0).sum(-1) / positions.sum(-1).clamp(min=1)
+
+
+def adaptive_tau(
+    entropy: Tensor, reward: Tensor, *, base: float, a: float, b: float, least: float, most: float
+) -> Tensor:
+    """clip(base · (1 + a·H + b·(1 − H)·(1 − R))): a higher temperature where the policy is unsure or rewards are low.
+
+    Args:
+        entropy: H in [0, 1], mean token entropy / log V, `[lists]`. reward: R in [0, 1], `[lists]`.
+    """
+    h, r = entropy.detach(), reward.detach()
+    return (base * (1 + a * h + b * (1 - h) * (1 - r))).clamp(least, most)
+
+
+def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(logits.detach().masked_fill(~mask, -math.inf), -1)
+
+
+def _rewards(reward: Tensor, mask: Tensor | None) -> Tensor:
+    mask = _mask(reward, mask)
+    wrong = (~reward.isfinite() & mask).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise InputError(
+            f"The reward of list {row}, candidate {column} is {float(reward[row, column])}: it must be a number."
+        )
+    return mask

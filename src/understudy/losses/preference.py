@@ -1,0 +1,185 @@
+"""Preference losses on sequence log-probabilities, one value per pair (or per example). Nothing is reduced.
+
+Conventions (card of paper 39): `chosen` and `rejected` are log π(y | x) in nats, summed over completion tokens with EOS,
+`[pairs]`; `*_ref` the same of the reference, never differentiated; `*_tokens` the numbers of tokens. A pair whose log-
+probability is −inf or nan is an `InputError` that names it. Everything is written with softplus, so no margin overflows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from understudy.errors import InputError
+
+
+def dpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """(1 − e) softplus(−h) + e softplus(h) with h = β (log-ratio of chosen − of rejected).
+
+    e = 0 is DPO (Rafailov et al. 2023, Eq. 7); e > 0 is cDPO, whose minimum is at h = log((1 − e) / e).
+    At policy = reference it is ln 2.
+    """
+    smoothing("dpo", label_smoothing)
+    h = beta * margin("dpo", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return (1 - label_smoothing) * F.softplus(-h) + label_smoothing * F.softplus(h)
+
+
+def robust_dpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """[(1 − e) softplus(−h) − e softplus(h)] / (1 − 2e): unbiased under labels flipped with probability e < ½.
+
+    It can be negative. Source: Chowdhury et al. 2024.
+    """
+    smoothing("robust_dpo", label_smoothing)
+    e = label_smoothing
+    h = beta * margin("robust_dpo", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return ((1 - e) * F.softplus(-h) - e * F.softplus(h)) / (1 - 2 * e)
+
+
+def hinge(chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1) -> Tensor:
+    """relu(1 − h), h = β times the margin of log-ratios; 1 at policy = reference (SLiC, Zhao et al. 2023)."""
+    return F.relu(1 - beta * margin("hinge", chosen, rejected, chosen_ref, rejected_ref, beta))
+
+
+def ipo(chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1) -> Tensor:
+    """(margin − 1/(2β))² (Azar et al. 2023, Eq. 17).
+
+    The paper's log-ratios are sums over the sequence. TRL since 2024 uses means over its tokens: divide each side by its
+    number of tokens first (`per_token`). The two differ by orders of magnitude.
+    """
+    return (margin("ipo", chosen, rejected, chosen_ref, rejected_ref, beta) - 1 / (2 * beta)).square()
+
+
+def kto(
+    log_ratio: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w_D (1 − σ(β (r − z))) for desirable examples, w_U (1 − σ(β (z − r))) for the others: `[examples]`.
+
+    Args:
+        log_ratio: r, policy against reference, sums, `[examples]`. desirable: `[examples]`, bool.
+        kl: z ≥ 0, an estimate of KL(policy ‖ reference) that broadcasts; it gets no gradient (`kto_kl`).
+
+    ½ at policy = reference. Source: Ethayarajh et al. 2024, Eq. 8.
+    """
+    finite("kto", log_ratio)
+    positive("kto", beta)
+    difference = beta * (log_ratio - kl.detach())
+    values = torch.sigmoid(torch.where(desirable, -difference, difference))
+    return values * torch.where(desirable, desirable_weight, undesirable_weight).to(values.dtype)
+
+
+def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
+    """max(0, mean log-ratio) over prompts with another example's completion; a scalar without gradient, 0 if empty."""
+    if mismatched_log_ratio.numel() < 1:
+        return mismatched_log_ratio.new_zeros(())
+    return mismatched_log_ratio.detach().mean().clamp(min=0)
+
+
+def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024); add the NLL of `chosen` beside it."""
+    positive("cpo", beta)
+    finite("cpo", chosen, rejected)
+    return F.softplus(-beta * (chosen - rejected))
+
+
+def simpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+) -> Tensor:
+    """softplus(−(β (mean log-prob of chosen − of rejected) − γ)) (Meng et al. 2024, Eq. 6). No reference."""
+    positive("simpo", beta)
+    finite("simpo", chosen, rejected)
+    means = per_token(chosen, chosen_tokens) - per_token(rejected, rejected_tokens)
+    return F.softplus(-(beta * means - gamma))
+
+
+def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor) -> Tensor:
+    """softplus(−log odds ratio) of the mean log-probabilities (ORPO, Hong et al. 2024, Eq. 6), without its weight β.
+
+    Mean log-probabilities are clamped at −1e−7, where the odds would be infinite.
+    """
+    finite("odds_ratio", chosen, rejected)
+    a, b = (per_token(x, n).clamp(max=-1e-7) for x, n in ((chosen, chosen_tokens), (rejected, rejected_tokens)))
+    return F.softplus(-((a - b) - (_log1mexp(a) - _log1mexp(b))))
+
+
+def per_token(log_prob: Tensor, tokens: Tensor) -> Tensor:
+    """Sums over the completion as means over its tokens; an empty completion is an `InputError`."""
+    empty = (tokens < 1).nonzero()
+    if len(empty):
+        raise InputError(
+            f"Completion {int(empty[0, 0])} of the batch has no tokens: drop it, or raise data.max_length."
+        )
+    return log_prob / tokens
+
+
+def margin(
+    loss: str, chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, beta: float = 1.0
+) -> Tensor:
+    """Log-ratio of chosen minus log-ratio of rejected, `[pairs]`; the reference is detached."""
+    positive(loss, beta)
+    finite(loss, chosen, rejected, chosen_ref, rejected_ref)
+    return (chosen - chosen_ref.detach()) - (rejected - rejected_ref.detach())
+
+
+def finite(loss: str, *log_probs: Tensor) -> None:
+    """Refuse −inf and nan, by position."""
+    for values in log_probs:
+        if not bool(values.isfinite().all()):
+            at = int((~values.isfinite()).flatten().nonzero()[0, 0])
+            raise InputError(
+                f"{loss}: log-probability {at} is {float(values.flatten()[at].detach())}: the model gives a completion probability 0."
+            )
+
+
+def positive(loss: str, beta: float) -> None:
+    """Refuse a scale that is not positive."""
+    if not beta > 0:
+        raise InputError(f"{loss}: beta is {beta} and must be positive.")
+
+
+def smoothing(loss: str, e: float) -> None:
+    """Refuse label smoothing outside [0, ½)."""
+    if not 0 <= e < 0.5:
+        raise InputError(f"{loss}: label_smoothing is {e} and must lie in [0, 0.5).")
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 − eˣ) for x < 0, exact at both ends."""
+    small = x < -math.log(2)
+    return torch.where(
+        small, torch.log1p(-x.masked_fill(~small, -1.0).exp()), torch.log(-torch.expm1(x.masked_fill(small, -0.5)))
+    )
+
+
+Length = Literal["sum", "mean"]

@@ -1,0 +1,241 @@
+"""Papers 2 and 39: preference losses against golden vectors, their limits, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from golden_vectors import close, golden
+from understudy import InputError
+from understudy.losses import anchored, preference
+
+
+@pytest.fixture(scope="module")
+def g():
+    return golden("39-dpo-variants")
+
+
+def pairs(g):
+    """Token log-probs as a leaf, sequence sums of both sides, references, token counts."""
+    token = g["token_logp"].clone().requires_grad_()
+    mask = g["completion_mask"].bool()
+    sums, counts = (token * mask).sum(1), mask.sum(1)
+    chosen, rejected = sums.chunk(2)
+    return token, chosen, rejected, g["ref_logp_chosen"], g["ref_logp_rejected"], *counts.chunk(2)
+
+
+def agrees(g, name, values, token):
+    mean = values.mean()
+    close(mean, g[f"loss_{name}"], rtol=1e-9)
+    (gradient,) = torch.autograd.grad(mean, token, retain_graph=True)
+    close(gradient, g[f"grad_{name}"], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.golden
+def test_golden_with_reference(g):
+    token, w, lo, rw, rl, nw, nl = pairs(g)
+    beta, e = float(g["beta_dpo"]), float(g["label_smoothing"])
+    ratios = (w, lo, rw, rl)
+    means = tuple(preference.per_token(x, n) for x, n in zip(ratios, (nw, nl, nw, nl), strict=True))
+    agrees(g, "dpo", preference.dpo(*ratios, beta=beta), token)
+    close(preference.dpo(*ratios, beta=beta), g["per_pair_dpo"], rtol=1e-9)
+    agrees(g, "hinge", preference.hinge(*ratios, beta=beta), token)
+    agrees(g, "cdpo", preference.dpo(*ratios, beta=beta, label_smoothing=e), token)
+    agrees(g, "robust_dpo", preference.robust_dpo(*ratios, beta=beta, label_smoothing=e), token)
+    agrees(g, "dpo_lengthnorm", preference.dpo(*means, beta=float(g["beta_simpo"])), token)
+    agrees(g, "ipo_sum", preference.ipo(*ratios, beta=float(g["beta_ipo"])), token)
+    agrees(g, "ipo_tokenmean", preference.ipo(*means, beta=float(g["beta_ipo"])), token)
+
+
+@pytest.mark.golden
+def test_golden_kto(g):
+    token, w, lo, rw, rl, *_ = pairs(g)
+    options = {"beta": float(g["beta_kto"]), "desirable_weight": float(g["kto_w_desirable"])}
+    options["undesirable_weight"] = float(g["kto_w_undesirable"])
+    zw, zl = preference.kto_kl(w - rw), preference.kto_kl(lo - rl)
+    close(zw, g["kto_pair_kl_chosen"], rtol=1e-9)
+    yes = torch.ones(len(w), dtype=torch.bool)
+    sides = [preference.kto(w - rw, yes, zl, **options), preference.kto(lo - rl, ~yes, zw, **options)]
+    agrees(g, "kto_paired", torch.cat(sides), token)
+    for case in ("", "_negkl", "_onlydesirable"):
+        logp = g["kto_logp"].clone().requires_grad_()
+        ours, theirs = g["kto_mismatch_logp"], g["kto_mismatch_ref_logp"]
+        if case == "_negkl":
+            ours, theirs = theirs, ours
+        label = torch.ones_like(g["kto_label"]).bool() if case == "_onlydesirable" else g["kto_label"].bool()
+        z = preference.kto_kl(ours - theirs)
+        close(z, g[f"kto_kl{case}"], rtol=1e-9)
+        agrees(g, f"kto_unpaired{case}", preference.kto(logp - g["kto_ref_logp"], label, z, **options), logp)
+
+
+@pytest.mark.golden
+def test_golden_without_reference(g):
+    token, w, lo, _, _, nw, nl = pairs(g)
+    nll = -w.sum() / nw.sum()
+    close(nll, g["nll_chosen"], rtol=1e-9)
+    cpo = preference.cpo(w, lo, beta=float(g["beta_cpo"]))
+    simpo = preference.simpo(w, lo, nw, nl, beta=float(g["beta_simpo"]), gamma=float(g["simpo_gamma"]))
+    orpo = preference.odds_ratio(w, lo, nw, nl)
+    alpha = float(g["cpo_alpha"])
+    agrees(g, "cpo_prefonly", cpo, token)
+    agrees(g, "cpo", cpo + alpha * nll, token)
+    agrees(g, "simpo", simpo, token)
+    agrees(g, "cpo_simpo", simpo + alpha * nll, token)
+    agrees(g, "orpo", nll + float(g["beta_orpo"]) * orpo, token)
+
+
+finite = st.lists(st.floats(-300, 300), min_size=3, max_size=3).map(lambda v: torch.tensor(v, dtype=torch.float64))
+
+
+@given(finite, finite, finite, finite, st.floats(-50, 50))
+def test_limits_of_pairs(w, lo, rw, rl, c):
+    same = (w, lo, w, lo)
+    close(preference.dpo(*same), torch.full_like(w, math.log(2)))
+    close(preference.hinge(*same), torch.ones_like(w))
+    close(preference.ipo(*same, beta=0.2), torch.full_like(w, 1 / (4 * 0.2**2)))
+    close(preference.kto(w - w, w > 0, torch.zeros(())), torch.full_like(w, 0.5))
+    close(preference.dpo(w + c, lo + c, rw, rl), preference.dpo(w, lo, rw, rl), atol=1e-9)
+    close(preference.robust_dpo(w, lo, rw, rl, label_smoothing=0.0), preference.dpo(w, lo, rw, rl))
+    close(preference.cpo(w, lo), preference.dpo(w, lo, rw, rw))
+    n = torch.tensor([4, 4, 4])
+    close(preference.simpo(w, lo, n, n, beta=2.0, gamma=0.0), preference.cpo(w, lo, beta=0.5))
+    leaf = w.clone().requires_grad_()
+    preference.dpo(leaf, lo, rw, rl, beta=0.3).sum().backward()
+    close(leaf.grad, -0.3 * torch.sigmoid(-0.3 * ((w - rw) - (lo - rl))), atol=1e-12)
+
+
+def test_extreme_margins_stay_finite():
+    w = torch.tensor([1e5, -1e5], dtype=torch.float64, requires_grad=True)
+    lo, r = torch.zeros(2).double(), torch.zeros(2).double()
+    value = preference.dpo(w, lo, r, r).sum()
+    value.backward()
+    assert value.isfinite() and w.grad.tolist() == [0.0, -0.1]
+    n = torch.tensor([1, 1])
+    assert preference.odds_ratio(torch.zeros(2), -torch.ones(2), n, n).isfinite().all()
+    at = torch.tensor([math.log(0.9 / 0.1) / 0.1], dtype=torch.float64, requires_grad=True)
+    preference.dpo(at, lo[:1], r[:1], r[:1], label_smoothing=0.1).backward()
+    assert at.grad.abs() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "call,says",
+    [
+        (lambda x: preference.dpo(x, x, x, x, beta=0.0), "beta is 0.0"),
+        (lambda x: preference.dpo(x, x, x, x, label_smoothing=0.5), "label_smoothing is 0.5"),
+        (lambda x: preference.robust_dpo(x, x, x, x, label_smoothing=-0.1), "label_smoothing is -0.1"),
+        (lambda x: preference.dpo(x, x - math.inf, x, x), "log-probability 0 is -inf"),
+        (lambda x: preference.per_token(x, torch.tensor([3, 0])), "Completion 1 of the batch has no tokens"),
+        (
+            lambda x: anchored.anchored_cross_entropy(x[None], x[None], torch.tensor([[0.5, 0.5]]), tau=0.0),
+            "tau is 0.0",
+        ),
+        (lambda x: anchored.anchored_cross_entropy(x[None], x[None], torch.tensor([[0.5, 0.6]]), tau=1.0), "sum to 1"),
+        (
+            lambda x: anchored.anchored_cross_entropy(x[None], x[None] - math.inf, torch.tensor([[0.5, 0.5]]), tau=1.0),
+            "anchor of list 0",
+        ),
+        (lambda x: anchored.softmax_advantage(x[None] * math.nan, beta=1.0), "reward of list 0, candidate 0 is nan"),
+        (lambda x: anchored.best(x[None], torch.zeros(1, 2)), "List 0 has no valid candidate"),
+    ],
+)
+def test_bad_input(call, says):
+    with pytest.raises(InputError, match=says):
+        call(torch.zeros(2))
+
+
+@pytest.mark.golden
+def test_golden_lists():
+    g = golden("02-adpo")
+    tau, beta, mask = float(g["tau_anc"]), float(g["beta_r"]), g["lw_mask"].bool()
+    leaf = g["lw_logp"].clone().requires_grad_()
+    q = anchored.softmax_advantage(g["lw_reward"], beta=beta, mask=mask)
+    close(q, g["lw_q"], rtol=1e-9)
+    values = anchored.anchored_cross_entropy(leaf, g["lw_ref_logp"], q, tau=tau, mask=mask)
+    close(values, g["lw_ce"], rtol=1e-9)
+    close(values.mean(), g["lw_loss"], rtol=1e-9)
+    close(values + torch.special.xlogy(q, q).sum(-1), g["lw_kl"], rtol=1e-9, atol=1e-9)
+    values.mean().backward()
+    close(leaf.grad, g["lw_grad_logp"], rtol=1e-9)
+    leaf = g["pl_score"].clone().requires_grad_()
+    nll = anchored.anchored_plackett_luce(leaf, g["pl_reward"])
+    close(nll * (leaf.shape[1] - 1), g["pl_nll_per_list"], rtol=1e-9)
+    close(nll.mean(), g["pl_loss_mean_positions"], rtol=1e-9)
+    nll.mean().backward()
+    close(leaf.grad, g["pl_grad_score_mean_positions"], rtol=1e-9)
+    smooth = anchored.anchored_plackett_luce(g["pl_score"], g["pl_reward"], top=2, label_smoothing=0.1, poly=1.0)
+    close(smooth.mean(), g["pl_loss_poly1_top2_ls01"], rtol=1e-9)
+
+
+@pytest.mark.golden
+def test_golden_pairs_as_lists():
+    g = golden("02-adpo")
+    leaves = [g[k].clone().requires_grad_() for k in ("pw_chosen_logp", "pw_rejected_logp")]
+    p = g["pw_p"]
+    anchor = torch.stack([g["pw_ref_chosen_logp"], g["pw_ref_rejected_logp"]], 1)
+    q = torch.stack([p, 1 - p], 1)
+    values = anchored.anchored_cross_entropy(torch.stack(leaves, 1), anchor, q, tau=float(g["tau_anc"]))
+    close(values, g["pw_loss_per_pair"], rtol=1e-9, atol=1e-9)
+    values.mean().backward()
+    close(leaves[0].grad, g["pw_grad_chosen"], rtol=1e-9)
+    close(leaves[1].grad, g["pw_grad_rejected"], rtol=1e-9)
+    close(anchored.bradley_terry(*g["pw_bt_rewards"].T, beta=float(g["beta_r"])), g["pw_bt_p"], rtol=1e-9)
+
+
+@pytest.mark.golden
+def test_golden_targets_and_anchors():
+    g = golden("02-adpo")
+    reward, full = g["kde_reward"], torch.ones_like(g["kde_reward"], dtype=torch.bool)
+    options = {"factor": float(g["kde_h_factor"]), "least": float(g["kde_h_min"]), "clip": float(g["kde_eps"])}
+    close(anchored.kde_logits(reward, full, *options.values()), g["kde_logit"], rtol=1e-9)
+    close(anchored.kde_rank(reward, beta=float(g["kde_beta"]), **options), g["kde_q"], rtol=1e-9)
+    tau = float(g["tau_anc"])
+    close(anchored.exact_teacher(g["tt_teacher_logp"][None], g["tt_ref_logp"][None], tau=tau)[0], g["tt_q"], rtol=1e-9)
+    bounds = {"least": float(g["at_tau_min"]), "most": float(g["at_tau_max"])}
+    made = anchored.adaptive_tau(
+        g["at_H"], g["at_R"], base=float(g["at_tau_base"]), a=float(g["at_alpha"]), b=float(g["at_beta"]), **bounds
+    )
+    close(made, g["at_tau"], rtol=1e-9)
+    q, log_prob = g["opt_q"][None], g["opt_logp"][None]
+
+    def value(x):
+        return anchored.anchored_cross_entropy(x, g["opt_ref_logp"][None], q, tau=tau).sum()
+
+    assert torch.autograd.functional.jacobian(value, log_prob).abs().max() < 1e-10
+    close(torch.autograd.functional.hessian(value, log_prob)[0, :, 0], g["opt_hessian"], rtol=1e-8)
+
+
+def test_limits_of_lists():
+    torch.manual_seed(0)
+    x, ref = torch.randn(3, 5, dtype=torch.float64) * 40, torch.randn(3, 5, dtype=torch.float64) * 40
+    q = torch.softmax(torch.randn(3, 5, dtype=torch.float64), -1)
+    base = anchored.anchored_cross_entropy(x, ref, q, tau=0.7)
+    close(anchored.anchored_cross_entropy(x + 7.0, ref - 3.0, q, tau=0.7), base, atol=1e-9)
+    first = torch.tensor([[1.0, 0.0]]).double()
+    dpo = preference.dpo(x[:1, 0], x[:1, 1], ref[:1, 0], ref[:1, 1], beta=1 / 0.7)
+    close(anchored.anchored_cross_entropy(x[:1, :2], ref[:1, :2], first, tau=0.7), dpo, atol=1e-12)
+    two = anchored.anchored_plackett_luce((x - ref)[:1, :2] / 0.7, torch.tensor([[1.0, 0.0]]))
+    close(two, dpo, atol=1e-12)
+    one = anchored.anchored_cross_entropy(x[:, :1], ref[:, :1], torch.ones(3, 1), tau=1.0)
+    assert one.eq(0).all()
+    poisoned, mask = x.clone(), torch.ones(3, 5).bool()
+    mask[:, 3:] = False
+    poisoned[:, 3], poisoned[:, 4] = math.nan, -math.inf
+    half = q[:, :3] / q[:, :3].sum(-1, keepdim=True)
+    padded = torch.cat([half, torch.full((3, 2), math.nan)], 1)
+    leaf = poisoned.requires_grad_()
+    value = anchored.anchored_cross_entropy(leaf, poisoned.detach(), padded, tau=1.0, mask=mask)
+    value.sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad[:, 3:].eq(0).all()
+
+
+def test_limits_of_rank_smoothing():
+    outlier = torch.tensor([[0.0, 1, 2, 3, 500.0]]).double()
+    worse = torch.tensor([[0.0, 1, 2, 3, 5e6]]).double()
+    close(anchored.kde_rank(outlier, beta=0.5), anchored.kde_rank(worse, beta=0.5), atol=1e-12)
+    equal = torch.full((1, 5), 3.0).double()
+    close(anchored.kde_rank(equal, beta=0.5), torch.full((1, 5), 0.2, dtype=torch.float64))
+    close(anchored.softmax_advantage(equal, beta=0.5), torch.full((1, 5), 0.2, dtype=torch.float64))
+    some = torch.tensor([[0.3, -1.0, 2.0, 0.9]]).double()
+    close(anchored.kde_rank(3 * some + 2, beta=0.5), anchored.kde_rank(some, beta=0.5), atol=1e-9)

@@ -5,6 +5,8 @@ from understudy.data.batch import IGNORE, Batch
 from understudy.data.folders import data_folder, find
 from understudy.data.image_sources import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
+from understudy.data.lists import ListBatch, collate_lists, encode_lists
+from understudy.data.preferences import load_preferences
 from understudy.data.text import TextSplits, load_text
 from understudy.data.tokenize import Counts, TextSet, collate_text, encode, show_batch, train_tokenizer
 
@@ -13,16 +15,20 @@ __all__ = [
     "Batch",
     "Counts",
     "ImageSet",
+    "ListBatch",
     "Splits",
     "TextSet",
     "TextSplits",
     "augment",
     "collate_images",
+    "collate_lists",
     "collate_text",
     "data_folder",
     "encode",
+    "encode_lists",
     "find",
     "load_images",
+    "load_preferences",
     "load_text",
     "show_batch",
     "train_tokenizer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -34,9 +34,16 @@ class Batch:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Batch:
-        """From what a collator returns."""
-        inputs = {k: v for k, v in values.items() if k not in ("labels", "ids", "bytes")}
-        return cls(inputs, values["labels"], values["ids"], values.get("bytes"))
+        """From what a collator returns: tensors named after fields of this class, and inputs of the model.
+
+        A subclass with fields of its own is chosen by them.
+        """
+        for kind in cls.__subclasses__():
+            if {f.name for f in fields(kind) if f.default is MISSING} <= values.keys() | {"inputs"}:
+                return kind.from_dict(values)
+        own = {f.name for f in fields(cls)}
+        inputs = {k: v for k, v in values.items() if k not in own}
+        return cls(inputs, **{k: v for k, v in values.items() if k in own})
 
     @property
     def kind(self) -> str:

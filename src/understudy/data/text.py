@@ -65,17 +65,10 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
     name = str(spec["name"])
     notes: list[str] = []
-    splits = _source(name, spec)
+    splits = read_source(name, spec, ("stdlib",))
     for split, records in splits.items():
         _check(name, split, records)
-    if "train" not in splits:
-        raise InputError(f"{name} has splits {', '.join(splits)} but no train split.")
-    for split, bucket in (("test", 0), ("validation", 1)):
-        if split not in splits:
-            taken = [r for i, r in enumerate(splits["train"]) if i % 10 == bucket * 5]
-            splits["train"] = [r for i, r in enumerate(splits["train"]) if i % 10 != bucket * 5]
-            splits[split] = taken
-            notes.append(f"{name} has no {split} split: {len(taken)} of its records were set aside as one.")
+    split_off(name, splits, notes)
     limit = spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise InputError(f"data.limit is {limit!r} and must be a whole number of at least 1.")
@@ -85,9 +78,6 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
         for record in records:
             record["id"] = number
             number += 1
-    for split in ("train", "validation", "test"):
-        if not splits[split]:
-            raise InputError(f"{name}: the {split} split is empty. Give more records (at least ten without splits).")
     digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()
     return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest)
 
@@ -109,14 +99,30 @@ def _check(name: str, split: str, records: list[Record]) -> None:
             del record[extra]
 
 
-def _source(name: str, spec: Mapping[str, Any]) -> dict[str, list[Record]]:
+def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> None:
+    """Set aside a tenth of the training records for each of test and validation where there is none."""
+    if "train" not in splits:
+        raise InputError(f"{name} has splits {', '.join(splits)} but no train split.")
+    for split, bucket in (("test", 0), ("validation", 1)):
+        if split not in splits:
+            taken = [r for i, r in enumerate(splits["train"]) if i % 10 == bucket * 5]
+            splits["train"] = [r for i, r in enumerate(splits["train"]) if i % 10 != bucket * 5]
+            splits[split] = taken
+            notes.append(f"{name} has no {split} split: {len(taken)} of its records were set aside as one.")
+    for split in ("train", "validation", "test"):
+        if not splits[split]:
+            raise InputError(f"{name}: the {split} split is empty. Give more records (at least ten without splits).")
+
+
+def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -> dict[str, list[Record]]:
+    """The records of each split, with the columns they have: a built-in set, file, folder or set of the Hub."""
     if name == "stdlib":
         return {"train": stdlib(int(spec.get("characters", 1_200_000)))}
     path = find(name)
     if path is None:
         if "/" not in name or name.startswith((".", "/", "~")):
             raise InputError(
-                f"Data {name!r} is neither built in (stdlib), nor a path, nor in UNDERSTUDY_DATA.{nearest(name, ['stdlib'])}"
+                f"Data {name!r} is neither built in ({', '.join(embedded)}), nor a path, nor in UNDERSTUDY_DATA.{nearest(name, embedded)}"
             )
         return _hub(name)
     if path.is_file():

@@ -158,12 +158,17 @@ def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[in
         return ids, list(ids)
     if "messages" in record:
         return _conversation(record["messages"], tokenizer)
-    prompt, completion = record["prompt"], record["completion"]
+    return completion_tokens(record["prompt"], record["completion"], tokenizer)
+
+
+def completion_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids and labels of a prompt with its completion, text or messages; the prompt is masked, one EOS ends it."""
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        ids, labels = _conversation(asked + said, tokenizer)
-        return ids, labels
+        return _conversation(asked + said, tokenizer)
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     first, second = bos + _ids(tokenizer, prompt), _ids(tokenizer, completion)
     if not second:
         return first, [IGNORE] * len(first)

@@ -54,6 +54,20 @@ class Dense(_Rows):
 
 
 @dataclass(frozen=True)
+class Scores(_Rows):
+    """What a model thinks of each candidate of a list, `[..., candidates]`: log-probabilities in nats, or relevance.
+
+    Args:
+        values: 0 where `mask` is false.
+        mask: which candidates there are.
+    """
+
+    values: Tensor
+    mask: Tensor
+    _per_row = ("values", "mask")
+
+
+@dataclass(frozen=True)
 class Projected(_Rows):
     """Hidden states and the head that makes logits of them.
 

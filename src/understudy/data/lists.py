@@ -1,0 +1,147 @@
+"""Lists of scored candidates as batches of sequences; pairs are lists of two, unpaired examples lists of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from understudy.data.batch import IGNORE, Batch
+from understudy.data.text import Record
+from understudy.data.tokenize import Counts, TextSet, collate_text, completion_tokens
+from understudy.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ListBatch(Batch):
+    """A batch whose rows are lists. Its tokens are the rows of `tokens`, a batch of its own.
+
+    Args:
+        inputs, labels: of the sequences, `[sequences, length]`.
+        slots: `[lists, candidates]`, the sequence of each candidate, −1 where a list has none.
+        scores: `[lists, candidates]`, higher is better.
+        reference: `[lists, candidates]`, log-probabilities of the reference, if they were computed before.
+    """
+
+    slots: Tensor
+    scores: Tensor
+    reference: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        return "preference"
+
+    @cached_property
+    def tokens(self) -> Batch:
+        """The sequences as a batch of token rows."""
+        return Batch(self.inputs, self.labels, torch.arange(len(self.labels), device=self.labels.device))
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """`[lists, candidates]`, which there are."""
+        return self.slots >= 0
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """`[lists, candidates]`, completion tokens; 0 where there is no candidate."""
+        return self.by_candidate(self.tokens.mask.sum(1))
+
+    @cached_property
+    def best(self) -> Tensor:
+        """`[lists]`, the candidate with the highest score (the first of equals)."""
+        return self.scores.masked_fill(~self.candidates, -torch.inf).argmax(-1)
+
+    @cached_property
+    def worst(self) -> Tensor:
+        """`[lists]`, the candidate with the lowest score (the last of equals)."""
+        flipped = self.scores.masked_fill(~self.candidates, torch.inf).flip(-1).argmin(-1)
+        return self.slots.shape[1] - 1 - flipped
+
+    def by_candidate(self, values: Tensor) -> Tensor:
+        """From `[sequences]` to `[lists, candidates]`, 0 where there is no candidate."""
+        return values[self.slots.clamp(min=0)].masked_fill(~self.candidates, 0)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return torch.ones_like(self.ids, dtype=torch.bool)
+
+    @cached_property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def row_labels(self) -> Tensor:
+        return self.best
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        return torch.arange(len(self.ids), device=self.ids.device)
+
+    def select(self, values: Tensor) -> Tensor:
+        return values
+
+    def to(self, device: torch.device | str) -> ListBatch:
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        reference = self.reference.to(device) if self.reference is not None else None
+        moved = {name: getattr(self, name).to(device) for name in ("labels", "ids", "slots", "scores")}
+        return replace(self, inputs=inputs, reference=reference, **moved)
+
+
+def encode_lists(
+    records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> tuple[TextSet, Counts]:
+    """Encode records of `load_preferences`: each candidate is prompt + completion, with the prompt masked.
+
+    A sequence that is too long loses tokens at the start of its prompt, as many for every candidate of the list; a list
+    whose longest completion leaves no room for a prompt token is dropped. Both are counted.
+    """
+    if not isinstance(max_length, int) or max_length < 2:
+        raise InputError(f"data.max_length is {max_length!r} and must be a whole number of at least 2.")
+    counts, rows = Counts(records=len(records)), []
+    for record in records:
+        encoded = [completion_tokens(record["prompt"], said, tokenizer) for said in record["completions"]]
+        starts = [next((i for i, t in enumerate(labels) if t != IGNORE), len(labels)) for _, labels in encoded]
+        over = max(len(ids) for ids, _ in encoded) - max_length
+        if over > 0:
+            counts.truncated += 1
+            if over >= min(starts):
+                counts.dropped += 1
+                continue
+            encoded = [(ids[over:], labels[over:]) for ids, labels in encoded]
+        if any(all(t == IGNORE for t in labels[1:]) for _, labels in encoded):
+            counts.dropped += 1
+            continue
+        row = {"id": record["id"], "scores": record["scores"], "log_probs": record.get("log_probs")}
+        rows.append(row | {"sequences": [(torch.tensor(i), torch.tensor(t)) for i, t in encoded]})
+        counts.tokens += sum(len(i) for i, _ in encoded)
+        counts.trained += sum(sum(t != IGNORE for t in labels[1:]) for _, labels in encoded)
+    if not rows:
+        raise InputError(
+            f"No list is left: a completion fills data.max_length ({max_length}) or has no tokens. Raise data.max_length."
+        )
+    counts.rows = len(rows)
+    return TextSet(rows), counts
+
+
+def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
+    """The tensors of a `ListBatch`."""
+    flat = [s for item in items for s in item["sequences"]]
+    padded = collate_text([{"input_ids": i, "labels": t, "id": 0, "bytes": 0} for i, t in flat], pad_id)
+    sizes = [len(item["sequences"]) for item in items]
+    shape = (len(items), max(sizes))
+    slots, scores, reference = torch.full(shape, -1), torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
+    known = all(item.get("reference") is not None for item in items)
+    start = 0
+    for row, (item, size) in enumerate(zip(items, sizes, strict=True)):
+        slots[row, :size] = torch.arange(start, start + size)
+        scores[row, :size] = torch.tensor(item["scores"])
+        if known:
+            reference[row, :size] = torch.tensor(item["reference"], dtype=torch.float64)
+        start += size
+    values = {k: padded[k] for k in ("input_ids", "attention_mask", "labels")}
+    ids = torch.tensor([item["id"] for item in items])
+    return {**values, "ids": ids, "slots": slots, "scores": scores, **({"reference": reference} if known else {})}

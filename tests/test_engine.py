@@ -16,7 +16,12 @@ import torch
 from engine_cases import CONV, DIGITS, OPTIONS, TEXT, killed_run, weights
 from understudy import distill
 from understudy.data import Batch, collate_images, collate_text
-from understudy.methods import DHKD, KD, PLD, SFT, TAID, TRG
+from understudy.methods.dhkd import DHKD
+from understudy.methods.kd import KD
+from understudy.methods.pld import PLD
+from understudy.methods.sft import SFT
+from understudy.methods.taid import TAID
+from understudy.methods.trg import TRG
 from understudy.models import CausalLMRows, ClassifierRows
 from understudy.models.small import build_small
 from understudy.targets import Dense

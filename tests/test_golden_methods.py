@@ -6,7 +6,7 @@ import torch
 from golden_vectors import close, golden
 from understudy import losses
 from understudy.losses.reduction import reduce
-from understudy.methods import DHKD
+from understudy.methods.dhkd import DHKD
 from understudy.training.schedules import ProgressSchedule
 
 pytestmark = pytest.mark.golden

@@ -16,7 +16,7 @@ from understudy.errors import InputError
 from understudy.methods import get as get_method
 from understudy.recipe import Recipe, load, make
 from understudy.reporting import render_comparison, summarise
-from understudy.run import run, train_teacher
+from understudy.run import run, train_first
 from understudy.tasks import get as get_task
 
 
@@ -73,31 +73,32 @@ def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
     return make(recipe.dump() | {"method": method, "options": own, "seed": seed, "output": str(output), "arms": {}})
 
 
-def run_all(plans: Sequence[Recipe], teacher: Path, *, progress: bool = False) -> list[dict[str, Any]]:
+def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) -> list[dict[str, Any]]:
     """Carry out runs in parallel, one thread each; results in the order of the plans.
 
-    A shared teacher that has to be trained is trained first, once, in this process.
+    Models that have to be trained first are trained once, in this process, and kept in `shared`.
     """
-    teachers = [_teacher_folder(p, teacher) for p in plans]
-    for plan, folder in {f: (p, f) for p, f in zip(plans, teachers, strict=True)}.values():
-        if plan.teacher is not None and plan.teacher.train is not None:
-            train_teacher(plan, folder, progress)
+    homes = [_home(p, shared) for p in plans]
+    for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
+        for side in ("teacher", "student"):
+            spec = getattr(plan, side)
+            if spec is not None and spec.train is not None:
+                train_first(plan, side, home, progress)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
     results: dict[int, dict[str, Any]] = {}
     with _single_threaded(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = {
-            pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, teachers, strict=True))
-        }
+        waiting = {pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, homes, strict=True))}
         for future in _tracked(waiting, progress):
             results[waiting[future]] = future.result()
     return [results[i] for i in range(len(plans))]
 
 
-def _teacher_folder(plan: Recipe, folder: Path) -> Path:
-    """Plans with other teachers or data get a folder of their own."""
+def _home(plan: Recipe, folder: Path) -> Path:
+    """Plans with other models or data get a folder of their own."""
     import hashlib
 
-    spec = json.dumps([plan.teacher.model_dump() if plan.teacher else None, plan.data, plan.task], sort_keys=True)
+    models = [spec.model_dump() if spec else None for spec in (plan.teacher, plan.student)]
+    spec = json.dumps([*models, plan.data, plan.task], sort_keys=True)
     return folder / hashlib.sha256(spec.encode()).hexdigest()[:8]
 
 
@@ -130,12 +131,12 @@ def _single_threaded() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(recipe: dict[str, Any], teacher: str) -> dict[str, Any]:
+def _work(recipe: dict[str, Any], home: str) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
     plan = make(recipe)
-    result = run(plan, teacher_folder=Path(teacher))
+    result = run(plan, home=Path(home))
     if result.interrupted:
         raise KeyboardInterrupt
     evaluation = json.loads((plan.output / "evaluation.json").read_text())

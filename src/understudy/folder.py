@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,16 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1))
     temporary.rename(path)
+
+
+def save_pictures(folder: Path, pictures: Mapping[str, Any]) -> dict[str, str]:
+    """Write arrays `[height, width, 3]` of uint8 as PNG; returns caption → file name inside the folder."""
+    from PIL import Image
+
+    names: dict[str, str] = {}
+    for i, (caption, pixels) in enumerate(pictures.items()):
+        names[caption] = f"pictures/{i}.png"
+        if first_rank():
+            (folder / "pictures").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / names[caption])
+    return names

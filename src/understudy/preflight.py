@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, Subset
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.evaluation import evaluate
 from understudy.models import RowModel
 from understudy.tasks import Prepared, Task
 
@@ -45,9 +44,9 @@ def check(
     if prepared.tokenizer is not None:
         _check_ends(prepared, student, teacher, found)
     if teacher is not None:
-        scores = evaluate(student, teacher, loader, kind=task.kind)["metrics"]
+        scores = task.judge(student, teacher, loader)["metrics"]
         found.scores = scores
-        if scores["teacher_nll"] >= scores["nll"]:
+        if scores.get("teacher_nll", -1.0) >= scores["nll"]:
             found.warnings.append(
                 f"The teacher is no better than the untrained student on {sample} validation examples "
                 f"(NLL {scores['teacher_nll']:.3f} against {scores['nll']:.3f}): check that it fits this data, or train it."

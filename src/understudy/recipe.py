@@ -30,7 +30,7 @@ class ModelSpec(BaseModel):
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
     peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
     train: dict[str, Any] | None = Field(
-        None, description="Train this model first on the task's labels, with these trainer options (teachers only)."
+        None, description="Train this model first on the task's labels, with these trainer options."
     )
 
 

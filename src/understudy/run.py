@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.evaluation import CostMeter, evaluate
-from understudy.folder import facts, finished, first_rank, open_folder, together, write_json
+from understudy.evaluation import CostMeter
+from understudy.fitting import train, trainer_for
+from understudy.folder import facts, finished, first_rank, open_folder, save_pictures, together, write_json
 from understudy.models import RowModel, state_hash
+from understudy.preflight import Findings
 from understudy.preflight import check as preflight
-from understudy.progress import RichProgress
 from understudy.recipe import ModelSpec, Recipe, load, make
 from understudy.reporting import render_run
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import MODULE
-from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, last_complete
-from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
-from understudy.training.shapes import probe
+from understudy.training import Bench, Procedure, Stage
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
@@ -81,29 +77,40 @@ def run(
     recipe: Recipe,
     *,
     progress: bool = False,
-    teacher_folder: Path | None = None,
+    home: Path | None = None,
     modules: Mapping[str, nn.Module] | None = None,
 ) -> Result:
     """Carry out a validated recipe.
 
     Args:
-        teacher_folder: where a teacher that is trained first is kept and shared.
+        home: where models that are trained first and stored scores are kept and shared; the run folder if not given.
         modules: `teacher` or `student` handed over as a module.
     """
     modules = modules or {}
     folder = open_folder(recipe)
     task = get_task(recipe.task)
     done = finished(folder)
+    if done is not None and not (folder / "student").is_dir():
+        return Result(None, done["metrics"], folder)  # a procedure: its models are in the runs below
     if done is not None:
         prepared = task.prepare(recipe)
         model = task.model(recipe.student, prepared, folder / "student")
         return Result(model.model, done["metrics"], folder)
+    if isinstance(recipe.build_method(), Procedure):
+        return _carry_out(recipe, folder, progress)
+    return _fit(recipe, task, folder, home or folder, progress, modules)
+
+
+def _fit(
+    recipe: Recipe, task: Task, folder: Path, home: Path, progress: bool, modules: Mapping[str, nn.Module]
+) -> Result:
+    """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
     prepared = task.prepare(recipe)
-    teacher = _teacher(recipe, task, prepared, teacher_folder or folder / "teacher", progress, modules.get("teacher"))
+    teacher = _teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
-    student = task.model(recipe.student, prepared, modules.get("student"))
+    student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = preflight(task, prepared, student, teacher)
@@ -117,24 +124,68 @@ def run(
         write_json(folder / "run.json", facts(recipe, hashes, findings, status, started))
 
     record("running")
-    meter = CostMeter(task.unit)
-    trainer = _trainer(recipe, task, prepared, student, teacher, folder, meter, progress)
-    if _train(trainer, folder):
+    method, meter = recipe.build_method(), CostMeter(task.unit)
+    work = _stage(recipe, prepared, student, teacher, home, hashes)
+    tables = method.stage(work)
+    student = method.student(student, work)
+    trainer = trainer_for(recipe, prepared, student, teacher, tables, folder, meter, progress)
+    if train(trainer, folder):
         record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
+    student = method.export(student, work)
     if first_rank():
         student.save(folder / "student")
         if prepared.tokenizer is not None:
             prepared.tokenizer.save_pretrained(folder / "student")
     evaluation = judge(task, prepared, student, teacher, recipe.judge)
+    found = method.finish(trainer.model.live, work)
+    evaluation["metrics"] |= found.get("metrics", {})
+    evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
-    write_json(folder / "evaluation.json", evaluation)
     hashes["student"] = state_hash(student)
+    return _finish(folder, evaluation, record, student.model)
+
+
+def _finish(folder: Path, evaluation: dict[str, Any], record: Callable[[str], None], student: Any) -> Result:
+    write_json(folder / "evaluation.json", evaluation)
     record("done")
     if first_rank():
         render_run(folder)
     together()
-    return Result(student.model, evaluation["metrics"], folder)
+    return Result(student, evaluation["metrics"], folder)
+
+
+def _stage(
+    recipe: Recipe,
+    prepared: Prepared,
+    student: RowModel,
+    teacher: RowModel | None,
+    home: Path,
+    hashes: Mapping[str, str],
+) -> Stage:
+    splits = {name: prepared.split(name) for name in ("train", "validation", "test")}
+    key = f"{hashes.get('teacher')} {hashes.get('data')}"
+    return Stage(student, teacher, splits, prepared.collate, prepared.classes, home / "store", key, recipe.seed)
+
+
+def _carry_out(recipe: Recipe, folder: Path, progress: bool) -> Result:
+    """A procedure: its stages in order, each a file or a run of its own below the folder."""
+    started, method = time.time(), recipe.build_method()
+    assert isinstance(method, Procedure)
+
+    def record(status: str) -> None:
+        write_json(folder / "run.json", facts(recipe, {}, Findings(), status, started))
+
+    def train_inside(name: str, values: Mapping[str, Any]) -> Result:
+        result = run(make({**values, "output": str(folder / name)}), progress=progress)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        return result
+
+    record("running")
+    evaluation = method.carry_out(Bench(recipe.dump(), folder, train_inside))
+    evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))
+    return _finish(folder, evaluation, record, None)
 
 
 def judge(
@@ -142,97 +193,51 @@ def judge(
 ) -> dict[str, Any]:
     """The evaluation of a student on a split, beside the teacher where there is one."""
     loader: DataLoader[Any] = DataLoader(prepared.split(split), batch_size=batch, collate_fn=prepared.collate)
-    return {"split": split, **evaluate(student, teacher, loader, kind=task.kind)}
-
-
-def _trainer(
-    recipe: Recipe,
-    task: Task,
-    prepared: Prepared,
-    student: RowModel,
-    teacher: RowModel | None,
-    folder: Path,
-    meter: CostMeter,
-    progress: bool,
-) -> DistillationTrainer:
-    args = training_arguments(recipe.trainer, folder / "checkpoints", recipe.seed)
-    total = total_steps(args, len(prepared.train))
-    method = recipe.build_method()
-    example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    sides = {"student": student, "teacher": teacher if "teacher" in method.needs else None}
-    taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
-    shapes = probe(method, prepared.classes, sides, taps, example)
-    apprentice = Apprentice(student, method, shapes, total, recipe.reduction, taps["student"])
-    callbacks: list[TrainerCallback] = [StopOnSignal()]
-    if progress:
-        callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
-    local = None
-    if teacher is not None and "teacher" in method.needs:
-        device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
-        name = recipe.teacher.model if recipe.teacher else "teacher"
-        asks = "teacher_features" in method.needs
-        local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"])
-    return DistillationTrainer(
-        apprentice,
-        args,
-        prepared.train,
-        prepared.collate,
-        teacher=local,
-        augmentation=prepared.augmentation,
-        meter=meter,
-        metrics_file=folder / "metrics.jsonl",
-        callbacks=callbacks,
-    )
-
-
-def _train(trainer: DistillationTrainer, folder: Path) -> bool:
-    """Train from the last whole checkpoint, if any. True if the run was stopped early."""
-    last = last_complete(folder / "checkpoints")
-    metrics = folder / "metrics.jsonl"
-    step = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
-    if metrics.exists() and first_rank():  # lines after the checkpoint will be written again
-        lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-        metrics.write_text("".join(line + "\n" for line in lines))
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-    if trainer.meter is not None:
-        trainer.meter.wall += time.perf_counter() - start
-    return trainer.state.global_step < trainer.state.max_steps
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
-        return float("inf")
+    return {"split": split, **task.judge(student, teacher, loader)}
 
 
 def _teacher(
-    recipe: Recipe, task: Task, prepared: Prepared, folder: Path, progress: bool, module: nn.Module | None
+    recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
-    """Load the teacher, if there is one; one that is to be trained first is trained once and kept in `folder`."""
-    spec = recipe.teacher
-    if spec is None:
-        if "teacher" in recipe.build_method().needs:
-            raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
-        return None
+    if recipe.teacher is not None:
+        return _model(recipe, "teacher", task, prepared, home, progress, module)
+    if "teacher" in recipe.build_method().needs:
+        raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
+    return None
+
+
+def _model(
+    recipe: Recipe,
+    side: str,
+    task: Task,
+    prepared: Prepared,
+    home: Path,
+    progress: bool,
+    module: nn.Module | None,
+) -> RowModel:
+    """Load one side; a model that is to be trained first is trained once and kept in `home`."""
+    spec: ModelSpec = getattr(recipe, side)
     if module is not None or spec.train is None:
         return task.model(spec, prepared, module)
+    folder = home / _FIRST[side]
     if not (folder / "student" / "config.json").exists() or finished(folder) is None:
-        train_teacher(recipe, folder, progress)
+        train_first(recipe, side, home, progress)
     return task.model(spec, prepared, folder / "student")
 
 
-def train_teacher(recipe: Recipe, folder: Path, progress: bool = False) -> Result:
-    """Train the recipe's teacher on the labels, as a run of its own in `folder`."""
-    spec = recipe.teacher
-    assert spec is not None and spec.train is not None
+_FIRST = {"teacher": "teacher", "student": "start"}
+
+
+def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -> Result:
+    """Train the recipe's teacher, or the student's start, on the labels, as a run of its own below `home`."""
+    spec: ModelSpec = getattr(recipe, side)
+    assert spec.train is not None
     student = ModelSpec(**{**spec.model_dump(), "train": None})
     data = {**recipe.data, "for_teacher": True} if recipe.task == "image_classification" else recipe.data
     values = recipe.dump() | {
         "method": "sft",
         "options": {},
-        "output": str(folder),
+        "output": str(home / _FIRST[side]),
         "student": student.model_dump(exclude_none=True),
         "teacher": None,
         "trainer": spec.train,

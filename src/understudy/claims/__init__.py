@@ -1,23 +1,31 @@
-"""Claims: one file a paper, its main claim as an experiment."""
+"""Claims: one file a paper, its main claim as an experiment in `CLAIM`. The files of this folder are the list."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
-from understudy.claims import dhkd, pld, taid, trg
 from understudy.claims.experiment import Claim, result_table
 from understudy.claims.experiment import reproduce as _reproduce
 from understudy.errors import InputError, nearest
 
-CLAIMS: dict[str, Claim] = {"pld": pld.CLAIM, "taid": taid.CLAIM, "dhkd": dhkd.CLAIM, "trg": trg.CLAIM}
+
+@cache
+def claims() -> dict[str, Claim]:
+    """Every claim by the name of its method."""
+    modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+    return {m.CLAIM.name: m.CLAIM for m in modules if hasattr(m, "CLAIM")}
 
 
 def reproduce(name: str, seeds: int, output: Path, *, progress: bool = False) -> dict[str, Any]:
     """Try the claim of `name`; see `understudy.claims.experiment.reproduce`."""
-    if name not in CLAIMS:
-        raise InputError(f"No claim for {name!r}.{nearest(name, CLAIMS)} Known: {', '.join(CLAIMS)}.")
-    return _reproduce(CLAIMS[name], seeds, output, progress=progress)
+    known = claims()
+    if name not in known:
+        raise InputError(f"No claim for {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+    return _reproduce(known[name], seeds, output, progress=progress)
 
 
-__all__ = ["CLAIMS", "Claim", "reproduce", "result_table"]
+__all__ = ["Claim", "claims", "reproduce", "result_table"]

@@ -6,17 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def mix_bits(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, with wrap-around: a well-spread hash of each entry."""
-    x = (x ^ _shift(x, 30)) * -4658895280553007687
-    x = (x ^ _shift(x, 27)) * -7723592293110705685
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+from understudy.data.noise import mix_bits, shift
 
 
 def augment(pixels: Tensor, ids: Tensor, *, seed: int, epoch: int, crop: int = 4, flip: bool = True) -> Tensor:
@@ -29,11 +19,11 @@ def augment(pixels: Tensor, ids: Tensor, *, seed: int, epoch: int, crop: int = 4
     number, _, height, width = pixels.shape
     bits = mix_bits(mix_bits(ids.long() * 0x9E3779B97F4A7C1 + epoch) + seed)
     span = 2 * crop + 1
-    down, across = _shift(bits, 8) % span, _shift(bits, 24) % span
+    down, across = shift(bits, 8) % span, shift(bits, 24) % span
     rows = down[:, None] + torch.arange(height, device=pixels.device)
     columns = across[:, None] + torch.arange(width, device=pixels.device)
     if flip:
-        mirrored = (_shift(bits, 40) & 1).bool()
+        mirrored = (shift(bits, 40) & 1).bool()
         columns = torch.where(mirrored[:, None], columns.flip(-1), columns)
     padded = F.pad(pixels, (crop,) * 4).permute(0, 2, 3, 1)
     picked = padded[torch.arange(number, device=pixels.device)[:, None, None], rows[:, :, None], columns[:, None, :]]

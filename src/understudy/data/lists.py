@@ -24,12 +24,14 @@ class ListBatch(Batch):
         inputs, labels: of the sequences, `[sequences, length]`.
         slots: `[lists, candidates]`, the sequence of each candidate, −1 where a list has none.
         scores: `[lists, candidates]`, higher is better.
-        reference: `[lists, candidates]`, log-probabilities of the reference, if they were computed before.
+        reference, taught: `[lists, candidates]`, log-probabilities of the reference and of a teacher, if they were
+            computed before.
     """
 
     slots: Tensor
     scores: Tensor
     reference: Tensor | None = None
+    taught: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -86,9 +88,9 @@ class ListBatch(Batch):
 
     def to(self, device: torch.device | str) -> ListBatch:
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
-        reference = self.reference.to(device) if self.reference is not None else None
-        moved = {name: getattr(self, name).to(device) for name in ("labels", "ids", "slots", "scores")}
-        return replace(self, inputs=inputs, reference=reference, **moved)
+        names = ("labels", "ids", "slots", "scores", "reference", "taught")
+        moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
+        return replace(self, inputs=inputs, **moved)
 
 
 def encode_lists(
@@ -133,15 +135,16 @@ def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any
     padded = collate_text([{"input_ids": i, "labels": t, "id": 0, "bytes": 0} for i, t in flat], pad_id)
     sizes = [len(item["sequences"]) for item in items]
     shape = (len(items), max(sizes))
-    slots, scores, reference = torch.full(shape, -1), torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
-    known = all(item.get("reference") is not None for item in items)
+    slots, scores = torch.full(shape, -1), torch.zeros(shape)
+    known = [c for c in ("reference", "taught") if all(item.get(c) is not None for item in items)]
+    columns = {c: torch.zeros(shape, dtype=torch.float64) for c in known}
     start = 0
     for row, (item, size) in enumerate(zip(items, sizes, strict=True)):
         slots[row, :size] = torch.arange(start, start + size)
         scores[row, :size] = torch.tensor(item["scores"])
-        if known:
-            reference[row, :size] = torch.tensor(item["reference"], dtype=torch.float64)
+        for column, values in columns.items():
+            values[row, :size] = torch.tensor(item[column], dtype=torch.float64)
         start += size
-    values = {k: padded[k] for k in ("input_ids", "attention_mask", "labels")}
+    text = {k: padded[k] for k in ("input_ids", "attention_mask", "labels")}
     ids = torch.tensor([item["id"] for item in items])
-    return {**values, "ids": ids, "slots": slots, "scores": scores, **({"reference": reference} if known else {})}
+    return {**text, "ids": ids, "slots": slots, "scores": scores, **columns}

@@ -47,8 +47,14 @@ class TextSplits:
 
 
 def _plain(record: Record) -> str:
-    parts = [record.get(k) for k in ("text", "prompt", "completion", "messages") if record.get(k)]
-    return "".join(p if isinstance(p, str) else "\n".join(str(m["content"]) for m in p) for p in parts if p)
+    parts = [record.get(k) for k in ("text", "prompt", "completion", "completions", "messages") if record.get(k)]
+    return "".join(_flat(p) for p in parts if p)
+
+
+def _flat(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    return "\n".join(str(m["content"]) if isinstance(m, dict) else _flat(m) for m in part)
 
 
 def load_text(spec: Mapping[str, Any]) -> TextSplits:

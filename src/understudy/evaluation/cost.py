@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 ROLES = ("teacher", "head", "step")
@@ -19,7 +20,7 @@ ROLES = ("teacher", "head", "step")
 class CostMeter:
     """Accumulates over a run, also over one that is resumed.
 
-    Operations are counted on the first step and multiplied. Time is wall time; on a GPU the device is waited for
+    Operations are counted on the first step of each kind and multiplied; examples are counted at each forward pass. Time is wall time; on a GPU the device is waited for
     only at the borders of a role.
 
     Args:
@@ -29,10 +30,23 @@ class CostMeter:
     def __init__(self, unit: str) -> None:
         self.unit = unit
         self.seconds = dict.fromkeys(ROLES, 0.0)
-        self.flops = {"teacher": 0.0, "step": 0.0}
+        self.flops = {"teacher": 0.0}
         self.rows = self.micro_steps = 0
+        self.kinds: dict[str, int] = {}
         self.wall = 0.0
         self.forwards = {"student": 0, "teacher": 0}
+        self._counts = False
+
+    def watch(self, role: str, model: nn.Module | None) -> None:
+        """Count the examples that `model` is shown during steps, whoever shows them."""
+        if model is None:
+            return
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._counts and inputs:
+                self.forwards[role] += len(inputs[0].ids)
+
+        model.register_forward_hook(note)
 
     @contextmanager
     def _timed(self, role: str) -> Iterator[None]:
@@ -60,28 +74,32 @@ class CostMeter:
             yield
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around one micro-batch, forward and backward, teacher included."""
+    def step(self, kind: str = "student") -> Iterator[None]:
+        """Around one micro-batch, forward and backward, teacher included. `kind` says who moves."""
         self.micro_steps += 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self._counts = True
         with self._timed("step"):
-            if self.flops["step"]:
+            if kind in self.flops:
                 yield
             else:
                 with FlopCounterMode(display=False) as counter:
                     yield
-                self.flops["step"] = float(counter.get_total_flops())
+                self.flops[kind] = float(counter.get_total_flops())
+        self._counts = False
 
     def summary(self) -> dict[str, Any]:
         """As stored under `cost` in `evaluation.json`."""
         total = self.seconds["step"] or 1e-9
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        flops = self.flops["step"] * self.micro_steps
+        flops = sum(self.flops.get(kind, 0.0) * number for kind, number in self.kinds.items())
+        per_step = flops / max(1, self.micro_steps)
         peak = matmul_peak()
         whole = max(self.wall, total)
         student = max(0.0, total - self.seconds["teacher"] - self.seconds["head"])
         return {
             "flops_total": flops,
-            "flops_per_step": {"teacher": self.flops["teacher"], "student": self.flops["step"] - self.flops["teacher"]},
+            "flops_per_step": {"teacher": self.flops["teacher"], "student": per_step - self.flops["teacher"]},
             "rows_per_second": self.rows / total,
             "unit": self.unit,
             "time_share": {
@@ -95,13 +113,14 @@ class CostMeter:
             "percent_of_peak": 100 * flops / total / peak,
             "seconds": whole,
             "steps": self.micro_steps,
+            "moves": dict(self.kinds),
             "forwards": dict(self.forwards),
             "device": device,
             "threads": torch.get_num_threads(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "forwards", "wall")}
+        return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "kinds", "forwards", "wall")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():

@@ -13,7 +13,7 @@ from understudy.errors import InputError
 from understudy.evaluation.calibration import expected_calibration_error, reliability
 from understudy.evaluation.fidelity import by_confidence
 from understudy.evaluation.rows import RowStatistics, row_statistics
-from understudy.models import RowModel
+from understudy.models import RowModel, evaluating
 
 
 @torch.no_grad()
@@ -24,19 +24,15 @@ def evaluate(student: RowModel, teacher: RowModel | None, loader: DataLoader[Any
     evaluation mode and every module is left in the mode it was in.
     """
     models = [m for m in (student, teacher) if m is not None]
-    training = [m for model in models for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
     parts: list[RowStatistics] = []
     size = 0
-    for values in loader:
-        batch = Batch.from_dict(values)
-        signals = [model(batch.to(next(model.parameters()).device)).signal for model in models]
-        teacher_signal = signals[1].to(batch.labels.device) if teacher is not None else None
-        parts.append(row_statistics(signals[0].to(batch.labels.device), teacher_signal, batch.row_labels))
-        size += int(batch.bytes.sum()) if batch.bytes is not None else 0
-    for module in training:
-        module.training = True
+    with evaluating(*models):
+        for values in loader:
+            batch = Batch.from_dict(values)
+            signals = [model(batch.to(next(model.parameters()).device)).signal for model in models]
+            teacher_signal = signals[1].to(batch.labels.device) if teacher is not None else None
+            parts.append(row_statistics(signals[0].to(batch.labels.device), teacher_signal, batch.row_labels))
+            size += int(batch.bytes.sum()) if batch.bytes is not None else 0
     rows = RowStatistics.join(parts)
     if len(rows.nll) == 0:
         raise InputError("The split has no row to evaluate: every label is masked.")

@@ -1,24 +1,27 @@
-"""The methods: one file a paper. This list and the entry points `understudy.methods` are the whole registry."""
+"""The methods: one file a paper. The files of this folder and the entry points `understudy.methods` are the registry."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import iter_modules
 
 from understudy.errors import InputError, nearest
-from understudy.methods.dhkd import DHKD
-from understudy.methods.kd import KD
-from understudy.methods.pld import PLD
-from understudy.methods.sft import SFT
-from understudy.methods.taid import TAID
-from understudy.methods.trg import TRG
 from understudy.training import Method
 
-BUILT_IN: tuple[type[Method], ...] = (SFT, KD, PLD, TAID, DHKD, TRG)
+
+@cache
+def built_in() -> tuple[type[Method], ...]:
+    """The methods that the files of this folder define."""
+    modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+    kinds = [v for m in modules for v in vars(m).values() if isinstance(v, type) and v.__module__ == m.__name__]
+    return tuple(k for k in kinds if issubclass(k, Method) and "name" in vars(k))
 
 
 def all_methods() -> dict[str, type[Method]]:
     """Every method by name: the built-in ones, then those of installed plug-ins."""
-    found = {method.name: method for method in BUILT_IN}
+    found = {method.name: method for method in sorted(built_in(), key=lambda m: (m.paper or 0, m.name != "sft"))}
     for point in entry_points(group="understudy.methods"):
         loaded = point.load()
         if not (isinstance(loaded, type) and issubclass(loaded, Method)):
@@ -37,4 +40,4 @@ def get(name: str) -> type[Method]:
     return known[name]
 
 
-__all__ = ["BUILT_IN", "DHKD", "KD", "PLD", "SFT", "TAID", "TRG", "all_methods", "get"]
+__all__ = ["all_methods", "built_in", "get"]

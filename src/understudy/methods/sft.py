@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from understudy.data import Batch
+from understudy.data import Batch, ListBatch
 from understudy.losses import cross_entropy
 from understudy.models import Rows
 from understudy.streaming import rowwise
@@ -16,6 +16,7 @@ class SFT(Method):
 
     name = "sft"
     needs = frozenset()
+    kinds = frozenset({"image", "text", "preference"})
     cost = "one student forward and backward a row; no teacher"
     page: ClassVar[dict[str, str]] = {
         "when": "As the baseline, and whenever labels are plentiful.",
@@ -23,5 +24,12 @@ class SFT(Method):
         "deviations": "None: this is the plain objective.",
     }
 
+    def counts(self, batch: Batch) -> dict[str, float]:
+        if not isinstance(batch, ListBatch):
+            return {}
+        return {"ce": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
+
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        if isinstance(batch, ListBatch):  # learn the best candidate, divided by its tokens
+            return {"ce": Term(-student.signal.values.gather(1, batch.best[:, None])[:, 0])}
         return {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from understudy.data import Batch
-from understudy.data.augment import mix_bits
+from understudy.data.noise import mix_bits
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.relations import (

@@ -1,7 +1,8 @@
 """Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
 
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
-from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, find_head, state_hash
+from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, evaluating, find_head, state_hash
+from understudy.models.sequences import SequenceRows
 from understudy.models.small import load_small, normalisation, save_small
 from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tokenizer_hashes
 
@@ -10,7 +11,9 @@ __all__ = [
     "ClassifierRows",
     "RowModel",
     "Rows",
+    "SequenceRows",
     "compare_tokenizers",
+    "evaluating",
     "find_head",
     "is_new_causal_lm",
     "load_causal_lm",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -166,6 +167,19 @@ class CausalLMRows(RowModel):
             return Projected(hidden, weight, bias, scale, softcap)
         logits = head(hidden)[..., : self.vocabulary].float() * scale
         return Dense(softcap * torch.tanh(logits / softcap) if softcap is not None else logits)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode it was in, whatever happened."""
+    training = [m for model in models for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def find_head(rows: RowModel) -> nn.Module | None:

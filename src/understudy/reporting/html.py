@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def render_run(folder: Path) -> Path:
             facts=facts,
             headings=["metric", f"on the {evaluation.get('split', '')} split"],
             rows=[[name, f"{value:.4f}"] for name, value in metrics.items()],
-            panels=_training(folder) + _panels(evaluation),
+            panels=_training(folder) + _panels(evaluation) + _pictures(folder, evaluation.get("pictures", {})),
             notes=evaluation.get("notes", []),
             recipe=recipe.read_text() if recipe.is_file() else "",
         ),
@@ -102,6 +103,17 @@ def _panels(evaluation: dict[str, Any]) -> list[Panel]:
             f"peak memory {cost['peak_memory_bytes'] / 2**20:.0f} MiB, {cost['device']}."
         )
         panels.append(_panel("Cost", plots.time_bar({"run": cost["time_share"]}), caption))
+    return panels
+
+
+def _pictures(folder: Path, pictures: dict[str, str]) -> list[Panel]:
+    """Pictures of the run as panels, held in the page itself."""
+    panels = []
+    for caption, name in pictures.items():
+        if (folder / name).is_file():
+            code = base64.b64encode((folder / name).read_bytes()).decode()
+            image = Markup('<img alt="{}" src="data:image/png;base64,{}">').format(caption, code)
+            panels.append(_panel(caption.split(":")[0], image, caption))
     return panels
 
 

@@ -6,8 +6,9 @@ from understudy.errors import InputError, nearest
 from understudy.tasks.base import Prepared, Task
 from understudy.tasks.image_classification import ImageClassification
 from understudy.tasks.language_modeling import LanguageModeling
+from understudy.tasks.preferences import Preferences
 
-TASKS: dict[str, Task] = {task.name: task for task in (ImageClassification(), LanguageModeling())}
+TASKS: dict[str, Task] = {task.name: task for task in (ImageClassification(), LanguageModeling(), Preferences())}
 
 
 def get(name: str) -> Task:

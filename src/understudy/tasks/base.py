@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from understudy.data import Batch
+from understudy.evaluation import evaluate
 from understudy.models import RowModel
 
 MODULE = "module:"
@@ -68,6 +70,21 @@ class Task(Protocol):
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
         """Build or load a model for this data; `source` stands in for the recipe's name: a folder, or a module."""
         ...
+
+    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """`{"rows": …, "metrics": {…}, …}` of one split, deterministic, with every module left in its mode."""
+        ...
+
+
+class RowTask:
+    """Tasks whose rows are classes with labels are judged alike."""
+
+    kind: str
+    teacher_required = True
+
+    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Accuracy, NLL, calibration; fidelity beside a teacher."""
+        return evaluate(student, teacher, loader, kind=self.kind)
 
 
 def merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

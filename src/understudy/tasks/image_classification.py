@@ -9,7 +9,7 @@ from torch import nn
 
 from understudy.data import collate_images, load_images
 from understudy.models import ClassifierRows, RowModel, load_classifier, normalisation
-from understudy.tasks.base import Prepared, merged
+from understudy.tasks.base import Prepared, RowTask, merged
 
 _SMALL = {
     "max_steps": 1000,
@@ -29,7 +29,7 @@ _REAL = {
 _TEACHER = {"max_steps": 1500, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
 
 
-class ImageClassification:
+class ImageClassification(RowTask):
     """Predict the class of an image."""
 
     name = "image_classification"

@@ -12,7 +12,7 @@ from understudy.data import collate_text, encode, load_text, show_batch, train_t
 from understudy.errors import InputError
 from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer, tokenizer_hashes
 from understudy.models.tokenizers import compare_tokenizers
-from understudy.tasks.base import MODULE, Prepared, merged
+from understudy.tasks.base import MODULE, Prepared, RowTask, merged
 
 _TRAINER = {
     "max_steps": 300,
@@ -25,7 +25,7 @@ _TRAINER = {
 _TEACHER = {"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
 
 
-class LanguageModeling:
+class LanguageModeling(RowTask):
     """Predict the next token of a text, a conversation or a completion."""
 
     name = "language_modeling"
@@ -101,6 +101,9 @@ class LanguageModeling:
                 notes.append(f"{first} and {name} have different chat templates: that of {first} is used for both.")
         return chosen
 
+    def _rows(self, model: Any, vocabulary: int) -> RowModel:
+        return CausalLMRows(model, vocabulary)
+
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
         model = load_causal_lm(
             spec.model if source is None else source,
@@ -109,7 +112,7 @@ class LanguageModeling:
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
         )
-        rows = CausalLMRows(model, vocabulary=prepared.classes)
+        rows = self._rows(model, prepared.classes)
         if rows.padding:
             note = f"{spec.model}: {rows.padding} padding rows of the head beyond the tokenizer are left out."
             if note not in prepared.notes:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from understudy.data import Batch
-from understudy.models import RowModel, Rows
+from understudy.models import RowModel, Rows, evaluating
 
 
 class Teacher(Protocol):
@@ -19,6 +19,10 @@ class Teacher(Protocol):
 
     def rows(self, batch: Batch) -> Rows:
         """What the teacher says about the batch's rows, detached and on the batch's device."""
+        ...
+
+    def through(self, batch: Batch) -> Rows:
+        """The same with gradient to the inputs; a teacher that cannot give it refuses."""
         ...
 
 
@@ -57,13 +61,12 @@ class LocalTeacher:
 
         Half-precision teachers compute in their own dtype; the head product is left to the loss, in float32.
         """
-        training = [m for m in self.model.modules() if m.training]
-        for module in training:
-            module.training = False
+        return self.through(batch).detach()
+
+    def through(self, batch: Batch) -> Rows:
+        """The same with gradient to the batch's inputs, for a player that makes them."""
         device = next(self.model.parameters()).device
         home = batch.labels.device
-        with torch.autocast(home.type, enabled=False):
+        with evaluating(self.model), torch.autocast(home.type, enabled=False):
             rows: Rows = self.model(batch if device == home else batch.to(device), self.features, self.taps)
-        for module in training:
-            module.training = True
-        return rows.detach() if device == home else rows.detach().to(home)
+        return rows if device == home else rows.to(home)

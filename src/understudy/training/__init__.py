@@ -3,7 +3,24 @@
 from understudy.training.apprentice import Apprentice
 from understudy.training.checkpoint import last_complete
 from understudy.training.method import Live, Method, State, Term
+from understudy.training.players import Player, Scene
+from understudy.training.procedure import Bench, Procedure
 from understudy.training.shapes import Shapes
+from understudy.training.stage import Stage
 from understudy.training.trainer import DistillationTrainer
 
-__all__ = ["Apprentice", "DistillationTrainer", "Live", "Method", "Shapes", "State", "Term", "last_complete"]
+__all__ = [
+    "Apprentice",
+    "Bench",
+    "DistillationTrainer",
+    "Live",
+    "Method",
+    "Player",
+    "Procedure",
+    "Scene",
+    "Shapes",
+    "Stage",
+    "State",
+    "Term",
+    "last_complete",
+]

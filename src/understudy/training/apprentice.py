@@ -29,6 +29,7 @@ class Apprentice(nn.Module):
         total: optimizer steps of the run.
         reduction: what an update divides by, as in `understudy.losses.reduction`.
         taps: inner layers of the student that the method reads.
+        tables: what the method's data stage returned. seed: of the run.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class Apprentice(nn.Module):
         total: int,
         reduction: str = "token_mean",
         taps: Mapping[str, nn.Module] | None = None,
+        tables: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.student = student
@@ -46,8 +49,23 @@ class Apprentice(nn.Module):
         self.method = method
         self.reduction = reduction
         self._taps = dict(taps or {})  # a plain dict: the layers belong to the student already
-        self.live = Live(modules=dict(self.own.items()), state=method.state(total), total=total)
+        self.companions = nn.ModuleDict(method.companions(student)).requires_grad_(False).eval()
+        self.live = Live(
+            modules=dict(self.own.items()),
+            companions=dict(self.companions.items()),
+            tables=dict(tables or {}),
+            student=student,
+            state=method.state(total),
+            total=total,
+            seed=seed,
+        )
         self.head_timer: Any = nullcontext
+
+    def train(self, mode: bool = True) -> Apprentice:
+        """Companions never leave evaluation mode."""
+        super().train(mode)
+        self.companions.eval()
+        return self
 
     def forward(self, batch: Batch, teacher: Rows | None) -> dict[str, Tensor]:
         """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""
@@ -56,9 +74,13 @@ class Apprentice(nn.Module):
         with timer:
             terms = self.method.loss(rows, teacher, batch, self.live)
         sums: dict[str, Tensor] = {}
+        own_count = self.method.counts(batch)
         for name, term in terms.items():
-            weights, _ = row_weights(self.reduction, batch.sequence, term.values.dtype)
-            total = (term.values * weights).sum()
+            if name in own_count:
+                total = term.values.sum()
+            else:
+                weights, _ = row_weights(self.reduction, batch.sequence, term.values.dtype)
+                total = (term.values * weights).sum()
             sums[name] = term.weight * total
             sums[f"{name}/value"] = total.detach()
         return sums

@@ -6,7 +6,7 @@ count, already aligned with their labels, so a method never sees a mask, a shift
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.models import RowModel, Rows
+from understudy.teachers import Teacher
+from understudy.training.players import Player, Scene
 from understudy.training.shapes import Shapes
+from understudy.training.stage import Stage
 
 
 class Term(NamedTuple):
@@ -40,12 +43,23 @@ class State(Protocol):
 
 @dataclass
 class Live:
-    """What is alive during a run: own modules, state, and where in the run we are."""
+    """What is alive during a run.
+
+    Args:
+        modules: own modules. companions: frozen ones that are checkpointed. tables: what the data stage returned.
+        student: the student's rows, for methods that show it more than the batch. teacher: likewise; `None` without.
+        state: as `Method.state` made it. step: optimizer steps done. total: of the run. seed: of the run.
+    """
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    student: RowModel | None = None
+    teacher: Teacher | None = None
     state: Any = None
     step: int = 0
     total: int = 1
+    seed: int = 0
 
 
 class Method(BaseModel):
@@ -76,12 +90,53 @@ class Method(BaseModel):
         """State for a run of `total` optimizer steps, or `None`."""
         return None
 
+    def companions(self, student: RowModel) -> dict[str, nn.Module]:
+        """Frozen modules that a checkpoint must hold (a moving anchor). They stay in evaluation mode and behind."""
+        return {}
+
+    def stage(self, work: Stage) -> Mapping[str, Tensor]:
+        """Work on the data before training: read the models, add columns to the examples. It is called again on resume,
+        so what is dear goes through `work.once`. The tensors it returns are `live.tables`."""
+        return {}
+
+    def student(self, student: RowModel, work: Stage) -> RowModel:
+        """The student as it is trained, for example with another head; called after `stage`."""
+        return student
+
+    def export(self, student: RowModel, work: Stage) -> RowModel:
+        """The trained student as it is saved and judged: an ordinary model of the task again."""
+        return student
+
+    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
+        """What to report beside the task's metrics, once trained: `metrics` (name to number) and `pictures` (caption to
+        an array `[height, width, 3]` of uint8)."""
+        return {}
+
+    def players(self) -> Mapping[str, Player]:
+        """Parts with an optimiser of their own, by name."""
+        return {}
+
+    def turn(self, live: Live) -> Sequence[str]:
+        """Who moves in this update, in order: players, and `"student"` last or not at all. It may read `live.state`."""
+        return ("student",)
+
+    def play(self, player: str, scene: Scene, live: Live) -> Iterator[dict[str, Term]]:
+        """Terms of a player's objective, to be minimised, for each micro-batch of `scene.batches`."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """What terms are divided by, where that is not the number of rows: by the term's name, for this batch."""
+        return {}
+
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         """Named terms, each with one value per row and no reduction."""
         raise NotImplementedError
 
     def updated(self, live: Live, means: Mapping[str, float]) -> None:
         """Called once per optimizer step, on every rank, with each term's mean over the whole update."""
+
+    def stepped(self, live: Live) -> None:
+        """Called after each optimizer step, when `live.step` counts it already."""
 
     @property
     def merges_gradients(self) -> bool:

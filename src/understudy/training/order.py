@@ -1,4 +1,4 @@
-"""The order of examples: the same for the same seed and epoch, so that a resumed run sees what it would have seen."""
+"""The order of examples, and draws of them: by seed, epoch and step alone, so that a resumed run sees the same."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ class EpochShuffle(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+def draw(length: int, number: int | None, seed: int, step: int) -> list[int]:
+    """`number` of `length` examples, different at each step and the same again on resume; all where there are fewer."""
+    if number is None or number >= length:
+        return list(range(length))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 0x5EED)
+    return torch.randperm(length, generator=generator)[:number].tolist()

@@ -7,27 +7,26 @@ for the method's state, gradients of terms apart where a method merges them, and
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from understudy.data import Batch, augment
 from understudy.errors import InputError
 from understudy.losses.reduction import row_weights
 from understudy.teachers import Teacher
-from understudy.training import checkpoint as ck
 from understudy.training.apprentice import Apprentice
-from understudy.training.order import EpochShuffle
-
-STATE, OPTIMIZER, MODEL = "state.safetensors", "optimizer.safetensors", "model.safetensors"
+from understudy.training.order import EpochShuffle, draw
+from understudy.training.players import Players, Scene
+from understudy.training.saving import ExactCheckpoints
 
 
 class _Follow(TrainerCallback):
@@ -39,8 +38,13 @@ class _Follow(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_epoch(int((state.epoch or 0) + 1e-9))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        live = self.trainer.model.live
+        live.step = state.global_step
+        self.trainer.model.method.stepped(live)
 
-class DistillationTrainer(Trainer):
+
+class DistillationTrainer(ExactCheckpoints):
     """Trains an `Apprentice` against a teacher.
 
     Args:
@@ -48,6 +52,7 @@ class DistillationTrainer(Trainer):
         teacher: gives targets, or `None` for a method that needs none.
         args: the training arguments of `transformers`.
         train_dataset, collate: examples, and how they become the tensors of a `Batch`.
+        validation: examples that players may draw from.
         augmentation: keyword options of `understudy.data.augment`, or `None`.
         meter: a cost meter with contexts `teacher()`, `student()`, `head()` and `step()`, or `None`.
         metrics_file: JSON lines, one per log.
@@ -63,6 +68,7 @@ class DistillationTrainer(Trainer):
         collate: Any,
         *,
         teacher: Teacher | None = None,
+        validation: Dataset[Any] | None = None,
         augmentation: Mapping[str, Any] | None = None,
         meter: Any = None,
         metrics_file: Path | None = None,
@@ -81,13 +87,23 @@ class DistillationTrainer(Trainer):
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
         self.augmentation = augmentation
         self._epoch = 0
-        self._count = torch.tensor(1.0)
+        self._counts: dict[str, Tensor] = {}
         self._left = 0
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, float] = {}
         self._term_gradients: dict[str, list[Tensor | None]] = {}
-        if apprentice.method.merges_gradients and args.fp16:
-            raise InputError(f"Method {apprentice.method.name!r} merges gradients and cannot run under fp16: use bf16.")
+        self._turn: Sequence[str] = ("student",)
+        self.validation = validation
+        apprentice.live.teacher = teacher
+        self.players = Players(apprentice.method.players(), apprentice.live.modules)
+        if (apprentice.method.merges_gradients or self.players.optimizers) and args.fp16:
+            raise InputError(
+                f"Method {apprentice.method.name!r} makes gradients of its own and cannot scale them: use bf16."
+            )
+        if meter is not None:
+            meter.watch("student", apprentice.student)
+            if teacher is not None:
+                meter.watch("teacher", getattr(teacher, "model", None))
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -108,17 +124,25 @@ class DistillationTrainer(Trainer):
                 samples.append(next(epoch_iterator))
             except StopIteration:
                 break
-        count = sum((self._units(Batch.from_dict(s)) for s in samples), torch.zeros((), dtype=torch.float64))
-        count = count.to(self.args.device, torch.float32)
+        found: dict[str, float] = {}
+        for sample in samples:
+            batch = Batch.from_dict(sample)
+            for name, number in {"": self._units(batch), **self.model.method.counts(batch)}.items():
+                found[name] = found.get(name, 0.0) + number
+        counts = torch.tensor(list(found.values()), device=self.args.device, dtype=torch.float32)
         if self.args.world_size > 1:
-            count = self.accelerator.reduce(count, "sum")
-        self._count, self._left = count.clamp(min=1.0), len(samples)
-        return samples, count
+            counts = self.accelerator.reduce(counts, "sum")
+        self._counts, self._left = dict(zip(found, counts.clamp(min=1.0), strict=True)), len(samples)
+        self._samples, self._moved = samples, False
+        return samples, counts[0]
 
-    def _units(self, batch: Batch) -> Tensor:
+    def _units(self, batch: Batch) -> float:
         _, unit = row_weights(self.model.reduction, batch.sequence)
-        number = batch.rows if unit == "rows" else (batch.sequence.unique().numel() if unit == "sequences" else 1)
-        return torch.tensor(float(number), dtype=torch.float64)
+        return float(batch.rows if unit == "rows" else (batch.sequence.unique().numel() if unit == "sequences" else 1))
+
+    def _count(self, term: str) -> Tensor:
+        """What a term of this update is divided by: its own count, or that of the rows."""
+        return self._counts.get(term, self._counts[""])
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -128,16 +152,19 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch: this is the one place that divides."""
         self._sums_of_batch = self._terms(model, inputs)
         # DDP averages gradients over ranks; the count is already global, so the average is undone here.
-        scale = self.accelerator.num_processes / self._count
-        return sum(v for k, v in self._sums_of_batch.items() if not k.endswith("/value")) * scale
+        sums = ((k, v) for k, v in self._sums_of_batch.items() if not k.endswith("/value"))
+        return sum(v * (self.accelerator.num_processes / self._count(k)) for k, v in sums)
 
-    def _terms(self, model: Any, inputs: Any) -> dict[str, Tensor]:
+    def _batch(self, inputs: Any) -> Batch:
         batch = Batch.from_dict(inputs).to(self.args.device)
         if self.augmentation is not None:
             batch.inputs["pixel_values"] = augment(
                 batch.inputs["pixel_values"], batch.ids, seed=self.args.seed, epoch=self._epoch, **self.augmentation
             )
-        self.model.live.step = self.state.global_step
+        return batch
+
+    def _terms(self, model: Any, inputs: Any) -> dict[str, Tensor]:
+        batch = self._batch(inputs)
         meter = self.meter
         if meter is not None:
             self.model.head_timer = meter.head
@@ -152,13 +179,18 @@ class DistillationTrainer(Trainer):
                 self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
         if meter is not None:
             meter.rows += batch.rows
-            meter.forwards["student"] += len(batch.ids)
-            meter.forwards["teacher"] += len(batch.ids) if self.teacher is not None else 0
         return sums
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        with self.meter.step() if self.meter is not None else nullcontext():
-            if self.model.method.merges_gradients:
+        if not self._moved:
+            self.model.live.step = self.state.global_step
+            self._turn = tuple(self.model.method.turn(self.model.live))
+        with self.meter.step("+".join(self._turn)) if self.meter is not None else nullcontext():
+            if not self._moved:
+                self._players_move()
+            if "student" not in self._turn:
+                loss = torch.zeros((), device=self.args.device)
+            elif self.model.method.merges_gradients:
                 loss = self._apart_step(model, inputs)
             else:
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -167,13 +199,38 @@ class DistillationTrainer(Trainer):
             self._close_update()
         return loss
 
+    def _players_move(self) -> None:
+        """The moves of an update before the student's own; a turn without the student leaves its weights alone."""
+        self._moved = True
+        method, live = self.model.method, self.model.live
+        movers = [name for name in self._turn if name != "student"]
+        if not movers:
+            return
+
+        def validation(number: int | None) -> Batch:
+            if self.validation is None:
+                raise InputError(f"Method {method.name!r} asks for validation examples and the run has none.")
+            chosen = draw(len(self.validation), number, self.args.seed, live.step)  # type: ignore[arg-type]
+            return Batch.from_dict(self.data_collator([self.validation[i] for i in chosen])).to(self.args.device)
+
+        def total(values: Sequence[Tensor]) -> list[Tensor]:
+            return [self.accelerator.reduce(v, "sum") if self.args.world_size > 1 else v for v in values]
+
+        batches = [self._batch(s) for s in self._samples]
+        scene = Scene(live.student, self.teacher, batches, float(self._counts[""]), validation, total)  # type: ignore[arg-type]
+        for name in movers:
+            sums = self.players.move(name, partial(method.play, name, scene, live), scene)
+            for term, value in sums.items():
+                self._sums[term] = self._sums.get(term, torch.zeros_like(value)) + value
+
     def _close_update(self) -> None:
         names = sorted(self._sums)
         if names:
             sums = torch.stack([self._sums[n].float() for n in names])
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "sum")
-            self._means = dict(zip(names, (sums / self._count).tolist(), strict=True))
+            counts = torch.stack([self._count(n) for n in names])
+            self._means = dict(zip(names, (sums / counts).tolist(), strict=True))
         self._sums = {}
         if self._term_gradients:
             self._merge()
@@ -189,7 +246,7 @@ class DistillationTrainer(Trainer):
         names = [n for n in sums if not n.endswith("/value")]
         total = torch.zeros((), device=self.args.device)
         for i, name in enumerate(names):
-            loss = sums[name] / self._count
+            loss = sums[name] / self._count(name)
             total = total + loss.detach()
             grads = torch.autograd.grad(loss, owners, retain_graph=i + 1 < len(names), allow_unused=True)
             held = self._term_gradients.setdefault(name, [None] * len(owners))
@@ -228,66 +285,3 @@ class DistillationTrainer(Trainer):
         }
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        keep, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = keep
-        if not self.args.should_save:
-            return
-        folder = Path(self.args.output_dir)
-        ck.seal(folder / f"checkpoint-{self.state.global_step}")
-        # Older ones go only now that the newest is sealed, so a kill at any moment leaves a whole one.
-        old = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-        for path in old[: -(keep or 2)]:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        ck.save_tree(dict(state_dict or self.model.state_dict()), folder / MODEL)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        (model or self.model).load_state_dict(ck.load_tree(Path(resume_from_checkpoint) / MODEL))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            tree = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
-            ck.save_tree(tree, Path(output_dir) / OPTIMIZER)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            tree = ck.load_tree(Path(checkpoint) / OPTIMIZER)
-            self.optimizer.load_state_dict(tree["optimizer"])
-            self.lr_scheduler.load_state_dict(tree["scheduler"])
-
-    def _state_file(self, folder: str) -> Path:
-        return Path(folder) / (STATE if self.args.world_size == 1 else f"rank{self.args.process_index}-{STATE}")
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        state = self.model.live.state
-        tree = {
-            "rng": ck.rng_state(),
-            "method": state.state_dict() if state is not None else None,
-            "meter": self.meter.state_dict() if self.meter is not None else None,
-        }
-        ck.save_tree(tree, self._state_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        tree = ck.load_tree(self._state_file(checkpoint))
-        ck.set_rng_state(tree["rng"])
-        if tree["method"] is not None:
-            self.model.live.state.load_state_dict(tree["method"])
-        if self.meter is not None and tree["meter"] is not None:
-            self.meter.load_state_dict(tree["meter"])

@@ -1,0 +1,65 @@
+"""How well a policy orders candidates, and how far it has moved from its reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from understudy.data import Batch, ListBatch
+from understudy.errors import InputError
+from understudy.models import RowModel, evaluating
+
+
+@torch.no_grad()
+def evaluate_preferences(model: RowModel, loader: DataLoader[Any]) -> dict[str, Any]:
+    """Metrics over lists.
+
+    `accuracy`: share of ordered pairs of candidates that mean log-probability a token orders as the scores do.
+    `nll`: of the best candidate, nats a token. Where the batch carries a reference: `reward_accuracy` (by log-ratio),
+    `reward_margin` (log-ratio of best minus worst), and the collapse monitors `best_log_ratio` and `worst_log_ratio`:
+    both falling means that probability flows away from what the data holds. Distance: `kl_estimate`, the mean
+    of r − 1 − log r over candidates with r = reference / policy.
+    """
+    device = next(model.parameters()).device
+    parts: dict[str, list[Tensor]] = {}
+    with evaluating(model):
+        for values in loader:
+            batch = Batch.from_dict(values)
+            assert isinstance(batch, ListBatch)
+            _score(parts, model(batch.to(device)).signal.values.cpu().double(), batch)
+    joined = {name: torch.cat(found) for name, found in parts.items()}
+    if not joined or len(joined["nll"]) == 0:
+        raise InputError("The split has no list to evaluate.")
+    return {"rows": len(joined["nll"]), "metrics": {k: float(v.mean()) for k, v in joined.items() if len(v)}}
+
+
+def _score(parts: dict[str, list[Tensor]], scores: Tensor, batch: ListBatch) -> None:
+    def pick(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.gather(1, batch.best[:, None])[:, 0], x.gather(1, batch.worst[:, None])[:, 0]
+
+    _add(parts, "accuracy", _ordered(scores / batch.lengths.clamp(min=1), batch))
+    _add(parts, "nll", -pick(scores)[0] / pick(batch.lengths)[0])
+    if batch.reference is None:
+        return
+    ratio = (scores - batch.reference).masked_fill(~batch.candidates, 0.0)
+    best, worst = pick(ratio)
+    _add(parts, "reward_accuracy", _ordered(ratio, batch))
+    for name, value in (("reward_margin", best - worst), ("best_log_ratio", best), ("worst_log_ratio", worst)):
+        _add(parts, name, value)
+    ours = ratio[batch.candidates]
+    _add(parts, "kl_estimate", torch.expm1(-ours) + ours)
+
+
+def _add(parts: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
+    parts.setdefault(name, []).append(value)
+
+
+def _ordered(values: Tensor, batch: ListBatch) -> Tensor:
+    """1 for each pair of candidates ordered as its scores are, 0.5 for a tie of `values`, 0 otherwise."""
+    better = batch.scores[:, :, None] > batch.scores[:, None, :]
+    better &= batch.candidates[:, :, None] & batch.candidates[:, None, :]
+    difference = (values[:, :, None] - values[:, None, :])[better]
+    return (difference.sign() + 1) / 2

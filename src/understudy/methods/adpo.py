@@ -1,0 +1,185 @@
+"""2. ADPO: Anchored Direct Preference Optimization (2025).
+
+A soft target over a list of candidates, and a policy measured relative to an anchor:
+
+    u_i = (log π(y_i) − log π_ref(y_i)) / τ,    loss = −Σ_i q_i log softmax(u)_i
+
+Target, anchor and loss are three choices. Supervised training, distillation, DPO and maximum-entropy RL are corners.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from understudy.data import Batch, ListBatch
+from understudy.errors import InputError
+from understudy.losses import anchored
+from understudy.models import RowModel, Rows
+from understudy.teachers.stored import ScoreStore, score_lists
+from understudy.training import Live, Method, Stage, Term
+
+
+class ADPO(Method):
+    """Anchored cross-entropy with a soft target over candidates."""
+
+    name = "adpo"
+    paper = 2
+    needs = frozenset()
+    kinds = frozenset({"preference"})
+    cost = "one student forward and backward a candidate; a fixed anchor costs one forward a candidate, once and stored"
+    page: ClassVar[dict[str, str]] = {
+        "when": "Lists or pairs with noisy rewards, soft labels, or a teacher that scores candidates.",
+        "not": "With clean hard pairs it is DPO. A smaller τ keeps the optimum closer to the anchor.",
+        "deviations": "The equation is the manuscript's; the released default (Plackett-Luce with a polynomial term, "
+        "clipping and smoothing) is `target=plackett_luce` with its options. Learning is off-line, from recorded "
+        "candidates: sampling new ones inside training, and the temperature that adapts to their entropy, are not in "
+        "this method (`losses.anchored.adaptive_tau` is the formula).",
+    }
+
+    target: Literal[
+        "softmax_advantage", "bradley_terry", "kde_rank", "best", "teacher", "exact_teacher", "plackett_luce"
+    ] = Field("softmax_advantage", description="What to learn from: scores, ranks, or a teacher's log-probs.")
+    anchor: Literal["fixed", "uniform", "dynamic", "ema", "recorded", "teacher"] = Field(
+        "fixed",
+        description="fixed: the student at its start; uniform: none; dynamic: a copy renewed every `every` steps; ema: a "
+        "moving average; recorded: the data's `log_probs`; teacher: the recipe's teacher.",
+    )
+    tau: float = Field(1.0, gt=0, description="Divides the log-ratio; 1/β of DPO.")
+    beta_reward: float = Field(0.5, gt=0, description="Temperature of the target over rewards.")
+    teacher_temperature: float = Field(1.0, gt=0, description="Of `target=teacher`.")
+    every: int = Field(50, ge=1, description="Steps between copies of `anchor=dynamic`.")
+    decay: float = Field(0.99, ge=0, le=1, description="Of `anchor=ema`.")
+    length: Literal["sum", "mean"] = Field(
+        "sum", description="Log-probabilities of a completion, or their mean a token."
+    )
+    top: int | None = Field(None, ge=1, description="Positions of `plackett_luce`; all if not given.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of `plackett_luce`.")
+    poly: float = Field(0.0, ge=0, description="Weight of the polynomial term of `plackett_luce`.")
+
+    @property
+    def _from_teacher(self) -> bool:
+        return self.target in ("teacher", "exact_teacher")
+
+    def companions(self, student: RowModel) -> dict[str, nn.Module]:
+        return {"anchor": copy.deepcopy(student)} if self.anchor in ("dynamic", "ema") else {}
+
+    def stage(self, work: Stage) -> dict[str, Tensor]:
+        if (self._from_teacher or self.anchor == "teacher") and work.teacher is None:
+            raise InputError(
+                f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
+            )
+        scorers = {"reference": work.student} if self.anchor == "fixed" else {}
+        if work.teacher is not None and self.anchor == "teacher":
+            scorers["reference"] = work.teacher
+        if work.teacher is not None and self._from_teacher:
+            scorers["taught"] = work.teacher
+        attach(work, scorers)
+        if self.anchor == "recorded":
+            recorded(work)
+        return {}
+
+    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        assert isinstance(batch, ListBatch)
+        ours = self._scale(student.signal.values, batch)
+        anchor = self._scale(self._anchor(ours, batch, live), batch)
+        started_at_zero(self.anchor == "fixed", student.signal.values, batch, live)
+        if self.target == "plackett_luce":
+            values = anchored.anchored_plackett_luce(
+                (ours - anchor) / self.tau,
+                batch.scores.to(ours.dtype),
+                mask=batch.candidates,
+                top=self.top,
+                label_smoothing=self.label_smoothing,
+                poly=self.poly,
+            )
+        else:
+            q = self._target(anchor, batch).to(ours.dtype)
+            values = anchored.anchored_cross_entropy(ours, anchor, q, tau=self.tau, mask=batch.candidates)
+        return {"adpo": Term(values), **monitors(student.signal.values, batch)}
+
+    def _scale(self, log_probs: Tensor, batch: ListBatch) -> Tensor:
+        return log_probs / batch.lengths.clamp(min=1) if self.length == "mean" else log_probs
+
+    def _anchor(self, ours: Tensor, batch: ListBatch, live: Live) -> Tensor:
+        if self.anchor == "uniform":
+            return torch.zeros_like(ours)
+        if "anchor" in live.companions:
+            with torch.no_grad():
+                return live.companions["anchor"](batch).signal.values
+        assert batch.reference is not None  # the data stage computed it
+        return batch.reference.to(ours.dtype)
+
+    def _target(self, anchor: Tensor, batch: ListBatch) -> Tensor:
+        mask, scores = batch.candidates, batch.scores.double()
+        if self._from_teacher:
+            assert batch.taught is not None
+            taught = self._scale(batch.taught, batch)
+            if self.target == "teacher":
+                return anchored.tempered(taught, temperature=self.teacher_temperature, mask=mask)
+            return anchored.exact_teacher(taught, anchor.double(), tau=self.tau, mask=mask)
+        if self.target == "best":
+            return anchored.best(scores, mask)
+        if self.target == "kde_rank":
+            return anchored.kde_rank(scores, beta=self.beta_reward, mask=mask)
+        if self.target == "softmax_advantage":
+            return anchored.softmax_advantage(scores, beta=self.beta_reward, mask=mask)
+        if scores.shape[1] != 2 or not bool(mask.all()):
+            raise InputError(
+                "target='bradley_terry' is for pairs; choose softmax_advantage for lists of other lengths."
+            )
+        p = anchored.bradley_terry(scores[:, 0], scores[:, 1], beta=self.beta_reward)
+        return torch.stack([p, 1 - p], 1)
+
+    def stepped(self, live: Live) -> None:
+        if "anchor" not in live.companions or (self.anchor == "dynamic" and live.step % self.every):
+            return
+        keep = self.decay if self.anchor == "ema" else 0.0
+        assert live.student is not None
+        with torch.no_grad():
+            for old, new in zip(live.companions["anchor"].parameters(), live.student.parameters(), strict=True):
+                old.lerp_(new, 1 - keep)
+
+
+def attach(work: Stage, scorers: dict[str, RowModel]) -> None:
+    """Compute what each model says of every candidate, once, into the column of its name."""
+    for column, model in scorers.items():
+        store = ScoreStore(work.store)
+        for examples in work.splits.values():
+            score_lists(model, examples, work.collate, store, column=column)
+
+
+def recorded(work: Stage) -> None:
+    """Take the log-probabilities recorded with the data as reference."""
+    for split, examples in work.splits.items():
+        for row in examples.rows:
+            if row["log_probs"] is None or len(row["log_probs"]) != len(row["sequences"]):
+                raise InputError(
+                    f"anchor='recorded' needs log_probs, one for each candidate; {split} example {row['id']} has none."
+                )
+            row["reference"] = row["log_probs"]
+
+
+def monitors(log_probs: Tensor, batch: ListBatch) -> dict[str, Term]:
+    """Log-ratios of the best and worst candidates, logged but not trained: both falling is a collapse on its way."""
+    if batch.reference is None:
+        return {}
+    ratio = (log_probs - batch.reference).detach()
+    sides = {"best_log_ratio": batch.best, "worst_log_ratio": batch.worst}
+    return {name: Term(ratio.gather(1, i[:, None])[:, 0], 0.0) for name, i in sides.items()}
+
+
+def started_at_zero(own: bool, log_probs: Tensor, batch: ListBatch, live: Live) -> None:
+    """At the first step the student is its own reference: any log-ratio but 0 is a defect, and said so."""
+    if not own or live.step or batch.reference is None:
+        return
+    ratio = ((log_probs - batch.reference).detach() / batch.reference.abs().clamp(min=1)).abs().max()
+    if float(ratio) > 2e-2:
+        raise InputError(
+            f"The student's log-probabilities differ from their stored reference by {float(ratio):.1%} before the first "
+            "step. Something random or stateful is in the model (dropout, batch statistics): switch it off."
+        )

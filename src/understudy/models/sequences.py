@@ -1,0 +1,33 @@
+"""A causal LM as a scorer of whole completions: one log-probability for each candidate of a list."""
+
+from __future__ import annotations
+
+import torch
+
+from understudy.data import Batch, ListBatch
+from understudy.losses import cross_entropy
+from understudy.models.rows import CausalLMRows, Rows
+from understudy.streaming import rowwise
+from understudy.targets import Scores
+
+
+class SequenceRows(CausalLMRows):
+    """Answers with `Scores`: log π(y | x) of each candidate, summed over its completion tokens with EOS.
+
+    The head is streamed over the tokens that count, so no `[tokens, vocabulary]` tensor exists, forward or backward.
+    Dropout is off, as the log-ratio to a reference asks: at the start it is 0, not noise.
+    """
+
+    def __init__(self, model: torch.nn.Module, vocabulary: int) -> None:
+        super().__init__(model, vocabulary)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        assert isinstance(batch, ListBatch)  # the task's collator makes nothing else
+        tokens = batch.tokens
+        hidden = super().answer(tokens, False)
+        log_probs = -rowwise(cross_entropy, hidden.signal, None, tokens.row_labels)
+        sums = log_probs.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, log_probs)
+        return Rows(Scores(batch.by_candidate(sums), batch.candidates))

@@ -1,0 +1,74 @@
+"""Preferences: pairs, lists or unpaired examples for any causal LM; embedded, the order of words in real text."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from understudy.data import collate_lists, encode_lists, load_preferences, show_batch
+from understudy.evaluation.preference import evaluate_preferences
+from understudy.models import RowModel, SequenceRows, tokenizer_hashes
+from understudy.tasks.base import Prepared, merged
+from understudy.tasks.language_modeling import LanguageModeling
+
+_TRAINER = {
+    "max_steps": 150,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+}
+_START = {"max_steps": 300, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
+
+
+class Preferences(LanguageModeling):
+    """Learn which of several completions is better."""
+
+    name = "preferences"
+    kind = "preference"
+    unit = "lists"
+    metric = "accuracy"
+    higher_is_better = True
+    teacher_required = False
+
+    def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Word order with a small Llama that is first trained on the best candidates, unless the recipe names others."""
+        data = recipe.get("data") or {}
+        data.setdefault("name", "word_order")
+        data.setdefault("max_length", 128 if data["name"] == "word_order" else 512)
+        recipe["data"] = data
+        if recipe.get("student") is None:
+            recipe["student"] = {"model": "llama:hidden=64,layers=2,heads=4", "train": dict(_START)}
+        recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
+        return recipe
+
+    def prepare(self, recipe: Any) -> Prepared:
+        data = dict(recipe.data)
+        length, vocabulary = data.pop("max_length"), data.pop("vocab_size", 1024)
+        own_tokenizer = data.pop("tokenizer", None)
+        splits = load_preferences(data)
+        notes = list(splits.notes)
+        tokenizer = self._tokenizer(recipe, own_tokenizer, splits, vocabulary, notes)
+        sets: dict[str, Any] = {}
+        for name in ("train", "validation", "test"):
+            sets[name], counts = encode_lists(getattr(splits, name), tokenizer, max_length=length)
+            notes.append(f"{name}: {counts}")
+        return Prepared(
+            **sets,
+            teacher_train=sets["train"],
+            collate=partial(collate_lists, pad_id=tokenizer.pad_token_id or 0),
+            classes=len(tokenizer),
+            tokenizer=tokenizer,
+            notes=notes,
+            hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
+            show=lambda batch: show_batch(batch, tokenizer),
+        )
+
+    def _rows(self, model: Any, vocabulary: int) -> RowModel:
+        return SequenceRows(model, vocabulary)
+
+    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Order of candidates, and distance from the reference where the data stage computed it."""
+        return evaluate_preferences(student, loader)

@@ -1,0 +1,48 @@
+"""Procedures: methods that are a short list of resumable stages (generate, filter, train, repeat) over the same parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.training.method import Method
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the stages of a procedure work with.
+
+    Args:
+        recipe: the whole recipe, as plain values. folder: of the run; stages keep their files in it.
+        train: `train(name, values)` carries out a recipe of its own in `folder / name` (it resumes like any run) and
+            returns its result, with `metrics` and `folder`.
+    """
+
+    recipe: Mapping[str, Any]
+    folder: Path
+    train: Callable[[str, Mapping[str, Any]], Any]
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave before: JSON in `stages/NAME.json`, whole or absent. A stage that was cut off is
+        made again, so what is dear inside it must resume by itself (a request log does)."""
+        file = self.folder / "stages" / f"{name}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(make(), indent=1)
+            temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            temporary.write_text(text)
+            os.replace(temporary, file)
+        return json.loads(file.read_text())
+
+
+class Procedure(Method):
+    """Base of procedures. Subclasses write `carry_out`; its options are fields, like those of any method."""
+
+    def carry_out(self, bench: Bench) -> dict[str, Any]:
+        """All stages in order. Returns the evaluation: `metrics`, and whatever panels the report is to show."""
+        raise NotImplementedError

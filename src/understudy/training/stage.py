@@ -1,0 +1,57 @@
+"""What a method may use outside the training loop: before the first step and after the last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from understudy.data import Batch
+from understudy.models import RowModel
+from understudy.training.checkpoint import load_tree, save_tree
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Both sides, the data, and a place to keep what was computed.
+
+    Args:
+        student, teacher: as they are at the time. splits: examples of `train`, `validation` and `test`.
+        collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
+        store: a folder that comparisons share. key: hash of teacher and data. seed: of the run.
+    """
+
+    student: RowModel
+    teacher: RowModel | None
+    splits: Mapping[str, Any]
+    collate: Callable[[list[Any]], Any]
+    classes: int
+    store: Path
+    key: str
+    seed: int = 0
+
+    def batches(self, split: str, size: int = 64) -> Iterator[Batch]:
+        """A split in order, as it is without augmentation, on the student's device."""
+        examples = self.splits[split]
+        device = next(self.student.parameters()).device
+        for start in range(0, len(examples), size):
+            chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]
+            yield Batch.from_dict(self.collate(chosen)).to(device)
+
+    def once(self, name: str, make: Callable[[], Mapping[str, Tensor]], **settings: Any) -> dict[str, Tensor]:
+        """`make()`, or what it gave before for the same teacher, data and settings: computed once, kept whole or not."""
+        asked = hashlib.sha256(json.dumps([self.key, settings], sort_keys=True, default=str).encode()).hexdigest()
+        file = self.store / f"{name}-{asked[:16]}.safetensors"
+        if not file.is_file():
+            self.store.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            save_tree(dict(make()), temporary)
+            temporary.rename(file)
+        found: dict[str, Tensor] = load_tree(file)
+        return found

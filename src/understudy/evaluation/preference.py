@@ -20,8 +20,7 @@ def evaluate_preferences(model: RowModel, loader: DataLoader[Any]) -> dict[str, 
     `accuracy`: share of ordered pairs of candidates that mean log-probability a token orders as the scores do.
     `nll`: of the best candidate, nats a token. Where the batch carries a reference: `reward_accuracy` (by log-ratio),
     `reward_margin` (log-ratio of best minus worst), and the collapse monitors `best_log_ratio` and `worst_log_ratio`:
-    both falling means that probability flows away from what the data holds. Distance: `kl_estimate`, the mean
-    of r − 1 − log r over candidates with r = reference / policy.
+    both falling means that probability flows away from what the data holds.
     """
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}
@@ -49,8 +48,6 @@ def _score(parts: dict[str, list[Tensor]], scores: Tensor, batch: ListBatch) -> 
     _add(parts, "reward_accuracy", _ordered(ratio, batch))
     for name, value in (("reward_margin", best - worst), ("best_log_ratio", best), ("worst_log_ratio", worst)):
         _add(parts, name, value)
-    ours = ratio[batch.candidates]
-    _add(parts, "kl_estimate", torch.expm1(-ours) + ours)
 
 
 def _add(parts: dict[str, list[Tensor]], name: str, value: Tensor) -> None:

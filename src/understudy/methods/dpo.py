@@ -72,6 +72,8 @@ class DPO(Method):
         return self.beta if self.beta is not None else BETA.get(self.loss_type, 0.1)
 
     def stage(self, work: Stage) -> dict[str, Tensor]:
+        if self.loss_type != "kto":
+            _need_order(work)
         if self.loss_type in WITHOUT_REFERENCE:
             return {}
         if self.reference == "recorded":
@@ -95,12 +97,6 @@ class DPO(Method):
         values: Tensor = student.signal.values
         started_at_zero(self.reference == "start", values, batch, live)
         sides = (batch.best[:, None], batch.worst[:, None])
-        alone = (batch.best == batch.worst).nonzero()
-        if len(alone) and self.loss_type != "kto":
-            raise InputError(
-                f"dpo: list {int(batch.ids[alone[0, 0]])} has one candidate or equal scores, no better and worse. Use "
-                "options.loss_type=kto for unpaired examples, or drop it."
-            )
         chosen, rejected = (values.gather(1, i)[:, 0] for i in sides)
         lengths = tuple(batch.lengths.gather(1, i)[:, 0] for i in sides)
         if self.loss_type in WITHOUT_REFERENCE:
@@ -137,3 +133,13 @@ class DPO(Method):
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
         values = preference.kto(ratio, good, kl, beta=self._beta, **weights).masked_fill(~batch.candidates, 0.0)
         return values.sum(1) / batch.candidates.sum(1)
+
+
+def _need_order(work: Stage) -> None:
+    for split, examples in work.splits.items():
+        for row in examples.rows:
+            if max(row["scores"]) == min(row["scores"]):
+                raise InputError(
+                    f"dpo: {split} list {row['id']} has one candidate or equal scores, no better and worse. Use "
+                    "options.loss_type=kto for unpaired examples, or drop it."
+                )

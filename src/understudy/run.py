@@ -233,7 +233,11 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
     spec: ModelSpec = getattr(recipe, side)
     assert spec.train is not None
     student = ModelSpec(**{**spec.model_dump(), "train": None})
-    data = {**recipe.data, "for_teacher": True} if recipe.task == "image_classification" else recipe.data
+    data = (
+        {**recipe.data, "for_teacher": True}
+        if recipe.task in ("image_classification", "preference_world")
+        else recipe.data
+    )
     values = recipe.dump() | {
         "method": "sft",
         "options": {},

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of an experiment: a method with fixed options, and the candidates to tune over."""
+    """One side of an experiment: a method with fixed options, the candidates to tune over, and own recipe keys, if any."""
 
     method: str
     options: Overrides
     candidates: Sequence[Overrides]
+    recipe: Overrides = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
         raise InputError(f"Claim {claim.name}: arms must have equally many candidates, found {sorted(trials)}.")
     teacher = output / "teacher"
     labels = [(label, i) for label, arm in claim.arms.items() for i in range(len(arm.candidates))]
-    tuning = [_plan(claim, label, i, 1000, output / "tuning" / f"{label}-{i}", "validation") for label, i in labels]
+    tuning = [
+        _plan(claim, label, i, 1000, output / "tuning" / f"{_file(label)}-{i}", "validation") for label, i in labels
+    ]
     scores = dict(zip(labels, run_all(tuning, teacher, progress=progress), strict=True))
     metric, higher = claim.tuned_on
     chosen = {}
@@ -79,7 +82,9 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
         values = [scores[label, i]["metrics"][metric] for i in range(len(arm.candidates))]
         chosen[label] = values.index(max(values) if higher else min(values))
     runs = [(label, s) for label in claim.arms for s in range(seeds)]
-    plans = [_plan(claim, label, chosen[label], s, output / "runs" / f"{label}-s{s}", "test") for label, s in runs]
+    plans = [
+        _plan(claim, label, chosen[label], s, output / "runs" / f"{_file(label)}-s{s}", "test") for label, s in runs
+    ]
     results = run_all(plans, teacher, progress=progress)
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in claim.arms}
     for (label, _), result in zip(runs, results, strict=True):
@@ -100,10 +105,14 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
     return result
 
 
+def _file(label: str) -> str:
+    return label.replace("/", "-")
+
+
 def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, judge: str) -> Recipe:
     arm = claim.arms[label]
     over = arm.candidates[candidate]
-    base = dict(claim.recipe)
+    base = {**claim.recipe, **arm.recipe}
     return make(
         base
         | {

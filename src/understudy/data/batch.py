@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -74,10 +74,8 @@ class Batch:
         """The rows of `[examples, width]` or `[examples, length, width]` that count. The rest get no gradient."""
         return (values[:, :-1] if self.kind == "text" else values)[self.mask]
 
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            {k: v.to(device) for k, v in self.inputs.items()},
-            self.labels.to(device),
-            self.ids.to(device),
-            self.bytes.to(device) if self.bytes is not None else None,
-        )
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device, whatever its kind."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in found.items() if isinstance(v, Tensor)}
+        return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)

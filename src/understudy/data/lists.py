@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -85,12 +85,6 @@ class ListBatch(Batch):
 
     def select(self, values: Tensor) -> Tensor:
         return values
-
-    def to(self, device: torch.device | str) -> ListBatch:
-        inputs = {k: v.to(device) for k, v in self.inputs.items()}
-        names = ("labels", "ids", "slots", "scores", "reference", "taught")
-        moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
-        return replace(self, inputs=inputs, **moved)
 
 
 def encode_lists(

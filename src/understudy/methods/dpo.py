@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from understudy.data import Batch, ListBatch
+from understudy.data.noise import uniform
 from understudy.errors import InputError
 from understudy.losses import preference
 from understudy.methods.adpo import attach, monitors, recorded, started_at_zero
@@ -57,6 +58,9 @@ class DPO(Method):
     nll_weight: float = Field(1.0, ge=0, description="Of the better completion's NLL, for cpo, cpo_simpo and orpo.")
     desirable_weight: float = Field(1.0, gt=0, description="Of kto's desirable side.")
     undesirable_weight: float = Field(1.0, gt=0, description="Of kto's undesirable side.")
+    pairs: Literal["extremes", "random", "all"] = Field(
+        "extremes", description="Of longer lists: best against worst, one pair drawn for good, or the mean over all."
+    )
     reference: Literal["start", "teacher", "recorded"] = Field(
         "start", description="The student at its start, the recipe's teacher, or the data's `log_probs`."
     )
@@ -96,31 +100,47 @@ class DPO(Method):
         assert isinstance(batch, ListBatch)
         values: Tensor = student.signal.values
         started_at_zero(self.reference == "start", values, batch, live)
-        sides = (batch.best[:, None], batch.worst[:, None])
-        chosen, rejected = (values.gather(1, i)[:, 0] for i in sides)
-        lengths = tuple(batch.lengths.gather(1, i)[:, 0] for i in sides)
-        if self.loss_type in WITHOUT_REFERENCE:
-            return self._without_reference(chosen, rejected, *lengths)
-        assert batch.reference is not None  # the data stage computed it
         if self.loss_type == "kto":
+            assert batch.reference is not None  # the data stage computed it
             return {"kto": Term(self._kto(values - batch.reference.to(values.dtype), batch)), **monitors(values, batch)}
-        ratios = [chosen, rejected, *(batch.reference.to(values.dtype).gather(1, i)[:, 0] for i in sides)]
+        row, *sides = self._pairs(batch)
+        lengths = [batch.lengths[row, i] for i in sides]
+        chosen, rejected = (values[row, i] for i in sides)
+        if self.loss_type in WITHOUT_REFERENCE:
+            found = self._without_reference(chosen, rejected, *lengths)
+            nll = {"nll": Term(-values.gather(1, batch.best[:, None])[:, 0], self.nll_weight)}
+            own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
+            return {**own, **(nll if self.loss_type in WITH_NLL else {})}
+        assert batch.reference is not None
+        ratios = [chosen, rejected, *(batch.reference.to(values.dtype)[row, i] for i in sides)]
         if (self.length or ("mean" if self.loss_type == "ipo" else "sum")) == "mean":
             ratios = [preference.per_token(x, n) for x, n in zip(ratios, lengths * 2, strict=True)]
         function = {"robust": preference.robust_dpo, "hinge": preference.hinge, "ipo": preference.ipo}
         variant: Any = function.get(self.loss_type, preference.dpo)
         options = {} if self.loss_type not in SMOOTHED else {"label_smoothing": self.label_smoothing or 0.1}
-        loss = variant(*ratios, beta=self._beta, **options)
+        loss = _by_list(variant(*ratios, beta=self._beta, **options), row, batch)
         return {self.loss_type: Term(loss), **monitors(values, batch)}
 
+    def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """List, better and worse candidate of each pair."""
+        if self.pairs == "extremes":
+            return torch.arange(batch.rows, device=batch.ids.device), batch.best, batch.worst
+        both = batch.candidates[:, :, None] & batch.candidates[:, None, :]
+        ordered = (batch.scores[:, :, None] > batch.scores[:, None, :]) & both
+        if self.pairs == "random":
+            lot = uniform(batch.ids, ordered.shape[1:], seed=0, step=0).masked_fill(~ordered, 0.0).flatten(1)
+            ordered = (
+                torch.zeros_like(ordered).flatten(1).scatter(1, lot.argmax(1, keepdim=True), True).view_as(ordered)
+            )
+        row, better, worse = ordered.nonzero(as_tuple=True)
+        return row, better, worse
+
     def _without_reference(self, chosen: Tensor, rejected: Tensor, nw: Tensor, nl: Tensor) -> dict[str, Term]:
-        nll = {"nll": Term(-chosen, self.nll_weight)}
         if self.loss_type == "orpo":
-            return {"odds_ratio": Term(preference.odds_ratio(chosen, rejected, nw, nl), self._beta), **nll}
+            return {"odds_ratio": Term(preference.odds_ratio(chosen, rejected, nw, nl), self._beta)}
         if self.loss_type == "cpo":
-            return {"cpo": Term(preference.cpo(chosen, rejected, beta=self._beta)), **nll}
-        simpo = preference.simpo(chosen, rejected, nw, nl, beta=self._beta, gamma=self.gamma)
-        return {"simpo": Term(simpo), **(nll if self.loss_type == "cpo_simpo" else {})}
+            return {"cpo": Term(preference.cpo(chosen, rejected, beta=self._beta))}
+        return {"simpo": Term(preference.simpo(chosen, rejected, nw, nl, beta=self._beta, gamma=self.gamma))}
 
     def _kto(self, ratio: Tensor, batch: ListBatch) -> Tensor:
         """Mean over the list's candidates, each judged against the KL of those on the other side."""
@@ -133,6 +153,12 @@ class DPO(Method):
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
         values = preference.kto(ratio, good, kl, beta=self._beta, **weights).masked_fill(~batch.candidates, 0.0)
         return values.sum(1) / batch.candidates.sum(1)
+
+
+def _by_list(values: Tensor, row: Tensor, batch: ListBatch) -> Tensor:
+    """The mean over each list's pairs, `[lists]`."""
+    number = torch.bincount(row, minlength=batch.rows).clamp(min=1)
+    return values.new_zeros(batch.rows).index_add(0, row, values) / number
 
 
 def _need_order(work: Stage) -> None:

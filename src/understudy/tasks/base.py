@@ -30,6 +30,7 @@ class Prepared:
         classes: images: number of classes; text: size of the vocabulary.
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
         hashes: content hashes for the run folder.
+        world: the truth behind a synthetic task, for its judge.
     """
 
     train: Any
@@ -44,6 +45,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
+    world: Any = None
 
     def split(self, name: str) -> Any:
         """`train`, `validation` or `test`."""

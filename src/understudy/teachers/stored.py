@@ -55,10 +55,11 @@ class ScoreStore:
 
 
 def content_key(model: str, ids: Tensor, labels: Tensor) -> bytes:
-    """The key of one sequence under a model's hash."""
+    """The key of one candidate under a model's hash: its tokens (or features) and labels."""
     digest = hashlib.sha256(model.encode())
     for part in (ids, labels):
-        digest.update(part.to(torch.int64).numpy().tobytes() + b"|")
+        same = part if part.is_floating_point() else part.to(torch.int64)
+        digest.update(same.numpy().tobytes() + b"|")
     return digest.digest()
 
 

@@ -1,0 +1,43 @@
+"""2 ADPO: lists with soft targets are less brittle than pairs under noisy rewards, and a moving anchor goes further.
+
+The card's bandit in four kinds of noise; every seed is a world of its own. `value` is the mean probability of the truly
+best item. The pairwise baseline comes twice: one pair drawn for each context, and all fifteen.
+"""
+
+from typing import Any
+
+from understudy.claims.experiment import Arm, Check, Claim
+
+_RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (5e-4, 1.5e-3))
+_TAU = {"tau": 1.0, "beta_reward": 0.5}
+_ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("dpo", {"beta": 1.0, "pairs": "random"}),
+    "dpo_all": ("dpo", {"beta": 1.0, "pairs": "all"}),
+    "softmax": ("adpo", _TAU),
+    "kde": ("adpo", {**_TAU, "target": "kde_rank"}),
+    "dynamic": ("adpo", {**_TAU, "anchor": "dynamic", "every": 50}),
+}
+_NOISES = ("heavy", "outlier", "adversarial", "shift")
+
+
+def _says(a: str, b: str, noise: str, threshold: float = 0.0) -> Check:
+    return Check(f"{noise}/{a}", f"{noise}/{b}", threshold, "value", True, f"{noise}: {a} is above {b}")
+
+
+CLAIM = Claim(
+    name="adpo",
+    statement="With noisy rewards, anchored lists with rank-smoothed targets beat hard pairwise DPO.",
+    recipe={"task": "preference_world", "data": {"name": "bandit"}},
+    arms={
+        f"{noise}/{label}": Arm(method, options, _RATES, {"data": {"name": "bandit", "noise": noise}})
+        for noise in _NOISES
+        for label, (method, options) in _ARMS.items()
+    },
+    checks=(
+        *(_says("kde", "dpo", noise) for noise in _NOISES),
+        *(_says("kde", "dpo_all", noise) for noise in _NOISES),
+        *(_says("kde", "softmax", noise) for noise in _NOISES),
+        *(_says("dynamic", "softmax", noise) for noise in _NOISES),
+    ),
+    tuned_on=("value", True),
+)

@@ -1,0 +1,113 @@
+"""Policies of the preference worlds: small modules that score candidates, and their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from understudy.data import Batch, ListBatch
+from understudy.data.worlds import Chains, ChoiceBatch
+from understudy.errors import InputError
+from understudy.models.rows import RowModel, Rows
+from understudy.models.small import load_weights
+from understudy.targets import Scores
+
+
+class _Saved(nn.Module):
+    """A module that writes `config.json` with its name, and its weights."""
+
+    name: str
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, f"{folder}/model.safetensors")
+        Path(folder, "config.json").write_text(json.dumps({"policy": self.name}))
+
+
+class ChoicePolicy(_Saved):
+    """`policy:64,64`: an MLP that scores each item by its features."""
+
+    def __init__(self, name: str, inputs: int) -> None:
+        super().__init__()
+        self.name = name
+        widths = [inputs, *(int(v) for v in name.partition(":")[2].split(","))]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.body(features).squeeze(-1)
+
+
+class Bigram(_Saved):
+    """`bigram:16`: logits of the next token from the last one alone, of the given rank."""
+
+    def __init__(self, name: str, tokens: int) -> None:
+        super().__init__()
+        self.name = name
+        rank = int(name.partition(":")[2] or 16)
+        self.into, self.out = nn.Embedding(tokens, rank), nn.Linear(rank, tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.log_softmax(self.out(self.into(ids)).float(), -1)
+
+
+class ChoiceRows(RowModel):
+    """Answers with `Scores`: the log-probability with which the policy picks each item."""
+
+    def __init__(self, model: ChoicePolicy) -> None:
+        super().__init__()
+        self.model, self.padding = model, 0
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        assert isinstance(batch, ChoiceBatch)
+        scores = self.model(batch.features.to(next(self.model.parameters()).dtype))
+        log_p = torch.log_softmax(scores.masked_fill(~batch.candidates, -torch.inf), -1)
+        return Rows(Scores(log_p.masked_fill(~batch.candidates, 0.0), batch.candidates))
+
+
+class BigramRows(RowModel):
+    """Answers with `Scores`: the log-probability of each candidate's transitions.
+
+    Args:
+        world: the chains that judge it.
+    """
+
+    def __init__(self, model: Bigram, world: Chains | None = None) -> None:
+        super().__init__()
+        self.model, self.padding, self.world = model, 0, world
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        assert isinstance(batch, ListBatch)
+        tokens = batch.tokens
+        log_p = self.model(batch.inputs["input_ids"][:, :-1])[tokens.mask]
+        values = log_p.gather(-1, tokens.row_labels[:, None])[:, 0]
+        sums = values.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, values)
+        return Rows(Scores(batch.by_candidate(sums), batch.candidates))
+
+
+def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Chains | None = None) -> RowModel:
+    """Rows of a policy by its name, from a folder, or around a module; `size` is the feature width or token count."""
+    if isinstance(source, nn.Module):
+        model = source
+    else:
+        if source is not None:
+            name = str(json.loads((source / "config.json").read_text())["policy"])
+        kinds = {"policy": ChoicePolicy, "bigram": Bigram}
+        kind = kinds.get(name.partition(":")[0])
+        if kind is None:
+            raise InputError(f"Model {name!r} is no policy of these worlds: give policy:64,64 (bandit) or bigram:16.")
+        model = kind(name, size)
+        if source is not None:
+            load_weights(model, source / "model.safetensors")
+    if isinstance(model, Bigram):
+        return BigramRows(model, world)
+    if isinstance(model, ChoicePolicy):
+        return ChoiceRows(model)
+    raise InputError(f"{type(model).__name__} is no policy of these worlds: give a ChoicePolicy or a Bigram.")

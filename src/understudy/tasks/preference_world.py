@@ -1,0 +1,104 @@
+"""Preference worlds with a known truth: what a policy learned from noisy preferences is really worth, in seconds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from understudy.data import Batch, collate_lists
+from understudy.data.worlds import ChoiceBatch, bandit, chains, collate_choices
+from understudy.errors import InputError, nearest
+from understudy.evaluation.preference import evaluate_preferences
+from understudy.models import RowModel, evaluating
+from understudy.models.worlds import BigramRows, load_policy
+from understudy.tasks.base import Prepared, merged
+
+_OPTIONS = {
+    "bandit": {"name", "seed", "noise", "for_teacher", "limit"},
+    "chains": {"name", "seed", "start", "for_teacher", "limit"},
+}
+_BANDIT = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
+_CHAINS = {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
+
+
+class PreferenceWorld:
+    """Learn from preferences in a world that knows which choice is best."""
+
+    name = "preference_world"
+    kind = "preference"
+    unit = "lists"
+    metric = "value"
+    higher_is_better = True
+    teacher_required = False
+
+    def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The bandit with heavy-tailed noise, its policy started on 512 clean contexts; each seed is a world of its own."""
+        data = recipe.get("data") or {}
+        data.setdefault("name", "bandit")
+        data.setdefault("seed", recipe["seed"])
+        recipe["data"] = data
+        chain = data["name"] == "chains"
+        if not chain:
+            data.setdefault("noise", "heavy")
+        else:
+            data.setdefault("start", "own")
+        if recipe.get("student") is None:
+            first = {**_BANDIT, "max_steps": 30} if not chain else {**_CHAINS, "max_steps": 400}
+            recipe["student"] = {
+                "model": "bigram:16" if chain else "policy:64,64",
+                "train": {**first, "weight_decay": 0.0},
+            }
+        recipe["trainer"] = merged(
+            {**(_CHAINS if chain else _BANDIT), "weight_decay": 0.0}, recipe.get("trainer") or {}
+        )
+        return recipe
+
+    def prepare(self, recipe: Any) -> Prepared:
+        data = dict(recipe.data)
+        name = data["name"]
+        if name not in _OPTIONS:
+            raise InputError(f"No world {name!r}.{nearest(name, _OPTIONS)} Known: {', '.join(_OPTIONS)}.")
+        for key in data:
+            if key not in _OPTIONS[name]:
+                known = _OPTIONS[name]
+                raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
+        world = chains(data["seed"], data["start"]) if name == "chains" else None
+        splits = world.splits if world is not None else bandit(data["noise"], data["seed"])
+        train = splits["clean" if data.get("for_teacher") else "train"]
+        train.rows = train.rows[: data.get("limit")]
+        return Prepared(
+            train=train,
+            validation=splits["validation"],
+            test=splits["test"],
+            collate=collate_lists if world is not None else collate_choices,
+            classes=16 if world is not None else 24,
+            hashes={"data": hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()},
+            world=world,
+        )
+
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+        return load_policy(spec.model, source, prepared.classes, prepared.world)
+
+    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """`value`: the mean probability of the truly best item (bandit), or return minus KL to the chain (exact)."""
+        found = evaluate_preferences(student, loader)
+        if isinstance(student, BigramRows):
+            assert student.world is not None  # `model` gave it
+            tokens = torch.arange(student.model.into.num_embeddings)
+            with torch.no_grad():
+                found["metrics"] |= student.world.value(student.model(tokens).double())
+            return found
+        wins = []
+        with torch.no_grad(), evaluating(student):
+            for values in loader:
+                batch = Batch.from_dict(values)
+                assert isinstance(batch, ChoiceBatch)
+                best = batch.truth.argmax(-1, keepdim=True)
+                wins.append(student(batch).signal.values.exp().gather(1, best)[:, 0])
+        found["metrics"]["value"] = float(torch.cat(wins).double().mean())
+        return found

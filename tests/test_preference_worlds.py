@@ -1,0 +1,109 @@
+"""Preference worlds: exact values against sampling, determinism, which pairs of a list are learned from."""
+
+import pytest
+import torch
+
+from golden_vectors import close
+from understudy import InputError, distill
+from understudy.check import evaluate_run
+from understudy.data import Batch
+from understudy.data.worlds import bandit, chains, collate_choices
+from understudy.losses import preference
+from understudy.methods.dpo import DPO
+from understudy.models import Rows
+from understudy.models.worlds import ChoicePolicy, ChoiceRows
+from understudy.targets import Scores
+from understudy.training import Live
+
+
+def test_the_value_of_a_chain_is_exact():
+    world = chains(3, "own")
+    at_home = world.value(world.log_p)
+    assert at_home["kl_to_reference"] == pytest.approx(0, abs=1e-12)
+    assert at_home["value"] == pytest.approx(at_home["return"])
+    policy = torch.randn(16, 16, dtype=torch.float64).log_softmax(-1)
+    exact = world.value(policy)
+    number = 40_000
+    at = torch.randint(16, (number,))
+    gained = torch.zeros(number, dtype=torch.float64)
+    distance = torch.zeros(number, dtype=torch.float64)
+    for _ in range(world.length):
+        then = torch.multinomial(policy.exp()[at], 1)[:, 0]
+        gained += world.reward[at, then]
+        distance += policy[at, then] - world.log_p[at, then]
+        at = then
+    for name, sampled in (("return", gained), ("kl_to_reference", distance)):
+        assert abs(exact[name] - sampled.mean()) < 5 * sampled.std() / number**0.5
+
+
+def test_labels_of_chains_follow_their_returns():
+    world = chains(0, "own", pairs=4000)
+    wins = []
+    for row in world.splits["train"].rows:
+        (a, _), (b, _) = row["sequences"]
+        gain = [world.reward[s[:-1], s[1:]].sum() for s in (a, b)]
+        wins.append((float(gain[0] - gain[1]), row["scores"][0]))
+    margin, won = torch.tensor(wins).T
+    assert won[margin > 3].mean() > 0.9 and won[margin < -3].mean() < 0.1
+    assert abs(won[margin.abs() < 0.3].mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("noise", ["none", "heavy", "outlier", "adversarial", "shift"])
+def test_bandits_are_the_same_again_and_noisy_in_training_alone(noise):
+    a, b = bandit(noise, 1, train=50, test=20), bandit(noise, 1, train=50, test=20)
+    assert a["train"].rows[7]["scores"] == b["train"].rows[7]["scores"]
+    assert all(r["scores"] == r["truth"] for split in ("clean", "validation", "test") for r in a[split].rows)
+    same = [r["scores"] == r["truth"] for r in a["train"].rows]
+    assert all(same) if noise == "none" else not any(same)
+
+
+def test_which_pairs_of_a_list_count():
+    batch = Batch.from_dict(collate_choices(bandit("none", 0, train=8, test=1)["train"].rows))
+    batch.reference = torch.zeros(8, 6, dtype=torch.float64)
+    values = ChoiceRows(ChoicePolicy("policy:8", 24)).double()(batch).signal.values
+    student = Rows(Scores(values, batch.candidates))
+
+    def loss(pairs):
+        return DPO(beta=1.0, pairs=pairs, reference="teacher").loss(student, None, batch, Live(step=1))["dpo"].values
+
+    zero = torch.zeros(1, dtype=torch.float64)
+    by_hand = []
+    for i in range(8):
+        order = [(a, b) for a in range(6) for b in range(6) if batch.scores[i, a] > batch.scores[i, b]]
+        each = [preference.dpo(values[i, a], values[i, b], zero, zero, beta=1.0) for a, b in order]
+        by_hand.append(torch.stack(each))
+    assert all(len(x) == 15 for x in by_hand)
+    close(loss("all"), torch.stack([x.mean() for x in by_hand]))
+    drawn = loss("random")
+    assert all((x - d).abs().min() < 1e-12 for x, d in zip(by_hand, drawn, strict=True))
+    close(loss("random"), drawn)  # drawn for good
+
+
+@pytest.mark.parametrize("data", [{"name": "bandit", "noise": "heavy"}, {"name": "chains"}])
+@pytest.mark.parametrize("method", ["sft", "dpo", "adpo"])
+def test_methods_run_and_are_judged_again_from_their_folder(data, method, tmp_path):
+    recipe = {"task": "preference_world", "data": data, "trainer": {"max_steps": 20}, "output": str(tmp_path / "run")}
+    metrics = distill({**recipe, "method": method}).metrics
+    again = evaluate_run(tmp_path / "run")["metrics"]
+    assert again["value"] == pytest.approx(metrics["value"], rel=1e-6)
+
+
+def test_a_policy_learns_what_is_best(tmp_path):
+    recipe = {"task": "preference_world", "data": {"name": "bandit", "noise": "none"}, "output": str(tmp_path / "run")}
+    metrics = distill({**recipe, "method": "adpo", "trainer": {"max_steps": 300, "learning_rate": 2e-3}}).metrics
+    assert metrics["value"] > 0.4  # one of six by chance
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({"data": {"name": "bandits"}}, "Did you mean 'bandit'"),
+        ({"data": {"name": "bandit", "noise": "pink"}}, "data.noise is 'pink'"),
+        ({"data": {"name": "chains", "start": "none"}}, "data.start is 'none'"),
+        ({"data": {"name": "bandit", "nois": "heavy"}}, "Did you mean 'noise'"),
+        ({"student": "mlp:8"}, "is no policy of these worlds"),
+    ],
+)
+def test_bad_input(change, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        distill({"task": "preference_world", "method": "dpo", "output": str(tmp_path / "run"), **change})

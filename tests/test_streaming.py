@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from understudy import losses
-from understudy.streaming import plain, project, rowwise
-from understudy.targets import Projected, sample, top_k
+from understudy.errors import InputError
+from understudy.streaming import chunked, plain, project, rowwise
+from understudy.streaming.gradients import by_hand
+from understudy.targets import Dense, Projected, sample, top_k
 
 F64 = torch.float64
 
@@ -48,6 +50,69 @@ def test_streaming_equals_plain(loss, options, upstream):
         results.append((values, *grads))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+HAND = [
+    (losses.forward_kl, {}),
+    (losses.cross_entropy_soft, {}),
+    (losses.reverse_kl, {}),
+    *((losses.jsd, {"beta": b}) for b in (0.0, 0.3, 1.0)),
+    *((losses.skew_kl, {"alpha": a}) for a in (0.0, 0.1, 0.9)),
+    *((losses.skew_reverse_kl, {"alpha": a}) for a in (0.0, 0.1, 0.9)),
+]
+BUCKETED = [*HAND, (losses.total_variation, {}), (losses.alpha_beta, {"alpha": 0.2, "beta": 0.7})]
+
+
+def agrees(loss, options, target, rows=(), scale=3.0):
+    logits = (torch.randn(7, 29, dtype=F64) * scale).requires_grad_()
+    expected = loss(logits, *([target] if target is not None else []), *rows, **options)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    values, slope = by_hand(loss, logits.detach().clone(), target, rows, options)
+    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(slope, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 2.5}, {"temperature": 0.7, "tau_squared": True}])
+def test_gradients_by_hand_are_those_of_autograd(more):
+    teacher = torch.randn(7, 29, dtype=F64) * 3
+    tau = more.get("temperature", 1.0)
+    for loss, options in HAND:
+        agrees(loss, {**options, **more}, Dense(teacher))
+    for loss, options in BUCKETED:
+        for k in (1, 5, 28):
+            agrees(loss, {**options, **more}, top_k(teacher, k, temperature=tau))
+        agrees(loss, {**options, **more, "truncation": "renorm"}, top_k(teacher, 5, temperature=tau))
+    for loss in (losses.forward_kl, losses.cross_entropy_soft):
+        agrees(loss, more, sample(teacher, 12, temperature=tau))
+    agrees(losses.cross_entropy, {}, None, (torch.randint(0, 29, (7,)),))
+
+
+def test_forbidden_classes_and_bad_rows_are_left_to_the_plain_loss():
+    student, teacher = sides()
+    logits = project(teacher)
+    logits[:, 3] = -torch.inf
+    values = rowwise(losses.forward_kl, student, Dense(logits))
+    torch.testing.assert_close(values, plain(losses.forward_kl, student, Dense(logits)))
+    logits[2] = torch.nan
+    with pytest.raises(InputError, match="is not a distribution: the teacher has nan"):
+        rowwise(losses.forward_kl, student, Dense(logits))
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
+def test_half_precision_heads_block_by_block(tiles, part, monkeypatch):
+    """Widening a head block by block, one tile or several, changes nothing beyond the rounding of what is stored."""
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", 4 * 8 * 5)
+    student, teacher = sides()
+    half = Projected(*(x.detach().bfloat16().requires_grad_() for x in (student.hidden, student.weight, student.bias)))
+    exact = Projected(*(x.detach().double().requires_grad_() for x in (half.hidden, half.weight, half.bias)))
+    narrow = Projected(teacher.hidden.bfloat16(), teacher.weight.bfloat16())
+    wide = Projected(narrow.hidden.double(), narrow.weight.double())
+    tile = 4 * 29 * (13 if tiles == 1 else 5)
+    (ours,) = torch.autograd.grad(rowwise(losses.jsd, half, narrow, tile_bytes=tile).sum(), getattr(half, part))
+    (theirs,) = torch.autograd.grad(plain(losses.jsd, exact, wide).sum(), getattr(exact, part))
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - theirs).norm() / theirs.norm() < 0.003
 
 
 @pytest.mark.parametrize("kind", ["dense", "top_k", "sampled", "none"])

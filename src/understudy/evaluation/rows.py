@@ -9,8 +9,10 @@ from torch import Tensor
 
 from understudy.losses import forward_kl
 from understudy.streaming import project
-from understudy.streaming.chunked import TILE_BYTES
 from understudy.targets import Dense, Projected
+
+TILE_BYTES = 6 * 2**20
+"""Of `[tile rows, classes]` in float32; statistics hold about eight of them in float64."""
 
 
 @dataclass

@@ -29,14 +29,16 @@ def linear(hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden.to(dtype) @ weight.to(dtype).T
 
 
-def finish(logits: Tensor, target: Projected) -> Tensor:
-    """Bias, scale and soft-cap of a head on its product."""
+def finish(logits: Tensor, target: Projected, inplace: bool = False) -> Tensor:
+    """Bias, scale and soft-cap of a head on its product; `inplace` overwrites it."""
     if target.bias is not None:
-        logits = logits + target.bias.to(logits.dtype)
+        bias = target.bias.to(logits.dtype)
+        logits = logits.add_(bias) if inplace else logits + bias
     if target.scale != 1:
-        logits = logits * target.scale
+        logits = logits.mul_(target.scale) if inplace else logits * target.scale
     if target.softcap is not None:
-        logits = target.softcap * torch.tanh(logits / target.softcap)
+        capped = logits.div_(target.softcap).tanh_() if inplace else torch.tanh(logits / target.softcap)
+        logits = capped.mul_(target.softcap) if inplace else target.softcap * capped
     return logits
 
 

@@ -6,19 +6,21 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
 
-from understudy.data import Batch
+from understudy.data import Batch, find
+from understudy.errors import InputError
 from understudy.evaluation import CostMeter
 from understudy.folder import first_rank
 from understudy.models import RowModel
 from understudy.progress import RichProgress
 from understudy.recipe import Recipe
 from understudy.tasks import Prepared
-from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, last_complete
+from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
+from understudy.training import Apprentice, DistillationTrainer, Method, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 from understudy.training.shapes import probe
 
@@ -37,6 +39,9 @@ def trainer_for(
     args = training_arguments(recipe.trainer, folder / "checkpoints", recipe.seed)
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
+    local: Teacher | None = None
+    if "teacher" in method.needs and recipe.teacher is not None and recipe.teacher.cache is not None:
+        local = _cached(recipe.teacher.cache, method, prepared)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     sides = {"student": student, "teacher": teacher if "teacher" in method.needs else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
@@ -47,7 +52,6 @@ def trainer_for(
     callbacks: list[TrainerCallback] = [StopOnSignal()]
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
-    local = None
     if teacher is not None and "teacher" in method.needs:
         device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
         name = recipe.teacher.model if recipe.teacher else "teacher"
@@ -87,3 +91,16 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
         return float("inf")
+
+
+def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
+    """The teacher's cache, if the method can do with stored signals and the run has the tokens it was captured with."""
+    path = find(folder)
+    if path is None:
+        raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
+    if "teacher_features" in method.needs or type(method).taps is not Method.taps:
+        raise InputError(
+            f"Method {method.name!r} reads inside the teacher and a cache keeps its outputs alone: give the live teacher."
+        )
+    facts: dict[str, Any] = {key: prepared.hashes[key] for key in ("tokenizer", "template") if key in prepared.hashes}
+    return CachedTeacher(path, {**facts, "classes": prepared.classes})

@@ -29,6 +29,7 @@ class ModelSpec(BaseModel):
     trust_remote_code: bool = False
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
     peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
+    cache: str | None = Field(None, description="Folder of `understudy cache`: answer from it, without the model.")
     train: dict[str, Any] | None = Field(
         None, description="Train this model first on the task's labels, with these trainer options."
     )

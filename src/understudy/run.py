@@ -107,7 +107,7 @@ def _fit(
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
     prepared = task.prepare(recipe)
-    teacher = _teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
+    teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
     student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
@@ -196,11 +196,13 @@ def judge(
     return {"split": split, **task.judge(student, teacher, loader)}
 
 
-def _teacher(
+def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
+    """The recipe's teacher, trained first if the recipe says so; `None` where a cache answers in its place."""
     if recipe.teacher is not None:
-        return _model(recipe, "teacher", task, prepared, home, progress, module)
+        cached = recipe.teacher.cache is not None  # its answers are on disk; the model is not loaded
+        return None if cached else _model(recipe, "teacher", task, prepared, home, progress, module)
     if "teacher" in recipe.build_method().needs:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
     return None

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from understudy.cli import cache as cache_commands
+from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
 from understudy.errors import InputError
 
 app = typer.Typer(
@@ -23,21 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach small models from large ones, and show that it worked.",
 )
-# Under torchrun only the first rank speaks.
-out = Console(width=None if sys.stdout.isatty() else 150, quiet=os.environ.get("RANK", "0") != "0")
-
-RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots reach inside: trainer.max_steps=100")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _load(recipe: Path | None, overrides: list[str] | None) -> Any:
-    from understudy.recipe import load
-
-    items = list(overrides or [])
-    if recipe is not None and "=" in str(recipe):  # no recipe, overrides alone
-        items, recipe = [str(recipe), *items], None
-    return load(recipe, items)
+app.add_typer(cache_commands.app, name="cache")
 
 
 def _print_json(value: Any) -> None:
@@ -101,7 +88,7 @@ def check(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
 
     from understudy.check import check_recipe
 
-    findings, sample = check_recipe(_load(recipe, overrides))
+    findings, sample = check_recipe(load_recipe(recipe, overrides))
     if as_json:
         _print_json(asdict(findings))
         return
@@ -120,7 +107,7 @@ def train(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
     """Train a student as a recipe says, evaluate it, write its report. Started again, it resumes."""
     from understudy.run import run
 
-    result = run(_load(recipe, overrides), progress=True)
+    result = run(load_recipe(recipe, overrides), progress=True)
     if result.interrupted:
         sys.stderr.write(f"Stopped after a checkpoint; the same command resumes {result.folder}.\n")
         raise typer.Exit(130)
@@ -146,7 +133,7 @@ def compare(
     from understudy.comparison import compare as run_compare
     from understudy.reporting import comparison_table
 
-    result = run_compare(_load(recipe, overrides), methods.split(","), seeds, progress=True)
+    result = run_compare(load_recipe(recipe, overrides), methods.split(","), seeds, progress=True)
     out.print(comparison_table(result.data))
     if json_file is not None:
         json_file.write_text(json.dumps(result.data, indent=1))

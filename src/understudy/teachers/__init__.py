@@ -1,5 +1,6 @@
-"""Teachers: each answers `targets(batch)`; a method never asks where the answer came from."""
+"""Teachers: each answers `rows(batch)`; a method never asks where the answer came from."""
 
+from understudy.teachers.cached import CachedTeacher
 from understudy.teachers.local import LocalTeacher, Teacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["CachedTeacher", "LocalTeacher", "Teacher"]

@@ -1,0 +1,85 @@
+"""`understudy cache`: capture a teacher's answers, look at them, check them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
+
+app = typer.Typer(no_args_is_help=True, help="Capture a teacher once and train from disk.")
+
+
+@app.command(epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:12")
+def capture(
+    recipe: RecipePath = None,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("cache"),
+    support: Annotated[
+        str, typer.Option(help="sampled:N (unbiased), top_k:N with tail, hidden, or dense.")
+    ] = "sampled:12",
+    temperature: Annotated[float, typer.Option(min=1e-3, help="At which probabilities are kept.")] = 1.0,
+    splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Capture what the recipe's teacher says. Started again it goes on; other data are appended."""
+    from dataclasses import asdict
+
+    from understudy.caching import capture_recipe
+
+    asked = load_recipe(recipe, overrides)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("examples", total=None)
+        found = capture_recipe(
+            asked,
+            output,
+            support,
+            temperature=temperature,
+            splits=splits.split(","),
+            tick=lambda n: bar.advance(task, n),
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found)) + "\n")
+        return
+    out.print(
+        f"{found.examples} examples, {found.rows} rows ({found.new} examples new), {found.bytes / 2**20:.1f} MiB, "
+        f"{found.bytes / max(1, found.rows):.1f} bytes a row. Train from it with teacher.cache={output}"
+    )
+
+
+@app.command(epilog="Example: understudy cache info caches/qwen --json")
+def info(folder: Annotated[Path, typer.Argument(help="A cache.")], as_json: AsJson = False) -> None:
+    """Show whose answers a cache holds, of what kind and size."""
+    from understudy.caching import describe
+
+    found = describe(folder)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    for key, value in found.items():
+        out.print(f"{key}: {value}", highlight=False)
+
+
+@app.command(epilog="Example: understudy cache verify caches/qwen recipe.yaml --sample 64")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A cache.")],
+    recipe: RecipePath = None,
+    overrides: Overrides = None,
+    sample: Annotated[int, typer.Option(min=1, help="Training examples to score again.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Score a sample again with the recipe's teacher and compare; another teacher's cache is refused."""
+    from understudy.caching import verify_recipe
+
+    found = verify_recipe(load_recipe(recipe, overrides), folder, sample=sample)
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    out.print({k: round(v, 6) for k, v in found.items()})

@@ -1,0 +1,28 @@
+"""What the commands share: options, the console, reading a recipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+# Under torchrun only the first rank speaks.
+out = Console(width=None if sys.stdout.isatty() else 150, quiet=os.environ.get("RANK", "0") != "0")
+
+RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots reach inside: trainer.max_steps=100")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load_recipe(recipe: Path | None, overrides: list[str] | None) -> Any:
+    """The recipe of a command: a file with overrides, or overrides alone."""
+    from understudy.recipe import load
+
+    items = list(overrides or [])
+    if recipe is not None and "=" in str(recipe):  # no recipe, overrides alone
+        items, recipe = [str(recipe), *items], None
+    return load(recipe, items)

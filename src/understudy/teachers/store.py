@@ -1,0 +1,150 @@
+"""An append-only store of what a teacher said, by content: several rows of arrays for each example.
+
+Shards are safetensors files, each whole or absent, read through a memory map. A key is the SHA-256 of an example's inputs
+and labels, so another run finds what it needs whatever the order, the split or the padding, and nothing else ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from understudy.errors import InputError
+
+IDENTITY = "identity.json"
+_TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
+
+
+def content_key(*parts: Tensor, salt: str = "") -> bytes:
+    """SHA-256 of tensors (whole numbers as int64), under a salt."""
+    digest = hashlib.sha256(salt.encode())
+    for part in parts:
+        same = (part if part.is_floating_point() else part.to(torch.int64)).contiguous().cpu()
+        digest.update(f"{tuple(same.shape)}{same.dtype}".encode() + same.numpy().tobytes())
+    return digest.digest()
+
+
+class ShardStore:
+    """A folder of shards with an identity.
+
+    Args:
+        folder: made when something is written. identity: what its content depends on; a folder that was written under
+            another one is refused, with the first difference named. `None` reads whatever is there.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.identity = self._agree(identity)
+        self.places: dict[bytes, tuple[int, int, int]] = {}
+        self.shards: list[dict[str, Any]] = []
+        for file in sorted(folder.glob("shard-*.safetensors")):
+            self._open(file)
+
+    def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
+        file = self.folder / IDENTITY
+        try:
+            held = json.loads(file.read_text()) if file.is_file() else None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file} is not valid JSON: {error}.") from error
+        if held is None:
+            if wanted is None:
+                raise InputError(
+                    f"{self.folder} is no cache: it has no {IDENTITY}. Make one with `understudy cache capture`."
+                )
+            return dict(wanted)
+        wanted = json.loads(json.dumps(wanted)) if wanted is not None else held
+        for key in sorted(held.keys() | wanted.keys()):
+            if held.get(key) != wanted.get(key):
+                raise InputError(
+                    f"Cache {self.folder} was made with {key} {held.get(key)!r} and {wanted.get(key)!r} is asked for. "
+                    "Capture again into another folder, or change the recipe."
+                )
+        return dict(held)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def rows(self) -> int:
+        """Rows over all examples."""
+        return sum(stop - start for _, start, stop in self.places.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(f.stat().st_size for f in self.folder.glob("shard-*.safetensors"))
+
+    def append(self, keys: Sequence[bytes], counts: Sequence[int], arrays: Mapping[str, Tensor]) -> None:
+        """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each."""
+        if not keys:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / IDENTITY).exists():
+            temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+            temporary.write_text(json.dumps(self.identity, indent=1, sort_keys=True))
+            os.replace(temporary, self.folder / IDENTITY)
+        name = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
+        temporary = name.with_suffix(".tmp")
+        index = {"keys": torch.tensor([list(k) for k in keys], dtype=torch.uint8)}
+        index["counts"] = torch.tensor(list(counts), dtype=torch.int32)
+        save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary))
+        os.replace(temporary, name)
+        self._open(name)
+
+    def _open(self, file: Path) -> None:
+        try:
+            with file.open("rb") as raw:
+                size = int.from_bytes(raw.read(8), "little")
+                header = json.loads(raw.read(size))
+            header.pop("__metadata__", None)
+            arrays = {name: _mapped(file, 8 + size, facts) for name, facts in header.items()}
+            keys, counts = np.asarray(arrays.pop("keys")), np.asarray(arrays.pop("counts"))
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            raise InputError(
+                f"Cache shard {file} cannot be read ({error}): delete that file and capture again."
+            ) from error
+        ends = counts.cumsum()
+        for key, count, end in zip(keys, counts.tolist(), ends.tolist(), strict=True):
+            self.places.setdefault(key.tobytes(), (len(self.shards), end - count, end))
+        self.shards.append({"arrays": arrays, "types": {n: f["dtype"] for n, f in header.items()}})
+
+    def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
+        """The rows of these examples, one after the other; an example that is not there is an `InputError`."""
+        missing = sum(k not in self.places for k in keys)
+        if missing:
+            raise InputError(
+                f"{missing} of {len(keys)} examples of a batch are not in cache {self.folder}: other data, another "
+                "max_length or template, or augmented inputs. Run `understudy cache capture` with this recipe to append them."
+            )
+        found: dict[str, list[Tensor]] = {}
+        for key in keys:
+            shard, start, stop = self.places[key]
+            for name, array in self.shards[shard]["arrays"].items():
+                part = torch.from_numpy(np.array(array[start:stop]))
+                bf16 = self.shards[shard]["types"][name] == "BF16"
+                found.setdefault(name, []).append(part.view(torch.bfloat16) if bf16 else part)
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _mapped(file: Path, offset: int, facts: Mapping[str, Any]) -> Any:
+    begin, end = facts["data_offsets"]
+    kind, shape = _TYPES[facts["dtype"]], tuple(facts["shape"])
+    if begin == end:
+        return np.zeros(shape, kind)
+    if offset + end > file.stat().st_size:
+        raise ValueError("the file is shorter than its header says")
+    return np.memmap(file, kind, "r", offset + begin, shape)

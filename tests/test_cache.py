@@ -1,0 +1,228 @@
+"""Cached teachers: codecs and their sizes, unbiasedness, capture that resumes, refusals, cached against live."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_cases import DIGITS, TEXT, weights
+from understudy import InputError, distill
+from understudy.caching import capture_recipe, describe, verify_recipe
+from understudy.cli import main
+from understudy.losses import forward_kl
+from understudy.recipe import make
+from understudy.targets import Dense, Projected, Sampled, TopK, top_k
+from understudy.teachers.codecs import Support, decode, draw_support, encode
+from understudy.teachers.store import ShardStore, content_key
+
+SIZES = [("sampled:12", 40), ("top_k:50", 130)]
+
+
+@pytest.mark.parametrize("support,most", SIZES)
+def test_bytes_a_token_at_a_real_vocabulary(support, most):
+    logits = torch.randn(3, 152_064) * 4
+    arrays = encode(Dense(logits), Support.parse(support), 1.0, seed=0)
+    assert arrays["code"].dtype == torch.uint8 and arrays["code"].shape[1] <= most
+    back = decode(arrays, Support.parse(support), 1.0, 152_064, None)
+    assert back.ids.shape == (3, int(support.split(":")[1])) and back.ids.max() < 152_064
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 400), st.integers(1, 60), st.floats(0.05, 30), st.integers(0, 10_000))
+def test_top_k_comes_back_as_a_distribution(classes, k, scale, seed):
+    logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(seed)) * scale
+    support = Support("top_k", k)
+    back = decode(encode(Dense(logits), support, 1.0, 0), support, 1.0, classes, None)
+    exact = top_k(logits, k)
+    assert isinstance(back, TopK)
+    assert torch.equal(back.ids.sort(-1).values, exact.ids.sort(-1).values)
+    total = back.log_probs.exp().sum(-1) + back.log_tail.exp()[:, 0]
+    torch.testing.assert_close(total, torch.ones(4), atol=1e-5, rtol=0)
+    wanted = exact.log_probs.gather(-1, exact.ids.argsort(-1))
+    span = (wanted.amax(-1) - wanted.amin(-1)).clamp(max=66)
+    assert (
+        (back.log_probs - wanted.clamp(min=wanted.amax(-1, keepdim=True) - 66)).abs().amax(-1) <= span / 100 + 0.05
+    ).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 40), st.floats(0.05, 10), st.integers(0, 10_000))
+def test_the_support_is_distinct_and_its_mass_is_exact(classes, k, scale, seed):
+    log_p = (
+        torch.randn(4, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    ).log_softmax(-1)
+    ids, log_c = draw_support(log_p, k, torch.Generator().manual_seed(seed))
+    assert (ids.diff(dim=-1) > 0).all() and ids.shape == (4, min(k, classes))
+    mass = torch.maximum(log_p.gather(-1, ids), log_c).exp().sum(-1)
+    torch.testing.assert_close(mass, torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_a_sampled_cache_is_unbiased():
+    """Over many captures the mean gradient is that of the dense teacher, far within what chance allows."""
+    torch.manual_seed(1)
+    classes, draws = 40, 4000
+    teacher, student = torch.randn(1, classes) * 2, torch.randn(1, classes)
+    support = Support("sampled", 6)
+    arrays = [encode(Dense(teacher), support, 1.0, seed)["code"] for seed in range(draws)]
+    many = decode({"code": torch.cat(arrays)}, support, 1.0, classes, None)
+    assert isinstance(many, Sampled)
+    leaf = student.expand(draws, -1).clone().requires_grad_()
+    forward_kl(leaf, many).sum().backward()
+    exact = student.clone().requires_grad_()
+    forward_kl(exact, Dense(teacher)).sum().backward()
+    mean, error = leaf.grad.double().mean(0), leaf.grad.double().std(0) / draws**0.5
+    assert ((mean - exact.grad[0]).abs() < 5 * error + 2e-3).all()
+    plain = Sampled(many.ids, many.weights, many.log_probs)
+    assert plain.weights.sum(-1).sub(1).abs().mean() < 0.05
+
+
+def test_hidden_states_and_dense_logits():
+    hidden, weight = torch.randn(5, 8), torch.randn(30, 8)
+    arrays = encode(Projected(hidden, weight), Support("hidden"), 1.0, 0)
+    back = decode(arrays, Support("hidden"), 1.0, 30, {"weight": weight, "bias": None, "scale": 1.0, "softcap": None})
+    assert isinstance(back, Projected) and (back.hidden - hidden).abs().max() < 0.02
+    for scale, dtype in ((0.1, torch.float16), (1000.0, torch.float32)):
+        logits = torch.randn(5, 30) * scale
+        arrays = encode(Dense(logits), Support("dense"), 1.0, 0)
+        assert arrays["logits"].dtype == dtype
+        assert (decode(arrays, Support("dense"), 1.0, 30, None).logits - logits).abs().max() <= 1e-3
+
+
+def teach(base, folder, **changes):
+    """The base recipe with its teacher trained into `folder`, named as a folder from then on."""
+    if not (folder / "teacher").exists():
+        distill({**base, "method": "kd", "output": str(folder), "trainer": {**base["trainer"], "max_steps": 1}})
+    teacher = {"model": str(folder / "teacher" / "student")}
+    return {**base, "teacher": teacher, **changes}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.mark.parametrize(
+    "name,base,support", [("digits", DIGITS, "dense"), ("text", TEXT, "hidden"), ("text", TEXT, "top_k:300")]
+)
+def test_cached_equals_live(name, base, support, home, tmp_path):
+    recipe = teach(base, home / name, method="kd", options={"temperature": 1.0})
+    live = distill({**recipe, "output": str(tmp_path / "live")})
+    capture_recipe(make({**recipe, "output": str(tmp_path)}), tmp_path / "cache", support)
+    cached = {**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}}
+    again = distill({**cached, "output": str(tmp_path / "cached")})
+    assert again.metrics["accuracy"] == pytest.approx(live.metrics["accuracy"], abs=0.02)
+    a, b = weights(tmp_path / "live"), weights(tmp_path / "cached")
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+    cost = json.loads((tmp_path / "cached" / "evaluation.json").read_text())["cost"]
+    assert cost["forwards"]["teacher"] == 0
+
+
+def _capture(recipe, folder, after):
+    """Capture in a process that kills itself when a shard is about to be renamed for the `after`-th time."""
+    from understudy.teachers import cached
+    from understudy.teachers import store as module
+
+    torch.set_num_threads(1)
+    replace, seen = os.replace, [0]
+
+    def counting(*args):
+        seen[0] += 1
+        if seen[0] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    module.os.replace = counting
+    original = cached.capture
+    import understudy.caching as caching
+
+    caching.capture = lambda *a, **k: original(*a, **{**k, "shard": 64})
+    capture_recipe(make(recipe), folder, "sampled:8")
+
+
+def test_a_capture_that_is_killed_goes_on_and_doubles_nothing(home, tmp_path):
+    recipe = teach(TEXT, home / "text", output=str(tmp_path))
+    process = multiprocessing.get_context("forkserver")
+    for after in (1, 2, 5, 9):
+        child = process.Process(target=_capture, args=(recipe, tmp_path / "cut", after))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    found = capture_recipe(make(recipe), tmp_path / "cut", "sampled:8")
+    whole = capture_recipe(make(recipe), tmp_path / "whole", "sampled:8")
+    assert 0 < found.new < whole.new and found.rows == whole.rows and found.examples == whole.examples
+    a, b = ShardStore(tmp_path / "cut"), ShardStore(tmp_path / "whole")
+    for key in b.places:
+        assert torch.equal(a.read([key])["code"], b.read([key])["code"])
+    again = capture_recipe(make(recipe), tmp_path / "whole", "sampled:8")
+    assert again.new == 0 and again.bytes == whole.bytes
+    more = capture_recipe(make(recipe), tmp_path / "whole", "sampled:8", splits=["train", "validation"])
+    assert more.new > 0 and more.examples > whole.examples
+
+
+def test_info_and_verify(home, tmp_path):
+    recipe = teach(TEXT, home / "text", output=str(tmp_path))
+    capture_recipe(make(recipe), tmp_path / "cache", "top_k:20")
+    facts = describe(tmp_path / "cache")
+    assert facts["support"] == "top_k:20" and facts["rows"] > 100 and facts["bytes_per_row"] < 60
+    found = verify_recipe(make(recipe), tmp_path / "cache", sample=8)
+    assert found["rows"] > 0 and found["mean_difference"] < 0.05
+
+
+def test_refusals(home, tmp_path, capsys):
+    recipe = teach(TEXT, home / "text", method="kd", output=str(tmp_path / "run"))
+    cache = tmp_path / "cache"
+    capture_recipe(make(recipe), cache, "top_k:20")
+    with pytest.raises(InputError, match="was made with support 'top_k:20' and 'sampled:12'"):
+        capture_recipe(make(recipe), cache, "sampled:12")
+    with pytest.raises(InputError, match=r"was made with temperature 1\.0 and 2\.0"):
+        capture_recipe(make(recipe), cache, "top_k:20", temperature=2.0)
+    other = {**recipe, "teacher": {"model": "llama:hidden=16,layers=1,heads=2"}}
+    with pytest.raises(InputError, match="teacher"):
+        verify_recipe(make(other), cache)
+    cached = {**recipe, "teacher": {**recipe["teacher"], "cache": str(cache)}}
+    cases = {
+        "temperature": ({"options": {"temperature": 2.0}}, "taken at temperature 1.0 and the loss asks for 2.0"),
+        "length": ({"options": {"temperature": 1.0}, "data": {**TEXT["data"], "max_length": 24}}, "are not in cache"),
+        "tokenizer": (
+            {
+                "options": {"temperature": 1.0},
+                "teacher": {"model": "llama:hidden=16,layers=1,heads=2", "cache": str(cache)},
+                "data": {**TEXT["data"], "vocab_size": 280},
+            },
+            "captured with tokenizer",
+        ),
+        "ranking of all classes": ({"method": "pld"}, "TopK"),
+        "missing": ({"teacher": {**recipe["teacher"], "cache": str(tmp_path / "none")}}, "does not exist"),
+    }
+    for i, (change, says) in enumerate(cases.values()):
+        with pytest.raises(InputError, match=says):
+            distill({**cached, **change, "output": str(tmp_path / f"run{i}")})
+    next(cache.glob("*.safetensors")).write_bytes(b"\x10" + bytes(7) + b"damaged")
+    with pytest.raises(SystemExit) as stop:
+        main(["cache", "info", str(cache)])
+    assert stop.value.code == 2 and "cannot be read" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is no cache"):
+        describe(tmp_path / "empty")
+    with pytest.raises(InputError, match="top_k:N"):
+        Support.parse("topk:5")
+
+
+def test_methods_that_read_inside_the_teacher_are_refused(home, tmp_path):
+    from engine_cases import CONV
+
+    recipe = teach(CONV, home / "conv", output=str(tmp_path / "run"), method="trg", options={"group": 4, "k": 3})
+    capture_recipe(make(recipe), tmp_path / "cache", "dense")
+    with pytest.raises(InputError, match="reads inside the teacher"):
+        distill({**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}})
+
+
+def test_keys_depend_on_content_alone():
+    a, b = torch.tensor([1, 2, 3]), torch.tensor([1, 2, -100])
+    assert content_key(a, b) == content_key(a.clone().int(), b)
+    assert len({content_key(a, b), content_key(b, a), content_key(a), content_key(a, b, salt="x")}) == 4

@@ -170,7 +170,7 @@ def test_a_wrong_key_stops_at_once_and_refused_requests_are_told_together(tmp_pa
 @pytest.mark.slow
 def test_ten_thousand_requests_with_faults_and_two_kills(tmp_path):
     """Each prompt is answered once in the log; a kill costs at most the answers in flight; the budget holds."""
-    number, crew = 10_000, 16
+    number, crew = 10_000, 8
     asked = requests(number)
     total = sum(sum(usage(r.prompt)) for r in asked)
     budget, path, kills = total + 4_000, tmp_path / "run" / "log.jsonl", 0

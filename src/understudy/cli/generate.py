@@ -58,39 +58,42 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write completions of prompts. Started again, it goes on where it was, and pays for nothing twice."""
-    from understudy.recipe import ModelSpec, validated
-
-    limits = {
-        "concurrency": concurrency,
-        "rate": rate,
-        "retries": retries,
-        "token_budget": token_budget,
-        "cost_budget": cost_budget,
-        "price_in": price_in,
-        "price_out": price_out,
-    }
-    shape = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "stop": tuple(s.replace("\\n", "\n") for s in stop or ()),
-        "log_probs": log_probs,
-    }
-    bounds: Limits = validated(Limits, limits, "limit")
-    requests = read_requests(prompts, template, chat, draws, shape)
-    served = {"url": endpoint, "api_key_env": api_key_env, "timeout": timeout} if endpoint else None
-    if served is None and api_key_env is not None:
+    stops = tuple(s.replace("\\n", "\n") for s in stop or ())
+    shape = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stops, log_probs=log_probs)
+    budgets = dict(token_budget=token_budget, cost_budget=cost_budget, price_in=price_in, price_out=price_out)
+    limits = dict(concurrency=concurrency, rate=rate, retries=retries, **budgets)
+    if endpoint is None and api_key_env is not None:
         raise InputError(
             "--api-key-env names the key of a server, and no --endpoint is given. Add it, or leave both out."
         )
-    source = source_from(validated(ModelSpec, {"model": model, "endpoint": served}, "model"), batch=concurrency)
+    served = dict(url=endpoint, api_key_env=api_key_env, timeout=timeout) if endpoint else None
+    requests = read_requests(prompts, template, chat, draws, shape)
+    facts = _carry_out(requests, {"model": model, "endpoint": served}, limits, output, progress=not as_json)
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        return
+    cost = f", cost {facts['cost']:g}" if price_in or price_out else ""
+    sys.stdout.write(
+        f"{facts['answered']} completions in {output} ({facts['from_log']} from the log); the log holds "
+        f"{facts['prompt_tokens']} prompt tokens and {facts['tokens']} written ones{cost}.\n"
+    )
+
+
+def _carry_out(
+    requests: list[Request], spec: dict[str, Any], limits: dict[str, Any], output: Path, progress: bool
+) -> dict[str, Any]:
+    """Generate, write what is answered whatever stopped it, and count."""
+    from understudy.recipe import ModelSpec, validated
+
+    bounds: Limits = validated(Limits, limits, "limit")
+    source = source_from(validated(ModelSpec, spec, "model"), batch=bounds.concurrency)
     with RequestLog(output.with_name(output.name + ".log"), source.name) as log:
         before = sum(r.key(source.name) in log for r in requests)
         try:
-            generate(source, requests, log, progress=not as_json, **limits)
-        finally:  # whatever stopped it: what is answered is written
+            generate(source, requests, log, progress=progress, **limits)
+        finally:
             answered = _write(output, requests, log)
-        facts = {
+        return {
             "output": str(output),
             "requests": len(requests),
             "answered": answered,
@@ -99,14 +102,6 @@ def generate_command(
             "tokens": log.tokens,
             "cost": round(bounds.cost(log.prompt_tokens, log.tokens), 6),
         }
-    if as_json:
-        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
-        return
-    cost = f", cost {facts['cost']:g}" if price_in or price_out else ""
-    sys.stdout.write(
-        f"{answered} completions in {output} ({before} from the log); the log holds {log.prompt_tokens} prompt tokens and "
-        f"{log.tokens} written ones{cost}.\n"
-    )
 
 
 def read_requests(path: Path, template: Path | None, chat: bool, draws: int, shape: dict[str, Any]) -> list[Request]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import TrainingArguments
 
 from understudy.errors import InputError, nearest
+from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
 from understudy.tasks import get as get_task
 from understudy.training import Method
@@ -33,6 +34,12 @@ class ModelSpec(BaseModel):
     train: dict[str, Any] | None = Field(
         None, description="Train this model first on the task's labels, with these trainer options."
     )
+    endpoint: Endpoint | None = Field(None, description="An OpenAI-compatible server that writes; `model` is its name.")
+
+    @field_validator("endpoint", mode="before")
+    @classmethod
+    def _url_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
 
 class Recipe(BaseModel):
@@ -67,14 +74,15 @@ class Recipe(BaseModel):
 
     def build_method(self) -> Method:
         """The configured method; a bad option is one line that names it."""
-        return _validate(get_method(self.method), self.options, f"option of method {self.method!r}")
+        return validated(get_method(self.method), self.options, f"option of method {self.method!r}")
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as written to `recipe.yaml`."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def _validate(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
+def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
+    """`model(**values)`, with a bad or unknown value as one line."""
     unknown = [k for k in values if k not in model.model_fields]
     if unknown:
         raise InputError(
@@ -89,9 +97,12 @@ def _validate(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
         if first["type"] == "extra_forbidden":
             field = model.model_fields.get(str(first["loc"][0]))
             known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
+            known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"Bad {what}: {where} = {first['input']!r}: {message}.") from None
+        # A key that was put where it does not belong is not printed either.
+        shown = where if "endpoint" in first["loc"] else f"{where} = {first['input']!r}"
+        raise InputError(f"Bad {what}: {shown}: {message}.") from None
 
 
 def training_fields() -> set[str]:
@@ -112,10 +123,10 @@ def make(values: Mapping[str, Any]) -> Recipe:
     """A validated recipe with its task's defaults filled in."""
     if not isinstance(values, Mapping):
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
-    recipe: Recipe = _validate(Recipe, dict(values), "recipe key")
+    recipe: Recipe = validated(Recipe, dict(values), "recipe key")
     task = get_task(recipe.task)
     filled = task.fill(recipe.dump())
-    recipe = _validate(Recipe, filled, "recipe key")
+    recipe = validated(Recipe, filled, "recipe key")
     check_trainer_keys(recipe.trainer)
     if recipe.teacher is not None and recipe.teacher.train is not None:
         check_trainer_keys(recipe.teacher.train, "teacher.train")

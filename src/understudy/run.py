@@ -106,6 +106,12 @@ def _fit(
 ) -> Result:
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
+    for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if spec is not None and spec.endpoint is not None:
+            raise InputError(
+                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: name a "
+                "model without endpoint, or a method that learns from text."
+            )
     prepared = task.prepare(recipe)
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     set_seed(recipe.seed)

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from understudy.cli import cache as cache_commands
+from understudy.cli.generate import EPILOG, generate_command
 from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
 from understudy.errors import InputError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Teach small models from large ones, and show that it worked.",
 )
 app.add_typer(cache_commands.app, name="cache")
+app.command("generate", epilog=EPILOG)(generate_command)
 
 
 def _print_json(value: Any) -> None:

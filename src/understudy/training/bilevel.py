@@ -115,13 +115,13 @@ def _differences(function: Callable[[Parameters], Tensor], at: Parameters, direc
 def _stand_ins(student: RowModel, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of the parameters that move, with gradient, and of all else; both in float32 at least."""
     named = dict(student.named_parameters())
-    chosen = {name for name, p in named.items() if p.requires_grad}
+    chosen = [name for name, p in named.items() if p.requires_grad]  # a list: all ranks must sum in one order
     if part == "head":
         head: nn.Module | None = find_head(student)
         if head is None:
             raise InputError("The virtual step asks for the student's head and it has none: set options.virtual=all.")
         own = set(map(id, head.parameters()))
-        chosen = {name for name in chosen if id(named[name]) in own}
+        chosen = [name for name in chosen if id(named[name]) in own]
     if not chosen:
         raise InputError(f"No parameter of the student is trainable for a virtual step (options.virtual={part}).")
     moved = {name: _wide(named[name]).requires_grad_() for name in chosen}

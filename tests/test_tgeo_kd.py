@@ -1,110 +1,25 @@
-"""Paper 35, TGeo-KD: golden vectors, the outer gradient, limits that must hold."""
-
-import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Paper 35, TGeo-KD: golden vectors, limits that must hold, bad input."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from golden_vectors import close, golden
-from understudy.data import Batch
+from tgeo_world import Told, World, batch_of, cut, scene_of, slopes
+from understudy import InputError, distill
+from understudy.data import load_images
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.geometry import class_means, class_sums, triangle_features
 from understudy.methods.kd import KD
 from understudy.methods.tgeo_kd import TGeoKD
-from understudy.models import ClassifierRows, Rows, evaluating
-from understudy.targets import Dense
-from understudy.training import Live, Scene, Shapes
-from understudy.training.bilevel import weight_gradients
-from understudy.training.players import Players
-
-HERE = Path(__file__).parent
-
-
-class Told:
-    """A teacher whose logits are known by example id."""
-
-    def __init__(self, logits):
-        self.logits = logits
-
-    def rows(self, batch):
-        return Rows(Dense(self.logits[batch.ids]))
-
-
-def batch_of(x, y, ids=None):
-    return Batch({"pixel_values": x[:, None, None]}, y, torch.arange(len(y)) if ids is None else ids)
-
-
-def cut(batch, size):
-    pixels = batch.inputs["pixel_values"]
-    return [
-        Batch({"pixel_values": pixels[i : i + size]}, batch.labels[i : i + size], batch.ids[i : i + size])
-        for i in range(0, len(batch.ids), size)
-    ]
-
-
-def scene_of(student, teacher, batches, validation):
-    count = float(sum(b.rows for b in batches))
-    return Scene(student, teacher, batches, count, lambda number: validation, list)
+from understudy.models import ClassifierRows
+from understudy.training import Live, Shapes
 
 
 def linear(weight, bias):
     layer = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return layer
-
-
-class World:
-    """A small problem: an MLP student with dropout and batch normalisation, a teacher, validation data."""
-
-    def __init__(self, seed=0, classes=3, rows=8, body=None, dtype=torch.float64, **options):
-        torch.manual_seed(seed)
-        x, y = torch.randn(rows, 4, dtype=dtype), torch.randint(0, classes, (rows,))
-        self.batch, self.teacher = batch_of(x, y), Told(2 * torch.randn(rows, classes, dtype=dtype))
-        self.validation = batch_of(torch.randn(11, 4, dtype=dtype), torch.randint(0, classes, (11,)))
-        middle = body or [nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(6)]
-        net = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), *middle, nn.Linear(6, classes))
-        self.student = ClassifierRows(net.to(dtype), classes).train()
-        self.method = TGeoKD(**options)
-        modules = nn.ModuleDict(self.method.modules(Shapes(classes))).to(dtype)
-        means = class_means(*class_sums(self.teacher.logits, y, classes))
-        self.live = Live(modules=dict(modules.items()), tables={"means": means}, student=self.student)
-        self.players = Players(self.method.players(), self.live.modules)
-
-    def scene(self, size=100):
-        return scene_of(self.student, self.teacher, cut(self.batch, size), self.validation)
-
-    def move(self, size=100):
-        scene = self.scene(size)
-        return self.players.move("ratio", lambda: self.method.play("ratio", scene, self.live), scene)
-
-    def alpha(self):
-        with torch.no_grad(), evaluating(self.student):
-            rows = self.student(self.batch), self.teacher.rows(self.batch)
-            return self.method._alpha(*rows, self.batch, self.live)
-
-    def slopes(self, size=100, **options):
-        """∂J/∂α and J."""
-        batches, alpha = cut(self.batch, size), self.alpha()
-        gradients, outer = weight_gradients(
-            self.student,
-            batches,
-            lambda rows, i: torch.stack(self.method._losses(rows, self.teacher.rows(batches[i]), batches[i]), -1),
-            [torch.stack([a, 1 - a], -1) for a in alpha.split(size)],
-            lambda ask: cross_entropy(ask(self.validation).signal.logits, self.validation.labels).mean(),
-            **{"rate": self.method.virtual_rate, "count": len(alpha), "part": self.method.virtual} | options,
-        )
-        joined = torch.cat(gradients)
-        return joined[:, 0] - joined[:, 1], outer
-
-    def ratio(self):
-        return torch.cat([p.detach().flatten() for p in self.live.modules["ratio"].parameters()])
 
 
 @pytest.mark.golden
@@ -137,134 +52,15 @@ def test_golden():
         close(found, g[f"grad_student_{name}"], **close_to)
     for size in (len(alpha), 3):
         batches = cut(train, size)
-        gradients, outer = weight_gradients(
-            student,
-            batches,
-            lambda said, i: torch.stack(method._losses(said, teacher.rows(batches[i]), batches[i]), -1),  # noqa: B023
-            [torch.stack([a, 1 - a], -1) for a in alpha.split(size)],
-            lambda ask: cross_entropy(ask(validation).signal.logits, validation.labels).mean(),
-            rate=method.virtual_rate,
-            count=len(alpha),
-        )
-        both = torch.cat(gradients)
+        found, outer = slopes(student, method, teacher, batches, validation, alpha, rate=method.virtual_rate)
         close(outer, g["outer_loss"], **close_to)
-        close(both[:, 0] - both[:, 1], g["grad_alpha"], **close_to)
+        close(found, g["grad_alpha"], **close_to)
         scene = scene_of(student, teacher, batches, validation)
         total = sum(t["outer"].values.sum() for t in method.play("ratio", scene, live)) / scene.count
         for i, layer in enumerate(parts, 1):
             weight, bias = torch.autograd.grad(total, (layer.weight, layer.bias), retain_graph=True)
             close(weight, g[f"grad_ctrl_W{i}"], **close_to)
             close(bias, g[f"grad_ctrl_b{i}"], **close_to)
-
-
-def virtual_loss(world, alpha):
-    """J after the virtual step, written out once more: weights as an argument, one step of plain gradient descent."""
-    net, (x, y) = world.student.model, (world.batch.inputs["pixel_values"], world.batch.labels)
-    kl = forward_kl(net(x), world.teacher.logits, temperature=world.method.temperature, tau_squared=True)
-    lower = (alpha * kl + (1 - alpha) * cross_entropy(net(x), y)).mean()
-    names, values = zip(*net.named_parameters(), strict=True)
-    grads = torch.autograd.grad(lower, values)
-    ahead = {n: p - world.method.virtual_rate * q for n, p, q in zip(names, values, grads, strict=True)}
-    said = torch.func.functional_call(net, ahead, (world.validation.inputs["pixel_values"],))
-    return float(cross_entropy(said.detach(), world.validation.labels).mean())
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.integers(0, 999), st.sampled_from([2, 3, 7]), st.floats(0.01, 2), st.floats(0.5, 5))
-def test_the_outer_gradient_is_that_of_finite_differences(seed, classes, rate, tau):
-    world = World(seed, classes, temperature=tau, virtual_rate=rate)
-    alpha = world.alpha()
-    slopes, outer = world.slopes()
-    with evaluating(world.student):
-        assert float(outer) == pytest.approx(virtual_loss(world, alpha), abs=1e-10)
-        for i in range(len(alpha)):
-            shift = torch.zeros_like(alpha)
-            shift[i] = 1e-4
-            wanted = (virtual_loss(world, alpha + shift) - virtual_loss(world, alpha - shift)) / 2e-4
-            assert float(slopes[i]) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
-
-
-def test_the_cut_of_an_update_changes_nothing():
-    whole, slopes = World(), World().slopes()[0]
-    whole.move()
-    for size in (1, 3, 5):
-        part = World()
-        close(part.slopes(size)[0], slopes, atol=1e-14)
-        part.move(size)
-        close(part.ratio(), whole.ratio(), atol=1e-12)
-
-
-def trainer_of(folder, micro, accumulate):
-    from test_engine import trainer_for
-
-    trainer = trainer_for(TGeoKD(validation=7, every=1), folder, micro, accumulate)
-    trainer.model.live.tables = {"means": torch.eye(5).double() * 0.5 + 0.1}
-    trainer.validation = [(p.flip(-1), y, i) for p, y, i in trainer.train_dataset]
-    return trainer
-
-
-def test_any_split_and_two_ranks_give_the_same_update(tmp_path):
-    def end(trainer):
-        start = torch.cat([p.detach().flatten() for p in trainer.model.own.parameters()]).clone()
-        trainer.train()
-        moved = torch.cat([p.detach().flatten() for p in trainer.model.own.parameters()]) - start
-        assert moved.abs().max() > 1e-3
-        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-    whole = end(trainer_of(tmp_path, 12, 1))
-    for micro, accumulate in ((4, 3), (1, 12)):
-        torch.testing.assert_close(end(trainer_of(tmp_path, micro, accumulate)), whole, rtol=0, atol=1e-6)
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        f"import sys, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\n"
-        "from test_tgeo_kd import trainer_of\n"
-        "trainer = trainer_of(Path(sys.argv[1]), 6, 1)\ntrainer.train()\n"
-        "if trainer.args.process_index == 0:\n"
-        "    torch.save(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), sys.argv[1] + '/two.pt')\n"
-        "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), whole, rtol=0, atol=1e-6)
-
-
-class Counter(nn.Module):
-    """Writes to its buffer whatever its mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return x
-
-
-def test_a_move_touches_the_ratio_network_alone():
-    world = World(body=[nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(6)])
-    before, ratio = {k: v.clone() for k, v in world.student.state_dict().items()}, world.ratio().clone()
-    world.move()
-    assert all(torch.equal(v, before[k]) for k, v in world.student.state_dict().items())
-    assert all(p.grad is None for p in world.student.parameters()) and all(m.training for m in world.student.modules())
-    assert not torch.equal(world.ratio(), ratio)
-    counting = World(body=[nn.Tanh(), Counter()])
-    alpha = counting.alpha()
-    calls = counting.student.model[3].calls.clone()
-    batches = [counting.batch]
-    weights = [torch.stack([alpha, 1 - alpha], -1)]
-    weight_gradients(
-        counting.student,
-        batches,
-        lambda rows, i: torch.stack(counting.method._losses(rows, counting.teacher.rows(batches[i]), batches[i]), -1),
-        weights,
-        lambda ask: cross_entropy(ask(counting.validation).signal.logits, counting.validation.labels).mean(),
-        rate=0.1,
-        count=8,
-    )
-    assert torch.equal(counting.student.model[3].calls, calls)
 
 
 def test_the_students_step_does_not_differentiate_alpha():
@@ -293,19 +89,11 @@ def test_a_constant_weight_is_classical_distillation(bias):
     assert world.ratio().isfinite().all()
 
 
-def test_no_virtual_step_no_gradient():
-    world = World(virtual_rate=0.0)
-    slopes, _ = world.slopes()
-    before = world.ratio().clone()
-    world.move()
-    assert (slopes == 0).all() and torch.equal(world.ratio(), before)
-
-
 def test_where_teacher_and_label_say_the_same_nothing_pulls():
     world = World(temperature=1.0)
     world.teacher.logits[:4] = 2000.0 * nn.functional.one_hot(world.batch.labels[:4], 3)
-    slopes, _ = world.slopes()
-    assert slopes[:4].abs().max() < 1e-15 < slopes[4:].abs().min()
+    found, _ = world.slopes()
+    assert found[:4].abs().max() < 1e-15 < found[4:].abs().min()
 
 
 def test_the_side_that_helps_validation_gains_weight():
@@ -314,57 +102,12 @@ def test_the_side_that_helps_validation_gains_weight():
     world.batch.labels.copy_(torch.tensor([1, 0]))
     world.teacher.logits.copy_(torch.tensor([[4.0, -4.0], [-4.0, 4.0]]))
     world.validation = batch_of(world.batch.inputs["pixel_values"].flatten(1), torch.tensor([0, 0]))
-    slopes, _ = world.slopes()
-    assert slopes[0] < 0 < slopes[1]
+    found, _ = world.slopes()
+    assert found[0] < 0 < found[1]
     before = world.alpha()
     for _ in range(60):
         world.move()
     assert world.alpha()[0] > before[0] and world.alpha()[1] < before[1]
-
-
-def test_the_head_alone_is_the_whole_with_the_body_frozen():
-    head = World(virtual="head").slopes()[0]
-    frozen = World()
-    frozen.student.model[1].requires_grad_(False)
-    frozen.student.model[4].requires_grad_(False)
-    close(head, frozen.slopes()[0], atol=1e-15)
-    assert (head - World().slopes()[0]).abs().max() > 1e-6
-
-
-class _Custom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class Kernel(nn.Module):
-    def forward(self, x):
-        return _Custom.apply(x)
-
-
-def test_kernels_without_second_derivatives_fall_back_and_say_so(caplog):
-    from understudy.training import bilevel
-
-    bilevel._WARNED.clear()
-    with caplog.at_level(logging.WARNING):
-        found = World(body=[Kernel(), nn.BatchNorm1d(6)]).slopes()[0]
-    assert "central differences" in caplog.text
-    close(found, World(body=[nn.Tanh(), nn.BatchNorm1d(6)]).slopes()[0], rtol=1e-6, atol=1e-9)
-
-
-def test_a_half_precision_student_is_judged_in_float32():
-    world = World(body=[nn.Tanh()], dtype=torch.float32)
-    world.student.to(torch.bfloat16)
-    half, _ = world.slopes()
-    world.student.float()  # the same rounded weights
-    assert half.dtype == torch.float32
-    close(half, world.slopes()[0], rtol=1e-2, atol=1e-6)  # the ratio network sees bfloat16 logits
 
 
 def test_order_and_constants_change_nothing():
@@ -375,3 +118,174 @@ def test_order_and_constants_change_nothing():
     found = triangle_features(s, t, labels, means, angles=True)
     close(triangle_features(s[order], t[order], labels[order], means, angles=True), found[order])
     close(triangle_features(s + 7.0, t - 3.0, labels, means, angles=True), found, atol=1e-12)
+
+
+def test_the_network_and_its_features_have_the_papers_shapes():
+    ratio = TGeoKD().modules(Shapes(5))["ratio"]
+    assert [tuple(p.shape) for p in ratio.parameters()] == [(32, 45), (32,), (16, 32), (16,), (1, 16), (1,)]
+    widths = {
+        TGeoKD(**o).modules(Shapes(5))["ratio"][0].in_features // 5: o
+        for o in (
+            {"features": "vertices", "inter": False},
+            {"features": "vertices"},
+            {"features": "edges"},
+            {"inter": False},
+            {"features": "edges", "angles": True},
+            {"angles": True},
+        )
+    }
+    assert list(widths) == [3, 4, 5, 6, 7, 11]
+
+
+def test_features_at_the_corners():
+    logits, labels = torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 2])
+    means = class_means(*class_sums(logits, labels, 3))
+    close(means.sum(-1), torch.ones(3).double(), atol=1e-15)
+    s, p, _, _, ts, gs, ps, _, _ = triangle_features(logits, logits, labels, means).unflatten(-1, (9, 3)).unbind(1)
+    assert ps.eq(0).all() and torch.equal(s, p)
+    close(ts[:2], ps[:2], atol=1e-30)  # alone in their classes, they are their averages
+    assert ts[2:].sum() > 0
+    close(gs, (nn.functional.one_hot(labels, 3) - s).square())
+    perfect = 2000.0 * nn.functional.one_hot(labels, 3).double()
+    assert triangle_features(perfect, logits, labels, means, vertices=False).unflatten(-1, (5, 3))[:, 1].eq(0).all()
+    halves = [class_sums(logits[i], labels[i], 3) for i in (slice(0, 2), slice(2, 4))]
+    close(class_means(halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]), means)
+    close(class_means(*class_sums(logits[:1], labels[:1], 3))[1:], torch.full((2, 3), 1 / 3, dtype=torch.float64))
+
+
+def test_extreme_teachers_stay_finite():
+    world = World()
+    world.teacher.logits.mul_(50)
+    world.teacher.logits[0, 0] = -torch.inf
+    world.move()
+    assert world.ratio().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call,says",
+    [
+        (lambda: class_sums(torch.rand(4, 3), torch.tensor([0, 1, 2, 3]), 3), "label 3 is outside 0 … 2"),
+        (lambda: class_sums(torch.rand(4, 3), torch.zeros(4).long(), 5), "5 classes and the teacher 3"),
+        (lambda: triangle_features(*[torch.rand(2, 3)] * 2, torch.zeros(2).long(), torch.rand(4, 4)), "3 classes and"),
+        (lambda: triangle_features(*[torch.rand(2, 3)] * 2, torch.tensor([0, 7]), torch.rand(3, 3)), "label 7 is outs"),
+        (
+            lambda: triangle_features(
+                *[torch.rand(2, 3)] * 2, torch.zeros(2).long(), torch.rand(3, 3), vertices=False, edges=False
+            ),
+            "no feature is left",
+        ),
+    ],
+)
+def test_bad_tensors(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+RECIPE = {
+    "task": "image_classification",
+    "method": "tgeo-kd",
+    "data": {"name": "digits", "limit": 300, "validation_size": 100, "label_noise": 0.3},
+    "teacher": {"model": "mlp:32", "train": {"max_steps": 250, "learning_rate": 3e-3}},
+    "student": "mlp:16",
+    "trainer": {
+        "max_steps": 250,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 10,
+    },
+}
+
+
+def test_it_learns_whom_to_trust(tmp_path):
+    import json
+
+    from safetensors.torch import load_file
+
+    result = distill(RECIPE, output=str(tmp_path), options={"temperature": 2.0, "virtual": "head"})
+    assert result.metrics["accuracy"] > 0.8  # chance is 0.1
+    assert result.metrics["alpha_teacher_right"] > result.metrics["alpha_agreed"]
+    assert all(k.startswith(("body", "head")) for k in load_file(tmp_path / "student" / "model.safetensors"))
+    terms = [json.loads(line)["terms"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert terms[-1]["validation_ce"] < terms[0]["validation_ce"] and 0 < terms[-1]["alpha"] < 1
+
+
+def quick(folder, **keys):
+    short = {"max_steps": 2, "per_device_train_batch_size": 16, "save_strategy": "no"}
+    values = {
+        **RECIPE,
+        "output": str(folder),
+        "trainer": short,
+        "teacher": {"model": "mlp:8", "train": {"max_steps": 2}},
+    }
+    return distill(values, **keys)
+
+
+@pytest.mark.parametrize(
+    "keys,says",
+    [
+        ({"options": {"temperature": 0}}, "temperature = 0"),
+        ({"options": {"virtual_rate": -1}}, "virtual_rate = -1"),
+        ({"options": {"validation": 0}}, "validation = 0"),
+        ({"data": {"name": "digits", "label_noise": 1.5}}, "data.label_noise is 1.5"),
+        ({"data": {"name": "digits", "teacher_random_classes": [10]}}, "teacher_random_classes names 10"),
+        ({"data": {"name": "digits", "validation_size": 0}}, "data.validation_size is 0"),
+        ({"data": {"name": "digits", "with_validation": 1}}, "data.with_validation is 1"),
+        ({"task": "language_modeling", "data": {"name": "stdlib"}}, "works on image tasks"),
+    ],
+)
+def test_bad_recipes(keys, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        quick(tmp_path, **keys)
+
+
+def table(folder, labels, validation):
+    """Image files with a validation split of their own."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    images = rng.integers(0, 255, (len(labels), 8, 8), dtype=np.uint8)
+    np.savez(folder / "train.npz", images=images, labels=labels)
+    np.savez(folder / "test.npz", images=images[:4], labels=[0, 1, 2, 0])
+    np.savez(folder / "validation.npz", images=images[validation], labels=np.full(len(images[validation]), 1))
+    (folder / "classes.json").write_text('["a", "b", "c", "d"]')
+    return {"name": str(folder)}
+
+
+def test_bad_sets(tmp_path, caplog):
+    twelve = [0, 1, 2] * 4
+    quick(tmp_path / "a", data=table(tmp_path / "overlap", twelve, slice(0, 3)))
+    assert "No training example has label 3" in caplog.text and "3 validation examples are also" in caplog.text
+    with pytest.raises(InputError, match="validation split is empty"):
+        quick(tmp_path / "b", data=table(tmp_path / "empty", twelve, slice(0, 0)))
+    with pytest.raises(InputError, match="example 5 has none"):
+        quick(tmp_path / "c", data=table(tmp_path / "unlabelled", [*twelve[:5], -100, *twelve[6:]], slice(0, 3)))
+    with pytest.raises(InputError, match="a validation split of its own"):
+        quick(tmp_path / "d", data={**table(tmp_path / "own", twelve, slice(0, 3)), "validation_size": 4})
+    one = {**table(tmp_path / "one", [0] * 12, slice(0, 0))}
+    (tmp_path / "one" / "validation.npz").unlink()
+    (tmp_path / "one" / "test.npz").unlink()
+    (tmp_path / "one" / "classes.json").write_text('["a"]')
+    with pytest.raises(InputError, match="the data has 1 class"):
+        quick(tmp_path / "e", data=one)
+
+
+def test_noise_of_labels_is_where_it_was_asked_for():
+    base = {"name": "digits", "limit": 500, "validation_size": 150}
+    plain, noisy = load_images(base), load_images({**base, "label_noise": 0.3, "teacher_random_classes": [7, 8, 9]})
+    assert len(noisy.validation) == 150 and torch.equal(noisy.validation.labels, plain.validation.labels)
+    assert torch.equal(noisy.test.labels, plain.test.labels) and torch.equal(noisy.train.clean, plain.train.labels)
+    assert 0.22 < (noisy.train.labels != plain.train.labels).float().mean() < 0.31  # one random label in ten is right
+    teacher, whole = noisy.teacher_train, plain.teacher_train
+    assert torch.equal(teacher.labels[whole.labels < 7], whole.labels[whole.labels < 7])
+    assert 0.8 < (teacher.labels != whole.labels)[whole.labels >= 7].float().mean() < 0.98
+    again = load_images({**base, "label_noise": 0.3, "teacher_random_classes": [7, 8, 9]})
+    assert again.hash == noisy.hash != plain.hash and torch.equal(again.train.labels, noisy.train.labels)
+    other = load_images({**base, "label_noise": 0.3, "seed": 1})
+    assert not torch.equal(other.train.labels, noisy.train.labels)
+    joined = load_images({**base, "label_noise": 0.3, "with_validation": True}).train
+    assert (
+        len(joined) == 650 and len(joined.ids.unique()) == 650 and torch.equal(joined.labels[:500], noisy.train.labels)
+    )
+    assert torch.equal(joined.clean[500:], plain.validation.labels)

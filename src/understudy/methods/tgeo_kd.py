@@ -62,7 +62,7 @@ class TGeoKD(Method):
     angles: bool = Field(False, description="And the angles at the student, entry by entry.")
     inter: bool = Field(True, description="And where the class average lies.")
     ratio_learning_rate: float = Field(5e-3, ge=0, description="Of the ratio network's Adam.")
-    ratio_weight_decay: float = Field(0.0, ge=0)
+    ratio_weight_decay: float = Field(0.0, ge=0, description="And its weight decay.")
     every: int = Field(1, ge=0, description="Updates between moves of the ratio network; 0 leaves it as it starts.")
     virtual: Literal["all", "head"] = Field("all", description="What the virtual step moves; `head` is cheaper.")
     virtual_rate: float = Field(0.1, ge=0, description="η of the virtual step; with SGD the student's learning rate.")
@@ -144,8 +144,7 @@ class TGeoKD(Method):
     def _alpha(self, student: Rows, teacher: Rows, batch: Batch, live: Live) -> Tensor:
         """The teacher's weight, `[rows]`, with gradient to the ratio network alone."""
         network = live.modules["ratio"]
-        means = live.tables["means"].to(batch.labels.device)
-        seen = self._read(student.signal.logits, teacher.signal, batch.row_labels, means)
+        seen = self._read(student.signal.logits, teacher.signal, batch.row_labels, live.tables["means"])
         return torch.sigmoid(network(seen.to(next(network.parameters()).dtype))[:, 0])
 
     def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:

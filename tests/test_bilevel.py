@@ -17,6 +17,7 @@ from tgeo_world import World, slopes
 from understudy.losses import cross_entropy, forward_kl
 from understudy.methods.tgeo_kd import TGeoKD
 from understudy.models import evaluating
+from understudy.training.bilevel import along
 
 HERE = Path(__file__).parent
 
@@ -167,6 +168,38 @@ def test_kernels_without_second_derivatives_fall_back_and_say_so(caplog):
         found = World(body=[Kernel(), nn.BatchNorm1d(6)]).slopes()[0]
     assert "central differences" in caplog.text
     close(found, World(body=[nn.Tanh(), nn.BatchNorm1d(6)]).slopes()[0], rtol=1e-6, atol=1e-9)
+
+
+class Attention(nn.Module):
+    """Over two tokens of three; `fused` leaves the choice of kernel to torch."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, x):
+        t = x.unflatten(-1, (1, 2, 3))
+        if self.fused:
+            return nn.functional.scaled_dot_product_attention(t, t, t).flatten(1)
+        return ((t @ t.transpose(-1, -2) / 3**0.5).softmax(-1) @ t).flatten(1)
+
+
+def test_fused_attention_is_differentiated_exactly(caplog):
+    fused, plain = (World(body=[Attention(f)]).slopes()[0] for f in (True, False))
+    close(fused, plain, atol=1e-14)
+    assert not caplog.records
+
+
+def test_other_failures_are_not_hidden():
+    def broken(parameters):
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        along(broken, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+    found = along(lambda p: p["w"] ** 3, {"w": torch.arange(3.0)}, {"w": torch.tensor([1.0, 2.0, 0.0])})
+    close(found, torch.tensor([0.0, 6.0, 0.0]))
+    still = along(lambda p: torch.ones(2), {"w": torch.ones(2)}, {"w": torch.ones(2)})
+    assert still.eq(0).all()
 
 
 def test_a_half_precision_student_is_judged_in_float32():

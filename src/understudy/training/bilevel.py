@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from understudy.data import Batch
 from understudy.errors import InputError
@@ -83,7 +84,8 @@ def along(function: Callable[[Parameters], Tensor], at: Parameters, direction: P
     """The derivative of `function`, entry by entry of its value, along a direction in its parameters."""
     at = {name: p.detach() for name, p in at.items()}
     try:
-        with torch.no_grad(), forward_ad.dual_level():
+        # Of the attention kernels only the plain one has a forward-mode derivative.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             value = function({n: forward_ad.make_dual(p, direction[n]) for n, p in at.items()})
             found = forward_ad.unpack_dual(value)
             return found.tangent if found.tangent is not None else torch.zeros_like(found.primal)

@@ -210,6 +210,13 @@ def test_it_learns_whom_to_trust(tmp_path):
     assert terms[-1]["validation_ce"] < terms[0]["validation_ce"] and 0 < terms[-1]["alpha"] < 1
 
 
+def test_weights_that_no_longer_learn_are_named(tmp_path, caplog):
+    short = {**RECIPE["trainer"], "max_steps": 20}
+    teacher = {"model": "mlp:8", "train": {"max_steps": 2}}
+    distill(RECIPE, output=str(tmp_path), options={"ratio_learning_rate": 5.0}, trainer=short, teacher=teacher)
+    assert "ended at 0 or 1" in caplog.text
+
+
 def quick(folder, **keys):
     short = {"max_steps": 2, "per_device_train_batch_size": 16, "save_strategy": "no"}
     values = {
@@ -256,6 +263,7 @@ def table(folder, labels, validation):
 def test_bad_sets(tmp_path, caplog):
     twelve = [0, 1, 2] * 4
     quick(tmp_path / "a", data=table(tmp_path / "overlap", twelve, slice(0, 3)))
+    assert "ended at 0 or 1" not in caplog.text
     assert "No training example has label 3" in caplog.text and "3 validation examples are also" in caplog.text
     with pytest.raises(InputError, match="validation split is empty"):
         quick(tmp_path / "b", data=table(tmp_path / "empty", twelve, slice(0, 0)))

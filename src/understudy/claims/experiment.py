@@ -119,6 +119,7 @@ def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, jud
             "method": arm.method,
             "options": {**arm.options, **over.get("options", {})},
             "trainer": {**base.get("trainer", {}), **over.get("trainer", {})},
+            "data": {**base.get("data", {}), **over.get("data", {})},
             "seed": seed,
             "output": str(output),
             "judge": judge,
@@ -144,7 +145,7 @@ def _check(check: Check, found: Mapping[str, list[dict[str, Any]]]) -> dict[str,
 def _arm(
     claim: Claim, label: str, chosen: int, results: list[dict[str, Any]], checks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    metrics = dict.fromkeys(c["metric"] for c in checks)
+    metrics = [m for m in dict.fromkeys(c["metric"] for c in checks) if all(m in r["metrics"] for r in results)]
     own = {m: interval([r["metrics"][m] for r in results]) for m in metrics}
     arm = claim.arms[label]
     return {

@@ -28,10 +28,11 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         pixels: `[images, channels, height, width]`, uint8 (0 … 255) or float features.
         labels: `[images]`, int64.
         ids: `[images]`, int64.
+        clean: `[images]`, the labels before noise was added to them, if it was.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, ids: Tensor) -> None:
-        self.pixels, self.labels, self.ids = pixels, labels, ids
+    def __init__(self, pixels: Tensor, labels: Tensor, ids: Tensor, clean: Tensor | None = None) -> None:
+        self.pixels, self.labels, self.ids, self.clean = pixels, labels, ids, clean
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,7 +41,8 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         return self.pixels[index], int(self.labels[index]), int(self.ids[index])
 
     def select(self, index: Tensor | slice) -> ImageSet:
-        return ImageSet(self.pixels[index], self.labels[index], self.ids[index])
+        clean = self.clean[index] if self.clean is not None else None
+        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean)
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:

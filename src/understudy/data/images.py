@@ -13,9 +13,13 @@ from torch import Tensor
 
 from understudy.data.batch import IGNORE
 from understudy.data.image_sources import ImageSet, read_source
+from understudy.data.noise import uniform
 from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"}
+OPTIONS = {
+    *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
+    *("validation_size", "with_validation", "label_noise", "teacher_random_classes"),
+}
 
 
 def collate_images(items: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
@@ -52,9 +56,14 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     Args:
         spec: `name` (`digits`, `clusters`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
             examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part), `imbalance`
-            (training examples of the first class for one of the last, falling by a constant factor between).
+            (training examples of the first class for one of the last, falling by a constant factor between),
+            `validation_size` (examples to set aside where there is no validation split), `with_validation` (true: the
+            student trains on the validation examples too, for a last fit), `label_noise` (share of the student's
+            training labels that become random ones), `teacher_random_classes` (classes whose examples have random
+            labels where the teacher is trained), `seed` (of such noise, and of `clusters`).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
+    A random label is any class, the right one included.
     """
     for key in spec:
         if key not in OPTIONS:
@@ -71,15 +80,21 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     validation = pools.get("validation")
     if validation is None:
         cut = max(1, len(order) // 10)
+        if spec.get("validation_size") is not None:
+            cut = _count(spec, "validation_size", len(order) - 1)
         validation, order = train.select(order[:cut]), order[cut:]
         notes.append(f"{cut} training examples were set aside for validation.")
+    elif spec.get("validation_size") is not None:
+        raise InputError(f"{name} has a validation split of its own: leave data.validation_size out.")
     pool = train.select(order)
     if spec.get("imbalance") is not None:
         pool = _long_tailed(pool, spec["imbalance"], len(classes))
         notes.append(f"Long-tailed training part: {torch.bincount(pool.labels).tolist()} examples by class.")
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
-    teacher_train = pool.select(slice(0, teacher_limit))
-    student = teacher_train if spec.get("for_teacher") else pool.select(slice(0, limit))
+    teacher_train = _mistaught(pool.select(slice(0, teacher_limit)), spec, classes)
+    student = teacher_train if spec.get("for_teacher") else _noisy(pool.select(slice(0, limit)), spec, len(classes))
+    if _flag(spec, "with_validation") and not spec.get("for_teacher"):
+        student = _joined(student, validation)
     parts = {"train": student, "validation": validation, "test": test}
     for split, part in parts.items():
         _check(name, split, part, len(classes))
@@ -99,6 +114,59 @@ def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:
         number = max(1, round(most * float(ratio) ** (-c / max(1, classes - 1))))
         keep[(pool.labels == c).nonzero()[:number, 0]] = True
     return pool.select(keep)
+
+
+def _noisy(part: ImageSet, spec: Mapping[str, Any], classes: int) -> ImageSet:
+    """Random labels in place of a share of a part's own."""
+    share = spec.get("label_noise")
+    if share is None:
+        return part
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
+        raise InputError(f"data.label_noise is {share!r} and must be a share between 0 and 1.")
+    drawn = _draw(part, spec, 1)
+    chosen = torch.zeros(len(part), dtype=torch.bool)
+    chosen[drawn.argsort()[: round(share * len(part))]] = True
+    return _relabelled(part, chosen & (part.labels != IGNORE), _draw(part, spec, 2), classes)
+
+
+def _mistaught(part: ImageSet, spec: Mapping[str, Any], classes: list[str]) -> ImageSet:
+    """Random labels for every example of some classes."""
+    wrong = spec.get("teacher_random_classes")
+    if wrong is None:
+        return part
+    numbers = wrong if isinstance(wrong, list) else [wrong]
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(classes):
+            raise InputError(
+                f"data.teacher_random_classes names {number!r} and must name class numbers in 0 … {len(classes) - 1}."
+            )
+    chosen = torch.isin(part.labels, torch.tensor(numbers).long())
+    return _relabelled(part, chosen, _draw(part, spec, 3), len(classes))
+
+
+def _draw(part: ImageSet, spec: Mapping[str, Any], stream: int) -> Tensor:
+    """A number in (0, 1) for each example, by its id."""
+    return uniform(part.ids, (1,), seed=int(spec.get("seed", 0)), step=0, stream=stream)[:, 0]
+
+
+def _relabelled(part: ImageSet, chosen: Tensor, drawn: Tensor, classes: int) -> ImageSet:
+    labels = torch.where(chosen, (drawn * classes).long(), part.labels)
+    return ImageSet(part.pixels, labels, part.ids, part.labels)
+
+
+def _joined(a: ImageSet, b: ImageSet) -> ImageSet:
+    """Both parts as one; the second's ids come after the first's, since they may be those of another file."""
+    clean = [part.labels if part.clean is None else part.clean for part in (a, b)]
+    pixels, labels = torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels])
+    ids = torch.cat([a.ids, b.ids + a.ids.max() + 1])
+    return ImageSet(pixels, labels, ids, torch.cat(clean) if a.clean is not None else None)
+
+
+def _flag(spec: Mapping[str, Any], key: str) -> bool:
+    value = spec.get(key, False)
+    if not isinstance(value, bool):
+        raise InputError(f"data.{key} is {value!r} and must be true or false.")
+    return value
 
 
 def _count(spec: Mapping[str, Any], key: str, most: int) -> int:

@@ -1,0 +1,299 @@
+"""Paper 35, TGeo-KD: golden vectors, limits that must hold, bad input."""
+
+import pytest
+import torch
+from torch import nn
+
+from golden_vectors import close, golden
+from tgeo_world import Told, World, batch_of, cut, scene_of, slopes
+from understudy import InputError, distill
+from understudy.data import load_images
+from understudy.losses import cross_entropy, forward_kl
+from understudy.losses.geometry import class_means, class_sums, triangle_features
+from understudy.methods.kd import KD
+from understudy.methods.tgeo_kd import TGeoKD
+from understudy.models import ClassifierRows
+from understudy.training import Live, Shapes
+
+
+def linear(weight, bias):
+    layer = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer
+
+
+@pytest.mark.golden
+def test_golden():
+    g = golden("35-tgeo-kd")
+    close_to = {"rtol": 1e-7, "atol": 1e-9}
+    classes, tau = len(g["student_b"]), float(g["tau"])
+    means = class_means(*class_sums(g["teacher_logits_full"], g["labels_full"], classes))
+    close(means, g["tbar"], **close_to)
+    train, validation = batch_of(g["x_train"], g["y_train"]), batch_of(g["x_val"], g["y_val"])
+    student = ClassifierRows(nn.Sequential(nn.Flatten(), linear(g["student_W"], g["student_b"])), classes)
+    teacher = Told(g["teacher_logits"])
+    parts = [linear(g[f"ctrl_W{i}"], g[f"ctrl_b{i}"]) for i in (1, 2, 3)]
+    leaky = nn.LeakyReLU(float(g["leaky_slope"]))
+    ratio = nn.Sequential(parts[0], leaky, parts[1], leaky, parts[2])
+    method = TGeoKD(temperature=tau, virtual_rate=float(g["inner_lr"]))
+    live = Live(modules={"ratio": ratio}, tables={"means": means}, student=student)
+    rows, taught = student(train), teacher.rows(train)
+    logits = rows.signal.logits
+    close(triangle_features(logits, teacher.logits, train.labels, means), g["state"], **close_to)
+    alpha = method._alpha(rows, taught, train, live)
+    close(alpha, g["alpha"], **close_to)
+    close(forward_kl(logits, teacher.logits, temperature=tau), g["kd_per_sample"], **close_to)
+    close(cross_entropy(logits, train.labels), g["ce_per_sample"], **close_to)
+    close(cross_entropy(logits.softmax(-1), train.labels), g["ce_per_sample_released_code"], **close_to)
+    terms = method.loss(rows, taught, train, live)
+    lower = sum(t.weight * t.values.mean() for t in terms.values())
+    close(lower, g["lower_loss"], **close_to)
+    for found, name in zip(torch.autograd.grad(lower, student.parameters()), ("W", "b"), strict=True):
+        close(found, g[f"grad_student_{name}"], **close_to)
+    for size in (len(alpha), 3):
+        batches = cut(train, size)
+        found, outer = slopes(student, method, teacher, batches, validation, alpha, rate=method.virtual_rate)
+        close(outer, g["outer_loss"], **close_to)
+        close(found, g["grad_alpha"], **close_to)
+        scene = scene_of(student, teacher, batches, validation)
+        total = sum(t["outer"].values.sum() for t in method.play("ratio", scene, live)) / scene.count
+        for i, layer in enumerate(parts, 1):
+            weight, bias = torch.autograd.grad(total, (layer.weight, layer.bias), retain_graph=True)
+            close(weight, g[f"grad_ctrl_W{i}"], **close_to)
+            close(bias, g[f"grad_ctrl_b{i}"], **close_to)
+
+
+def test_the_students_step_does_not_differentiate_alpha():
+    world = World()
+    world.live.modules["ratio"].requires_grad_(True)
+    terms = world.method.loss(world.student(world.batch), world.teacher.rows(world.batch), world.batch, world.live)
+    sum(t.weight * t.values.sum() for t in terms.values()).backward()
+    assert all(p.grad is None for p in world.live.modules["ratio"].parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in world.student.model[-1].parameters())
+
+
+@pytest.mark.parametrize("bias", [-2000.0, 2000.0, 0.3])
+def test_a_constant_weight_is_classical_distillation(bias):
+    world = World(temperature=2.0)
+    with torch.no_grad():
+        for p in world.live.modules["ratio"].parameters():
+            p.zero_()
+        world.live.modules["ratio"][-1].bias.fill_(bias)
+    alpha = float(torch.sigmoid(torch.tensor(bias).double()))
+    rows = world.student.eval()(world.batch), world.teacher.rows(world.batch), world.batch
+    mine = world.method.loss(*rows, world.live)
+    fixed = KD(temperature=2.0, kd_weight=alpha, ce_weight=1 - alpha).loss(*rows, Live())
+    totals = [sum(t.weight * t.values for t in terms.values()) for terms in (mine, fixed)]
+    close(totals[0], totals[1], atol=1e-12)
+    world.move()  # a saturated weight has a gradient of 0, not nan
+    assert world.ratio().isfinite().all()
+
+
+def test_where_teacher_and_label_say_the_same_nothing_pulls():
+    world = World(temperature=1.0)
+    world.teacher.logits[:4] = 2000.0 * nn.functional.one_hot(world.batch.labels[:4], 3)
+    found, _ = world.slopes()
+    assert found[:4].abs().max() < 1e-15 < found[4:].abs().min()
+
+
+def test_the_side_that_helps_validation_gains_weight():
+    """Two examples: the first has a wrong label and a right teacher, the second the other way round."""
+    world = World(rows=2, classes=2, virtual_rate=1.0)
+    world.batch.labels.copy_(torch.tensor([1, 0]))
+    world.teacher.logits.copy_(torch.tensor([[4.0, -4.0], [-4.0, 4.0]]))
+    world.validation = batch_of(world.batch.inputs["pixel_values"].flatten(1), torch.tensor([0, 0]))
+    found, _ = world.slopes()
+    assert found[0] < 0 < found[1]
+    before = world.alpha()
+    for _ in range(60):
+        world.move()
+    assert world.alpha()[0] > before[0] and world.alpha()[1] < before[1]
+
+
+def test_order_and_constants_change_nothing():
+    world = World()
+    labels, means = world.batch.labels, world.live.tables["means"]
+    s, t = torch.randn(8, 3).double(), world.teacher.logits
+    order = torch.randperm(8)
+    found = triangle_features(s, t, labels, means, angles=True)
+    close(triangle_features(s[order], t[order], labels[order], means, angles=True), found[order])
+    close(triangle_features(s + 7.0, t - 3.0, labels, means, angles=True), found, atol=1e-12)
+
+
+def test_the_network_and_its_features_have_the_papers_shapes():
+    ratio = TGeoKD().modules(Shapes(5))["ratio"]
+    assert [tuple(p.shape) for p in ratio.parameters()] == [(32, 45), (32,), (16, 32), (16,), (1, 16), (1,)]
+    widths = {
+        TGeoKD(**o).modules(Shapes(5))["ratio"][0].in_features // 5: o
+        for o in (
+            {"features": "vertices", "inter": False},
+            {"features": "vertices"},
+            {"features": "edges"},
+            {"inter": False},
+            {"features": "edges", "angles": True},
+            {"angles": True},
+        )
+    }
+    assert list(widths) == [3, 4, 5, 6, 7, 11]
+
+
+def test_features_at_the_corners():
+    logits, labels = torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 2])
+    means = class_means(*class_sums(logits, labels, 3))
+    close(means.sum(-1), torch.ones(3).double(), atol=1e-15)
+    s, p, _, _, ts, gs, ps, _, _ = triangle_features(logits, logits, labels, means).unflatten(-1, (9, 3)).unbind(1)
+    assert ps.eq(0).all() and torch.equal(s, p)
+    close(ts[:2], ps[:2], atol=1e-30)  # alone in their classes, they are their averages
+    assert ts[2:].sum() > 0
+    close(gs, (nn.functional.one_hot(labels, 3) - s).square())
+    perfect = 2000.0 * nn.functional.one_hot(labels, 3).double()
+    assert triangle_features(perfect, logits, labels, means, vertices=False).unflatten(-1, (5, 3))[:, 1].eq(0).all()
+    halves = [class_sums(logits[i], labels[i], 3) for i in (slice(0, 2), slice(2, 4))]
+    close(class_means(halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]), means)
+    close(class_means(*class_sums(logits[:1], labels[:1], 3))[1:], torch.full((2, 3), 1 / 3, dtype=torch.float64))
+
+
+def test_extreme_teachers_stay_finite():
+    world = World()
+    world.teacher.logits.mul_(50)
+    world.teacher.logits[0, 0] = -torch.inf
+    world.move()
+    assert world.ratio().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "call,says",
+    [
+        (lambda: class_sums(torch.rand(4, 3), torch.tensor([0, 1, 2, 3]), 3), "label 3 is outside 0 … 2"),
+        (lambda: class_sums(torch.rand(4, 3), torch.zeros(4).long(), 5), "5 classes and the teacher 3"),
+        (lambda: triangle_features(*[torch.rand(2, 3)] * 2, torch.zeros(2).long(), torch.rand(4, 4)), "3 classes and"),
+        (lambda: triangle_features(*[torch.rand(2, 3)] * 2, torch.tensor([0, 7]), torch.rand(3, 3)), "label 7 is outs"),
+        (
+            lambda: triangle_features(
+                *[torch.rand(2, 3)] * 2, torch.zeros(2).long(), torch.rand(3, 3), vertices=False, edges=False
+            ),
+            "no feature is left",
+        ),
+    ],
+)
+def test_bad_tensors(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+RECIPE = {
+    "task": "image_classification",
+    "method": "tgeo-kd",
+    "data": {"name": "digits", "limit": 300, "validation_size": 100, "label_noise": 0.3},
+    "teacher": {"model": "mlp:32", "train": {"max_steps": 250, "learning_rate": 3e-3}},
+    "student": "mlp:16",
+    "trainer": {
+        "max_steps": 250,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 10,
+    },
+}
+
+
+def test_it_learns_whom_to_trust(tmp_path):
+    import json
+
+    from safetensors.torch import load_file
+
+    result = distill(RECIPE, output=str(tmp_path), options={"temperature": 2.0, "virtual": "head"})
+    assert result.metrics["accuracy"] > 0.8  # chance is 0.1
+    assert result.metrics["alpha_teacher_right"] > result.metrics["alpha_agreed"]
+    assert all(k.startswith(("body", "head")) for k in load_file(tmp_path / "student" / "model.safetensors"))
+    terms = [json.loads(line)["terms"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert terms[-1]["validation_ce"] < terms[0]["validation_ce"] and 0 < terms[-1]["alpha"] < 1
+
+
+def test_weights_that_no_longer_learn_are_named(tmp_path, caplog):
+    short = {**RECIPE["trainer"], "max_steps": 20}
+    teacher = {"model": "mlp:8", "train": {"max_steps": 2}}
+    distill(RECIPE, output=str(tmp_path), options={"ratio_learning_rate": 5.0}, trainer=short, teacher=teacher)
+    assert "ended at 0 or 1" in caplog.text
+
+
+def quick(folder, **keys):
+    short = {"max_steps": 2, "per_device_train_batch_size": 16, "save_strategy": "no"}
+    values = {
+        **RECIPE,
+        "output": str(folder),
+        "trainer": short,
+        "teacher": {"model": "mlp:8", "train": {"max_steps": 2}},
+    }
+    return distill(values, **keys)
+
+
+@pytest.mark.parametrize(
+    "keys,says",
+    [
+        ({"options": {"temperature": 0}}, "temperature = 0"),
+        ({"options": {"virtual_rate": -1}}, "virtual_rate = -1"),
+        ({"options": {"validation": 0}}, "validation = 0"),
+        ({"data": {"name": "digits", "label_noise": 1.5}}, "data.label_noise is 1.5"),
+        ({"data": {"name": "digits", "teacher_random_classes": [10]}}, "teacher_random_classes names 10"),
+        ({"data": {"name": "digits", "validation_size": 0}}, "data.validation_size is 0"),
+        ({"data": {"name": "digits", "with_validation": 1}}, "data.with_validation is 1"),
+        ({"task": "language_modeling", "data": {"name": "stdlib"}}, "works on image tasks"),
+    ],
+)
+def test_bad_recipes(keys, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        quick(tmp_path, **keys)
+
+
+def table(folder, labels, validation):
+    """Image files with a validation split of their own."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    images = rng.integers(0, 255, (len(labels), 8, 8), dtype=np.uint8)
+    np.savez(folder / "train.npz", images=images, labels=labels)
+    np.savez(folder / "test.npz", images=images[:4], labels=[0, 1, 2, 0])
+    np.savez(folder / "validation.npz", images=images[validation], labels=np.full(len(images[validation]), 1))
+    (folder / "classes.json").write_text('["a", "b", "c", "d"]')
+    return {"name": str(folder)}
+
+
+def test_bad_sets(tmp_path, caplog):
+    twelve = [0, 1, 2] * 4
+    quick(tmp_path / "a", data=table(tmp_path / "overlap", twelve, slice(0, 3)))
+    assert "ended at 0 or 1" not in caplog.text
+    assert "No training example has label 3" in caplog.text and "3 validation examples are also" in caplog.text
+    with pytest.raises(InputError, match="validation split is empty"):
+        quick(tmp_path / "b", data=table(tmp_path / "empty", twelve, slice(0, 0)))
+    with pytest.raises(InputError, match="example 5 has none"):
+        quick(tmp_path / "c", data=table(tmp_path / "unlabelled", [*twelve[:5], -100, *twelve[6:]], slice(0, 3)))
+    with pytest.raises(InputError, match="a validation split of its own"):
+        quick(tmp_path / "d", data={**table(tmp_path / "own", twelve, slice(0, 3)), "validation_size": 4})
+    one = {**table(tmp_path / "one", [0] * 12, slice(0, 0))}
+    (tmp_path / "one" / "validation.npz").unlink()
+    (tmp_path / "one" / "test.npz").unlink()
+    (tmp_path / "one" / "classes.json").write_text('["a"]')
+    with pytest.raises(InputError, match="the data has 1 class"):
+        quick(tmp_path / "e", data=one)
+
+
+def test_noise_of_labels_is_where_it_was_asked_for():
+    base = {"name": "digits", "limit": 500, "validation_size": 150}
+    plain, noisy = load_images(base), load_images({**base, "label_noise": 0.3, "teacher_random_classes": [7, 8, 9]})
+    assert len(noisy.validation) == 150 and torch.equal(noisy.validation.labels, plain.validation.labels)
+    assert torch.equal(noisy.test.labels, plain.test.labels) and torch.equal(noisy.train.clean, plain.train.labels)
+    assert 0.22 < (noisy.train.labels != plain.train.labels).float().mean() < 0.31  # one random label in ten is right
+    teacher, whole = noisy.teacher_train, plain.teacher_train
+    assert torch.equal(teacher.labels[whole.labels < 7], whole.labels[whole.labels < 7])
+    assert 0.8 < (teacher.labels != whole.labels)[whole.labels >= 7].float().mean() < 0.98
+    again = load_images({**base, "label_noise": 0.3, "teacher_random_classes": [7, 8, 9]})
+    assert again.hash == noisy.hash != plain.hash and torch.equal(again.train.labels, noisy.train.labels)
+    other = load_images({**base, "label_noise": 0.3, "seed": 1})
+    assert not torch.equal(other.train.labels, noisy.train.labels)
+    joined = load_images({**base, "label_noise": 0.3, "with_validation": True}).train
+    assert (
+        len(joined) == 650 and len(joined.ids.unique()) == 650 and torch.equal(joined.labels[:500], noisy.train.labels)
+    )
+    assert torch.equal(joined.clean[500:], plain.validation.labels)

@@ -29,6 +29,14 @@ OPTIONS = {
     "taid": {"alpha": 0.2, "distil_ratio": 0.8},
     "dhkd": {"head": "nonlinear", "align": "all"},
     "trg": {"group": 4, "k": 3},
+    "hard": {
+        "augmentor": "affine",
+        "l_min": 2.0,
+        "l_max": 2.5,
+        "augmentor_memory": 2,
+        "spread": 0.3,
+        "augmentor_rate": 0.1,
+    },
 }
 
 

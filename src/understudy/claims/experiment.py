@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,15 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of an experiment: a method with fixed options, and the candidates to tune over."""
+    """One side of an experiment: a method with fixed options, and the candidates to tune over.
+
+    `recipe` holds what is not as in the other arms (another teacher).
+    """
 
     method: str
     options: Overrides
     candidates: Sequence[Overrides]
+    recipe: Overrides = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
 def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, judge: str) -> Recipe:
     arm = claim.arms[label]
     over = arm.candidates[candidate]
-    base = dict(claim.recipe)
+    base = {**claim.recipe, **arm.recipe}
     return make(
         base
         | {
@@ -135,7 +139,8 @@ def _check(check: Check, found: Mapping[str, list[dict[str, Any]]]) -> dict[str,
 def _arm(
     claim: Claim, label: str, chosen: int, results: list[dict[str, Any]], checks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    metrics = dict.fromkeys(c["metric"] for c in checks)
+    asked = dict.fromkeys(c["metric"] for c in checks)
+    metrics = [m for m in asked if all(m in r["metrics"] for r in results)]  # some are of a method's own
     own = {m: interval([r["metrics"][m] for r in results]) for m in metrics}
     arm = claim.arms[label]
     return {

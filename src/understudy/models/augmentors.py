@@ -211,7 +211,7 @@ class Latent(Augmentor):
         super().__init__()
         self.autoencoder = _buffered(autoencoder.eval())
         with torch.no_grad():
-            self.noise_shape = tuple(autoencoder.encode(torch.zeros(1, *shape)).shape[1:])
+            self.noise_shape = tuple(autoencoder.encode(torch.zeros(1, *shape)).shape[1:])  # type: ignore[operator]
         self.mu = nn.Parameter(torch.zeros(self.noise_shape))
         self.rho = nn.Parameter(torch.full(self.noise_shape, _before_softplus(spread)))
 

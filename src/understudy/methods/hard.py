@@ -212,7 +212,8 @@ class HARD(Method):
         assert isinstance(module, Augmentor)
         metrics = {f"augmentor_{name}": value for name, value in module.facts().items()}
         if self.learn:
-            metrics |= {f"{who}_steps": float(number) for who, number in live.state.steps.items()}
+            steps = live.state.steps
+            metrics |= {"student_steps": float(steps["student"]), "augmentor_steps": float(steps["player"])}
             metrics["saturated"] = float(live.state.saturated)
         batch = next(work.batches("test", 8))
         with torch.no_grad():

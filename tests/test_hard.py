@@ -225,6 +225,21 @@ def test_each_moves_its_own_parameters_alone(tmp_path):
             assert same == (name != who), (who, name)
 
 
+def test_memory_and_a_fixed_augmentor(tmp_path):
+    """Without learning no step is the augmentor's; with copies to draw from, the student becomes another."""
+    found = {}
+    for name, options in {"fixed": {"learn": False}, "none": {}, "two": {"augmentor_memory": 2}}.items():
+        made = trainer(HARD(augmentor="shift1d", **EAGER, **options), tmp_path / name, steps=8)
+        made.train()
+        found[name] = made.model
+    start = Shift1d(0.5).double().state_dict()
+    for name, still in {"fixed": True, "none": False, "two": False}.items():
+        assert torch.equal(found[name].own["augmentor"].rho, start["rho"]) == still
+    assert [c["mu"].shape for c in found["two"].live.state.copies] == [()] * 2
+    student = [torch.cat([p.detach().flatten() for p in found[n].student.parameters()]) for n in ("none", "two")]
+    assert not torch.equal(*student)
+
+
 def test_an_uncounted_example_may_hold_anything(tmp_path):
     batch, method = signals(), HARD(augmentor="affine", spread=0.3)
     batch.labels[3] = -100

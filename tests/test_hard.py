@@ -165,11 +165,11 @@ def test_turns_end_at_the_latest_and_nan_decides_nothing():
     slow.update(0.01)
     assert not slow.player and slow.mean == pytest.approx(0.155)
     copies = Alternation(0.1, 0.5, 9, memory=2)
-    for i in range(3):
+    for i in range(4):
         copies.remember({"mu": torch.tensor(float(i))})
     back = Alternation(0.1, 0.5, 9, memory=2)
     back.load_state_dict(copies.state_dict())
-    assert [c["mu"].item() for c in back.copies] == [1.0, 2.0] and back.state_dict() == copies.state_dict()
+    assert [c["mu"].item() for c in back.copies] == [1.0, 2.0, 3.0] and back.state_dict() == copies.state_dict()
 
 
 def trainer(method, tmp_path, micro=12, accumulate=1, steps=2, teacher="circular:4", shape=SIGNAL, **more):
@@ -235,7 +235,9 @@ def test_memory_and_a_fixed_augmentor(tmp_path):
     start = Shift1d(0.5).double().state_dict()
     for name, still in {"fixed": True, "none": False, "two": False}.items():
         assert torch.equal(found[name].own["augmentor"].rho, start["rho"]) == still
-    assert [c["mu"].shape for c in found["two"].live.state.copies] == [()] * 2
+    assert [c["mu"].shape for c in found["two"].live.state.copies] == [()] * 3
+    now = found["two"].own["augmentor"].state_dict()
+    assert all(torch.equal(v, now[k]) for k, v in found["two"].live.state.copies[-1].items())
     student = [torch.cat([p.detach().flatten() for p in found[n].student.parameters()]) for n in ("none", "two")]
     assert not torch.equal(*student)
 

@@ -8,7 +8,7 @@ in the budget says how many). Beside it, a teacher that does not ignore the plac
 
 from understudy.claims.experiment import Arm, Check, Claim
 
-_AS_IS = ({},)
+_AS_IS: tuple[dict[str, object], ...] = ({},)
 _KD = {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": 2.0}
 _HARD = {"augmentor": "shift1d"}
 _TRAIN = {"max_steps": 600, "per_device_train_batch_size": 64, "learning_rate": 2e-3}

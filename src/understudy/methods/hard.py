@@ -73,7 +73,7 @@ class HARD(Method):
     l_max: float = Field(0.5, gt=0, validate_default=True, description="ℓ_max: one above it ends the augmentor's.")
     max_augmentor_steps: int = Field(200, ge=1, description="The augmentor's turn ends after so many steps anyway.")
     mean_decay: float = Field(0.0, ge=0, lt=1, description="Decay of a mean of that loss over steps; 0 for none.")
-    augmentor_memory: int = Field(0, ge=0, description="Copies of the augmentor, one a turn, to draw from as well.")
+    augmentor_memory: int = Field(0, ge=0, description="Earlier states of it, one a turn, to draw from as well.")
     augmentor_rate: float | None = Field(None, gt=0, description="Adam's, by family: 0.1, 0.01, 0.1, 0.01.")
     spread: float | None = Field(
         None, gt=0, description="Size of the changes at the start, by family: 0.5 samples, 0.02, a share of 0.1, 0.1."
@@ -194,14 +194,13 @@ class HARD(Method):
         return dataclasses.replace(batch, inputs={**batch.inputs, "pixel_values": augmented})
 
     def _remembered(self, live: Live) -> Mapping[str, Tensor] | None:
-        """The augmentor of this step: the current one (`None`) or one of the copies, all equally likely."""
+        """The augmentor of this step: the present one or one of those remembered, all equally likely."""
         copies = live.state.copies if self.learn else []
         if not copies:
             return None
         place = uniform(torch.zeros(1, dtype=torch.long), (), seed=live.seed, step=live.step, stream=_COPY)
-        chosen = int(place * (len(copies) + 1))
         device = next(live.modules["augmentor"].parameters()).device
-        return {k: v.to(device) for k, v in copies[chosen].items()} if chosen < len(copies) else None
+        return {k: v.to(device) for k, v in copies[int(place * len(copies))].items()}
 
     def updated(self, live: Live, means: Mapping[str, float]) -> None:
         if self.learn and live.state.update(means["augmented"]):

@@ -21,7 +21,7 @@ class Alternation:
 
     Args:
         decay: of an exponential mean of the loss, which then decides in its place; 0 for none.
-        memory: how many copies of the player are kept, one from the end of each of its turns.
+        memory: how many earlier states of the player are kept beside its present one, each from the end of a turn.
     """
 
     def __init__(self, low: float, high: float, longest: int, decay: float = 0.0, memory: int = 0) -> None:
@@ -54,9 +54,10 @@ class Alternation:
         return True
 
     def remember(self, parameters: Mapping[str, Tensor]) -> None:
-        """Keep a copy; the oldest goes when there are more than `memory`."""
-        self.copies.append({name: value.detach().clone() for name, value in parameters.items()})
-        self.copies = self.copies[-self.memory :] if self.memory else []
+        """Keep a copy of the player as its turn ends. `copies` has the newest, which is the present one, at the end."""
+        if self.memory:
+            self.copies.append({name: value.detach().clone() for name, value in parameters.items()})
+            self.copies = self.copies[-self.memory - 1 :]
 
     def state_dict(self) -> dict[str, Any]:
         kept = ("player", "mean", "steps", "turn", "saturated", "copies")

@@ -30,6 +30,14 @@ OPTIONS = {
     "dhkd": {"head": "nonlinear", "align": "all"},
     "trg": {"group": 4, "k": 3},
     "tgeo-kd": {"every": 2, "validation": 20},
+    "hard": {
+        "augmentor": "affine",
+        "l_min": 2.0,
+        "l_max": 2.5,
+        "augmentor_memory": 2,
+        "spread": 0.3,
+        "augmentor_rate": 0.1,
+    },
 }
 
 

@@ -45,7 +45,7 @@ def trainer_for(
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     sides = {"student": student, "teacher": teacher if "teacher" in method.needs else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
-    shapes = probe(method, prepared.classes, sides, taps, example)
+    shapes = probe(method, prepared.classes, sides, taps, example, tables)
     apprentice = Apprentice(
         student, method, shapes, total, recipe.reduction, taps["student"], tables=tables, seed=recipe.seed
     )

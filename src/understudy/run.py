@@ -197,9 +197,19 @@ def _carry_out(recipe: Recipe, folder: Path, progress: bool) -> Result:
 def judge(
     task: Task, prepared: Prepared, student: RowModel, teacher: RowModel | None, split: str, batch: int = 64
 ) -> dict[str, Any]:
-    """The evaluation of a student on a split, beside the teacher where there is one."""
-    loader: DataLoader[Any] = DataLoader(prepared.split(split), batch_size=batch, collate_fn=prepared.collate)
-    return {"split": split, **task.judge(student, teacher, loader)}
+    """The evaluation of a student on a split, beside the teacher where there is one.
+
+    Metrics of further test sets stand beside those of `test`, with the set's name at the end (`accuracy_clean`).
+    """
+
+    def on(data: Any) -> dict[str, Any]:
+        loader: DataLoader[Any] = DataLoader(data, batch_size=batch, collate_fn=prepared.collate)
+        return task.judge(student, teacher, loader)
+
+    found = on(prepared.split(split))
+    for name, data in prepared.more_tests.items() if split == "test" else ():
+        found["metrics"] |= {f"{k}_{name.removeprefix('test_')}": v for k, v in on(data)["metrics"].items()}
+    return {"split": split, **found}
 
 
 def load_teacher(

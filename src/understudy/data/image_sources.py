@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from understudy.data.folders import find
 from understudy.errors import InputError, nearest
 
-EMBEDDED = ("digits", "clusters")
+EMBEDDED = ("digits", "clusters", "templates")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -50,6 +50,8 @@ def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[d
         return _digits()
     if name == "clusters":
         return _clusters(int(spec.get("seed", 0)))
+    if name == "templates":
+        return _templates(int(spec.get("seed", 0)))
     path = find(name)
     if path is None:
         if "/" not in name or name.startswith((".", "/", "~")):
@@ -62,10 +64,10 @@ def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[d
         part = _table(path, spec)
         return {"train": part}, _names(part)
     tables = {
-        s: path / f"{s}{end}"
-        for s in ("train", "validation", "test")
+        file.stem: file
         for end in (".parquet", ".npz")
-        if (path / f"{s}{end}").is_file()
+        for file in sorted(path.glob(f"*{end}"))
+        if file.stem in ("train", "validation", "test") or file.stem.startswith("test_")
     }
     if tables:
         if "train" not in tables:
@@ -108,6 +110,31 @@ def _clusters(
     return {"train": every.select(slice(3000, None)), "test": every.select(slice(0, 3000))}, [
         str(i) for i in range(classes)
     ]
+
+
+def _templates(
+    seed: int, classes: int = 10, length: int = 40, width: int = 24
+) -> tuple[dict[str, ImageSet], list[str]]:
+    """Signals of 40 samples, each one of 10 smooth templates of 24 with its own amplitude, in noise.
+
+    Kept as float features of shape [1, 1, 40]. Training (2,000), validation (500) and `test_clean` (2,000) have the
+    template at the start; in `test` (2,000) the signal is moved round by any number of samples, equally likely.
+    """
+    rng = np.random.default_rng(seed)
+    smooth = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
+    shapes = np.stack([np.convolve(rng.normal(size=width), smooth, "same") for _ in range(classes)])
+    shapes = np.pad(shapes / shapes.std(1, keepdims=True), ((0, 0), (0, length - width)))
+    parts = {}
+    for split, number in {"train": 2000, "validation": 500, "test": 2000, "test_clean": 2000}.items():
+        labels = rng.integers(0, classes, size=number)
+        values = (1 + 0.3 * rng.normal(size=(number, 1))) * shapes[labels]
+        if split == "test":
+            places = np.arange(length) - rng.integers(0, length, size=(number, 1))
+            values = np.take_along_axis(values, places % length, 1)
+        values = values + 0.35 * rng.normal(size=values.shape)
+        pixels = torch.from_numpy(values).float()[:, None, None]
+        parts[split] = ImageSet(pixels, torch.from_numpy(labels).long(), torch.arange(number))
+    return parts, [str(i) for i in range(classes)]
 
 
 def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:

@@ -35,7 +35,10 @@ def collate_images(items: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
 
 @dataclass
 class Splits:
-    """Train, validation and test sets of one source, with the classes' names and a content hash."""
+    """Train, validation and test sets of one source, with the classes' names and a content hash.
+
+    `more_tests` are the source's further test sets, those whose name begins with `test_`.
+    """
 
     train: ImageSet
     validation: ImageSet
@@ -44,6 +47,7 @@ class Splits:
     teacher_train: ImageSet
     notes: list[str] = field(default_factory=list)
     hash: str = ""
+    more_tests: dict[str, ImageSet] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +58,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     """Read an image set.
 
     Args:
-        spec: `name` (`digits`, `clusters`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
+        spec: `name` (`digits`, `clusters`, `templates`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
             examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part), `imbalance`
             (training examples of the first class for one of the last, falling by a constant factor between),
             `validation_size` (examples to set aside where there is no validation split), `with_validation` (true: the
@@ -96,12 +100,13 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     if _flag(spec, "with_validation") and not spec.get("for_teacher"):
         student = _joined(student, validation)
     parts = {"train": student, "validation": validation, "test": test}
-    for split, part in parts.items():
+    more = {split: part for split, part in pools.items() if split.startswith("test_")}
+    for split, part in {**parts, **more}.items():
         _check(name, split, part, len(classes))
     digest = hashlib.sha256(json.dumps({k: v for k, v in spec.items()}, default=str, sort_keys=True).encode())
-    for part in (*parts.values(),):
+    for part in (*parts.values(), *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
-    return Splits(**parts, classes=classes, teacher_train=teacher_train, notes=notes, hash=digest.hexdigest())
+    return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more)
 
 
 def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:

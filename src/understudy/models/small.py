@@ -50,6 +50,27 @@ class ConvNet(nn.Module):
         return self.head(self.body(pixels))
 
 
+class Circular(nn.Module):
+    """Three convolutions that go round at the borders, and a linear head on each channel's largest value.
+
+    So it does not see how far an input was moved round. With `flat` the head reads every position, and it does.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int, classes: int, flat: bool = False) -> None:
+        super().__init__()
+        channels, high, wide = shape
+        tall, long = (min(5, side - 1 + side % 2) for side in (high, wide))  # odd, no larger than the input
+        size: dict[str, Any] = {"kernel_size": (tall, long), "padding": (tall // 2, long // 2)}
+        layers: list[nn.Module] = []
+        for inputs in (channels, width, width):
+            layers += [nn.Conv2d(inputs, width, **size, padding_mode="circular"), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Identity() if flat else nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(width * high * wide if flat else width, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(pixels))
+
+
 class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -93,8 +114,10 @@ class ResNet(nn.Module):
 
 
 def is_small(name: str) -> bool:
-    """Whether `name` is that of a small network: `mlp:64,64`, `convnet:16`, `resnet20`, `resnet20:8` (width 8)."""
-    return re.fullmatch(r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?", name) is not None
+    """Whether `name` is that of a small network: `mlp:64,64`, `convnet:16`, `resnet20`, `resnet20:8` (width 8),
+    `circular:32`, `circular:32,flat`."""
+    known = r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?"
+    return re.fullmatch(known, name) is not None
 
 
 def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -105,6 +128,9 @@ def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         model: nn.Module = MLP(torch.Size(shape).numel(), hidden, classes)
     elif kind == "convnet":
         model = ConvNet(shape[0], int(rest or 16), classes)
+    elif kind == "circular":
+        width, _, flat = rest.partition(",")
+        model = Circular(shape, int(width), classes, bool(flat))
     else:
         model = ResNet(int(kind.removeprefix("resnet")), classes, shape[0], int(rest or 16))
     colour = kind.startswith("resnet") and shape[0] == 3

@@ -28,6 +28,7 @@ class Prepared:
         train, validation, test: indexable examples that `collate` turns into the tensors of a `Batch`.
         teacher_train: what a teacher that is trained first may see.
         classes: images: number of classes; text: size of the vocabulary.
+        more_tests: further test sets by name (`test_shifted`), judged beside `test`.
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
         hashes: content hashes for the run folder.
         world: the truth behind a synthetic task, for its judge.
@@ -42,6 +43,7 @@ class Prepared:
     tokenizer: Any = None
     input_shape: tuple[int, ...] = ()
     augmentation: Mapping[str, Any] | None = None
+    more_tests: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None

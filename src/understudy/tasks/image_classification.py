@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from understudy.data import collate_images, load_images
+from understudy.data.image_sources import EMBEDDED
 from understudy.models import ClassifierRows, RowModel, load_classifier, normalisation
 from understudy.tasks.base import Prepared, RowTask, merged
 
@@ -42,7 +43,7 @@ class ImageClassification(RowTask):
         """Digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
         data = recipe.get("data") or {}
         data.setdefault("name", "digits")
-        embedded = data["name"] in ("digits", "clusters")
+        embedded = data["name"] in EMBEDDED
         if data["name"] == "digits":
             data.setdefault("limit", 200)
         if data["name"] == "clusters":
@@ -50,14 +51,15 @@ class ImageClassification(RowTask):
         recipe["data"] = data
         if recipe.get("teacher") is None:
             if embedded:
-                recipe["teacher"] = {"model": "mlp:256,256", "train": dict(_TEACHER)}
+                small = "circular:32" if data["name"] == "templates" else "mlp:256,256"
+                recipe["teacher"] = {"model": small, "train": dict(_TEACHER)}
             elif data["name"] == "cifar10":
                 recipe["teacher"] = {"model": "cifar10_resnets/resnet56"}
             else:
                 recipe["teacher"] = {"model": "convnet:32", "train": dict(_TEACHER)}
         if recipe.get("student") is None:
-            small = {"digits": "mlp:24", "clusters": "mlp:48,48"}
-            recipe["student"] = {"model": small.get(data["name"], "resnet8")}
+            students = {"digits": "mlp:24", "clusters": "mlp:48,48", "templates": "mlp:256,256"}
+            recipe["student"] = {"model": students.get(data["name"], "resnet8")}
         recipe["trainer"] = merged(_SMALL if embedded else _REAL, recipe.get("trainer") or {})
         return recipe
 
@@ -75,6 +77,7 @@ class ImageClassification(RowTask):
             input_shape=splits.shape,
             augmentation={} if augment else None,
             notes=list(splits.notes),
+            more_tests=splits.more_tests,
             hashes={"data": splits.hash},
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
@@ -22,6 +22,7 @@ class Shapes:
         classes: of the task.
         features, teacher_features: width before the head, where the method needs it.
         taps, teacher_taps: shape of each tapped output, without the axis of examples.
+        inputs: likewise of each input. tables: what the data stage returned, for modules that start from it.
     """
 
     classes: int
@@ -29,6 +30,8 @@ class Shapes:
     teacher_features: int | None = None
     taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     teacher_taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -50,6 +53,7 @@ def probe(
     sides: Mapping[str, RowModel | None],
     taps: Mapping[str, Mapping[str, nn.Module]],
     batch: Batch,
+    tables: Mapping[str, Tensor] | None = None,
 ) -> Shapes:
     """The shapes a method sees on `batch`: it asks each side for what its `needs` and taps name."""
     found: dict[str, Any] = {}
@@ -62,4 +66,5 @@ def probe(
             raise InputError(f"The {side} shows no features before its classifier, which {method.name!r} needs.")
         found[f"{prefix}features"] = rows.features.shape[-1] if rows.features is not None else None
         found[f"{prefix}taps"] = {name: tuple(value.shape[1:]) for name, value in rows.taps.items()}
-    return Shapes(classes, **found)
+    found["inputs"] = {name: tuple(value.shape[1:]) for name, value in batch.inputs.items()}
+    return Shapes(classes, **found, tables=dict(tables or {}))

@@ -1,0 +1,55 @@
+"""Inputs as one picture, for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+SIDE = 64
+"""Pixels of the picture that the higher side of an input takes, at least."""
+
+
+def picture_grid(rows: Sequence[Tensor]) -> Pixels:
+    """A picture `[height, width, 3]`, uint8, with one row of cells for each batch.
+
+    Args:
+        rows: batches `[examples, channels, height, width]` of one shape: images in [0, 1] with one or three channels,
+            or signals (height 1), whose first channel is drawn as a line on one scale for all.
+    """
+    every = torch.stack([r.detach().float().cpu() for r in rows])
+    every = torch.nan_to_num(every, nan=0.0, posinf=0.0, neginf=0.0)
+    if every.shape[-2] == 1:
+        low, high = float(every.min()), float(every.max())
+        places = (every[:, :, 0, 0] - low) / max(high - low, 1e-12)
+        cells = [[_signal(places[i, j].numpy()) for j in range(every.shape[1])] for i in range(len(rows))]
+    else:
+        zoom = max(1, SIDE // max(every.shape[-2:]))
+        cells = [[_image(every[i, j], zoom) for j in range(every.shape[1])] for i in range(len(rows))]
+    return np.concatenate([np.concatenate(row, 1) for row in cells], 0)
+
+
+def _framed(cell: Pixels) -> Pixels:
+    return np.pad(cell, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+
+
+def _image(pixels: Tensor, zoom: int) -> Pixels:
+    colours = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    values = (colours.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return _framed(values.repeat(zoom, 0).repeat(zoom, 1))
+
+
+def _signal(places: np.ndarray[Any, Any], height: int = SIDE) -> Pixels:
+    """A line through heights in [0, 1], from left to right."""
+    wide = 3 * (len(places) - 1) + 1
+    heights = np.interp(np.arange(wide) / 3, np.arange(len(places)), places)
+    level = np.round((1 - heights) * (height - 1)).astype(int)
+    cell = np.full((height, wide, 3), 240, dtype=np.uint8)
+    for x, (a, b) in enumerate(zip(level, np.append(level[1:], level[-1]), strict=True)):
+        cell[min(a, b) : max(a, b) + 1, x] = (0, 60, 120)
+    return _framed(cell)

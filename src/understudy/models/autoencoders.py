@@ -1,0 +1,107 @@
+"""Autoencoders to perturb inputs in: a small one that is trained here, or one of diffusers in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from understudy.data.folders import find
+from understudy.errors import InputError
+from understudy.models.small import load_weights
+
+
+class Autoencoder(nn.Module):
+    """One hidden layer each way between inputs of `shape` and `latent` numbers."""
+
+    def __init__(self, shape: tuple[int, ...], latent: int = 16, hidden: int = 256) -> None:
+        super().__init__()
+        self.shape, self.sizes = tuple(shape), (latent, hidden)
+        inputs = torch.Size(shape).numel()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, inputs))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """`[examples, latent]`."""
+        return self.encoder(x)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """`[examples, *shape]`."""
+        return self.decoder(latent).view(-1, *self.shape)
+
+    def fit(self, x: Tensor, *, steps: int = 1000, batch: int = 128, learning_rate: float = 1e-3) -> Autoencoder:
+        """Train on the squared error of reconstruction, in the order the global generator gives."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
+        for _ in range(steps):
+            chosen = x[torch.randint(len(x), (batch,)).to(x.device)]
+            optimizer.zero_grad()
+            F.mse_loss(self.decode(self.encode(chosen)), chosen).backward()
+            optimizer.step()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`, for `load_autoencoder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, str(folder / "model.safetensors"))
+        facts = {"understudy_autoencoder": self.sizes, "shape": self.shape}
+        (folder / "config.json").write_text(json.dumps(facts, indent=1))
+
+
+class _OfDiffusers(nn.Module):
+    """An autoencoder of diffusers, which takes images in [−1, 1] and may draw its latents; here they are their mean."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode(self, x: Tensor) -> Tensor:
+        found = self.model.encode(2 * x - 1)  # type: ignore[operator]
+        return found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return (self.model.decode(latent).sample + 1) / 2  # type: ignore[operator]
+
+
+def load_autoencoder(name: str, shape: tuple[int, ...]) -> nn.Module:
+    """A module with `encode` and `decode` for inputs of `shape`, from a folder: one of ours, or of diffusers."""
+    path = find(name)
+    if path is None or not (path / "config.json").is_file():
+        raise InputError(f"Autoencoder {name!r} is not a folder with a config.json. Leave it out to have one trained.")
+    try:
+        facts = json.loads((path / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}/config.json is not valid JSON: {error}.") from error
+    if "understudy_autoencoder" in facts:
+        own = Autoencoder(tuple(facts["shape"]), *facts["understudy_autoencoder"])
+        load_weights(own, path / "model.safetensors")
+        model: nn.Module = own
+    else:
+        model = _OfDiffusers(_diffusers(path, str(facts.get("_class_name"))))
+    try:
+        with torch.no_grad():
+            back = tuple(model.decode(model.encode(torch.zeros(1, *shape))).shape[1:])  # type: ignore[operator]
+    except RuntimeError:
+        back = None
+    if back != tuple(shape):
+        raise InputError(
+            f"Autoencoder {name} does not give back inputs of shape {list(shape)}, which the data has. Choose one that "
+            "was trained on this data, or leave it out to have one trained."
+        )
+    return model
+
+
+def _diffusers(path: Path, kind: str) -> nn.Module:
+    try:
+        import diffusers
+    except ImportError:
+        raise InputError(f"Autoencoder {path} needs the extra: pip install understudy[diffusion].") from None
+    if not kind.startswith("Autoencoder") or not hasattr(diffusers, kind):
+        raise InputError(f"{path} holds a {kind}, not an autoencoder of diffusers nor one of ours.")
+    try:
+        return getattr(diffusers, kind).from_pretrained(str(path), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"Autoencoder {path} cannot be loaded: {str(error).splitlines()[0]}") from error

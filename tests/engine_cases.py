@@ -29,6 +29,7 @@ OPTIONS = {
     "taid": {"alpha": 0.2, "distil_ratio": 0.8},
     "dhkd": {"head": "nonlinear", "align": "all"},
     "trg": {"group": 4, "k": 3},
+    "lelp": {"subclasses": 2, "fit_on": "teacher_train", "alpha": 0.1, "strict": False},
 }
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from understudy.data.folders import find
 from understudy.errors import InputError, nearest
 
-EMBEDDED = ("digits", "clusters")
+EMBEDDED = ("digits", "clusters", "subclusters")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -28,10 +28,11 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         pixels: `[images, channels, height, width]`, uint8 (0 … 255) or float features.
         labels: `[images]`, int64.
         ids: `[images]`, int64.
+        parts: `[images, 2]`, int64, the true class and subclass of each, where subclasses are known.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, ids: Tensor) -> None:
-        self.pixels, self.labels, self.ids = pixels, labels, ids
+    def __init__(self, pixels: Tensor, labels: Tensor, ids: Tensor, parts: Tensor | None = None) -> None:
+        self.pixels, self.labels, self.ids, self.parts = pixels, labels, ids, parts
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,7 +41,8 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         return self.pixels[index], int(self.labels[index]), int(self.ids[index])
 
     def select(self, index: Tensor | slice) -> ImageSet:
-        return ImageSet(self.pixels[index], self.labels[index], self.ids[index])
+        parts = self.parts[index] if self.parts is not None else None
+        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], parts)
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
@@ -48,6 +50,8 @@ def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[d
         return _digits()
     if name == "clusters":
         return _clusters(int(spec.get("seed", 0)))
+    if name == "subclusters":
+        return _subclusters(int(spec.get("seed", 0)))
     path = find(name)
     if path is None:
         if "/" not in name or name.startswith((".", "/", "~")):
@@ -106,6 +110,21 @@ def _clusters(
     return {"train": every.select(slice(3000, None)), "test": every.select(slice(0, 3000))}, [
         str(i) for i in range(classes)
     ]
+
+
+def _subclusters(seed: int, parts: int = 5, width: int = 20) -> tuple[dict[str, ImageSet], list[str]]:
+    """Two classes of five Gaussian clusters each in 20 dimensions: unit variance, centres of variance 1.2².
+
+    Kept as float features of shape [1, 1, 20]; each example knows its cluster. 7,000 training examples, 4,000 for test.
+    """
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(2 * parts, width)) * 1.2
+    cluster = rng.integers(0, 2 * parts, size=11_000)
+    values = centres[cluster] + rng.normal(size=(len(cluster), width))
+    fine = torch.from_numpy(cluster).long()
+    pixels, labels = torch.from_numpy(values).float()[:, None, None], fine // parts
+    every = ImageSet(pixels, labels, torch.arange(len(labels)), torch.stack([labels, fine], 1))
+    return {"train": every.select(slice(4000, None)), "test": every.select(slice(0, 4000))}, ["0", "1"]
 
 
 def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:

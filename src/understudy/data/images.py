@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.data.batch import IGNORE
+from understudy.data.batch import IGNORE, UNLABELLED
 from understudy.data.image_sources import ImageSet, read_source
 from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"}
+OPTIONS = {
+    *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
+    *("modulo", "label_map", "unlabelled"),
+}
 
 
 def collate_images(items: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
@@ -52,7 +55,9 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     Args:
         spec: `name` (`digits`, `clusters`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
             examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part), `imbalance`
-            (training examples of the first class for one of the last, falling by a constant factor between).
+            (training examples of the first class for one of the last, falling by a constant factor between), `modulo` or
+            `label_map` (coarser classes: the label modulo a number, or a new class for each; the old labels stay known as
+            subclasses), `unlabelled` (hide the labels of the student's training part).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     """
@@ -62,6 +67,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     name = str(spec["name"])
     notes: list[str] = []
     pools, classes = read_source(name, spec, notes)
+    pools, classes = _coarser(pools, classes, spec)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     if test is None:
@@ -80,6 +86,9 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
     teacher_train = pool.select(slice(0, teacher_limit))
     student = teacher_train if spec.get("for_teacher") else pool.select(slice(0, limit))
+    if spec.get("unlabelled") and not spec.get("for_teacher"):
+        student = ImageSet(student.pixels, torch.full_like(student.labels, UNLABELLED), student.ids, student.parts)
+        notes.append("The student's training part is used without its labels.")
     parts = {"train": student, "validation": validation, "test": test}
     for split, part in parts.items():
         _check(name, split, part, len(classes))
@@ -87,6 +96,32 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     for part in (*parts.values(),):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     return Splits(**parts, classes=classes, teacher_train=teacher_train, notes=notes, hash=digest.hexdigest())
+
+
+def _coarser(
+    pools: dict[str, ImageSet], classes: list[str], spec: Mapping[str, Any]
+) -> tuple[dict[str, ImageSet], list[str]]:
+    """Classes merged as `modulo` or `label_map` says; labels that do not count are left as they are."""
+    modulo, chosen = spec.get("modulo"), spec.get("label_map")
+    if modulo is None and chosen is None:
+        return pools, classes
+    if modulo is not None and chosen is not None:
+        raise InputError("data.modulo and data.label_map both say what the classes are: give one.")
+    if modulo is not None and not (type(modulo) is int and 2 <= modulo <= len(classes)):
+        raise InputError(f"data.modulo is {modulo!r} and must be a whole number from 2 to the {len(classes)} classes.")
+    new = [i % modulo for i in range(len(classes))] if modulo is not None else chosen
+    if not isinstance(new, list) or len(new) != len(classes) or set(new) != set(range(len(set(new)))):
+        raise InputError(
+            f"data.label_map must be a list of a new class for each of the {len(classes)} classes, numbered from 0 without gaps."
+        )
+    for split, part in pools.items():
+        _check(str(spec["name"]), split, part, len(classes))
+    into = torch.tensor(new)
+    out = {}
+    for split, part in pools.items():
+        labels = torch.where(part.labels >= 0, into[part.labels.clamp(min=0)], part.labels)
+        out[split] = ImageSet(part.pixels, labels, part.ids, torch.stack([labels, part.labels], 1))
+    return out, [str(i) for i in range(int(into.max()) + 1)]
 
 
 def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:
@@ -116,6 +151,10 @@ def _check(name: str, split: str, part: ImageSet, classes: int) -> None:
     labels = part.labels[part.labels != IGNORE]
     if len(labels) == 0:
         raise InputError(f"{name}: no example of the {split} split has a label.")
+    if split == "train":
+        labels = labels[labels != UNLABELLED]
+    if labels.numel() == 0:
+        return
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         wrong = int(labels.min() if labels.min() < 0 else labels.max())
         raise InputError(f"{name}: label {wrong} in the {split} split is outside 0 … {classes - 1}.")

@@ -42,11 +42,14 @@ class ImageClassification(RowTask):
         """Digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
         data = recipe.get("data") or {}
         data.setdefault("name", "digits")
-        embedded = data["name"] in ("digits", "clusters")
+        embedded = data["name"] in ("digits", "clusters", "subclusters")
         if data["name"] == "digits":
             data.setdefault("limit", 200)
         if data["name"] == "clusters":
             data.setdefault("limit", 1600)
+        if data["name"] == "subclusters":
+            data.setdefault("limit", 100)
+            data.setdefault("teacher_limit", 6000)
         recipe["data"] = data
         if recipe.get("teacher") is None:
             if embedded:
@@ -56,7 +59,7 @@ class ImageClassification(RowTask):
             else:
                 recipe["teacher"] = {"model": "convnet:32", "train": dict(_TEACHER)}
         if recipe.get("student") is None:
-            small = {"digits": "mlp:24", "clusters": "mlp:48,48"}
+            small = {"digits": "mlp:24", "clusters": "mlp:48,48", "subclusters": "mlp:16"}
             recipe["student"] = {"model": small.get(data["name"], "resnet8")}
         recipe["trainer"] = merged(_SMALL if embedded else _REAL, recipe.get("trainer") or {})
         return recipe

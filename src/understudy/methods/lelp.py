@@ -130,18 +130,24 @@ class LELP(Method):
         taps = self.taps("teacher", work.teacher, next(work.batches("train", 2)))
         features = self.teacher_layer is None
         teacher = LocalTeacher(work.teacher, "teacher", freeze=False, features=features, taps=taps)
-        rows = [(batch, self._read(teacher.rows(batch), batch)) for batch in work.batches(self.fit_on)]
-        embeddings, logits = (torch.cat([read[i] for _, read in rows]) for i in (0, 1))
-        labels, ids = torch.cat([b.row_labels for b, _ in rows]), torch.cat([_ids(b) for b, _ in rows])
-        guess = logits.argmax(1)
-        classes = logits.shape[1]
+        read = [
+            (*self._read(teacher.rows(batch), batch), batch.row_labels, _ids(batch))
+            for batch in work.batches(self.fit_on)
+        ]
+        embeddings, logits, labels, ids = (torch.cat(column) for column in zip(*read, strict=True))
+        broken = ~embeddings.isfinite().all(1)
+        if bool(broken.any()):
+            raise InputError(
+                f"The teacher's embedding of example {int(ids[broken][0])} is not finite: look at that example, or load the "
+                "teacher in float32."
+            )
         projector = self._projector(work.teacher, embeddings, logits)
         x = embeddings.double() if projector is None else embeddings.double() @ projector
-        known = Known(x, guess if self.assign == "teacher" else torch.where(labels < 0, guess, labels), ids)
-        parts = getattr(work.examples(self.fit_on), "parts", None)
-        if parts is not None:
-            places = {int(i): n for n, i in enumerate(work.examples(self.fit_on).ids.tolist())}
-            known = known._replace(parts=parts[[places[int(i)] for i in ids]].to(ids.device))
+        by_teacher = torch.ones_like(labels, dtype=torch.bool) if self.assign == "teacher" else labels < 0
+        known = Known(
+            x, torch.where(by_teacher, logits.argmax(1), labels), ids, _parts(work.examples(self.fit_on), ids)
+        )
+        classes = logits.shape[1]
         shape = Shape(classes, self.subclasses, self.rotation_seed, projector, self.strict, self.rotate, self.normalise)
         tables = {k: v.cpu() for k, v in SPLITTERS[self.split].fit(known, shape).items()}
         if float(tables.get("scale", torch.ones(1)).min()) == 0:
@@ -255,6 +261,15 @@ class LELP(Method):
 def _ids(batch: Batch) -> Tensor:
     """The example id of each row."""
     return batch.ids[batch.sequence]
+
+
+def _parts(examples: Any, ids: Tensor) -> Tensor | None:
+    """True class and subclass of each row, where the examples know them."""
+    if getattr(examples, "parts", None) is None:
+        return None
+    order = examples.ids.argsort()
+    found: Tensor = examples.parts[order[lookup(ids.cpu(), examples.ids[order])]]
+    return found.to(ids.device)
 
 
 @torch.no_grad()

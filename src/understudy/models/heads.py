@@ -67,7 +67,7 @@ def replace_head(rows: ClassifierRows, outputs: int, *, seed: int = 0) -> nn.Lin
     old = rows.model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed((seed + 1) * 1_000_003)  # not the stream that the body was drawn from
         head = nn.Linear(old.in_features, outputs, old.bias is not None)
     put_head(rows.model, name, head)
     set_classes(rows, outputs)

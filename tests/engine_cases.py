@@ -38,6 +38,7 @@ OPTIONS = {
         "spread": 0.3,
         "augmentor_rate": 0.1,
     },
+    "lelp": {"subclasses": 2, "fit_on": "teacher_train", "alpha": 0.1, "strict": False},
 }
 
 

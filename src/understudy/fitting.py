@@ -40,10 +40,10 @@ def trainer_for(
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     local: Teacher | None = None
-    if "teacher" in method.needs and recipe.teacher is not None and recipe.teacher.cache is not None:
+    if "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.cache is not None:
         local = _cached(recipe.teacher.cache, method, prepared)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    sides = {"student": student, "teacher": teacher if "teacher" in method.needs else None}
+    sides = {"student": student, "teacher": teacher if "teacher" in method.asks else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
     shapes = probe(method, prepared.classes, sides, taps, example, tables)
     apprentice = Apprentice(
@@ -52,10 +52,10 @@ def trainer_for(
     callbacks: list[TrainerCallback] = [StopOnSignal()]
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
-    if teacher is not None and "teacher" in method.needs:
+    if teacher is not None and "teacher" in method.asks:
         device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
         name = recipe.teacher.model if recipe.teacher else "teacher"
-        asks = "teacher_features" in method.needs
+        asks = "teacher_features" in method.asks
         local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"])
     return DistillationTrainer(
         apprentice,
@@ -98,7 +98,7 @@ def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
     path = find(folder)
     if path is None:
         raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
-    if "teacher_features" in method.needs or type(method).taps is not Method.taps:
+    if "teacher_features" in method.asks or type(method).taps is not Method.taps:
         raise InputError(
             f"Method {method.name!r} reads inside the teacher and a cache keeps its outputs alone: give the live teacher."
         )

@@ -171,7 +171,9 @@ def _stage(
 ) -> Stage:
     splits = {name: prepared.split(name) for name in ("train", "validation", "test")}
     key = f"{hashes.get('teacher')} {hashes.get('data')}"
-    return Stage(student, teacher, splits, prepared.collate, prepared.classes, home / "store", key, recipe.seed)
+    shared = home / "store"
+    seen = prepared.teacher_train
+    return Stage(student, teacher, splits, prepared.collate, prepared.classes, shared, key, recipe.seed, seen)
 
 
 def _carry_out(recipe: Recipe, folder: Path, progress: bool) -> Result:

@@ -50,6 +50,7 @@ class Claim:
     Args:
         statement: one sentence. recipe: what all arms share. arms: by label; each has as many candidates.
         tuned_on: the validation metric candidates are chosen by, and whether higher is better.
+        new_data: each seed draws data of its own (for built-in sets that take `data.seed`), and trains a teacher on it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Claim:
     arms: Mapping[str, Arm]
     checks: Sequence[Check]
     tuned_on: tuple[str, bool]
+    new_data: bool = False
 
 
 def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, jud
     arm = claim.arms[label]
     over = arm.candidates[candidate]
     base = {**claim.recipe, **arm.recipe}
+    if claim.new_data:
+        base["data"] = {**base["data"], "seed": seed}
     return make(
         base
         | {

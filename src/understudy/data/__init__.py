@@ -1,7 +1,7 @@
 """Data: formats, batches of rows, built-in sets, sources."""
 
 from understudy.data.augment import augment
-from understudy.data.batch import IGNORE, Batch
+from understudy.data.batch import IGNORE, UNLABELLED, Batch
 from understudy.data.folders import data_folder, find
 from understudy.data.image_sources import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
@@ -12,6 +12,7 @@ from understudy.data.tokenize import Counts, TextSet, collate_text, encode, show
 
 __all__ = [
     "IGNORE",
+    "UNLABELLED",
     "Batch",
     "Counts",
     "ImageSet",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+UNLABELLED = -1
+"""The label of a row that counts and has none: for methods that learn from the teacher alone."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from understudy.data.folders import find
 from understudy.errors import InputError, nearest
 
-EMBEDDED = ("digits", "clusters", "templates")
+EMBEDDED = ("digits", "clusters", "subclusters", "templates")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -29,10 +29,13 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         labels: `[images]`, int64.
         ids: `[images]`, int64.
         clean: `[images]`, the labels before noise was added to them, if it was.
+        parts: `[images, 2]`, int64, the true class and subclass of each, where subclasses are known.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, ids: Tensor, clean: Tensor | None = None) -> None:
-        self.pixels, self.labels, self.ids, self.clean = pixels, labels, ids, clean
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, ids: Tensor, clean: Tensor | None = None, parts: Tensor | None = None
+    ) -> None:
+        self.pixels, self.labels, self.ids, self.clean, self.parts = pixels, labels, ids, clean, parts
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,8 +44,12 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         return self.pixels[index], int(self.labels[index]), int(self.ids[index])
 
     def select(self, index: Tensor | slice) -> ImageSet:
-        clean = self.clean[index] if self.clean is not None else None
-        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean)
+        clean, parts = (v[index] if v is not None else None for v in (self.clean, self.parts))
+        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean, parts)
+
+    def relabelled(self, labels: Tensor, clean: Tensor | None = None) -> ImageSet:
+        """The same images under other labels."""
+        return ImageSet(self.pixels, labels, self.ids, clean if clean is not None else self.clean, self.parts)
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
@@ -52,6 +59,8 @@ def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[d
         return _clusters(int(spec.get("seed", 0)))
     if name == "templates":
         return _templates(int(spec.get("seed", 0)))
+    if name == "subclusters":
+        return _subclusters(int(spec.get("seed", 0)))
     path = find(name)
     if path is None:
         if "/" not in name or name.startswith((".", "/", "~")):
@@ -135,6 +144,21 @@ def _templates(
         pixels = torch.from_numpy(values).float()[:, None, None]
         parts[split] = ImageSet(pixels, torch.from_numpy(labels).long(), torch.arange(number))
     return parts, [str(i) for i in range(classes)]
+
+
+def _subclusters(seed: int, parts: int = 5, width: int = 20) -> tuple[dict[str, ImageSet], list[str]]:
+    """Two classes of five Gaussian clusters each in 20 dimensions: unit variance, centres of variance 1.2².
+
+    Kept as float features of shape [1, 1, 20]; each example knows its cluster. 7,000 training examples, 4,000 for test.
+    """
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(2 * parts, width)) * 1.2
+    cluster = rng.integers(0, 2 * parts, size=11_000)
+    values = centres[cluster] + rng.normal(size=(len(cluster), width))
+    fine = torch.from_numpy(cluster).long()
+    pixels, labels = torch.from_numpy(values).float()[:, None, None], fine // parts
+    every = ImageSet(pixels, labels, torch.arange(len(labels)), parts=torch.stack([labels, fine], 1))
+    return {"train": every.select(slice(4000, None)), "test": every.select(slice(0, 4000))}, ["0", "1"]
 
 
 def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:

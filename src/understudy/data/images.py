@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.data.batch import IGNORE
+from understudy.data.batch import IGNORE, UNLABELLED
 from understudy.data.image_sources import ImageSet, read_source
 from understudy.data.noise import uniform
 from understudy.errors import InputError, nearest
@@ -19,6 +19,7 @@ from understudy.errors import InputError, nearest
 OPTIONS = {
     *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
     *("validation_size", "with_validation", "label_noise", "teacher_random_classes"),
+    *("modulo", "label_map", "unlabelled"),
 }
 
 
@@ -64,7 +65,9 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             `validation_size` (examples to set aside where there is no validation split), `with_validation` (true: the
             student trains on the validation examples too, for a last fit), `label_noise` (share of the student's
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
-            labels where the teacher is trained), `seed` (of such noise, and of `clusters`).
+            labels where the teacher is trained), `seed` (of such noise, and of `clusters`),
+            `modulo` or `label_map` (coarser classes: the label modulo a number, or a new class for each; the old labels
+            stay known as subclasses), `unlabelled` (hide the labels of the student's training part).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.
@@ -75,6 +78,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     name = str(spec["name"])
     notes: list[str] = []
     pools, classes = read_source(name, spec, notes)
+    pools, classes = _coarser(pools, classes, spec)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     if test is None:
@@ -99,6 +103,9 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     student = teacher_train if spec.get("for_teacher") else _noisy(pool.select(slice(0, limit)), spec, len(classes))
     if _flag(spec, "with_validation") and not spec.get("for_teacher"):
         student = _joined(student, validation)
+    if _flag(spec, "unlabelled") and not spec.get("for_teacher"):
+        student = student.relabelled(torch.full_like(student.labels, UNLABELLED))
+        notes.append("The student's training part is used without its labels.")
     parts = {"train": student, "validation": validation, "test": test}
     more = {split: part for split, part in pools.items() if split.startswith("test_")}
     for split, part in {**parts, **more}.items():
@@ -107,6 +114,32 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     for part in (*parts.values(), *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more)
+
+
+def _coarser(
+    pools: dict[str, ImageSet], classes: list[str], spec: Mapping[str, Any]
+) -> tuple[dict[str, ImageSet], list[str]]:
+    """Classes merged as `modulo` or `label_map` says; labels that do not count are left as they are."""
+    modulo, chosen = spec.get("modulo"), spec.get("label_map")
+    if modulo is None and chosen is None:
+        return pools, classes
+    if modulo is not None and chosen is not None:
+        raise InputError("data.modulo and data.label_map both say what the classes are: give one.")
+    if modulo is not None and not (type(modulo) is int and 2 <= modulo <= len(classes)):
+        raise InputError(f"data.modulo is {modulo!r} and must be a whole number from 2 to the {len(classes)} classes.")
+    new = [i % modulo for i in range(len(classes))] if modulo is not None else chosen
+    if not isinstance(new, list) or len(new) != len(classes) or set(new) != set(range(len(set(new)))):
+        raise InputError(
+            f"data.label_map must be a list of a new class for each of the {len(classes)} classes, numbered from 0 without gaps."
+        )
+    for split, part in pools.items():
+        _check(str(spec["name"]), split, part, len(classes))
+    into = torch.tensor(new)
+    out = {}
+    for split, part in pools.items():
+        labels = torch.where(part.labels >= 0, into[part.labels.clamp(min=0)], part.labels)
+        out[split] = ImageSet(part.pixels, labels, part.ids, parts=torch.stack([labels, part.labels], 1))
+    return out, [str(i) for i in range(int(into.max()) + 1)]
 
 
 def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:
@@ -131,7 +164,7 @@ def _noisy(part: ImageSet, spec: Mapping[str, Any], classes: int) -> ImageSet:
     drawn = _draw(part, spec, 1)
     chosen = torch.zeros(len(part), dtype=torch.bool)
     chosen[drawn.argsort()[: round(share * len(part))]] = True
-    return _relabelled(part, chosen & (part.labels != IGNORE), _draw(part, spec, 2), classes)
+    return _relabelled(part, chosen & (part.labels >= 0), _draw(part, spec, 2), classes)
 
 
 def _mistaught(part: ImageSet, spec: Mapping[str, Any], classes: list[str]) -> ImageSet:
@@ -156,7 +189,7 @@ def _draw(part: ImageSet, spec: Mapping[str, Any], stream: int) -> Tensor:
 
 def _relabelled(part: ImageSet, chosen: Tensor, drawn: Tensor, classes: int) -> ImageSet:
     labels = torch.where(chosen, (drawn * classes).long(), part.labels)
-    return ImageSet(part.pixels, labels, part.ids, part.labels)
+    return part.relabelled(labels, clean=part.labels)
 
 
 def _joined(a: ImageSet, b: ImageSet) -> ImageSet:
@@ -189,6 +222,10 @@ def _check(name: str, split: str, part: ImageSet, classes: int) -> None:
     labels = part.labels[part.labels != IGNORE]
     if len(labels) == 0:
         raise InputError(f"{name}: no example of the {split} split has a label.")
+    if split == "train":
+        labels = labels[labels != UNLABELLED]
+    if labels.numel() == 0:
+        return
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         wrong = int(labels.min() if labels.min() < 0 else labels.max())
         raise InputError(f"{name}: label {wrong} in the {split} split is outside 0 … {classes - 1}.")

@@ -28,4 +28,8 @@ def check_labels(loss: str, labels: Tensor, classes: int) -> None:
     low, high = torch.aminmax(labels)
     if low < 0 or high >= classes:
         wrong = int(low if low < 0 else high)
+        if wrong == -1:
+            raise InputError(
+                f"{loss} needs labels and there is an example without one (label -1): use a method without."
+            )
         raise InputError(f"{loss}: label {wrong} is outside 0 … {classes - 1}. Check the label column.")

@@ -1,5 +1,6 @@
 """Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
 
+from understudy.models.heads import SubclassHead, replace_head
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
 from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, evaluating, find_head, state_hash
 from understudy.models.sequences import SequenceRows
@@ -12,6 +13,7 @@ __all__ = [
     "RowModel",
     "Rows",
     "SequenceRows",
+    "SubclassHead",
     "compare_tokenizers",
     "evaluating",
     "find_head",
@@ -21,6 +23,7 @@ __all__ = [
     "load_small",
     "load_tokenizer",
     "normalisation",
+    "replace_head",
     "save_small",
     "state_hash",
     "tokenizer_hashes",

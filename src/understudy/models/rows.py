@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.models.heads import head_name
 from understudy.models.small import save_small
 from understudy.models.taps import tapped
 from understudy.targets import Dense, Projected
@@ -98,6 +99,7 @@ class ClassifierRows(RowModel):
         super().__init__()
         self.model, self.classes, self.normalise = model, classes, normalise
         self.padding = 0
+        self.class_names: tuple[dict[int, str], dict[str, int]] | None = None  # while another head is in place
 
     def answer(self, batch: Batch, features: bool) -> Rows:
         pixels = batch.inputs["pixel_values"]
@@ -106,7 +108,7 @@ class ClassifierRows(RowModel):
             pixels = (pixels - mean) / deviation
         dtype = next(self.model.parameters()).dtype
         if not features:
-            return Rows(Dense(batch.select(_logits(self.model(pixels.to(dtype))))))
+            return Rows(Dense(batch.select(self._logits(pixels.to(dtype)))))
         head = find_head(self)
         if head is None:
             raise InputError(
@@ -115,16 +117,19 @@ class ClassifierRows(RowModel):
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
-            logits = _logits(self.model(pixels.to(dtype)))
+            logits = self._logits(pixels.to(dtype))
         finally:
             hook.remove()
         if not seen:
             raise InputError(f"The head of {type(self.model).__name__} was never called: its features cannot be read.")
         return Rows(Dense(batch.select(logits)), batch.select(seen[-1]))
 
-
-def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
+    def _logits(self, pixels: Tensor) -> Tensor:
+        output = self.model(pixels)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
+            return torch.cat([torch.zeros_like(logits), logits], -1)
+        return logits
 
 
 class CausalLMRows(RowModel):
@@ -185,8 +190,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def find_head(rows: RowModel) -> nn.Module | None:
     """The classifier or output head of a model: an LM's output embeddings, or the last linear layer of its classes."""
     if isinstance(rows, ClassifierRows):
-        linear = [m for m in rows.model.modules() if isinstance(m, nn.Linear) and m.out_features == rows.classes]
-        return linear[-1] if linear else None
+        name = head_name(rows.model, rows.classes)
+        return rows.model.get_submodule(name) if name is not None else None
     getter = getattr(rows.model, "get_output_embeddings", None)
     return getter() if getter is not None else None
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from understudy.errors import InputError
+from understudy.models.heads import SubclassHead, head_name, put_head
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -160,6 +161,12 @@ def load_small(folder: Path) -> nn.Module:
     """Read what `save_small` wrote."""
     facts = json.loads((folder / "config.json").read_text())
     model = build_small(facts["understudy_model"], facts["classes"], tuple(facts["shape"]))
+    if "subclasses" in facts:
+        name = head_name(model, facts["classes"])
+        assert name is not None
+        inputs = model.get_submodule(name).in_features
+        put_head(model, name, SubclassHead(inputs, facts["classes"], facts["subclasses"]))  # type: ignore[arg-type]
+        model.understudy["subclasses"] = facts["subclasses"]  # type: ignore[index,operator]
     load_weights(model, folder / "model.safetensors")
     return model
 

@@ -48,6 +48,9 @@ class ImageClassification(RowTask):
             data.setdefault("limit", 200)
         if data["name"] == "clusters":
             data.setdefault("limit", 1600)
+        if data["name"] == "subclusters":
+            data.setdefault("limit", 100)
+            data.setdefault("teacher_limit", 6000)
         recipe["data"] = data
         if recipe.get("teacher") is None:
             if embedded:
@@ -58,7 +61,12 @@ class ImageClassification(RowTask):
             else:
                 recipe["teacher"] = {"model": "convnet:32", "train": dict(_TEACHER)}
         if recipe.get("student") is None:
-            students = {"digits": "mlp:24", "clusters": "mlp:48,48", "templates": "mlp:256,256"}
+            students = {
+                "digits": "mlp:24",
+                "clusters": "mlp:48,48",
+                "subclusters": "mlp:16",
+                "templates": "mlp:256,256",
+            }
             recipe["student"] = {"model": students.get(data["name"], "resnet8")}
         recipe["trainer"] = merged(_SMALL if embedded else _REAL, recipe.get("trainer") or {})
         return recipe

@@ -69,7 +69,7 @@ class Apprentice(nn.Module):
 
     def forward(self, batch: Batch, teacher: Rows | None) -> dict[str, Tensor]:
         """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""
-        rows = self.student(batch, "features" in self.method.needs, self._taps)
+        rows = self.student(batch, "features" in self.method.asks, self._taps)
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
             terms = self.method.loss(rows, teacher, batch, self.live)

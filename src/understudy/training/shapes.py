@@ -55,10 +55,10 @@ def probe(
     batch: Batch,
     tables: Mapping[str, Tensor] | None = None,
 ) -> Shapes:
-    """The shapes a method sees on `batch`: it asks each side for what its `needs` and taps name."""
+    """The shapes a method sees on `batch`: each side shows what the method asks of it and taps."""
     found: dict[str, Any] = {}
     for side, prefix in (("student", ""), ("teacher", "teacher_")):
-        model, asks = sides[side], f"{prefix}features" in method.needs
+        model, asks = sides[side], f"{prefix}features" in method.asks
         if model is None or not (asks or taps[side]):
             continue
         rows = look(model, batch, features=asks, taps=taps[side])

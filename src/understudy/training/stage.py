@@ -24,6 +24,7 @@ class Stage:
     Args:
         student, teacher: as they are at the time. splits: examples of `train`, `validation` and `test`.
         collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
+        teacher_train: what a teacher that is trained first may see.
         store: a folder that comparisons share. key: hash of teacher and data. seed: of the run.
     """
 
@@ -35,10 +36,15 @@ class Stage:
     store: Path
     key: str
     seed: int = 0
+    teacher_train: Any = None
+
+    def examples(self, split: str) -> Any:
+        """A split, or `teacher_train`."""
+        return self.teacher_train if split == "teacher_train" else self.splits[split]
 
     def batches(self, split: str, size: int = 64) -> Iterator[Batch]:
         """A split in order, as it is without augmentation, on the student's device."""
-        examples = self.splits[split]
+        examples = self.examples(split)
         device = next(self.student.parameters()).device
         for start in range(0, len(examples), size):
             chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]

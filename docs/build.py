@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from understudy.catalogue import catalogue
-from understudy.pages import page, table
+from understudy.pages import drawing, page, table
 
 
 def build(folder: Path) -> None:
@@ -18,6 +18,9 @@ def build(folder: Path) -> None:
     readme = folder.parent / "README.md"
     head = readme.read_text(encoding="utf-8").split("## Catalogue\n")[0]
     readme.write_text(f"{head}## Catalogue\n\n{table()}\n", encoding="utf-8")
+    house = folder / "architecture.md"
+    before, _, rest = house.read_text(encoding="utf-8").partition("```mermaid")
+    house.write_text(before + drawing() + rest.partition("```")[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from understudy.catalogue import catalogue, find, papers
 from understudy.errors import InputError
 from understudy.methods import all_methods
-from understudy.pages import page, table
+from understudy.pages import drawing, page, rooms, table
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
@@ -88,6 +88,22 @@ def test_committed_pages_are_current():
             assert (docs / "methods" / f"{entry.name}.md").read_text() == page(entry) + "\n", "run `make docs`"
     assert table() in (docs / "catalogue.md").read_text()
     assert table() in (ROOT / "README.md").read_text()
+    assert drawing() in (docs / "architecture.md").read_text(), "run `make docs`"
+
+
+def test_the_drawing_knows_every_import():
+    found = rooms()
+    assert set(found) | {"errors"} == set(ROOMS)
+    assert "losses" in found["methods"] and not found["losses"] & {"methods", "training", "models"}
+
+
+def test_a_drawing_without_implied_arrows_says_the_same():
+    edges = [line.split(" --> ") for line in drawing().splitlines() if " --> " in line]
+    reach = {}
+    for room in ROOMS:  # in order, so what a room imports is known before it
+        own = {b.strip() for a, b in edges if a.strip() == room}
+        reach[room] = own | {r for b in own for r in reach[b]}
+    assert all(asked <= reach[room] for room, asked in rooms().items())
 
 
 def test_a_users_method_needs_no_edit(tmp_path, monkeypatch):

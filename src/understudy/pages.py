@@ -1,6 +1,10 @@
-"""A page for each method, generated from its code and the catalogue."""
+"""Pages generated from the code: one for each method, the catalogue, the drawing of the house."""
 
 from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 from understudy.catalogue import Entry, catalogue
 from understudy.methods import all_methods
@@ -46,3 +50,31 @@ def table() -> str:
         for e in catalogue()
     ]
     return "\n".join(lines)
+
+
+def rooms(package: Path | None = None) -> dict[str, set[str]]:
+    """Which room (folder or file of the package) imports which, read from the sources."""
+    package = package or Path(__file__).parent
+    found: dict[str, set[str]] = {}
+    for file in sorted(package.rglob("*.py")):
+        here = file.relative_to(package).with_suffix("").parts[0]
+        if here.startswith("__"):
+            continue
+        asked = found.setdefault(here, set())
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("understudy."):
+                asked.add(str(node.module).split(".")[1])
+    return {room: asked - {room} for room, asked in found.items()}
+
+
+def drawing() -> str:
+    """The rooms and their imports as a Mermaid graph; an arrow that a chain of others implies is left out."""
+    direct = rooms()
+    reach: dict[str, set[str]] = {}
+    for room in TopologicalSorter(direct).static_order():
+        reach[room] = set().union(*({r} | reach[r] for r in direct[room]))
+    lines = ["```mermaid", "graph BT"]
+    for room in sorted(direct):
+        behind = set().union(*(reach[r] for r in direct[room]))
+        lines += [f"  {room} --> {other}" for other in sorted(direct[room] - behind)]
+    return "\n".join([*lines, "```"])

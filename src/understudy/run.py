@@ -201,7 +201,7 @@ def _teacher(
 ) -> RowModel | None:
     if recipe.teacher is not None:
         return _model(recipe, "teacher", task, prepared, home, progress, module)
-    if "teacher" in recipe.build_method().needs:
+    if {"teacher", "stored_teacher"} & recipe.build_method().needs:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
     return None
 
@@ -241,6 +241,7 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
         "student": student.model_dump(exclude_none=True),
         "teacher": None,
         "trainer": spec.train,
+        "patience": None,
         "seed": 0,
         "data": data,
         "judge": "test",

@@ -28,7 +28,8 @@ class Prepared:
         train, validation, test: indexable examples that `collate` turns into the tensors of a `Batch`.
         teacher_train: what a teacher that is trained first may see.
         classes: images: number of classes; text: size of the vocabulary.
-        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
+        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each. warnings: likewise,
+            of what may be wrong.
         hashes: content hashes for the run folder.
     """
 
@@ -42,6 +43,7 @@ class Prepared:
     input_shape: tuple[int, ...] = ()
     augmentation: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
 

@@ -66,7 +66,7 @@ class Method(BaseModel):
     """Base of all methods. Subclass it in one file, state the facts below, and write `loss`.
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `needs`
-    (of `"teacher"`, `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step).
+    (of `"teacher"`, `"stored_teacher"` (asked in `stage` alone), `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

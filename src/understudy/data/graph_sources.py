@@ -178,13 +178,13 @@ def _drawn(graph: Graph, seed: int) -> dict[str, Tensor]:
 def topics(seed: int, nodes: int = 1000, classes: int = 5, words: int = 300) -> dict[str, Any]:
     """A citation-like graph: documents of 5 topics, weak bags of words, and links that mostly stay in a topic.
 
-    A contextual stochastic block model: each document has about 8 of 300 words, one in three of its topic's own; each
+    A contextual stochastic block model: each document has about 8 of 300 words, half of them its topic's own; each
     has about 4 links, four in five of them inside the topic. 20 labels a topic, 300 validation and 500 test nodes.
     """
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(nodes) % classes)
     own = np.arange(words) % classes == y[:, None]
-    x = (rng.random((nodes, words)) < np.where(own, 8 / 3 + 16 / 15, 16 / 15) / (words / classes)).astype(np.float32)
+    x = (rng.random((nodes, words)) < np.where(own, 4.0, 1.0) / (words / classes)).astype(np.float32)
     same = y[:, None] == y
     size = nodes / classes
     chance = np.where(same, 4 * 0.8 / size, 4 * 0.2 / (nodes - size))

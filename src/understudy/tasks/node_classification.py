@@ -23,6 +23,8 @@ _TRAINER = {
     "eval_steps": 1,
 }
 _PATIENCE = 50
+# The most accurate epoch of a teacher is often an early one that is sure of nothing; its best likelihood teaches more.
+_TEACHER = {"metric_for_best_model": "nll", "greater_is_better": False}
 
 
 class NodeClassification(RowTask):
@@ -45,7 +47,7 @@ class NodeClassification(RowTask):
             recipe.setdefault("patience", _PATIENCE)
         recipe["trainer"] = trainer
         if recipe.get("teacher") is None:
-            recipe["teacher"] = {"model": "gcn:hidden=128,layers=2,dropout=0.5", "train": {}}
+            recipe["teacher"] = {"model": "gcn:hidden=128,layers=2,dropout=0.5", "train": dict(_TEACHER)}
         if recipe.get("student") is None:
             recipe["student"] = {"model": "mlp:hidden=128,layers=2,dropout=0.5"}
         return recipe

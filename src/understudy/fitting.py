@@ -41,8 +41,6 @@ def trainer_for(
     """The trainer of a run: the method's modules and taps in place, the teacher where it should live."""
     task = get_task(recipe.task)
     args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
-    if args.metric_for_best_model is not None:
-        _check_metric(task, prepared, student, args.metric_for_best_model)
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
@@ -61,6 +59,8 @@ def trainer_for(
         name = recipe.teacher.model if recipe.teacher else "teacher"
         asks = "teacher_features" in method.needs
         local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"])
+    if args.metric_for_best_model is not None:
+        _check_metric(task, prepared, student, args.metric_for_best_model)
     return DistillationTrainer(
         apprentice,
         args,

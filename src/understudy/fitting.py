@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from understudy.data import Batch, find
-from understudy.errors import InputError
+from understudy.errors import InputError, nearest
 from understudy.evaluation import CostMeter
 from understudy.folder import first_rank
 from understudy.models import RowModel
+from understudy.preflight import sample_loader
 from understudy.progress import RichProgress
 from understudy.recipe import Recipe
-from understudy.tasks import Prepared
+from understudy.tasks import Prepared, Task
+from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
 from understudy.training import Apprentice, DistillationTrainer, Method, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
@@ -36,7 +39,8 @@ def trainer_for(
     progress: bool,
 ) -> DistillationTrainer:
     """The trainer of a run: the method's modules and taps in place, the teacher where it should live."""
-    args = training_arguments(recipe.trainer, folder / "checkpoints", recipe.seed)
+    task = get_task(recipe.task)
+    args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     local: Teacher | None = None
@@ -57,6 +61,8 @@ def trainer_for(
         name = recipe.teacher.model if recipe.teacher else "teacher"
         asks = "teacher_features" in method.asks
         local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"])
+    if args.metric_for_best_model is not None:
+        _check_metric(task, prepared, student, args.metric_for_best_model)
     return DistillationTrainer(
         apprentice,
         args,
@@ -64,6 +70,8 @@ def trainer_for(
         prepared.collate,
         teacher=local,
         validation=prepared.validation,
+        validate=partial(_validation, task, prepared),
+        patience=recipe.patience,
         augmentation=prepared.augmentation,
         meter=meter,
         metrics_file=folder / "metrics.jsonl",
@@ -71,19 +79,45 @@ def trainer_for(
     )
 
 
+def _with_metric(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """The trainer options; where a best evaluation is asked for, with the task's metric and direction if none is named."""
+    values = dict(recipe.trainer)
+    if values.get("eval_strategy", "no") == "no" or not (values.get("load_best_model_at_end") or recipe.patience):
+        return values
+    metric = values.setdefault("metric_for_best_model", task.metric)
+    if metric.removeprefix("eval_") == task.metric:
+        values.setdefault("greater_is_better", task.higher_is_better)
+    if "greater_is_better" not in values:
+        raise InputError(f"Is a higher {metric} better? Say so with trainer.greater_is_better=true or false.")
+    return values
+
+
+def _check_metric(task: Task, prepared: Prepared, student: RowModel, metric: str) -> None:
+    """Refuse a metric the task does not have, before it is missed at the first evaluation."""
+    known = task.judge(student, None, sample_loader(prepared, "validation", 64, 32))["metrics"]
+    if metric.removeprefix("eval_") not in known:
+        raise InputError(
+            f"trainer.metric_for_best_model is {metric!r}.{nearest(metric, known)} Known: {', '.join(known)}."
+        )
+
+
+def _validation(task: Task, prepared: Prepared, student: RowModel) -> Mapping[str, float]:
+    return task.judge(student, None, sample_loader(prepared, "validation", len(prepared.validation), 64))["metrics"]
+
+
 def train(trainer: DistillationTrainer, folder: Path) -> bool:
     """Train from the last whole checkpoint, if any. True if the run was stopped early."""
     last = last_complete(folder / "checkpoints")
-    metrics = folder / "metrics.jsonl"
     step = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
-    if metrics.exists() and first_rank():  # lines after the checkpoint will be written again
-        lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-        metrics.write_text("".join(line + "\n" for line in lines))
+    for log in (folder / "metrics.jsonl", folder / "validation.jsonl"):
+        if log.exists() and first_rank():  # lines after the checkpoint will be written again
+            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
+            log.write_text("".join(line + "\n" for line in lines))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start
-    return trainer.state.global_step < trainer.state.max_steps
+    return trainer.state.global_step < trainer.state.max_steps and not trainer.settled
 
 
 def _step_of(line: str) -> float:

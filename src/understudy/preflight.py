@@ -30,7 +30,7 @@ def check(
     Raises:
         InputError: no row of the sample counts, or teacher and student disagree on the classes.
     """
-    found = Findings(notes=list(prepared.notes))
+    found = Findings(list(prepared.notes), list(prepared.warnings))
     loader = sample_loader(prepared, "validation", sample, 32)
     rows = [Batch.from_dict(b).rows for b in sample_loader(prepared, "train", 64, 1)]
     if sum(rows) == 0:

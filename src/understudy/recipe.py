@@ -59,6 +59,9 @@ class Recipe(BaseModel):
         default_factory=dict, description="For comparisons: options of each method by its name."
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="Arguments of transformers' Trainer.")
+    patience: int | None = Field(
+        None, ge=1, description="End training after this many evaluations without gain; needs `trainer.eval_strategy`."
+    )
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = "token_mean"
     judge: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
 
@@ -130,6 +133,10 @@ def make(values: Mapping[str, Any]) -> Recipe:
     check_trainer_keys(recipe.trainer)
     if recipe.teacher is not None and recipe.teacher.train is not None:
         check_trainer_keys(recipe.teacher.train, "teacher.train")
+    if recipe.patience is not None and recipe.trainer.get("eval_strategy", "no") == "no":
+        raise InputError(
+            "patience counts evaluations and there are none: set trainer.eval_strategy=steps, or leave it."
+        )
     method = recipe.build_method()
     if task.kind not in method.kinds:
         raise InputError(

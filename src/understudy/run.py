@@ -265,6 +265,7 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
         "student": student.model_dump(exclude_none=True),
         "teacher": None,
         "trainer": spec.train,
+        "patience": None,
         "seed": 0,
         "data": data,
         "judge": "test",

@@ -3,6 +3,7 @@
 from understudy.data.augment import augment
 from understudy.data.batch import IGNORE, UNLABELLED, Batch
 from understudy.data.folders import data_folder, find
+from understudy.data.graphs import GraphBatch, GraphSet, GraphSplits, collate_graph, load_graph
 from understudy.data.image_sources import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
 from understudy.data.lists import ListBatch, collate_lists, encode_lists
@@ -15,12 +16,16 @@ __all__ = [
     "UNLABELLED",
     "Batch",
     "Counts",
+    "GraphBatch",
+    "GraphSet",
+    "GraphSplits",
     "ImageSet",
     "ListBatch",
     "Splits",
     "TextSet",
     "TextSplits",
     "augment",
+    "collate_graph",
     "collate_images",
     "collate_lists",
     "collate_text",
@@ -28,6 +33,7 @@ __all__ = [
     "encode",
     "encode_lists",
     "find",
+    "load_graph",
     "load_images",
     "load_preferences",
     "load_text",

@@ -76,6 +76,10 @@ class Batch:
         """The rows of `[examples, width]` or `[examples, length, width]` that count. The rest get no gradient."""
         return (values[:, :-1] if self.kind == "text" else values)[self.mask]
 
+    def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
+        """Of a signal the rows that have a label, and the labels: all of them, but on graphs."""
+        return signal, self.row_labels
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device, whatever its kind."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from understudy import losses
-from understudy.data import Batch
+from understudy.data import Batch, GraphBatch
 from understudy.models import Rows
 from understudy.streaming import rowwise
 from understudy.training import Live, Method, Term
@@ -20,10 +20,12 @@ class KD(Method):
     """Match the teacher's softened distribution, beside the labels."""
 
     name = "kd"
+    kinds = frozenset({"image", "text", "graph"})
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods.",
         "not": "When only the teacher's text is known, or teacher and student have other tokenizers.",
-        "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9.",
+        "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9. On "
+        "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN.",
     }
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
@@ -36,6 +38,9 @@ class KD(Method):
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of `jsd`.")
     alpha: float = Field(0.1, ge=0, lt=1, description="Share of the other side in the mixture of the skew divergences.")
 
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"ce": float(batch.labelled)} if isinstance(batch, GraphBatch) else {}
+
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert teacher is not None
         divergence = getattr(losses, self.divergence)
@@ -46,6 +51,7 @@ class KD(Method):
             options["alpha"] = self.alpha
         terms = {"kd": Term(rowwise(divergence, student.signal, teacher.signal, **options), self.kd_weight)}
         if self.ce_weight:
-            ce = rowwise(losses.cross_entropy, student.signal, None, batch.row_labels)
+            signal, labels = batch.with_labels(student.signal)
+            ce = rowwise(losses.cross_entropy, signal, None, labels)
             terms["ce"] = Term(ce, self.ce_weight)
         return terms

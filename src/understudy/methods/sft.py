@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from understudy.data import Batch, ListBatch
+from understudy.data import Batch, GraphBatch, ListBatch
 from understudy.losses import cross_entropy
 from understudy.models import Rows
 from understudy.streaming import rowwise
@@ -16,7 +16,7 @@ class SFT(Method):
 
     name = "sft"
     needs = frozenset()
-    kinds = frozenset({"image", "text", "preference"})
+    kinds = frozenset({"image", "text", "preference", "graph"})
     cost = "one student forward and backward a row; no teacher"
     page: ClassVar[dict[str, str]] = {
         "when": "As the baseline, and whenever labels are plentiful.",
@@ -25,6 +25,8 @@ class SFT(Method):
     }
 
     def counts(self, batch: Batch) -> dict[str, float]:
+        if isinstance(batch, GraphBatch):
+            return {"ce": float(batch.labelled)}
         if not isinstance(batch, ListBatch):
             return {}
         return {"ce": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
@@ -32,4 +34,5 @@ class SFT(Method):
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         if isinstance(batch, ListBatch):  # learn the best candidate, divided by its tokens
             return {"ce": Term(-student.signal.values.gather(1, batch.best[:, None])[:, 0])}
-        return {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
+        signal, labels = batch.with_labels(student.signal)
+        return {"ce": Term(rowwise(cross_entropy, signal, None, labels))}

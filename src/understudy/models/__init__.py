@@ -2,6 +2,7 @@
 
 from understudy.models.heads import SubclassHead, replace_head
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
+from understudy.models.nodes import NodeRows, load_nodes
 from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, evaluating, find_head, state_hash
 from understudy.models.sequences import SequenceRows
 from understudy.models.small import load_small, normalisation, save_small
@@ -10,6 +11,7 @@ from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tok
 __all__ = [
     "CausalLMRows",
     "ClassifierRows",
+    "NodeRows",
     "RowModel",
     "Rows",
     "SequenceRows",
@@ -20,6 +22,7 @@ __all__ = [
     "is_new_causal_lm",
     "load_causal_lm",
     "load_classifier",
+    "load_nodes",
     "load_small",
     "load_tokenizer",
     "normalisation",

@@ -44,7 +44,7 @@ def load_classifier(
         model = build_small(weights.stem, classes=10, shape=input_shape)
         model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator,assignment]
         load_weights(model, weights)
-    elif path is not None and "understudy_model" in _config(path):
+    elif path is not None and small_folder(path):
         model = load_small(path)
     else:
         model = _auto(AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code)
@@ -61,6 +61,11 @@ def _classes(model: nn.Module) -> int | None:
     if facts is not None:
         return int(facts["classes"])
     return getattr(getattr(model, "config", None), "num_labels", None)
+
+
+def small_folder(path: Path) -> bool:
+    """Whether a folder holds one of the small networks."""
+    return "understudy_model" in _config(path)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from understudy.errors import InputError
 from understudy.models.heads import SubclassHead, head_name, put_head
+from understudy.models.networks import graph_network, has_options, read_options
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class MLP(nn.Module):
-    """Fully connected network on flattened pixels."""
+    """Fully connected network on flattened pixels, or on the features of a node. Dropout is on the hidden units."""
 
-    def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int) -> None:
+    def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         widths = (inputs, *hidden)
         layers: list[nn.Module] = [nn.Flatten()]
         for a, b in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(a, b), nn.ReLU()]
+            layers += [nn.Linear(a, b), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], classes)
 
@@ -115,18 +116,24 @@ class ResNet(nn.Module):
 
 
 def is_small(name: str) -> bool:
-    """Whether `name` is that of a small network: `mlp:64,64`, `convnet:16`, `resnet20`, `resnet20:8` (width 8),
-    `circular:32`, `circular:32,flat`."""
+    """Whether `name` is that of a small network: `mlp:64,64`, `mlp:hidden=64,layers=3,dropout=0.5`, `convnet:16`,
+    `resnet20`, `resnet20:8` (width 8), `circular:32`, `circular:32,flat`, or of a graph network (`gcn`, `sage`, `gat`,
+    with options like the MLP's)."""
     known = r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?"
-    return re.fullmatch(known, name) is not None
+    return re.fullmatch(known, name) is not None or has_options(name)
 
 
 def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
-    """A new small network for images of `shape` (channels, height, width). It remembers how to be built again."""
+    """A new small network for images of `shape` (channels, height, width), or nodes of `shape` (features,).
+
+    It remembers how to be built again.
+    """
     kind, _, rest = name.partition(":")
-    if kind == "mlp":
+    if has_options(name):
+        model: nn.Module = _with_options(name, classes, shape)
+    elif kind == "mlp":
         hidden = tuple(int(v) for v in rest.split(",")) if rest else (64,)
-        model: nn.Module = MLP(torch.Size(shape).numel(), hidden, classes)
+        model = MLP(torch.Size(shape).numel(), hidden, classes)
     elif kind == "convnet":
         model = ConvNet(shape[0], int(rest or 16), classes)
     elif kind == "circular":
@@ -142,6 +149,14 @@ def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         "normalise": [list(v) for v in IMAGENET] if colour else None,
     }
     return model
+
+
+def _with_options(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
+    kind, options = read_options(name)
+    if kind != "mlp":
+        return graph_network(kind, options, classes, shape)
+    hidden = (options["hidden"],) * (options["layers"] - 1)
+    return MLP(torch.Size(shape).numel(), hidden, classes, options["dropout"])
 
 
 def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:

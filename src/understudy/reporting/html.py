@@ -69,6 +69,13 @@ def _training(folder: Path) -> list[Panel]:
     ]
     if len(terms) > 1:
         panels.append(_panel("Terms", plots.curves(terms, "mean per row"), "Each term before its weight."))
+    looks = folder / "validation.jsonl"
+    seen = [json.loads(x) for x in looks.read_text().splitlines()] if looks.is_file() else []
+    for name in [n for n in (seen[-1] if seen else {}) if n != "step"][:2]:
+        curve = {name: ([x["step"] for x in seen], [x[name] for x in seen])}
+        panels.append(
+            _panel(f"Validation {name}", plots.curves(curve, name), "On the validation split, while training.")
+        )
     state = {n: (steps, [x["state"].get(n) for x in lines]) for n in lines[-1].get("state", {})}
     if state:
         panels.append(

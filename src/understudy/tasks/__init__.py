@@ -6,11 +6,13 @@ from understudy.errors import InputError, nearest
 from understudy.tasks.base import Prepared, Task
 from understudy.tasks.image_classification import ImageClassification
 from understudy.tasks.language_modeling import LanguageModeling
+from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ImageClassification(), LanguageModeling(), Preferences(), PreferenceWorld())
+    task.name: task
+    for task in (ImageClassification(), LanguageModeling(), Preferences(), PreferenceWorld(), NodeClassification())
 }
 
 

@@ -29,7 +29,8 @@ class Prepared:
         teacher_train: what a teacher that is trained first may see.
         classes: images: number of classes; text: size of the vocabulary.
         more_tests: further test sets by name (`test_shifted`), judged beside `test`.
-        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
+        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each. warnings: likewise,
+            of what may be wrong.
         hashes: content hashes for the run folder.
         world: the truth behind a synthetic task, for its judge.
     """
@@ -45,6 +46,7 @@ class Prepared:
     augmentation: Mapping[str, Any] | None = None
     more_tests: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
     world: Any = None

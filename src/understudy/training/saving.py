@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from transformers import Trainer
 from understudy.training import checkpoint as ck
 
 STATE, OPTIMIZER, MODEL = "state.safetensors", "optimizer.safetensors", "model.safetensors"
+
+
+def _best(folder: Path) -> str:
+    """The checkpoint that was the best when this one was written; a run that goes on from here may end with it."""
+    try:
+        return f"checkpoint-{json.loads((folder / 'trainer_state.json').read_text())['best_global_step']}"
+    except (OSError, json.JSONDecodeError, KeyError):
+        return ""
 
 
 class ExactCheckpoints(Trainer):
@@ -30,8 +39,11 @@ class ExactCheckpoints(Trainer):
         ck.seal(folder / f"checkpoint-{self.state.global_step}")
         # Older ones go only now that the newest is sealed, so a kill at any moment leaves a whole one.
         old = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+        kept = old[-(keep or 2) :]
+        best = {_best(path) for path in kept}
         for path in old[: -(keep or 2)]:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.name not in best:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

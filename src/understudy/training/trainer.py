@@ -26,7 +26,7 @@ from understudy.teachers import Teacher
 from understudy.training.apprentice import Apprentice
 from understudy.training.order import EpochShuffle, draw
 from understudy.training.players import Players, Scene
-from understudy.training.saving import ExactCheckpoints
+from understudy.training.validation import Validate, Validating
 
 
 class _Follow(TrainerCallback):
@@ -44,7 +44,7 @@ class _Follow(TrainerCallback):
         self.trainer.model.method.stepped(live)
 
 
-class DistillationTrainer(ExactCheckpoints):
+class DistillationTrainer(Validating):
     """Trains an `Apprentice` against a teacher.
 
     Args:
@@ -52,7 +52,8 @@ class DistillationTrainer(ExactCheckpoints):
         teacher: gives targets, or `None` for a method that needs none.
         args: the training arguments of `transformers`.
         train_dataset, collate: examples, and how they become the tensors of a `Batch`.
-        validation: examples that players may draw from.
+        validation: examples that players may draw from. validate: the validation metrics of a student, for evaluation on
+            the way (`eval_strategy`). patience: evaluations without gain after which training ends.
         augmentation: keyword options of `understudy.data.augment`, or `None`.
         meter: a cost meter with contexts `teacher()`, `student()`, `head()` and `step()`, or `None`.
         metrics_file: JSON lines, one per log.
@@ -69,6 +70,8 @@ class DistillationTrainer(ExactCheckpoints):
         *,
         teacher: Teacher | None = None,
         validation: Dataset[Any] | None = None,
+        validate: Validate | None = None,
+        patience: int | None = None,
         augmentation: Mapping[str, Any] | None = None,
         meter: Any = None,
         metrics_file: Path | None = None,
@@ -78,14 +81,19 @@ class DistillationTrainer(ExactCheckpoints):
             raise InputError(f"Method {apprentice.method.name!r} needs a teacher and none was given: set `teacher`.")
         args.remove_unused_columns = False
         super().__init__(
-            model=apprentice, args=args, train_dataset=train_dataset, data_collator=collate, callbacks=callbacks
+            model=apprentice,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=validation,
+            data_collator=collate,
+            callbacks=callbacks,
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_Follow(self))
         self.loss_is_scaled_for_ga = True  # `compute_loss` already divides by the count of the whole update
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
-        self.augmentation = augmentation
+        self.augmentation, self.validate, self.patience = augmentation, validate, patience
         self._epoch = 0
         self._counts: dict[str, Tensor] = {}
         self._left = 0

@@ -6,6 +6,7 @@ from understudy.data.folders import data_folder, find
 from understudy.data.image_sources import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
 from understudy.data.lists import ListBatch, collate_lists, encode_lists
+from understudy.data.noise_sets import NoiseBatch, NoiseSet
 from understudy.data.preferences import load_preferences
 from understudy.data.text import TextSplits, load_text
 from understudy.data.tokenize import Counts, TextSet, collate_text, encode, show_batch, train_tokenizer
@@ -16,6 +17,8 @@ __all__ = [
     "Counts",
     "ImageSet",
     "ListBatch",
+    "NoiseBatch",
+    "NoiseSet",
     "Splits",
     "TextSet",
     "TextSplits",

@@ -1,5 +1,6 @@
 """Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
 
+from understudy.models.diffusion import DenoiserRows, Sampler
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
 from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, evaluating, find_head, state_hash
 from understudy.models.sequences import SequenceRows
@@ -9,8 +10,10 @@ from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tok
 __all__ = [
     "CausalLMRows",
     "ClassifierRows",
+    "DenoiserRows",
     "RowModel",
     "Rows",
+    "Sampler",
     "SequenceRows",
     "compare_tokenizers",
     "evaluating",

@@ -5,10 +5,13 @@ from __future__ import annotations
 from understudy.errors import InputError, nearest
 from understudy.tasks.base import Prepared, Task
 from understudy.tasks.image_classification import ImageClassification
+from understudy.tasks.image_generation import ImageGeneration
 from understudy.tasks.language_modeling import LanguageModeling
 from understudy.tasks.preferences import Preferences
 
-TASKS: dict[str, Task] = {task.name: task for task in (ImageClassification(), LanguageModeling(), Preferences())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ImageClassification(), ImageGeneration(), LanguageModeling(), Preferences())
+}
 
 
 def get(name: str) -> Task:

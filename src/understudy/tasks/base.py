@@ -17,6 +17,9 @@ from understudy.models import RowModel
 MODULE = "module:"
 """Begins the name of a model that was handed over as a module."""
 
+COPY = "teacher"
+"""As the name of a student: begin as a copy of the teacher."""
+
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 
@@ -29,7 +32,8 @@ class Prepared:
         teacher_train: what a teacher that is trained first may see.
         classes: images: number of classes; text: size of the vocabulary.
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
-        hashes: content hashes for the run folder.
+        hashes: content hashes for the run folder. facts: what the task's own `model` needs to know of the data.
+        stored: told the folder where a run, or a comparison, keeps what is dear to compute.
     """
 
     train: Any
@@ -44,6 +48,8 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    stored: Callable[[Path], None] | None = None
 
     def split(self, name: str) -> Any:
         """`train`, `validation` or `test`."""
@@ -58,6 +64,10 @@ class Task(Protocol):
     unit: str
     metric: str
     higher_is_better: bool
+    baseline: str
+    """The method that trains a model on the data alone: a teacher that is trained first is trained by it."""
+    preflight_examples: int
+    """How many validation examples the check before a run looks at."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults where it is silent."""
@@ -81,6 +91,8 @@ class RowTask:
 
     kind: str
     teacher_required = True
+    baseline = "sft"
+    preflight_examples = 256
 
     def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Accuracy, NLL, calibration; fidelity beside a teacher."""

@@ -21,6 +21,10 @@ REACH = 4.0
 """A point further than so many deviations from every mode belongs to none."""
 
 
+ENTRIES = 1 << 16
+"""Numbers of a sample times samples, in one call of a model."""
+
+
 class Judge:
     """Measures samples against a reference: Fréchet distance of a classifier's features for images with classes,
     energy distance otherwise."""
@@ -137,14 +141,15 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
 def draw(model: Any, loader: DataLoader[Any], steps: int | None = None, offset: int = 0) -> Tensor:
     """Samples for the loader's ids, always from the same noise; `offset` moves the ids to other noise."""
     home = next(model.parameters())
+    batches = [Batch.from_dict(values) for values in loader]
+    if not batches:
+        raise InputError("The split has no example to draw.")
+    ids, condition = (torch.cat([getattr(b, n) for b in batches]) for n in ("ids", "condition"))
     parts = []
-    for values in loader:
-        batch = Batch.from_dict(values)
-        assert isinstance(batch, NoiseBatch)
+    for chosen in torch.arange(len(ids)).split(max(1, ENTRIES // torch.Size(model.shape).numel())):
+        batch = NoiseBatch({}, condition[chosen], ids[chosen], condition=condition[chosen])
         eps = normal(batch.ids + offset, model.shape, seed=0, step=0).float().to(home.device)
         parts.append(model.draw(batch.to(home.device), eps, steps).cpu().float())
-    if not parts:
-        raise InputError("The split has no example to draw.")
     return torch.cat(parts)
 
 

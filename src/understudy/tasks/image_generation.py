@@ -28,12 +28,12 @@ _POINTS = {
 }
 _IMAGES = {
     "max_steps": 1000,
-    "per_device_train_batch_size": 128,
-    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.0,
 }
-_TEACHER = {"max_steps": 2500, "per_device_train_batch_size": 128, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+_TEACHER = {"max_steps": 2000, "per_device_train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
 
 _OWN = {
     "name": None,
@@ -68,9 +68,9 @@ class ImageGeneration:
         if recipe.get("teacher") is None and not learns:
             if data["name"] == "noise":
                 raise InputError("data=noise is generation without data: name the teacher that knows how (`teacher`).")
-            recipe["teacher"] = {"model": "exact"} if world else {"model": "unet:32,64", "train": dict(_TEACHER)}
+            recipe["teacher"] = {"model": "exact"} if world else {"model": "unet:16,32", "train": dict(_TEACHER)}
         if recipe.get("student") is None:
-            network = "denoiser:128,128,128" if world else ("unet:32,64" if learns else "teacher")
+            network = "denoiser:128,128,128" if world else ("unet:16,32" if learns else "teacher")
             recipe["student"] = {"model": network}
         recipe["data"] = data
         recipe["trainer"] = merged(_POINTS if world else _IMAGES, recipe.get("trainer") or {})

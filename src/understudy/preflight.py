@@ -49,7 +49,7 @@ def check(
         found.scores = scores
         measure, sign = ("nll", 1) if "nll" in scores else (task.metric, -1 if task.higher_is_better else 1)
         own, taught = scores[measure], scores.get(f"teacher_{measure}")
-        if taught is not None and sign * taught >= sign * own:
+        if taught is not None and sign * taught > sign * own:  # equal: a copy of the teacher
             found.warnings.append(
                 f"The teacher is no better than the untrained student on {sample} validation examples "
                 f"({measure} {taught:.3f} against {own:.3f}): check that it fits this data, or train it."

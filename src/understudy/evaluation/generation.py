@@ -105,7 +105,7 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
 
     `distance` (`fid` or `energy`, see `Judge`), `nfe` (network calls a sample), `coverage` of modes; with a teacher
     `rmse` to its output of `reference.many` calls from the same noise, and `teacher_N_distance` of its sampler at N
-    calls. Without data the reference is what the teacher draws in `many` calls from other noise.
+    steps. Without data the reference is what the teacher draws in `many` calls from other noise.
     """
     models = [m for m in (student, teacher) if m is not None]
     with evaluating(*models):
@@ -128,13 +128,16 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
     if taught:
         best = taught[reference.many]
         metrics["rmse"] = float((samples - best).square().mean().sqrt())
-        metrics["teacher_distance"], metrics["teacher_nfe"] = judge.distance(best), float(reference.many)
+        metrics["teacher_distance"], metrics["teacher_nfe"] = (
+            judge.distance(best),
+            float(teacher.calls_for(reference.many)),
+        )
         if judge.expected is not None:
             metrics["teacher_coverage"] = judge.coverage(best)
         metrics |= {f"teacher_{n}_distance": judge.distance(taught[n]) for n in sorted(taught)}
     shown = {f"Student: samples of {student.calls} call(s)": samples, "Real examples": examples}
     if taught:
-        shown |= {f"Teacher: {n} calls from the same noise": taught[n] for n in sorted(taught)}
+        shown |= {f"Teacher: {n} steps from the same noise": taught[n] for n in sorted(taught)}
     return {"rows": len(samples), "metrics": metrics, "pictures": pictures(shown)}
 
 

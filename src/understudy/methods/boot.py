@@ -12,7 +12,7 @@ Only noise goes in: no examples, and no stored trajectories. A sample is g(ε, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -48,7 +48,7 @@ class BOOT(Method):
         "with as many teacher calls is the baseline to beat, and in two dimensions it is the better one.",
         "deviations": "There is no official code. Reconstructed: the form of the weights (`inv_delta` is the paper's "
         "normalisation), β, the optimiser. The step is the exact one, c = 1 − exp(λ_s − λ_t), not its first order. The "
-        "average of weights warms up. The student is not told the guidance weight, which is fixed. Teachers are "
+        "average of weights warms up. Guidance is the teacher's (`data.guidance`), fixed; the student is not told it. Teachers are "
         "unconditional or told a class; text conditions are not in this method. A student whose teacher predicts ε is "
         "read as one at every noise: v and x_0 are better conditioned near t_max. `target=regression` and "
         "`target=boundary` are the baseline and the ablation of the claim.",
@@ -60,9 +60,6 @@ class BOOT(Method):
     weight: Literal["uniform", "inv_delta", "inv_coef"] = Field("inv_delta", description="1, 1/δ² or 1/c² a row.")
     beta: float = Field(1.0, ge=0, description="Weight of the boundary loss; to be read together with `weight`.")
     solver: Literal["ddim", "heun"] = Field("ddim", description="Heun averages the teacher at both ends of the step.")
-    guidance: float | None = Field(
-        None, ge=0, description="Weight of classifier-free guidance of the teacher; the student takes the class alone."
-    )
     ema: float = Field(
         0.9999, ge=0, lt=1, description="Decay of the average of weights, which is what is saved; 0 saves the student."
     )
@@ -100,7 +97,8 @@ class BOOT(Method):
         """For `target=regression`: the teacher's outputs for the noise of every id, once and stored."""
         if self.target != "regression":
             return {}
-        settings = {"seed": work.seed, **self.model_dump(include={"t_min", "t_max", "steps", "guidance"})}
+        settings = {"seed": work.seed, **self.model_dump(include={"t_min", "t_max", "steps"})}
+        settings["guidance"] = _denoiser(work.teacher).sampler.guidance
         return work.once("pairs", lambda: {"outputs": self._outputs(work)}, **settings)
 
     @torch.no_grad()
@@ -112,7 +110,7 @@ class BOOT(Method):
             for batch in work.batches("train", 256):
                 assert isinstance(batch, NoiseBatch)
                 eps = _noise(teacher, batch, work.seed, 0).to(home)
-                parts.append(trajectory(self._asks(teacher), teacher.levels, batch.to(home.device), eps, times).cpu())
+                parts.append(trajectory(teacher.denoise, teacher.levels, batch.to(home.device), eps, times).cpu())
         return torch.cat(parts)
 
     def shown(self, batch: Batch, live: Live) -> Batch:
@@ -134,8 +132,7 @@ class BOOT(Method):
             outputs = live.tables["outputs"][batch.ids.cpu()].to(y_s)
             return {"regression": Term(diffusion.squared_error(y_s, outputs))}
         first = batch.at(eps, _levels(live).snap(torch.tensor(self.t_max)))
-        with torch.no_grad():
-            begun = self._teacher(live)(first).to(y_s.dtype)
+        begun = _ask(live)(first).to(y_s.dtype)
         if self.target == "boundary":
             return {"boundary": Term(diffusion.boundary(y_s, begun))}
         target, weight = self._target(batch, live)
@@ -149,7 +146,7 @@ class BOOT(Method):
     def _target(self, batch: NoiseBatch, live: Live) -> tuple[Tensor, Tensor]:
         """The student's signal at t after one teacher step to s, and the weight of each row."""
         assert live.student is not None
-        levels, ask = _levels(live), self._teacher(live)
+        levels, ask = _levels(live), _ask(live)
         eps, s = batch.inputs["x"], batch.inputs["t"]
         t = s + self._step(levels)
         now, then = levels.at(t), levels.at(s)
@@ -171,14 +168,6 @@ class BOOT(Method):
 
     def _step(self, levels: NoiseLevels) -> Tensor:
         return levels.snap(torch.tensor(self.delta, dtype=torch.float64))
-
-    def _teacher(self, live: Live) -> Any:
-        assert live.teacher is not None
-        return self._asks(live.teacher.rows)
-
-    def _asks(self, rows: Any) -> Any:
-        """The teacher's x_0 for a batch, guided."""
-        return lambda batch: with_guidance(lambda b: rows(b).signal.values, batch, self.guidance)
 
     def stepped(self, live: Live) -> None:
         if not self.ema:
@@ -212,11 +201,14 @@ class BOOT(Method):
                 y = student(batch.at(eps, t)).signal.values
                 x = diffusion.noised(y, eps, *teacher.levels.at(t))
                 teacher.to(home.device)
-                parts.append(trajectory(self._asks(teacher), teacher.levels, batch, x, times, eps).cpu().float())
+                parts.append(trajectory(teacher.denoise, teacher.levels, batch, x, times, eps).cpu().float())
             samples = torch.cat(parts)
             loader = torch.utils.data.DataLoader(examples, batch_size=256, collate_fn=work.collate)
             best = draw(teacher, loader, reference.many)
-        found = {"refined_nfe": 1.0 + self.refine, "refined_rmse": float((samples - best).square().mean().sqrt())}
+        found = {
+            "refined_nfe": 1.0 + teacher.calls_for(self.refine),
+            "refined_rmse": float((samples - best).square().mean().sqrt()),
+        }
         if reference.examples is not None:
             found["refined_distance"] = Judge(reference, *reference.examples()).distance(samples)
         return found
@@ -230,6 +222,14 @@ def _denoiser(model: Any) -> DenoiserRows:
     if not isinstance(model, DenoiserRows):
         raise InputError("Method 'boot' distils a denoiser into a denoiser: use task=image_generation.")
     return model
+
+
+def _ask(live: Live) -> Callable[[NoiseBatch], Tensor]:
+    """The teacher's x_0 for a batch, detached, guided as its own sampler is."""
+    teacher: Any = live.teacher
+    return lambda batch: with_guidance(
+        lambda b: teacher.rows(b).signal.values, batch, _denoiser(teacher.model).sampler.guidance
+    )
 
 
 def _levels(live: Live) -> NoiseLevels:

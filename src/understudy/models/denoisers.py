@@ -28,6 +28,7 @@ def load_denoiser(
     centres: Tensor | None = None,
     sampler: Sampler | None = None,
     prediction: str | None = None,
+    null: bool = False,
 ) -> DenoiserRows:
     """A denoiser.
 
@@ -35,7 +36,8 @@ def load_denoiser(
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
             a folder, a Hub id, or a `DenoiserRows`.
         shape: of an example; a model from a folder knows its own. classes: to be asked for, 0 for none.
-        centres: of the world. sampler: of models that do not say how they draw. prediction: over what a folder says.
+        centres: of the world. sampler: of models that do not say how they draw. prediction, null: over what
+            a folder says; `null` means that the last class of a model stands for none.
     """
     if isinstance(name, DenoiserRows):
         return name
@@ -58,7 +60,7 @@ def load_denoiser(
         rows = _points(text, shape, classes) if new[1] == "denoiser" else _unet(widths, shape, classes)
         rows.sampler = sampler or rows.sampler
         return rows
-    return _load(text, sampler, prediction)
+    return _load(text, sampler, prediction, null)
 
 
 def _points(name: str, shape: tuple[int, ...], classes: int) -> DenoiserRows:
@@ -117,12 +119,13 @@ def _wrapped(model: Any, scheduler: Any, *, null: bool, prediction: str | None =
     )
 
 
-def _load(name: str, sampler: Sampler | None, prediction: str | None) -> DenoiserRows:
+def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool) -> DenoiserRows:
     path = find(name)
     facts = _json(path / SAMPLER) if path is not None else {}
     options: dict[str, Any] = {"sampler": sampler}
     if facts:
-        options = {"clip": facts.pop("clip", None), "sampler": Sampler(**facts)}
+        null = facts.pop("null")
+        options = {"clip": facts.pop("clip"), "sampler": Sampler(**facts)}
     config = _json(path / "config.json") if path is not None else {}
     if "understudy_model" in config:
         assert path is not None
@@ -133,7 +136,7 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None) -> Denoise
     diffusers = _diffusers()
     model = _either(diffusers.UNet2DModel, name, path, "unet", use_safetensors=True)
     scheduler = _either(diffusers.DDPMScheduler, name, path, "scheduler")
-    return _wrapped(model, scheduler, null=bool(facts), prediction=prediction, **options)
+    return _wrapped(model, scheduler, null=null, prediction=prediction, **options)
 
 
 def _either(kind: Any, name: str, path: Path | None, part: str, **options: Any) -> Any:

@@ -114,7 +114,11 @@ class DenoiserRows(RowModel):
     @property
     def calls(self) -> int:
         """Network calls for one sample."""
-        return max(1, self.sampler.steps) * (2 if self.sampler.guidance is not None else 1)
+        return self.calls_for(max(1, self.sampler.steps))
+
+    def calls_for(self, steps: int) -> int:
+        """Network calls of so many steps: guidance doubles them."""
+        return steps * (2 if self.sampler.guidance is not None else 1)
 
     @torch.no_grad()
     def draw(self, batch: NoiseBatch, eps: Tensor, steps: int | None = None) -> Tensor:
@@ -144,7 +148,7 @@ class DenoiserRows(RowModel):
             save_small(self.model, folder)
         else:
             raise InputError(f"{type(self.model).__name__} cannot be saved: it has no save_pretrained.")
-        facts = {**asdict(self.sampler), "clip": self.clip}
+        facts = {**asdict(self.sampler), "clip": self.clip, "null": self.null}
         (folder / SAMPLER).write_text(json.dumps(facts, indent=1))
 
 

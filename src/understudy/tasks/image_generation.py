@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,6 +42,8 @@ _OWN = {
     "size": 64_000,
     "samples": None,
     "conditional": False,
+    "guidance": None,
+    "null_class": False,
     "prediction": None,
     "compare_steps": [1, 2, 4, 16],
     "teacher_steps": None,
@@ -91,6 +95,9 @@ class ImageGeneration:
             raise InputError(f"data.compare_steps is {own['compare_steps']!r} and must be a list of whole numbers.")
         for value in own["compare_steps"]:
             _positive("data.compare_steps", value)
+        weight = own["guidance"]
+        if weight is not None and (not isinstance(weight, (int, float)) or weight < 0 or not own["conditional"]):
+            raise InputError(f"data.guidance is {weight!r}: a number of at least 0, with data.conditional=true.")
         classes = source.classes if own["conditional"] else 0
         if own["conditional"] and not source.classes:
             raise InputError("data.conditional asks for classes, and data=noise has none. Name data with classes.")
@@ -114,7 +121,11 @@ class ImageGeneration:
             input_shape=source.shape,
             notes=source.notes,
             hashes={"data": source.key},
-            facts={"centres": source.centres, "steps": many, "prediction": own["prediction"]},
+            facts={
+                "centres": source.centres,
+                "steps": many,
+                **{k: own[k] for k in ("prediction", "null_class", "guidance")},
+            },
             stored=keep,
         )
 
@@ -125,9 +136,16 @@ class ImageGeneration:
             shape=prepared.input_shape,
             classes=prepared.classes,
             centres=facts["centres"],
-            sampler=Sampler(steps=facts["steps"]),
+            sampler=Sampler(steps=facts["steps"], guidance=facts["guidance"]),
             prediction=facts["prediction"],
+            null=facts["null_class"],
         )
+        if facts["guidance"] is not None and rows.sampler.steps:  # a sampler of one call is not guided
+            rows.sampler = replace(rows.sampler, guidance=facts["guidance"])
+        if spec.quantization is not None:
+            raise InputError("Denoisers are not quantised here: leave the model's quantization out.")
+        if spec.dtype != "auto":
+            rows.model.to(getattr(torch, spec.dtype))
         if prepared.input_shape and rows.shape != prepared.input_shape:
             raise InputError(
                 f"{spec.model} makes examples of shape {rows.shape}, and the data's are {prepared.input_shape}."

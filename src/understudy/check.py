@@ -16,6 +16,7 @@ from understudy.preflight import check as preflight
 from understudy.recipe import Recipe, make
 from understudy.run import judge
 from understudy.tasks import get as get_task
+from understudy.tasks.base import COPY
 
 
 def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
@@ -28,7 +29,8 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     recipe.build_method()
     set_seed(recipe.seed)
     assert recipe.student is not None
-    student = task.model(recipe.student, prepared)
+    copied = recipe.teacher is not None and recipe.student.model == COPY
+    student = task.model(recipe.teacher if copied else recipe.student, prepared)
     teacher = None
     if recipe.teacher is not None and recipe.teacher.train is None:
         teacher = task.model(recipe.teacher, prepared)

@@ -23,7 +23,7 @@ class Findings:
 
 
 def check(
-    task: Task, prepared: Prepared, student: RowModel, teacher: RowModel | None, *, sample: int = 256
+    task: Task, prepared: Prepared, student: RowModel, teacher: RowModel | None, *, sample: int | None = None
 ) -> Findings:
     """Compare both sides on a sample of the validation split, and look for rows that train nothing.
 
@@ -31,6 +31,7 @@ def check(
         InputError: no row of the sample counts, or teacher and student disagree on the classes.
     """
     found = Findings(list(prepared.notes), list(prepared.warnings))
+    sample = task.preflight_examples if sample is None else sample
     loader = sample_loader(prepared, "validation", sample, 32)
     rows = [Batch.from_dict(b).rows for b in sample_loader(prepared, "train", 64, 1)]
     if sum(rows) == 0:
@@ -46,10 +47,12 @@ def check(
     if teacher is not None:
         scores = task.judge(student, teacher, loader)["metrics"]
         found.scores = scores
-        if scores.get("teacher_nll", -1.0) >= scores["nll"]:
+        measure, sign = ("nll", 1) if "nll" in scores else (task.metric, -1 if task.higher_is_better else 1)
+        own, taught = scores[measure], scores.get(f"teacher_{measure}")
+        if taught is not None and sign * taught > sign * own:  # equal: a copy of the teacher
             found.warnings.append(
                 f"The teacher is no better than the untrained student on {sample} validation examples "
-                f"(NLL {scores['teacher_nll']:.3f} against {scores['nll']:.3f}): check that it fits this data, or train it."
+                f"({measure} {taught:.3f} against {own:.3f}): check that it fits this data, or train it."
             )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -25,7 +26,7 @@ from understudy.recipe import ModelSpec, Recipe, load, make
 from understudy.reporting import render_run
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.tasks.base import MODULE
+from understudy.tasks.base import COPY, MODULE
 from understudy.training import Bench, Procedure, Stage
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,12 @@ def _fit(
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
-    student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
+    if prepared.stored is not None:
+        prepared.stored(home / "store")
+    if recipe.student.model == COPY:
+        student = copy_of(teacher)
+    else:
+        student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = preflight(task, prepared, student, teacher)
@@ -214,6 +220,13 @@ def judge(
     return {"split": split, **found}
 
 
+def copy_of(teacher: RowModel | None) -> RowModel:
+    """A student that begins as its teacher."""
+    if teacher is None:
+        raise InputError(f"student={COPY} begins as a copy of the teacher, and there is none: set `teacher`.")
+    return copy.deepcopy(teacher)
+
+
 def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
@@ -253,13 +266,9 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
     spec: ModelSpec = getattr(recipe, side)
     assert spec.train is not None
     student = ModelSpec(**{**spec.model_dump(), "train": None})
-    data = (
-        {**recipe.data, "for_teacher": True}
-        if recipe.task in ("image_classification", "preference_world")
-        else recipe.data
-    )
+    data = {**recipe.data, **get_task(recipe.task).start_data}
     values = recipe.dump() | {
-        "method": "sft",
+        "method": get_task(recipe.task).baseline,
         "options": {},
         "output": str(home / _FIRST[side]),
         "student": student.model_dump(exclude_none=True),

@@ -33,7 +33,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Check:
-    """`arm` is better than `other` by more than `threshold` (negative: worse by less than that)."""
+    """`arm` is better than `other` by more than `threshold` (negative: worse by less than that).
+
+    With `other_metric` and `factor` it is compared with `factor · other_metric` of `other`, which may be itself: with
+    what its teacher reaches, or with 0 by a factor of 0.
+    """
 
     arm: str
     other: str
@@ -41,6 +45,8 @@ class Check:
     metric: str
     higher_is_better: bool
     says: str
+    other_metric: str | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,13 +139,16 @@ def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, jud
 
 
 def _check(check: Check, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    a, b = ([r["metrics"][check.metric] for r in found[label]] for label in (check.arm, check.other))
+    a = [r["metrics"][check.metric] for r in found[check.arm]]
+    b = [check.factor * r["metrics"][check.other_metric or check.metric] for r in found[check.other]]
     difference = paired(a, b)
     return {
         "says": check.says,
         "arm": check.arm,
         "other": check.other,
         "metric": check.metric,
+        **({"other_metric": check.other_metric} if check.other_metric else {}),
+        **({"factor": check.factor} if check.factor != 1 else {}),
         "threshold": check.threshold,
         "difference": difference.mean,
         "interval": [difference.low, difference.high],
@@ -150,7 +159,8 @@ def _check(check: Check, found: Mapping[str, list[dict[str, Any]]]) -> dict[str,
 def _arm(
     claim: Claim, label: str, chosen: int, results: list[dict[str, Any]], checks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    metrics = [m for m in dict.fromkeys(c["metric"] for c in checks) if all(m in r["metrics"] for r in results)]
+    asked = dict.fromkeys(m for c in checks for m in (c["metric"], c.get("other_metric")) if m is not None)
+    metrics = [m for m in asked if all(m in r["metrics"] for r in results)]  # some are of a method's own
     own = {m: interval([r["metrics"][m] for r in results]) for m in metrics}
     arm = claim.arms[label]
     return {

@@ -7,6 +7,7 @@ from understudy.data.graphs import GraphBatch, GraphSet, GraphSplits, collate_gr
 from understudy.data.image_sources import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
 from understudy.data.lists import ListBatch, collate_lists, encode_lists
+from understudy.data.noise_sets import NoiseBatch, NoiseSet
 from understudy.data.preferences import load_preferences
 from understudy.data.text import TextSplits, load_text
 from understudy.data.tokenize import Counts, TextSet, collate_text, encode, show_batch, train_tokenizer
@@ -21,6 +22,8 @@ __all__ = [
     "GraphSplits",
     "ImageSet",
     "ListBatch",
+    "NoiseBatch",
+    "NoiseSet",
     "Splits",
     "TextSet",
     "TextSplits",

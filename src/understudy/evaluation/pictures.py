@@ -1,4 +1,4 @@
-"""Inputs as one picture, for reports."""
+"""Inputs and samples as pictures, for reports: arrays `[height, width, 3]` of uint8."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
+INK, FIELD = (11, 103, 163), (251, 250, 247)
 SIDE = 64
 """Pixels of the picture that the higher side of an input takes, at least."""
 
@@ -53,3 +54,18 @@ def _signal(places: np.ndarray[Any, Any], height: int = SIDE) -> Pixels:
     for x, (a, b) in enumerate(zip(level, np.append(level[1:], level[-1]), strict=True)):
         cell[min(a, b) : max(a, b) + 1, x] = (0, 60, 120)
     return _framed(cell)
+
+
+def image_grid(images: Tensor, across: int = 12) -> Pixels:
+    """Samples `[images, channels, height, width]` in [−1, 1] side by side, in rows of `across`."""
+    shown = images[: max(1, len(images) // across) * across]
+    return picture_grid([(row + 1) / 2 for row in shown.split(across)])
+
+
+def scatter(points: Tensor, bound: float, side: int = 240) -> Pixels:
+    """Points `[samples, 2]` as dots, within ±`bound` on both axes."""
+    cell = ((points.double().cpu().nan_to_num() / bound + 1) / 2 * side).long()
+    inside = cell[((cell >= 0) & (cell < side)).all(1)].numpy()
+    pixels = np.full((side, side, 3), FIELD, dtype=np.uint8)
+    pixels[side - 1 - inside[:, 1], inside[:, 0]] = INK
+    return pixels.repeat(2, 0).repeat(2, 1)

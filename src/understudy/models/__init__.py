@@ -1,5 +1,6 @@
 """Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
 
+from understudy.models.diffusion import DenoiserRows, Sampler
 from understudy.models.heads import SubclassHead, replace_head
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
 from understudy.models.nodes import NodeRows, load_nodes
@@ -11,9 +12,11 @@ from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tok
 __all__ = [
     "CausalLMRows",
     "ClassifierRows",
+    "DenoiserRows",
     "NodeRows",
     "RowModel",
     "Rows",
+    "Sampler",
     "SequenceRows",
     "SubclassHead",
     "compare_tokenizers",

@@ -68,6 +68,18 @@ class Scores(_Rows):
 
 
 @dataclass(frozen=True)
+class Clean(_Rows):
+    """What a denoiser takes the clean example to be, `[rows, ...]` of any shape."""
+
+    values: Tensor
+    _per_row = ("values",)
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
 class Projected(_Rows):
     """Hidden states and the head that makes logits of them.
 

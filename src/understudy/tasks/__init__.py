@@ -5,6 +5,7 @@ from __future__ import annotations
 from understudy.errors import InputError, nearest
 from understudy.tasks.base import Prepared, Task
 from understudy.tasks.image_classification import ImageClassification
+from understudy.tasks.image_generation import ImageGeneration
 from understudy.tasks.language_modeling import LanguageModeling
 from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
@@ -12,7 +13,14 @@ from understudy.tasks.preferences import Preferences
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (ImageClassification(), LanguageModeling(), Preferences(), PreferenceWorld(), NodeClassification())
+    for task in (
+        ImageClassification(),
+        LanguageModeling(),
+        Preferences(),
+        PreferenceWorld(),
+        NodeClassification(),
+        ImageGeneration(),
+    )
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import nn
@@ -16,6 +17,9 @@ from understudy.models import RowModel
 
 MODULE = "module:"
 """Begins the name of a model that was handed over as a module."""
+
+COPY = "teacher"
+"""As the name of a student: begin as a copy of the teacher."""
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -32,7 +36,8 @@ class Prepared:
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each. warnings: likewise,
             of what may be wrong.
         hashes: content hashes for the run folder.
-        world: the truth behind a synthetic task, for its judge.
+        facts: what the task's own `model` needs to know of the data. stored: told the folder where a run, or a
+            comparison, keeps what is dear to compute.
     """
 
     train: Any
@@ -49,7 +54,8 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
-    world: Any = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    stored: Callable[[Path], None] | None = None
 
     def split(self, name: str) -> Any:
         """`train`, `validation` or `test`."""
@@ -64,6 +70,12 @@ class Task(Protocol):
     unit: str
     metric: str
     higher_is_better: bool
+    baseline: str
+    """The method that trains a model on the data alone: a teacher that is trained first is trained by it."""
+    preflight_examples: int
+    """How many validation examples the check before a run looks at."""
+    start_data: Mapping[str, Any]
+    """Keys of `data` that name the part which a model that is trained first sees."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults where it is silent."""
@@ -86,7 +98,9 @@ class RowTask:
     """Tasks whose rows are classes with labels are judged alike."""
 
     kind: str
-    teacher_required = True
+    baseline = "sft"
+    preflight_examples = 256
+    start_data: Mapping[str, Any] = MappingProxyType({})
 
     def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Accuracy, NLL, calibration; fidelity beside a teacher."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -37,6 +39,7 @@ class ImageClassification(RowTask):
     kind = "image"
     unit = "images"
     metric = "accuracy"
+    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import RowModel, evaluating
 from understudy.models.worlds import BigramRows, load_policy
-from understudy.tasks.base import Prepared, merged
+from understudy.tasks.base import Prepared, RowTask, merged
 
 _OPTIONS = {
     "bandit": {"name", "seed", "noise", "for_teacher", "limit"},
@@ -26,7 +28,7 @@ _BANDIT = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate":
 _CHAINS = {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
 
 
-class PreferenceWorld:
+class PreferenceWorld(RowTask):
     """Learn from preferences in a world that knows which choice is best."""
 
     name = "preference_world"
@@ -34,7 +36,7 @@ class PreferenceWorld:
     unit = "lists"
     metric = "value"
     higher_is_better = True
-    teacher_required = False
+    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The bandit with heavy-tailed noise, its policy started on 512 clean contexts; each seed is a world of its own."""
@@ -78,11 +80,11 @@ class PreferenceWorld:
             collate=collate_lists if world is not None else collate_choices,
             classes=16 if world is not None else 24,
             hashes={"data": hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()},
-            world=world,
+            facts={"world": world},
         )
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
-        return load_policy(spec.model, source, prepared.classes, prepared.world)
+        return load_policy(spec.model, source, prepared.classes, prepared.facts["world"])
 
     def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """`value`: the mean probability of the truly best item (bandit), or return minus KL to the chain (exact)."""

@@ -66,7 +66,8 @@ class Method(BaseModel):
     """Base of all methods. Subclass it in one file, state the facts below, and write `loss`.
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `needs`
-    (of `"teacher"`, `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step).
+    (of `"teacher"`, `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step),
+    `queries` (it asks `live.teacher` itself, about other inputs than the student's; `loss` is then given no teacher's rows).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +78,7 @@ class Method(BaseModel):
     kinds: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
+    queries: ClassVar[bool] = False
 
     @property
     def asks(self) -> frozenset[str]:
@@ -128,6 +130,10 @@ class Method(BaseModel):
     def play(self, player: str, scene: Scene, live: Live) -> Iterator[dict[str, Term]]:
         """Terms of a player's objective, to be minimised, for each micro-batch of `scene.batches`."""
         raise NotImplementedError
+
+    def shown(self, batch: Batch, live: Live) -> Batch:
+        """The batch as both sides see it, at each step: with noise added, a part left out. Rows and ids stay."""
+        return batch
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What terms are divided by, where that is not the number of rows: by the term's name, for this batch."""

@@ -169,7 +169,7 @@ class DistillationTrainer(Validating):
             batch.inputs["pixel_values"] = augment(
                 batch.inputs["pixel_values"], batch.ids, seed=self.args.seed, epoch=self._epoch, **self.augmentation
             )
-        return batch
+        return self.model.method.shown(batch, self.model.live)
 
     def _terms(self, model: Any, inputs: Any) -> dict[str, Tensor]:
         batch = self._batch(inputs)
@@ -177,7 +177,7 @@ class DistillationTrainer(Validating):
         if meter is not None:
             self.model.head_timer = meter.head
         target = None
-        if self.teacher is not None:
+        if self.teacher is not None and not self.model.method.queries:
             with meter.teacher() if meter is not None else nullcontext():
                 target = self.teacher.rows(batch)
         sums: dict[str, Tensor] = model(batch, target)

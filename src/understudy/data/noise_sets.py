@@ -1,0 +1,179 @@
+"""Training sets of generation: noise by id for a student that needs no data, examples for a model that learns from them.
+
+The noise of an example is a function of its id (`data.noise`), so a data set of noise is a list of numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from understudy.data.batch import Batch
+from understudy.data.images import load_images
+from understudy.errors import InputError
+
+APART = {"train": 0, "validation": 1 << 40, "test": 2 << 40, "reference": 3 << 40}
+"""Where the ids of a split begin: no split shares noise with another."""
+
+WORLDS = ("ring8",)
+MODES, RADIUS, DEVIATION = 8, 1.3, 0.12
+
+
+@dataclass(kw_only=True)
+class NoiseBatch(Batch):
+    """A batch of generation. Its rows are examples.
+
+    Args:
+        inputs: what a denoiser is shown, `x` and the time `t` in [0, 1]; before that `clean`, where the set has examples.
+        labels: as `condition`.
+        condition: `[examples]`, the class to draw, −1 for none.
+    """
+
+    condition: Tensor
+
+    @property
+    def kind(self) -> str:
+        return "noise"
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return torch.ones_like(self.ids, dtype=torch.bool)
+
+    @cached_property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def row_labels(self) -> Tensor:
+        return self.condition
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        return torch.arange(len(self.ids), device=self.ids.device)
+
+    def select(self, values: Tensor) -> Tensor:
+        return values
+
+    def at(self, x: Tensor, t: Tensor | float, condition: Tensor | None = None) -> NoiseBatch:
+        """The same examples with `x` shown at time `t` (`[examples]`, or one time for all)."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
+        inputs = {**self.inputs, "x": x, "t": times}
+        return replace(self, inputs=inputs, condition=self.condition if condition is None else condition)
+
+    def to(self, device: torch.device | str) -> NoiseBatch:
+        moved = {n: getattr(self, n).to(device) for n in ("labels", "ids", "condition")}
+        return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)
+
+
+@dataclass
+class Reference:
+    """What samples are judged against.
+
+    Args:
+        examples: reads the real examples and their classes of a split; `None` where there are no data.
+        training: reads those that a feature network may learn from; `None` for points, which need none.
+        centres, deviation: of the modes of a world, `[modes, dimensions]`, where they are known. key: content hash.
+        steps: calls of the teacher's own sampler to report. many: calls of the sampler that stands for the teacher.
+        store: where what is dear is kept.
+    """
+
+    examples: Callable[[], tuple[Tensor, Tensor]] | None
+    training: Callable[[], tuple[Tensor, Tensor]] | None
+    centres: Tensor | None
+    key: str
+    steps: tuple[int, ...]
+    many: int
+    deviation: float = DEVIATION
+    store: Path | None = None
+
+
+class NoiseSet(Dataset[tuple[int, int]]):
+    """`size` ids and, where there are classes, a class each in turn. Nothing else is read, ever.
+
+    Args:
+        split: whose ids. classes: 0 for none. reference: of evaluation splits.
+    """
+
+    def __init__(self, size: int, split: str, classes: int = 0, reference: Reference | None = None) -> None:
+        self.size, self.start, self.classes, self.reference = size, APART[split], classes, reference
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.start + index, index % self.classes if self.classes else -1
+
+
+class ExampleSet(Dataset[tuple[int, int, Tensor]]):
+    """Real examples `[examples, ...]` in the range that models see, with ids and classes (−1 without)."""
+
+    def __init__(self, clean: Tensor, condition: Tensor) -> None:
+        self.clean, self.condition = clean, condition
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int) -> tuple[int, int, Tensor]:
+        return index, int(self.condition[index]), self.clean[index]
+
+
+def collate_noise(items: list[Any]) -> dict[str, Tensor]:
+    """The tensors of a `NoiseBatch`, with `clean` where items have it."""
+    ids, condition = (torch.tensor([item[i] for item in items]) for i in (0, 1))
+    found = {"ids": ids, "labels": condition, "condition": condition}
+    return found | ({"clean": torch.stack([item[2] for item in items])} if len(items[0]) == 3 else {})
+
+
+@dataclass
+class Source:
+    """Real data of generation: `examples(split)` reads them with their classes, when asked and not before."""
+
+    examples: Callable[[str], tuple[Tensor, Tensor]] | None
+    shape: tuple[int, ...] = ()
+    classes: int = 0
+    centres: Tensor | None = None
+    key: str = "noise"
+    notes: list[str] = field(default_factory=list)
+
+
+def load_source(spec: dict[str, Any]) -> Source:
+    """`noise` (no data at all), the world `ring8`, or an image set of `load_images` with pixels in [−1, 1]."""
+    name = str(spec["name"])
+    if name == "noise":
+        return Source(None)
+    if name in WORLDS:
+        return Source(ring_examples, (2,), MODES, ring_centres(), name)
+    splits = load_images(spec)
+
+    def examples(split: str) -> tuple[Tensor, Tensor]:
+        part = getattr(splits, split)
+        if part.pixels.dtype != torch.uint8:
+            raise InputError(f"{name} holds features, not pixels: image_generation takes images, ring8, or noise.")
+        return part.pixels.float() / 127.5 - 1, part.labels
+
+    return Source(examples, splits.shape, len(splits.classes), None, splits.hash, list(splits.notes))
+
+
+def ring_centres() -> Tensor:
+    """`[8, 2]`, on a circle."""
+    angle = torch.arange(MODES, dtype=torch.float64) * 2 * math.pi / MODES
+    return RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def ring_examples(split: str, number: int = 4000) -> tuple[Tensor, Tensor]:
+    """Draws from the ring with the mode each comes from; a split's draws are always the same."""
+    seed = {"train": 1, "validation": 2, "test": 3}[split]
+    generator = torch.Generator().manual_seed(seed)
+    mode = torch.randint(0, MODES, (number,), generator=generator)
+    noise = torch.randn(number, 2, generator=generator, dtype=torch.float64)
+    return (ring_centres()[mode] + DEVIATION * noise).float(), mode

@@ -1,0 +1,61 @@
+"""Distances between sets of samples, and how many modes they cover."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from understudy.errors import InputError
+
+
+def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
+    """‖μ − μ'‖² + tr(C + C' − 2 (C C')^½) of two sets of features `[samples, width]`. Biased upwards for few samples."""
+    check(ours, theirs)
+    means, roots, traces = [], [], []
+    for features in (ours.double(), theirs.double()):
+        mean = features.mean(0)
+        covariance = (features - mean).T @ (features - mean) / (len(features) - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        means.append(mean)
+        traces.append(float(values.clamp(min=0).sum()))
+        roots.append(vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T)
+    # tr (C C')^½ is the sum of the singular values of C^½ C'^½.
+    cross = float(torch.linalg.svdvals(roots[0] @ roots[1]).sum())
+    return max(0.0, float((means[0] - means[1]).square().sum()) + sum(traces) - 2 * cross)
+
+
+def energy_distance(ours: Tensor, theirs: Tensor) -> float:
+    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ of `[samples, ...]`, without bias: it may come out just below 0."""
+    check(ours, theirs)
+    x, y = ours.double().flatten(1), theirs.double().flatten(1)
+    return 2 * _mean(x, y, len(x) * len(y)) - sum(_mean(v, v, len(v) * (len(v) - 1)) for v in (x, y))
+
+
+def _mean(a: Tensor, b: Tensor, pairs: int, tile: int = 512) -> float:
+    total = sum(
+        float(torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist").sum()) for part in a.split(tile)
+    )
+    return total / pairs
+
+
+def check(ours: Tensor, theirs: Tensor) -> None:
+    """Refuse sets too small or of another shape, and samples that are not finite."""
+    if ours.shape[1:] != theirs.shape[1:]:
+        raise InputError(f"Samples of shape {tuple(ours.shape[1:])} are compared with {tuple(theirs.shape[1:])}.")
+    if min(len(ours), len(theirs)) < 2:
+        raise InputError(f"A distance needs two samples a side, not {len(ours)} and {len(theirs)}.")
+    if not bool(ours.isfinite().all()):
+        raise InputError(
+            "The model draws samples that are not finite: it has diverged, or is read by a wrong schedule."
+        )
+
+
+def coverage(modes: Tensor, expected: Tensor) -> float:
+    """Share of the modes that are drawn at least a quarter as often as expected.
+
+    Args:
+        modes: `[samples]`, the mode of each; negative for none. expected: `[modes]`, shares.
+    """
+    found = torch.bincount(modes[modes >= 0], minlength=len(expected)).double() / max(1, len(modes))
+    present = expected > 0
+    return float((found[present] >= expected[present] / 4).double().mean())

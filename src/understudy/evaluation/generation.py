@@ -1,0 +1,167 @@
+"""How good samples are: their distance from real ones, beside the teacher's own at several budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from understudy.data import Batch
+from understudy.data.noise import normal
+from understudy.data.noise_sets import APART, NoiseBatch, Reference
+from understudy.errors import InputError
+from understudy.evaluation.distances import coverage, energy_distance, frechet_distance
+from understudy.evaluation.pictures import image_grid, scatter
+from understudy.models import evaluating
+from understudy.models.small import build_small, load_weights, save_small
+
+REACH = 4.0
+"""A point further than so many deviations from every mode belongs to none."""
+
+
+ENTRIES = 1 << 16
+"""Numbers of a sample times samples, in one call of a model."""
+
+
+class Judge:
+    """Measures samples against a reference: Fréchet distance of a classifier's features for images with classes,
+    energy distance otherwise."""
+
+    def __init__(self, reference: Reference | None, examples: Tensor, classes: Tensor | None) -> None:
+        self.examples, self.reference, self.network = examples, reference, None
+        self.expected: Tensor | None = None
+        if reference is not None and classes is not None:
+            number = int(classes.max()) + 1
+            if reference.training is not None:
+                self.network = feature_network(reference)
+                number = max(number, int(self.network.understudy["classes"]))  # type: ignore[index, arg-type]
+            self.expected = torch.bincount(classes, minlength=number).double() / len(classes)
+        self.real = self._features(examples) if self.network is not None else examples
+
+    @property
+    def name(self) -> str:
+        return "energy" if self.network is None else "fid"
+
+    def distance(self, samples: Tensor) -> float:
+        """From the real examples."""
+        if self.network is None:
+            return energy_distance(samples, self.real)
+        return frechet_distance(self._features(samples), self.real)
+
+    def coverage(self, samples: Tensor) -> float | None:
+        """Share of modes or classes that the samples reach, where they are known."""
+        if self.expected is None:
+            return None
+        return coverage(self.modes(samples), self.expected)
+
+    @torch.no_grad()
+    def modes(self, samples: Tensor) -> Tensor:
+        """The mode of each sample: its class, or the nearest centre, −1 for a point near none."""
+        if self.network is not None:
+            return self.network(samples).argmax(-1)
+        assert self.reference is not None and self.reference.centres is not None
+        near = torch.cdist(samples.double(), self.reference.centres).min(-1)
+        return near.indices.masked_fill(near.values > REACH * self.reference.deviation, -1)
+
+    @torch.no_grad()
+    def _features(self, samples: Tensor) -> Tensor:
+        assert self.network is not None
+        return torch.cat([self.network.body(part) for part in samples.split(256)])  # type: ignore[operator]
+
+
+def feature_network(reference: Reference, steps: int = 400) -> nn.Module:
+    """A small classifier of the real training examples; its layer before the head gives the features.
+
+    It is trained once, always alike, and kept in the store.
+    """
+    assert reference.training is not None
+    folder = reference.store / f"features-{reference.key[:16]}" if reference.store is not None else None
+    pixels, labels = reference.training()
+    network = build_small("convnet:16", int(labels.max()) + 1, tuple(pixels.shape[1:]))
+    if folder is not None and (folder / "config.json").is_file():
+        load_weights(network, folder / "model.safetensors")
+        return network.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_small("convnet:16", int(labels.max()) + 1, tuple(pixels.shape[1:]))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+        with torch.enable_grad():
+            for _ in range(steps):
+                chosen = torch.randint(0, len(labels), (64,))
+                loss = nn.functional.cross_entropy(network(pixels[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    if folder is not None:
+        save_small(network, folder)
+    return network.eval()
+
+
+@torch.no_grad()
+def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], reference: Reference) -> dict[str, Any]:
+    """Metrics of the student's samples, beside the teacher's.
+
+    `distance` (`fid` or `energy`, see `Judge`), `nfe` (network calls a sample), `coverage` of modes; with a teacher
+    `rmse` to its output of `reference.many` calls from the same noise, and `teacher_N_distance` of its sampler at N
+    steps. Without data the reference is what the teacher draws in `many` calls from other noise.
+    """
+    models = [m for m in (student, teacher) if m is not None]
+    with evaluating(*models):
+        samples = draw(student, loader)
+        taught = (
+            {n: draw(teacher, loader, n) for n in {*reference.steps, reference.many}} if teacher is not None else {}
+        )
+        if reference.examples is not None:
+            examples, classes = reference.examples()
+        elif teacher is not None:
+            examples, classes = draw(teacher, loader, reference.many, APART["reference"]), None
+        else:
+            raise InputError("data=noise has nothing to judge samples by without a teacher: set `teacher` or `data`.")
+    judge = Judge(reference, examples, classes)
+    metrics: dict[str, Any] = {"distance": judge.distance(samples)}
+    metrics[judge.name] = metrics["distance"]
+    metrics["nfe"] = float(student.calls)
+    if judge.expected is not None:
+        metrics["coverage"] = judge.coverage(samples)
+    if taught:
+        best = taught[reference.many]
+        metrics["rmse"] = float((samples - best).square().mean().sqrt())
+        metrics["teacher_distance"], metrics["teacher_nfe"] = (
+            judge.distance(best),
+            float(teacher.calls_for(reference.many)),
+        )
+        if judge.expected is not None:
+            metrics["teacher_coverage"] = judge.coverage(best)
+        metrics |= {f"teacher_{n}_distance": judge.distance(taught[n]) for n in sorted(taught)}
+    shown = {f"Student: samples of {student.calls} call(s)": samples, "Real examples": examples}
+    if taught:
+        shown |= {f"Teacher: {n} steps from the same noise": taught[n] for n in sorted(taught)}
+    return {"rows": len(samples), "metrics": metrics, "pictures": pictures(shown)}
+
+
+def draw(model: Any, loader: DataLoader[Any], steps: int | None = None, offset: int = 0) -> Tensor:
+    """Samples for the loader's ids, always from the same noise; `offset` moves the ids to other noise."""
+    home = next(model.parameters())
+    batches = [Batch.from_dict(values) for values in loader]
+    if not batches:
+        raise InputError("The split has no example to draw.")
+    ids, condition = (torch.cat([getattr(b, n) for b in batches]) for n in ("ids", "condition"))
+    parts = []
+    for chosen in torch.arange(len(ids)).split(max(1, ENTRIES // torch.Size(model.shape).numel())):
+        batch = NoiseBatch({}, condition[chosen], ids[chosen], condition=condition[chosen])
+        eps = normal(batch.ids + offset, model.shape, seed=0, step=0).float().to(home.device)
+        parts.append(model.draw(batch.to(home.device), eps, steps).cpu().float())
+    return torch.cat(parts)
+
+
+def pictures(samples: dict[str, Tensor]) -> dict[str, Any]:
+    """Each set as a picture, where it has one: images with one or three channels, points of the plane."""
+    first = next(iter(samples.values()))
+    if first.dim() == 4:
+        return {caption: image_grid(v[:96]) for caption, v in samples.items()}
+    if first.dim() == 2 and first.shape[1] == 2:
+        bound = 1.25 * max(1e-6, float(samples.get("Real examples", first).abs().max()))
+        return {caption: scatter(v, bound) for caption, v in samples.items()}
+    return {}

@@ -1,0 +1,241 @@
+"""Denoisers as row models: any `UNet2DModel`, an MLP for points, and the closed form of a Gaussian mixture.
+
+All answer with the clean example that they take a noisy one to hold (`Clean`), whatever their output stands for, and
+all draw samples: by DDIM, or in one call where they were trained for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.data.noise_sets import NoiseBatch
+from understudy.errors import InputError
+from understudy.losses.diffusion import check_prediction, ddim_step, guided, signal_of, x0_from
+from understudy.models.noise_levels import NoiseLevels
+from understudy.models.rows import RowModel, Rows
+from understudy.models.small import save_small
+from understudy.targets import Clean
+
+SAMPLER = "sampler.json"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model draws.
+
+    Args:
+        steps: calls of DDIM from `t_max` down to `t_min`; 0 draws in one call, `g(ε, t_min)`.
+        guidance: weight of classifier-free guidance for DDIM; `None` draws with the condition alone.
+    """
+
+    steps: int = 32
+    t_min: float = 0.01
+    t_max: float = 0.99
+    guidance: float | None = None
+
+
+class DenoiserRows(RowModel):
+    """A denoiser on `NoiseBatch`es that show `x` and `t`.
+
+    Args:
+        model: called `(x, time, condition)`; the condition is `None`, or classes with `classes` for none.
+        levels: the noise schedule. prediction: what the output stands for, as in `losses.diffusion`.
+        shape: of an example. classes: that it can be asked for, 0 for none.
+        null: whether it can also be asked without a class. clip: bound of x_0 (static thresholding), if any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: NoiseLevels,
+        prediction: str,
+        shape: Sequence[int],
+        *,
+        classes: int = 0,
+        null: bool = True,
+        clip: float | None = None,
+        sampler: Sampler | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        super().__init__()
+        check_prediction(prediction)
+        self.model, self.levels, self.prediction, self.shape = model, levels, prediction, tuple(shape)
+        self.classes, self.null, self.clip = classes, null, clip
+        self.sampler = sampler or Sampler()
+        self.scheduler = scheduler
+        self.padding = 0
+
+    def answer(self, batch: Any, features: bool) -> Rows:
+        if features:
+            raise InputError("A denoiser has no features before a head.")
+        x, t = batch.inputs["x"], batch.inputs["t"]
+        if tuple(x.shape[1:]) != self.shape:
+            raise InputError(f"The denoiser takes examples of shape {self.shape}, not {tuple(x.shape[1:])}.")
+        dtype = next(self.model.parameters()).dtype
+        alpha, sigma = self.levels.at(t)
+        output = _tensor(self.model(x.to(dtype), self.levels.clock(t), self._asked(batch.condition)))
+        channels = self.shape[0]
+        if output.shape[1] == 2 * channels:  # a learned variance beside the mean
+            output = output[:, :channels]
+        if output.shape != x.shape:
+            raise InputError(
+                f"{type(self.model).__name__} answers {tuple(output.shape[1:])} for examples of {self.shape}: a denoiser "
+                "gives back its input's shape, or twice the channels with a learned variance."
+            )
+        clean = x0_from(_wide(output), _wide(x), alpha, sigma, self.prediction)
+        return Rows(Clean(clean if self.clip is None else clean.clamp(-self.clip, self.clip)))
+
+    def _asked(self, condition: Tensor) -> Tensor | None:
+        if not self.classes:
+            return None
+        absent = condition < 0
+        if not self.null and bool(absent.any()):
+            raise InputError(
+                "This denoiser must be told a class and was asked without: set data.conditional=true, and leave "
+                "guidance off."
+            )
+        if int(condition.max()) >= self.classes:
+            raise InputError(f"Class {int(condition.max())} was asked of a denoiser that has {self.classes}.")
+        return condition.masked_fill(absent, self.classes)
+
+    def one_call(self, t: float) -> DenoiserRows:
+        """This model, drawing in one call at time `t`, and unclipped: a bound would stop the gradient."""
+        self.sampler, self.clip = replace(self.sampler, steps=0, t_min=t, guidance=None), None
+        return self
+
+    @property
+    def calls(self) -> int:
+        """Network calls for one sample."""
+        return self.calls_for(max(1, self.sampler.steps))
+
+    def calls_for(self, steps: int) -> int:
+        """Network calls of so many steps: guidance doubles them."""
+        return steps * (2 if self.sampler.guidance is not None else 1)
+
+    @torch.no_grad()
+    def draw(self, batch: NoiseBatch, eps: Tensor, steps: int | None = None) -> Tensor:
+        """Samples from the noise `eps`, one for each example of the batch.
+
+        Args:
+            steps: of DDIM; as `sampler` says if not given.
+        """
+        number = self.sampler.steps if steps is None else steps
+        if number == 0:
+            return self(batch.at(eps, self.sampler.t_min)).signal.values
+        times = torch.linspace(self.sampler.t_max, self.sampler.t_min, number + 1, dtype=torch.float64)
+        return trajectory(self.denoise, self.levels, batch, eps, times)
+
+    def denoise(self, batch: NoiseBatch) -> Tensor:
+        """x_0 with the sampler's guidance."""
+        return with_guidance(lambda b: self(b).signal.values, batch, self.sampler.guidance)
+
+    def save(self, folder: Path) -> None:
+        """The network (`save_pretrained` with its scheduler, or the small format) and `sampler.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(str(folder))
+            if self.scheduler is not None:
+                self.scheduler.save_pretrained(str(folder))
+        elif hasattr(self.model, "understudy"):
+            save_small(self.model, folder)
+        else:
+            raise InputError(f"{type(self.model).__name__} cannot be saved: it has no save_pretrained.")
+        facts = {**asdict(self.sampler), "clip": self.clip, "null": self.null}
+        (folder / SAMPLER).write_text(json.dumps(facts, indent=1))
+
+
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.sample
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def with_guidance(ask: Callable[[NoiseBatch], Tensor], batch: NoiseBatch, weight: float | None) -> Tensor:
+    """What `ask` says of the batch; with a weight, guided away from what it says without the condition."""
+    said = ask(batch)
+    if weight is None:
+        return said
+    without = batch.at(batch.inputs["x"], batch.inputs["t"], torch.full_like(batch.condition, -1))
+    return guided(said, ask(without), weight)
+
+
+def trajectory(
+    ask: Callable[[NoiseBatch], Tensor],
+    levels: NoiseLevels,
+    batch: NoiseBatch,
+    x: Tensor,
+    times: Tensor,
+    eps: Tensor | None = None,
+) -> Tensor:
+    """DDIM from `x` at `times[0]` along `times`, the signal at its end: the state there less the noise it began with.
+
+    Args:
+        ask: x_0 of a batch that shows `x` and `t`. x: the state to begin from.
+        eps: the noise that its trajectory began with; `x` itself if not given.
+    """
+    eps, times = x if eps is None else eps, levels.snap(times.to(x.device))
+    for t, s in zip(times, times[1:], strict=False):
+        now, then = (levels.at(v.expand(len(x))) for v in (t, s))
+        clean = ask(batch.at(x, t)).to(x.dtype)
+        x = clean if bool((then[1] == 0).all()) else ddim_step(x, clean, *now, *then)
+    alpha, sigma = levels.at(times[-1].expand(len(x)))
+    return signal_of(x, eps, alpha, sigma)
+
+
+class PointDenoiser(nn.Module):
+    """An MLP on points, with sin and cos of 2^k πt/2 for k = 0 … 4, and a one-hot class.
+
+    Args:
+        size: numbers of a point. classes: 0 for none; one more stands for no class.
+    """
+
+    def __init__(self, size: int, hidden: Sequence[int], classes: int = 0) -> None:
+        super().__init__()
+        self.choices = classes + 1 if classes else 0
+        widths = (size + 10 + self.choices, *hidden)
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Linear(widths[-1], size))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        angle = (t[:, None] * (math.pi / 2) * 2.0 ** torch.arange(5, device=x.device)).to(x.dtype)
+        parts = [x.flatten(1), angle.sin(), angle.cos()]
+        if condition is not None:
+            parts.append(nn.functional.one_hot(condition, self.choices).to(x.dtype))
+        return self.body(torch.cat(parts, 1)).view_as(x)
+
+
+class MixtureDenoiser(nn.Module):
+    """E[x_0 | x_t] of Gaussians of one width with equal weights: a teacher without training and without error.
+
+    Args:
+        centres: `[modes, dimensions]`. deviation: of each mode. classes: whether it can be asked for one mode.
+    """
+
+    def __init__(self, centres: Tensor, deviation: float, levels: NoiseLevels) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(centres, requires_grad=False)
+        self.deviation, self.levels = deviation, levels
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        alpha, sigma = (v.to(x.dtype)[:, None] for v in self.levels.at(t))
+        variance = (alpha * self.deviation).square() + sigma.square()
+        away = x[:, None] - alpha[..., None] * self.centres  # [rows, modes, dimensions]
+        weight = torch.softmax(-away.square().sum(-1) / (2 * variance), -1)
+        if condition is not None:
+            modes = len(self.centres)
+            asked = nn.functional.one_hot(condition, modes + 1)[:, :modes].to(x.dtype)
+            weight = torch.where((condition < modes)[:, None], asked, weight)
+        shrink = alpha * self.deviation**2 / variance
+        return torch.einsum("rm,rmd->rd", weight, self.centres + shrink[..., None] * away)

@@ -1,0 +1,32 @@
+"""Moving averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move an average of weights towards `model` once, after optimizer step `step`.
+
+    The decay is at most (1 + step) / (10 + step), so that the weights of the start do not linger in short runs.
+    """
+    keep = min(decay, (1 + step) / (10 + step))
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new.to(old.dtype), 1 - keep)
+    _copy(average.buffers(), model.buffers())
+
+
+@torch.no_grad()
+def take(model: nn.Module, average: nn.Module) -> None:
+    """Put the average in the model's place."""
+    _copy(model.parameters(), average.parameters())
+    _copy(model.buffers(), average.buffers())
+
+
+def _copy(old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+    for a, b in zip(old, new, strict=True):
+        a.copy_(b)

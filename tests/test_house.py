@@ -9,7 +9,7 @@ import pytest
 from understudy.catalogue import catalogue, find, papers
 from understudy.errors import InputError
 from understudy.methods import all_methods
-from understudy.pages import drawing, page, rooms, table
+from understudy.pages import drawing, findings, page, rooms, table
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
@@ -88,6 +88,7 @@ def test_committed_pages_are_current():
             assert (docs / "methods" / f"{entry.name}.md").read_text() == page(entry) + "\n", "run `make docs`"
     assert table() in (docs / "catalogue.md").read_text()
     assert table() in (ROOT / "README.md").read_text()
+    assert findings(docs / "claims") in (docs / "claims" / "README.md").read_text(), "run `make docs`"
     assert drawing() in (docs / "architecture.md").read_text(), "run `make docs`"
 
 

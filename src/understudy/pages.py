@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def table() -> str:
         f"| {e.number or '–'} | `{e.name}` | {e.title} | {e.year or '–'} | {e.family} | {e.status} |"
         for e in catalogue()
     ]
+    return "\n".join(lines)
+
+
+def findings(folder: Path) -> str:
+    """Every check of the claims whose results lie in `folder`, as they came out, as a Markdown table."""
+    entries = {e.name: e for e in catalogue()}
+    lines = ["| paper | what is claimed | difference [95 %] | bar | verdict |", "|---|---|---|---|---|"]
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
+    for name in sorted(results, key=lambda n: entries[n].number or 0):
+        seeds = results[name]["budget"]["seeds"]
+        for i, check in enumerate(results[name]["checks"]):
+            low, high = check["interval"]
+            span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
+            paper = f"{entries[name].number} `{name}`, {seeds} seeds" if i == 0 else ""
+            difference = f"{check['difference']:+.3g}{span} {check['metric']}"
+            lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {check['verdict']} |")
     return "\n".join(lines)
 
 

@@ -163,7 +163,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'align', '')}")
 @pytest.mark.parametrize("text", [False, True])
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
 def test_any_split_of_a_batch_gives_the_same_update(method, text, reduction, tmp_path):
     if text and "text" not in method.kinds:
         pytest.skip("works on images")

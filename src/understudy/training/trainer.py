@@ -145,8 +145,9 @@ class DistillationTrainer(Validating):
         return samples, counts[0]
 
     def _units(self, batch: Batch) -> float:
+        """What a micro-batch adds to the count; a sum adds nothing, and nothing divides by 1."""
         _, unit = row_weights(self.model.reduction, batch.sequence)
-        return float(batch.rows if unit == "rows" else (batch.sequence.unique().numel() if unit == "sequences" else 1))
+        return float({"rows": batch.rows, "sequences": batch.sequence.unique().numel(), "none": 0}[unit])
 
     def _count(self, term: str) -> Tensor:
         """What a term of this update is divided by: its own count, or that of the rows."""

@@ -85,3 +85,28 @@ class Batch:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) for k, v in found.items() if isinstance(v, Tensor)}
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)
+
+
+class WholeExamples:
+    """For kinds of batch whose rows are their examples, with or without a label."""
+
+    ids: Tensor
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """`[examples]`, all of them."""
+        return torch.ones_like(self.ids, dtype=torch.bool)
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of examples."""
+        return len(self.ids)
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """`[examples]`, each is its own."""
+        return torch.arange(len(self.ids), device=self.ids.device)
+
+    def select(self, values: Tensor) -> Tensor:
+        """`values`: every example counts."""
+        return values

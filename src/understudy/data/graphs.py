@@ -72,11 +72,6 @@ class GraphBatch(Batch):
         """The same graph with every node as a row."""
         return replace(self, chosen=torch.ones_like(self.chosen))
 
-    def to(self, device: torch.device | str) -> GraphBatch:
-        inputs = {k: v.to(device) for k, v in self.inputs.items()}
-        names = ("labels", "ids", "edges", "loops", "chosen")
-        return replace(self, inputs=inputs, **{n: getattr(self, n).to(device) for n in names})
-
 
 class GraphSet(Dataset[dict[str, Tensor]]):
     """A data set of one example: the whole graph."""

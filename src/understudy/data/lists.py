@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from understudy.data.batch import IGNORE, Batch
+from understudy.data.batch import IGNORE, Batch, WholeExamples
 from understudy.data.text import Record
 from understudy.data.tokenize import Counts, TextSet, collate_text, completion_tokens
 from understudy.errors import InputError
 
 
 @dataclass(kw_only=True)
-class ListBatch(Batch):
+class ListBatch(WholeExamples, Batch):
     """A batch whose rows are lists. Its tokens are the rows of `tokens`, a batch of its own.
 
     Args:
@@ -68,23 +68,8 @@ class ListBatch(Batch):
         return values[self.slots.clamp(min=0)].masked_fill(~self.candidates, 0)
 
     @cached_property
-    def mask(self) -> Tensor:
-        return torch.ones_like(self.ids, dtype=torch.bool)
-
-    @cached_property
-    def rows(self) -> int:
-        return len(self.ids)
-
-    @cached_property
     def row_labels(self) -> Tensor:
         return self.best
-
-    @cached_property
-    def sequence(self) -> Tensor:
-        return torch.arange(len(self.ids), device=self.ids.device)
-
-    def select(self, values: Tensor) -> Tensor:
-        return values
 
 
 def encode_lists(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from understudy.data.batch import Batch
+from understudy.data.batch import Batch, WholeExamples
 from understudy.data.images import load_images
 from understudy.errors import InputError
 
@@ -28,7 +28,7 @@ MODES, RADIUS, DEVIATION = 8, 1.3, 0.12
 
 
 @dataclass(kw_only=True)
-class NoiseBatch(Batch):
+class NoiseBatch(WholeExamples, Batch):
     """A batch of generation. Its rows are examples.
 
     Args:
@@ -44,33 +44,14 @@ class NoiseBatch(Batch):
         return "noise"
 
     @cached_property
-    def mask(self) -> Tensor:
-        return torch.ones_like(self.ids, dtype=torch.bool)
-
-    @cached_property
-    def rows(self) -> int:
-        return len(self.ids)
-
-    @cached_property
     def row_labels(self) -> Tensor:
         return self.condition
-
-    @cached_property
-    def sequence(self) -> Tensor:
-        return torch.arange(len(self.ids), device=self.ids.device)
-
-    def select(self, values: Tensor) -> Tensor:
-        return values
 
     def at(self, x: Tensor, t: Tensor | float, condition: Tensor | None = None) -> NoiseBatch:
         """The same examples with `x` shown at time `t` (`[examples]`, or one time for all)."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
         inputs = {**self.inputs, "x": x, "t": times}
         return replace(self, inputs=inputs, condition=self.condition if condition is None else condition)
-
-    def to(self, device: torch.device | str) -> NoiseBatch:
-        moved = {n: getattr(self, n).to(device) for n in ("labels", "ids", "condition")}
-        return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)
 
 
 @dataclass

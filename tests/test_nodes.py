@@ -189,14 +189,14 @@ def test_killed_and_resumed_ends_in_the_same_best_weights(taught, tmp_path):
 class Teacher(torch.nn.Module):
     """A user's own network on a graph."""
 
-    def __init__(self, bad=False):
+    def __init__(self, bad=None):
         super().__init__()
         self.linear, self.bad = torch.nn.Linear(300, 5), bad
 
     def forward(self, x, edge_index):
         out = self.linear(x)
         out = out.index_add(0, edge_index[0], out[edge_index[1]])
-        return out.where(torch.arange(len(out))[:, None] != 7, float("nan")) if self.bad else out
+        return out.where(torch.arange(len(out))[:, None] != self.bad, float("nan")) if self.bad else out
 
 
 def test_a_users_own_teacher_is_read_whole_and_left_as_it_was(tmp_path):
@@ -257,6 +257,7 @@ def test_other_bad_input(tmp_path):
             load_graph(spec)
     run = {**RUN, "method": "ff-g2m"}
     unlabelled = saved(tmp_path / "u.npz", train_idx=np.array([], np.int64))
+    unjudged = int(batch(load_graph({"name": "topics"}).train).labels.ge(0).nonzero()[-1, 0])  # a training node
     cases = [
         ({"student": "mpl:8"}, "neither gcn, sage, gat or mlp"),
         ({"student": "mlp:hiden=8"}, "Did you mean 'hidden'"),
@@ -264,7 +265,7 @@ def test_other_bad_input(tmp_path):
         ({"student": "gat:hidden=9"}, "multiple of heads"),
         ({"method": "pld"}, "graph task"),
         ({"data": unlabelled, "teacher": torch.nn.Linear(4, 2)}, "lam is 0.4: set options.lam=0"),
-        ({"teacher": Teacher(bad=True)}, "logits of node 7 are not finite"),
+        ({"teacher": Teacher(bad=unjudged)}, f"logits of node {unjudged} are not finite"),
         ({"teacher": torch.nn.Linear(300, 4)}, r"gives \(300, 4\) for 300 nodes of 5 classes"),
         ({"task": "image_classification", "method": "sft", "data": "digits", "student": "gcn"}, "gcn reads a graph"),
     ]

@@ -222,6 +222,16 @@ def test_images_a_copied_student_and_a_teacher_without_any_data(tmp_path):
     assert free.metrics.keys() >= {"energy", "rmse"} and "coverage" not in free.metrics
 
 
+def test_a_saved_denoiser_draws_as_before_and_a_damaged_one_is_refused(tmp_path):
+    rows = load_denoiser("denoiser:8", shape=(2,), classes=3).one_call(0.02)
+    rows.save(tmp_path)
+    again = load_denoiser(tmp_path)
+    assert again.sampler == rows.sampler and again.calls == 1 and again.classes == 3
+    (tmp_path / "sampler.json").write_text('{"steps": 1}')
+    with pytest.raises(InputError, match="damaged"):
+        load_denoiser(tmp_path)
+
+
 def test_a_denoiser_learns_the_ring_itself(tmp_path):
     steps = {"max_steps": 400, "learning_rate": 3e-3, "per_device_train_batch_size": 128, "save_strategy": "no"}
     m = ring(tmp_path, method="denoise", options={"ema": 0.99}, student="denoiser:64,64", trainer=steps).metrics

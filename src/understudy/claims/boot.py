@@ -1,7 +1,8 @@
 """25 BOOT: one call in place of many, from noise alone. The card's world: eight Gaussians and their exact denoiser.
 
 The regression arm stores pairs of noise and the teacher's 32-step output, and its pairs cost as many teacher calls as
-BOOT makes in training: 2,500 steps · 256 rows · 2 calls = 40,000 pairs · 32 calls.
+BOOT makes in training: 2,500 steps · 256 rows · 2 calls = 40,000 pairs · 32 calls. (An epoch ends in a smaller batch,
+so BOOT makes 0.5 % fewer.)
 """
 
 from understudy.claims.experiment import Arm, Check, Claim

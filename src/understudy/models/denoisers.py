@@ -124,8 +124,11 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
     facts = _json(path / SAMPLER) if path is not None else {}
     options: dict[str, Any] = {"sampler": sampler}
     if facts:
-        null = facts.pop("null")
-        options = {"clip": facts.pop("clip"), "sampler": Sampler(**facts)}
+        try:
+            null = facts.pop("null")
+            options = {"clip": facts.pop("clip"), "sampler": Sampler(**facts)}
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{name}/{SAMPLER} is damaged ({error}): save the model again.") from None
     config = _json(path / "config.json") if path is not None else {}
     if "understudy_model" in config:
         assert path is not None

@@ -1,6 +1,6 @@
-"""Log-probabilities of a frozen model, computed once and kept by content.
+"""Scores of a frozen model (log-probabilities, relevance), computed once and kept by content.
 
-A value is filed under the SHA-256 of the model's weights and of the sequence with its labels, so another run with the
+A value is filed under the SHA-256 of the model's weights and of what it read of the candidate, so another run with the
 same model and text finds it, whatever the order, the split or the padding, and nothing else ever does.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,14 @@ class ScoreStore:
         os.replace(temporary, name)
 
 
-def content_key(model: str, ids: Tensor, labels: Tensor) -> bytes:
-    """The key of one sequence under a model's hash."""
-    digest = hashlib.sha256(model.encode())
-    for part in (ids, labels):
-        digest.update(part.to(torch.int64).numpy().tobytes() + b"|")
-    return digest.digest()
+def content_key(model: str, content: bytes) -> bytes:
+    """The key of one candidate under a model's hash."""
+    return hashlib.sha256(model.encode() + content).digest()
+
+
+def sequences(example: Mapping[str, Any]) -> list[bytes]:
+    """What a causal LM reads of each candidate: its tokens with their labels."""
+    return [b"".join(x.to(torch.int64).numpy().tobytes() + b"|" for x in pair) for pair in example["sequences"]]
 
 
 @torch.no_grad()
@@ -70,17 +72,21 @@ def score_lists(
     store: ScoreStore,
     *,
     column: str,
+    contents: Callable[[Mapping[str, Any]], list[bytes]] = sequences,
     batch: int = 16,
 ) -> int:
-    """Fill `column` of each example with the model's log-probabilities of its candidates.
+    """Fill `column` of each example with the model's scores of its candidates.
 
-    Only sequences the store does not hold are computed; what is computed is stored every 64 batches.
+    Only candidates the store does not hold are computed; what is computed is stored every 64 batches.
+
+    Args:
+        contents: all that the score of each candidate depends on, beside the weights.
 
     Returns:
-        How many sequences were computed.
+        How many candidates were computed.
     """
     name, device = state_hash(model), next(model.parameters()).device
-    keys = [[content_key(name, ids, labels) for ids, labels in e["sequences"]] for e in examples.rows]
+    keys = [[content_key(name, c) for c in contents(e)] for e in examples.rows]
     missing = [i for i, ks in enumerate(keys) if any(k not in store.values for k in ks)]
     found: dict[bytes, float] = {}
     computed = 0

@@ -1,0 +1,239 @@
+"""Queries with their lists of documents as batches, free of any model's special tokens.
+
+A *view* is one tokenizer's reading of the texts. A batch carries every view that the run's models need, so teacher and
+student may have different tokenizers; models add their own special tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from understudy.data.batch import Batch
+from understudy.errors import InputError
+
+IDEAL = 10
+"""How many of a query's best grades a row keeps, for nDCG."""
+
+
+@dataclass(kw_only=True)
+class RankingBatch(Batch):
+    """A batch whose rows are queries with candidates.
+
+    Args:
+        inputs: of each view, `VIEW/query_ids` `[queries, length]`, `VIEW/document_ids` `[documents, length]` and their
+            masks `VIEW/query_mask`, `VIEW/document_mask`. Documents are distinct.
+        labels: `[queries, candidates]`, grades, higher is better; 0 where there is no candidate.
+        slots: `[queries, candidates]`, the document of each candidate, −1 where a list has none.
+        ideal: `[queries, 10]`, the best grades over all judged documents. total: `[queries]`, how many are relevant.
+        threshold: `[queries]`, the least grade that counts as relevant.
+        taught: `[queries, candidates]`, a teacher's scores, if known.
+    """
+
+    slots: Tensor
+    ideal: Tensor
+    total: Tensor
+    threshold: Tensor
+    taught: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        return "ranking"
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """`[queries, candidates]`, which there are."""
+        return self.slots >= 0
+
+    @cached_property
+    def relevant(self) -> Tensor:
+        """`[queries, candidates]`, which are relevant."""
+        return (self.labels >= self.threshold[:, None]) & self.candidates
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return torch.ones_like(self.ids, dtype=torch.bool)
+
+    @cached_property
+    def rows(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def row_labels(self) -> Tensor:
+        """`[queries]`, the candidate with the highest grade (the first of equals)."""
+        return self.labels.masked_fill(~self.candidates, -torch.inf).argmax(1)
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        return torch.arange(len(self.ids), device=self.ids.device)
+
+    def select(self, values: Tensor) -> Tensor:
+        return values
+
+    def crossed(self) -> RankingBatch:
+        """Every query with every document of the batch; a document that was not its candidate has grade 0."""
+        documents = int(self.slots.max()) + 1
+        slots = torch.arange(documents, device=self.slots.device).expand(self.rows, documents)
+        labels = self.labels.new_zeros(self.rows, documents + 1)
+        where = self.slots.masked_fill(~self.candidates, documents)  # those that are not there share a last column
+        labels = labels.scatter_reduce(1, where, self.labels, "amax")[:, :documents]
+        return replace(self, slots=slots, labels=labels, taught=None)
+
+    def to(self, device: torch.device | str) -> RankingBatch:
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        names = ("labels", "ids", "slots", "ideal", "total", "threshold", "taught")
+        moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
+        return replace(self, inputs=inputs, **moved)
+
+
+@dataclass
+class View:
+    """One tokenizer's reading of queries and documents.
+
+    Args:
+        query_length, document_length: most tokens of each; what is longer loses its end. Special tokens come on top.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    query_length: int
+    document_length: int
+    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the tokenizer and the lengths."""
+        content = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{content} {self.query_length} {self.document_length}".encode()).hexdigest()[:12]
+
+    @cached_property
+    def template(self) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+        """Special tokens: before and after one text; before, between and after a pair."""
+        one, two = self.tokenizer("a"), self.tokenizer("a", "a")
+        first, last = _ends(one.sequence_ids(0), 0)
+        start, middle = _ends(two.sequence_ids(0), 0)
+        again, end = _ends(two.sequence_ids(0), 1)
+        a, b = one["input_ids"], two["input_ids"]
+        return a[:first], a[last + 1 :], b[:start], b[middle + 1 : again], b[end + 1 :]
+
+    def ids(self, text: str, side: str) -> list[int]:
+        """Token ids of a query or document, kept for the next time."""
+        found = self._known.get(text)
+        if found is None:
+            if len(self._known) > 200_000:
+                self._known.clear()
+            length = max(self.query_length, self.document_length)
+            found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length]
+            self._known[text] = found
+        return found[: self.query_length if side == "query" else self.document_length]
+
+    def tensors(self, texts: Sequence[str], side: str) -> dict[str, Tensor]:
+        """`{side}_ids` and `{side}_mask` `[texts, length]`, padded on the right."""
+        found = [self.ids(t, side) for t in texts]
+        shape = (len(found), max(1, *(len(f) for f in found)))
+        ids, mask = torch.full(shape, self.tokenizer.pad_token_id or 0), torch.zeros(shape, dtype=torch.bool)
+        for row, tokens in enumerate(found):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long), True
+        return {f"{side}_ids": ids, f"{side}_mask": mask}
+
+
+def _ends(parts: list[int | None], which: int) -> tuple[int, int]:
+    inside = [i for i, p in enumerate(parts) if p == which]
+    return inside[0], inside[-1]
+
+
+class RankingSet(Dataset[dict[str, Any]]):
+    """Rows `{id, query, documents, labels, ideal, total}`, with `taught` where a teacher's scores are known.
+
+    Args:
+        rows: `members` holds recorded scores, `[teachers][documents]`; `judged` grades by index into the collection.
+        collection: all documents, for retrieval; empty if there is none. relevant: the least grade that counts as such.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], collection: Sequence[str] = (), relevant: float = 1.0) -> None:
+        self.rows, self.collection, self.relevant = rows, collection, relevant
+        for row in rows:
+            row.setdefault("threshold", relevant)
+            row.setdefault("ideal", sorted(row["labels"], reverse=True)[:IDEAL])
+            row["ideal"] = [*row["ideal"], *[0.0] * (IDEAL - len(row["ideal"]))]
+            row.setdefault("total", sum(v >= relevant for v in row["labels"]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def distinct(self, size: int = 16) -> RankingSet:
+        """Each pair of query and document once, in lists of at most `size`."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            found.setdefault(row["query"], {}).update(dict.fromkeys(row["documents"]))
+        rows = []
+        for query, documents in found.items():
+            every = list(documents)
+            for start in range(0, len(every), size):
+                chosen = every[start : start + size]
+                rows.append({"id": len(rows), "query": query, "documents": chosen, "labels": [0.0] * len(chosen)})
+        return RankingSet(rows, relevant=self.relevant)
+
+
+class RankingCollator:
+    """From rows to the tensors of a `RankingBatch`.
+
+    Args:
+        views: the readings that the run's models need.
+    """
+
+    def __init__(self, views: Sequence[View]) -> None:
+        self.views = {view.key: view for view in views}
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        place: dict[str, int] = {}
+        for item in items:
+            for document in item["documents"]:
+                place.setdefault(document, len(place))
+        shape = (len(items), max(len(i["documents"]) for i in items))
+        slots, labels = torch.full(shape, -1), torch.zeros(shape)
+        taught = torch.zeros(shape, dtype=torch.float64) if all("taught" in i for i in items) else None
+        for row, item in enumerate(items):
+            size = len(item["documents"])
+            slots[row, :size] = torch.tensor([place[d] for d in item["documents"]])
+            labels[row, :size] = torch.tensor(item["labels"])
+            if taught is not None:
+                taught[row, :size] = torch.tensor(item["taught"], dtype=torch.float64)
+        out: dict[str, Any] = {"slots": slots, "labels": labels, "ids": torch.tensor([i["id"] for i in items])}
+        out |= {"ideal": torch.tensor([i["ideal"] for i in items]), "total": torch.tensor([i["total"] for i in items])}
+        out["threshold"] = torch.tensor([float(i["threshold"]) for i in items])
+        out |= {"taught": taught} if taught is not None else {}
+        for key, view in self.views.items():
+            sides = {"query": [i["query"] for i in items], "document": list(place)}
+            for side, texts in sides.items():
+                out |= {f"{key}/{name}": value for name, value in view.tensors(texts, side).items()}
+        return out
+
+
+def train_wordpiece(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-case WordPiece tokenizer with BERT's special tokens, learned from `texts`."""
+    if vocab_size < 100:
+        raise InputError(f"data.vocab_size is {vocab_size}; WordPiece needs at least 100 (letters, pieces, specials).")
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    core.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    )
+    ends = [(token, core.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)

@@ -1,0 +1,303 @@
+"""Rankers as rows: a score for each candidate of a query.
+
+| scorer | score of a query and a document |
+|---|---|
+| `dot` | inner product of one vector each, the first token's or the mean over tokens |
+| `late` | Σ over query tokens of the largest inner product with a document token |
+| `cross` | one logit of a classifier on the concatenated pair |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from understudy.data import Batch
+from understudy.data.folders import find
+from understudy.data.ranking import RankingBatch, View
+from understudy.errors import InputError
+from understudy.models.encoders import Encoder, is_new_encoder, load_cross, load_encoder, located, save_encoder
+from understudy.models.rows import RowModel, Rows
+from understudy.targets import Scores
+
+FACTS = "ranker.json"
+
+
+def max_sim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
+    """Σ over query tokens of the largest inner product with a document token.
+
+    Args:
+        queries: `[pairs, query tokens, width]`. documents: `[pairs, document tokens, width]`. Masks without width:
+            masked document tokens are never the largest, masked query tokens contribute 0.
+
+    Returns:
+        `[pairs]`; 0 for a document without a token.
+    """
+    similar = queries @ documents.transpose(1, 2)
+    best = similar.masked_fill(~document_mask[:, None, :], -torch.inf).max(2).values
+    counts = query_mask & document_mask.any(1, keepdim=True)
+    return torch.where(counts, best, torch.zeros_like(best)).sum(1)
+
+
+class RankerRows(RowModel):
+    """What all rankers share: a view of the texts, and scores laid out as the batch's candidates.
+
+    Args:
+        model: the network. view: its tokenizer and lengths.
+    """
+
+    def __init__(self, model: nn.Module, view: View) -> None:
+        super().__init__()
+        self.model, self.view, self.padding = model, view, 0
+
+    def facts(self) -> dict[str, Any]:
+        """What the scores depend on beside weights and view."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """Names everything but weights and texts that a score depends on, for stored scores."""
+        return json.dumps([self.facts(), self.view.key], sort_keys=True)
+
+    def _side(self, batch: Batch, side: str) -> tuple[Tensor, Tensor]:
+        return batch.inputs[f"{self.view.key}/{side}_ids"], batch.inputs[f"{self.view.key}/{side}_mask"]
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        assert isinstance(batch, RankingBatch)  # the task's collator makes nothing else
+        query, _ = batch.candidates.nonzero(as_tuple=True)
+        pairs = self.pairs(batch, query, batch.slots[batch.candidates]).float()
+        values = pairs.new_zeros(batch.slots.shape).masked_scatter(batch.candidates, pairs)
+        return Rows(Scores(values, batch.candidates))
+
+    def pairs(self, batch: RankingBatch, query: Tensor, document: Tensor) -> Tensor:
+        """`[pairs]` scores of these queries with these documents of the batch."""
+        raise NotImplementedError
+
+
+class Towers(nn.Module):
+    """Encoders of queries and documents: one for both, or two. `scale` multiplies scores, and is learned if asked for."""
+
+    def __init__(self, encoders: Sequence[Encoder], scale: float = 1.0, learn: bool = False) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        if learn:
+            self.log_scale = nn.Parameter(torch.tensor(scale).log())
+        self.fixed, self.learns = scale, learn
+
+    def side(self, side: str) -> Encoder:
+        """The encoder of `query` or `document`."""
+        found = self.encoders[0 if side == "query" else -1]
+        assert isinstance(found, Encoder)
+        return found
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The factor of all scores."""
+        return self.log_scale.exp() if self.learns else self.fixed
+
+
+class TowerRows(RankerRows):
+    """Queries and documents encoded apart: `dot` or `late`."""
+
+    def __init__(self, model: Towers, view: View, scorer: str) -> None:
+        super().__init__(model, view)
+        self.scorer = scorer
+
+    @property
+    def searches(self) -> bool:
+        """Whether a document is one vector, so that a collection can be searched."""
+        return self.scorer == "dot"
+
+    def facts(self) -> dict[str, Any]:
+        encoder = self.model.side("query")
+        return {
+            "scorer": self.scorer,
+            "pooling": encoder.pooling,
+            "normalize": encoder.normalize,
+            "towers": len(self.model.encoders),
+            "scale": "learned" if self.model.learns else self.model.fixed,
+        }
+
+    def _tokens(self, ids: Tensor, mask: Tensor, side: str) -> tuple[Tensor, Tensor]:
+        """Vectors of each token with its special tokens, and their mask."""
+        before, after, *_ = self.view.template if self.model.side(side).special else ([], [], [])
+        ids, mask, _ = joined([(before, 0), (ids, mask, 0), (after, 0)], self.view.tokenizer.pad_token_id or 0)
+        return self.model.side(side)(ids, mask), mask
+
+    def pairs(self, batch: RankingBatch, query: Tensor, document: Tensor) -> Tensor:
+        queries, query_mask = self._tokens(*self._side(batch, "query"), "query")
+        documents, document_mask = self._tokens(*self._side(batch, "document"), "document")
+        if self.scorer == "late":
+            queries, documents = (self.model.side("query").scaled(x) for x in (queries, documents))
+            scores = max_sim(queries[query].float(), documents[document].float(), query_mask[query], document_mask[document])
+        else:
+            q = self.model.side("query").pooled(queries, query_mask)
+            d = self.model.side("document").pooled(documents, document_mask)
+            scores = (q[query].float() * d[document].float()).sum(1)
+        return scores * self.model.scale
+
+    def embed(self, texts: Sequence[str], side: str) -> Tensor:
+        """`[texts, width]`, float32: one vector each, for search."""
+        device = next(self.parameters()).device
+        ids, mask = (x.to(device) for x in self.view.tensors(texts, side).values())
+        return self.model.side(side).pooled(*self._tokens(ids, mask, side)).float()
+
+    def save(self, folder: Path) -> None:
+        """One shared tower as a `sentence-transformers` folder; two as such folders `query` and `document`."""
+        sides = {"": "query"} if len(self.model.encoders) == 1 else {"query": "query", "document": "document"}
+        for name, side in sides.items():
+            save_encoder(self.model.side(side), folder / name, self.view)
+        facts = self.facts() | ({"scale": float(self.model.scale), "learn_scale": True} if self.model.learns else {})
+        (folder / FACTS).write_text(json.dumps(facts, indent=1))
+
+    def add_adapters(self, options: dict[str, Any]) -> None:
+        """Adapters in each tower."""
+        for encoder in self.model.encoders:
+            holder = RowModel()
+            holder.model = encoder.body
+            holder.add_adapters(options)
+            encoder.body = holder.model
+
+
+class CrossRows(RankerRows):
+    """A classifier with one logit on the concatenated pair."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"scorer": "cross"}
+
+    def pairs(self, batch: RankingBatch, query: Tensor, document: Tensor) -> Tensor:
+        q, q_mask = (x[query] for x in self._side(batch, "query"))
+        d, d_mask = (x[document] for x in self._side(batch, "document"))
+        _, _, before, between, after = self.view.template
+        parts = [(before, 0), (q, q_mask, 0), (between, 0), (d, d_mask, 1), (after, 1)]
+        ids, mask, types = joined(parts, self.view.tokenizer.pad_token_id or 0)
+        given = {"token_type_ids": types} if "token_type_ids" in self.view.tokenizer.model_input_names else {}
+        return self.model(input_ids=ids, attention_mask=mask.long(), **given).logits[:, 0]
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        (folder / FACTS).write_text(json.dumps(self.facts(), indent=1))
+
+
+class EnsembleRows(RankerRows):
+    """Several rankers: the mean of their raw scores. Members may read the texts through views of their own."""
+
+    def __init__(self, members: Sequence[RankerRows]) -> None:
+        super().__init__(nn.ModuleList(members), members[0].view)
+
+    @property
+    def members(self) -> list[RankerRows]:
+        """The rankers."""
+        return list(self.model)
+
+    def facts(self) -> dict[str, Any]:
+        return {"members": [m.identity() for m in self.members]}
+
+    def pairs(self, batch: RankingBatch, query: Tensor, document: Tensor) -> Tensor:
+        return torch.stack([m.pairs(batch, query, document).float() for m in self.members]).mean(0)
+
+    def save(self, folder: Path) -> None:
+        raise InputError("An ensemble is a teacher: train or save one of its members.")
+
+
+Part = tuple[list[int], int] | tuple[Tensor, Tensor, int]
+
+
+def joined(parts: Sequence[Part], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ragged parts and constant tokens end to end, padded on the right: ids, mask and types `[rows, length]`.
+
+    Args:
+        parts: constant tokens with their type, or ids and mask `[rows, length]` with their type.
+    """
+    like = next(p[0] for p in parts if isinstance(p[0], Tensor))
+    ids, masks, types = [], [], []
+    for part in parts:
+        own = part[0] if isinstance(part[0], Tensor) else like.new_tensor(part[0], dtype=like.dtype).expand(len(like), -1)
+        ids.append(own)
+        masks.append(part[1] if len(part) == 3 else torch.ones_like(own, dtype=torch.bool))
+        types.append(torch.full_like(own, part[-1]))
+    mask = torch.cat(masks, 1)
+    order = (~mask).to(torch.int8).sort(dim=1, stable=True).indices
+    mask = mask.gather(1, order)
+    length = max(1, int(mask.sum(1).max())) if len(mask) else 1
+    mask = mask[:, :length]
+    out = torch.cat(ids, 1).gather(1, order)[:, :length].masked_fill(~mask, pad)
+    return out, mask, torch.cat(types, 1).gather(1, order)[:, :length].masked_fill(~mask, 0)
+
+
+OPTIONS = {"scorer", "pooling", "towers", "normalize", "scale", "members"}
+SCORERS = ("dot", "late", "cross")
+
+
+def load_ranker(
+    name: str,
+    view: View,
+    options: Mapping[str, Any],
+    *,
+    dtype: str = "auto",
+    quantization: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> RankerRows:
+    """A ranker: a saved one, or an encoder with a scorer.
+
+    Args:
+        name: `embedding:24`, `bert:hidden=…` (new), a package, a folder or Hub id.
+        options: `scorer` (`dot` unless the folder says otherwise, or holds a classifier), `pooling` (`mean` or `cls`) and
+            `normalize` (those of a `sentence-transformers` folder unless given), `towers` (1 shared, 2 apart),
+            `scale` (a number, or `learn`, which is the default where vectors are normalised).
+    """
+    name = located(name)
+    folder = find(name)
+    saved = _saved(folder) if folder is not None else {}
+    options = {**saved, **options}
+    scorer = options.get("scorer") or ("cross" if _is_classifier(name, folder, trust_remote_code) else "dot")
+    if scorer not in SCORERS:
+        raise InputError(f"options.scorer is {scorer!r}; known: {', '.join(SCORERS)}.")
+    if scorer == "cross":
+        return CrossRows(load_cross(name, view, dtype, trust_remote_code, quantization), view)
+    towers = options.get("towers", 1)
+    if towers not in (1, 2):
+        raise InputError(f"options.towers is {towers!r} and must be 1 (shared) or 2.")
+    parts = [name] * towers if not saved or towers == 1 else [f"{name}/query", f"{name}/document"]
+    encoders = [load_encoder(part, view, options, dtype, trust_remote_code) for part in parts]
+    if scorer == "late" and not encoders[0].special:
+        raise InputError(f"{name} has one vector a word without context; scorer=late needs an encoder such as bert:...")
+    scale, learn = _scale(options, encoders[0].normalize)
+    return TowerRows(Towers(encoders, scale, learn), view, scorer)
+
+
+def _scale(options: Mapping[str, Any], normalised: bool) -> tuple[float, bool]:
+    """The factor of scores, and whether it is learned: cosines alone could never reach a teacher's margins."""
+    asked = options.get("scale", "learn" if normalised else 1.0)
+    learn = asked == "learn" or bool(options.get("learn_scale"))
+    if asked == "learn":
+        return 20.0, True
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not asked > 0:
+        raise InputError(f"options.scale is {asked!r} and must be a number above 0, or learn.")
+    return float(asked), learn
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    file = folder / FACTS
+    if not file.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    return values
+
+
+def _is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bool:
+    if is_new_encoder(name) or (folder is not None and not (folder / "config.json").is_file()):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Hub client raises a dozen kinds; each means that the model is not to be had
+        raise InputError(f"Model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())

@@ -38,7 +38,7 @@ def trainer_for(
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    sides = {"student": student, "teacher": teacher if "teacher" in method.needs else None}
+    sides = {"student": student, "teacher": teacher if method.asks_teacher else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
     shapes = probe(method, prepared.classes, sides, taps, example)
     apprentice = Apprentice(
@@ -48,7 +48,7 @@ def trainer_for(
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
     local = None
-    if teacher is not None and "teacher" in method.needs:
+    if teacher is not None and method.asks_teacher:
         device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
         name = recipe.teacher.model if recipe.teacher else "teacher"
         asks = "teacher_features" in method.needs

@@ -41,15 +41,17 @@ def check(
     empty = sum(r == 0 for r in rows)
     if empty:
         found.warnings.append(f"{empty} of {len(rows)} sampled training examples have no row that counts.")
-    if prepared.tokenizer is not None:
+    if prepared.tokenizer is not None and getattr(student.model, "can_generate", lambda: False)():
         _check_ends(prepared, student, teacher, found)
     if teacher is not None:
         scores = task.judge(student, teacher, loader)["metrics"]
         found.scores = scores
-        if scores.get("teacher_nll", -1.0) >= scores["nll"]:
+        metric, sign = ("nll", 1) if "nll" in scores else (task.metric, -1 if task.higher_is_better else 1)
+        theirs, ours = scores.get(f"teacher_{metric}"), scores[metric]
+        if theirs is not None and sign * theirs >= sign * ours:
             found.warnings.append(
                 f"The teacher is no better than the untrained student on {sample} validation examples "
-                f"(NLL {scores['teacher_nll']:.3f} against {scores['nll']:.3f}): check that it fits this data, or train it."
+                f"({metric.upper()} {theirs:.3f} against {ours:.3f}): check that it fits this data, or train it."
             )
     return found
 

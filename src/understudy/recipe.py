@@ -29,6 +29,7 @@ class ModelSpec(BaseModel):
     trust_remote_code: bool = False
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
     peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
+    options: dict[str, Any] | None = Field(None, description="What the task's own models take.")
     train: dict[str, Any] | None = Field(
         None, description="Train this model first on the task's labels, with these trainer options."
     )
@@ -118,6 +119,13 @@ def make(values: Mapping[str, Any]) -> Recipe:
     check_trainer_keys(recipe.trainer)
     if recipe.teacher is not None and recipe.teacher.train is not None:
         check_trainer_keys(recipe.teacher.train, "teacher.train")
+    for side in ("teacher", "student"):
+        spec, known = getattr(recipe, side), getattr(task, "model_options", frozenset())
+        for key in (spec.options or {}) if spec is not None else ():
+            if key not in known:
+                raise InputError(
+                    f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
+                )
     method = recipe.build_method()
     if task.kind not in method.kinds:
         raise InputError(

@@ -201,7 +201,7 @@ def _teacher(
 ) -> RowModel | None:
     if recipe.teacher is not None:
         return _model(recipe, "teacher", task, prepared, home, progress, module)
-    if "teacher" in recipe.build_method().needs:
+    if recipe.build_method().asks_teacher:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
     return None
 
@@ -220,7 +220,7 @@ def _model(
     if module is not None or spec.train is None:
         return task.model(spec, prepared, module)
     folder = home / _FIRST[side]
-    if not (folder / "student" / "config.json").exists() or finished(folder) is None:
+    if not (folder / "student").is_dir() or finished(folder) is None:
         train_first(recipe, side, home, progress)
     return task.model(spec, prepared, folder / "student")
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ Overrides = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of an experiment: a method with fixed options, and the candidates to tune over."""
+    """One side of an experiment: a method with fixed options, the candidates to tune over, and data of its own."""
 
     method: str
     options: Overrides
     candidates: Sequence[Overrides]
+    data: Overrides = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, jud
         | {
             "method": arm.method,
             "options": {**arm.options, **over.get("options", {})},
+            "data": {**base.get("data", {}), **arm.data},
             "trainer": {**base.get("trainer", {}), **over.get("trainer", {})},
             "seed": seed,
             "output": str(output),

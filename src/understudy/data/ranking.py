@@ -79,15 +79,6 @@ class RankingBatch(Batch):
     def select(self, values: Tensor) -> Tensor:
         return values
 
-    def crossed(self) -> RankingBatch:
-        """Every query with every document of the batch; a document that was not its candidate has grade 0."""
-        documents = int(self.slots.max()) + 1
-        slots = torch.arange(documents, device=self.slots.device).expand(self.rows, documents)
-        labels = self.labels.new_zeros(self.rows, documents + 1)
-        where = self.slots.masked_fill(~self.candidates, documents)  # those that are not there share a last column
-        labels = labels.scatter_reduce(1, where, self.labels, "amax")[:, :documents]
-        return replace(self, slots=slots, labels=labels, taught=None)
-
     def to(self, device: torch.device | str) -> RankingBatch:
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
         names = ("labels", "ids", "slots", "ideal", "total", "threshold", "taught")
@@ -151,7 +142,7 @@ def _ends(parts: list[int | None], which: int) -> tuple[int, int]:
 
 
 class RankingSet(Dataset[dict[str, Any]]):
-    """Rows `{id, query, documents, labels, ideal, total}`, with `taught` where a teacher's scores are known.
+    """Rows `{id, query, documents, labels, ideal, total}`, with `taught` and `crossed` where a method put them.
 
     Args:
         rows: `members` holds recorded scores, `[teachers][documents]`; `judged` grades by index into the collection.
@@ -189,6 +180,8 @@ class RankingSet(Dataset[dict[str, Any]]):
 class RankingCollator:
     """From rows to the tensors of a `RankingBatch`.
 
+    Rows marked `crossed` see every document of their batch as a candidate, with grade 0 where it was not their own.
+
     Args:
         views: the readings that the run's models need.
     """
@@ -201,6 +194,8 @@ class RankingCollator:
         for item in items:
             for document in item["documents"]:
                 place.setdefault(document, len(place))
+        if all(item.get("crossed") for item in items):
+            items = [_crossed(item, list(place)) for item in items]
         shape = (len(items), max(len(i["documents"]) for i in items))
         slots, labels = torch.full(shape, -1), torch.zeros(shape)
         taught = torch.zeros(shape, dtype=torch.float64) if all("taught" in i for i in items) else None
@@ -219,6 +214,12 @@ class RankingCollator:
             for side, texts in sides.items():
                 out |= {f"{key}/{name}": value for name, value in view.tensors(texts, side).items()}
         return out
+
+
+def _crossed(item: dict[str, Any], documents: list[str]) -> dict[str, Any]:
+    grades = dict(zip(item["documents"], item["labels"], strict=True))
+    crossed = {k: v for k, v in item.items() if k != "taught"}
+    return crossed | {"documents": documents, "labels": [grades.get(d, 0.0) for d in documents]}
 
 
 def train_wordpiece(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

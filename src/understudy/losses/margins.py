@@ -6,6 +6,7 @@ Scores are relevance without unit; everything is computed in float32 at least, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from understudy.errors import InputError
 from understudy.losses._pairs import full
+
+
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PairSums(NamedTuple):
@@ -69,12 +73,21 @@ def margin_mse_all_pairs(
         raise InputError(
             f"{name}: positives are {_shape(s_pos)} and negatives {_shape(s_neg)}; give [rows, positives] and [rows, negatives]."
         )
-    positives, negatives = _mask(name, positives, s_pos), _mask(name, negatives, s_neg)
-    better = (s_pos - t_pos).masked_fill(~positives, 0.0)
-    worse = (s_neg - t_neg).masked_fill(~negatives, 0.0)
-    valid = positives[:, :, None] & negatives[:, None, :]
-    values = (better[:, :, None] - worse[:, None, :]).square().masked_fill(~valid, 0.0)
-    return PairSums(values.sum((1, 2)), valid.sum((1, 2)))
+    valid = _mask(name, positives, s_pos)[:, :, None] & _mask(name, negatives, s_neg)[:, None, :]
+    valid = F.pad(valid, (s_pos.shape[1], 0, 0, s_neg.shape[1]))
+    return over_pairs(margin_mse, torch.cat([s_pos, s_neg], 1), torch.cat([t_pos, t_neg], 1), valid)
+
+
+def over_pairs(loss: PairLoss, student: Tensor, teacher: Tensor, valid: Tensor) -> PairSums:
+    """A loss of (s⁺, s⁻, t⁺, t⁻) summed over the pairs of candidates of each row.
+
+    Args:
+        student, teacher: scores `[rows, candidates]`. Candidates without a pair may hold anything.
+        valid: `[rows, candidates, candidates]`, bool: `(b, i, j)` pairs i as the better with j.
+    """
+    row, i, j = valid.nonzero(as_tuple=True)
+    values = loss(student[row, i], student[row, j], teacher[row, i], teacher[row, j])
+    return PairSums(values.new_zeros(len(student)).index_add(0, row, values), valid.sum((1, 2)))
 
 
 def margin_mse_first_positive(
@@ -109,16 +122,13 @@ def weighted_ranknet(s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor,
     return (margin.clamp(min=0) if clamp else margin) * F.softplus(-(s_pos - s_neg))
 
 
-def ranknet_ordered(scores: Tensor, labels: Tensor, mask: Tensor) -> PairSums:
-    """RankNet over every pair of candidates whose labels differ.
+def ordered_pairs(labels: Tensor, mask: Tensor) -> Tensor:
+    """`[rows, candidates, candidates]`: whether i has a higher label than j and both are there.
 
     Args:
-        scores: `[rows, candidates]`. labels: the same shape, higher is better. mask: which candidates there are.
+        labels, mask: `[rows, candidates]`.
     """
-    scores = full(scores).masked_fill(~mask, 0.0)
-    valid = (labels[:, :, None] > labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    values = F.softplus(-(scores[:, :, None] - scores[:, None, :])).masked_fill(~valid, 0.0)
-    return PairSums(values.sum((1, 2)), valid.sum((1, 2)))
+    return (labels[:, :, None] > labels[:, None, :]) & mask[:, :, None] & mask[:, None, :]
 
 
 def ensemble(scores: Tensor, *, spreads: Tensor | None = None) -> Tensor:

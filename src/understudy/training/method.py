@@ -78,6 +78,11 @@ class Method(BaseModel):
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher answers at every step, as configured; what a data stage stored needs no asking."""
+        return "teacher" in self.needs
+
     def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
         """Inner layers of one side to read, by a name of the method's own. `batch` is an example to find them with."""
         return {}

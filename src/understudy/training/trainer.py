@@ -74,7 +74,7 @@ class DistillationTrainer(ExactCheckpoints):
         metrics_file: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if "teacher" in apprentice.method.needs and teacher is None:
+        if apprentice.method.asks_teacher and teacher is None:
             raise InputError(f"Method {apprentice.method.name!r} needs a teacher and none was given: set `teacher`.")
         args.remove_unused_columns = False
         super().__init__(

@@ -129,11 +129,15 @@ class View:
     def tensors(self, texts: Sequence[str], side: str) -> dict[str, Tensor]:
         """`{side}_ids` and `{side}_mask` `[texts, length]`, padded on the right."""
         found = [self.ids(t, side) for t in texts]
-        shape = (len(found), max(1, *(len(f) for f in found)))
-        ids, mask = torch.full(shape, self.tokenizer.pad_token_id or 0), torch.zeros(shape, dtype=torch.bool)
-        for row, tokens in enumerate(found):
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long), True
-        return {f"{side}_ids": ids, f"{side}_mask": mask}
+        ids = padded(found, self.tokenizer.pad_token_id or 0)
+        lengths = torch.tensor([len(f) for f in found])
+        return {f"{side}_ids": ids, f"{side}_mask": torch.arange(ids.shape[1]) < lengths[:, None]}
+
+
+def padded(lists: Sequence[Sequence[float]], fill: float, dtype: torch.dtype = torch.long) -> Tensor:
+    """`[lists, longest]`, at least one wide; shorter ones end in `fill`."""
+    longest = max(1, *map(len, lists))
+    return torch.tensor([[*x, *[fill] * (longest - len(x))] for x in lists], dtype=dtype)
 
 
 def _ends(parts: list[int | None], which: int) -> tuple[int, int]:
@@ -196,15 +200,10 @@ class RankingCollator:
                 place.setdefault(document, len(place))
         if all(item.get("crossed") for item in items):
             items = [_crossed(item, list(place)) for item in items]
-        shape = (len(items), max(len(i["documents"]) for i in items))
-        slots, labels = torch.full(shape, -1), torch.zeros(shape)
-        taught = torch.zeros(shape, dtype=torch.float64) if all("taught" in i for i in items) else None
-        for row, item in enumerate(items):
-            size = len(item["documents"])
-            slots[row, :size] = torch.tensor([place[d] for d in item["documents"]])
-            labels[row, :size] = torch.tensor(item["labels"])
-            if taught is not None:
-                taught[row, :size] = torch.tensor(item["taught"], dtype=torch.float64)
+        slots = padded([[place[d] for d in i["documents"]] for i in items], -1)
+        labels = padded([i["labels"] for i in items], 0.0, torch.float32)
+        known = all("taught" in i for i in items)
+        taught = padded([i["taught"] for i in items], 0.0, torch.float64) if known else None
         out: dict[str, Any] = {"slots": slots, "labels": labels, "ids": torch.tensor([i["id"] for i in items])}
         out |= {"ideal": torch.tensor([i["ideal"] for i in items]), "total": torch.tensor([i["total"] for i in items])}
         out["threshold"] = torch.tensor([float(i["threshold"]) for i in items])

@@ -77,7 +77,9 @@ def load_rankings(spec: Mapping[str, Any]) -> RankingSplits:
         if not rows_:
             raise InputError(f"{name}: the {split} split is empty. Give more queries (at least ten).")
     digest = hashlib.sha256(json.dumps([found, list(collection)], sort_keys=True).encode()).hexdigest()
-    sets = {split: RankingSet(rows_, collection if split != "train" else [], relevant) for split, rows_ in found.items()}
+    sets = {
+        split: RankingSet(rows_, collection if split != "train" else [], relevant) for split, rows_ in found.items()
+    }
     recorded = all("members" in row for rows_ in found.values() for row in rows_)
     return RankingSplits(**sets, recorded=recorded, notes=notes, hash=digest)
 
@@ -99,7 +101,9 @@ def scored_triples(path: Path, spec: Mapping[str, Any], notes: list[str]) -> dic
     for file, other in zip(files[1:], teachers[1:], strict=True):
         mine, theirs = ([(t.query, t.positive, t.negative) for t in side] for side in (teachers[0], other))
         if mine != theirs:
-            raise InputError(f"{file} scores {len(theirs)} triples that are not those of {path} ({len(mine)}), line by line.")
+            raise InputError(
+                f"{file} scores {len(theirs)} triples that are not those of {path} ({len(mine)}), line by line."
+            )
     by_query: dict[str, list[list[Triple]]] = {}
     for same in zip(*teachers, strict=True):
         by_query.setdefault(same[0].query, []).append(list(same))
@@ -107,12 +111,20 @@ def scored_triples(path: Path, spec: Mapping[str, Any], notes: list[str]) -> dic
     for split, queries in parts.items():
         rows = []
         for query in queries:
-            made = [_triple_row(query, t) for t in by_query[query]] if split == "train" else [_list_row(query, by_query[query])]
+            made = (
+                [_triple_row(query, t) for t in by_query[query]]
+                if split == "train"
+                else [_list_row(query, by_query[query])]
+            )
             for row in made:
                 rows.append({"id": number, **row})
                 number += 1
         out[split] = rows
-    notes.append(f"{path.name}: {len(by_query)} queries, split by query: " + ", ".join(f"{len(v)} {k}" for k, v in parts.items()) + ".")
+    notes.append(
+        f"{path.name}: {len(by_query)} queries, split by query: "
+        + ", ".join(f"{len(v)} {k}" for k, v in parts.items())
+        + "."
+    )
     return out
 
 
@@ -154,7 +166,9 @@ def judged_folder(
     if len(asked) < len(queries):
         notes.append(f"{path.name}: {len(queries) - len(asked)} queries without a relevant document were left out.")
     if not asked:
-        raise InputError(f"{path}: no query has a relevant document. Check that qrels, queries and docs belong together.")
+        raise InputError(
+            f"{path}: no query has a relevant document. Check that qrels, queries and docs belong together."
+        )
     texts = [str(d["text"]) for d in kept]
     ranks = bm25([str(q["text"]) for q in asked], texts, min(int(spec.get("candidates", 50)), len(texts)))
     lists = [(str(q["text"]), grades[str(q["query_id"])], list(map(int, r))) for q, r in zip(asked, ranks, strict=True)]
@@ -172,12 +186,21 @@ def judged_folder(
                 rows.append({"id": number, **row})
                 number += 1
         out[split] = rows
-    notes.append(f"{path.name}: {len(asked)} queries, split by query: " + ", ".join(f"{len(v)} {k}" for k, v in parts.items()) + ".")
+    notes.append(
+        f"{path.name}: {len(asked)} queries, split by query: "
+        + ", ".join(f"{len(v)} {k}" for k, v in parts.items())
+        + "."
+    )
     return out, texts
 
 
 def _sampled(
-    query: str, judged: Mapping[int, float], first: Sequence[int], texts: Sequence[str], negatives: int, generator: random.Random
+    query: str,
+    judged: Mapping[int, float],
+    first: Sequence[int],
+    texts: Sequence[str],
+    negatives: int,
+    generator: random.Random,
 ) -> list[dict[str, Any]]:
     """Triples: each relevant document with some candidates of the first stage that nobody judged relevant."""
     others = [i for i in first if judged.get(i, 0.0) <= 0]
@@ -203,9 +226,13 @@ def _judged_row(query: str, judged: Mapping[int, float], first: Sequence[int], t
 def _table(path: Path, kind: str) -> list[dict[str, Any]]:
     files = [f for f in sorted(path.glob(f"*{kind}.parquet"))]
     if len(files) != 1:
-        raise InputError(f"{path} has {len(files)} files that end in {kind}.parquet; expected one of docs, queries and qrels each.")
+        raise InputError(
+            f"{path} has {len(files)} files that end in {kind}.parquet; expected one of docs, queries and qrels each."
+        )
     rows = read_parquet(files[0])
-    wanted = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}[kind]
+    wanted = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}[
+        kind
+    ]
     missing = [c for c in wanted if not rows or c not in rows[0]]
     if missing:
         raise InputError(f"{files[0]} has no column {missing[0]!r}; expected {', '.join(wanted)}.")
@@ -230,5 +257,3 @@ def bm25(queries: Sequence[str], documents: Sequence[str], k: int, *, k1: float 
     counts.data = counts.data * (k1 + 1) / (counts.data + norm[rows]) * idf[counts.indices]
     scores = (counter.transform(queries).astype(np.float64) @ counts.T).toarray()
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-

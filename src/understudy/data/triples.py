@@ -36,7 +36,11 @@ class Triple:
 
 
 def read_triples(
-    path: str | Path, *, queries: str | Path | None = None, collection: str | Path | None = None, notes: list[str] | None = None
+    path: str | Path,
+    *,
+    queries: str | Path | None = None,
+    collection: str | Path | None = None,
+    notes: list[str] | None = None,
 ) -> list[Triple]:
     """Read scored triples.
 
@@ -69,7 +73,9 @@ def read_triples(
                 raise InputError(f"{where}: the {name} is empty. Remove the line, or mend its text.")
         triples.append(Triple(pos_score, neg_score, *words))
     if not triples and skipped:
-        raise InputError(f"{path}: none of the ids of its {skipped} triples is in {queries} and {collection}. Check that they belong together.")
+        raise InputError(
+            f"{path}: none of the ids of its {skipped} triples is in {queries} and {collection}. Check that they belong together."
+        )
     if not triples:
         raise InputError(f"{path} holds no triples.")
     _remark(path, triples, skipped, same, notes if notes is not None else [])

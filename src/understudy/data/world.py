@@ -17,7 +17,9 @@ GRADES = (0.05, 0.15, 0.35, 0.6)
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 
 
-def world(candidates: int = 100, seed: int = 0, foreign: bool = True) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+def world(
+    candidates: int = 100, seed: int = 0, foreign: bool = True
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """Rows of each split and the collection.
 
     Each query of 3 words has noisy candidates out of 3,000 documents of 16 words. Evaluation rows hold them all with
@@ -65,7 +67,9 @@ def world(candidates: int = 100, seed: int = 0, foreign: bool = True) -> tuple[d
     return out, texts
 
 
-def _rows(split: str, q: int, chosen: Any, grades: Any, taught: Any, labelled: int, texts: list[str]) -> list[dict[str, Any]]:
+def _rows(
+    split: str, q: int, chosen: Any, grades: Any, taught: Any, labelled: int, texts: list[str]
+) -> list[dict[str, Any]]:
     scores = [float(t) for t in taught]
     if split == "train":
         return [

@@ -176,7 +176,9 @@ def retrieved(student: TowerRows, data: RankingSet, batch: int = 64) -> dict[str
     queries = torch.cat([student.embed(asked[i : i + batch], "query") for i in range(0, len(asked), batch)])
     deep = 1000 if len(texts) > 10_000 else 100
     scores, indices = (x.cpu() for x in search(queries, documents, min(deep, len(texts))))
-    grades = torch.tensor([[r["judged"].get(i, 0.0) for i in where] for r, where in zip(data.rows, indices.tolist(), strict=True)])
+    grades = torch.tensor(
+        [[r["judged"].get(i, 0.0) for i in where] for r, where in zip(data.rows, indices.tolist(), strict=True)]
+    )
     ideal = torch.tensor([r["ideal"] for r in data.rows])
     total = torch.tensor([r["total"] for r in data.rows])
     mask, relevant = torch.ones_like(grades, dtype=torch.bool), grades >= data.relevant

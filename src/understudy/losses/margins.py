@@ -16,7 +16,6 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses._pairs import full
 
-
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 

@@ -59,7 +59,8 @@ class MarginMSE(Method):
     clamp: bool = Field(False, description="Weighted RankNet: 0 where the teacher prefers the negative, not below.")
     positives: Literal["all", "first"] = Field("all", description="Which of a query's positives are paired.")
     negatives: Literal["listed", "in_batch"] = Field(
-        "listed", description="The query's own, or also every other document of the micro-batch (asks the teacher live)."
+        "listed",
+        description="The query's own, or also every other document of the micro-batch (asks the teacher live).",
     )
     scores: Literal["auto", "recorded", "teacher", "live"] = Field(
         "auto",
@@ -67,9 +68,12 @@ class MarginMSE(Method):
         "teacher's if the recipe names one, else recorded.",
     )
     ensemble: Literal["mean", "standardise"] = Field(
-        "mean", description="Several teachers: the mean of raw scores, or of scores divided by their margins' deviation."
+        "mean",
+        description="Several teachers: the mean of raw scores, or of scores divided by their margins' deviation.",
     )
-    write_scores: Path | None = Field(None, description="Write the training triples with their scores (.tsv, .parquet).")
+    write_scores: Path | None = Field(
+        None, description="Write the training triples with their scores (.tsv, .parquet)."
+    )
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Self:
@@ -105,8 +109,10 @@ class MarginMSE(Method):
             )
         spreads = deviations(train, taught["train"]) if self.ensemble == "standardise" else None
         for split, members in taught.items():
-            for row, scores in zip(work.splits[split].rows, members, strict=True):
-                row["taught"] = margins.ensemble(torch.tensor(scores, dtype=torch.float64), spreads=spreads).tolist()
+            flat = torch.cat([torch.tensor(scores, dtype=torch.float64) for scores in members], 1)
+            means = margins.ensemble(flat, spreads=spreads).split([len(scores[0]) for scores in members])
+            for row, values in zip(work.splits[split].rows, means, strict=True):
+                row["taught"] = values.tolist()
         if work.teacher is not None:
             _look(train)
         if self.write_scores is not None:
@@ -192,4 +198,6 @@ def _look(train: RankingSet) -> None:
     if bad is not None:
         raise InputError(f"The teacher's score for the query {bad['query'][:60]!r} is not finite. Load it in float32.")
     if min(scores) >= 0 and max(scores) <= 1:
-        log.warning("All scores of the teacher lie in [0, 1], like probabilities: their margins are squeezed. Use logits.")
+        log.warning(
+            "All scores of the teacher lie in [0, 1], like probabilities: their margins are squeezed. Use logits."
+        )

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -142,7 +141,9 @@ def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
             f"{name} reads {limit} tokens and the texts may have {texts} with {special} special ones. Lower "
             "data.query_length or data.document_length."
         )
-    size = getattr(config, "vocab_size", None) or (model.embedding.num_embeddings if isinstance(model, Static) else None)
+    size = getattr(config, "vocab_size", None) or (
+        model.embedding.num_embeddings if isinstance(model, Static) else None
+    )
     if size is not None and size < len(view.tokenizer):
         raise InputError(
             f"{name} has {size} token embeddings and its tokenizer {len(view.tokenizer)} tokens. Use the model's own tokenizer."
@@ -189,7 +190,9 @@ def _modules(folder: Path) -> dict[str, Any]:
             elif kind != "Transformer":
                 raise InputError(f"{folder} has a {kind} module; understood are Transformer, Pooling and Normalize.")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} is not a whole sentence-transformers folder: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{folder} is not a whole sentence-transformers folder: {str(error).splitlines()[0]}"
+        ) from error
     return found
 
 
@@ -229,10 +232,17 @@ def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
         encoder.body.save_pretrained(str(folder))  # type: ignore[operator]
         template = view.template
         length = view.document_length + len(template[0]) + len(template[1])
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length, "do_lower_case": False}))
+        (folder / "sentence_bert_config.json").write_text(
+            json.dumps({"max_seq_length": length, "do_lower_case": False})
+        )
         width = encoder.body.config.hidden_size  # type: ignore[union-attr]
-        config = {"word_embedding_dimension": width, **{f"pooling_mode_{k}": k.startswith(encoder.pooling) for k in
-                  ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")}}
+        config = {
+            "word_embedding_dimension": width,
+            **{
+                f"pooling_mode_{k}": k.startswith(encoder.pooling)
+                for k in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+            },
+        }
         config["pooling_mode_mean_sqrt_len_tokens"] = False
         (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(config, indent=1))

@@ -132,7 +132,9 @@ class TowerRows(RankerRows):
         documents, document_mask = self._tokens(*self._side(batch, "document"), "document")
         if self.scorer == "late":
             queries, documents = (self.model.side("query").scaled(x) for x in (queries, documents))
-            scores = max_sim(queries[query].float(), documents[document].float(), query_mask[query], document_mask[document])
+            scores = max_sim(
+                queries[query].float(), documents[document].float(), query_mask[query], document_mask[document]
+            )
         else:
             q = self.model.side("query").pooled(queries, query_mask)
             d = self.model.side("document").pooled(documents, document_mask)
@@ -215,7 +217,9 @@ def joined(parts: Sequence[Part], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     like = next(p[0] for p in parts if isinstance(p[0], Tensor))
     ids, masks, types = [], [], []
     for part in parts:
-        own = part[0] if isinstance(part[0], Tensor) else like.new_tensor(part[0], dtype=like.dtype).expand(len(like), -1)
+        own = (
+            part[0] if isinstance(part[0], Tensor) else like.new_tensor(part[0], dtype=like.dtype).expand(len(like), -1)
+        )
         ids.append(own)
         masks.append(part[1] if len(part) == 3 else torch.ones_like(own, dtype=torch.bool))
         types.append(torch.full_like(own, part[-1]))

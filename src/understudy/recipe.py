@@ -120,7 +120,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
     if recipe.teacher is not None and recipe.teacher.train is not None:
         check_trainer_keys(recipe.teacher.train, "teacher.train")
     for side in ("teacher", "student"):
-        spec, known = getattr(recipe, side), getattr(task, "model_options", frozenset())
+        spec: ModelSpec | None = getattr(recipe, side)
+        known: frozenset[str] = getattr(task, "model_options", frozenset())
         for key in (spec.options or {}) if spec is not None else ():
             if key not in known:
                 raise InputError(

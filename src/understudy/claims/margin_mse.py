@@ -17,7 +17,7 @@ CLAIM = Claim(
         "task": "ranking",
         "data": {"name": "world"},
         "student": "embedding:24",
-        "trainer": {"max_steps": 1200, "per_device_train_batch_size": 64, "save_strategy": "no"},
+        "trainer": {"max_steps": 800, "per_device_train_batch_size": 64, "save_strategy": "no"},
     },
     arms={
         "margin_mse": Arm("margin-mse", {}, _LR),

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -172,7 +172,7 @@ class RankingSet(Dataset[dict[str, Any]]):
         found: dict[str, dict[str, None]] = {}
         for row in self.rows:
             found.setdefault(row["query"], {}).update(dict.fromkeys(row["documents"]))
-        rows = []
+        rows: list[dict[str, Any]] = []
         for query, documents in found.items():
             every = list(documents)
             for start in range(0, len(every), size):
@@ -221,16 +221,25 @@ def _crossed(item: dict[str, Any], documents: list[str]) -> dict[str, Any]:
     return crossed | {"documents": documents, "labels": [grades.get(d, 0.0) for d in documents]}
 
 
-def train_wordpiece(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lower-case WordPiece tokenizer with BERT's special tokens, learned from `texts`."""
-    if vocab_size < 100:
-        raise InputError(f"data.vocab_size is {vocab_size}; WordPiece needs at least 100 (letters, pieces, specials).")
-    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
-    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+def train_encoder_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-case byte-level BPE tokenizer with BERT's special tokens, learned from `texts`.
+
+    Not WordPiece, whose trainer numbers its pieces differently each time, so that no run could be resumed.
+    """
+    if vocab_size < 262:
+        raise InputError(f"data.vocab_size is {vocab_size}; byte-level BPE needs at least 262 (256 bytes, 5 specials).")
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    core.train_from_iterator(texts, trainer)
     ends = [(token, core.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     core.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends

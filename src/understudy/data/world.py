@@ -52,7 +52,7 @@ def world(
     texts = [" ".join(names[w] for w in d) for d in documents]
     order = np.argsort(-true, axis=1, kind="stable")
     place = order.argsort(1) / candidates
-    grades = sum((place < share).astype(float) for share in GRADES)
+    grades = (place[None] < np.array(GRADES)[:, None, None]).sum(0)
     labelled = order[np.arange(len(queries)), rng.integers(0, min(5, candidates), len(queries))]
     out: dict[str, list[dict[str, Any]]] = {}
     start = number = 0

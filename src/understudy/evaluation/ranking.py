@@ -140,7 +140,7 @@ def evaluate_ranking(student: RowModel, teacher: RowModel | None, loader: DataLo
             for prefix, scores in zip(("", "teacher_"), said, strict=False):
                 _reranked(parts, prefix, scores, batch)
             if len(said) == 2:
-                parts.setdefault("agreement", []).append(_agreement(*said, batch.candidates))
+                parts.setdefault("agreement", []).append(_agreement(said[0], said[1], batch.candidates))
         joined = {name: torch.cat(found) for name, found in parts.items()}
         if not joined or len(joined["ndcg_10"]) == 0:
             raise InputError("The split has no query to evaluate.")

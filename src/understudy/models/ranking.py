@@ -174,7 +174,7 @@ class CrossRows(RankerRows):
         q, q_mask = (x[query] for x in self._side(batch, "query"))
         d, d_mask = (x[document] for x in self._side(batch, "document"))
         _, _, before, between, after = self.view.template
-        parts = [(before, 0), (q, q_mask, 0), (between, 0), (d, d_mask, 1), (after, 1)]
+        parts: list[Part] = [(before, 0), (q, q_mask, 0), (between, 0), (d, d_mask, 1), (after, 1)]
         ids, mask, types = joined(parts, self.view.tokenizer.pad_token_id or 0)
         given = {"token_type_ids": types} if "token_type_ids" in self.view.tokenizer.model_input_names else {}
         return self.model(input_ids=ids, attention_mask=mask.long(), **given).logits[:, 0]

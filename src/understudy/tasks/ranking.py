@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from understudy.data import Batch
-from understudy.data.ranking import RankingBatch, RankingCollator, View, train_wordpiece
+from understudy.data.ranking import RankingBatch, RankingCollator, View, train_encoder_tokenizer
 from understudy.data.rankings import RankingSplits, load_rankings
 from understudy.errors import InputError
 from understudy.evaluation.ranking import evaluate_ranking
@@ -113,7 +113,9 @@ class Ranking:
             found = load_tokenizer(spec.tokenizer or located(name), trust_remote_code=spec.trust_remote_code)
         else:
             if not trained:
-                trained.append(load_tokenizer(own) if own is not None else train_wordpiece(splits.texts(), vocabulary))
+                trained.append(
+                    load_tokenizer(own) if own is not None else train_encoder_tokenizer(splits.texts(), vocabulary)
+                )
             found = trained[0]
         if not found.is_fast:
             raise InputError(f"The tokenizer of {name!r} is not a fast one, which the ranking task needs.")

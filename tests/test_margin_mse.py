@@ -210,7 +210,7 @@ def test_ids_are_joined_and_what_is_unknown_is_counted(tmp_path):
     (tmp_path / "t.tsv").write_text("0.9\t0.1\t5\t7\t8\n")
     with pytest.raises(InputError, match="none of the ids of its 1 triples"):
         read_triples(tmp_path / "t.tsv", **sources)
-    with pytest.raises(InputError, match="both data.queries and data.collection"):
+    with pytest.raises(InputError, match="Ids need both"):
         read_triples(tmp_path / "t.tsv", queries=tmp_path / "q.tsv")
 
 

@@ -10,7 +10,9 @@ from golden_vectors import close
 from understudy import InputError, distill
 from understudy.data import Batch
 from understudy.data.ranking import RankingBatch, RankingCollator, View, train_encoder_tokenizer
+from understudy.data.rankings import load_rankings
 from understudy.data.triples import Triple, read_triples, write_triples
+from understudy.evaluation.ranking import ndcg
 from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker
 from understudy.recipe import make
@@ -131,14 +133,15 @@ def test_pairs_are_read_as_the_tokenizer_would(view):
     assert seen["input_ids"].equal(wanted["input_ids"]) and seen["attention_mask"].equal(wanted["attention_mask"])
 
 
-@pytest.mark.parametrize("moment,step", [("before", 6), ("after", 9), ("saving", 8)])
-def test_a_killed_run_ends_in_the_same_weights(recipe, tmp_path, moment, step):
+def test_a_killed_run_ends_in_the_same_weights(recipe, tmp_path):
     distill(recipe)
-    again = {**recipe, "output": str(tmp_path / "killed")}
-    assert killed_run(again, step, moment)
-    distill(again)
-    whole, resumed = weights(tmp_path / "run"), weights(tmp_path / "killed")
-    assert whole.keys() == resumed.keys() and all(whole[k].equal(resumed[k]) for k in whole)
+    whole = weights(tmp_path / "run")
+    for moment, step in (("after", 9), ("saving", 8)):
+        again = {**recipe, "output": str(tmp_path / moment)}
+        assert killed_run(again, step, moment)
+        distill(again)
+        resumed = weights(tmp_path / moment)
+        assert whole.keys() == resumed.keys() and all(whole[k].equal(resumed[k]) for k in whole)
 
 
 def test_gradient_accumulation_is_a_larger_batch(recipe, tmp_path):
@@ -207,15 +210,15 @@ def test_students_are_saved_and_loaded(recipe, tmp_path, options):
     result = distill(
         {**recipe, "student": {"model": BERT, "options": options}, "trainer": {**recipe["trainer"], "max_steps": 2}}
     )
-    prepared = get_task("ranking").prepare(make({**recipe, "student": {"model": BERT, "options": options}}))
     plain = make({**recipe, "student": str(result.folder / "student")})
-    again = get_task("ranking").model(plain.student, get_task("ranking").prepare(plain)).eval()
-    assert again.facts().get("pooling") == (
-        "cls" if "pooling" in options else "mean" if options != {"scorer": "cross"} else None
-    )
-    b = Batch.from_dict(prepared.collate(prepared.train.rows[:2]))
-    first = get_task("ranking").model(make(recipe).student, prepared, result.folder / "student") if False else again
-    assert first(b).signal.values.isfinite().all()
+    again = get_task("ranking").model(plain.student, get_task("ranking").prepare(plain))
+    trained, found = result.student.state_dict(), again.model.state_dict()
+    assert trained.keys() == found.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+    kept = {"towers": 1, "scorer": "dot", "pooling": "mean", "normalize": False} | options
+    facts = again.facts()
+    assert all(facts[k] == v for k, v in kept.items() if k in facts) and facts["scorer"] == kept["scorer"]
 
 
 @pytest.mark.parametrize("name", ["embedding:8", BERT])
@@ -254,6 +257,7 @@ def test_a_pretrained_sentence_encoder_gives_its_own_vectors_and_a_scale(recipe)
         ({"student": {"model": BERT, "options": {"pooling": "max"}}}, "known: mean, cls"),
         ({"student": {"model": BERT, "options": {"scale": -1}}}, "above 0, or learn"),
         ({"student": BERT + ",context=64", "data": {"document_length": 100}}, "reads 64 tokens"),
+        ({"data": {"vocab_size": 9}}, "at least 262"),
         ({"student": "embedding:x"}, "width must be a whole number"),
         ({"data": {"negativs": 2}}, "Did you mean 'negatives'"),
         ({"data": {"query_length": 0}}, "data.query_length is 0"),
@@ -270,7 +274,7 @@ def test_bad_recipes(recipe, change, says):
 
 
 def test_it_learns_the_embedded_world(tmp_path):
-    trainer = {"max_steps": 250, "save_strategy": "no"}
+    trainer = {"max_steps": 250, "save_strategy": "no", "learning_rate": 1e-2}
     result = distill(
         task="ranking",
         method="margin-mse",
@@ -278,8 +282,10 @@ def test_it_learns_the_embedded_world(tmp_path):
         output=str(tmp_path),
         trainer=trainer,
     )
-    found, chance = result.metrics, 0.62  # of 20 candidates most have a grade: a random order gets about 0.55
-    assert found["ndcg_10"] > chance and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
+    found = result.metrics
+    grades = torch.tensor([r["labels"] for r in load_rankings({"name": "world", "candidates": 20}).test.rows])
+    chance = ndcg(torch.zeros_like(grades), grades, torch.ones_like(grades, dtype=torch.bool)).mean()
+    assert found["ndcg_10"] > chance + 0.08 and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
     assert {"retrieval_ndcg_10", "retrieval_mrr_10", "retrieval_recall_100"} <= found.keys()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "done"
 

@@ -152,7 +152,11 @@ class TowerRows(RankerRows):
         sides = {"": "query"} if len(self.model.encoders) == 1 else {"query": "query", "document": "document"}
         for name, side in sides.items():
             save_encoder(self.model.side(side), folder / name, self.view)
-        facts = self.facts() | ({"scale": float(self.model.scale), "learn_scale": True} if self.model.learns else {})
+        facts = self.facts() | (
+            {"scale": float(torch.as_tensor(self.model.scale).detach()), "learn_scale": True}
+            if self.model.learns
+            else {}
+        )
         (folder / FACTS).write_text(json.dumps(facts, indent=1))
 
     def add_adapters(self, options: dict[str, Any]) -> None:

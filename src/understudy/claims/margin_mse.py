@@ -2,7 +2,8 @@
 
 A synthetic world of retrieval with graded truth, noisy candidates and one labelled document a query among many as
 relevant. The teacher orders almost perfectly, on its own scale and with an offset for each query. The control takes
-offset and scale away: there pointwise regression must close most of the gap.
+offset and scale away: there pointwise regression must close most of the gap. The first check is the harder half of the
+statement, so that the verdict stands for the whole of it. 800 steps, where the description of the experiment has 2,500.
 """
 
 from understudy.claims.experiment import Arm, Check, Claim
@@ -28,8 +29,8 @@ CLAIM = Claim(
         "pointwise_mse_no_offset": Arm("margin-mse", {"loss_type": "pointwise_mse"}, _LR, _PLAIN),
     },
     checks=(
-        Check("margin_mse", "pointwise_mse", 0.02, "ndcg_10", True, "Margin-MSE beats pointwise MSE by 2 points"),
         Check("margin_mse", "ranknet", 0.04, "ndcg_10", True, "Margin-MSE beats RankNet on labels by 4 points"),
+        Check("margin_mse", "pointwise_mse", 0.02, "ndcg_10", True, "Margin-MSE beats pointwise MSE by 2 points"),
         Check("margin_mse", "weighted_ranknet", 0.0, "ndcg_10", True, "Margin-MSE beats weighted RankNet"),
         Check(
             "pointwise_mse_no_offset",

@@ -106,7 +106,8 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
     else:
         body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code)
     if isinstance(getattr(body, "pooler", None), nn.Module):
-        body.pooler = None  # never read here; where a folder has none, its weights would be new at each loading
+        # It is never read here, and where a folder has none its weights would be new at each loading.
+        body.pooler = None  # type: ignore[assignment]
     encoder = Encoder(body, pooling, normalize)
     check_fit(name, encoder.body, view, pair=False)
     return encoder

@@ -233,7 +233,7 @@ def test_reference_scores_are_paid_for_once(tokenizer, tmp_path):
     assert score_lists(scorer(tokenizer, 5), again, collate_lists, ScoreStore(tmp_path), column="reference") == 8
     batch = Batch.from_dict(collate_lists(list(examples.rows)))
     torch.testing.assert_close(batch.reference, rows(batch).signal.values.detach(), rtol=1e-9, atol=1e-9)
-    next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"\x10" + bytes(7) + b"damaged")
     with pytest.raises(InputError, match="cannot be read"):
         ScoreStore(tmp_path)
 

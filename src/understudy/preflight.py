@@ -42,7 +42,7 @@ def check(
     empty = sum(r == 0 for r in rows)
     if empty:
         found.warnings.append(f"{empty} of {len(rows)} sampled training examples have no row that counts.")
-    if prepared.tokenizer is not None:
+    if prepared.tokenizer is not None and getattr(student.model, "can_generate", lambda: False)():
         _check_ends(prepared, student, teacher, found)
     if teacher is not None:
         scores = task.judge(student, teacher, loader)["metrics"]

@@ -31,6 +31,7 @@ class ModelSpec(BaseModel):
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
     peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
     cache: str | None = Field(None, description="Folder of `understudy cache`: answer from it, without the model.")
+    options: dict[str, Any] | None = Field(None, description="What the task's own models take.")
     train: dict[str, Any] | None = Field(
         None, description="Train this model first on the task's labels, with these trainer options."
     )
@@ -137,6 +138,14 @@ def make(values: Mapping[str, Any]) -> Recipe:
         raise InputError(
             "patience counts evaluations and there are none: set trainer.eval_strategy=steps, or leave it."
         )
+    for side in ("teacher", "student"):
+        spec: ModelSpec | None = getattr(recipe, side)
+        known = task.model_options
+        for key in (spec.options or {}) if spec is not None else ():
+            if key not in known:
+                raise InputError(
+                    f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
+                )
     method = recipe.build_method()
     if task.kind not in method.kinds:
         raise InputError(

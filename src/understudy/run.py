@@ -234,7 +234,8 @@ def load_teacher(
     if recipe.teacher is not None:
         cached = recipe.teacher.cache is not None  # its answers are on disk; the model is not loaded
         return None if cached else _model(recipe, "teacher", task, prepared, home, progress, module)
-    if "teacher" in recipe.build_method().needs:
+    method = recipe.build_method()
+    if "teacher" in method.needs | method.asks:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
     return None
 
@@ -253,7 +254,7 @@ def _model(
     if module is not None or spec.train is None:
         return task.model(spec, prepared, module)
     folder = home / _FIRST[side]
-    if not (folder / "student" / "config.json").exists() or finished(folder) is None:
+    if not (folder / "student").is_dir() or finished(folder) is None:
         train_first(recipe, side, home, progress)
     return task.model(spec, prepared, folder / "student")
 

@@ -148,7 +148,7 @@ class ADPO(Method):
 def attach(work: Stage, scorers: dict[str, RowModel]) -> None:
     """Compute what each model says of every candidate, once, into the column of its name."""
     for column, model in scorers.items():
-        store = ScoreStore(work.store)
+        store = ScoreStore(work.store / "scores")
         for examples in work.splits.values():
             score_lists(model, examples, work.collate, store, column=column)
 

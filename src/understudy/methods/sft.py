@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import ClassVar
 
 from understudy.data import Batch, GraphBatch, ListBatch
+from understudy.data.ranking import RankingBatch
 from understudy.losses import cross_entropy
+from understudy.losses.margins import ordered_pairs, over_pairs, ranknet
 from understudy.models import Rows
 from understudy.streaming import rowwise
 from understudy.training import Live, Method, Term
 
 
 class SFT(Method):
-    """Cross-entropy with the labels."""
+    """Cross-entropy with the labels; RankNet on rankings."""
 
     name = "sft"
     needs = frozenset()
-    kinds = frozenset({"image", "text", "preference", "graph"})
+    kinds = frozenset({"image", "text", "preference", "graph", "ranking"})
     cost = "one student forward and backward a row; no teacher"
     page: ClassVar[dict[str, str]] = {
         "when": "As the baseline, and whenever labels are plentiful.",
@@ -27,11 +29,16 @@ class SFT(Method):
     def counts(self, batch: Batch) -> dict[str, float]:
         if isinstance(batch, GraphBatch):
             return {"ce": float(batch.labelled)}
+        if isinstance(batch, RankingBatch):
+            return {"ranknet": float(ordered_pairs(batch.labels, batch.candidates).sum())}
         if not isinstance(batch, ListBatch):
             return {}
         return {"ce": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
 
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+        if isinstance(batch, RankingBatch):  # every pair whose grades differ, divided by how many there are
+            scores, valid = student.signal.values, ordered_pairs(batch.labels, batch.candidates)
+            return {"ranknet": Term(over_pairs(lambda a, b, *_: ranknet(a, b), scores, scores, valid).sums)}
         if isinstance(batch, ListBatch):  # learn the best candidate, divided by its tokens
             return {"ce": Term(-student.signal.values.gather(1, batch.best[:, None])[:, 0])}
         signal, labels = batch.with_labels(student.signal)

@@ -47,7 +47,7 @@ def load_classifier(
     elif path is not None and small_folder(path):
         model = load_small(path)
     else:
-        model = _auto(AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code)
+        model = auto_model(AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code)
     found = _classes(model)
     if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output tells two apart
         raise InputError(
@@ -78,10 +78,17 @@ def _config(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _auto(
-    kind: Any, name: str, path: Path | None, dtype: str, quantization: dict[str, Any] | None, trust_remote_code: bool
+def auto_model(
+    kind: Any,
+    name: str,
+    path: Path | None,
+    dtype: str,
+    quantization: dict[str, Any] | None,
+    trust_remote_code: bool,
+    **more: Any,
 ) -> nn.Module:
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+    """`kind.from_pretrained`, from safetensors alone; whatever goes wrong is one line."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **more}
     options["dtype"] = "auto" if dtype == "auto" else _DTYPES[dtype]
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -118,7 +125,7 @@ def load_causal_lm(
         path = find(name)
         if path is not None:
             _config(path)
-        model = _auto(AutoModelForCausalLM, name, path, dtype, quantization, trust_remote_code)
+        model = auto_model(AutoModelForCausalLM, name, path, dtype, quantization, trust_remote_code)
         if dtype == "auto" and quantization is None and not torch.cuda.is_available():
             model = model.float()
     size = getattr(model.config, "vocab_size", None)

@@ -10,6 +10,7 @@ from understudy.tasks.language_modeling import LanguageModeling
 from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
+from understudy.tasks.ranking import Ranking
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -20,6 +21,7 @@ TASKS: dict[str, Task] = {
         PreferenceWorld(),
         NodeClassification(),
         ImageGeneration(),
+        Ranking(),
     )
 }
 

@@ -76,6 +76,8 @@ class Task(Protocol):
     """How many validation examples the check before a run looks at."""
     start_data: Mapping[str, Any]
     """Keys of `data` that name the part which a model that is trained first sees."""
+    model_options: frozenset[str]
+    """Keys that `options` of teacher and student may hold."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults where it is silent."""
@@ -94,13 +96,19 @@ class Task(Protocol):
         ...
 
 
-class RowTask:
-    """Tasks whose rows are classes with labels are judged alike."""
+class TaskDefaults:
+    """What most tasks answer alike."""
 
-    kind: str
     baseline = "sft"
     preflight_examples = 256
     start_data: Mapping[str, Any] = MappingProxyType({})
+    model_options: frozenset[str] = frozenset()
+
+
+class RowTask(TaskDefaults):
+    """Tasks whose rows are classes with labels are judged alike."""
+
+    kind: str
 
     def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Accuracy, NLL, calibration; fidelity beside a teacher."""

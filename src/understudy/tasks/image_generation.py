@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from understudy.evaluation.generation import evaluate_generation
 from understudy.models import RowModel
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import Sampler
-from understudy.tasks.base import Prepared, merged
+from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _POINTS = {
     "max_steps": 4000,
@@ -53,7 +51,7 @@ _OWN = {
 """Keys of `data` beside those of image sets, with their defaults."""
 
 
-class ImageGeneration:
+class ImageGeneration(TaskDefaults):
     """Draw samples like the data's, or like the teacher's where there are no data."""
 
     name = "image_generation"
@@ -62,7 +60,6 @@ class ImageGeneration:
     metric = "distance"
     higher_is_better = False
     baseline = "denoise"
-    start_data: Mapping[str, Any] = MappingProxyType({})
     preflight_examples = 32
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import RowModel, evaluating
 from understudy.models.worlds import BigramRows, load_policy
-from understudy.tasks.base import Prepared, RowTask, merged
+from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _OPTIONS = {
     "bandit": {"name", "seed", "noise", "for_teacher", "limit"},
@@ -28,7 +28,7 @@ _BANDIT = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate":
 _CHAINS = {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
 
 
-class PreferenceWorld(RowTask):
+class PreferenceWorld(TaskDefaults):
     """Learn from preferences in a world that knows which choice is best."""
 
     name = "preference_world"

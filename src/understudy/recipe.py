@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import TrainingArguments
 
 from understudy.errors import InputError, nearest
+from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
 from understudy.tasks import get as get_task
 from understudy.training import Method
@@ -32,6 +33,12 @@ class ModelSpec(BaseModel):
     train: dict[str, Any] | None = Field(
         None, description="Train this model first on the task's labels, with these trainer options."
     )
+    endpoint: Endpoint | None = Field(None, description="An OpenAI-compatible server that writes; `model` is its name.")
+
+    @field_validator("endpoint", mode="before")
+    @classmethod
+    def _url_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
 
 class Recipe(BaseModel):
@@ -88,9 +95,12 @@ def _validate(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
         if first["type"] == "extra_forbidden":
             field = model.model_fields.get(str(first["loc"][0]))
             known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
+            known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"Bad {what}: {where} = {first['input']!r}: {message}.") from None
+        # A key that was put where it does not belong is not printed either.
+        shown = where if "endpoint" in first["loc"] else f"{where} = {first['input']!r}"
+        raise InputError(f"Bad {what}: {shown}: {message}.") from None
 
 
 def training_fields() -> set[str]:

@@ -220,6 +220,11 @@ def _model(
 ) -> RowModel:
     """Load one side; a model that is to be trained first is trained once and kept in `home`."""
     spec: ModelSpec = getattr(recipe, side)
+    if spec.endpoint is not None:
+        raise InputError(
+            f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: name a model "
+            "without endpoint, or a method that learns from text."
+        )
     if module is not None or spec.train is None:
         return task.model(spec, prepared, module)
     folder = home / _FIRST[side]

@@ -1,5 +1,49 @@
 """Text from anywhere: local models, chat endpoints, synthetic oracles behind one interface, with a log that resumes."""
 
-from understudy.generation.request import Completion, Request, Source, SourceError
+from __future__ import annotations
 
-__all__ = ["Completion", "Request", "Source", "SourceError"]
+from typing import TYPE_CHECKING, Any
+
+from understudy.generation.endpoint import EndpointSource
+from understudy.generation.engine import BudgetSpent, FailedRequests, generate
+from understudy.generation.limits import Endpoint, Limits
+from understudy.generation.log import RequestLog
+from understudy.generation.prompts import Prompt, draw_names, few_shot, name_people, restore_people
+from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError
+from understudy.generation.sources import OracleSource, limits_from, source_from
+
+if TYPE_CHECKING:
+    from understudy.generation.local import LocalSource
+
+__all__ = [
+    "BudgetSpent",
+    "Completion",
+    "Endpoint",
+    "EndpointSource",
+    "FailedRequests",
+    "Limits",
+    "LocalSource",
+    "OracleSource",
+    "Prompt",
+    "RefusedRequest",
+    "Request",
+    "RequestLog",
+    "Source",
+    "SourceError",
+    "draw_names",
+    "few_shot",
+    "generate",
+    "limits_from",
+    "name_people",
+    "restore_people",
+    "source_from",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`LocalSource` is imported when it is first asked for, since it brings transformers along."""
+    if name == "LocalSource":
+        from understudy.generation.local import LocalSource
+
+        return LocalSource
+    raise AttributeError(f"module 'understudy.generation' has no attribute {name!r}")

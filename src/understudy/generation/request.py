@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
+from understudy.errors import InputError
+
 
 @dataclass(frozen=True)
 class Request:
@@ -73,3 +75,24 @@ class SourceError(RuntimeError):
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
         self.wait = wait
+
+
+class RefusedRequest(InputError):
+    """This one request cannot be answered however often it is sent (too long, filtered); others may be."""
+
+
+def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there was one."""
+    ends = [place for mark in stop if mark and (place := text.find(mark)) >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def most_tokens(request: Request) -> tuple[int, int]:
+    """Bounds of (prompt, written) tokens before anything is sent.
+
+    A token covers at least one byte of UTF-8; a chat template is granted 32 tokens a message, and any prompt 16.
+    """
+    if isinstance(request.prompt, str):
+        return len(request.prompt.encode(errors="surrogatepass")) + 16, request.max_tokens
+    sizes = (sum(len(str(v).encode(errors="surrogatepass")) for v in m.values()) + 32 for m in request.prompt)
+    return sum(sizes) + 16, request.max_tokens

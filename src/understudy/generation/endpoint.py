@@ -1,0 +1,220 @@
+"""A source behind HTTP: any OpenAI-compatible server. Each way to fail is told apart as passing, final or this request's."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from understudy.errors import InputError
+from understudy.generation.limits import Endpoint
+from understudy.generation.request import Completion, RefusedRequest, Request, SourceError, cut, most_tokens
+
+PASSING = {408, 409, 425, 429}  # and 5xx
+OF_THE_REQUEST = {400, 413, 414, 422}
+MARK = "understudy-"
+
+
+class EndpointSource:
+    """Completions over HTTP: `/completions` for a text prompt, `/chat/completions` for messages.
+
+    The key is read from the environment variable that the endpoint names, given to the client, and kept nowhere else;
+    without such a name no key is sent, whatever the environment holds.
+
+    Every attempt carries an `X-Request-ID` of its own. A reply under the id of another attempt, or a second reply under
+    one id, is somebody else's answer and counts as failed; servers that give all replies one id are recognised.
+    Where a server does not count tokens, the most that the request could have used is charged.
+
+    Args:
+        model: the server's name for it.
+        endpoint: where, and how to speak to it.
+    """
+
+    def __init__(self, model: str, endpoint: Endpoint) -> None:
+        self.model, self.endpoint = model, endpoint
+        self.name = f"{endpoint.url} {model}" + (
+            f" {json.dumps(endpoint.extra, sort_keys=True)}" if endpoint.extra else ""
+        )
+        self._client = _client(endpoint)
+        self._lock = threading.Lock()
+        self._seen: set[str] = set()
+        self._repeats = 0
+
+    def complete(self, request: Request) -> Completion:
+        """Write one completion. Raises `SourceError`, `RefusedRequest`, or `InputError` where no request can succeed."""
+        import openai
+
+        mark = MARK + uuid.uuid4().hex
+        chat = not isinstance(request.prompt, str)
+        create = (self._client.chat.completions if chat else self._client.completions).with_raw_response.create
+        try:
+            raw = create(extra_body=self._body(request), extra_headers={"X-Request-ID": mark}, **self._prompt(request))
+            text, header = raw.text, raw.headers.get("x-request-id")
+        except openai.APITimeoutError:
+            raise SourceError(self._say(f"no answer within {self.endpoint.timeout:g} s")) from None
+        except openai.APIStatusError as error:
+            raise self._status(error) from None
+        except openai.APIConnectionError as error:
+            raise SourceError(self._say(f"connection failed ({error.__cause__ or error})")) from None
+        except openai.OpenAIError as error:
+            raise SourceError(self._say(f"unreadable answer ({error})")) from None
+        try:
+            reply = json.loads(text)
+        except (ValueError, RecursionError):
+            raise SourceError(self._say("the answer is not JSON")) from None
+        if not isinstance(reply, dict):
+            raise SourceError(self._say("the answer is not a JSON object"))
+        completion = self._read(request, reply, chat)
+        self._own(mark, header, reply.get("id"))
+        return completion
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        if isinstance(request.prompt, str):
+            return {"model": self.model, "prompt": request.prompt}
+        return {"model": self.model, "messages": [dict(m) for m in request.prompt]}
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """The other fields; what has its default is left out, since servers refuse fields that they do not know."""
+        chat = not isinstance(request.prompt, str)
+        body: dict[str, Any] = {self.endpoint.max_tokens_name: request.max_tokens, "temperature": request.temperature}
+        for name, default in (("top_p", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
+            if getattr(request, name) != default:
+                body[name] = getattr(request, name)
+        if request.stop:
+            body["stop"] = list(request.stop)
+        if request.log_probs:
+            body["logprobs"] = True if chat else 1
+        if self.endpoint.seed and request.temperature > 0:
+            body["seed"] = int(request.key(self.name)[:7], 16)
+        return body | self.endpoint.extra
+
+    def _read(self, request: Request, reply: Mapping[str, Any], chat: bool) -> Completion:
+        try:
+            (choice,) = reply["choices"]
+            text = choice["message"]["content"] if chat else choice["text"]
+            reason = choice["finish_reason"]
+        except (KeyError, TypeError, ValueError):
+            raise SourceError(self._say("the answer misses fields, or holds several for one prompt")) from None
+        if reason == "content_filter" or (chat and isinstance(choice["message"].get("refusal"), str)):
+            raise RefusedRequest(self._say(f"the server filtered the answer to request {request.id}"))
+        if text is None and reason == "length":
+            text = ""  # a model that spent all its tokens on reasoning
+        if not isinstance(text, str) or not isinstance(reason, str):
+            raise SourceError(self._say("the answer holds no text or no reason to end"))
+        text, stopped = cut(text, request.stop)
+        finish: Literal["stop", "length"] = "length" if reason == "length" and not stopped else "stop"
+        prompt_tokens, tokens = self._usage(request, reply)
+        return Completion(
+            text, finish, self._log_prob(choice, chat) if request.log_probs else None, prompt_tokens, tokens
+        )
+
+    def _usage(self, request: Request, reply: Mapping[str, Any]) -> tuple[int, int]:
+        usage = reply.get("usage")
+        if not isinstance(usage, Mapping):
+            return most_tokens(request)
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+        if not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise SourceError(self._say("the answer's usage holds no counts of tokens"))
+        return counts  # type: ignore[return-value]
+
+    def _log_prob(self, choice: Mapping[str, Any], chat: bool) -> float | None:
+        given = choice.get("logprobs")
+        if given is None:
+            return None
+        try:
+            values = [t["logprob"] for t in given["content"]] if chat else given["token_logprobs"]
+            total = math.fsum(v for v in values if v is not None)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            total = math.nan
+        if not math.isfinite(total):
+            raise SourceError(self._say("the answer's log-probabilities cannot be read"))
+        return total
+
+    def _own(self, mark: str, header: str | None, name: Any) -> None:
+        """Refuse a reply that belongs to another attempt."""
+        for given in (header, name):
+            if isinstance(given, str) and MARK in given and mark not in given:
+                raise SourceError(self._say("the answer belongs to another request"))
+        if not isinstance(name, str) or not name:
+            return
+        with self._lock:
+            # Servers that give every reply one id never show a second one.
+            if name in self._seen and (len(self._seen) > 1 or self._repeats < 2):
+                self._repeats += 1
+                raise SourceError(self._say("the answer repeats an earlier one"))
+            self._seen.add(name)
+
+    def _status(self, error: Any) -> Exception:
+        """What an HTTP status means for the request."""
+        status, reason = int(error.status_code), f"HTTP {error.status_code}"
+        said = _message(error.body)
+        env = self.endpoint.api_key_env
+        if status in (401, 403):
+            key = f"the key in {env} was refused" if env else "a key is needed: name its variable with api_key_env"
+            return InputError(self._say(f"{reason}, {key}"))
+        said = f"{reason}, {said}" if said else reason
+        if status == 429 and "insufficient_quota" in json.dumps(error.body, default=str):
+            return InputError(self._say(said))
+        if status in PASSING or status >= 500:
+            return SourceError(self._say(said), _wait(error.response.headers))
+        if status in OF_THE_REQUEST:
+            return RefusedRequest(self._say(said))
+        return InputError(self._say(f"{said} (model {self.model!r}: check it and the URL)"))
+
+    def _say(self, reason: str) -> str:
+        """One line with the URL; what a server echoes is stripped of control characters and of the key."""
+        key = os.environ.get(self.endpoint.api_key_env or "", "")
+        reason = reason.replace(key, "[key]") if key else reason
+        line = "".join(c if c.isprintable() else " " for c in reason)
+        return f"{self.endpoint.url}: {' '.join(line.split())[:300]}"
+
+
+def _client(endpoint: Endpoint) -> Any:
+    try:
+        import openai
+    except ImportError:
+        raise InputError("A served model needs the extra: pip install understudy[served].") from None
+    key = "none"
+    if endpoint.api_key_env is not None:
+        key = os.environ.get(endpoint.api_key_env, "").strip()
+        if not key:
+            raise InputError(
+                f"{endpoint.url}: environment variable {endpoint.api_key_env} is not set; it holds the key."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"{endpoint.url}: {endpoint.api_key_env} holds characters that no key has.")
+    # The client would take these from the environment and send them anywhere.
+    ambient: dict[str, Any] = {name: openai.omit for name in ("OpenAI-Organization", "OpenAI-Project")}
+    if endpoint.api_key_env is None:
+        ambient["Authorization"] = openai.omit
+    return openai.OpenAI(
+        base_url=endpoint.url, api_key=key, max_retries=0, timeout=endpoint.timeout, default_headers=ambient
+    )
+
+
+def _message(body: Any) -> str:
+    """The reason inside an error's body, in the shapes that servers use."""
+    while isinstance(body, Mapping):
+        body = next((body[k] for k in ("message", "error", "detail") if body.get(k)), "")
+    return body if isinstance(body, str) else json.dumps(body, default=str) if body else ""
+
+
+def _wait(headers: Any) -> float | None:
+    """Seconds that `Retry-After` asks for: a number or a date."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

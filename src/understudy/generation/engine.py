@@ -1,0 +1,279 @@
+"""The generation engine: many requests, a few at a time, each answered once, within a budget, resumable at any moment."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from understudy.errors import InputError, nearest
+from understudy.generation.limits import Limits
+from understudy.generation.log import RequestLog
+from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError, most_tokens
+
+log = logging.getLogger(__name__)
+GIVE_UP = 20  # requests that fail one after the other, without an answer between: the source is down or misconfigured
+LONGEST_WAIT = 600.0  # seconds that a source may ask to wait (a daily quota asks for hours)
+
+
+class FailedRequests(InputError):
+    """Some requests were not answered; the answers of the others are in the log.
+
+    Args:
+        failed: request id → reason.
+    """
+
+    def __init__(self, message: str, failed: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.failed = dict(failed)
+
+
+class BudgetSpent(InputError):
+    """The next request might go over the budget. What was paid for is in the log."""
+
+
+class _Stopped(Exception):
+    """The crew is stopping: this request is left for the next run."""
+
+
+def generate(
+    source: Source, requests: Sequence[Request], log: RequestLog, *, progress: bool = False, **limits: Any
+) -> list[Completion]:
+    """Have requests answered, from the log where it knows them.
+
+    Args:
+        source: who writes. log: opened for `source.name`.
+        progress: show a bar on stderr, where that is a terminal.
+        limits: the fields of `Limits`: `concurrency`, `rate`, `retries`, `backoff`, `longest_backoff`, `token_budget`,
+            `cost_budget`, `price_in`, `price_out`.
+
+    Returns:
+        One completion a request, in their order. Requests of equal content share one.
+
+    An answer is in the log before its worker takes the next request, so a kill loses the (at most `concurrency`)
+    answers in flight and no other. Budgets are kept by reserving, before a request is sent, the most that it may use;
+    they count what the log holds. What a server charged for an answer that never arrived, nobody here can know.
+
+    Raises:
+        BudgetSpent: the budget does not cover the next request.
+        FailedRequests: requests that were refused, or failed at every attempt.
+        InputError: the source cannot answer at all (key, address, model), or a bad limit.
+    """
+    crew = _Crew(source, log, _limits(limits))
+    if log.source != source.name:
+        raise InputError(f"Log {log.path} is open for source {log.source!r}, and the source is {source.name!r}.")
+    keys = [request.key(source.name) for request in requests]
+    for key, request in zip(keys, requests, strict=True):
+        if key not in log and key not in crew.names:
+            crew.names[key] = request.id
+            crew.todo.append((key, request))
+    crew.run(progress)
+    return [log[key] for key in keys]
+
+
+def _limits(values: Mapping[str, Any]) -> Limits:
+    for name in values:
+        if name not in Limits.model_fields:
+            raise InputError(f"Unknown limit {name!r}.{nearest(name, Limits.model_fields)}")
+    try:
+        return Limits(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        at = f"{where} = {first['input']!r}: " if where else ""
+        raise InputError(f"Bad limit: {at}{first['msg'].removeprefix('Value error, ')}.") from None
+
+
+class _Crew:
+    """Workers on one list of requests, and what they share."""
+
+    def __init__(self, source: Source, log: RequestLog, limits: Limits) -> None:
+        self.source, self.log, self.limits = source, log, limits
+        self.todo: deque[tuple[str, Request]] = deque()
+        self.names: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.fatal: BaseException | None = None
+        self.in_a_row = 0
+        self.warned = False
+        self.stop = threading.Event()
+        self.lock = threading.Lock()
+        self.purse = _Purse(limits, log)
+        self.pace = _Pace(limits.rate)
+
+    def run(self, progress: bool) -> None:
+        total, console = len(self.todo), Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
+            task = bar.add_task("completions", total=total)
+            threads = [
+                threading.Thread(target=self._work, args=(lambda: bar.advance(task),), daemon=True)
+                for _ in range(min(self.limits.concurrency, total))
+            ]
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            except KeyboardInterrupt:
+                self.halt()
+                log.warning("Stopping: waiting for the answers in flight. Ctrl-C again leaves without them.")
+                for thread in threads:
+                    thread.join()
+                raise
+        self.log.sync()
+        self._raise(total)
+
+    def _raise(self, total: int) -> None:
+        if self.fatal is not None:
+            raise self.fatal
+        left = sum(key not in self.log for key in self.names)
+        kept = f"{total - left} of {total} new requests are answered and kept in {self.log.path}"
+        if self.purse.empty:
+            also = f" {len(self.failed)} requests failed." if self.failed else ""
+            raise BudgetSpent(
+                f"{self.purse.what}{also} {kept}. Raise the budget and start again: nothing is paid for twice."
+            )
+        if self.failed:
+            some = ", ".join(list(self.failed)[:5]) + (", …" if len(self.failed) > 5 else "")
+            reason = next(reversed(self.failed.values()))
+            early = f" Stopped early: {GIVE_UP} requests in a row failed." if self.todo else ""
+            raise FailedRequests(
+                f"{len(self.failed)} requests failed ({some}), the last one: {reason}.{early} {kept}; "
+                "starting again sends only what is missing.",
+                self.failed,
+            )
+
+    def halt(self) -> None:
+        """Send nothing more."""
+        self.stop.set()
+        self.purse.wake()
+
+    def _work(self, advance: Any) -> None:
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    if not self.todo:
+                        return
+                    key, request = self.todo.popleft()
+                if not self.purse.reserve(request, self.stop):
+                    return self.halt()
+                try:
+                    self.log.append(key, request.id, self._ask(request))
+                    self.in_a_row = 0
+                    advance()
+                except (SourceError, RefusedRequest) as error:
+                    self._failure(request, str(error))
+                finally:
+                    self.purse.settle(request)
+        except _Stopped:
+            return
+        except BaseException as error:  # handed to the caller's thread
+            with self.lock:
+                self.fatal = self.fatal or error
+            self.halt()
+
+    def _failure(self, request: Request, reason: str) -> None:
+        with self.lock:
+            self.failed[request.id] = reason
+            self.in_a_row += 1
+        if self.in_a_row >= GIVE_UP:
+            self.halt()
+
+    def _ask(self, request: Request) -> Completion:
+        """One request, tried again with growing waits."""
+        for attempt in range(self.limits.retries + 1):
+            self.pace.take(self.stop)
+            if self.stop.is_set():
+                raise _Stopped
+            try:
+                return self.source.complete(request)
+            except SourceError as error:
+                wait = max(error.wait or 0.0, self._backoff(attempt))
+                if attempt == self.limits.retries:
+                    raise SourceError(f"{error}, {attempt + 1} attempts") from None
+                if wait > LONGEST_WAIT:
+                    raise SourceError(f"{error}; it asks to wait {wait:.0f} s") from None
+                if not self.warned:
+                    self.warned = True
+                    log.warning("A request failed and is tried again: %s", error)
+                self.stop.wait(wait)
+        raise AssertionError("unreachable")
+
+    def _backoff(self, attempt: int) -> float:
+        """Doubles up to the cap; the jitter (half to all of it) keeps workers from coming back at one moment."""
+        return min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(attempt, 60)) * random.uniform(0.5, 1)
+
+
+class _Purse:
+    """Tokens and money: reserved before a request is sent, settled by what it used."""
+
+    def __init__(self, limits: Limits, log: RequestLog) -> None:
+        self.limits, self.log = limits, log
+        self.held_in = self.held_out = 0
+        self.empty = False
+        self.what = ""
+        self.changed = threading.Condition()
+
+    def _over(self, prompt: int, written: int) -> str:
+        """What these tokens, beside those held and spent, would go over; empty where they fit."""
+        prompt, written = prompt + self.held_in + self.log.prompt_tokens, written + self.held_out + self.log.tokens
+        limits = self.limits
+        if limits.token_budget is not None and prompt + written > limits.token_budget:
+            used = self.log.prompt_tokens + self.log.tokens
+            return f"The token budget of {limits.token_budget} does not cover the next request: {used} are used."
+        if limits.cost_budget is not None and limits.cost(prompt, written) > limits.cost_budget:
+            used_cost = limits.cost(self.log.prompt_tokens, self.log.tokens)
+            return (
+                f"The cost budget of {limits.cost_budget:g} does not cover the next request: {used_cost:.4g} is used."
+            )
+        return ""
+
+    def reserve(self, request: Request, stop: threading.Event) -> bool:
+        """Wait until the request fits beside those in flight. False where it never will, or the crew stops."""
+        prompt, written = most_tokens(request)
+        with self.changed:
+            while over := self._over(prompt, written):
+                if stop.is_set():
+                    return False
+                if self.held_in == self.held_out == 0:
+                    self.empty, self.what = True, over
+                    return False
+                self.changed.wait()
+            self.held_in, self.held_out = self.held_in + prompt, self.held_out + written
+            return True
+
+    def settle(self, request: Request) -> None:
+        """Give the reservation back; what the answer used is in the log's own count by now."""
+        prompt, written = most_tokens(request)
+        with self.changed:
+            self.held_in, self.held_out = self.held_in - prompt, self.held_out - written
+            self.changed.notify_all()
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        with self.changed:
+            self.changed.notify_all()
+
+
+class _Pace:
+    """At most `rate` attempts a second, evenly spaced."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.gap, self.next, self.lock = (1 / rate if rate else 0.0), time.monotonic(), threading.Lock()
+
+    def take(self, stop: threading.Event) -> None:
+        """Wait for the next free moment."""
+        if not self.gap:
+            return
+        with self.lock:
+            mine = max(self.next, time.monotonic())
+            self.next = mine + self.gap
+        stop.wait(max(0.0, mine - time.monotonic()))

@@ -1,0 +1,73 @@
+"""How hard a source may be asked and what it may cost; and where an endpoint is. Both are parts of a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Limits(BaseModel):
+    """Bounds on a generation. Budgets count everything in the log, earlier runs too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concurrency: int = Field(8, ge=1, le=1024, description="Requests in flight at once.")
+    rate: float | None = Field(None, gt=0, description="Most attempts a second.")
+    retries: int = Field(8, ge=0, description="Attempts after the first one, for each request.")
+    backoff: float = Field(0.5, gt=0, description="Seconds before the first retry; each later one waits twice as long.")
+    longest_backoff: float = Field(60.0, gt=0, description="Cap on the back-off, seconds.")
+    token_budget: int | None = Field(None, ge=1, description="Most tokens, prompts and completions together.")
+    cost_budget: float | None = Field(None, gt=0, description="Most money, in the currency of the prices.")
+    price_in: float = Field(0.0, ge=0, description="Price of a million prompt tokens.")
+    price_out: float = Field(0.0, ge=0, description="Price of a million written tokens.")
+
+    @model_validator(mode="after")
+    def _prices_for_a_cost(self) -> Limits:
+        if self.cost_budget is not None and self.price_in == self.price_out == 0:
+            raise ValueError("cost_budget needs price_in and price_out, per million tokens")
+        return self
+
+    def cost(self, prompt_tokens: int, tokens: int) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.price_in + tokens * self.price_out) / 1e6
+
+
+class Endpoint(Limits):
+    """An OpenAI-compatible server. The key stays in its environment variable; only the variable's name is kept."""
+
+    url: str = Field(description="Base URL, for example http://localhost:8000/v1; a bare host gets /v1.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the key; none sends no key.")
+    timeout: float = Field(120.0, gt=0, description="Seconds until an unanswered request counts as failed.")
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    seed: bool = Field(True, description="Send a seed made from the request's content; off for servers that refuse it.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port >= 0)
+        except ValueError:
+            known = None
+        if not known:
+            raise ValueError("a URL begins with http:// or https:// and names a host")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "a URL holds no user, password or query; put the key into a variable, named by api_key_env"
+            )
+        return value.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("this is the name of an environment variable, never the key itself")
+        return value
+
+    def limits(self) -> dict[str, Any]:
+        """The bounds alone, as arguments of `generate`."""
+        return {name: getattr(self, name) for name in Limits.model_fields}

@@ -1,0 +1,251 @@
+"""A source in this process: any causal LM of transformers, in batches, with randomness that belongs to the request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+from understudy.data.noise import uniform
+from understudy.generation.request import Completion, RefusedRequest, Request, cut
+from understudy.models import evaluating, load_causal_lm, load_tokenizer, state_hash, tokenizer_hashes
+
+GATHER = 0.005  # seconds for the requests of other threads to join a batch
+
+
+class LocalSource:
+    """A model that writes here.
+
+    A text prompt is continued (after BOS, where the tokenizer has one, as in training); messages go through the chat
+    template. Requests that arrive from several threads at once are written in one batch. A draw depends on the content
+    of its request alone, so the same request gets the same text in any batch, up to the rounding of batched products.
+
+    `log_prob` is the sum over all drawn tokens, the ending one included, of the model's own log-probabilities: float32,
+    before penalties, temperature and top-p. `tokens` counts the same tokens.
+
+    Args:
+        model: a causal LM with `generate`. tokenizer: its tokenizer.
+        name: for the log; hashes of weights, tokens and template are added.
+        batch: most requests at once.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, *, batch: int = 8) -> None:
+        self.model: Any = model
+        self.tokenizer, self.batch = tokenizer, batch
+        hashes = tokenizer_hashes(tokenizer)
+        self.name = f"{name} {state_hash(model)[:16]} {hashes['tokenizer'][:8]} {hashes['template'][:8]}".rstrip()
+        self._pending: list[tuple[Request, Future[Completion]]] = []
+        self._turn = threading.Condition()
+        self._busy = False
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        quantization: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        batch: int = 8,
+    ) -> LocalSource:
+        """From a folder, a set in `UNDERSTUDY_DATA` or a Hub id; on the GPU where there is one."""
+        words = load_tokenizer(tokenizer or name, trust_remote_code=trust_remote_code)
+        model = load_causal_lm(
+            name, tokenizer=words, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
+        )
+        if quantization is None:
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, words, name, batch=batch)
+
+    def complete(self, request: Request) -> Completion:
+        """Write one completion. Whoever finds the model free writes for all who wait."""
+        mine: Future[Completion] = Future()
+        with self._turn:
+            self._pending.append((request, mine))
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: mine.done() or not self._busy)
+                if mine.done():
+                    return mine.result()
+                self._busy = True
+            if self.batch > 1:
+                time.sleep(GATHER)
+            with self._turn:
+                taken, self._pending = self._pending[: self.batch], self._pending[self.batch :]
+            try:
+                self._write(taken)
+            finally:
+                with self._turn:
+                    self._busy = False
+                    self._turn.notify_all()
+
+    def _write(self, taken: Sequence[tuple[Request, Future[Completion]]]) -> None:
+        """Answer every request of a batch: with its completion, or with the reason why there is none."""
+        able: list[tuple[Request, Future[Completion], list[int]]] = []
+        for request, future in taken:
+            try:
+                able.append((request, future, self._encode(request)))
+            except Exception as error:  # goes to the thread that asked
+                future.set_exception(error)
+        if not able:
+            return
+        try:
+            completions = self.write([r for r, _, _ in able], [ids for _, _, ids in able])
+        except BaseException as error:
+            for _, future, _ in able:
+                future.set_exception(error)
+            return
+        for (_, future, _), completion in zip(able, completions, strict=True):
+            future.set_result(completion)
+
+    def _encode(self, request: Request) -> list[int]:
+        """The ids of a prompt."""
+        tokenizer = self.tokenizer
+        if isinstance(request.prompt, str):
+            text = request.prompt
+            start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        elif not tokenizer.chat_template:
+            raise RefusedRequest(
+                f"Request {request.id} holds messages and the tokenizer of {self.name} has no chat template. "
+                "Use a model with one, or a text prompt."
+            )
+        else:
+            text = tokenizer.apply_chat_template(
+                [dict(m) for m in request.prompt], tokenize=False, add_generation_prompt=True
+            )
+            start = []
+        ids: list[int] = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not ids:
+            raise RefusedRequest(f"Request {request.id} has an empty prompt and the tokenizer no token to begin with.")
+        if most is not None and len(ids) + request.max_tokens > most:
+            raise RefusedRequest(
+                f"Request {request.id}: a prompt of {len(ids)} tokens and max_tokens {request.max_tokens} are more "
+                f"than the {most} positions of the model. Shorten one of them."
+            )
+        return ids
+
+    @torch.no_grad()
+    def write(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[Completion]:
+        """Completions of prompts that are already ids, in one batch."""
+        longest, device = max(map(len, prompts)), next(self.model.parameters()).device
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        draw = _Draw(requests, self.name, longest, len(self.tokenizer))
+        end = _End(requests, longest, self._ends(), self.tokenizer)
+        config = GenerationConfig(
+            max_new_tokens=max(r.max_tokens for r in requests), do_sample=False, pad_token_id=pad, use_cache=True
+        )
+        own, self.model.generation_config = (
+            self.model.generation_config,
+            GenerationConfig(),
+        )  # a recipe is in the request
+        try:
+            with evaluating(self.model):
+                written = self.model.generate(
+                    ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    logits_processor=[draw],
+                    stopping_criteria=[end],
+                )
+        finally:
+            self.model.generation_config = own
+        log_probs = torch.stack(draw.log_probs, dim=1).double()
+        return [
+            self._completion(r, p, written[i, longest : longest + end.length[i]].tolist(), log_probs[i], end)
+            for i, (r, p) in enumerate(zip(requests, prompts, strict=True))
+        ]
+
+    def _ends(self) -> set[int]:
+        """Token ids that end a text, by tokenizer and model."""
+        own = self.model.generation_config.eos_token_id
+        ids = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        return {i for i in ids if i is not None}
+
+    def _completion(
+        self, request: Request, prompt: list[int], ids: list[int], log_probs: Tensor, end: _End
+    ) -> Completion:
+        decode = lambda some: self.tokenizer.decode(  # noqa: E731
+            some, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        text, stopped = cut(decode(prompt + ids)[len(decode(prompt)) :], request.stop)  # keeps a leading space
+        finish: Literal["stop", "length"] = "stop" if stopped or ids[-1] in end.ends else "length"
+        return Completion(text, finish, float(log_probs[: len(ids)].sum()), len(prompt), len(ids))
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's next token itself, by the row's own settings and seed, and leaves only that one possible."""
+
+    def __init__(self, requests: Sequence[Request], source: str, start: int, vocabulary: int) -> None:
+        self.requests, self.start, self.vocabulary = requests, start, vocabulary
+        self.seeds = torch.tensor([int(r.key(source)[:15], 16) for r in requests])
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.float()
+        logits[:, self.vocabulary :] = float("-inf")  # padded rows of the head are no tokens
+        written = input_ids[:, self.start :]
+        raw = logits.log_softmax(-1)
+        chosen = self._choose(self._penalised(logits, written).double(), step=written.shape[1])
+        self.log_probs.append(raw.gather(1, chosen[:, None])[:, 0].cpu())
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
+
+    def _column(self, values: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+    def _penalised(self, logits: Tensor, written: Tensor) -> Tensor:
+        """Lower what was written already: by `presence_penalty` once, by `frequency_penalty` each time."""
+        presence = self._column([r.presence_penalty for r in self.requests], logits)
+        frequency = self._column([r.frequency_penalty for r in self.requests], logits)
+        if not bool(presence.any() or frequency.any()):
+            return logits
+        counts = torch.zeros_like(logits).scatter_add(1, written, torch.ones_like(written, dtype=logits.dtype))
+        return logits - presence * (counts > 0) - frequency * counts
+
+    def _choose(self, logits: Tensor, step: int) -> Tensor:
+        """The largest at temperature 0, else by inversion of the nucleus' distribution, float64."""
+        temperature = self._column([r.temperature for r in self.requests], logits)
+        top_p = self._column([r.top_p for r in self.requests], logits)
+        greedy = logits.argmax(-1)
+        p = torch.softmax(logits / torch.where(temperature > 0, temperature, 1.0), -1)
+        down, order = p.sort(dim=-1, descending=True, stable=True)
+        keep = down.cumsum(-1) - down < top_p
+        keep[:, 0] = True
+        p = p * torch.zeros_like(keep).scatter(1, order, keep)
+        cumulative = p.cumsum(-1)
+        aim = uniform(self.seeds, (1,), seed=0, step=step).to(p.device) * cumulative[:, -1:]
+        drawn = (cumulative <= aim).sum(-1).clamp(max=p.shape[1] - 1)
+        return torch.where(temperature[:, 0] > 0, drawn, greedy)
+
+
+class _End(StoppingCriteria):
+    """Ends each row by itself: at an ending token, a stop string or its own `max_tokens`."""
+
+    def __init__(self, requests: Sequence[Request], start: int, ends: set[int], tokenizer: Any) -> None:
+        self.requests, self.start, self.ends, self.tokenizer = requests, start, ends, tokenizer
+        self.length = [0] * len(requests)
+        self.done = [False] * len(requests)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        for i, (request, ids) in enumerate(zip(self.requests, input_ids[:, self.start :].tolist(), strict=True)):
+            if not self.done[i]:
+                self.length[i] = len(ids)
+                self.done[i] = len(ids) >= request.max_tokens or ids[-1] in self.ends or self._stopped(request, ids)
+        return torch.tensor(self.done, device=input_ids.device)
+
+    def _stopped(self, request: Request, ids: list[int]) -> bool:
+        """Whether the text holds a stop string. Only its end can be new: a token is at least a byte."""
+        if not request.stop:
+            return False
+        tail = ids[-(max(len(s.encode()) for s in request.stop) + 8) :]
+        return cut(self.tokenizer.decode(tail, skip_special_tokens=True), request.stop)[1]

@@ -1,0 +1,187 @@
+"""The request log: every completion that was paid for, by the content of its request. Nothing is paid for twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from understudy.errors import InputError
+from understudy.generation.request import Completion
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+SYNC_LINES, SYNC_SECONDS = 64, 1.0
+
+
+class RequestLog:
+    """JSON lines, appended: a header that names the source, then one completion a line.
+
+    A line is handed to the operating system before `append` returns, so a killed process loses none; it is forced to
+    the disk every 64 lines or second, which is what a power cut can take. A last line that was cut short is removed on
+    reopening. One process at a time writes a log.
+
+    Args:
+        path: the file; made if it does not exist.
+        source: `Source.name` of who answers. A log of another source is refused.
+
+    Raises:
+        InputError: another source's log, another process's log, or no log at all.
+    """
+
+    def __init__(self, path: str | Path, source: str) -> None:
+        self.path, self.source = Path(path), source
+        self.prompt_tokens = self.tokens = 0
+        self._known: dict[str, Completion] = {}
+        self._lock = threading.Lock()
+        self._unsynced, self._synced = 0, time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        except IsADirectoryError:
+            raise InputError(f"Request log {self.path} is a folder, not a file. Choose another path.") from None
+        try:
+            self._claim()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _claim(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Request log {self.path} is being written by another process. Wait for it, or choose another log."
+            ) from None
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        lines = data.split(b"\n")
+        last = lines.pop()  # empty where the file ends with a whole line
+        self._end = len(data) - len(last)
+        if last and lines and _record(last) is not None:  # whole but for its newline
+            lines.append(last)
+            self._write(b"\n", len(data))
+        elif last:
+            self._file.truncate(self._end)
+        if not lines:
+            header = {"format": FORMAT, "source": self.source}
+            self._write(json.dumps(header).encode() + b"\n", self._end)
+            return
+        self._check_header(lines[0])
+        damaged = 0
+        for line in lines[1:]:
+            record = _record(line)
+            if record is None:
+                damaged += bool(line)
+            elif record[0] not in self._known:
+                self._keep(*record)
+        if damaged:
+            log.warning("%s: %d damaged lines are left out; their requests will be sent again.", self.path, damaged)
+
+    def _check_header(self, line: bytes) -> None:
+        try:
+            header = json.loads(line)
+            version, written = header["format"], header["source"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.path} is not a request log: its first line names no source.") from None
+        if version != FORMAT:
+            raise InputError(f"Request log {self.path} has format {version!r} and this version reads {FORMAT}.")
+        if written != self.source:
+            raise InputError(
+                f"Request log {self.path} belongs to source {written!r} and the source is {self.source!r} now. "
+                "Choose another log, or delete this one."
+            )
+
+    def _keep(self, key: str, completion: Completion) -> None:
+        self._known[key] = completion
+        self.prompt_tokens += completion.prompt_tokens
+        self.tokens += completion.tokens
+
+    def _write(self, data: bytes, at: int) -> None:
+        """Append in whole: what a full disk left of a line is taken back."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(at)
+            raise
+        self._end = at + len(data)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Completion:
+        return self._known[key]
+
+    def get(self, key: str) -> Completion | None:
+        """The completion of a request, or `None` where it has not been answered."""
+        return self._known.get(key)
+
+    def append(self, key: str, name: str, completion: Completion) -> None:
+        """Keep a completion. The first one of a key stays; `name` is the request's id, for readers of the file."""
+        line = json.dumps({"key": key, "id": name, **asdict(completion)}, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            if key in self._known:
+                return
+            self._write(line, self._end)
+            self._keep(key, completion)
+            self._unsynced += 1
+            if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced >= SYNC_SECONDS:
+                self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unsynced, self._synced = 0, time.monotonic()
+
+    def sync(self) -> None:
+        """Force everything to the disk now."""
+        with self._lock:
+            self._sync()
+
+    def close(self) -> None:
+        """Force everything to the disk and let another process write."""
+        with self._lock:
+            if not self._file.closed:
+                self._sync()
+                self._file.close()
+
+    def __enter__(self) -> RequestLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _record(line: bytes) -> tuple[str, Completion] | None:
+    """Key and completion of a line, or `None` where it is not whole."""
+    try:
+        values: dict[str, Any] = json.loads(line)
+        completion = Completion(
+            str(values["text"]),
+            values["finish"],
+            values["log_prob"],
+            int(values["prompt_tokens"]),
+            int(values["tokens"]),
+        )
+        return str(values["key"]), completion
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

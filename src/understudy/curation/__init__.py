@@ -4,7 +4,7 @@ from understudy.curation.critics import base_rate_bias, binary_labels, mean_prob
 from understudy.curation.filters import LETTERS, Funnel, first_occurrences, most_likely, spelling
 from understudy.curation.groups import shuffled, split_by_group
 from understudy.curation.summary import precision, softened, summary
-from understudy.curation.thresholds import Cutoff, above, cutoff_at_recall, recall_curve
+from understudy.curation.thresholds import Cutoff, above, cutoff_at_recall, cutoffs, recall_curve
 
 __all__ = [
     "LETTERS",
@@ -14,6 +14,7 @@ __all__ = [
     "base_rate_bias",
     "binary_labels",
     "cutoff_at_recall",
+    "cutoffs",
     "first_occurrences",
     "mean_probability",
     "most_likely",

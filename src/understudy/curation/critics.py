@@ -32,7 +32,9 @@ def base_rate_bias(rate: float) -> float:
 def mean_probability(logits: Tensor) -> Tensor:
     """Mean over views of the probability, not of the logit: `[views, items]` to `[items]`, in float32 or better."""
     if logits.dim() != 2 or not len(logits):
-        raise InputError(f"Views have the shape {tuple(logits.shape)} and must be [views, items] with at least one view.")
+        raise InputError(
+            f"Views have the shape {tuple(logits.shape)} and must be [views, items] with at least one view."
+        )
     return torch.sigmoid(logits if logits.dtype == torch.float64 else logits.float()).mean(0)
 
 

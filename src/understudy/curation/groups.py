@@ -27,7 +27,9 @@ def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int
         raise InputError(f"Shares {dict(shares)} must be above 0 and sum to 1.")
     order = shuffled(groups, seed, "split")
     if len(order) < len(shares):
-        raise InputError(f"{len(order)} groups cannot be split into {len(shares)} parts ({', '.join(shares)}): get more.")
+        raise InputError(
+            f"{len(order)} groups cannot be split into {len(shares)} parts ({', '.join(shares)}): get more."
+        )
     place: dict[str, str] = {}
     start, done = 0, 0.0
     for i, (name, share) in enumerate(shares.items()):

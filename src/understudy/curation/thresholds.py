@@ -44,7 +44,9 @@ def recall_curve(labels: Sequence[int], scores: Sequence[float]) -> list[Cutoff]
         only = f"only label {int(y[0])}" if y.size else "no label at all"
         raise InputError(f"The labelled data holds {only}: precision and recall need good and bad examples.")
     if not np.isfinite(s).all():
-        raise InputError(f"Score {int(np.flatnonzero(~np.isfinite(s))[0])} of the labelled data is not a finite number.")
+        raise InputError(
+            f"Score {int(np.flatnonzero(~np.isfinite(s))[0])} of the labelled data is not a finite number."
+        )
     values, first = np.unique(np.sort(s), return_index=True)
     ahead = np.append(np.cumsum(y[np.argsort(s, kind="stable")][::-1])[::-1], 0)  # good ones from each rank on
     edges = np.append(first, len(s))
@@ -66,7 +68,9 @@ def cutoff_at_recall(labels: Sequence[int], scores: Sequence[float], recall: flo
         InputError: a recall outside (0, 1], or below the smallest of the curve; see also `recall_curve`.
     """
     if not 0 < recall <= 1:
-        raise InputError(f"The wanted recall is {recall} and must be above 0 and at most 1: no cutoff has such a recall.")
+        raise InputError(
+            f"The wanted recall is {recall} and must be above 0 and at most 1: no cutoff has such a recall."
+        )
     curve = recall_curve(labels, scores)
     for point in curve:
         if point.recall <= recall:
@@ -75,6 +79,13 @@ def cutoff_at_recall(labels: Sequence[int], scores: Sequence[float], recall: flo
         f"No cutoff has a recall of at most {recall}: the largest score keeps {curve[-1].recall:.3f} of the good "
         "examples. Ask for more recall, or for a scorer with fewer ties."
     )
+
+
+def cutoffs(labels: Sequence[int], scores: Sequence[float], recalls: Sequence[float]) -> list[Cutoff]:
+    """The cutoffs of several wanted recalls; those that no cutoff has are left out."""
+    curve = recall_curve(labels, scores)
+    found = (next((point for point in curve if point.recall <= recall), None) for recall in recalls)
+    return [point for point in found if point is not None]
 
 
 def above(scores: Sequence[float], cutoff: float) -> list[int]:

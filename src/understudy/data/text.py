@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,14 @@ def read_records(path: Path) -> list[Record]:
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     raise InputError(f"{path} is not a text set: give one of {', '.join(sorted(READERS))}.")
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Records as JSON lines: the whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _record(path: Path, row: Any) -> Record:

@@ -14,7 +14,6 @@ from understudy.data.folders import find
 from understudy.data.text import read_records
 from understudy.errors import InputError
 
-
 PEOPLE = ("PersonX", "PersonY")
 NAMES = (
     "Alex Avery Bailey Blake Cameron Casey Charlie Chris Dana Drew Eden Emery Finley Frankie Hayden Jamie Jordan Kai Kelly "
@@ -50,7 +49,9 @@ def load_relations(name: str | None = None) -> dict[str, Relation]:
     else:
         path = find(name)
         if path is None or not path.is_file():
-            raise InputError(f"data.relations {name!r} is not a file. Give a YAML file, or leave it out for ATOMIC's seven.")
+            raise InputError(
+                f"data.relations {name!r} is not a file. Give a YAML file, or leave it out for ATOMIC's seven."
+            )
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -91,7 +92,9 @@ def load_labels(name: str, relations: Mapping[str, Relation]) -> list[dict[str, 
     for i, row in enumerate(rows):
         missing = [k for k in ("head", "relation", "tail", "label") if row.get(k) is None]
         if missing:
-            raise InputError(f"{path}, record {i}: {missing[0]} is missing; labels have head, relation, tail and label.")
+            raise InputError(
+                f"{path}, record {i}: {missing[0]} is missing; labels have head, relation, tail and label."
+            )
         if row["relation"] not in relations:
             raise InputError(f"{path}, record {i}: relation {row['relation']!r} is none of {', '.join(relations)}.")
         try:

@@ -65,7 +65,10 @@ class EventsWorld:
         for r, name in enumerate(RELATIONS):
             verbs = range(r, len(VERBS), 6)
             examples = [
-                (self.heads[v * len(ADVERBS) + v % len(ADVERBS)], TAILS[int(self.valid_sets[self.types[v], r].nonzero()[0, 0])])
+                (
+                    self.heads[v * len(ADVERBS) + v % len(ADVERBS)],
+                    TAILS[int(self.valid_sets[self.types[v], r].nonzero()[0, 0])],
+                )
                 for v in verbs
             ]
             found[name] = replace(self._wording[name], examples=tuple(examples))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from understudy.curation import base_rate_bias, cutoff_at_recall, recall_curve, score
 from understudy.errors import InputError
 from understudy.losses import binary_cross_entropy
-from understudy.models.pairs import Pair, PairClassifier
+from understudy.models.pairs import Pair, PairClassifier, is_new_pairs, load_pairs, new_pairs
 from understudy.models.rows import evaluating
 from understudy.training.order import EpochShuffle
 
@@ -73,7 +75,7 @@ def fit_critic(
     torch.manual_seed(fit.seed)
     for epoch in range(fit.epochs):
         order.set_epoch(epoch)
-        chosen, worded = list(order), view(epoch)
+        chosen, worded = list(order), view(1000 + epoch)  # other wordings than those of scoring
         model.train()
         for start in range(0, len(chosen), fit.batch):
             step += 1
@@ -121,3 +123,82 @@ def precision_at_recall(labels: Sequence[int], scores: Sequence[float], recall: 
     """Precision at the cutoff of a wanted recall; that of the strictest cutoff where ties leave no such cutoff."""
     curve = recall_curve(labels, scores)
     return cutoff_at_recall(labels, scores, recall).precision if curve[-1].recall <= recall else curve[-1].precision
+
+
+class CriticOptions(BaseModel):
+    """How the critic is made. What is `None` depends on whether it is new and small, or pretrained (paper 11's values)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field("pairs", description="`pairs:width=N,hidden=N` (new), or any sequence classifier.")
+    lr: float | None = Field(None, gt=0, description="5e-6; of a new one 1e-2.")
+    warmup: int | None = Field(None, ge=0, description="Steps: 1000; of a new one 20.")
+    dropout: float | None = Field(None, ge=0, lt=1, description="0.1; of a new one 0.3.")
+    weight_decay: float | None = Field(None, ge=0, description="0.01; of a new one 0.3.")
+    batch: int = Field(128, ge=1)
+    epochs: int = Field(50, ge=1)
+    patience: int = Field(10, ge=1, description="Epochs without better validation precision at 80 % recall.")
+    plateau: int = Field(5, ge=0, description="Such epochs before the rate is divided by ten.")
+    members: int = Field(1, ge=1, description="Critics whose probabilities are averaged.")
+    views: int = Field(5, ge=1, description="Wordings whose probabilities are averaged.")
+
+    def fit(self, seed: int) -> Fit:
+        """The settings of one member."""
+        new = is_new_pairs(self.model)
+        pick = lambda value, fresh, tuned: value if value is not None else fresh if new else tuned  # noqa: E731
+        return Fit(
+            pick(self.lr, 1e-2, 5e-6),
+            self.batch,
+            self.epochs,
+            pick(self.warmup, 20, 1000),
+            self.patience,
+            self.plateau,
+            weight_decay=pick(self.weight_decay, 0.3, 0.01),
+            seed=seed,
+        )
+
+    def build(self, texts: Iterable[str]) -> PairClassifier:
+        """A member before training; a new one knows the words of `texts`."""
+        if is_new_pairs(self.model):
+            return new_pairs(self.model, texts, 0.3 if self.dropout is None else self.dropout)
+        return load_pairs(self.model, 0.1 if self.dropout is None else self.dropout)
+
+
+def fit_critics(
+    options: CriticOptions,
+    pairs: Mapping[str, Sequence[Pair]],
+    labels: Mapping[str, Sequence[int]],
+    view: Callable[[int], View],
+    folder: Path,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Fit every member and save it below `folder`; see `fit_critic` for what is returned of each.
+
+    Args:
+        pairs, labels: of `train` and `validation`.
+    """
+    worded = [view(v)(i, pair) for v in range(options.views) for i, pair in enumerate(pairs["train"])]
+    train, validation = ((pairs[s], labels[s]) for s in ("train", "validation"))
+    fits = []
+    for member in range(options.members):
+        torch.manual_seed(seed * 1000 + member)
+        model = options.build(text for pair in worded for text in pair).to(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        fits.append(fit_critic(model, train, validation, options.fit(seed * 1000 + member), view))
+        model.save(folder / str(member))
+    return fits
+
+
+class Critics:
+    """Fitted critics from their folder: the mean probability over members and views."""
+
+    def __init__(self, options: CriticOptions, folder: Path, view: Callable[[int], View]) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.members = [load_pairs(folder / str(i)).to(device) for i in range(options.members)]
+        self.views = [view(v) for v in range(options.views)]
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[float]:
+        """One probability a pair."""
+        found = [probabilities(member, pairs, self.views) for member in self.members]
+        return [sum(values) / len(values) for values in zip(*found, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from understudy.curation.filters import Funnel, first_occurrences, most_likely, spelling
+from understudy.curation.groups import shuffled
 from understudy.data.triples import NAMES, PEOPLE, Relation
 from understudy.generation import Completion, Prompt, Request, draw_names, few_shot, name_people, restore_people
 
@@ -43,9 +45,7 @@ def head_requests(
     return requests
 
 
-def sift_heads(
-    answers: Sequence[Completion], *, keep: float, per_token: bool, shortest: int, funnel: Funnel
-) -> list[str]:
+def sift_heads(answers: Sequence[Completion], keep: float, per_token: bool, shortest: int, funnel: Funnel) -> list[str]:
     """Events that ended by themselves and begin with PersonX, once each, the likeliest share, well spelled; best first."""
     items = [(a.text.strip(), a) for a in answers]
     items = funnel.sieve("events written", items, lambda x: None if x[1].finish == "stop" else "cut off")
@@ -108,6 +108,12 @@ def sift_tails(
     for triple in written:
         counts[key(triple)] = counts.get(key(triple), 0) + 1
     return [{**triple, "times": counts[key(triple)]} for triple in found]
+
+
+def draw(triples: Sequence[Triple], split: str, number: int, seed: int, what: str) -> list[Triple]:
+    """Random triples of a split, by their content; other draws for another `what`."""
+    mine = {json.dumps(key(t)): t for t in triples if t["split"] == split}
+    return [mine[k] for k in shuffled(mine, seed, what)[:number]]
 
 
 def text_pair(triple: Mapping[str, str], relations: Mapping[str, Relation]) -> Pair:

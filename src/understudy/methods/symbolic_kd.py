@@ -21,7 +21,6 @@ from understudy.curation import (
     cutoff_at_recall,
     cutoffs,
     first_occurrences,
-    shuffled,
     split_by_group,
 )
 from understudy.curation import triples as knowledge
@@ -32,6 +31,7 @@ from understudy.errors import InputError
 from understudy.evaluation.corpus import corpus_report
 from understudy.generation import LocalSource, Prompt, Request, limits_from, source_from
 from understudy.models import load_tokenizer
+from understudy.tasks import get as get_task
 from understudy.training import Bench, Procedure
 from understudy.training.critic import CriticOptions, Critics, fit_critics
 
@@ -95,13 +95,7 @@ class SymbolicKD(Procedure):
             raise ValueError(f"shares {self.shares} must be above 0 and sum to 1")
         return self
 
-    @property
-    def needs_critic(self) -> bool:
-        return self.filter in ("critic", "random")
-
     def carry_out(self, bench: Bench) -> dict[str, Any]:
-        from understudy.tasks import get as get_task
-
         task: Any = get_task(bench.recipe["task"])
         material = task.material(bench.recipe)
         self._check(material)
@@ -124,7 +118,13 @@ class SymbolicKD(Procedure):
         good = bench.once("judged", lambda: self._judged(bench, material, triples, answers, found.get("cutoff")))
         report = corpus_report(triples, answers, good, found, bench.recipe["judge"], known=material.judge is not None)
         cost = json.loads((student.folder / "evaluation.json").read_text())["cost"]
-        return {"split": bench.recipe["judge"], "cost": cost, **report, "notes": [*material.notes, _COST]}
+        return {
+            "split": bench.recipe["judge"],
+            "cost": cost,
+            **report,
+            "critic": found.get("fits"),
+            "notes": [*material.notes, _COST],
+        }
 
     @property
     def _asks_critic(self) -> bool:
@@ -151,26 +151,12 @@ class SymbolicKD(Procedure):
         return bench.ask(source, requests, "teacher", Path(self.log) if self.log else None, **limits)
 
     def _heads(self, bench: Bench, material: Any) -> dict[str, Any]:
-        requests = knowledge.head_requests(
-            Prompt.load(self.head_prompt),
-            material.seeds,
-            self.head_samples,
-            self.per_prompt,
-            bench.recipe["seed"],
-            top_p=self.head_top_p,
-            max_tokens=self.max_tokens,
-            presence_penalty=0.5,
-            frequency_penalty=0.5,
-            log_probs=self.head_keep < 1,
-        )
-        funnel = Funnel()
-        heads = knowledge.sift_heads(
-            self._ask(bench, material, requests),
-            keep=self.head_keep,
-            per_token=self.per_token,
-            shortest=self.shortest,
-            funnel=funnel,
-        )
+        how = {"top_p": self.head_top_p, "max_tokens": self.max_tokens, "log_probs": self.head_keep < 1}
+        how |= {"presence_penalty": 0.5, "frequency_penalty": 0.5}
+        item, seed, funnel = Prompt.load(self.head_prompt), bench.recipe["seed"], Funnel()
+        requests = knowledge.head_requests(item, material.seeds, self.head_samples, self.per_prompt, seed, **how)
+        answers = self._ask(bench, material, requests)
+        heads = knowledge.sift_heads(answers, self.head_keep, self.per_token, self.shortest, funnel)
         if len(heads) < len(SPLITS):
             raise InputError(
                 f"{len(heads)} of {len(requests)} written events are left and {len(SPLITS)} splits need one each "
@@ -209,17 +195,12 @@ class SymbolicKD(Procedure):
             pool = [pool[i] for i in first_occurrences(map(key, pool))]
             good = binary_labels([t["label"] for t in pool])
         else:
-            pool = self._some(bench, triples, "train", sum(sizes), "labels")
+            pool = knowledge.draw(triples, "train", sum(sizes), seed, "labels")
             good = [int(material.judge(*key(t))) for t in pool]
         parts = dict(zip(SPLITS, [n / sum(sizes) for n in sizes], strict=False))
         chosen = split_by_group([t["head"] for t in pool], parts, seed)
         names = ("head", "relation", "tail")
         return {s: [{**{k: pool[i][k] for k in names}, "good": good[i]} for i in chosen[s]] for s in parts}
-
-    def _some(self, bench: Bench, triples: list[Triple], split: str, number: int, what: str) -> list[Triple]:
-        """Random triples of a split, by their content."""
-        mine = {json.dumps(key(t)): t for t in triples if t["split"] == split}
-        return [mine[k] for k in shuffled(mine, bench.recipe["seed"], what)[:number]]
 
     def _fit(self, bench: Bench, material: Any, labels: dict[str, list[Triple]]) -> list[dict[str, Any]]:
         pairs = {s: [knowledge.text_pair(t, material.relations) for t in part] for s, part in labels.items()}
@@ -253,7 +234,11 @@ class SymbolicKD(Procedure):
             kept = above([t["score"] for t in triples], cutoff)
         if self.filter == "random":  # as many of each split as the critic would keep
             numbers = {s: sum(triples[i]["split"] == s for i in kept) for s in SPLITS}
-            chosen = {key(t) for s, n in numbers.items() for t in self._some(bench, triples, s, n, "random")}
+            chosen = {
+                key(t)
+                for s, n in numbers.items()
+                for t in knowledge.draw(triples, s, n, bench.recipe["seed"], "random")
+            }
             kept = [i for i, t in enumerate(triples) if key(t) in chosen]
         stays, funnel = set(kept), Funnel()
         for split in SPLITS:
@@ -276,7 +261,8 @@ class SymbolicKD(Procedure):
             texts = [{"prompt": bracketed(*key(t)[:2]), "completion": f" {t['tail']}"} for t in rows]
             write_records(bench.folder / "corpus" / f"{split}.jsonl", texts)
         if material.judge is None and material.labels is None:
-            some = self._some(bench, triples, "train", self.labels + self.threshold_labels, "labels")
+            number = self.labels + self.threshold_labels
+            some = knowledge.draw(triples, "train", number, bench.recipe["seed"], "labels")
             rows = [{**{k: t[k] for k in ("head", "relation", "tail")}, "label": None} for t in some]
             write_records(bench.folder / "to_label.jsonl", rows)
 

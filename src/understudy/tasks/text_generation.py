@@ -68,7 +68,7 @@ class TextGeneration:
         if recipe.get("teacher") is None and data["name"] == "events_world":
             recipe["teacher"] = {"model": ORACLE}
         if recipe.get("student") is None:
-            recipe["student"] = {"model": "llama:hidden=64,layers=1,heads=4"}
+            recipe["student"] = {"model": "llama:hidden=64,layers=1,heads=4,init=0.08"}
         recipe["data"] = data
         recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
         return recipe

@@ -130,17 +130,17 @@ class CriticOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str = Field("pairs", description="`pairs:width=N,hidden=N` (new), or any sequence classifier.")
-    lr: float | None = Field(None, gt=0, description="5e-6; of a new one 1e-2.")
-    warmup: int | None = Field(None, ge=0, description="Steps: 1000; of a new one 20.")
-    dropout: float | None = Field(None, ge=0, lt=1, description="0.1; of a new one 0.3.")
-    weight_decay: float | None = Field(None, ge=0, description="0.01; of a new one 0.3.")
-    batch: int = Field(128, ge=1)
-    epochs: int = Field(50, ge=1)
-    patience: int = Field(10, ge=1, description="Epochs without better validation precision at 80 % recall.")
-    plateau: int = Field(5, ge=0, description="Such epochs before the rate is divided by ten.")
-    members: int = Field(1, ge=1, description="Critics whose probabilities are averaged.")
-    views: int = Field(5, ge=1, description="Wordings whose probabilities are averaged.")
+    model: str = Field(default="pairs", description="`pairs:width=N,hidden=N` (new), or any sequence classifier.")
+    lr: float | None = Field(default=None, gt=0, description="5e-6; of a new one 1e-2.")
+    warmup: int | None = Field(default=None, ge=0, description="Steps: 1000; of a new one 20.")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="0.1; of a new one 0.3.")
+    weight_decay: float | None = Field(default=None, ge=0, description="0.01; of a new one 0.3.")
+    batch: int = Field(default=128, ge=1)
+    epochs: int = Field(default=50, ge=1)
+    patience: int = Field(default=10, ge=1, description="Epochs without better validation precision at 80 % recall.")
+    plateau: int = Field(default=5, ge=0, description="Such epochs before the rate is divided by ten.")
+    members: int = Field(default=1, ge=1, description="Critics whose probabilities are averaged.")
+    views: int = Field(default=5, ge=1, description="Wordings whose probabilities are averaged.")
 
     def fit(self, seed: int) -> Fit:
         """The settings of one member."""

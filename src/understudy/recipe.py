@@ -73,14 +73,15 @@ class Recipe(BaseModel):
 
     def build_method(self) -> Method:
         """The configured method; a bad option is one line that names it."""
-        return _validate(get_method(self.method), self.options, f"option of method {self.method!r}")
+        return validated(get_method(self.method), self.options, f"option of method {self.method!r}")
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as written to `recipe.yaml`."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def _validate(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
+def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
+    """`model(**values)`, with a bad or unknown value as one line."""
     unknown = [k for k in values if k not in model.model_fields]
     if unknown:
         raise InputError(
@@ -121,10 +122,10 @@ def make(values: Mapping[str, Any]) -> Recipe:
     """A validated recipe with its task's defaults filled in."""
     if not isinstance(values, Mapping):
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
-    recipe: Recipe = _validate(Recipe, dict(values), "recipe key")
+    recipe: Recipe = validated(Recipe, dict(values), "recipe key")
     task = get_task(recipe.task)
     filled = task.fill(recipe.dump())
-    recipe = _validate(Recipe, filled, "recipe key")
+    recipe = validated(Recipe, filled, "recipe key")
     check_trainer_keys(recipe.trainer)
     if recipe.teacher is not None and recipe.teacher.train is not None:
         check_trainer_keys(recipe.teacher.train, "teacher.train")

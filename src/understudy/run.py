@@ -106,6 +106,12 @@ def _fit(
 ) -> Result:
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
+    for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if spec is not None and spec.endpoint is not None:
+            raise InputError(
+                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: name a "
+                "model without endpoint, or a method that learns from text."
+            )
     prepared = task.prepare(recipe)
     teacher = _teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     set_seed(recipe.seed)
@@ -220,11 +226,6 @@ def _model(
 ) -> RowModel:
     """Load one side; a model that is to be trained first is trained once and kept in `home`."""
     spec: ModelSpec = getattr(recipe, side)
-    if spec.endpoint is not None:
-        raise InputError(
-            f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: name a model "
-            "without endpoint, or a method that learns from text."
-        )
     if module is not None or spec.train is None:
         return task.model(spec, prepared, module)
     folder = home / _FIRST[side]

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from understudy.cli.generate import EPILOG, generate_command
 from understudy.errors import InputError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach small models from large ones, and show that it worked.",
 )
+app.command("generate", epilog=EPILOG)(generate_command)
 # Under torchrun only the first rank speaks.
 out = Console(width=None if sys.stdout.isatty() else 150, quiet=os.environ.get("RANK", "0") != "0")
 

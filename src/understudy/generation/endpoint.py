@@ -19,6 +19,7 @@ from understudy.generation.request import Completion, RefusedRequest, Request, S
 PASSING = {408, 409, 425, 429}  # and 5xx
 OF_THE_REQUEST = {400, 413, 414, 422}
 MARK = "understudy-"
+SAME = 16  # equal replies under one id, and no other id seen, after which a server's ids are taken to mean nothing
 
 
 class EndpointSource:
@@ -28,7 +29,8 @@ class EndpointSource:
     without such a name no key is sent, whatever the environment holds.
 
     Every attempt carries an `X-Request-ID` of its own. A reply under the id of another attempt, or a second reply under
-    one id, is somebody else's answer and counts as failed; servers that give all replies one id are recognised.
+    one id, is somebody else's answer and counts as failed; servers that give all replies one id are recognised. (Where
+    a server echoes no id, a copy that overtakes its original cannot be told from it.)
     Where a server does not count tokens, the most that the request could have used is charged.
 
     Args:
@@ -41,9 +43,10 @@ class EndpointSource:
         self.name = f"{endpoint.url} {model}" + (
             f" {json.dumps(endpoint.extra, sort_keys=True)}" if endpoint.extra else ""
         )
-        self._client = _client(endpoint)
+        self._client, self._headers = _client(endpoint)
         self._lock = threading.Lock()
         self._seen: set[str] = set()
+        self._first = ""
         self._repeats = 0
 
     def complete(self, request: Request) -> Completion:
@@ -54,7 +57,8 @@ class EndpointSource:
         chat = not isinstance(request.prompt, str)
         create = (self._client.chat.completions if chat else self._client.completions).with_raw_response.create
         try:
-            raw = create(extra_body=self._body(request), extra_headers={"X-Request-ID": mark}, **self._prompt(request))
+            headers = {**self._headers, "X-Request-ID": mark}
+            raw = create(extra_body=self._body(request), extra_headers=headers, **self._prompt(request))
             text, header = raw.text, raw.headers.get("x-request-id")
         except openai.APITimeoutError:
             raise SourceError(self._say(f"no answer within {self.endpoint.timeout:g} s")) from None
@@ -71,7 +75,7 @@ class EndpointSource:
         if not isinstance(reply, dict):
             raise SourceError(self._say("the answer is not a JSON object"))
         completion = self._read(request, reply, chat)
-        self._own(mark, header, reply.get("id"))
+        self._own(mark, header, reply.get("id"), text)
         return completion
 
     def _prompt(self, request: Request) -> dict[str, Any]:
@@ -136,7 +140,7 @@ class EndpointSource:
             raise SourceError(self._say("the answer's log-probabilities cannot be read"))
         return total
 
-    def _own(self, mark: str, header: str | None, name: Any) -> None:
+    def _own(self, mark: str, header: str | None, name: Any, text: str) -> None:
         """Refuse a reply that belongs to another attempt."""
         for given in (header, name):
             if isinstance(given, str) and MARK in given and mark not in given:
@@ -144,10 +148,14 @@ class EndpointSource:
         if not isinstance(name, str) or not name:
             return
         with self._lock:
-            # Servers that give every reply one id never show a second one.
-            if name in self._seen and (len(self._seen) > 1 or self._repeats < 2):
-                self._repeats += 1
-                raise SourceError(self._say("the answer repeats an earlier one"))
+            if name in self._seen:
+                # A server that gives all replies one id never shows a second one, and soon another text under it.
+                one_for_all = len(self._seen) == 1 and (text != self._first or self._repeats >= SAME)
+                if not one_for_all:
+                    self._repeats += 1
+                    raise SourceError(self._say("the answer repeats an earlier one"))
+            elif not self._seen:
+                self._first = text
             self._seen.add(name)
 
     def _status(self, error: Any) -> Exception:
@@ -175,7 +183,8 @@ class EndpointSource:
         return f"{self.endpoint.url}: {' '.join(line.split())[:300]}"
 
 
-def _client(endpoint: Endpoint) -> Any:
+def _client(endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
+    """The client, and the headers that it must leave out."""
     try:
         import openai
     except ImportError:
@@ -189,13 +198,10 @@ def _client(endpoint: Endpoint) -> Any:
             )
         if not (key.isascii() and key.isprintable()):
             raise InputError(f"{endpoint.url}: {endpoint.api_key_env} holds characters that no key has.")
+    client = openai.OpenAI(base_url=endpoint.url, api_key=key, max_retries=0, timeout=endpoint.timeout)
     # The client would take these from the environment and send them anywhere.
-    ambient: dict[str, Any] = {name: openai.omit for name in ("OpenAI-Organization", "OpenAI-Project")}
-    if endpoint.api_key_env is None:
-        ambient["Authorization"] = openai.omit
-    return openai.OpenAI(
-        base_url=endpoint.url, api_key=key, max_retries=0, timeout=endpoint.timeout, default_headers=ambient
-    )
+    names = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (endpoint.api_key_env is None)
+    return client, {name: openai.Omit() for name in names}
 
 
 def _message(body: Any) -> str:

@@ -124,6 +124,8 @@ class LocalSource:
             start = []
         ids: list[int] = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if request.max_tokens < 1:
+            raise RefusedRequest(f"Request {request.id}: max_tokens is {request.max_tokens} and must be at least 1.")
         if not ids:
             raise RefusedRequest(f"Request {request.id} has an empty prompt and the tokenizer no token to begin with.")
         if most is not None and len(ids) + request.max_tokens > most:

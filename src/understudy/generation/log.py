@@ -17,15 +17,15 @@ from understudy.generation.request import Completion
 
 log = logging.getLogger(__name__)
 FORMAT = 1
-SYNC_LINES, SYNC_SECONDS = 64, 1.0
+SYNC_SECONDS = 1.0
 
 
 class RequestLog:
     """JSON lines, appended: a header that names the source, then one completion a line.
 
-    A line is handed to the operating system before `append` returns, so a killed process loses none; it is forced to
-    the disk every 64 lines or second, which is what a power cut can take. A last line that was cut short is removed on
-    reopening. One process at a time writes a log.
+    A line is handed to the operating system before `append` returns, so a killed process loses none. Lines are forced
+    to the disk once a second and at the end, so a power cut can take those of about a second. A last line that was cut
+    short is removed on reopening. One process at a time writes a log.
 
     Args:
         path: the file; made if it does not exist.
@@ -40,7 +40,7 @@ class RequestLog:
         self.prompt_tokens = self.tokens = 0
         self._known: dict[str, Completion] = {}
         self._lock = threading.Lock()
-        self._unsynced, self._synced = 0, time.monotonic()
+        self._synced = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
@@ -142,13 +142,12 @@ class RequestLog:
                 return
             self._write(line, self._end)
             self._keep(key, completion)
-            self._unsynced += 1
-            if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced >= SYNC_SECONDS:
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync()
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
-        self._unsynced, self._synced = 0, time.monotonic()
+        self._synced = time.monotonic()
 
     def sync(self) -> None:
         """Force everything to the disk now."""

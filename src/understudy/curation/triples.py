@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from understudy.curation.filters import Funnel, first_occurrences, most_likely, spelling
 from understudy.curation.groups import shuffled
-from understudy.data.triples import NAMES, PEOPLE, Relation
+from understudy.data.text import write_records
+from understudy.data.triples import NAMES, PEOPLE, Relation, bracketed
 from understudy.generation import Completion, Prompt, Request, draw_names, few_shot, name_people, restore_people
 
 Triple = dict[str, Any]
@@ -116,9 +118,13 @@ def draw(triples: Sequence[Triple], split: str, number: int, seed: int, what: st
     return [mine[k] for k in shuffled(mine, seed, what)[:number]]
 
 
-def text_pair(triple: Mapping[str, str], relations: Mapping[str, Relation]) -> Pair:
-    """A triple for a critic: the head, and the relation's words with the tail."""
-    return triple["head"], f"{relations[triple['relation']].text} {triple['tail']}"
+def text_pairs(
+    sets: Mapping[str, Sequence[Triple]], relations: Mapping[str, Relation]
+) -> dict[str, list[tuple[str, str]]]:
+    """Triples for a critic: the head, and the relation's words with the tail."""
+    return {
+        name: [(t["head"], f"{relations[t['relation']].text} {t['tail']}") for t in part] for name, part in sets.items()
+    }
 
 
 def naming(view: int) -> Callable[[int, Pair], Pair]:
@@ -129,3 +135,19 @@ def naming(view: int) -> Callable[[int, Pair], Pair]:
         return name_people(pair[0], names), name_people(pair[1], names)
 
     return named
+
+
+def write_corpus(folder: Path, triples: Sequence[Triple], splits: Sequence[str]) -> None:
+    """`triples.jsonl` with where each came from, its score and its fate; the kept ones as text in `corpus/SPLIT.jsonl`."""
+    write_records(folder / "triples.jsonl", triples)
+    for split in splits:
+        rows = [t for t in triples if t["split"] == split and t["kept"]]
+        texts = [{"prompt": bracketed(t["head"], t["relation"]), "completion": f" {t['tail']}"} for t in rows]
+        write_records(folder / "corpus" / f"{split}.jsonl", texts)
+
+
+def write_to_label(path: Path, triples: Sequence[Triple]) -> None:
+    """Triples for people to label, in the format that labels are read in."""
+    write_records(
+        path, [{**dict(zip(("head", "relation", "tail"), key(t), strict=True)), "label": None} for t in triples]
+    )

@@ -67,7 +67,7 @@ def corpus_report(
 
     Args:
         triples: with `split`, `kept` and `times`. answers: with `greedy`. good: verdicts on `triples` and `answers`.
-        found: `funnel`, and of a critic `cutoff`, `estimate` and `grid`. split: whose heads the student is asked about.
+        found: `funnel`, and of a critic `fits`, `cutoff`, `estimate` and `grid`. split: whose heads the student is asked about.
         known: verdicts are the truth (metrics `…_valid`, `…_precision`), not a critic's (`…_accepted`).
     """
     word = "valid" if known else "accepted"
@@ -97,7 +97,8 @@ def corpus_report(
     tables = [funnel_table(found["funnel"]), corpus_table(corpora)]
     tables += [cutoff_table(found["grid"])] if "grid" in found else []
     tables += [_kept_samples(triples, good["triples"]), _answer_samples(answers, good["answers"])]
-    return {"metrics": {k: v for k, v in metrics.items() if v is not None}, "tables": tables}
+    kept = {k: v for k, v in metrics.items() if v is not None}
+    return {"metrics": kept, "tables": tables, **({"critic": found["fits"]} if "fits" in found else {})}
 
 
 def _summary(items: Sequence[Mapping[str, Any]], good: Sequence[bool | None], known: bool) -> dict[str, Any]:

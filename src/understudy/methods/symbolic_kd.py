@@ -21,16 +21,16 @@ from understudy.curation import (
     cutoff_at_recall,
     cutoffs,
     first_occurrences,
+    recall_curve,
     split_by_group,
 )
 from understudy.curation import triples as knowledge
 from understudy.curation.triples import Triple, key
-from understudy.data.text import write_records
 from understudy.data.triples import bracketed
 from understudy.errors import InputError
 from understudy.evaluation.corpus import corpus_report
 from understudy.generation import LocalSource, Prompt, Request, limits_from, source_from
-from understudy.models import load_tokenizer
+from understudy.models import is_new_causal_lm, load_tokenizer
 from understudy.tasks import get as get_task
 from understudy.training import Bench, Procedure
 from understudy.training.critic import CriticOptions, Critics, fit_critics
@@ -98,7 +98,7 @@ class SymbolicKD(Procedure):
     def carry_out(self, bench: Bench) -> dict[str, Any]:
         task: Any = get_task(bench.recipe["task"])
         material = task.material(bench.recipe)
-        self._check(material)
+        self._check(bench, material)
         heads = bench.once("heads", lambda: self._heads(bench, material))
         written = bench.once("tails", lambda: self._tails(bench, material, heads["heads"]))
         triples: list[Triple] = written["triples"]
@@ -118,23 +118,17 @@ class SymbolicKD(Procedure):
         good = bench.once("judged", lambda: self._judged(bench, material, triples, answers, found.get("cutoff")))
         report = corpus_report(triples, answers, good, found, bench.recipe["judge"], known=material.judge is not None)
         cost = json.loads((student.folder / "evaluation.json").read_text())["cost"]
-        return {
-            "split": bench.recipe["judge"],
-            "cost": cost,
-            **report,
-            "critic": found.get("fits"),
-            "notes": [*material.notes, _COST],
-        }
+        return {"split": bench.recipe["judge"], "cost": cost, **report, "notes": [*material.notes, _COST]}
 
     @property
     def _asks_critic(self) -> bool:
         return self.filter in ("critic", "random")
 
-    def _check(self, material: Any) -> None:
-        """What can be known to fail before anything is written."""
+    def _check(self, bench: Bench, material: Any) -> None:
+        """What can be known to fail before anything is written and paid for."""
         if self.filter == "oracle" and material.judge is None:
             raise InputError(
-                "options.filter=oracle needs data whose truth is known (events_world). Use critic or none."
+                "options.filter=oracle needs data whose truth is known (events_world): use critic or none."
             )
         if self._asks_critic and material.judge is None and material.labels is None:
             raise InputError(
@@ -142,6 +136,14 @@ class SymbolicKD(Procedure):
                 "tail and label. To get triples to label, run with options.filter=none first (to_label.jsonl), and set "
                 "options.log to a folder in both runs, so that nothing is written twice."
             )
+        if self._asks_critic and material.labels is not None:
+            recall_curve(good := binary_labels([t["label"] for t in material.labels]), [0.0] * len(good))  # two classes
+        relation = next(iter(material.relations.values()))
+        knowledge.head_requests(Prompt.load(self.head_prompt), material.seeds, 1, 1, 0)
+        knowledge.tail_requests(Prompt.load(self.tail_prompt), material.seeds[0], relation, 1, 0, "check")
+        student = bench.recipe["student"]
+        if not is_new_causal_lm(student["model"]):
+            load_tokenizer(student.get("tokenizer", student["model"]))
 
     # -- 1, 2: what the teacher writes ----------------------------------------------------------------------------
 
@@ -173,14 +175,13 @@ class SymbolicKD(Procedure):
         for i, head in enumerate(heads):
             for name, relation in material.relations.items():
                 how = {"top_p": self.tail_top_p, "max_tokens": self.max_tokens}
-                new, names = knowledge.tail_requests(
-                    item, head, relation, self.tail_samples, seed, f"tails/{i}/{name}", **how
-                )
+                place = f"tails/{i}/{name}"
+                new, names = knowledge.tail_requests(item, head, relation, self.tail_samples, seed, place, **how)
                 requests += new
                 asked += [(head, name, names, r.id) for r in new]
         triples = knowledge.sift_tails(asked, self._ask(bench, material, requests), funnel)
-        place = split_by_group(heads, dict(zip(SPLITS, self.shares, strict=True)), seed)
-        split = {heads[i]: name for name, part in place.items() for i in part}
+        parts = split_by_group(heads, dict(zip(SPLITS, self.shares, strict=True)), seed)
+        split = {heads[i]: name for name, part in parts.items() for i in part}
         return {"triples": [{**t, "split": split[t["head"]]} for t in triples], "funnel": funnel.rows}
 
     # -- 3, 4: the critic and its cutoff --------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class SymbolicKD(Procedure):
         return {s: [{**{k: pool[i][k] for k in names}, "good": good[i]} for i in chosen[s]] for s in parts}
 
     def _fit(self, bench: Bench, material: Any, labels: dict[str, list[Triple]]) -> list[dict[str, Any]]:
-        pairs = {s: [knowledge.text_pair(t, material.relations) for t in part] for s, part in labels.items()}
+        pairs = knowledge.text_pairs(labels, material.relations)
         good = {s: [t["good"] for t in part] for s, part in labels.items()}
         return fit_critics(self.critic, pairs, good, knowledge.naming, bench.folder / "critic", bench.recipe["seed"])
 
@@ -211,8 +212,8 @@ class SymbolicKD(Procedure):
         self, bench: Bench, material: Any, triples: list[Triple], labels: dict[str, list[Triple]]
     ) -> dict[str, list[float]]:
         critics = Critics(self.critic, bench.folder / "critic", knowledge.naming)
-        sets = {"corpus": triples, **labels}
-        return {s: critics([knowledge.text_pair(t, material.relations) for t in part]) for s, part in sets.items()}
+        pairs = knowledge.text_pairs({"corpus": triples, **labels}, material.relations)
+        return {s: critics(part) for s, part in pairs.items()}
 
     def _cutoff(self, labels: dict[str, list[Triple]], scores: dict[str, list[float]]) -> dict[str, Any]:
         """The cutoff of the wanted recall, and those of the paper's grid for the report."""
@@ -234,11 +235,8 @@ class SymbolicKD(Procedure):
             kept = above([t["score"] for t in triples], cutoff)
         if self.filter == "random":  # as many of each split as the critic would keep
             numbers = {s: sum(triples[i]["split"] == s for i in kept) for s in SPLITS}
-            chosen = {
-                key(t)
-                for s, n in numbers.items()
-                for t in knowledge.draw(triples, s, n, bench.recipe["seed"], "random")
-            }
+            seed = bench.recipe["seed"]
+            chosen = {key(t) for s, n in numbers.items() for t in knowledge.draw(triples, s, n, seed, "random")}
             kept = [i for i, t in enumerate(triples) if key(t) in chosen]
         stays, funnel = set(kept), Funnel()
         for split in SPLITS:
@@ -255,16 +253,10 @@ class SymbolicKD(Procedure):
         """The corpus as files: all triples with their provenance, the student's text, and what people could label."""
         for i, triple in enumerate(triples):
             triple["kept"] = i in kept
-        write_records(bench.folder / "triples.jsonl", triples)
-        for split in SPLITS:
-            rows = [t for t in triples if t["split"] == split and t["kept"]]
-            texts = [{"prompt": bracketed(*key(t)[:2]), "completion": f" {t['tail']}"} for t in rows]
-            write_records(bench.folder / "corpus" / f"{split}.jsonl", texts)
+        knowledge.write_corpus(bench.folder, triples, SPLITS)
         if material.judge is None and material.labels is None:
-            number = self.labels + self.threshold_labels
-            some = knowledge.draw(triples, "train", number, bench.recipe["seed"], "labels")
-            rows = [{**{k: t[k] for k in ("head", "relation", "tail")}, "label": None} for t in some]
-            write_records(bench.folder / "to_label.jsonl", rows)
+            some = knowledge.draw(triples, "train", self.labels + self.threshold_labels, bench.recipe["seed"], "labels")
+            knowledge.write_to_label(bench.folder / "to_label.jsonl", some)
 
     def _student(self, bench: Bench) -> dict[str, Any]:
         """The student's own run: language modelling on the kept triples."""
@@ -303,5 +295,5 @@ class SymbolicKD(Procedure):
         if cutoff is None:
             return {"triples": [None] * len(triples), "answers": [None] * len(answers)}
         critics = Critics(self.critic, bench.folder / "critic", knowledge.naming)
-        scores = critics([knowledge.text_pair(t, material.relations) for t in answers])
+        scores = critics(knowledge.text_pairs({"answers": answers}, material.relations)["answers"])
         return {"triples": [t["score"] > cutoff for t in triples], "answers": [s > cutoff for s in scores]}

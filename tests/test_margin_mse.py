@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from golden_vectors import close, golden
 from understudy import InputError
 from understudy.data.rankings import bm25, load_rankings
-from understudy.data.triples import Triple, read_triples, write_triples
+from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import mrr, ndcg, recall, search
 from understudy.losses.margins import (
     ensemble,

@@ -11,7 +11,7 @@ from understudy import InputError, distill
 from understudy.data import Batch
 from understudy.data.ranking import RankingBatch, RankingCollator, View, train_encoder_tokenizer
 from understudy.data.rankings import load_rankings
-from understudy.data.triples import Triple, read_triples, write_triples
+from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import ndcg
 from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker

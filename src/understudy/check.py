@@ -17,6 +17,7 @@ from understudy.recipe import Recipe, make
 from understudy.run import judge
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
+from understudy.training import Procedure
 
 
 def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
@@ -26,7 +27,9 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     """
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
-    recipe.build_method()
+    method = recipe.build_method()
+    if isinstance(method, Procedure):  # its models and data are made on the way
+        return Findings(notes=prepared.notes), None
     set_seed(recipe.seed)
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
@@ -52,6 +55,8 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
         raise InputError(f"{folder} is not a run folder: {Path(error.filename).name} is missing.") from None
     except (json.JSONDecodeError, KeyError, yaml.YAMLError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}.") from error
+    if status == "done" and isinstance(recipe.build_method(), Procedure):
+        raise InputError(f"{folder} is a procedure's; its evaluation.json is final, its models are in the runs below.")
     if status != "done" or not (folder / "student").is_dir():
         raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
     task = get_task(recipe.task)

@@ -191,13 +191,16 @@ def _carry_out(recipe: Recipe, folder: Path, progress: bool) -> Result:
         write_json(folder / "run.json", facts(recipe, {}, Findings(), status, started))
 
     def train_inside(name: str, values: Mapping[str, Any]) -> Result:
-        result = run(make({**values, "output": str(folder / name)}), progress=progress)
+        inner = make({**values, "output": str(folder / name)})
+        if values.get("teacher") is None:  # the task's default teacher has no part in it
+            inner = inner.model_copy(update={"teacher": None})
+        result = run(inner, progress=progress)
         if result.interrupted:
             raise KeyboardInterrupt
         return result
 
     record("running")
-    evaluation = method.carry_out(Bench(recipe.dump(), folder, train_inside))
+    evaluation = method.carry_out(Bench(recipe.dump(), folder, train_inside, recipe.teacher))
     evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))
     return _finish(folder, evaluation, record, None)
 

@@ -79,8 +79,8 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
     if len(trials) != 1:
         raise InputError(f"Claim {claim.name}: arms must have equally many candidates, found {sorted(trials)}.")
     teacher = output / "teacher"
-    # An arm with one candidate has nothing to choose.
-    labels = [(label, i) for label, arm in claim.arms.items() for i in range(len(arm.candidates)) if trials != {1}]
+    tuned = trials != {1}  # one candidate leaves nothing to choose
+    labels = [(label, i) for label, arm in claim.arms.items() for i in range(len(arm.candidates)) if tuned]
     tuning = [
         _plan(claim, label, i, 1000, output / "tuning" / f"{_file(label)}-{i}", "validation") for label, i in labels
     ]
@@ -88,7 +88,10 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
     metric, higher = claim.tuned_on
     chosen = {}
     for label, arm in claim.arms.items():
-        values = [scores[label, i]["metrics"][metric] for i in range(len(arm.candidates))] if scores else [0.0]
+        if not tuned:
+            chosen[label] = 0
+            continue
+        values = [scores[label, i]["metrics"][metric] for i in range(len(arm.candidates))]
         chosen[label] = values.index(max(values) if higher else min(values))
     runs = [(label, s) for label in claim.arms for s in range(seeds)]
     plans = [

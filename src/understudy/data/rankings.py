@@ -14,8 +14,8 @@ import numpy as np
 
 from understudy.data.folders import find
 from understudy.data.ranking import IDEAL, RankingSet
-from understudy.data.triples import Triple, read_parquet, read_triples
-from understudy.data.world import world
+from understudy.data.retrieval_world import world
+from understudy.data.scored_triples import Triple, read_parquet, read_triples
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "queries", "collection", "members", "candidates", "negatives", "seed", "limit", "foreign"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,16 +133,16 @@ def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -
             )
         return _hub(name)
     if path.is_file():
-        return {"train": _read(path)}
+        return {"train": read_records(path)}
     if (path / "chunks.parquet").is_file():
         return _domains(path / "chunks.parquet", spec.get("domains"))
     files = {s: f for s in ("train", "validation", "test") for f in sorted(path.glob(f"{s}.*")) if f.suffix in READERS}
     if files:
-        return {split: _read(file) for split, file in files.items()}
+        return {split: read_records(file) for split, file in files.items()}
     every = [f for f in sorted(path.iterdir()) if f.suffix in READERS]
     if not every:
         raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
-    return {"train": [record for file in every for record in _read(file)]}
+    return {"train": [record for file in every for record in read_records(file)]}
 
 
 def stdlib(characters: int) -> list[Record]:
@@ -162,7 +163,8 @@ def stdlib(characters: int) -> list[Record]:
     return records
 
 
-def _read(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """The records of one file: .txt (pieces of 4,000 characters), .jsonl, .json, .parquet or .csv."""
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8")
@@ -191,6 +193,14 @@ def _read(path: Path) -> list[Record]:
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     raise InputError(f"{path} is not a text set: give one of {', '.join(sorted(READERS))}.")
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Records as JSON lines: the whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _record(path: Path, row: Any) -> Record:

@@ -1,6 +1,6 @@
 """Losses: pure functions from tensors to one value per row. Nothing here reduces."""
 
-from understudy.losses.classification import cross_entropy
+from understudy.losses.classification import binary_cross_entropy, cross_entropy
 from understudy.losses.divergences import (
     alpha_beta,
     cross_entropy_soft,
@@ -24,6 +24,7 @@ from understudy.losses.truncation import truncate
 
 __all__ = [
     "alpha_beta",
+    "binary_cross_entropy",
     "binary_kl",
     "binary_kl_norm",
     "cross_entropy",

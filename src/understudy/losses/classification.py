@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import checked, log_softmax
+from understudy.losses._pairs import checked, full, log_softmax
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
@@ -19,6 +20,24 @@ def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     check_labels("cross_entropy", labels, student.shape[-1])
     log_q = log_softmax(student, 1.0)
     return checked("cross_entropy", -log_q.gather(-1, labels[:, None])[:, 0], student, None)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """−y log σ(v) − (1 − y) log(1 − σ(v)), from the logit: no log of 0, however large v is (paper 11's critic).
+
+    Args:
+        logits: v `[rows]`.
+        targets: y `[rows]`, labels 0 and 1 or probabilities. Gradient σ(v) − y.
+    """
+    if logits.shape != targets.shape or logits.dim() != 1:
+        raise InputError(
+            f"binary_cross_entropy: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must both be [rows]."
+        )
+    y = targets.to(full(logits).dtype)
+    if y.numel() and not ((y >= 0) & (y <= 1)).all():
+        raise InputError(f"binary_cross_entropy: target {float(y[~((y >= 0) & (y <= 1))][0])} is outside 0 … 1.")
+    v = full(logits)
+    return y * F.softplus(-v) + (1 - y) * F.softplus(v)
 
 
 def check_labels(loss: str, labels: Tensor, classes: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from understudy.data import Batch
 from understudy.data.ranking import RankingBatch, RankingSet
-from understudy.data.triples import Triple, write_triples
+from understudy.data.scored_triples import Triple, write_triples
 from understudy.errors import InputError
 from understudy.losses import margins
 from understudy.losses.margins import PairLoss

@@ -45,6 +45,7 @@ def render_run(folder: Path) -> Path:
             headings=["metric", f"on the {evaluation.get('split', '')} split"],
             rows=[[name, f"{value:.4f}"] for name, value in metrics.items()],
             panels=_training(folder) + _panels(evaluation) + _pictures(folder, evaluation.get("pictures", {})),
+            sections=[{**table, "panels": [], "recipe": ""} for table in evaluation.get("tables", [])],
             notes=evaluation.get("notes", []),
             recipe=recipe.read_text() if recipe.is_file() else "",
         ),

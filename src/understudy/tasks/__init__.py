@@ -11,6 +11,7 @@ from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
+from understudy.tasks.text_generation import TextGeneration
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
         NodeClassification(),
         ImageGeneration(),
         Ranking(),
+        TextGeneration(),
     )
 }
 

@@ -1,0 +1,89 @@
+"""Filters over items in order: which stay, and why the others went. Deterministic; ties go to the earlier item."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from understudy.errors import InputError
+
+Item = TypeVar("Item")
+LETTERS = frozenset(string.ascii_letters + string.digits + "'\",.-$ ")
+"""The characters that the official code of paper 11 allows in an event."""
+
+
+@dataclass
+class Funnel:
+    """What each filter kept and dropped, in the order they were applied."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, step: str, before: int, after: int, reasons: Counter[str] | None = None) -> None:
+        """Write down one step: items before it, items after it, and how many went for which reason."""
+        self.rows.append({"step": step, "before": before, "after": after, "dropped": dict(reasons or {})})
+
+    def sieve(self, step: str, items: Sequence[Item], problem: Callable[[Item], str | None]) -> list[Item]:
+        """The items without a problem; `problem` names what is wrong with one, or returns `None`."""
+        found = [problem(item) for item in items]
+        kept = [item for item, reason in zip(items, found, strict=True) if reason is None]
+        self.note(step, len(items), len(kept), Counter(reason for reason in found if reason is not None))
+        return kept
+
+    def pick(self, step: str, items: Sequence[Item], chosen: Sequence[int], reason: str) -> list[Item]:
+        """The items at the chosen positions, in that order."""
+        gone = len(items) - len(chosen)
+        self.note(step, len(items), len(chosen), Counter({reason: gone} if gone else {}))
+        return [items[i] for i in chosen]
+
+
+def first_occurrences(keys: Iterable[Hashable]) -> list[int]:
+    """Position of the first item of each key, in order."""
+    first: dict[Hashable, int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    return list(first.values())
+
+
+def most_likely(
+    keys: Sequence[Hashable], log_probs: Sequence[float], *, keep: float, tokens: Sequence[int] | None = None
+) -> list[int]:
+    """The share `keep` of distinct keys with the largest log-probability, best first, as positions of first occurrences.
+
+    A key that comes again has the log-probability of its last occurrence, as in the official code of paper 11; of equal
+    ones the key that came first goes first; `int(keep · keys)` stay.
+
+    Args:
+        log_probs: summed over the tokens, nats. A sum prefers short texts. tokens: divide by them, for a mean a token.
+
+    Raises:
+        InputError: `keep` outside (0, 1], lengths that differ, a log-probability that is not a number.
+    """
+    if not 0 < keep <= 1:
+        raise InputError(f"The share to keep by log-probability is {keep} and must be above 0 and at most 1.")
+    if len(log_probs) != len(keys) or (tokens is not None and len(tokens) != len(keys)):
+        raise InputError(
+            f"{len(keys)} items have {len(log_probs)} log-probabilities"
+            + (f" and {len(tokens)} token counts" if tokens is not None else "")
+            + ": give one of each an item."
+        )
+    scores: dict[Hashable, float] = {}
+    for i, (key, value) in enumerate(zip(keys, log_probs, strict=True)):
+        if value is None or math.isnan(value):
+            raise InputError(
+                f"Item {i} has no log-probability ({value}): ask a source that gives them, or keep all (1.0)."
+            )
+        scores[key] = value / max(1, tokens[i]) if tokens is not None else value
+    first = dict(zip(scores, first_occurrences(keys), strict=True))
+    best = sorted(scores, key=lambda key: -scores[key])  # sorting is stable
+    return [first[key] for key in best[: int(keep * len(best))]]
+
+
+def spelling(text: str, *, shortest: int, letters: frozenset[str] = LETTERS) -> str | None:
+    """What is wrong with a text: a character outside `letters`, fewer than `shortest` characters, or `None`."""
+    if len(text) < shortest:
+        return f"shorter than {shortest} characters"
+    return None if letters.issuperset(text) else "characters outside the alphabet"

@@ -1,0 +1,45 @@
+"""What a corpus is like: its size, its precision by a judge, and how many of its texts are unique or nearly so."""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_GONE = str.maketrans("", "", string.punctuation)
+
+
+def softened(text: str) -> str:
+    """A text without case, punctuation, articles and a plural or third-person s: near copies become equal."""
+    words = text.lower().translate(_GONE).split()
+    return " ".join(w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words if w not in ("a", "an", "the", "to"))
+
+
+def precision(judged: Sequence[bool | None]) -> float | None:
+    """Share of good ones among those that were judged; `None` where none was."""
+    known = [bool(j) for j in judged if j is not None]
+    return sum(known) / len(known) if known else None
+
+
+def summary(
+    texts: Sequence[str], groups: Sequence[str], judge: Callable[[int], bool | None] | None = None
+) -> dict[str, Any]:
+    """Size, diversity and precision of a corpus.
+
+    Args:
+        texts: for example tails. groups: of each, for example the head. judge: whether the item at a position is good.
+
+    Returns:
+        `size`, `groups`, `unique` (distinct texts), `soft_unique` (distinct after `softened`), `most_common` (share of
+        the most frequent text: 1 means that the corpus says one thing), `precision` or `None`.
+    """
+    counts = Counter(texts)
+    return {
+        "size": len(texts),
+        "groups": len(set(groups)),
+        "unique": len(counts),
+        "soft_unique": len({softened(text) for text in texts}),
+        "most_common": max(counts.values()) / len(texts) if texts else 0.0,
+        "precision": precision([judge(i) for i in range(len(texts))]) if judge is not None else None,
+    }

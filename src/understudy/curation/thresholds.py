@@ -1,0 +1,96 @@
+"""Cutoffs on a scorer: the precision-recall curve on labelled data, the cutoff of a wanted recall, what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from understudy.errors import InputError
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """A cutoff and what it does on the labelled data that it was chosen on.
+
+    Args:
+        value: of the score. precision, recall: of the rule `score ≥ value`, which the curve is made of.
+        strict_precision, strict_recall: of the rule that filters, `score > value`. Precision of nothing kept is 1.
+    """
+
+    value: float
+    precision: float
+    recall: float
+    strict_precision: float
+    strict_recall: float
+
+
+def recall_curve(labels: Sequence[int], scores: Sequence[float]) -> list[Cutoff]:
+    """The precision-recall curve over the distinct scores, in increasing order.
+
+    Args:
+        labels: 1 is good, 0 is bad. scores: higher is better.
+
+    Raises:
+        InputError: lengths that differ, labels of one class, scores that are no numbers.
+    """
+    y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if y.shape != s.shape or y.ndim != 1:
+        raise InputError(f"There are {y.size} labels and {s.size} scores: give one score a label.")
+    if not np.isin(y, (0, 1)).all():
+        raise InputError(f"Labels must be 0 or 1; found {sorted(set(y.tolist()) - {0, 1})[0]}.")
+    if len(np.unique(y)) < 2:
+        only = f"only label {int(y[0])}" if y.size else "no label at all"
+        raise InputError(f"The labelled data holds {only}: precision and recall need good and bad examples.")
+    if not np.isfinite(s).all():
+        raise InputError(
+            f"Score {int(np.flatnonzero(~np.isfinite(s))[0])} of the labelled data is not a finite number."
+        )
+    values, first = np.unique(np.sort(s), return_index=True)
+    ahead = np.append(np.cumsum(y[np.argsort(s, kind="stable")][::-1])[::-1], 0)  # good ones from each rank on
+    edges = np.append(first, len(s))
+    good, kept = ahead[edges], len(s) - edges
+    precision, recall = np.where(kept > 0, good / np.maximum(kept, 1), 1.0), good / y.sum()
+    return [
+        Cutoff(float(v), *(float(x) for x in (precision[i], recall[i], precision[i + 1], recall[i + 1])))
+        for i, v in enumerate(values)
+    ]
+
+
+def cutoff_at_recall(labels: Sequence[int], scores: Sequence[float], recall: float) -> Cutoff:
+    """The smallest cutoff whose recall (rule `score ≥ cutoff`) is at most `recall` (paper 11, official code).
+
+    Filtering is strict (`score > cutoff`), so an item exactly at the cutoff counts here and is dropped there; the
+    returned `strict_recall` is what filtering keeps.
+
+    Raises:
+        InputError: a recall outside (0, 1], or below the smallest of the curve; see also `recall_curve`.
+    """
+    if not 0 < recall <= 1:
+        raise InputError(
+            f"The wanted recall is {recall} and must be above 0 and at most 1: no cutoff has such a recall."
+        )
+    curve = recall_curve(labels, scores)
+    for point in curve:
+        if point.recall <= recall:
+            return point
+    raise InputError(
+        f"No cutoff has a recall of at most {recall}: the largest score keeps {curve[-1].recall:.3f} of the good "
+        "examples. Ask for more recall, or for a scorer with fewer ties."
+    )
+
+
+def cutoffs(labels: Sequence[int], scores: Sequence[float], recalls: Sequence[float]) -> list[Cutoff]:
+    """The cutoffs of several wanted recalls; those that no cutoff has are left out."""
+    curve = recall_curve(labels, scores)
+    found = (next((point for point in curve if point.recall <= recall), None) for recall in recalls)
+    return [point for point in found if point is not None]
+
+
+def above(scores: Sequence[float], cutoff: float) -> list[int]:
+    """Positions of the scores above the cutoff, strictly, in order. A score that is not a number is refused."""
+    s = np.asarray(scores, dtype=np.float64)
+    if np.isnan(s).any():
+        raise InputError(f"Score {int(np.flatnonzero(np.isnan(s))[0])} is not a number.")
+    return [int(i) for i in np.flatnonzero(s > cutoff)]

@@ -1,0 +1,113 @@
+"""Knowledge as triples (head event, relation, tail): relations with their wording, labelled triples, the text of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from understudy.data.folders import find
+from understudy.data.text import read_records
+from understudy.errors import InputError
+
+PEOPLE = ("PersonX", "PersonY")
+NAMES = (
+    "Alex Avery Bailey Blake Cameron Casey Charlie Chris Dana Drew Eden Emery Finley Frankie Hayden Jamie Jordan Kai Kelly "
+    "Kim Lee Logan Morgan Noel Parker Pat Quinn Reese Riley Robin Rowan Sage Sam Skyler Sydney Taylor Terry Tracy"
+).split()
+"""First names that say nothing else about a person."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation.
+
+    Args:
+        name: as in the student's text. text: how it is said to a critic. ask: what ends a prompt for a tail.
+        examples: (head, tail) pairs for few-shot prompts.
+    """
+
+    name: str
+    text: str
+    ask: str
+    examples: tuple[tuple[str, str], ...]
+
+
+def bracketed(head: str, relation: str) -> str:
+    """The prompt of a student of paper 11: `<head> h </head> <relation> r </relation> [GEN]`."""
+    return f"<head> {head} </head> <relation> {relation} </relation> [GEN]"
+
+
+def load_relations(name: str | None = None) -> dict[str, Relation]:
+    """Relations from a YAML file (`NAME: {text, ask, examples: [[head, tail], …]}`), or the seven built-in ones."""
+    if name is None:
+        values = yaml.safe_load((files("understudy") / "recipes" / "relations.yaml").read_text(encoding="utf-8"))
+    else:
+        path = find(name)
+        if path is None or not path.is_file():
+            raise InputError(
+                f"data.relations {name!r} is not a file. Give a YAML file, or leave it out for ATOMIC's seven."
+            )
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"data.relations {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping) or not values:
+        raise InputError(f"data.relations {name} must map names of relations to text, ask and examples.")
+    return {str(key): _relation(str(key), value, name) for key, value in values.items()}
+
+
+def _relation(name: str, value: Any, file: str | None) -> Relation:
+    keys = {"text", "ask", "examples"}
+    if not isinstance(value, Mapping) or set(value) != keys:
+        raise InputError(f"Relation {name!r} of {file} must have exactly the keys {', '.join(sorted(keys))}.")
+    examples = value["examples"]
+    pairs = isinstance(examples, list) and all(isinstance(e, list) and len(e) == 2 for e in examples)
+    if not pairs or not examples:
+        raise InputError(f"Relation {name!r} of {file}: examples must be a list of [head, tail], at least one.")
+    return Relation(name, str(value["text"]), str(value["ask"]), tuple((str(h), str(t)) for h, t in examples))
+
+
+def load_events(name: str) -> list[str]:
+    """Seed events: one a line of a text file, or the column `event` (or `text`) of any file of records."""
+    path = _file("data.name", name)
+    if path.suffix == ".txt":
+        events = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        events = [str(row.get("event", row.get("text")) or "").strip() for row in read_records(path)]
+    events = list(dict.fromkeys(e for e in events if e))
+    if not events:
+        raise InputError(f"{path} holds no event: give one a line, or records with a column event or text.")
+    return events
+
+
+def load_labels(name: str, relations: Mapping[str, Relation]) -> list[dict[str, Any]]:
+    """Labelled triples: records with `head`, `relation`, `tail` and `label` (2, 1, −1, −2, −9, or 1 and 0)."""
+    path = _file("data.labels", name)
+    rows = read_records(path)
+    for i, row in enumerate(rows):
+        missing = [k for k in ("head", "relation", "tail", "label") if row.get(k) is None]
+        if missing:
+            raise InputError(
+                f"{path}, record {i}: {missing[0]} is missing; labels have head, relation, tail and label."
+            )
+        if row["relation"] not in relations:
+            raise InputError(f"{path}, record {i}: relation {row['relation']!r} is none of {', '.join(relations)}.")
+        try:
+            row["label"] = int(row["label"])
+        except (TypeError, ValueError):
+            raise InputError(f"{path}, record {i}: label {row['label']!r} is not a whole number.") from None
+    if not rows:
+        raise InputError(f"{path} holds no labelled triple.")
+    return rows
+
+
+def _file(key: str, name: str) -> Path:
+    path = find(name)
+    if path is None or not path.is_file():
+        raise InputError(f"{key} {name!r} is not a file. Give a path, or a file below UNDERSTUDY_DATA.")
+    return path

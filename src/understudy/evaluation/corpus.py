@@ -1,0 +1,128 @@
+"""What to report of a generated corpus and its student: precision, size and diversity; what was dropped where; text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from understudy.curation import precision, summary
+
+Table = dict[str, Any]
+
+
+def funnel_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Counts at each step, with the reasons for what was dropped."""
+    cells = [
+        [r["step"], r["before"], r["after"], "; ".join(f"{n} {reason}" for reason, n in r["dropped"].items()) or "–"]
+        for r in rows
+    ]
+    return {"title": "What was kept at each step", "headings": ["step", "before", "after", "dropped"], "rows": cells}
+
+
+def cutoff_table(points: Sequence[Mapping[str, float]]) -> Table:
+    """Precision and recall on the labels that the cutoff was chosen on, as estimated (≥) and as filtered (>)."""
+    names = ("value", "precision", "recall", "strict_precision", "strict_recall")
+    headings = ["cutoff", "precision (≥)", "recall (≥)", "precision (>)", "recall (>)"]
+    return {
+        "title": "Cutoffs of the critic on its validation labels",
+        "headings": headings,
+        "rows": [[f"{p[name]:.3f}" for name in names] for p in points],
+    }
+
+
+def corpus_table(corpora: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Size, diversity and precision of several corpora, as `understudy.curation.summary` gives them."""
+    names = ("size", "groups", "unique", "soft_unique", "most_common", "precision")
+    show = lambda v: "–" if v is None else f"{v:.3f}" if isinstance(v, float) else v  # noqa: E731
+    return {
+        "title": "Corpora",
+        "headings": [
+            "corpus",
+            "triples",
+            "heads",
+            "unique tails",
+            "nearly unique",
+            "share of the commonest",
+            "precision",
+        ],
+        "rows": [[label, *(show(one[name]) for name in names)] for label, one in corpora.items()],
+    }
+
+
+def sample_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Examples of text; the page escapes them."""
+    return {"title": title, "headings": list(headings), "rows": [list(row) for row in rows]}
+
+
+def corpus_report(
+    triples: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    good: Mapping[str, Sequence[bool | None]],
+    found: Mapping[str, Any],
+    split: str,
+    *,
+    known: bool,
+) -> dict[str, Any]:
+    """Metrics and tables of a corpus of triples and of what a student that learned from it says about held-out heads.
+
+    Args:
+        triples: with `split`, `kept` and `times`. answers: with `greedy`. good: verdicts on `triples` and `answers`.
+        found: `funnel`, and of a critic `fits`, `cutoff`, `estimate` and `grid`. split: whose heads the student is asked about.
+        known: verdicts are the truth (metrics `…_valid`, `…_precision`), not a critic's (`…_accepted`).
+    """
+    word = "valid" if known else "accepted"
+    train = [i for i, t in enumerate(triples) if t["split"] == "train"]
+    sets = {"corpus": train, "kept": [i for i in train if triples[i]["kept"]]}
+    corpora = {
+        name: _summary([triples[i] for i in at], [good["triples"][i] for i in at], known) for name, at in sets.items()
+    }
+    sampled = [i for i, a in enumerate(answers) if not a["greedy"]]
+    greedy = [i for i, a in enumerate(answers) if a["greedy"]]
+    corpora["student"] = _summary([answers[i] for i in sampled], [good["answers"][i] for i in sampled], known)
+    held = [(t["times"], g) for t, g in zip(triples, good["triples"], strict=True) if t["split"] == split]
+    metrics: dict[str, float | None] = {
+        f"student_{word}": precision([good["answers"][i] for i in sampled]),
+        f"student_greedy_{word}": precision([good["answers"][i] for i in greedy]),
+        f"teacher_{word}": precision([g for times, g in held for _ in range(times)]),
+        "kept_share": corpora["kept"]["size"] / corpora["corpus"]["size"],
+        "corpus_precision": corpora["corpus"]["precision"],
+        "kept_precision": corpora["kept"]["precision"],
+    }
+    metrics |= {f"{n}_{k}": float(c[k]) for n, c in corpora.items() for k in ("size", "unique", "soft_unique")}
+    if "estimate" in found:
+        metrics |= {
+            "cutoff": found["cutoff"],
+            **{f"labels_{k}": v for k, v in found["estimate"].items() if k != "value"},
+        }
+    tables = [funnel_table(found["funnel"]), corpus_table(corpora)]
+    tables += [cutoff_table(found["grid"])] if "grid" in found else []
+    tables += [_kept_samples(triples, good["triples"]), _answer_samples(answers, good["answers"])]
+    kept = {k: v for k, v in metrics.items() if v is not None}
+    return {"metrics": kept, "tables": tables, **({"critic": found["fits"]} if "fits" in found else {})}
+
+
+def _summary(items: Sequence[Mapping[str, Any]], good: Sequence[bool | None], known: bool) -> dict[str, Any]:
+    judge = good.__getitem__ if known else None  # a critic's verdict on what it chose itself says nothing
+    return summary([t["tail"] for t in items], [t["head"] for t in items], judge)
+
+
+def _verdict(good: bool | None) -> str:
+    return {True: "good", False: "bad", None: "–"}[good]
+
+
+def _kept_samples(triples: Sequence[Mapping[str, Any]], good: Sequence[bool | None], number: int = 6) -> Table:
+    rows = []
+    for kept in (True, False):
+        some = [i for i, t in enumerate(triples) if t["kept"] == kept]
+        for i in some[:: max(1, len(some) // number)][:number]:
+            t = triples[i]
+            score = f"{t['score']:.3f}" if "score" in t else "–"
+            rows.append([t["head"], t["relation"], t["tail"], score, "kept" if kept else "dropped", _verdict(good[i])])
+    return sample_table("Triples", ["head", "relation", "tail", "critic", "fate", "judged"], rows)
+
+
+def _answer_samples(answers: Sequence[Mapping[str, Any]], good: Sequence[bool | None], number: int = 12) -> Table:
+    first = [i for i, a in enumerate(answers) if a["greedy"]]
+    some = first[:: max(1, len(first) // number)][:number]
+    rows = [[answers[i]["head"], answers[i]["relation"], answers[i]["tail"], _verdict(good[i])] for i in some]
+    return sample_table("The student on held-out heads, greedy", ["head", "relation", "tail", "judged"], rows)

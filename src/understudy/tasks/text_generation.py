@@ -1,0 +1,147 @@
+"""Text generation: seed events and relations for a teacher to write about; embedded, a small world of known truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.data import DataLoader
+
+from understudy.data.knowledge import Relation, load_events, load_labels, load_relations
+from understudy.data.knowledge_world import EventsWorld
+from understudy.errors import InputError, nearest
+from understudy.generation import Completion, OracleSource, Request, Source
+from understudy.models import RowModel
+from understudy.tasks.base import Prepared, TaskDefaults, merged
+
+ORACLE = "oracle"
+_OPTIONS = ("name", "relations", "labels", "world_seed", "max_length", "vocab_size", "tokenizer")
+_TRAINER = {
+    "max_steps": 600,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 50,
+    "weight_decay": 0.0,
+}
+
+
+@dataclass
+class Material:
+    """What there is to generate from.
+
+    Args:
+        seeds: events to prompt with. relations: by name. labels: triples that people judged, or `None`.
+        judge: whether (head, relation, tail) is true, where that is known. source: the world's own teacher, or `None`.
+        notes: sentences for the report. hash: of all of it.
+    """
+
+    seeds: list[str]
+    relations: dict[str, Relation]
+    labels: list[dict[str, Any]] | None = None
+    judge: Callable[[str, str, str], bool] | None = None
+    source: Source | None = None
+    notes: list[str] = field(default_factory=list)
+    hash: str = ""
+
+
+class TextGeneration(TaskDefaults):
+    """Have a teacher write a corpus, keep what is good, and train a small model on it."""
+
+    name = "text_generation"
+    kind = "generation"
+    unit = "tokens"
+    metric = "student_valid"
+    higher_is_better = True
+
+    def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The embedded world with its oracle as teacher and a small Llama, unless the recipe names others."""
+        data = recipe.get("data") or {}
+        data.setdefault("name", "events_world")
+        data.setdefault("max_length", 64)
+        if recipe.get("teacher") is None and data["name"] == "events_world":
+            recipe["teacher"] = {"model": ORACLE}
+        if recipe.get("student") is None:
+            recipe["student"] = {"model": "llama:hidden=64,layers=1,heads=4,init=0.08"}
+        recipe["data"] = data
+        recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
+        return recipe
+
+    def material(self, recipe: Mapping[str, Any]) -> Material:
+        """Read seeds, relations and labels. `recipe` is plain values, with `data`, `teacher` and `seed`."""
+        data, teacher = recipe["data"], recipe.get("teacher")
+        for key in data:
+            if key not in _OPTIONS:
+                raise InputError(f"Unknown key data.{key}.{nearest(key, _OPTIONS)} Known: {', '.join(_OPTIONS)}.")
+        embedded = data["name"] == "events_world"
+        if teacher is None or (teacher["model"] == ORACLE and not embedded):
+            raise InputError(
+                f"Data {data['name']!r} needs a teacher that writes: set teacher to a causal LM, or to a model behind an "
+                "endpoint (teacher.endpoint.url=http://...). The oracle knows nothing but events_world."
+            )
+        found = self._world(data, recipe["seed"], teacher["model"] == ORACLE) if embedded else self._events(data)
+        if data.get("labels") is not None:
+            found.labels = load_labels(str(data["labels"]), found.relations)
+        wording = {n: [r.text, r.ask, r.examples] for n, r in found.relations.items()}
+        text = json.dumps([dict(data), found.seeds, wording, found.labels])
+        found.hash = hashlib.sha256(text.encode()).hexdigest()
+        return found
+
+    def _world(self, data: Mapping[str, Any], seed: int, oracle: bool) -> Material:
+        if data.get("relations") is not None:
+            raise InputError("data.relations has no effect on events_world, which has its own. Leave it out.")
+        number = data.get("world_seed", seed)
+        if not isinstance(number, int) or number < 0:
+            raise InputError(f"data.world_seed is {number!r} and must be a whole number of at least 0.")
+        world = EventsWorld(number)
+        relations = world.relations()
+        seeds = list(dict.fromkeys(head for relation in relations.values() for head, _ in relation.examples))
+        source = _oracle(world, f"events_world {number} {seed}") if oracle else None
+        note = f"World {number}: {len(world.heads)} events, {len(relations)} relations; its truth is known."
+        return Material(seeds, relations, judge=world.valid, source=source, notes=[note])
+
+    def _events(self, data: Mapping[str, Any]) -> Material:
+        if "world_seed" in data:
+            raise InputError("data.world_seed belongs to events_world and has no effect on other data. Leave it out.")
+        relations = load_relations(data.get("relations"))
+        if data["name"] == "events":  # those of the relations' own examples
+            seeds = list(dict.fromkeys(head for relation in relations.values() for head, _ in relation.examples))
+        else:
+            seeds = load_events(str(data["name"]))
+        return Material(seeds, relations, notes=[f"{len(seeds)} seed events, {len(relations)} relations."])
+
+    def prepare(self, recipe: Any) -> Prepared:
+        """The seed events as examples: for `check`. A procedure asks for `material`."""
+        found = self.material(recipe.dump())
+        empty: Any = list
+        seeds = found.seeds
+        return Prepared(seeds, seeds, seeds, empty, 0, notes=found.notes, hashes={"data": found.hash})
+
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+        """No model is trained on this task itself: a procedure trains one on what was generated."""
+        raise InputError("Models of text_generation are trained by its methods, in runs below the run folder.")
+
+    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """As `model`."""
+        raise InputError("Runs of text_generation are judged by their methods; read evaluation.json of the run folder.")
+
+
+def _oracle(world: EventsWorld, name: str) -> OracleSource:
+    """The world's teacher. About one event in fifty is cut off by the length."""
+
+    def write(request: Request, generator: np.random.Generator) -> Completion:
+        assert isinstance(request.prompt, str)
+        draws = generator.random(3).tolist()
+        question = request.prompt.rsplit("\n", 1)[-1]
+        text, log_prob = world.write(question, draws[:2], request.temperature, request.top_p)
+        cut_off = draws[2] < 0.02 and "Event:" in question
+        finish: Any = "length" if cut_off else "stop"
+        return Completion(f" {text}", finish, log_prob, len(request.prompt.split()), len(text.split()))
+
+    return OracleSource(name, write)

@@ -1,0 +1,204 @@
+"""Fitting a binary critic of text pairs, with early stopping on its precision at a wanted recall (paper 11)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from understudy.curation import base_rate_bias, cutoff_at_recall, recall_curve, score
+from understudy.errors import InputError
+from understudy.losses import binary_cross_entropy
+from understudy.models.pairs import Pair, PairClassifier, is_new_pairs, load_pairs, new_pairs
+from understudy.models.rows import evaluating
+from understudy.training.order import EpochShuffle
+
+View = Callable[[int, Pair], Pair]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a critic is fitted.
+
+    Args:
+        lr, batch, epochs, weight_decay: of AdamW, at most. warmup: steps of linear warm-up.
+        patience: epochs without a better validation precision at `recall` before it stops.
+        plateau: such epochs before the rate is divided by ten. seed: of order and dropout.
+    """
+
+    lr: float
+    batch: int = 128
+    epochs: int = 50
+    warmup: int = 1000
+    patience: int = 10
+    plateau: int = 5
+    recall: float = 0.8
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+def fit_critic(
+    model: PairClassifier,
+    train: tuple[Sequence[Pair], Sequence[int]],
+    validation: tuple[Sequence[Pair], Sequence[int]],
+    fit: Fit,
+    view: Callable[[int], View],
+) -> dict[str, Any]:
+    """Minimise binary cross-entropy from the base rate on; the model ends with the weights of its best epoch.
+
+    Args:
+        train, validation: text pairs and 0/1 labels. view: the wording of the pairs in an epoch; validation has the
+            wordings of the first three.
+
+    Returns:
+        `epochs` done, `best_epoch`, `best_precision`, `seconds` and the `history` of validation precision.
+    """
+    pairs, labels = train
+    checked, truth = validation
+    for name, values in (("training", labels), ("validation", truth)):
+        if len(set(values)) < 2:
+            found = f"only label {values[0]}" if len(values) else "nothing"
+            raise InputError(f"The critic's {name} labels hold {found}: it needs good and bad examples in both splits.")
+    started = time.time()
+    with torch.no_grad():
+        model.output().bias.fill_(base_rate_bias(sum(labels) / len(labels)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=fit.weight_decay)
+    order = EpochShuffle(len(pairs), fit.seed)
+    best, best_state, history = -1.0, model.state_dict(), []
+    step, rate, stale, waiting = 0, fit.lr, 0, 0
+    torch.manual_seed(fit.seed)
+    for epoch in range(fit.epochs):
+        order.set_epoch(epoch)
+        chosen, worded = list(order), view(1000 + epoch)  # other wordings than those of scoring
+        model.train()
+        for start in range(0, len(chosen), fit.batch):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, step / max(1, fit.warmup))
+            rows = chosen[start : start + fit.batch]
+            logits = model([worded(i, pairs[i]) for i in rows])
+            targets = torch.tensor([float(labels[i]) for i in rows], device=logits.device)
+            optimizer.zero_grad()
+            binary_cross_entropy(logits, targets).mean().backward()
+            optimizer.step()
+        precision = precision_at_recall(truth, probabilities(model, checked, [view(v) for v in range(3)]), fit.recall)
+        history.append(precision)
+        if precision > best:
+            best, best_state, stale, waiting = precision, copy.deepcopy(model.state_dict()), 0, 0
+            continue
+        stale, waiting = stale + 1, waiting + 1
+        if waiting > fit.plateau:
+            rate, waiting = rate / 10, 0
+        if stale >= fit.patience:
+            break
+    model.load_state_dict(best_state)
+    return {
+        "epochs": len(history),
+        "best_epoch": history.index(best),
+        "best_precision": best,
+        "seconds": time.time() - started,
+        "history": history,
+    }
+
+
+@torch.no_grad()
+def probabilities(model: PairClassifier, pairs: Sequence[Pair], views: Sequence[View], batch: int = 256) -> list[float]:
+    """The critic's probability of each pair, averaged over views, in evaluation mode."""
+
+    def logits(worded: Sequence[Pair]) -> torch.Tensor:
+        parts = [model(worded[s : s + batch]).cpu() for s in range(0, len(worded), batch)]
+        return torch.cat(parts)
+
+    with evaluating(model):
+        return score(pairs, logits, views)
+
+
+def precision_at_recall(labels: Sequence[int], scores: Sequence[float], recall: float) -> float:
+    """Precision at the cutoff of a wanted recall; that of the strictest cutoff where ties leave no such cutoff."""
+    curve = recall_curve(labels, scores)
+    return cutoff_at_recall(labels, scores, recall).precision if curve[-1].recall <= recall else curve[-1].precision
+
+
+class CriticOptions(BaseModel):
+    """How the critic is made. What is `None` depends on whether it is new and small, or pretrained (paper 11's values)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(default="pairs", description="`pairs:width=N,hidden=N` (new), or any sequence classifier.")
+    lr: float | None = Field(default=None, gt=0, description="5e-6; of a new one 1e-2.")
+    warmup: int | None = Field(default=None, ge=0, description="Steps: 1000; of a new one 20.")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="0.1; of a new one 0.3.")
+    weight_decay: float | None = Field(default=None, ge=0, description="0.01; of a new one 0.3.")
+    batch: int = Field(default=128, ge=1)
+    epochs: int = Field(default=50, ge=1)
+    patience: int = Field(default=10, ge=1, description="Epochs without better validation precision at 80 % recall.")
+    plateau: int = Field(default=5, ge=0, description="Such epochs before the rate is divided by ten.")
+    members: int = Field(default=1, ge=1, description="Critics whose probabilities are averaged.")
+    views: int = Field(default=5, ge=1, description="Wordings whose probabilities are averaged.")
+
+    def fit(self, seed: int) -> Fit:
+        """The settings of one member."""
+        new = is_new_pairs(self.model)
+        pick = lambda value, fresh, tuned: value if value is not None else fresh if new else tuned  # noqa: E731
+        return Fit(
+            pick(self.lr, 1e-2, 5e-6),
+            self.batch,
+            self.epochs,
+            pick(self.warmup, 20, 1000),
+            self.patience,
+            self.plateau,
+            weight_decay=pick(self.weight_decay, 0.3, 0.01),
+            seed=seed,
+        )
+
+    def build(self, texts: Iterable[str]) -> PairClassifier:
+        """A member before training; a new one knows the words of `texts`."""
+        if is_new_pairs(self.model):
+            return new_pairs(self.model, texts, 0.3 if self.dropout is None else self.dropout)
+        return load_pairs(self.model, 0.1 if self.dropout is None else self.dropout)
+
+
+def fit_critics(
+    options: CriticOptions,
+    pairs: Mapping[str, Sequence[Pair]],
+    labels: Mapping[str, Sequence[int]],
+    view: Callable[[int], View],
+    folder: Path,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Fit every member and save it below `folder`; see `fit_critic` for what is returned of each.
+
+    Args:
+        pairs, labels: of `train` and `validation`.
+    """
+    worded = [view(v)(i, pair) for v in range(options.views) for i, pair in enumerate(pairs["train"])]
+    train, validation = ((pairs[s], labels[s]) for s in ("train", "validation"))
+    fits = []
+    for member in range(options.members):
+        torch.manual_seed(seed * 1000 + member)
+        model = options.build(text for pair in worded for text in pair).to(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        fits.append(fit_critic(model, train, validation, options.fit(seed * 1000 + member), view))
+        model.save(folder / str(member))
+    return fits
+
+
+class Critics:
+    """Fitted critics from their folder: the mean probability over members and views."""
+
+    def __init__(self, options: CriticOptions, folder: Path, view: Callable[[int], View]) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.members = [load_pairs(folder / str(i)).to(device) for i in range(options.members)]
+        self.views = [view(v) for v in range(options.views)]
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[float]:
+        """One probability a pair."""
+        found = [probabilities(member, pairs, self.views) for member in self.members]
+        return [sum(values) / len(values) for values in zip(*found, strict=True)]

@@ -61,10 +61,8 @@ def fit_critic(
     """
     pairs, labels = train
     checked, truth = validation
-    for name, values in (("training", labels), ("validation", truth)):
-        if len(set(values)) < 2:
-            found = f"only label {values[0]}" if len(values) else "nothing"
-            raise InputError(f"The critic's {name} labels hold {found}: it needs good and bad examples in both splits.")
+    _need_both("training", labels)
+    _need_both("validation", truth)
     started = time.time()
     with torch.no_grad():
         model.output().bias.fill_(base_rate_bias(sum(labels) / len(labels)))
@@ -105,6 +103,12 @@ def fit_critic(
         "seconds": time.time() - started,
         "history": history,
     }
+
+
+def _need_both(split: str, labels: Sequence[int]) -> None:
+    if len(set(labels)) < 2:
+        found = f"only label {labels[0]}" if len(labels) else "nothing"
+        raise InputError(f"The critic's {split} labels hold {found}: it needs good and bad examples in both splits.")
 
 
 @torch.no_grad()

@@ -1,26 +1,22 @@
-"""Paper 11 as a procedure: what is asked and kept, kills between and inside stages, bad input, other teachers."""
+"""Paper 11 as a procedure: filters, kills between and inside stages, labels of people, the report, bad input."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from understudy import InputError, distill
-from understudy.curation import Funnel
-from understudy.curation import triples as knowledge
-from understudy.data.knowledge import load_labels, load_relations
-from understudy.data.knowledge_world import ADVERBS, RELATIONS, TAILS, VERBS, EventsWorld, choose
-from understudy.generation import Completion, Prompt
-from understudy.models.pairs import WordPairs, load_pairs
+from understudy.data.knowledge import load_relations
+from understudy.data.knowledge_world import TAILS, EventsWorld
+from understudy.data.text import write_records
+from understudy.methods import symbolic_kd
 from understudy.recipe import make
 from understudy.tasks import get
-from understudy.training.critic import Fit, fit_critic, probabilities
+from understudy.tasks.text_generation import TextGeneration
 
 TINY = {
     "method": "symbolic-kd",
@@ -42,124 +38,6 @@ TINY = {
 
 def tiny(output, **options):
     return {**TINY, "output": str(output), "options": {**TINY["options"], **options}}
-
-
-def test_the_world_is_the_cards():
-    world = EventsWorld(3)
-    assert (len(VERBS), len(ADVERBS), len(TAILS), len(RELATIONS)) == (40, 8, 200, 5) and len(set(TAILS)) == 200
-    assert (
-        len(world.heads) == 320
-        and world.valid_sets.sum(-1).eq(10).all()
-        and set(world.types.tolist()) == set(range(16))
-    )
-    mass = [
-        float(torch.softmax(world.preferences(h, r), 0)[world.valid_sets[world.types[h // 8], r]].sum())
-        for h in range(0, 320, 7)
-        for r in range(5)
-    ]
-    assert sum(mass) / len(mass) == pytest.approx(0.79, abs=0.03)
-    relation = world.relations()["xWant"]
-    assert all(world.valid(head, "xWant", tail) for head, tail in relation.examples)
-    assert not world.valid("PersonX bakes bread", "xNeed", "lamp") and not world.valid("x", "xWant", "lamp")
-    asked = {
-        n: world.write(f"7. Robin bakes today. {r.ask.replace('PersonX', 'Robin')}", (0.0, 0.5), 1.0, 0.1)[0]
-        for n, r in world.relations().items()
-    }
-    best = {
-        n: TAILS[int(world.preferences(VERBS.index("bakes") * 8 + ADVERBS.index("today"), i).argmax())]
-        for i, n in enumerate(RELATIONS)
-    }
-    assert asked == best
-    assert world.write("11. Event:", (0.4, 0.5), 1.0, 1.0)[0] in world.heads
-
-
-def test_choose_is_inversion_inside_the_nucleus():
-    logits = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64).log()
-    assert [choose(logits, d, 1.0, 1.0)[0] for d in (0.1, 0.6, 0.85, 0.95)] == [0, 1, 2, 3]
-    assert [choose(logits, d, 1.0, 0.6)[0] for d in (0.1, 0.8, 0.999999)] == [0, 1, 1]
-    assert choose(logits, 0.9, 0.0, 1.0)[0] == 0 and choose(logits, 0.1, 1.0, 1.0)[1] == pytest.approx(
-        -0.6931, abs=1e-3
-    )
-
-
-def test_prompts_hold_names_that_map_back():
-    relation, item = load_relations()["xIntent"], Prompt.load("inference")
-    requests, names = knowledge.tail_requests(item, "PersonX thanks PersonY", relation, 3, 0, "t", top_p=0.5)
-    lines = requests[0].prompt.split("\n")
-    assert len(lines) == 8 and "PersonX" not in requests[0].prompt and len({r.draw for r in requests}) == 3
-    assert lines[-1] == f"8. {names['PersonX']} thanks {names['PersonY']}. Because {names['PersonX']} wanted:"
-    _, others = knowledge.tail_requests(item, f"PersonX calls {names['PersonX']}", relation, 1, 0, "t")
-    assert names["PersonX"] not in others.values()
-
-
-def test_tails_are_tidied_and_empty_ones_skipped():
-    names = {"PersonX": "Alex", "PersonY": "Sam"}
-    texts = [" to meet Sam.", "", " . ", "to meet Sam", " Alexander's Alex", " ok"]
-    asked = [("h", "xWant", names, f"id{i}") for i in range(len(texts))]
-    funnel = Funnel()
-    found = knowledge.sift_tails(asked, [Completion(t, "stop") for t in texts], funnel)
-    assert [(t["tail"], t["times"], t["source"]) for t in found] == [
-        ("to meet PersonY", 2, "id0"),
-        ("Alexander's PersonX", 1, "id4"),
-    ]
-    assert funnel.rows[0]["dropped"] == {"empty": 2, "two characters or fewer": 1}
-
-
-def test_heads_are_sifted_in_the_official_order():
-    texts = [
-        "PersonX runs far",
-        "PersonX runs far",
-        "PersonX",
-        "Somebody runs",
-        "PersonX <hides>",
-        "PersonX swims home",
-    ]
-    log_probs = [-1.0, -9.0, -1.0, 0.0, -2.0, -3.0]
-    answers = [Completion(f" {t}", "stop", p, 1, 3) for t, p in zip(texts, log_probs, strict=True)]
-    answers.append(Completion(" PersonX is cut", "length", 0.0, 1, 12))
-    funnel = Funnel()
-    assert knowledge.sift_heads(answers, 1.0, False, 8, funnel) == ["PersonX runs far", "PersonX swims home"]
-    assert knowledge.sift_heads(answers, 0.75, False, 8, Funnel()) == ["PersonX swims home"]  # the later −9 counts
-    assert [r["after"] for r in funnel.rows] == [6, 5, 4, 4, 2]
-
-
-def test_a_critic_learns_keeps_its_best_epoch_and_survives_the_disk(tmp_path):
-    torch.manual_seed(0)
-    pairs = [(f"PersonX {a}", f"wants {b}") for a in "abcdefgh" for b in "abcdefgh"] * 2
-    labels = [int(p[0][-1] <= p[1][-1]) for p in pairs]
-    model = WordPairs([w for p in pairs for w in " ".join(p).split()], 16, 32, 0.0)
-    result = fit_critic(
-        model, (pairs, labels), (pairs, labels), Fit(1e-2, 32, 40, warmup=5, patience=5), knowledge.naming
-    )
-    assert result["best_precision"] > 0.95 and result["epochs"] <= 40
-    assert result["history"][result["best_epoch"]] == max(result["history"])
-    model.save(tmp_path / "critic")
-    views = [knowledge.naming(v) for v in range(3)]
-    assert probabilities(load_pairs(tmp_path / "critic"), pairs, views) == probabilities(model, pairs, views)
-    with pytest.raises(InputError, match="validation labels hold only label 1"):
-        fit_critic(model, (pairs, labels), (pairs[:1], [1]), Fit(1e-2), knowledge.naming)
-
-
-def test_any_sequence_classifier_is_a_critic(tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from understudy.data import train_tokenizer
-
-    tokenizer = train_tokenizer(["PersonX wants to rest"], 300)
-    config = BertConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
-    )
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    critic = load_pairs(tmp_path / "bert", dropout=0.2)
-    pairs = [("PersonX runs", "wants to rest"), ("PersonX", "x")] * 2
-    fit_critic(critic, (pairs, [1, 0, 1, 0]), (pairs, [1, 0, 1, 0]), Fit(1e-3, epochs=2, warmup=0), knowledge.naming)
-    critic.save(tmp_path / "saved")
-    views = [knowledge.naming(0)]
-    again = probabilities(load_pairs(tmp_path / "saved"), pairs, views)
-    assert (
-        again == pytest.approx(probabilities(critic, pairs, views)) and critic.model.config.hidden_dropout_prob == 0.2
-    )
 
 
 COUNTED = """
@@ -200,21 +78,24 @@ def launched(recipe, calls, moment=""):
     )
 
 
-def test_killed_in_the_middle_of_stages_it_ends_alike_and_writes_nothing_twice(tmp_path):
-    whole, cut = tiny(tmp_path / "whole"), tiny(tmp_path / "cut")
-    done = launched(whole, tmp_path / "calls-whole")
-    assert done.returncode == 0, done.stderr
-    for moment in ("tails", "critic", "training", "judged"):
-        assert launched(cut, tmp_path / "calls-cut", moment).returncode == -signal.SIGKILL, moment
+def test_killed_in_the_middle_of_stages_it_ends_alike_and_writes_nothing_twice(tmp_path, monkeypatch):
+    whole, cut, calls = tiny(tmp_path / "whole"), tiny(tmp_path / "cut"), []
+    write = EventsWorld.write
+    monkeypatch.setattr(EventsWorld, "write", lambda self, *args: calls.append(1) or write(self, *args))
+    distill(whole)
+    asked = len(calls)
+    for moment in ("tails", "critic", "training"):
+        assert launched(cut, tmp_path / "calls", moment).returncode == -signal.SIGKILL, moment
         assert not (tmp_path / "cut" / "evaluation.json").exists()
-    assert launched(cut, tmp_path / "calls-cut").returncode == 0
+    distill(cut)  # nothing is left for the teacher to write
+    assert len(calls) == asked
     read = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("whole", "cut")]
     assert read[0]["metrics"] == read[1]["metrics"]
     for file in ("triples.jsonl", "training/student/model.safetensors", "critic/0/model.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
-    sizes = [os.path.getsize(tmp_path / f"calls-{n}") for n in ("whole", "cut")]
     logged = len((tmp_path / "whole" / "logs" / "teacher.jsonl").read_text().splitlines()) - 1
-    assert sizes[0] == logged and logged <= sizes[1] <= logged + 8  # the answers in flight at the kill
+    assert asked == logged
+    assert logged <= os.path.getsize(tmp_path / "calls") <= logged + 8  # the answers in flight at the kill
 
 
 @pytest.fixture(scope="module")
@@ -268,37 +149,73 @@ def test_the_report_shows_the_funnel_and_escapes_text(filtered):
     assert "<script>alert" not in render_run(folder).read_text()
 
 
-def test_labels_of_people_and_a_local_teacher(tmp_path, filtered):
-    """Files instead of the world: seeds, relations, labels, and a causal LM from a folder that writes."""
-    words = EventsWorld(0).relations()
+@pytest.fixture
+def files(tmp_path):
+    """Seeds, two relations and labels as files."""
+    world = EventsWorld(0)
+    words = dict(list(world.relations().items())[:2])
     relations = {n: {"text": r.text, "ask": r.ask, "examples": [list(e) for e in r.examples]} for n, r in words.items()}
-    (tmp_path / "relations.yaml").write_text(yaml.safe_dump(dict(list(relations.items())[:2])))
-    (tmp_path / "events.txt").write_text("\n".join(EventsWorld(0).heads[:40]))
+    (tmp_path / "relations.yaml").write_text(yaml.safe_dump(relations))
+    (tmp_path / "events.txt").write_text("\n".join(world.heads[::5]))
     labels = [
-        {"head": h, "relation": n, "tail": t, "label": v}
-        for n in list(words)[:2]
-        for h, t in words[n].examples
-        for v in (2, -9)
+        {"head": head, "relation": name, "tail": tail, "label": 2 if world.valid(head, name, tail) else -9}
+        for head in world.heads[::2]
+        for name in words
+        for tail in (TAILS[hash_of(head) % 200], *[t for t in TAILS if world.valid(head, name, t)][:2])
     ]
-    rows = [{**row, "tail": row["tail"] + ("" if row["label"] > 0 else " x")} for row in labels]
-    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert len(load_labels(str(tmp_path / "labels.jsonl"), words)) == 28
-    source = tmp_path / "teacher.py"  # a teacher of the `module` kind: the trained student of another run writes here
-    assert not source.exists()
-    teacher = str(Path(filtered["none"]) / "training" / "student")
-    recipe = tiny(tmp_path / "run", head_keep=1.0, head_samples=40, shortest=1, labels=20, threshold_labels=8)
-    recipe |= {
-        "teacher": teacher,
-        "data": {
-            "name": str(tmp_path / "events.txt"),
-            "relations": str(tmp_path / "relations.yaml"),
-            "labels": str(tmp_path / "labels.jsonl"),
-        },
-    }
-    with pytest.raises(InputError, match="written events are left and 3 splits need one each"):
-        distill(recipe)  # an untrained teacher writes no event that ends and begins with PersonX
-    log = (tmp_path / "run" / "logs" / "teacher.jsonl").read_text().splitlines()
-    assert len(log) == 41  # what it wrote is kept
+    write_records(tmp_path / "labels.jsonl", labels)
+    return {
+        "name": str(tmp_path / "events.txt"),
+        "relations": str(tmp_path / "relations.yaml"),
+    }, tmp_path / "labels.jsonl"
+
+
+def hash_of(text):
+    return sum(map(ord, text)) * 7919
+
+
+@pytest.fixture
+def other_teacher(monkeypatch):
+    """A source that nobody knows the truth of stands for a model behind an endpoint."""
+    found = TextGeneration().material({"data": {"name": "events_world"}, "teacher": {"model": "oracle"}, "seed": 0})
+    monkeypatch.setattr(symbolic_kd, "source_from", lambda spec: found.source)
+    return {"model": "some-model", "endpoint": {"url": "http://localhost:1/v1"}}
+
+
+def test_labels_of_people_and_a_teacher_of_unknown_truth(tmp_path, files, other_teacher):
+    """First without a filter, which gives triples to label, then with labels: the teacher is not asked again."""
+    data, labels = files
+    shared = {"teacher": other_teacher, "data": data}
+    bare = distill(
+        {**tiny(tmp_path / "bare", filter="none", log=str(tmp_path / "log"), labels=50, threshold_labels=10), **shared}
+    )
+    asked = (tmp_path / "log" / "teacher.jsonl").read_bytes()
+    assert (
+        "student_valid" not in bare.metrics
+        and "corpus_precision" not in bare.metrics
+        and bare.metrics["student_unique"] > 0
+    )
+    some = [json.loads(x) for x in (tmp_path / "bare" / "to_label.jsonl").read_text().splitlines()]
+    assert len(some) == 60 and set(some[0]) == {"head", "relation", "tail", "label"} and some[0]["label"] is None
+    recipe = {**tiny(tmp_path / "run", log=str(tmp_path / "log"), recall=0.8, legacy_mean=True), **shared}
+    done = distill({**recipe, "data": {**data, "labels": str(labels)}})
+    assert (tmp_path / "log" / "teacher.jsonl").read_bytes() == asked
+    assert 0 < done.metrics["kept_share"] < 1 and 0 <= done.metrics["student_accepted"] <= 1
+    assert "kept_precision" not in done.metrics  # a critic's verdict on its own choice says nothing
+    rows = [json.loads(x) for x in (tmp_path / "run" / "triples.jsonl").read_text().splitlines()]
+    held = {t["head"] for t in rows if t["split"] != "train"}
+    used = json.loads((tmp_path / "run" / "stages" / "labels.json").read_text())
+    assert set(used) == {"train", "validation", "test"} and held
+    assert not held & {t["head"] for part in used.values() for t in part}
+
+
+def test_a_local_model_writes(tmp_path, files, filtered):
+    """An untrained small model writes no event; what it wrote is kept, and the error says what was dropped."""
+    recipe = tiny(tmp_path / "run", filter="none", head_samples=20, shortest=1)
+    recipe |= {"teacher": str(filtered["none"] / "training" / "student"), "data": files[0]}
+    with pytest.raises(InputError, match="of 20 written events are left and 3 splits need one each"):
+        distill(recipe)
+    assert len((tmp_path / "run" / "logs" / "teacher.jsonl").read_text().splitlines()) == 21
 
 
 def test_bad_input_is_one_line_before_anything_is_written(tmp_path):
@@ -328,6 +245,9 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path):
     run("data.world_seed is -1", data={"world_seed": -1})
     run("Did you mean 'recall'", options={"recal": 0.5})
     run("critic.memberz", options={"critic": {"memberz": 5}})
+    (tmp_path / "labels.jsonl").write_text(json.dumps({"head": "h", "relation": "xWant", "tail": "t", "label": 1}))
+    run("only label 1", data={**data, "labels": str(tmp_path / "labels.jsonl")}, teacher="some/model")
+    run("No tokenizer can be loaded", student="no/such-model")
     run("recall = 0", options={"recall": 0.0})
     run("must be above 0 and sum to 1", options={"shares": [0.5, 0.5, 0.5]})
     run("Prompt 'nope' is neither a file", options={"head_prompt": "nope"})

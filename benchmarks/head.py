@@ -1,6 +1,11 @@
-"""Head and divergence: time, peak memory and gradient error of the plain and the streaming path, as CSV.
+"""Head and divergence: time, peak memory and gradient error of every path, as CSV.
 
-python benchmarks/head.py --vocabulary 32000 --rows 512 2048 > benchmarks/results/head-cpu.csv
+    python benchmarks/head.py > benchmarks/results/head-cpu.csv
+
+Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `liger` (its chunked JSD, where it is
+installed). Each cell is a process of its own, warmed up once, and cells of one setting follow each other `--repeats`
+times, so that a drift of the machine touches all alike. Memory is the peak resident size above parameters, inputs and
+the parameters' gradients. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
 """
 
 from __future__ import annotations
@@ -8,85 +13,154 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from understudy import losses
 from understudy.streaming import plain, rowwise
 from understudy.targets import Projected
 
 COLUMNS = (
-    "loss path rows vocabulary hidden teacher_hidden seconds peak_mib gradient_error machine torch threads seed".split()
-)
+    "loss path rows vocabulary hidden teacher_hidden seconds peak_mib error_kl_1 error_kl_0.1 error_kl_0.01 "
+    "machine torch threads seed"
+).split()
+PATHS = ("bare", "plain", "rowwise", "liger")
 
 
-def measure(name: str, path: str, rows: int, vocabulary: int, hidden: int, wide: int, seed: int) -> dict[str, object]:
-    """One cell, in this process: its peak memory is above what the parameters and inputs take."""
-    torch.manual_seed(seed)
-    h, weight = torch.randn(rows, hidden) * 0.5, torch.randn(vocabulary, hidden) * 0.1
-    target = Projected(torch.randn(rows, wide) * 0.5, torch.randn(vocabulary, wide) * 0.05)
-    student = Projected(h.requires_grad_(), weight.requires_grad_())
-    function, loss = {"plain": plain, "rowwise": rowwise}[path], getattr(losses, name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    function(loss, student, target).sum().backward()
-    seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {
-        "loss": name,
-        "path": path,
-        "rows": rows,
-        "vocabulary": vocabulary,
-        "hidden": hidden,
-        "teacher_hidden": wide,
-        "seconds": round(seconds, 3),
-        "peak_mib": round(peak),
-        "gradient_error": f"{error(function, loss, seed):.2e}",
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-    }
+def forget_peak() -> None:
+    """Begin a new peak of the resident size (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def error(function: object, loss: object, seed: int) -> float:
-    """Relative error of the hidden states' gradient in bfloat16 against float64, at a KL of about 0.01."""
-    torch.manual_seed(seed)
-    h, weight = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(2000, 64, dtype=torch.bfloat16) * 0.1
-    teacher = (h.float() + 0.15 * torch.randn(64, 64)).bfloat16()
-    grads = []
-    for dtype in (torch.bfloat16, torch.float64):
-        leaf = h.to(dtype).detach().clone().requires_grad_()
-        values = function(loss, Projected(leaf, weight.to(dtype)), Projected(teacher.to(dtype), weight.to(dtype)))  # type: ignore[operator]
-        values.sum().backward()
-        grads.append(leaf.grad.double())
-    return float((grads[0] - grads[1]).norm() / grads[1].norm())
+def resident(what: str = "VmHWM") -> int:
+    """Bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+def liger(name: str) -> Callable[[Projected, Projected], Tensor]:
+    """The sum of the same divergence by Liger's chunked loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[name]
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+
+    def call(student: Projected, teacher: Projected) -> Tensor:
+        labels = torch.zeros(len(student.hidden), dtype=torch.long)
+        return loss(student.hidden, student.weight, teacher.hidden, teacher.weight, labels) * len(labels)
+
+    return call
+
+
+def path_of(path: str, name: str) -> Callable[[Projected, Projected], Any]:
+    """A function of both sides that does the work of one path, backward pass included."""
+    if path == "bare":
+
+        def bare(student: Projected, teacher: Projected) -> None:
+            hidden, weight = student.hidden.detach(), student.weight.detach()
+            slope = teacher.hidden @ teacher.weight.T
+            torch.mm(hidden, weight.T, out=slope)
+            student.hidden.grad, student.weight.grad = slope @ weight, slope.T @ hidden
+
+        return bare
+    if path == "liger":
+        forward = liger(name)
+    else:
+        function, loss = {"plain": plain, "rowwise": rowwise}[path], getattr(losses, name)
+        forward = lambda student, teacher: function(loss, student, teacher).sum()  # noqa: E731
+    return lambda student, teacher: (forward(student, teacher) * 0.5).backward()
+
+
+def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[float]:
+    """Seconds and peak MiB of one cell."""
+    torch.manual_seed(args.seed)
+
+    def made(*shape: int, scale: float) -> Tensor:
+        return torch.randn(*shape).mul_(scale)
+
+    student = Projected(made(rows, args.hidden, scale=0.5), made(args.vocabulary, args.hidden, scale=0.1))
+    teacher = Projected(
+        made(rows, args.teacher_hidden, scale=0.5), made(args.vocabulary, args.teacher_hidden, scale=0.05)
+    )
+    for leaf in (student.hidden, student.weight):
+        leaf.requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+    work, seconds, peak = path_of(path, name), 0.0, 0.0
+    for _ in range(2):  # the first one warms up
+        student.hidden.grad = student.weight.grad = None
+        forget_peak()
+        before, start = resident("VmRSS"), time.perf_counter()
+        work(student, teacher)
+        seconds = time.perf_counter() - start
+        gradients = sum(4 * leaf.numel() for leaf in (student.hidden, student.weight))
+        peak = (resident() - before - gradients) / 2**20
+    return [seconds, peak]
+
+
+def errors(name: str, path: str, seed: int) -> list[float]:
+    """Relative error of the gradient in bfloat16 against float64, at KL about 1, 0.1 and 0.01."""
+    if path == "bare":
+        return []
+    found = []
+    for distance in (1.6, 0.5, 0.15):
+        torch.manual_seed(seed)
+        h, weight = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(2000, 64, dtype=torch.bfloat16) * 0.1
+        teacher, grads = (h.float() + distance * torch.randn(64, 64)).bfloat16(), []
+        for dtype, way in ((torch.bfloat16, path), (torch.float64, "plain")):
+            leaf = h.to(dtype).detach().clone().requires_grad_()
+            wide = weight.to(dtype).requires_grad_()
+            path_of(way, name)(Projected(leaf, wide), Projected(teacher.to(dtype), weight.to(dtype)))
+            assert leaf.grad is not None
+            grads.append(leaf.grad.double())
+        found.append(float((grads[0] - grads[1]).norm() / grads[1].norm()))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--rows", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--teacher-hidden", type=int, default=512)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=131_072)
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 128, 512, 2048])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--teacher-hidden", type=int, default=2048)
+    parser.add_argument("--losses", nargs="+", default=["forward_kl"])
+    parser.add_argument("--paths", nargs="+", default=list(PATHS))
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    out = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     if args.cell:
         name, path, rows = args.cell
-        out.writerow(measure(name, path, int(rows), args.vocabulary, args.hidden, args.teacher_hidden, args.seed))
+        print(*measure(name, path, args, int(rows)), *errors(name, path, args.seed))
         return
-    out.writeheader()
-    sys.stdout.flush()
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(COLUMNS)
     for rows in args.rows:
-        for name in ("forward_kl", "reverse_kl", "jsd"):
-            for path in ("plain", "rowwise"):  # each in a process of its own, since peak memory never falls
-                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--cell", name, path, str(rows)], check=True)
+        for name in args.losses:
+            cells: dict[str, list[list[float]]] = {path: [] for path in args.paths}
+            for _ in range(args.repeats):
+                for path in args.paths:
+                    command = [sys.executable, __file__, *sys.argv[1:], "--cell", name, path, str(rows)]
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    if done.returncode:
+                        print(f"{path}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                        continue
+                    cells[path].append([float(v) for v in done.stdout.split()])
+            for path, runs in cells.items():
+                if runs:
+                    middle = [statistics.median(column) for column in zip(*runs, strict=True)]
+                    error = [f"{v:.2e}" for v in middle[2:]] or [""] * 3
+                    size = [args.vocabulary, args.hidden, args.teacher_hidden]
+                    where = [platform.machine(), torch.__version__, torch.get_num_threads(), args.seed]
+                    out.writerow([name, path, rows, *size, f"{middle[0]:.3f}", round(middle[1]), *error, *where])
+                    sys.stdout.flush()
 
 
 if __name__ == "__main__":

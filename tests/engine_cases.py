@@ -4,6 +4,10 @@ import multiprocessing
 import os
 import signal
 
+# Children are forked from a server that has imported the heavy modules already.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["understudy.run", "transformers.trainer"])
+
 DIGITS = {
     "task": "image_classification",
     "data": {"name": "digits", "limit": 64},
@@ -53,7 +57,7 @@ def killed_run(recipe, step, moment):
 
     Returns whether the kill landed.
     """
-    process = multiprocessing.get_context("forkserver").Process(target=_run_until, args=(recipe, step, moment))
+    process = FORKED.Process(target=_run_until, args=(recipe, step, moment))
     process.start()
     process.join()
     return process.exitcode == -signal.SIGKILL

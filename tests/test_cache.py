@@ -1,7 +1,6 @@
 """Cached teachers: codecs and their sizes, unbiasedness, capture that resumes, refusals, cached against live."""
 
 import json
-import multiprocessing
 import os
 import signal
 
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_cases import DIGITS, TEXT, weights
+from engine_cases import DIGITS, FORKED, TEXT, weights
 from understudy import InputError, distill
 from understudy.caching import capture_recipe, describe, verify_recipe
 from understudy.cli import main
@@ -146,9 +145,8 @@ def _capture(recipe, folder, after):
 
 def test_a_capture_that_is_killed_goes_on_and_doubles_nothing(home, tmp_path):
     recipe = teach(TEXT, home / "text", output=str(tmp_path))
-    process = multiprocessing.get_context("forkserver")
     for after in (1, 2, 5, 9):
-        child = process.Process(target=_capture, args=(recipe, tmp_path / "cut", after))
+        child = FORKED.Process(target=_capture, args=(recipe, tmp_path / "cut", after))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL

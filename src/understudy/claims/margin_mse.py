@@ -3,12 +3,13 @@
 A synthetic world of retrieval with graded truth, noisy candidates and one labelled document a query among many as
 relevant. The teacher orders almost perfectly, on its own scale and with an offset for each query. The control takes
 offset and scale away: there pointwise regression must close most of the gap. The first check is the harder half of the
-statement, so that the verdict stands for the whole of it. 800 steps, where the description of the experiment has 2,500.
+statement, so that the verdict stands for the whole of it. 1,600 steps, where the description of the experiment has
+2,500; a first run of 800 steps, whose arms all chose the largest of two smaller rates, came out 2.3 points the other way.
 """
 
 from understudy.claims.experiment import Arm, Check, Claim
 
-_LR = tuple({"trainer": {"learning_rate": lr}} for lr in (3e-3, 1e-2))
+_LR = tuple({"trainer": {"learning_rate": lr}} for lr in (3e-3, 1e-2, 3e-2))
 _PLAIN = {"data": {"name": "world", "foreign": False}}
 
 CLAIM = Claim(
@@ -18,7 +19,7 @@ CLAIM = Claim(
         "task": "ranking",
         "data": {"name": "world"},
         "student": "embedding:24",
-        "trainer": {"max_steps": 800, "per_device_train_batch_size": 64, "save_strategy": "no"},
+        "trainer": {"max_steps": 1600, "per_device_train_batch_size": 64, "save_strategy": "no"},
     },
     arms={
         "margin_mse": Arm("margin-mse", {}, _LR),

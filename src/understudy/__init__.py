@@ -6,7 +6,7 @@ from typing import Any
 
 from understudy.errors import InputError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["InputError", "Method", "Term", "compare", "distill"]
 
 _LAZY = {

@@ -10,7 +10,7 @@ from understudy.comparison import Comparison, compare
 from understudy.recipe import load
 from understudy.reporting import render_comparison
 
-PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "pld", "taid"]}
+PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "taid"]}
 
 
 def demo(folder: Path, seeds: int, show: Callable[[Comparison], None], progress: bool = True) -> Path:

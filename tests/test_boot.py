@@ -1,5 +1,6 @@
 """Paper 25, BOOT: golden vectors, limits that must hold, bad input of the losses."""
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from golden_vectors import close, golden
 from understudy import InputError
 from understudy.data import NoiseBatch
 from understudy.losses import diffusion as d
-from understudy.models.diffusion import MixtureDenoiser, trajectory, with_guidance
+from understudy.models.diffusion import DenoiserRows, MixtureDenoiser, PointDenoiser, trajectory, with_guidance
 from understudy.models.noise_levels import Cosine, Table
 
 LEVELS = Cosine()
@@ -164,6 +165,23 @@ def test_predictions_agree_and_an_error_costs_the_same():
         close(d.x0_from(output, x, alpha, sigma, kind), x0)
         clean = d.x0_from(output + wrong, x, alpha, sigma, kind)
         close(d.denoising_loss(clean, x0, alpha, sigma, kind), wrong.square().mean(1))
+
+
+@pytest.mark.parametrize("prediction", d.PREDICTIONS)
+def test_a_student_of_one_call_is_read_as_at_its_noise(prediction):
+    """At t_max it begins as its teacher; at t_min the network still decides, and not the noise it was shown."""
+    torch.manual_seed(3)
+    teacher = DenoiserRows(PointDenoiser(2, [8]).double(), LEVELS, prediction, (2,), clip=5.0)
+    student = copy.deepcopy(teacher).one_call(0.01, 0.99)
+    eps = torch.randn(4, 2, dtype=torch.float64)
+    batch = noise_batch(eps).at(eps, 0.99)
+    with torch.no_grad():
+        if prediction != "epsilon":
+            close(student(batch).signal.values, teacher(batch).signal.values)
+        before = student.draw(noise_batch(eps), eps)
+        student.model.body[-1].bias += 1
+        moved = (student.draw(noise_batch(eps), eps) - before).abs()
+    assert student.calls == 1 and student.clip is None and bool((moved > 0.99).all() & (moved < 1.01).all())
 
 
 def test_guidance_has_its_corners():

@@ -223,10 +223,10 @@ def test_images_a_copied_student_and_a_teacher_without_any_data(tmp_path):
 
 
 def test_a_saved_denoiser_draws_as_before_and_a_damaged_one_is_refused(tmp_path):
-    rows = load_denoiser("denoiser:8", shape=(2,), classes=3).one_call(0.02)
+    rows = load_denoiser("denoiser:8", shape=(2,), classes=3).one_call(0.02, 0.99)
     rows.save(tmp_path)
     again = load_denoiser(tmp_path)
-    assert again.sampler == rows.sampler and again.calls == 1 and again.classes == 3
+    assert again.sampler == rows.sampler and again.read_at == 0.99 and again.calls == 1 and again.classes == 3
     (tmp_path / "sampler.json").write_text('{"steps": 1}')
     with pytest.raises(InputError, match="damaged"):
         load_denoiser(tmp_path)

@@ -48,9 +48,10 @@ class BOOT(Method):
         "with as many teacher calls is the baseline to beat, and in two dimensions it is the better one.",
         "deviations": "There is no official code. Reconstructed: the form of the weights (`inv_delta` is the paper's "
         "normalisation), β, the optimiser. The step is the exact one, c = 1 − exp(λ_s − λ_t), not its first order. The "
-        "average of weights warms up. Guidance is the teacher's (`data.guidance`), fixed; the student is not told it. Teachers are "
-        "unconditional or told a class; text conditions are not in this method. A student whose teacher predicts ε is "
-        "read as one at every noise: v and x_0 are better conditioned near t_max. `target=regression` and "
+        "average of weights warms up. Noise is all that the student sees, so its output is always read as the teacher's "
+        "at t_max; of a teacher that predicts ε it is read as v, which keeps the weights but not what they say at the "
+        "start. Guidance is the teacher's (`data.guidance`), fixed; the student is not told it. Teachers are "
+        "unconditional or told a class; text conditions are not in this method. `target=regression` and "
         "`target=boundary` are the baseline and the ablation of the claim.",
     }
 
@@ -88,7 +89,7 @@ class BOOT(Method):
             raise InputError("The student has nothing to train: a closed form is a teacher only. Name a network.")
         if float(teacher.levels.snap(torch.tensor(self.delta))) == 0:
             raise InputError(f"options.delta is {self.delta:g}, less than a step of the teacher's schedule: raise it.")
-        return _denoiser(student).one_call(self.t_max if self.target == "boundary" else self.t_min)
+        return _denoiser(student).one_call(self.t_max if self.target == "boundary" else self.t_min, self.t_max)
 
     def companions(self, student: RowModel) -> dict[str, nn.Module]:
         return {"average": copy.deepcopy(student)} if self.ema else {}

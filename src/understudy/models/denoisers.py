@@ -123,9 +123,10 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
     path = find(name)
     facts = _json(path / SAMPLER) if path is not None else {}
     options: dict[str, Any] = {"sampler": sampler}
+    read_at = None
     if facts:
         try:
-            null = facts.pop("null")
+            null, prediction, read_at = (facts.pop(key) for key in ("null", "prediction", "read_at"))
             options = {"clip": facts.pop("clip"), "sampler": Sampler(**facts)}
         except (KeyError, TypeError) as error:
             raise InputError(f"{name}/{SAMPLER} is damaged ({error}): save the model again.") from None
@@ -134,12 +135,14 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
         assert path is not None
         rows = _points(config["understudy_model"], tuple(config["shape"]), config["classes"])
         load_weights(rows.model, path / "model.safetensors")
-        rows.sampler = options["sampler"] or rows.sampler
+        rows.sampler, rows.read_at = options["sampler"] or rows.sampler, read_at
         return rows
     diffusers = _diffusers()
     model = _either(diffusers.UNet2DModel, name, path, "unet", use_safetensors=True)
     scheduler = _either(diffusers.DDPMScheduler, name, path, "scheduler")
-    return _wrapped(model, scheduler, null=null, prediction=prediction, **options)
+    rows = _wrapped(model, scheduler, null=null, prediction=prediction, **options)
+    rows.read_at = read_at
+    return rows
 
 
 def _either(kind: Any, name: str, path: Path | None, part: str, **options: Any) -> Any:

@@ -71,6 +71,7 @@ class DenoiserRows(RowModel):
         self.classes, self.null, self.clip = classes, null, clip
         self.sampler = sampler or Sampler()
         self.scheduler = scheduler
+        self.read_at: float | None = None
         self.padding = 0
 
     def answer(self, batch: Any, features: bool) -> Rows:
@@ -80,7 +81,7 @@ class DenoiserRows(RowModel):
         if tuple(x.shape[1:]) != self.shape:
             raise InputError(f"The denoiser takes examples of shape {self.shape}, not {tuple(x.shape[1:])}.")
         dtype = next(self.model.parameters()).dtype
-        alpha, sigma = self.levels.at(t)
+        alpha, sigma = self.levels.at(t if self.read_at is None else torch.full_like(t, self.read_at))
         output = _tensor(self.model(x.to(dtype), self.levels.clock(t), self._asked(batch.condition)))
         channels = self.shape[0]
         if output.shape[1] == 2 * channels:  # a learned variance beside the mean
@@ -106,9 +107,16 @@ class DenoiserRows(RowModel):
             raise InputError(f"Class {int(condition.max())} was asked of a denoiser that has {self.classes}.")
         return condition.masked_fill(absent, self.classes)
 
-    def one_call(self, t: float) -> DenoiserRows:
-        """This model, drawing in one call at time `t`, and unclipped: a bound would stop the gradient."""
+    def one_call(self, t: float, begin: float) -> DenoiserRows:
+        """This model, drawing in one call at time `t` from noise that is the state at `begin`.
+
+        It always sees that noise, so its output is read as at `begin`, whatever time it is told: read at a small t, the
+        noise would pass through it and the network count for nothing. There ε says nothing of x_0, so a network of ε is
+        read as one of v. A bound is lifted, since it would stop the gradient.
+        """
         self.sampler, self.clip = replace(self.sampler, steps=0, t_min=t, guidance=None), None
+        self.read_at = begin
+        self.prediction = "v_prediction" if self.prediction == "epsilon" else self.prediction
         return self
 
     @property
@@ -149,6 +157,7 @@ class DenoiserRows(RowModel):
         else:
             raise InputError(f"{type(self.model).__name__} cannot be saved: it has no save_pretrained.")
         facts = {**asdict(self.sampler), "clip": self.clip, "null": self.null}
+        facts |= {"read_at": self.read_at, "prediction": self.prediction}
         (folder / SAMPLER).write_text(json.dumps(facts, indent=1))
 
 

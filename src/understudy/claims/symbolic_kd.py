@@ -2,8 +2,8 @@
 
 The card's world: 320 events, five relations, 200 tails. A teacher that is right four times in five writes ten tails a
 question about three quarters of the events, and students are asked about events they have not seen. All arms of a seed
-share world, text, labels and critic, and take the same steps. Nothing is tuned in an arm: the one
-setting was chosen for the unfiltered student to fit its text.
+share world, text, labels and critic, and take the same steps. Nothing is tuned in an arm: the one setting was chosen
+for the unfiltered student to fit its text.
 """
 
 from typing import Any

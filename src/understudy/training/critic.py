@@ -97,8 +97,8 @@ def fit_critic(
         if epoch - best >= fit.patience:
             break
     model.load_state_dict(best_state)
-    found = {"epochs": len(history), "best_epoch": best, "best_precision": history[best], "history": history}
-    return {**found, "seconds": time.time() - started}
+    result = {"epochs": len(history), "best_epoch": best, "best_precision": history[best], "history": history}
+    return {**result, "seconds": time.time() - started}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from understudy import InputError
 from understudy.curation import Funnel
 from understudy.curation import triples as knowledge
 from understudy.data import train_tokenizer
-from understudy.data.knowledge import load_relations
+from understudy.data.knowledge import MARKS, bracketed, load_relations, marked_tokenizer
 from understudy.data.knowledge_world import ADVERBS, RELATIONS, TAILS, VERBS, EventsWorld, choose
 from understudy.generation import Completion, Prompt
 from understudy.models.pairs import WordPairs, load_pairs
@@ -91,6 +91,14 @@ def test_heads_are_sifted_in_the_official_order():
     assert knowledge.sift_heads(answers, 1.0, False, 8, funnel) == ["PersonX runs far", "PersonX swims home"]
     assert knowledge.sift_heads(answers, 0.75, False, 8, Funnel()) == ["PersonX swims home"]  # the later −9 counts
     assert [r["after"] for r in funnel.rows] == [6, 5, 4, 4, 2]
+
+
+def test_marks_are_single_tokens_and_text_round_trips():
+    text = f"{bracketed('PersonX runs home', 'xWant')} to rest"
+    tokenizer = marked_tokenizer([text] * 3, 300)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [t for t in tokenizer.convert_ids_to_tokens(ids) if t in MARKS] == list(MARKS)
+    assert tokenizer.decode(ids, skip_special_tokens=True).split() == ["PersonX", "runs", "home", "xWant", "to", "rest"]
 
 
 def test_a_critic_learns_keeps_its_best_epoch_and_survives_the_disk(tmp_path):

@@ -2,14 +2,22 @@
 
 The card's world: 320 events, five relations, 200 tails. A teacher that is right four times in five writes ten tails a
 question about three quarters of the events, and students are asked about events they have not seen. All arms of a seed
-share world, text, labels and critic, and take the same steps. Nothing is tuned: one setting for all arms.
+share world, text, labels and critic, and take the same steps. Nothing is tuned in an arm: the one setting was chosen
+for the unfiltered student to fit its text.
 """
 
 from typing import Any
 
 from understudy.claims.experiment import Arm, Check, Claim
 
-_SHARED = {"head_samples": 3000, "head_keep": 1.0, "shares": [0.75, 0.05, 0.2], "tail_top_p": 1.0}
+_SHARED = {
+    "head_samples": 3000,
+    "head_top_p": 1.0,
+    "head_keep": 1.0,
+    "shares": [0.75, 0.05, 0.2],
+    "tail_top_p": 1.0,
+    "student_samples": 5,
+}
 _STRONG = {"labels": 4000, "critic": {"members": 5}}
 
 
@@ -23,7 +31,7 @@ CLAIM = Claim(
     "steps.",
     recipe={
         "task": "text_generation",
-        "trainer": {"max_steps": 900, "save_strategy": "no"},
+        "trainer": {"max_steps": 2400, "save_strategy": "no", "logging_steps": 100},
     },
     arms={
         "all": _arm(filter="none"),

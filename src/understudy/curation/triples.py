@@ -12,7 +12,7 @@ import numpy as np
 
 from understudy.curation.filters import Funnel, first_occurrences, most_likely, spelling
 from understudy.curation.groups import shuffled
-from understudy.data.knowledge import NAMES, PEOPLE, Relation, bracketed
+from understudy.data.knowledge import NAMES, PEOPLE, Relation, bracketed, marked_tokenizer
 from understudy.data.text import write_records
 from understudy.generation import Completion, Prompt, Request, draw_names, few_shot, name_people, restore_people
 
@@ -144,6 +144,13 @@ def write_corpus(folder: Path, triples: Sequence[Triple], splits: Sequence[str])
         rows = [t for t in triples if t["split"] == split and t["kept"]]
         texts = [{"prompt": bracketed(t["head"], t["relation"]), "completion": f" {t['tail']}"} for t in rows]
         write_records(folder / "corpus" / f"{split}.jsonl", texts)
+
+
+def save_tokenizer(folder: Path, triples: Sequence[Triple], vocab_size: int) -> None:
+    """A tokenizer for a new student of the kept training triples."""
+    rows = [t for t in triples if t["split"] == "train" and t["kept"]]
+    texts = (f"{bracketed(t['head'], t['relation'])} {t['tail']}" for t in rows)
+    marked_tokenizer(texts, vocab_size).save_pretrained(str(folder))
 
 
 def write_to_label(path: Path, triples: Sequence[Triple]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from understudy.data.folders import find
 from understudy.data.text import read_records
+from understudy.data.tokenize import train_tokenizer
 from understudy.errors import InputError
 
 PEOPLE = ("PersonX", "PersonY")
@@ -40,6 +42,16 @@ class Relation:
 def bracketed(head: str, relation: str) -> str:
     """The prompt of a student of paper 11: `<head> h </head> <relation> r </relation> [GEN]`."""
     return f"<head> {head} </head> <relation> {relation} </relation> [GEN]"
+
+
+MARKS = ("<head>", "</head>", "<relation>", "</relation>", "[GEN]")
+
+
+def marked_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A new tokenizer for bracketed texts, where each mark is one token and takes the space before it along."""
+    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer.add_tokens([AddedToken(mark, lstrip=True, special=True) for mark in MARKS], special_tokens=True)
+    return tokenizer
 
 
 def load_relations(name: str | None = None) -> dict[str, Relation]:

@@ -113,7 +113,7 @@ class SymbolicKD(Procedure):
         kept = bench.once("filter", lambda: self._filter(bench, material, triples, found.get("cutoff")))
         found["funnel"] += kept["funnel"]
         self._write(bench, material, triples, set(kept["kept"]))
-        student = bench.train("training", self._student(bench))
+        student = bench.train("training", self._student(bench, triples))
         answers = bench.once("answers", lambda: self._answers(bench, material, triples, student))
         good = bench.once("judged", lambda: self._judged(bench, material, triples, answers, found.get("cutoff")))
         report = corpus_report(triples, answers, good, found, bench.recipe["judge"], known=material.judge is not None)
@@ -258,16 +258,16 @@ class SymbolicKD(Procedure):
             some = knowledge.draw(triples, "train", self.labels + self.threshold_labels, bench.recipe["seed"], "labels")
             knowledge.write_to_label(bench.folder / "to_label.jsonl", some)
 
-    def _student(self, bench: Bench) -> dict[str, Any]:
-        """The student's own run: language modelling on the kept triples."""
-        recipe = bench.recipe
-        passed = {k: recipe["data"][k] for k in ("max_length", "vocab_size", "tokenizer") if k in recipe["data"]}
-        return {
-            "task": "language_modeling",
-            "method": "sft",
-            "data": {"name": str(bench.folder / "corpus"), "pack": False, **passed},
-            **{k: recipe[k] for k in ("student", "trainer", "seed", "reduction", "judge")},
-        }
+    def _student(self, bench: Bench, triples: list[Triple]) -> dict[str, Any]:
+        """The student's own run: language modelling on the kept triples. A new model gets a tokenizer of their words."""
+        recipe, data = bench.recipe, {"vocab_size": 1024, **bench.recipe["data"]}
+        if is_new_causal_lm(recipe["student"]["model"]) and "tokenizer" not in data:
+            data["tokenizer"] = str(bench.folder / "tokenizer")
+            knowledge.save_tokenizer(bench.folder / "tokenizer", triples, data["vocab_size"])
+        passed = {k: data[k] for k in ("max_length", "vocab_size", "tokenizer") if k in data}
+        passed |= {"name": str(bench.folder / "corpus"), "pack": False}
+        own = {k: recipe[k] for k in ("student", "trainer", "seed", "reduction", "judge")}
+        return {"task": "language_modeling", "method": "sft", "data": passed, **own}
 
     def _answers(self, bench: Bench, material: Any, triples: list[Triple], student: Any) -> list[Triple]:
         """What the student says about held-out heads: one greedy tail and several samples for each question."""

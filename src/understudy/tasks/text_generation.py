@@ -23,9 +23,9 @@ from understudy.tasks.base import Prepared, TaskDefaults, merged
 ORACLE = "oracle"
 _OPTIONS = ("name", "relations", "labels", "world_seed", "max_length", "vocab_size", "tokenizer")
 _TRAINER = {
-    "max_steps": 600,
-    "per_device_train_batch_size": 64,
-    "learning_rate": 5e-3,
+    "max_steps": 1500,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 4e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 50,
     "weight_decay": 0.0,
@@ -68,7 +68,7 @@ class TextGeneration(TaskDefaults):
         if recipe.get("teacher") is None and data["name"] == "events_world":
             recipe["teacher"] = {"model": ORACLE}
         if recipe.get("student") is None:
-            recipe["student"] = {"model": "llama:hidden=64,layers=1,heads=4,init=0.08"}
+            recipe["student"] = {"model": "llama:hidden=64,layers=1,heads=4,init=0.1"}
         recipe["data"] = data
         recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
         return recipe

@@ -68,8 +68,8 @@ def fit_critic(
         model.output().bias.fill_(base_rate_bias(sum(labels) / len(labels)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=fit.weight_decay)
     order = EpochShuffle(len(pairs), fit.seed)
-    best, best_state, history = -1.0, model.state_dict(), []
-    step, rate, stale, waiting = 0, fit.lr, 0, 0
+    history: list[float] = []
+    best_state, step, rate, waiting = model.state_dict(), 0, fit.lr, 0
     torch.manual_seed(fit.seed)
     for epoch in range(fit.epochs):
         order.set_epoch(epoch)
@@ -77,8 +77,7 @@ def fit_critic(
         model.train()
         for start in range(0, len(chosen), fit.batch):
             step += 1
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, step / max(1, fit.warmup))
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / max(1, fit.warmup))
             rows = chosen[start : start + fit.batch]
             logits = model([worded(i, pairs[i]) for i in rows])
             targets = torch.tensor([float(labels[i]) for i in rows], device=logits.device)
@@ -87,22 +86,17 @@ def fit_critic(
             optimizer.step()
         precision = precision_at_recall(truth, probabilities(model, checked, [view(v) for v in range(3)]), fit.recall)
         history.append(precision)
-        if precision > best:
-            best, best_state, stale, waiting = precision, copy.deepcopy(model.state_dict()), 0, 0
-            continue
-        stale, waiting = stale + 1, waiting + 1
-        if waiting > fit.plateau:
+        waiting += 1
+        if precision > max(history[:-1], default=-1.0):
+            best_state, waiting = copy.deepcopy(model.state_dict()), 0
+        elif waiting > fit.plateau:
             rate, waiting = rate / 10, 0
-        if stale >= fit.patience:
+        best = history.index(max(history))
+        if epoch - best >= fit.patience:
             break
     model.load_state_dict(best_state)
-    return {
-        "epochs": len(history),
-        "best_epoch": history.index(best),
-        "best_precision": best,
-        "seconds": time.time() - started,
-        "history": history,
-    }
+    result = {"epochs": len(history), "best_epoch": best, "best_precision": history[best], "history": history}
+    return {**result, "seconds": time.time() - started}
 
 
 def _need_both(split: str, labels: Sequence[int]) -> None:

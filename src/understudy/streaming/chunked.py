@@ -1,7 +1,7 @@
 """The fast path: tile by tile over rows, with the gradient taken in the forward pass.
 
 A tile is as many rows as the head's products are efficient on; its logits are the only large tensors there are. Inside a
-tile the loss walks over strips that fit a core's cache and writes its gradient over the logits it was taken at. Products
+tile the loss walks over strips of a few rows and writes its gradient over the logits it was taken at. Products
 with the head are written out, so the head's gradient is accumulated in place. Cost: 6·H_s·V + 2·H_t·V operations a row;
 memory two tiles of logits (student and teacher).
 """
@@ -17,9 +17,9 @@ from understudy.streaming.gradients import by_hand
 from understudy.streaming.plain import RowLoss, call, dense, finish
 from understudy.targets import Dense, Projected, Target
 
-TILE_BYTES = 64 * 2**20
+TILE_BYTES = 48 * 2**20
 """Bytes of one `[tile rows, classes]` float32 tensor; two exist at a time."""
-STRIP_BYTES = 2**20
+STRIP_BYTES = 8 * 2**20
 """Bytes of one `[strip rows, classes]` float32 tensor on a CPU; a loss holds about eight of them at a time."""
 BLOCK_BYTES = 32 * 2**20
 """Half-precision heads are widened a block of classes at a time, of about this size."""

@@ -18,7 +18,6 @@ _SHARED = {
     "tail_top_p": 1.0,
     "student_samples": 5,
 }
-_STRONG = {"labels": 4000, "critic": {"members": 5}}
 
 
 def _arm(**options: Any) -> Arm:
@@ -38,7 +37,6 @@ CLAIM = Claim(
         "random": _arm(filter="random", recall=0.5),
         "rho_0.8": _arm(recall=0.8),
         "rho_0.5": _arm(recall=0.5),
-        "rho_0.5_strong": _arm(recall=0.5, **_STRONG),
         "oracle": _arm(filter="oracle"),
     },
     checks=(
@@ -47,7 +45,6 @@ CLAIM = Claim(
         Check("rho_0.5", "all", 0.05, "kept_precision", True, "the critic makes the text more precise"),
         Check("rho_0.8", "all", 0.0, "student_valid", True, "so does a loose cutoff"),
         Check("oracle", "all", 0.2, "student_valid", True, "perfect filtering is worth much more"),
-        Check("rho_0.5_strong", "rho_0.5", 0.0, "student_valid", True, "a stronger critic is better"),
     ),
     tuned_on=("student_valid", True),
 )

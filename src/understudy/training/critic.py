@@ -71,6 +71,8 @@ def fit_critic(
     history: list[float] = []
     best_state, step, rate, waiting = model.state_dict(), 0, fit.lr, 0
     torch.manual_seed(fit.seed)
+    wordings = [[worded(i, pair) for i, pair in enumerate(checked)] for worded in map(view, range(3))]
+    views = [lambda i, pair, told=told: told[i] for told in wordings]  # type: ignore[misc]
     for epoch in range(fit.epochs):
         order.set_epoch(epoch)
         chosen, worded = list(order), view(1000 + epoch)  # other wordings than those of scoring
@@ -84,7 +86,7 @@ def fit_critic(
             optimizer.zero_grad()
             binary_cross_entropy(logits, targets).mean().backward()
             optimizer.step()
-        precision = precision_at_recall(truth, probabilities(model, checked, [view(v) for v in range(3)]), fit.recall)
+        precision = precision_at_recall(truth, probabilities(model, checked, views), fit.recall)
         history.append(precision)
         waiting += 1
         if precision > max(history[:-1], default=-1.0):
@@ -131,12 +133,18 @@ class CriticOptions(BaseModel):
     model: str = Field(default="pairs", description="`pairs:width=N,hidden=N` (new), or any sequence classifier.")
     lr: float | None = Field(default=None, gt=0, description="5e-6; of a new one 1e-2.")
     warmup: int | None = Field(default=None, ge=0, description="Steps: 1000; of a new one 20.")
-    dropout: float | None = Field(default=None, ge=0, lt=1, description="0.1; of a new one 0.3.")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0, description="0.01; of a new one 0.3.")
     batch: int = Field(default=128, ge=1)
-    epochs: int = Field(default=50, ge=1)
-    patience: int = Field(default=10, ge=1, description="Epochs without better validation precision at 80 % recall.")
-    plateau: int = Field(default=5, ge=0, description="Such epochs before the rate is divided by ten.")
+    epochs: int = Field(default=100, ge=1, description="At most.")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Epochs without better validation precision at 80 % recall: 10; of a new one 30.",
+    )
+    plateau: int | None = Field(
+        default=None, ge=0, description="Such epochs before the rate is divided by ten: 5; of a new one 15."
+    )
     members: int = Field(default=1, ge=1, description="Critics whose probabilities are averaged.")
     views: int = Field(default=5, ge=1, description="Wordings whose probabilities are averaged.")
 
@@ -149,8 +157,8 @@ class CriticOptions(BaseModel):
             self.batch,
             self.epochs,
             pick(self.warmup, 20, 1000),
-            self.patience,
-            self.plateau,
+            pick(self.patience, 30, 10),  # an epoch of a few hundred labels is a few steps
+            pick(self.plateau, 15, 5),
             weight_decay=pick(self.weight_decay, 0.3, 0.01),
             seed=seed,
         )
@@ -158,8 +166,8 @@ class CriticOptions(BaseModel):
     def build(self, texts: Iterable[str]) -> PairClassifier:
         """A member before training; a new one knows the words of `texts`."""
         if is_new_pairs(self.model):
-            return new_pairs(self.model, texts, 0.3 if self.dropout is None else self.dropout)
-        return load_pairs(self.model, 0.1 if self.dropout is None else self.dropout)
+            return new_pairs(self.model, texts, self.dropout)
+        return load_pairs(self.model, self.dropout)
 
 
 def fit_critics(

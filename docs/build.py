@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from understudy.catalogue import catalogue
+from understudy.claims import claims
 from understudy.pages import drawing, findings, page, table
 
 
@@ -21,7 +22,10 @@ def build(folder: Path) -> None:
     found = "# What was found\n\nEach claim of a paper as an experiment: every arm with the same budget and as many candidates to tune over, chosen\n"
     found += "on validation, judged on test. `understudy reproduce NAME` tries it again. Small models on small data: they say how the\n"
     found += "methods behave here, not what they do at scale. Full results lie beside this page.\n\n"
-    (folder / "claims" / "README.md").write_text(found + findings(folder / "claims") + "\n", encoding="utf-8")
+    care = "\n\n## To be read with care\n\n" + "".join(
+        f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
+    )
+    (folder / "claims" / "README.md").write_text(found + findings(folder / "claims") + care, encoding="utf-8")
     house = folder / "architecture.md"
     before, _, rest = house.read_text(encoding="utf-8").partition("```mermaid")
     house.write_text(before + drawing() + rest.partition("```")[2], encoding="utf-8")

@@ -56,6 +56,7 @@ class Claim:
     Args:
         statement: one sentence. recipe: what all arms share. arms: by label; each has as many candidates.
         tuned_on: the validation metric candidates are chosen by, and whether higher is better.
+        caveat: what a reader of its result must know, such as settings that were chosen after a look at test figures.
         new_data: each seed draws data of its own (for built-in sets that take `data.seed`), and trains a teacher on it.
     """
 
@@ -66,6 +67,7 @@ class Claim:
     checks: Sequence[Check]
     tuned_on: tuple[str, bool]
     new_data: bool = False
+    caveat: str = ""
 
 
 def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
     checks = [_check(check, found) for check in claim.checks]
     result = {
         "claim": claim.statement,
+        "caveat": claim.caveat,
         "arms": {label: _arm(claim, label, chosen[label], found[label], checks) for label in claim.arms},
         **{k: checks[0][k] for k in ("metric", "difference", "interval", "verdict")},
         "checks": checks,

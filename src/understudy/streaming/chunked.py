@@ -19,8 +19,10 @@ from understudy.targets import Dense, Projected, Target
 
 TILE_BYTES = 48 * 2**20
 """Bytes of one `[tile rows, classes]` float32 tensor; two exist at a time."""
-STRIP_BYTES = 8 * 2**20
+STRIP_BYTES = 4 * 2**20
 """Bytes of one `[strip rows, classes]` float32 tensor on a CPU; a loss holds about eight of them at a time."""
+BLOCK = 2048
+"""Classes that a CPU multiplies at a time: narrow products are slow when the head is the right-hand side."""
 BLOCK_BYTES = 32 * 2**20
 """Half-precision heads are widened a block of classes at a time, of about this size."""
 
@@ -70,7 +72,7 @@ class _Work:
         self.dtype = torch.promote_types(torch.promote_types(student.hidden.dtype, student.weight.dtype), torch.float32)
         size = self.dtype.itemsize * student.classes
         self.number = student.hidden.shape[0]
-        self.tile = min(max(1, tile_bytes // size), max(1, self.number))
+        self.tile = _even(self.number, max(1, tile_bytes // size))
         on_cpu = student.hidden.device.type == "cpu"
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
 
@@ -142,6 +144,14 @@ class _Work:
             grads[2] = total if held is None else held.add_(total)
 
 
+def _even(rows: int, most: int) -> int:
+    """Rows of a tile: as few tiles as `most` allows, of about one size, which products like to be a multiple of 32."""
+    if rows <= most:
+        return max(1, rows)
+    each = -(-rows // -(-rows // most))
+    return min(most, -(-each // 32) * 32)
+
+
 def _first(slope: Tensor, hidden: Tensor, out: Tensor) -> Tensor:
     """slopeᵀ · hidden into `out`, which may be narrower than the product."""
     if out.dtype == slope.dtype:
@@ -161,8 +171,14 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """hidden · weightᵀ in the dtype of `out`, whatever autocast says."""
     wide = hidden.to(out.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        for block in _blocks(weight, weight.dtype != out.dtype):
-            torch.mm(wide, weight[block].to(out.dtype).T, out=out[:, block])
+        if hidden.device.type == "cpu":
+            across, room = wide.T.contiguous(), out.new_empty(min(BLOCK, len(weight)), len(wide))
+            for start in range(0, len(weight), BLOCK):
+                block = weight[start : start + BLOCK].to(out.dtype)
+                out[:, start : start + BLOCK] = torch.mm(block, across, out=room[: len(block)]).T
+        else:
+            for part in _blocks(weight, weight.dtype != out.dtype):
+                torch.mm(wide, weight[part].to(out.dtype).T, out=out[:, part])
     return out
 
 
@@ -170,7 +186,7 @@ def _back(slope: Tensor, weight: Tensor) -> Tensor:
     """slope · weight in the slope's dtype."""
     with torch.autocast(slope.device.type, enabled=False):
         if weight.dtype == slope.dtype:
-            return slope @ weight
+            return (weight.T @ slope.T).T  # the order that is faster for few rows on a CPU
         out = slope.new_zeros(len(slope), weight.shape[1])
         for block in _blocks(weight, True):
             out.addmm_(slope[:, block], weight[block].to(slope.dtype))

@@ -57,6 +57,7 @@ class Claim:
         statement: one sentence. recipe: what all arms share. arms: by label; each has as many candidates.
         tuned_on: the validation metric candidates are chosen by, and whether higher is better.
         caveat: what a reader of its result must know, such as settings that were chosen after a look at test figures.
+        first_seed: of those it is judged on; above 0 where a setting was chosen after a look at the test figures of the ones before.
         new_data: each seed draws data of its own (for built-in sets that take `data.seed`), and trains a teacher on it.
     """
 
@@ -67,6 +68,7 @@ class Claim:
     checks: Sequence[Check]
     tuned_on: tuple[str, bool]
     new_data: bool = False
+    first_seed: int = 0
     caveat: str = ""
 
 
@@ -95,7 +97,8 @@ def reproduce(claim: Claim, seeds: int, output: Path, *, progress: bool = False)
             continue
         values = [scores[label, i]["metrics"][metric] for i in range(len(arm.candidates))]
         chosen[label] = values.index(max(values) if higher else min(values))
-    runs = [(label, s) for label in claim.arms for s in range(seeds)]
+    judged = range(claim.first_seed, claim.first_seed + seeds)
+    runs = [(label, s) for label in claim.arms for s in judged]
     plans = [
         _plan(claim, label, chosen[label], s, output / "runs" / f"{_file(label)}-s{s}", "test") for label, s in runs
     ]
@@ -181,6 +184,7 @@ def _arm(
 def _budget(claim: Claim, found: Mapping[str, list[dict[str, Any]]], seeds: int) -> dict[str, Any]:
     return {
         "seeds": seeds,
+        "first_seed": claim.first_seed,
         "tuning_trials_per_arm": len(next(iter(claim.arms.values())).candidates),
         "micro_batches": {label: rs[0]["cost"]["steps"] for label, rs in found.items()},
         "forwards": {label: rs[0]["cost"]["forwards"] for label, rs in found.items()},

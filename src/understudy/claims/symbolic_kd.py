@@ -26,10 +26,9 @@ def _arm(**options: Any) -> Arm:
 
 CLAIM = Claim(
     name="symbolic-kd",
-    caveat="The settings are not independent of the test worlds: the student's (for all arms alike) were raised by "
-    "the held-out mass of the unfiltered arm on seeds 0 and 1, the critic's patience by validation labels of "
-    "seeds 0 and 2, after three runs had been stopped part-way. Seeds from 3 on would be clean. Nothing is "
-    "tuned within an arm.",
+    caveat="The student's steps (for all arms alike) and the critic's patience were chosen with a look at the test worlds of "
+    "seeds 0 to 2; it is judged on seeds from 3 on. Nothing is tuned within an arm.",
+    first_seed=3,
     statement="A student of critic-filtered text beats one of as much unfiltered text by 0.08 of valid answers, at equal "
     "steps.",
     recipe={

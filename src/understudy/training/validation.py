@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
 from understudy.models import RowModel
 from understudy.training import checkpoint as ck
 from understudy.training.saving import ExactCheckpoints
@@ -28,6 +31,20 @@ class Validating(ExactCheckpoints):
     control: Any
     settled = False
     """Whether training ended because `patience` evaluations in a row brought no gain."""
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. From a checkpoint that training had ended in, its state is loaded and no further step is taken."""
+        if resume_from_checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self.settled = self.patience is not None and self._without_gain() >= self.patience
+            if self.settled or self.state.global_step >= self.state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self._load_rng_state(resume_from_checkpoint)
+                self.model.live.step = self.state.global_step
+                if self.args.load_best_model_at_end and self._best_folder().is_dir():
+                    self._load_best_model()
+                return None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -60,7 +77,7 @@ class Validating(ExactCheckpoints):
         sign = 1 if self.args.greater_is_better else -1
         values = [sign * entry[name] for entry in self.state.log_history if name in entry]
         values = [-math.inf if math.isnan(v) else v for v in values]
-        return len(values) - 1 - values.index(max(values))
+        return len(values) - 1 - values.index(max(values)) if values else 0
 
     def _best_folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"

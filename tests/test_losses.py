@@ -11,7 +11,7 @@ from understudy import losses
 from understudy.errors import InputError
 from understudy.losses.gradients import align
 from understudy.losses.reduction import reduce
-from understudy.targets import Projected, TopK, sample, top_k
+from understudy.targets import Projected, TopK, largest, sample, top_k
 
 F64 = torch.float64
 DIVERGENCES = {
@@ -219,3 +219,12 @@ def test_alignment_never_opposes_the_reference(seed):
     if (a * b).sum() >= 0:
         assert torch.equal(aligned[0], b)
     assert torch.equal(align([torch.zeros_like(a)], [b])[0], b)
+
+
+@given(st.integers(1, 12), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_the_largest_are_those_of_a_stable_sort(k, seed):
+    torch.manual_seed(seed)
+    values = torch.randint(-3, 4, (2, 3, 9)).float().masked_fill(torch.rand(2, 3, 9) < 0.2, -float("inf"))
+    expected = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    assert largest(values, k).equal(expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses._kernels import alpha_beta_sum, kl, mix, tv
 from understudy.losses._pairs import Truncation, bucketed, checked, pair
+from understudy.targets import largest
 
 _INF = float("inf")
 
@@ -36,13 +37,13 @@ def truncate(
     log_q, log_p = pair("truncate", student, teacher, temperature, truncation)
     if support != "union":
         side = log_p if support == "teacher" else log_q
-        ids = side.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        ids = largest(side.detach(), k)
         if k < student.shape[-1]:
             log_q, log_p = bucketed(log_q, ids, truncation), bucketed(log_p, ids, truncation)
     elif k < student.shape[-1]:
         keep = torch.zeros_like(log_p, dtype=torch.bool)
         for log_x in (log_p, log_q):
-            ids = log_x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+            ids = largest(log_x.detach(), k)
             keep = keep.scatter(-1, ids, True)
         log_q, log_p = (_on_support(x, keep, truncation) for x in (log_q, log_p))
     return checked(divergence, _KERNELS[divergence](log_p, log_q, **options), student, teacher)

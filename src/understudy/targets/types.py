@@ -166,6 +166,22 @@ class Text:
 Target = Dense | Projected | TopK | Sampled
 
 
+def largest(values: Tensor, k: int) -> Tensor:
+    """Ids `[..., k]` of the k largest of `values [..., classes]`, the largest first; ties go to the lowest id.
+
+    A full stable sort says the same and takes ten times as long.
+    """
+    if k >= values.shape[-1] or bool(values.isnan().any()):
+        return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    least = values.topk(k, -1).values[..., -1:]
+    above, ties = values > least, values == least
+    room = k - above.sum(-1, keepdim=True)
+    keep = above | (ties & (ties.cumsum(-1) <= room))
+    ids = keep.nonzero()[:, -1].view(*values.shape[:-1], k)
+    order = values.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(-1, order)
+
+
 def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     """Truncate to the k most probable classes; ties go to the lowest index.
 
@@ -177,7 +193,7 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
         raise InputError(f"top_k: k is {k} and must be at least 1.")
     log_p = torch.log_softmax(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
     k = min(k, logits.shape[-1])
-    ids = log_p.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    ids = largest(log_p, k)
     outside = log_p.scatter(-1, ids, float("-inf"))
     return TopK(ids, log_p.gather(-1, ids), outside.logsumexp(-1, keepdim=True), temperature)
 

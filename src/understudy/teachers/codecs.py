@@ -117,11 +117,12 @@ def draw_support(log_p: Tensor, k: int, chance: torch.Generator) -> tuple[Tensor
     p = log_p.exp()
     if k >= classes:
         return torch.arange(classes).expand(rows, classes), torch.full((rows, 1), -math.inf, dtype=p.dtype)
-    ordered = p.sort(-1, descending=True).values
-    rest = ordered.flip(-1).cumsum(-1).flip(-1)  # rest[m]: mass from the m-th largest on
+    ordered, top = p.topk(k, -1)
+    tail = p.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    rest = ordered.flip(-1).cumsum(-1).flip(-1) + tail  # rest[m]: mass from the m-th largest on
     kept = torch.arange(k)
-    c = rest[:, :k] / (k - kept)  # with the m largest kept for sure
-    right = (ordered[:, :k] <= c).double()  # the first m for which the next one is below c
+    c = rest / (k - kept)  # with the m largest kept for sure
+    right = (ordered <= c).double()  # the first m for which the next one is below c
     m = right.argmax(-1, keepdim=True)
     threshold = c.gather(-1, m).clamp(min=1e-300)
     inclusion = (p / threshold).clamp(max=1.0)

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch import Tensor
 from understudy.errors import InputError
 
 IDENTITY = "identity.json"
+WHOLE = 65_536
+"""Rows from which on a shard is left as it is when small ones are merged."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 
 
@@ -48,8 +52,7 @@ class ShardStore:
         self.identity = self._agree(identity)
         self.places: dict[bytes, tuple[int, int, int]] = {}
         self.shards: list[dict[str, Any]] = []
-        for file in sorted(folder.glob("shard-*.safetensors")):
-            self._open(file)
+        self.refresh()
 
     def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
         file = self.folder / IDENTITY
@@ -88,31 +91,108 @@ class ShardStore:
         """Bytes of all shards on disk."""
         return sum(f.stat().st_size for f in self.folder.glob("shard-*.safetensors"))
 
-    def append(self, keys: Sequence[bytes], counts: Sequence[int], arrays: Mapping[str, Tensor]) -> None:
-        """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each."""
-        if not keys:
-            return
+    @property
+    def spent(self) -> Counter[str]:
+        """What the answers cost (`append`'s `spent`), summed."""
+        return sum((shard["spent"] for shard in self.shards if shard), Counter[str]())
+
+    def claim(self) -> None:
+        """Make the folder and write its identity, if that is not done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).exists():
             temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
             temporary.write_text(json.dumps(self.identity, indent=1, sort_keys=True))
             os.replace(temporary, self.folder / IDENTITY)
+
+    def refresh(self) -> None:
+        """Read the shards that were written since, by other processes too."""
+        while True:
+            known = {shard["file"] for shard in self.shards if shard}
+            try:
+                for file in sorted(self.folder.glob("shard-*.safetensors")):
+                    if file not in known:
+                        self._open(file)
+                return
+            except FileNotFoundError:  # another process has just merged it into a new one
+                continue
+
+    def append(
+        self,
+        keys: Sequence[bytes],
+        counts: Sequence[int],
+        arrays: Mapping[str, Tensor],
+        spent: Mapping[str, int] | None = None,
+    ) -> None:
+        """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each.
+
+        Args:
+            spent: what these answers cost, by kind (tokens); kept in the same file, so that neither is without the other.
+        """
+        if not keys:
+            return
+        self.claim()
         name = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
         temporary = name.with_suffix(".tmp")
         index = {"keys": torch.tensor([list(k) for k in keys], dtype=torch.uint8)}
         index["counts"] = torch.tensor(list(counts), dtype=torch.int32)
-        save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary))
+        facts = {k: str(v) for k, v in (spent or {}).items()}
+        save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary), facts or None)
         os.replace(temporary, name)
         self._open(name)
+
+    def compact(self, most: int = 1) -> None:
+        """Merge small shards, if there are more than `most`. Killed on the way, it leaves an answer in two files at worst,
+        of which one is read and merged away the next time."""
+        small = [i for i, s in enumerate(self.shards) if s and len(next(iter(s["arrays"].values()))) < WHOLE]
+        if len(small) <= most:
+            return
+        with self._alone() as alone:
+            while alone and small:
+                rows, group = 0, list[int]()
+                while small and rows < WHOLE:
+                    group.append(small.pop())
+                    rows += len(next(iter(self.shards[group[-1]]["arrays"].values())))
+                self._merge(group)
+
+    def _merge(self, group: Sequence[int]) -> None:
+        old = [self.shards[i] for i in group]
+        keys = [k for k, place in self.places.items() if place[0] in set(group)]
+        counts = [self.places[k][2] - self.places[k][1] for k in keys]
+        arrays = self.read(keys) if keys else {}
+        for key in keys:
+            del self.places[key]
+        for i in group:
+            self.shards[i] = {}
+        self.append(keys, counts, arrays, sum((shard["spent"] for shard in old), Counter[str]()))
+        for shard in old:
+            shard["file"].unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Whether no other process merges this folder."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield False
+            return
+        with (self.folder / "merge.lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
     def _open(self, file: Path) -> None:
         try:
             with file.open("rb") as raw:
                 size = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(size))
-            header.pop("__metadata__", None)
+            spent = Counter({k: int(v) for k, v in header.pop("__metadata__", {}).items()})
             arrays = {name: _mapped(file, 8 + size, facts) for name, facts in header.items()}
             keys, counts = np.asarray(arrays.pop("keys")), np.asarray(arrays.pop("counts"))
+        except FileNotFoundError:
+            raise
         except (SafetensorError, KeyError, OSError, ValueError) as error:
             raise InputError(
                 f"Cache shard {file} cannot be read ({error}): delete that file and capture again."
@@ -120,7 +200,8 @@ class ShardStore:
         ends = counts.cumsum()
         for key, count, end in zip(keys, counts.tolist(), ends.tolist(), strict=True):
             self.places.setdefault(key.tobytes(), (len(self.shards), end - count, end))
-        self.shards.append({"arrays": arrays, "types": {n: f["dtype"] for n, f in header.items()}})
+        types = {n: f["dtype"] for n, f in header.items()}
+        self.shards.append({"arrays": arrays, "types": types, "file": file, "spent": spent})
 
     def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
         """The rows of these examples, one after the other; an example that is not there is an `InputError`."""

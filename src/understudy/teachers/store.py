@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,6 +51,7 @@ class ShardStore:
         self.identity = self._agree(identity)
         self.places: dict[bytes, tuple[int, int, int]] = {}
         self.shards: list[dict[str, Any]] = []
+        self.merged: set[str] = set()  # files whose content a newer one has, and that a kill left behind
         self.refresh()
 
     def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -94,7 +94,11 @@ class ShardStore:
     @property
     def spent(self) -> Counter[str]:
         """What the answers cost (`append`'s `spent`), summed."""
-        return sum((shard["spent"] for shard in self.shards if shard), Counter[str]())
+        return sum((shard["spent"] for shard in self._alive()), Counter[str]())
+
+    def _alive(self) -> list[dict[str, Any]]:
+        """The shards that no newer one replaces."""
+        return [shard for shard in self.shards if shard and shard["file"].name not in self.merged]
 
     def claim(self) -> None:
         """Make the folder and write its identity, if that is not done."""
@@ -109,9 +113,13 @@ class ShardStore:
         while True:
             known = {shard["file"] for shard in self.shards if shard}
             try:
-                for file in sorted(self.folder.glob("shard-*.safetensors")):
-                    if file not in known:
-                        self._open(file)
+                new = sorted(set(self.folder.glob("shard-*.safetensors")) - known)
+                headers = {file: _header(file) for file in new}
+                for header, _ in headers.values():
+                    self.merged.update(header.get("__metadata__", {}).get("merged", "").split())
+                for file, (header, offset) in headers.items():
+                    if file.name not in self.merged:
+                        self._open(file, header, offset)
                 return
             except FileNotFoundError:  # another process has just merged it into a new one
                 continue
@@ -121,7 +129,7 @@ class ShardStore:
         keys: Sequence[bytes],
         counts: Sequence[int],
         arrays: Mapping[str, Tensor],
-        spent: Mapping[str, int] | None = None,
+        spent: Mapping[str, Any] | None = None,
     ) -> None:
         """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each.
 
@@ -138,34 +146,39 @@ class ShardStore:
         facts = {k: str(v) for k, v in (spent or {}).items()}
         save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary), facts or None)
         os.replace(temporary, name)
-        self._open(name)
+        self._open(name, *_header(name))
 
     def compact(self, most: int = 1) -> None:
-        """Merge small shards, if there are more than `most`. Killed on the way, it leaves an answer in two files at worst,
-        of which one is read and merged away the next time."""
-        small = [i for i, s in enumerate(self.shards) if s and len(next(iter(s["arrays"].values()))) < WHOLE]
-        if len(small) <= most:
+        """Merge small shards, if there are more than `most`. The new file names those it replaces, so that what a kill
+        leaves of them is neither read nor counted, and goes the next time."""
+        if sum(_length(shard) < WHOLE for shard in self._alive()) <= most:
             return
         with self._alone() as alone:
-            while alone and small:
-                rows, group = 0, list[int]()
-                while small and rows < WHOLE:
+            if not alone:
+                return
+            self.refresh()
+            small = [shard for shard in self._alive() if _length(shard) < WHOLE]
+            while small:
+                group = [small.pop()]
+                while small and sum(map(_length, group)) < WHOLE:
                     group.append(small.pop())
-                    rows += len(next(iter(self.shards[group[-1]]["arrays"].values())))
                 self._merge(group)
 
-    def _merge(self, group: Sequence[int]) -> None:
-        old = [self.shards[i] for i in group]
-        keys = [k for k, place in self.places.items() if place[0] in set(group)]
+    def _merge(self, group: Sequence[dict[str, Any]]) -> None:
+        numbers = {i for i, shard in enumerate(self.shards) if any(shard is old for old in group)}
+        keys = [k for k, place in self.places.items() if place[0] in numbers]
+        if not keys:
+            return
         counts = [self.places[k][2] - self.places[k][1] for k in keys]
-        arrays = self.read(keys) if keys else {}
+        arrays = self.read(keys)
         for key in keys:
             del self.places[key]
-        for i in group:
+        for i in numbers:
             self.shards[i] = {}
-        self.append(keys, counts, arrays, sum((shard["spent"] for shard in old), Counter[str]()))
-        for shard in old:
-            shard["file"].unlink(missing_ok=True)
+        total = sum((old["spent"] for old in group), Counter[str]())
+        self.append(keys, counts, arrays, {**total, "merged": " ".join(old["file"].name for old in group)})
+        for file in [*(self.folder / name for name in self.merged), *(old["file"] for old in group)]:
+            file.unlink(missing_ok=True)  # the oldest first: the names of these are known from the newer ones
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
@@ -183,24 +196,20 @@ class ShardStore:
                 return
             yield True
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, header: Mapping[str, Any], offset: int) -> None:
+        header = dict(header)
+        spent = Counter({k: int(v) for k, v in header.pop("__metadata__", {}).items() if k != "merged"})
         try:
-            with file.open("rb") as raw:
-                size = int.from_bytes(raw.read(8), "little")
-                header = json.loads(raw.read(size))
-            spent = Counter({k: int(v) for k, v in header.pop("__metadata__", {}).items()})
-            arrays = {name: _mapped(file, 8 + size, facts) for name, facts in header.items()}
+            arrays = {name: _mapped(file, offset, facts) for name, facts in header.items()}
             keys, counts = np.asarray(arrays.pop("keys")), np.asarray(arrays.pop("counts"))
         except FileNotFoundError:
             raise
-        except (SafetensorError, KeyError, OSError, ValueError) as error:
-            raise InputError(
-                f"Cache shard {file} cannot be read ({error}): delete that file and capture again."
-            ) from error
+        except (KeyError, OSError, ValueError) as error:
+            raise _unreadable(file, error) from error
         ends = counts.cumsum()
         for key, count, end in zip(keys, counts.tolist(), ends.tolist(), strict=True):
             self.places.setdefault(key.tobytes(), (len(self.shards), end - count, end))
-        types = {n: f["dtype"] for n, f in header.items()}
+        types = {name: header[name]["dtype"] for name in arrays}
         self.shards.append({"arrays": arrays, "types": types, "file": file, "spent": spent})
 
     def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
@@ -219,6 +228,27 @@ class ShardStore:
                 bf16 = self.shards[shard]["types"][name] == "BF16"
                 found.setdefault(name, []).append(part.view(torch.bfloat16) if bf16 else part)
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _length(shard: Mapping[str, Any]) -> int:
+    return len(next(iter(shard["arrays"].values())))
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its arrays, and where they begin."""
+    try:
+        with file.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header: dict[str, Any] = json.loads(raw.read(size))
+            return header, 8 + size
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"Cache shard {file} cannot be read ({error}): delete that file and capture again.")
 
 
 def _mapped(file: Path, offset: int, facts: Mapping[str, Any]) -> Any:

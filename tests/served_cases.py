@@ -1,0 +1,56 @@
+"""A small trained teacher behind a server, its recipe, and a process that asks for scores and can be killed."""
+
+import torch
+
+from engine_cases import TEXT
+from fault_server import KEY_ENV
+from understudy import distill
+from understudy.data import Batch
+from understudy.fitting import served
+from understudy.models import load_causal_lm, load_tokenizer
+from understudy.recipe import make
+from understudy.tasks import get as get_task
+
+DATA = {**TEXT["data"], "characters": 12_000}
+QUICK = {"backoff": 0.001, "longest_backoff": 0.01, "retries": 30, "timeout": 5.0}
+
+
+def trained(folder, steps=60):
+    """A teacher's folder, with tokenizer."""
+    teacher = {"model": "llama:hidden=32,layers=1,heads=2"}
+    trainer = {**TEXT["trainer"], "max_steps": steps, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    distill({**TEXT, "data": DATA, "method": "sft", "teacher": None, "student": teacher, "trainer": trainer, "output": str(folder)})
+    return folder / "student"
+
+
+def sides(folder):
+    """Model and tokenizer of a folder."""
+    tokenizer = load_tokenizer(str(folder))
+    return load_causal_lm(folder, tokenizer=tokenizer), tokenizer
+
+
+def recipe(folder, url, score="top_k:20", output="unused", *, key=False, endpoint=None, **changes):
+    """A recipe whose teacher is behind a server."""
+    at = {"url": url, **QUICK, **({"api_key_env": KEY_ENV} if key else {}), **(endpoint or {})}
+    teacher = {"model": "toy", "tokenizer": str(folder), "endpoint": at, "score": score}
+    values = {**TEXT, "data": DATA, "method": "kd", "options": {"temperature": 1.0}, "output": str(output), "teacher": teacher}
+    return {**values, **changes}
+
+
+def opened(values, folder, student=None):
+    """The served teacher of a recipe, and all its training examples as one batch."""
+    made = make(values)
+    prepared = get_task(made.task).prepare(made)
+    return served(made, prepared, folder, student), batch(prepared)
+
+
+def batch(prepared, number=None):
+    examples = [prepared.train[i] for i in range(number or len(prepared.train))]
+    return Batch.from_dict(prepared.collate(examples))
+
+
+def asking(values, folder):
+    """Ask for the scores of all training examples; runs in a process that a test kills."""
+    torch.set_num_threads(1)
+    teacher, everything = opened(values, folder)
+    teacher.rows(everything)

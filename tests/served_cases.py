@@ -5,13 +5,13 @@ import torch
 from engine_cases import TEXT
 from fault_server import KEY_ENV
 from understudy import distill
-from understudy.data import Batch
+from understudy.data import Batch, load_text, train_tokenizer
 from understudy.fitting import served
 from understudy.models import load_causal_lm, load_tokenizer
 from understudy.recipe import make
 from understudy.tasks import get as get_task
 
-DATA = {**TEXT["data"], "characters": 12_000}
+DATA = {**TEXT["data"], "characters": 30_000, "limit": 4}
 QUICK = {"backoff": 0.001, "longest_backoff": 0.01, "retries": 30, "timeout": 5.0}
 
 
@@ -21,6 +21,18 @@ def trained(folder, steps=60):
     trainer = {**TEXT["trainer"], "max_steps": steps, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
     distill({**TEXT, "data": DATA, "method": "sft", "teacher": None, "student": teacher, "trainer": trainer, "output": str(folder)})
     return folder / "student"
+
+
+def untrained(folder):
+    """A teacher's folder, with tokenizer: random weights, larger than usual so that it has opinions."""
+    words = train_tokenizer(load_text({k: v for k, v in DATA.items() if k in ("name", "characters", "limit")}).texts(), 300)
+    torch.manual_seed(0)
+    model = load_causal_lm("llama:hidden=32,layers=1,heads=2", tokenizer=words)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def sides(folder):
@@ -37,16 +49,12 @@ def recipe(folder, url, score="top_k:20", output="unused", *, key=False, endpoin
     return {**values, **changes}
 
 
-def opened(values, folder, student=None):
-    """The served teacher of a recipe, and all its training examples as one batch."""
+def opened(values, folder, student=None, number=None):
+    """The served teacher of a recipe, and its training examples (the first `number`) as one batch."""
     made = make(values)
     prepared = get_task(made.task).prepare(made)
-    return served(made, prepared, folder, student), batch(prepared)
-
-
-def batch(prepared, number=None):
     examples = [prepared.train[i] for i in range(number or len(prepared.train))]
-    return Batch.from_dict(prepared.collate(examples))
+    return served(made, prepared, folder, student), Batch.from_dict(prepared.collate(examples))
 
 
 def asking(values, folder):

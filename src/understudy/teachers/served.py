@@ -85,14 +85,9 @@ class ServedTeacher(CachedTeacher):
             InputError: the server has another tokenizer, template or model, or scores nothing.
         """
         self._same_tokenizer(conversations)
-        held = self.store.folder / PROBE
-        before = json.loads(held.read_text()) if held.is_file() else None
-        ids = before["ids"] if before else _sequence(example, 0)[0][:PROBE_TOKENS]
-        if len(ids) < 2:
-            raise InputError("The first training example has one token: a served teacher has nothing to score.")
-        own = self._probe(ids)
+        ids, before, own = self._probe(example)
         if before is not None:
-            change = sum(abs(a - b) for a, b in zip(own, before["log_probs"], strict=True)) / len(own)
+            change = sum(abs(a - b) for a, b in zip(own, before, strict=True)) / len(own)
             if change > ANOTHER_MODEL:
                 raise InputError(
                     f"{self.client.name} now answers {change:.2f} nats a token away from what cache {self.store.folder} was begun "
@@ -107,12 +102,17 @@ class ServedTeacher(CachedTeacher):
                 "teacher.tokenizer to the teacher's."
             )
         self.store.claim()
-        temporary = held.with_suffix(f".{os.getpid()}.tmp")
+        temporary = self.store.folder / f"probe.{os.getpid()}.tmp"
         temporary.write_text(json.dumps({"ids": ids, "log_probs": own}))
-        os.replace(temporary, held)
+        os.replace(temporary, self.store.folder / PROBE)
 
-    def _probe(self, ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of the tokens of a text; falls back to `top_k` where the server scores no given ids."""
+    def _probe(self, example: Batch) -> tuple[list[int], list[float] | None, list[float]]:
+        """A text's tokens, and their log-probabilities: as the store was begun with, if it was, and as they are now."""
+        held = self.store.folder / PROBE
+        before = json.loads(held.read_text()) if held.is_file() else None
+        ids = before["ids"] if before else _sequence(example, 0)[0][:PROBE_TOKENS]
+        if len(ids) < 2:
+            raise InputError("The first training example has one token: a served teacher has nothing to score.")
         asked = Asked(b"probe", tuple(ids), tuple(range(len(ids) - 1)), tuple((i,) for i in ids[1:]))
         try:
             own = self.client.settle(asked)
@@ -120,11 +120,11 @@ class ServedTeacher(CachedTeacher):
             if self.score.kind != "ids":
                 raise
             wanted, self.score = self.score, Score("top_k", self.score.k)
-            self._begin(self.client.model, self.client.endpoint)
-            own = self.client.settle(asked)
             self.notes.append(f"The server scores no given ids: score={wanted} became {self.score}.")
+            self._begin(self.client.model, self.client.endpoint)
+            return self._probe(example)
         self.notes.append(f"{self.score.meaning} Scores come from {self.client.name}.")
-        return own
+        return ids, before["log_probs"] if before else None, own
 
     def _same_tokenizer(self, conversations: bool) -> None:
         """Refuse a server that splits text, spells the end or renders messages otherwise, where it tells."""

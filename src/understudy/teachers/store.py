@@ -146,6 +146,7 @@ class ShardStore:
         facts = {k: str(v) for k, v in (spent or {}).items()}
         save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary), facts or None)
         os.replace(temporary, name)
+        self.merged.update(facts.get("merged", "").split())
         self._open(name, *_header(name))
 
     def compact(self, most: int = 1) -> None:
@@ -175,9 +176,9 @@ class ShardStore:
             del self.places[key]
         for i in numbers:
             self.shards[i] = {}
-        total = sum((old["spent"] for old in group), Counter[str]())
+        total, left = sum((old["spent"] for old in group), Counter[str]()), list(self.merged)
         self.append(keys, counts, arrays, {**total, "merged": " ".join(old["file"].name for old in group)})
-        for file in [*(self.folder / name for name in self.merged), *(old["file"] for old in group)]:
+        for file in [*(self.folder / name for name in left), *(old["file"] for old in group)]:
             file.unlink(missing_ok=True)  # the oldest first: the names of these are known from the newer ones
 
     @contextmanager

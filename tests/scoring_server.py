@@ -1,6 +1,5 @@
 """A server on loopback that scores the tokens of a prompt with a real model, in the ways that real servers have."""
 
-import json
 from collections import Counter
 
 import torch
@@ -13,14 +12,15 @@ class Scorer(Server):
 
     Args:
         way: `vllm` (prompt_logprobs by id, and /tokenize), `ids` (the same, and scores of given ids), `echo` (OpenAI's
-            echo, tokens by text), `plain` (writes, and scores nothing).
+            echo, tokens by text), `echo ids` (the same, by id), `plain` (writes, and scores nothing).
         most: tokens of a request from which on it answers 413. max_logprobs: as vLLM's.
+        shift: it reads every id as another one, as a model of another tokenizer does. sharp: factor of the logits.
     """
 
-    def __init__(self, model, tokenizer, way="vllm", most=None, max_logprobs=20, delay=0.0, shift=0):
+    def __init__(self, model, tokenizer, way="vllm", most=None, max_logprobs=20, shift=0, sharp=1.0):
         super().__init__()
         self.model, self.tokenizer, self.way = model.eval(), tokenizer, way
-        self.most, self.max_logprobs, self.delay, self.shift = most, max_logprobs, delay, shift
+        self.most, self.max_logprobs, self.shift, self.sharp = most, max_logprobs, shift, sharp
         self.paid = Counter()
         self.bodies = []
         self.sizes = []
@@ -52,9 +52,10 @@ class Scorer(Server):
         choices = []
         for index, ids in enumerate(prompts):
             self.paid[tuple(ids)] += 1
+            read = [(i + self.shift) % self.model.config.vocab_size for i in ids]
             with torch.no_grad():
-                logits = self.model(torch.tensor([[(i + self.shift) % self.model.config.vocab_size for i in ids]])).logits
-            log_p = torch.log_softmax(logits[0].float(), -1)
+                log_p = torch.log_softmax(self.model(torch.tensor([read])).logits[0].float() * self.sharp, -1)
+            log_p = log_p.roll(-self.shift, -1)  # class i is what the model calls i + shift
             choices.append({"index": index, "text": " x", "finish_reason": "length", **self.scores(body, ids, log_p)})
         used = {"prompt_tokens": size, "completion_tokens": len(prompts)}
         mark = headers.get("x-request-id", "")
@@ -74,7 +75,7 @@ class Scorer(Server):
                 entry = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) | {token: own[t]}
                 entries.append({str(i): {"logprob": v, "rank": 1, "decoded_token": "?"} for i, v in entry.items()})
             return found | {"prompt_logprobs": entries}
-        if self.way == "echo" and body.get("echo"):
+        if self.way in ("echo", "echo ids") and body.get("echo"):
             top = [None]
             for t in range(len(ids) - 1):
                 best = log_p[t].topk(body["logprobs"])
@@ -84,9 +85,6 @@ class Scorer(Server):
         return {"logprobs": None}
 
     def name(self, token):
+        if self.way == "echo ids":
+            return f"token_id:{token}"
         return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-
-
-def copied(reply, change):
-    """An HTTP answer with its JSON changed."""
-    return http(200, change(json.loads(reply.partition(b"\r\n\r\n")[2])))

@@ -12,20 +12,21 @@ import torch
 from engine_cases import FORKED
 from fault_server import KEY, KEY_ENV, KINDS, Proxy
 from scoring_server import Scorer
-from served_cases import asking, opened, recipe, sides, untrained
+from served_cases import asking, made, opened, recipe, sides
 from understudy import InputError
-from understudy.generation import BudgetSpent, FailedRequests
-from understudy.models import CausalLMRows
+from understudy.generation import BudgetSpent, Endpoint, FailedRequests, SourceError
+from understudy.models import CausalLMRows, load_tokenizer
 from understudy.streaming import project
 from understudy.targets import top_k
-from understudy.teachers import CachedTeacher, LocalTeacher
+from understudy.teachers import CachedTeacher, LocalTeacher, ServedTeacher
 from understudy.teachers.scores import Asked, Position, Score, echoed, kept, target
+from understudy.teachers.scoring import ScoringClient
 from understudy.teachers.store import ShardStore, content_key
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return untrained(tmp_path_factory.mktemp("teacher"))
+    return made(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def same(found, exact):
     assert (found.ids == exact.ids).float().mean() > 0.999
 
 
-@pytest.mark.parametrize("way,score,k", [("vllm", "top_k:20", 20), ("echo", "top_k:3", 3), ("ids", "top_k:20", 20)])
+@pytest.mark.parametrize("way,score,k", [("vllm", "top_k:20", 20), ("echo ids", "top_k:3", 3), ("ids", "top_k:20", 20)])
 def test_top_k_is_that_of_the_live_teacher(way, score, k, home, world, tmp_path):
     with Scorer(*world, way=way) as server:
         teacher, batch = opened(recipe(home, server.url, score), tmp_path / "store")
@@ -126,8 +127,6 @@ def test_requests_are_bounded_and_halved_where_the_server_cannot(home, world, tm
 def test_the_bound_is_computed_from_the_vocabulary(home, world, tmp_path):
     with Scorer(*world) as server:
         teacher, _ = opened(recipe(home, server.url), tmp_path / "store")
-    from understudy.teachers.scoring import ScoringClient
-
     ask = [teacher.client.endpoint, teacher.store, teacher.score]
     bounds = [ScoringClient("m", *ask, classes, str, int).bound for classes in (300, 64_000, 152_064)]
     assert bounds == [16_384, 2**32 // (8 * 64_000), 2**32 // (8 * 152_064)]
@@ -149,11 +148,13 @@ def test_budgets_hold_and_what_was_paid_is_kept(home, world, tmp_path):
 def test_killed_at_twenty_random_points_nothing_is_lost_or_doubled(home, world, tmp_path):
     chance, crew = random.Random(0), 2
     with Scorer(*world) as server:
-        values = recipe(home, server.url, endpoint={"scoring_tokens": 64, "concurrency": crew})
+        small = {"scoring_tokens": 64, "concurrency": crew}
+        _, batch = opened(recipe(home, server.url), tmp_path / "other")
+        server.paid.clear()
         kills = 0
         for _ in range(20):
             before, more = server.requests, chance.randint(4, 14)
-            child = FORKED.Process(target=asking, args=(values, tmp_path / "cut"))
+            child = FORKED.Process(target=asking, args=(server.url, home, tmp_path / "cut", batch, small))
             child.start()
             while child.is_alive() and server.requests < before + more:
                 time.sleep(0.0005)
@@ -162,15 +163,14 @@ def test_killed_at_twenty_random_points_nothing_is_lost_or_doubled(home, world, 
                 os.kill(child.pid, signal.SIGKILL)
             child.join()
             kills += child.exitcode == -signal.SIGKILL
-        teacher, batch = opened(values, tmp_path / "cut")
-        found = teacher.rows(batch).signal
+        asking(server.url, home, tmp_path / "cut", batch, small)
         asked = Counter(server.paid)
+    found = CachedTeacher(tmp_path / "cut").rows(batch).signal
     same(found, top_k(live(world, batch), 20))
     store = ShardStore(tmp_path / "cut")
     assert len(store) == len(batch.labels) and store.rows == batch.rows
     assert sum(len(shard["arrays"]["ids"]) for shard in store.shards) == batch.rows  # on disk too, each once
-    probes = kills + 1
-    assert kills >= 15 and sum(asked.values()) <= len(batch.labels) + probes + kills * crew
+    assert kills >= 15 and sum(asked.values()) <= len(batch.labels) + kills * crew  # those in flight alone
 
 
 def test_small_shards_are_merged_and_a_kill_on_the_way_doubles_nothing(tmp_path, monkeypatch):
@@ -209,8 +209,24 @@ def test_what_is_no_distribution_of_these_tokens_is_refused():
     with pytest.raises(InputError, match=r"top_k:N, ids:N, sampled"):
         Score.parse("top:3")
     choice = {"logprobs": {"tokens": ["a", "z", "c"], "token_logprobs": [None, -1, -1], "top_logprobs": None}}
-    with pytest.raises(Exception, match="other tokens than were sent"):
+    with pytest.raises(SourceError, match="other tokens than were sent"):
         echoed(choice, asked, False, lambda i: " abc"[i], int)
+
+
+def test_tokens_named_by_text(home, tmp_path):
+    words = load_tokenizer(str(home))
+    teacher = ServedTeacher(
+        "toy", Endpoint(url="http://127.0.0.1:9/v1"), Score("top_k", 2), tmp_path, {"classes": len(words)}, words
+    )
+    ids = [words.convert_tokens_to_ids(t) for t in "abc"]
+    top = [None, {"b": -1.0, "a": -2.0}, {"c": -0.5, "token_id:7": -3.0}]
+    choice = {"logprobs": {"tokens": list("abc"), "token_logprobs": [None, -1.0, -0.5], "top_logprobs": top}}
+    asked = Asked(b"k", tuple(ids), (0, 1))
+    found = kept(echoed(choice, asked, True, teacher._text, teacher._id), asked, teacher.score, len(words))
+    assert found.ids.tolist() == [[ids[1], ids[0]], [ids[2], 7]] and found.log_probs.tolist() == [[-1, -2], [-0.5, -3]]
+    top[2] = {"\ufffd": -0.1, "c": -0.5}
+    with pytest.raises(InputError, match="no single token of the run's tokenizer"):
+        echoed(choice, asked, True, teacher._text, teacher._id)
 
 
 def test_a_server_that_is_down_is_one_line(home, tmp_path):

@@ -132,7 +132,9 @@ class ServedTeacher(CachedTeacher):
         if plain is None:
             self.notes.append("The server has no /tokenize: its tokenizer could not be compared, only its scores.")
             return
-        checks: dict[str, tuple[Any, Any]] = {"the tokens of a text": (plain, self.tokenizer(TEXT, add_special_tokens=False)["input_ids"])}
+        checks: dict[str, tuple[Any, Any]] = {
+            "the tokens of a text": (plain, self.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+        }
         end = self.tokenizer.eos_token
         if end is not None:
             said = self._tokenize({"prompt": end, "add_special_tokens": False})

@@ -55,7 +55,6 @@ def test_a_run_pays_once_a_cache_repeats_it_to_the_bit_and_it_nears_the_live_run
     none = {**values, "teacher": live, "trainer": {**steps["trainer"], "max_steps": 1}}
     before = distill({**none, "output": str(tmp_path / "none")}).metrics["nll"]
     gain = before - other.metrics["nll"]
-    print(before, other.metrics["nll"], found.metrics["nll"])
     assert gain > 0.5 and before - found.metrics["nll"] > 0.8 * gain
 
 
@@ -85,10 +84,10 @@ def test_each_mismatch_is_refused_with_one_line(home, world, tmp_path):
         ({}, Scorer(model, other), "different tokenizers: the tokens of a text"),
         ({"score": "top_k:30"}, Scorer(model, words), "greater than max allowed: 20.*--max-logprobs 30"),
         ({}, Scorer(model, words, way="plain"), "gives no scores of a text's tokens"),
-        ({}, Scorer(model, words, way="echo", shift=7, sharp=5.0), "guessing evenly"),
+        ({}, Scorer(model, words, way="echo ids", shift=7, sharp=5.0), "guessing evenly"),
         ({"options": {"temperature": 2.0}}, Scorer(model, words), "set options.temperature=1.0"),
         (
-            {"task": "image_classification", "data": "digits", "method": "kd"},
+            {"task": "image_classification", "data": "digits", "student": "mlp:8"},
             Scorer(model, words),
             "for tokens of text",
         ),

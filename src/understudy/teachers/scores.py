@@ -9,6 +9,10 @@
 None of the three is unbiased for the full divergence: merging classes into a bucket only lowers it (data processing).
 Each is 0 where student and teacher agree on the kept classes. The tail is 1 − Σ p of the kept classes; what the server's
 float32 cannot resolve of it (10⁻⁷) is kept as mass, so that no divergence is infinite for a rounding error.
+
+`ids` is asked with the fields of vLLM's prefill scoring (RFC 56860: `prompt_logprob_token_ids`, `prompt_logprob_start`,
+`prompt_token_id_logprobs`), as fields of `/completions`. A server that does not know them is asked for `top_k:N`, and the
+report says so.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +87,31 @@ class Position:
 
     own: float
     others: Mapping[int, float]
+
+
+class Scored(NamedTuple):
+    """What a server said of one sequence: the target of its rows, and the log-probability of each token after the first."""
+
+    target: TopK
+    own: list[float]
+
+
+@dataclass
+class ScoreRequest:
+    """Sequences that go to the server together. `attempts` makes each later attempt smaller."""
+
+    id: str
+    sequences: Sequence[Asked]
+    attempts: int = field(default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to be read."""
+        return sum(len(s.ids) for s in self.sequences)
+
+    def most_tokens(self) -> tuple[int, int]:
+        """Bounds of (prompt, written) tokens: servers write one at least."""
+        return self.tokens, len(self.sequences)
 
 
 class OtherWay(RefusedRequest):

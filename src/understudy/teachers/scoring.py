@@ -6,8 +6,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,7 +16,17 @@ from understudy.generation.endpoint import Client
 from understudy.generation.engine import Crew
 from understudy.targets import TopK
 from understudy.teachers.codecs import pack_scored
-from understudy.teachers.scores import Asked, OtherWay, Score, echoed, given_ids, kept, prompt_log_probs
+from understudy.teachers.scores import (
+    Asked,
+    OtherWay,
+    Score,
+    Scored,
+    ScoreRequest,
+    echoed,
+    given_ids,
+    kept,
+    prompt_log_probs,
+)
 from understudy.teachers.store import ShardStore
 
 MEMORY = 4 * 2**30
@@ -25,31 +34,6 @@ MEMORY = 4 * 2**30
 MOST_TOKENS = 16_384  # in flight, however small the vocabulary: answers of some 20 MB
 WAYS = ("prompt_logprobs", "echo with token ids", "echo")
 _TOO_LARGE = re.compile(r"HTTP 413|too large|out of memory|outofmemory", re.IGNORECASE)
-
-
-class Scored(NamedTuple):
-    """What a server said of one sequence: the target of its rows, and the log-probability of each token after the first."""
-
-    target: TopK
-    own: list[float]
-
-
-@dataclass
-class ScoreRequest:
-    """Sequences that go to the server together. `attempts` makes each later attempt smaller."""
-
-    id: str
-    sequences: Sequence[Asked]
-    attempts: int = field(default=0)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to be read."""
-        return sum(len(s.ids) for s in self.sequences)
-
-    def most_tokens(self) -> tuple[int, int]:
-        """Bounds of (prompt, written) tokens: servers write one at least."""
-        return self.tokens, len(self.sequences)
 
 
 class ScoringClient(Client):

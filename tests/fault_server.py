@@ -154,7 +154,7 @@ class Proxy(Server):
         whole = await self.upstream.answer(path, headers, body)
         if kind is None:
             self.last = whole
-            self.delivered[body.get("prompt") or body["messages"][-1]["content"]] += 1
+            self.delivered[str(body.get("prompt") or body["messages"][-1]["content"])] += 1
             return whole
         return self.broken(kind, whole)
 

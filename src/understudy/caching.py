@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.fitting import served
 from understudy.models import RowModel
 from understudy.recipe import Recipe
 from understudy.run import load_teacher
@@ -18,13 +20,14 @@ from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.teachers.cached import Captured, capture, verify
 from understudy.teachers.codecs import Support
+from understudy.teachers.served import capture_served, verify_served
 from understudy.teachers.store import ShardStore
 
 
 def capture_recipe(
     recipe: Recipe,
     folder: Path,
-    support: str,
+    support: str | None = None,
     *,
     temperature: float = 1.0,
     splits: Sequence[str] = ("train",),
@@ -34,22 +37,31 @@ def capture_recipe(
     """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
 
     Args:
-        support: `sampled:12`, `top_k:50`, `hidden` or `dense`. temperature: at which probabilities are kept; a loss that
+        support: `sampled:12` (the default), `top_k:50`, `hidden` or `dense`; a served teacher has its `score`. temperature: at which probabilities are kept; a loss that
             asks for another is refused when it reads them.
     """
+    for split in splits:
+        if split not in ("train", "validation", "test"):
+            raise InputError(f"Split {split!r} is not train, validation or test.")
+    if recipe.teacher is not None and recipe.teacher.served:
+        if support is not None or temperature != 1.0:
+            raise InputError(
+                f"A served teacher is kept as it was scored (teacher.score={recipe.teacher.score}, temperature 1): leave "
+                "support and temperature out."
+            )
+        prepared = get_task(recipe.task).prepare(recipe)
+        answers = (batch for split in splits for batch in _batches(prepared, split))
+        return capture_served(served(recipe, prepared, folder), answers, tick=tick)
     prepared, teacher = _sides(recipe, folder, progress)
     if prepared.augmentation is not None:
         raise InputError(
             "The data are augmented, so no input comes twice: set data.augment=false, or use a live teacher."
         )
-    for split in splits:
-        if split not in ("train", "validation", "test"):
-            raise InputError(f"Split {split!r} is not train, validation or test.")
     return capture(
         teacher,
         (batch for split in splits for batch in _batches(prepared, split)),
         folder,
-        support=Support.parse(support),
+        support=Support.parse(support or "sampled:12"),
         temperature=temperature,
         identity=_identity(recipe, prepared),
         tick=tick,
@@ -58,6 +70,10 @@ def capture_recipe(
 
 def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str, float]:
     """Score a sample of the training examples again and compare with what is stored."""
+    if recipe.teacher is not None and recipe.teacher.served:
+        prepared = get_task(recipe.task).prepare(recipe)
+        with tempfile.TemporaryDirectory() as fresh:
+            return verify_served(served(recipe, prepared, Path(fresh)), _batches(prepared, "train", sample), folder)
     prepared, teacher = _sides(recipe, folder, False)
     return verify(teacher, _batches(prepared, "train", sample), folder)
 

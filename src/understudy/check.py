@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import set_seed
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.fitting import served
 from understudy.preflight import Findings
 from understudy.preflight import check as preflight
 from understudy.recipe import Recipe, make
@@ -35,9 +37,12 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     copied = recipe.teacher is not None and recipe.student.model == COPY
     student = task.model(recipe.teacher if copied else recipe.student, prepared)
     teacher = None
-    if recipe.teacher is not None and recipe.teacher.train is None:
+    if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.endpoint is None:
         teacher = task.model(recipe.teacher, prepared)
     findings = preflight(task, prepared, student, teacher)
+    if recipe.teacher is not None and recipe.teacher.served:
+        with tempfile.TemporaryDirectory() as scratch:
+            findings.notes.extend(served(recipe, prepared, Path(scratch), student).notes)
     if recipe.teacher is not None and recipe.teacher.train is not None:
         findings.notes.append(f"The teacher {recipe.teacher.model} will be trained first; it is not checked here.")
     batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
@@ -65,7 +70,7 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     teacher = None
     if recipe.teacher is not None:
         trained = folder / "teacher" / "student"
-        if recipe.teacher.train is None:
+        if recipe.teacher.train is None and recipe.teacher.endpoint is None:
             teacher = task.model(recipe.teacher, prepared)
         elif trained.is_dir():
             teacher = task.model(recipe.teacher, prepared, trained)

@@ -22,7 +22,8 @@ from understudy.progress import RichProgress
 from understudy.recipe import Recipe
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
+from understudy.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
+from understudy.teachers.scores import Score
 from understudy.training import Apprentice, DistillationTrainer, Method, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 from understudy.training.shapes import probe
@@ -37,8 +38,13 @@ def trainer_for(
     folder: Path,
     meter: CostMeter,
     progress: bool,
+    home: Path | None = None,
 ) -> DistillationTrainer:
-    """The trainer of a run: the method's modules and taps in place, the teacher where it should live."""
+    """The trainer of a run: the method's modules and taps in place, the teacher where it should live.
+
+    Args:
+        home: where the scores of a served teacher are kept and shared; the run's folder if not given.
+    """
     task = get_task(recipe.task)
     args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
     total = total_steps(args, len(prepared.train))
@@ -46,6 +52,8 @@ def trainer_for(
     local: Teacher | None = None
     if "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.cache is not None:
         local = _cached(recipe.teacher.cache, method, prepared)
+    elif "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.served:
+        local = served(recipe, prepared, (home or folder) / "store" / "served", student)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     sides = {"student": student, "teacher": teacher if "teacher" in method.asks else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
@@ -132,9 +140,42 @@ def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
     path = find(folder)
     if path is None:
         raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
+    _outputs_alone(method, "a cache keeps its outputs alone")
+    return CachedTeacher(path, {**_tokens(prepared), "classes": prepared.classes})
+
+
+def _outputs_alone(method: Method, reason: str) -> None:
     if "teacher_features" in method.asks or type(method).taps is not Method.taps:
+        raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
+
+
+def _tokens(prepared: Prepared) -> dict[str, Any]:
+    """What a teacher's answers depend on beside the teacher."""
+    return {key: prepared.hashes[key] for key in ("tokenizer", "template") if key in prepared.hashes}
+
+
+def served(recipe: Recipe, prepared: Prepared, folder: Path, student: RowModel | None = None) -> ServedTeacher:
+    """The recipe's teacher behind its server, compared with the run's tokenizer and data; scores are kept in `folder`."""
+    spec, method = recipe.teacher, recipe.build_method()
+    assert spec is not None and spec.endpoint is not None and spec.score is not None
+    if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
+        raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
+    _outputs_alone(method, "a server gives scores of tokens alone")
+    asked = getattr(method, "temperature", 1.0)
+    if asked != 1.0:
         raise InputError(
-            f"Method {method.name!r} reads inside the teacher and a cache keeps its outputs alone: give the live teacher."
+            f"A server scores at temperature 1 and method {method.name!r} asks for {asked}: set options.temperature=1.0."
         )
-    facts: dict[str, Any] = {key: prepared.hashes[key] for key in ("tokenizer", "template") if key in prepared.hashes}
-    return CachedTeacher(path, {**facts, "classes": prepared.classes})
+    identity = {"format": 1, "task": recipe.task, "teacher_name": spec.model, "classes": prepared.classes}
+    teacher = ServedTeacher(
+        spec.model,
+        spec.endpoint,
+        Score.parse(spec.score),
+        folder,
+        identity | _tokens(prepared),
+        prepared.tokenizer,
+        student,
+    )
+    example = Batch.from_dict(prepared.collate([prepared.train[0]]))
+    teacher.start(example, conversations=bool(prepared.facts.get("conversations")))
+    return teacher

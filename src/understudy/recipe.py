@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import TrainingArguments
 
 from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
 from understudy.tasks import get as get_task
+from understudy.teachers.scores import Score
 from understudy.training import Method
 
 
@@ -35,12 +36,35 @@ class ModelSpec(BaseModel):
     train: dict[str, Any] | None = Field(
         None, description="Train this model first on the task's labels, with these trainer options."
     )
-    endpoint: Endpoint | None = Field(None, description="An OpenAI-compatible server that writes; `model` is its name.")
+    endpoint: Endpoint | None = Field(
+        None, description="An OpenAI-compatible server that writes, or scores tokens; `model` is its name."
+    )
+    score: str | None = Field(
+        None, description="What a teacher behind an endpoint is asked about each token: top_k:N, ids:N or sampled."
+    )
 
     @field_validator("endpoint", mode="before")
     @classmethod
     def _url_alone(cls, value: Any) -> Any:
         return {"url": value} if isinstance(value, str) else value
+
+    @field_validator("score")
+    @classmethod
+    def _a_score(cls, value: str | None) -> str | None:
+        return str(Score.parse(value)) if value is not None else None
+
+    @model_validator(mode="after")
+    def _score_of_a_server(self) -> Self:
+        if self.score is not None and self.endpoint is None:
+            raise ValueError("score is what a server is asked for: name it with endpoint, or leave score out")
+        if self.score is not None and self.train is not None:
+            raise ValueError("a model behind an endpoint is not trained here: leave train or score out")
+        return self
+
+    @property
+    def served(self) -> bool:
+        """Whether a server scores tokens in the model's place."""
+        return self.score is not None and self.cache is None
 
 
 class Recipe(BaseModel):

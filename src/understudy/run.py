@@ -108,10 +108,11 @@ def _fit(
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
     for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if spec is not None and spec.endpoint is not None:
+        if spec is not None and spec.endpoint is not None and not (side == "teacher" and spec.score is not None):
+            also = "say what it is asked for with teacher.score (top_k:20), " if side == "teacher" else ""
             raise InputError(
-                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: name a "
-                "model without endpoint, or a method that learns from text."
+                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
+                "a model without endpoint, or a method that learns from text."
             )
     prepared = task.prepare(recipe)
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
@@ -140,7 +141,8 @@ def _fit(
     work = _stage(recipe, prepared, student, teacher, home, hashes)
     tables = method.stage(work)
     student = method.student(student, work)
-    trainer = trainer_for(recipe, prepared, student, teacher, tables, folder, meter, progress)
+    trainer = trainer_for(recipe, prepared, student, teacher, tables, folder, meter, progress, home)
+    findings.notes.extend(getattr(trainer.teacher, "notes", []))
     if train(trainer, folder):
         record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
@@ -233,10 +235,10 @@ def copy_of(teacher: RowModel | None) -> RowModel:
 def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
-    """The recipe's teacher, trained first if the recipe says so; `None` where a cache answers in its place."""
+    """The recipe's teacher, trained first if the recipe says so; `None` where a cache or server answers in its place."""
     if recipe.teacher is not None:
-        cached = recipe.teacher.cache is not None  # its answers are on disk; the model is not loaded
-        return None if cached else _model(recipe, "teacher", task, prepared, home, progress, module)
+        elsewhere = recipe.teacher.cache is not None or recipe.teacher.served  # the model is not loaded
+        return None if elsewhere else _model(recipe, "teacher", task, prepared, home, progress, module)
     method = recipe.build_method()
     if "teacher" in method.needs | method.asks:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")

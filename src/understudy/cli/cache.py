@@ -22,8 +22,9 @@ def capture(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("cache"),
     support: Annotated[
-        str, typer.Option(help="sampled:N (unbiased), top_k:N with tail, hidden, or dense.")
-    ] = "sampled:12",
+        str | None,
+        typer.Option(help="sampled:N (unbiased; the default is sampled:12), top_k:N with tail, hidden, or dense."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="At which probabilities are kept.")] = 1.0,
     splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
     as_json: AsJson = False,

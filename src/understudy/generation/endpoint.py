@@ -9,12 +9,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from understudy.errors import InputError
 from understudy.generation.limits import Endpoint
-from understudy.generation.request import Completion, RefusedRequest, Request, SourceError, cut, most_tokens
+from understudy.generation.request import Completion, RefusedRequest, Request, SourceError, cut
 
 PASSING = {408, 409, 425, 429}  # and 5xx
 OF_THE_REQUEST = {400, 413, 414, 422}
@@ -22,8 +22,8 @@ MARK = "understudy-"
 SAME = 16  # equal replies under one id, and no other id seen, after which a server's ids are taken to mean nothing
 
 
-class EndpointSource:
-    """Completions over HTTP: `/completions` for a text prompt, `/chat/completions` for messages.
+class Client:
+    """The way to one server: a JSON body in, a JSON object out, every failure one of three kinds.
 
     The key is read from the environment variable that the endpoint names, given to the client, and kept nowhere else;
     without such a name no key is sent, whatever the environment holds.
@@ -31,7 +31,6 @@ class EndpointSource:
     Every attempt carries an `X-Request-ID` of its own. A reply under the id of another attempt, or a second reply under
     one id, is somebody else's answer and counts as failed; servers that give all replies one id are recognised. (Where
     a server echoes no id, a copy that overtakes its original cannot be told from it.)
-    Where a server does not count tokens, the most that the request could have used is charged.
 
     Args:
         model: the server's name for it.
@@ -49,17 +48,20 @@ class EndpointSource:
         self._first = ""
         self._repeats = 0
 
-    def complete(self, request: Request) -> Completion:
-        """Write one completion. Raises `SourceError`, `RefusedRequest`, or `InputError` where no request can succeed."""
+    def post(self, path: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+        """Send a body; returns the answer, and a check to call once it was found whole: that it is this request's own.
+
+        Args:
+            path: `/completions`, `/chat/completions`, or a whole URL of the server.
+
+        Raises:
+            SourceError: worth another attempt. RefusedRequest: this body never will be answered. InputError: none will.
+        """
         import openai
 
         mark = MARK + uuid.uuid4().hex
-        chat = not isinstance(request.prompt, str)
-        create = (self._client.chat.completions if chat else self._client.completions).with_raw_response.create
         try:
-            headers = {**self._headers, "X-Request-ID": mark}
-            raw = create(extra_body=self._body(request), extra_headers=headers, **self._prompt(request))
-            text, header = raw.text, raw.headers.get("x-request-id")
+            text, header = self._send(path, dict(body), {**self._headers, "X-Request-ID": mark})
         except openai.APITimeoutError:
             raise SourceError(self._say(f"no answer within {self.endpoint.timeout:g} s")) from None
         except openai.APIStatusError as error:
@@ -74,8 +76,73 @@ class EndpointSource:
             raise SourceError(self._say("the answer is not JSON")) from None
         if not isinstance(reply, dict):
             raise SourceError(self._say("the answer is not a JSON object"))
+        return reply, lambda: self._own(mark, header, reply.get("id"), text)
+
+    def _send(self, path: str, body: dict[str, Any], headers: dict[str, Any]) -> tuple[str, str | None]:
+        """The answer's text and the id in its header."""
+        known = {"/completions": self._client.completions, "/chat/completions": self._client.chat.completions}
+        if path not in known:
+            return json.dumps(self._client.post(path, cast_to=object, body=body, options={"headers": headers})), None
+        named = {k: body.pop(k) for k in ("model", "prompt", "messages") if k in body}
+        raw = known[path].with_raw_response.create(extra_body=body, extra_headers=headers, **named)
+        return raw.text, raw.headers.get("x-request-id")
+
+    def _own(self, mark: str, header: str | None, name: Any, text: str) -> None:
+        """Refuse a reply that belongs to another attempt."""
+        for given in (header, name):
+            if isinstance(given, str) and MARK in given and mark not in given:
+                raise SourceError(self._say("the answer belongs to another request"))
+        if not isinstance(name, str) or not name:
+            return
+        with self._lock:
+            if name in self._seen:
+                # A server that gives all replies one id never shows a second one, and soon another text under it.
+                one_for_all = len(self._seen) == 1 and (text != self._first or self._repeats >= SAME)
+                if not one_for_all:
+                    self._repeats += 1
+                    raise SourceError(self._say("the answer repeats an earlier one"))
+            elif not self._seen:
+                self._first = text
+            self._seen.add(name)
+
+    def _status(self, error: Any) -> Exception:
+        """What an HTTP status means for the request."""
+        status, reason = int(error.status_code), f"HTTP {error.status_code}"
+        said = _message(error.body)
+        env = self.endpoint.api_key_env
+        if status in (401, 403):
+            key = f"the key in {env} was refused" if env else "a key is needed: name its variable with api_key_env"
+            return InputError(self._say(f"{reason}, {key}"))
+        said = f"{reason}, {said}" if said else reason
+        if status == 429 and "insufficient_quota" in json.dumps(error.body, default=str):
+            return InputError(self._say(said))
+        if status in PASSING or status >= 500:
+            return SourceError(self._say(said), _wait(error.response.headers))
+        if status in OF_THE_REQUEST:
+            return RefusedRequest(self._say(said))
+        return InputError(self._say(f"{said} (model {self.model!r}: check it and the URL)"))
+
+    def _say(self, reason: str) -> str:
+        """One line with the URL; what a server echoes is stripped of control characters and of the key."""
+        key = os.environ.get(self.endpoint.api_key_env or "", "")
+        reason = reason.replace(key, "[key]") if key else reason
+        line = "".join(c if c.isprintable() else " " for c in reason)
+        return f"{self.endpoint.url}: {' '.join(line.split())[:300]}"
+
+
+class EndpointSource(Client):
+    """Completions over HTTP: `/completions` for a text prompt, `/chat/completions` for messages.
+
+    Where a server does not count tokens, the most that the request could have used is charged.
+    """
+
+    def complete(self, request: Request) -> Completion:
+        """Write one completion. Raises `SourceError`, `RefusedRequest`, or `InputError` where no request can succeed."""
+        chat = not isinstance(request.prompt, str)
+        path = "/chat/completions" if chat else "/completions"
+        reply, check_own = self.post(path, {**self._prompt(request), **self._body(request)})
         completion = self._read(request, reply, chat)
-        self._own(mark, header, reply.get("id"), text)
+        check_own()
         return completion
 
     def _prompt(self, request: Request) -> dict[str, Any]:
@@ -121,7 +188,7 @@ class EndpointSource:
     def _usage(self, request: Request, reply: Mapping[str, Any]) -> tuple[int, int]:
         usage = reply.get("usage")
         if not isinstance(usage, Mapping):
-            return most_tokens(request)
+            return request.most_tokens()
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
         if not all(isinstance(n, int) and n >= 0 for n in counts):
             raise SourceError(self._say("the answer's usage holds no counts of tokens"))
@@ -139,48 +206,6 @@ class EndpointSource:
         if not math.isfinite(total):
             raise SourceError(self._say("the answer's log-probabilities cannot be read"))
         return total
-
-    def _own(self, mark: str, header: str | None, name: Any, text: str) -> None:
-        """Refuse a reply that belongs to another attempt."""
-        for given in (header, name):
-            if isinstance(given, str) and MARK in given and mark not in given:
-                raise SourceError(self._say("the answer belongs to another request"))
-        if not isinstance(name, str) or not name:
-            return
-        with self._lock:
-            if name in self._seen:
-                # A server that gives all replies one id never shows a second one, and soon another text under it.
-                one_for_all = len(self._seen) == 1 and (text != self._first or self._repeats >= SAME)
-                if not one_for_all:
-                    self._repeats += 1
-                    raise SourceError(self._say("the answer repeats an earlier one"))
-            elif not self._seen:
-                self._first = text
-            self._seen.add(name)
-
-    def _status(self, error: Any) -> Exception:
-        """What an HTTP status means for the request."""
-        status, reason = int(error.status_code), f"HTTP {error.status_code}"
-        said = _message(error.body)
-        env = self.endpoint.api_key_env
-        if status in (401, 403):
-            key = f"the key in {env} was refused" if env else "a key is needed: name its variable with api_key_env"
-            return InputError(self._say(f"{reason}, {key}"))
-        said = f"{reason}, {said}" if said else reason
-        if status == 429 and "insufficient_quota" in json.dumps(error.body, default=str):
-            return InputError(self._say(said))
-        if status in PASSING or status >= 500:
-            return SourceError(self._say(said), _wait(error.response.headers))
-        if status in OF_THE_REQUEST:
-            return RefusedRequest(self._say(said))
-        return InputError(self._say(f"{said} (model {self.model!r}: check it and the URL)"))
-
-    def _say(self, reason: str) -> str:
-        """One line with the URL; what a server echoes is stripped of control characters and of the key."""
-        key = os.environ.get(self.endpoint.api_key_env or "", "")
-        reason = reason.replace(key, "[key]") if key else reason
-        line = "".join(c if c.isprintable() else " " for c in reason)
-        return f"{self.endpoint.url}: {' '.join(line.split())[:300]}"
 
 
 def _client(endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:

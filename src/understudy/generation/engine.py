@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from understudy.errors import InputError, nearest
 from understudy.generation.limits import Limits
 from understudy.generation.log import RequestLog
-from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError, most_tokens
+from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError
 
 log = logging.getLogger(__name__)
 GIVE_UP = 20  # requests that fail one after the other, without an answer between: the source is down or misconfigured
@@ -67,7 +67,7 @@ def generate(
         FailedRequests: requests that were refused, or failed at every attempt.
         InputError: the source cannot answer at all (key, address, model), or a bad limit.
     """
-    crew = _Crew(source, log, _limits(limits))
+    crew = Crew(source, log, _limits(limits))
     if log.source != source.name:
         raise InputError(f"Log {log.path} is open for source {log.source!r}, and the source is {source.name!r}.")
     keys = [request.key(source.name) for request in requests]
@@ -92,12 +92,17 @@ def _limits(values: Mapping[str, Any]) -> Limits:
         raise InputError(f"Bad limit: {at}{first['msg'].removeprefix('Value error, ')}.") from None
 
 
-class _Crew:
-    """Workers on one list of requests, and what they share."""
+class Crew:
+    """Workers on one list of requests, and what they share.
 
-    def __init__(self, source: Source, log: RequestLog, limits: Limits) -> None:
+    Args:
+        source, log: who answers and what keeps the answers. Other kinds of requests and answers than text have their own
+            (`teachers.scoring`): whatever `complete` returns is given to `append`.
+    """
+
+    def __init__(self, source: Any, log: Any, limits: Limits) -> None:
         self.source, self.log, self.limits = source, log, limits
-        self.todo: deque[tuple[str, Request]] = deque()
+        self.todo: deque[tuple[str, Any]] = deque()
         self.names: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.fatal: BaseException | None = None
@@ -180,14 +185,14 @@ class _Crew:
                 self.fatal = self.fatal or error
             self.halt()
 
-    def _failure(self, request: Request, reason: str) -> None:
+    def _failure(self, request: Any, reason: str) -> None:
         with self.lock:
             self.failed[request.id] = reason
             self.in_a_row += 1
         if self.in_a_row >= GIVE_UP:
             self.halt()
 
-    def _ask(self, request: Request) -> Completion:
+    def _ask(self, request: Any) -> Any:
         """One request, tried again with growing waits."""
         for attempt in range(self.limits.retries + 1):
             self.pace.take(self.stop)
@@ -215,7 +220,7 @@ class _Crew:
 class _Purse:
     """Tokens and money: reserved before a request is sent, settled by what it used."""
 
-    def __init__(self, limits: Limits, log: RequestLog) -> None:
+    def __init__(self, limits: Limits, log: Any) -> None:
         self.limits, self.log = limits, log
         self.held_in = self.held_out = 0
         self.empty = False
@@ -236,9 +241,9 @@ class _Purse:
             )
         return ""
 
-    def reserve(self, request: Request, stop: threading.Event) -> bool:
+    def reserve(self, request: Any, stop: threading.Event) -> bool:
         """Wait until the request fits beside those in flight. False where it never will, or the crew stops."""
-        prompt, written = most_tokens(request)
+        prompt, written = request.most_tokens()
         with self.changed:
             while over := self._over(prompt, written):
                 if stop.is_set():
@@ -250,9 +255,9 @@ class _Purse:
             self.held_in, self.held_out = self.held_in + prompt, self.held_out + written
             return True
 
-    def settle(self, request: Request) -> None:
+    def settle(self, request: Any) -> None:
         """Give the reservation back; what the answer used is in the log's own count by now."""
-        prompt, written = most_tokens(request)
+        prompt, written = request.most_tokens()
         with self.changed:
             self.held_in, self.held_out = self.held_in - prompt, self.held_out - written
             self.changed.notify_all()

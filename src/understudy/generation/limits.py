@@ -44,6 +44,9 @@ class Endpoint(Limits):
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     seed: bool = Field(True, description="Send a seed made from the request's content; off for servers that refuse it.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
+    scoring_tokens: int | None = Field(
+        None, ge=1, description="Most tokens being scored at once; computed from the vocabulary if not given."
+    )
 
     @field_validator("url")
     @classmethod

@@ -38,6 +38,16 @@ class Request:
         content = {k: v for k, v in asdict(self).items() if k != "id"}
         return hashlib.sha256(json.dumps([source, content], sort_keys=True).encode()).hexdigest()
 
+    def most_tokens(self) -> tuple[int, int]:
+        """Bounds of (prompt, written) tokens before anything is sent.
+
+        A token covers at least one byte of UTF-8; a chat template is granted 32 tokens a message, and any prompt 16.
+        """
+        if isinstance(self.prompt, str):
+            return len(self.prompt.encode(errors="surrogatepass")) + 16, self.max_tokens
+        sizes = (sum(len(str(v).encode(errors="surrogatepass")) for v in m.values()) + 32 for m in self.prompt)
+        return sum(sizes) + 16, self.max_tokens
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -85,14 +95,3 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     """The text before the first stop string, and whether there was one."""
     ends = [place for mark in stop if mark and (place := text.find(mark)) >= 0]
     return (text[: min(ends)], True) if ends else (text, False)
-
-
-def most_tokens(request: Request) -> tuple[int, int]:
-    """Bounds of (prompt, written) tokens before anything is sent.
-
-    A token covers at least one byte of UTF-8; a chat template is granted 32 tokens a message, and any prompt 16.
-    """
-    if isinstance(request.prompt, str):
-        return len(request.prompt.encode(errors="surrogatepass")) + 16, request.max_tokens
-    sizes = (sum(len(str(v).encode(errors="surrogatepass")) for v in m.values()) + 32 for m in request.prompt)
-    return sum(sizes) + 16, request.max_tokens

@@ -74,6 +74,7 @@ class LanguageModeling(RowTask):
             notes=notes,
             hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
             show=lambda batch: show_batch(batch, tokenizer),
+            facts={"conversations": any("messages" in record for record in splits.train[:1])},
         )
 
     def _tokenizer(self, recipe: Any, own: str | None, splits: Any, vocabulary: int, notes: list[str]) -> Any:
@@ -85,8 +86,15 @@ class LanguageModeling(RowTask):
             spec = getattr(recipe, side)
             if spec is None or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue
+            if spec.endpoint is not None and spec.tokenizer is None:  # compared with the server's own, where it tells
+                continue
             if not is_new_causal_lm(spec.model):
                 found[side] = load_tokenizer(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        if not found and recipe.teacher is not None and recipe.teacher.endpoint is not None:
+            raise InputError(
+                f"Teacher {recipe.teacher.model!r} is served, and nothing names its tokenizer: set teacher.tokenizer (a folder "
+                "or Hub id), or choose a pretrained student of its family."
+            )
         if not found:
             return train_tokenizer(splits.texts(), vocabulary)
         (first, chosen), *rest = found.items()

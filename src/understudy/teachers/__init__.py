@@ -2,5 +2,6 @@
 
 from understudy.teachers.cached import CachedTeacher
 from understudy.teachers.local import LocalTeacher, Teacher
+from understudy.teachers.served import ServedTeacher
 
-__all__ = ["CachedTeacher", "LocalTeacher", "Teacher"]
+__all__ = ["CachedTeacher", "LocalTeacher", "ServedTeacher", "Teacher"]

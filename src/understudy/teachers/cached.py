@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,11 @@ class CachedTeacher:
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None) -> None:
-        self.store = ShardStore(folder)
+        self._open(ShardStore(folder), expected)
         self.name = f"cache:{folder}"
-        held = self.store.identity
+
+    def _open(self, store: ShardStore, expected: Mapping[str, Any] | None) -> None:
+        self.store, held, folder = store, store.identity, store.folder
         for key, value in (expected or {}).items():
             if held.get(key) != value:
                 raise InputError(
@@ -66,7 +68,11 @@ class CachedTeacher:
 
     def rows(self, batch: Batch) -> Rows:
         """The stored targets of the batch's rows, on its device."""
-        arrays = self.store.read(example_keys(batch))
+        return self.recall(example_keys(batch), batch)
+
+    def recall(self, keys: Sequence[bytes], batch: Batch) -> Rows:
+        """What is stored under these keys, one of each example of the batch."""
+        arrays = self.store.read(keys)
         number = len(next(iter(arrays.values())))
         if number != batch.rows:
             raise InputError(

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `sampled:12` | 38 | `Sampled` | nothing in expectation: the gradient is unbiased |
 | `top_k:50` | 130 | `TopK` with tail | log-probabilities to 1/220 of their range in the row, the tail's odds to 3 % |
+| `scored:20` | 164 | `TopK` with tail | nothing: what a server said, in float32 |
 | `hidden` | 2 a unit | `Projected` | rounding of the hidden states to bfloat16 |
 | `dense` | 2 or 4 a class | `Dense` | rounding to float16 where that is exact enough, else nothing |
 
@@ -34,18 +35,18 @@ ODDS = 16.0
 
 @dataclass(frozen=True)
 class Support:
-    """What is kept: `kind` (`sampled`, `top_k`, `hidden`, `dense`) and how many classes a row."""
+    """What is kept: `kind` (`sampled`, `top_k`, `scored`, `hidden`, `dense`) and how many classes a row."""
 
     kind: str
     k: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Support:
-        """From `sampled:12`, `top_k:50`, `hidden` or `dense`."""
-        found = re.fullmatch(r"(sampled|top_k):([1-9]\d*)|(hidden|dense)", text)
+        """From `sampled:12`, `top_k:50`, `scored:20`, `hidden` or `dense`."""
+        found = re.fullmatch(r"(sampled|top_k|scored):([1-9]\d*)|(hidden|dense)", text)
         if found is None:
             raise InputError(
-                f"Support {text!r} is not one of sampled:N, top_k:N, hidden, dense (for example sampled:12)."
+                f"Support {text!r} is not one of sampled:N, top_k:N, scored:N, hidden, dense (for example sampled:12)."
             )
         return cls(found[1] or found[3], int(found[2] or 0))
 
@@ -67,6 +68,8 @@ def encode(signal: Dense | Projected, support: Support, temperature: float, seed
         exact = bool(((half.float() - logits).abs() <= 1e-3).all())
         return {"logits": half if exact else logits}
     k = min(support.k, logits.shape[-1])
+    if support.kind == "scored":
+        return pack_scored(top_k(logits, k, temperature=temperature))
     if support.kind == "top_k":
         return {"code": _pack_top(top_k(logits, k, temperature=temperature), logits.shape[-1])}
     log_p = torch.log_softmax(logits.double() / temperature, -1)
@@ -84,6 +87,8 @@ def decode(
         return Projected(arrays["hidden"].to(head["weight"].dtype), **head)
     if support.kind == "dense":
         return Dense(arrays["logits"].float())
+    if support.kind == "scored":
+        return TopK(arrays["ids"].long(), arrays["log_probs"], arrays["log_tail"], temperature)
     k, bits = min(support.k, classes), np.unpackbits(arrays["code"].numpy(), axis=1)
     ids, used = _unpack_ids(bits, k, classes)
     if support.kind == "top_k":
@@ -130,6 +135,11 @@ def draw_support(log_p: Tensor, k: int, chance: torch.Generator) -> tuple[Tensor
     start = torch.rand(rows, 1, generator=chance, dtype=p.dtype)
     points = start + kept
     return torch.searchsorted(ends, points).clamp(max=classes - 1), threshold.log()
+
+
+def pack_scored(target: TopK) -> dict[str, Tensor]:
+    """A target as it is, 8 bytes a class and 4 for the tail."""
+    return {"ids": target.ids.int(), "log_probs": target.log_probs.float(), "log_tail": target.log_tail.float()}
 
 
 def _pack_ids(ids: Tensor, classes: int) -> Bits:

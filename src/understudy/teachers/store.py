@@ -10,19 +10,22 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from understudy.errors import InputError
 
 IDENTITY = "identity.json"
+WHOLE = 65_536
+"""Rows from which on a shard is left as it is when small ones are merged."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 
 
@@ -48,8 +51,8 @@ class ShardStore:
         self.identity = self._agree(identity)
         self.places: dict[bytes, tuple[int, int, int]] = {}
         self.shards: list[dict[str, Any]] = []
-        for file in sorted(folder.glob("shard-*.safetensors")):
-            self._open(file)
+        self.merged: set[str] = set()  # files whose content a newer one has, and that a kill left behind
+        self.refresh()
 
     def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
         file = self.folder / IDENTITY
@@ -88,39 +91,127 @@ class ShardStore:
         """Bytes of all shards on disk."""
         return sum(f.stat().st_size for f in self.folder.glob("shard-*.safetensors"))
 
-    def append(self, keys: Sequence[bytes], counts: Sequence[int], arrays: Mapping[str, Tensor]) -> None:
-        """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each."""
-        if not keys:
-            return
+    @property
+    def spent(self) -> Counter[str]:
+        """What the answers cost (`append`'s `spent`), summed."""
+        return sum((shard["spent"] for shard in self._alive()), Counter[str]())
+
+    def _alive(self) -> list[dict[str, Any]]:
+        """The shards that no newer one replaces."""
+        return [shard for shard in self.shards if shard and shard["file"].name not in self.merged]
+
+    def claim(self) -> None:
+        """Make the folder and write its identity, if that is not done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).exists():
             temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
             temporary.write_text(json.dumps(self.identity, indent=1, sort_keys=True))
             os.replace(temporary, self.folder / IDENTITY)
+
+    def refresh(self) -> None:
+        """Read the shards that were written since, by other processes too."""
+        while True:
+            known = {shard["file"] for shard in self.shards if shard}
+            try:
+                new = sorted(set(self.folder.glob("shard-*.safetensors")) - known)
+                headers = {file: _header(file) for file in new}
+                for header, _ in headers.values():
+                    self.merged.update(header.get("__metadata__", {}).get("merged", "").split())
+                for file, (header, offset) in headers.items():
+                    if file.name not in self.merged:
+                        self._open(file, header, offset)
+                return
+            except FileNotFoundError:  # another process has just merged it into a new one
+                continue
+
+    def append(
+        self,
+        keys: Sequence[bytes],
+        counts: Sequence[int],
+        arrays: Mapping[str, Tensor],
+        spent: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each.
+
+        Args:
+            spent: what these answers cost, by kind (tokens); kept in the same file, so that neither is without the other.
+        """
+        if not keys:
+            return
+        self.claim()
         name = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
         temporary = name.with_suffix(".tmp")
         index = {"keys": torch.tensor([list(k) for k in keys], dtype=torch.uint8)}
         index["counts"] = torch.tensor(list(counts), dtype=torch.int32)
-        save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary))
+        facts = {k: str(v) for k, v in (spent or {}).items()}
+        save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary), facts or None)
         os.replace(temporary, name)
-        self._open(name)
+        self.merged.update(facts.get("merged", "").split())
+        self._open(name, *_header(name))
 
-    def _open(self, file: Path) -> None:
+    def compact(self, most: int = 1) -> None:
+        """Merge small shards, if there are more than `most`. The new file names those it replaces, so that what a kill
+        leaves of them is neither read nor counted, and goes the next time."""
+        if sum(_length(shard) < WHOLE for shard in self._alive()) <= most:
+            return
+        with self._alone() as alone:
+            if not alone:
+                return
+            self.refresh()
+            small = [shard for shard in self._alive() if _length(shard) < WHOLE]
+            while small:
+                group = [small.pop()]
+                while small and sum(map(_length, group)) < WHOLE:
+                    group.append(small.pop())
+                self._merge(group)
+
+    def _merge(self, group: Sequence[dict[str, Any]]) -> None:
+        numbers = {i for i, shard in enumerate(self.shards) if any(shard is old for old in group)}
+        keys = [k for k, place in self.places.items() if place[0] in numbers]
+        if not keys:
+            return
+        counts = [self.places[k][2] - self.places[k][1] for k in keys]
+        arrays = self.read(keys)
+        for key in keys:
+            del self.places[key]
+        for i in numbers:
+            self.shards[i] = {}
+        total, left = sum((old["spent"] for old in group), Counter[str]()), list(self.merged)
+        self.append(keys, counts, arrays, {**total, "merged": " ".join(old["file"].name for old in group)})
+        for file in [*(self.folder / name for name in left), *(old["file"] for old in group)]:
+            file.unlink(missing_ok=True)  # the oldest first: the names of these are known from the newer ones
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Whether no other process merges this folder."""
         try:
-            with file.open("rb") as raw:
-                size = int.from_bytes(raw.read(8), "little")
-                header = json.loads(raw.read(size))
-            header.pop("__metadata__", None)
-            arrays = {name: _mapped(file, 8 + size, facts) for name, facts in header.items()}
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield False
+            return
+        with (self.folder / "merge.lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _open(self, file: Path, header: Mapping[str, Any], offset: int) -> None:
+        header = dict(header)
+        spent = Counter({k: int(v) for k, v in header.pop("__metadata__", {}).items() if k != "merged"})
+        try:
+            arrays = {name: _mapped(file, offset, facts) for name, facts in header.items()}
             keys, counts = np.asarray(arrays.pop("keys")), np.asarray(arrays.pop("counts"))
-        except (SafetensorError, KeyError, OSError, ValueError) as error:
-            raise InputError(
-                f"Cache shard {file} cannot be read ({error}): delete that file and capture again."
-            ) from error
+        except FileNotFoundError:
+            raise
+        except (KeyError, OSError, ValueError) as error:
+            raise _unreadable(file, error) from error
         ends = counts.cumsum()
         for key, count, end in zip(keys, counts.tolist(), ends.tolist(), strict=True):
             self.places.setdefault(key.tobytes(), (len(self.shards), end - count, end))
-        self.shards.append({"arrays": arrays, "types": {n: f["dtype"] for n, f in header.items()}})
+        types = {name: header[name]["dtype"] for name in arrays}
+        self.shards.append({"arrays": arrays, "types": types, "file": file, "spent": spent})
 
     def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
         """The rows of these examples, one after the other; an example that is not there is an `InputError`."""
@@ -138,6 +229,27 @@ class ShardStore:
                 bf16 = self.shards[shard]["types"][name] == "BF16"
                 found.setdefault(name, []).append(part.view(torch.bfloat16) if bf16 else part)
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _length(shard: Mapping[str, Any]) -> int:
+    return len(next(iter(shard["arrays"].values())))
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its arrays, and where they begin."""
+    try:
+        with file.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header: dict[str, Any] = json.loads(raw.read(size))
+            return header, 8 + size
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> InputError:
+    return InputError(f"Cache shard {file} cannot be read ({error}): delete that file and capture again.")
 
 
 def _mapped(file: Path, offset: int, facts: Mapping[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """From a loss and its target to launches of the Triton kernels: what `by_hand` covers, over a tile on a GPU.
 
-Import it only where Triton is installed; nothing else needs that.
+Import it only where Triton is installed; nothing else needs that. A class that was sampled twice is added twice, on a GPU
+in no fixed order: the last bit of such a gradient can differ between runs, by hand as well as here.
 """
 
 from __future__ import annotations

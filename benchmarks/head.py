@@ -1,11 +1,12 @@
 """Head and divergence: time, peak memory and gradient error of every path, as CSV.
 
     python benchmarks/head.py > benchmarks/results/head-cpu.csv
+    python benchmarks/head.py --device cuda --dtype bfloat16 > benchmarks/results/head-gpu.csv
 
-Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `liger` (its chunked JSD, where it is
-installed). Each cell is a process of its own, warmed up once, and cells of one setting follow each other `--repeats`
+Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `triton` (ours with its kernels, on a GPU),
+`liger` (its chunked JSD, where it is installed). Each cell is a process of its own, warmed up once, and cells of one setting follow each other `--repeats`
 times, so that a drift of the machine touches all alike. Memory is the peak resident size above parameters, inputs and
-the parameters' gradients. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
+the parameters' gradients; on a GPU, what the allocator held at its peak above the same. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ COLUMNS = (
     "loss path rows vocabulary hidden teacher_hidden seconds peak_mib error_kl_1 error_kl_0.1 error_kl_0.01 "
     "machine torch threads seed"
 ).split()
-PATHS = ("bare", "plain", "rowwise", "liger")
+PATHS = ("bare", "plain", "rowwise", "triton", "liger")
 
 
 def forget_peak() -> None:
@@ -46,6 +48,21 @@ def resident(what: str = "VmHWM") -> int:
     return int(line.split()[1]) * 1024
 
 
+def occupied(device: str) -> int:
+    """Bytes in use; the next `peak` counts from here."""
+    if device == "cpu":
+        forget_peak()
+        return resident("VmRSS")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak(device: str) -> int:
+    """Bytes at the peak."""
+    return resident() if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
 def liger(name: str) -> Callable[[Projected, Projected], Tensor]:
     """The sum of the same divergence by Liger's chunked loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -54,7 +71,7 @@ def liger(name: str) -> Callable[[Projected, Projected], Tensor]:
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
 
     def call(student: Projected, teacher: Projected) -> Tensor:
-        labels = torch.zeros(len(student.hidden), dtype=torch.long)
+        labels = torch.zeros(len(student.hidden), dtype=torch.long, device=student.hidden.device)
         return loss(student.hidden, student.weight, teacher.hidden, teacher.weight, labels) * len(labels)
 
     return call
@@ -74,7 +91,8 @@ def path_of(path: str, name: str) -> Callable[[Projected, Projected], Any]:
     if path == "liger":
         forward = liger(name)
     else:
-        function, loss = {"plain": plain, "rowwise": rowwise}[path], getattr(losses, name)
+        functions = {"plain": plain, "rowwise": partial(rowwise, kernels=False), "triton": rowwise}
+        function, loss = functions[path], getattr(losses, name)
         forward = lambda student, teacher: function(loss, student, teacher).sum()  # noqa: E731
     return lambda student, teacher: (forward(student, teacher) * 0.5).backward()
 
@@ -84,7 +102,7 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
     torch.manual_seed(args.seed)
 
     def made(*shape: int, scale: float) -> Tensor:
-        return torch.randn(*shape).mul_(scale)
+        return torch.randn(*shape).mul_(scale).to(args.device, getattr(torch, args.dtype))
 
     student = Projected(made(rows, args.hidden, scale=0.5), made(args.vocabulary, args.hidden, scale=0.1))
     teacher = Projected(
@@ -93,19 +111,20 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
     for leaf in (student.hidden, student.weight):
         leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
-    work, seconds, peak = path_of(path, name), 0.0, 0.0
+    work, seconds, extra = path_of(path, name), 0.0, 0.0
     for _ in range(2):  # the first one warms up
         student.hidden.grad = student.weight.grad = None
-        forget_peak()
-        before, start = resident("VmRSS"), time.perf_counter()
+        before, start = occupied(args.device), time.perf_counter()
         work(student, teacher)
+        if args.device != "cpu":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        gradients = sum(4 * leaf.numel() for leaf in (student.hidden, student.weight))
-        peak = (resident() - before - gradients) / 2**20
-    return [seconds, peak]
+        gradients = sum(leaf.itemsize * leaf.numel() for leaf in (student.hidden, student.weight))
+        extra = (peak(args.device) - before - gradients) / 2**20
+    return [seconds, extra]
 
 
-def errors(name: str, path: str, seed: int) -> list[float]:
+def errors(name: str, path: str, seed: int, device: str) -> list[float]:
     """Relative error of the gradient in bfloat16 against float64, at KL about 1, 0.1 and 0.01."""
     if path == "bare":
         return []
@@ -115,9 +134,10 @@ def errors(name: str, path: str, seed: int) -> list[float]:
         h, weight = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(2000, 64, dtype=torch.bfloat16) * 0.1
         teacher, grads = (h.float() + distance * torch.randn(64, 64)).bfloat16(), []
         for dtype, way in ((torch.bfloat16, path), (torch.float64, "plain")):
-            leaf = h.to(dtype).detach().clone().requires_grad_()
-            wide = weight.to(dtype).requires_grad_()
-            path_of(way, name)(Projected(leaf, wide), Projected(teacher.to(dtype), weight.to(dtype)))
+            leaf = h.to(device, dtype, copy=True).requires_grad_()
+            wide = weight.to(device, dtype).requires_grad_()
+            taught = Projected(teacher.to(device, dtype), weight.to(device, dtype))
+            path_of(way, name)(Projected(leaf, wide), taught)
             assert leaf.grad is not None
             grads.append(leaf.grad.double())
         found.append(float((grads[0] - grads[1]).norm() / grads[1].norm()))
@@ -131,17 +151,22 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--teacher-hidden", type=int, default=2048)
     parser.add_argument("--losses", nargs="+", default=["forward_kl"])
-    parser.add_argument("--paths", nargs="+", default=list(PATHS))
+    parser.add_argument("--paths", nargs="+", help="default: all that run on the device")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         name, path, rows = args.cell
-        print(*measure(name, path, args, int(rows)), *errors(name, path, args.seed))
+        print(*measure(name, path, args, int(rows)), *errors(name, path, args.seed, args.device))
         return
+    on_gpu = args.device != "cpu"
+    args.paths = args.paths or [path for path in PATHS if on_gpu or path != "triton"]
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(COLUMNS)
+    out.writerow([*COLUMNS, "dtype"] if on_gpu else COLUMNS)
+    machine = torch.cuda.get_device_name() if on_gpu else platform.machine()
     for rows in args.rows:
         for name in args.losses:
             cells: dict[str, list[list[float]]] = {path: [] for path in args.paths}
@@ -158,8 +183,10 @@ def main() -> None:
                     middle = [statistics.median(column) for column in zip(*runs, strict=True)]
                     error = [f"{v:.2e}" for v in middle[2:]] or [""] * 3
                     size = [args.vocabulary, args.hidden, args.teacher_hidden]
-                    where = [platform.machine(), torch.__version__, torch.get_num_threads(), args.seed]
-                    out.writerow([name, path, rows, *size, f"{middle[0]:.3f}", round(middle[1]), *error, *where])
+                    where = [machine, torch.__version__, torch.get_num_threads(), args.seed]
+                    where += [args.dtype] if on_gpu else []
+                    seconds = f"{middle[0]:.{5 if on_gpu else 3}f}"
+                    out.writerow([name, path, rows, *size, seconds, round(middle[1]), *error, *where])
                     sys.stdout.flush()
 
 

@@ -8,7 +8,7 @@ import torch
 
 from understudy import losses
 from understudy.errors import InputError
-from understudy.streaming import chunked, plain, project, rowwise
+from understudy.streaming import plain, products, project, rowwise
 from understudy.streaming.gradients import by_hand
 from understudy.targets import Dense, Projected, sample, top_k
 
@@ -102,7 +102,7 @@ def test_forbidden_classes_and_bad_rows_are_left_to_the_plain_loss():
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 def test_half_precision_heads_block_by_block(tiles, part, monkeypatch):
     """Widening a head block by block, one tile or several, changes nothing beyond the rounding of what is stored."""
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", 4 * 8 * 5)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 5)
     student, teacher = sides()
     half = Projected(*(x.detach().bfloat16().requires_grad_() for x in (student.hidden, student.weight, student.bias)))
     exact = Projected(*(x.detach().double().requires_grad_() for x in (half.hidden, half.weight, half.bias)))

@@ -32,11 +32,10 @@ def by_hand(
     """Values `[rows]` and gradient `[rows, classes]`, or `None` where autograd has to do it."""
     if loss is losses.cross_entropy and target is None:
         return _finite(_cross_entropy(logits, *rows))
-    options = dict(options)
-    tau = options.pop("temperature", 1.0)
-    factor = tau**2 if options.pop("tau_squared", False) else 1.0
-    if not tau > 0 or rows or getattr(target, "temperature", tau) != tau:
+    scales = scaling(target, rows, options)
+    if scales is None:
         return None
+    tau, factor, options = scales
     found: Pair | None = None
     if isinstance(target, Dense) and loss in _DENSE and target.logits.shape == logits.shape:
         options.pop("truncation", None)
@@ -52,6 +51,18 @@ def by_hand(
         return None
     values, slope = found
     return _finite((values.mul_(factor), slope.mul_(factor / tau)))
+
+
+def scaling(
+    target: Target | None, rows: tuple[Tensor, ...], options: dict[str, Any]
+) -> tuple[float, float, dict[str, Any]] | None:
+    """Temperature, the factor of `tau_squared` and all other options, or `None` where the plain loss has to look."""
+    options = dict(options)
+    tau = options.pop("temperature", 1.0)
+    factor = tau**2 if options.pop("tau_squared", False) else 1.0
+    if not tau > 0 or rows or getattr(target, "temperature", tau) != tau:
+        return None
+    return tau, factor, options
 
 
 def _finite(pair: Pair) -> Pair | None:
@@ -147,11 +158,17 @@ def _buckets(loss: Callable[..., Tensor], log_q: Tensor, target: TopK, options: 
     q = log_q.exp_()
     outside = q.scatter(-1, target.ids, 0.0)
     tail = outside.sum(-1, keepdim=True)
-    leaf = torch.cat([kept, tail.log()], -1).requires_grad_(True)
-    place = torch.arange(kept.shape[-1], device=kept.device).expand_as(kept)
+    values, u = bucket_gradient(loss, torch.cat([kept, tail.log()], -1), target, options)
+    share = torch.where(tail > 0, u[:, -1:] / tail, torch.zeros_like(tail))
+    slope = outside.mul_(share).sub_(q.mul_(u.sum(-1, keepdim=True)))
+    return values, slope.scatter_add_(-1, target.ids, u[:, :-1])
+
+
+def bucket_gradient(loss: Callable[..., Tensor], log_q: Tensor, target: TopK, options: dict[str, Any]) -> Pair:
+    """Values, and ∂ L / ∂ log Q `[rows, k + 1]`, of a loss on k kept classes and a tail."""
+    leaf = log_q.detach().requires_grad_(True)
+    place = torch.arange(leaf.shape[-1] - 1, device=leaf.device).expand(len(leaf), -1)
     with torch.enable_grad():
         values = loss(leaf, TopK(place, target.log_probs, target.log_tail), **options)
         (u,) = torch.autograd.grad(values.sum(), leaf)
-    share = torch.where(tail > 0, u[:, -1:] / tail, torch.zeros_like(tail))
-    slope = outside.mul_(share).sub_(q.mul_(u.sum(-1, keepdim=True)))
-    return values.detach(), slope.scatter_add_(-1, target.ids, u[:, :-1])
+    return values.detach(), u

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import TrainingArguments
 
 from understudy.errors import InputError, nearest
@@ -18,6 +19,10 @@ from understudy.tasks import get as get_task
 from understudy.training import Method
 
 
+SHARDED = "sharded"
+"""As the device of a teacher: its weights are spread over all ranks."""
+
+
 class ModelSpec(BaseModel):
     """A model: a name, folder or Hub id, and how to hold it."""
 
@@ -25,7 +30,9 @@ class ModelSpec(BaseModel):
 
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
+    device: str | None = Field(
+        None, description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given."
+    )
     quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
     trust_remote_code: bool = False
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
@@ -36,6 +43,17 @@ class ModelSpec(BaseModel):
         None, description="Train this model first on the task's labels, with these trainer options."
     )
     endpoint: Endpoint | None = Field(None, description="An OpenAI-compatible server that writes; `model` is its name.")
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.device == SHARDED and self.quantization is not None:
+            raise ValueError("quantised weights cannot be sharded: leave device or quantization out")
+        if self.device is not None and self.device != SHARDED:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device {self.device!r} is not cpu, cuda:N or {SHARDED}") from None
+        return self
 
     @field_validator("endpoint", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.models import RowModel
+from understudy.models.sharding import usable
 from understudy.training import checkpoint as ck
 from understudy.training.saving import ExactCheckpoints
 
@@ -35,7 +36,8 @@ class Validating(ExactCheckpoints):
         """The validation metrics of the student as it is now; logged, and written to `validation.jsonl`."""
         assert self.validate is not None
         before = ck.rng_state()
-        found = dict(self.validate(self.model.student))
+        with usable(self.model):
+            found = dict(self.validate(self.model.student))
         ck.set_rng_state(before)
         if self.metrics_file is not None and self.args.should_save:
             line = {"step": self.state.global_step, **found}
@@ -75,7 +77,4 @@ class Validating(ExactCheckpoints):
             self.args.save_total_limit = keep
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self._best_folder()))
+        self._load_from_checkpoint(str(self._best_folder()))

@@ -25,6 +25,23 @@ def together() -> None:
         dist.barrier()
 
 
+def agreed(value: Any) -> Any:
+    """What the first rank has, on all of them: decisions that hang on it are then the same everywhere."""
+    held = [value]
+    if ranks() > 1:
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    if ranks() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def block_names(model: nn.Module) -> list[str]:
     """Class names of the blocks that a model of transformers says are sharded as a whole; those it really has."""
     named = {n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
@@ -15,6 +16,10 @@ from understudy.models import RowModel
 from understudy.training.apprentice import Apprentice
 from understudy.training.method import Method
 from understudy.training.order import COUNTS, Share, Shared
+
+
+LAUNCHED = "ACCELERATE_USE_FSDP"
+"""Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
 
 
 class OnRanks(Trainer):
@@ -37,9 +42,13 @@ class OnRanks(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """FSDP2 works on CPUs too, where accelerate would leave the plugin aside without a word and run DDP."""
+        launched = os.environ.get(LAUNCHED)
         super().create_accelerator_and_postprocess()
+        os.environ.pop(LAUNCHED, None)  # what this run's arguments put there is not for the next run in this process
+        if launched is not None:
+            os.environ[LAUNCHED] = launched
         state, wanted = self.accelerator.state, self.args.fsdp_plugin_args
-        if state.distributed_type != DistributedType.MULTI_CPU or not (wanted or _asked_by_launcher()):
+        if state.distributed_type != DistributedType.MULTI_CPU or not (wanted or str_to_bool(launched or "false")):
             return
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**(wanted or {}))
         if self.accelerator.mixed_precision != "no":
@@ -69,12 +78,6 @@ class OnRanks(Trainer):
         """The micro-batches of an update, and which of them count on this rank."""
         samples = [sample for _, sample in zip(range(number), epoch_iterator, strict=False)]
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
-
-
-def _asked_by_launcher() -> bool:
-    from accelerate.utils import parse_flag_from_env
-
-    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def _refuse_what_cannot_be_sharded(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.models import RowModel
-from understudy.models.sharding import usable
+from understudy.models.sharding import agreed, usable
 from understudy.training import checkpoint as ck
 from understudy.training.saving import ExactCheckpoints
 
@@ -37,7 +37,7 @@ class Validating(ExactCheckpoints):
         assert self.validate is not None
         before = ck.rng_state()
         with usable(self.model):
-            found = dict(self.validate(self.model.student))
+            found = agreed(dict(self.validate(self.model.student)))
         ck.set_rng_state(before)
         if self.metrics_file is not None and self.args.should_save:
             line = {"step": self.state.global_step, **found}

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from understudy.errors import InputError
 from understudy.models.sharding import gathered, is_sharded, load_optimizer, load_state, together, whole_state
 from understudy.training import checkpoint as ck
 from understudy.training.ranks import OnRanks
@@ -92,7 +93,14 @@ class ExactCheckpoints(OnRanks):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        tree = ck.load_tree(self._state_file(checkpoint))
+        file = self._state_file(checkpoint)
+        if not file.is_file():
+            held = len(list(Path(checkpoint).glob(f"*{STATE}")))
+            raise InputError(
+                f"{checkpoint} was written by {held} process{'es' * (held > 1)} and is resumed by {self.args.world_size}: "
+                "start as many, or choose another output."
+            )
+        tree = ck.load_tree(file)
         ck.set_rng_state(tree["rng"])
         if tree["method"] is not None:
             self.model.live.state.load_state_dict(tree["method"])

@@ -231,14 +231,46 @@ def resumed(folder):
     distill(text_recipe(folder, "cut", 2, fsdp=True))
 
 
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def narrow(trainer_arguments):
+    """In float32; without a GPU transformers gives all processes the same data, so the micro-batch is that of one."""
+    global model
+    wide, double = model, Apprentice.double
+    model, Apprentice.double = lambda *a, **k: wide(*a, **k).float(), lambda self: self
+    try:
+        trainer = trainer_of("unused", METHODS["taid"], 2, 2, 9, **trainer_arguments)
+    finally:
+        model, Apprentice.double = wide, double
+    trainer.train()
+    trainer.make_whole()
+    return whole_state(trainer.model)
+
+
+def partitioned(folder):
+    from understudy.training import zero
+
+    zero.check = lambda args: None
+    save(folder, "zero3", narrow({"deepspeed": ZERO3}))
+
+
 PARTS = {
+    "zero3": (partitioned,),
     "first": (trainers, collectives, alone, runs, stopped, killed),
     "second": (resumed,),
 }
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if sys.argv[2] != "zero3":  # DeepSpeed makes its own
+        dist.init_process_group("gloo")
     for part in PARTS[sys.argv[2]]:
         part(Path(sys.argv[1]))
         dist.barrier()

@@ -15,6 +15,7 @@ from engine_cases import weights
 from understudy import distill
 from understudy.errors import InputError
 from understudy.recipe import make
+from understudy.training import zero
 from understudy.training.order import EpochShuffle, Share
 
 HERE = Path(__file__).parent
@@ -149,3 +150,22 @@ def test_one_process_places_a_sharded_teacher_whole(tmp_path):
     trainer = cases.trainer_of(tmp_path, cases.METHODS["kd"], 4, 1, 8, sharded=True, max_steps=1)
     trainer.train()
     assert not cases.is_sharded(trainer.teacher.model)
+
+
+def test_zero_3_gathers_a_tied_head_and_gives_the_same_weights(tmp_path):
+    pytest.importorskip("deepspeed")
+    done = two_ranks(tmp_path, "zero3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(read(tmp_path, "zero3"), cases.narrow({}), 1e-6)
+
+
+def test_deepspeed_that_could_not_resume_or_split_the_data_is_one_line(tmp_path, monkeypatch):
+    args = cases.trainer_of(tmp_path, cases.METHODS["sft"], 4, 1, 8).args
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were started and transformers sees 1"):
+        zero.check(args)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    zero.check(args)
+    args.save_strategy = "steps"
+    with pytest.raises(InputError, match="save_strategy=steps.*trainer.fsdp"):
+        zero.check(args)

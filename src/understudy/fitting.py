@@ -116,6 +116,7 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
             log.write_text("".join(line + "\n" for line in lines))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    trainer.make_whole()
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start
     return trainer.state.global_step < trainer.state.max_steps and not trainer.settled

@@ -18,7 +18,6 @@ from understudy.methods import get as get_method
 from understudy.tasks import get as get_task
 from understudy.training import Method
 
-
 SHARDED = "sharded"
 """As the device of a teacher: its weights are spread over all ranks."""
 
@@ -31,7 +30,8 @@ class ModelSpec(BaseModel):
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = Field(
-        None, description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given."
+        None,
+        description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given.",
     )
     quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
     trust_remote_code: bool = False

@@ -130,5 +130,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for i, entry in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": spread})
-
-

@@ -22,7 +22,8 @@ def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> Tr
         "save_total_limit": 2,
         "logging_steps": 10,
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
+        # DeepSpeed finds its device by itself, a CPU too, and is left aside without a word where one is asked for.
+        "use_cpu": not torch.cuda.is_available() and not values.get("deepspeed"),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "log_level": "error",

@@ -13,10 +13,10 @@ from transformers.training_args import ParallelMode
 
 from understudy.errors import InputError
 from understudy.models import RowModel
+from understudy.training import zero
 from understudy.training.apprentice import Apprentice
 from understudy.training.method import Method
 from understudy.training.order import COUNTS, Share, Shared
-
 
 LAUNCHED = "ACCELERATE_USE_FSDP"
 """Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
@@ -37,6 +37,12 @@ class OnRanks(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # replicas in threads copy weights at each step; several GPUs are for several processes
         super().__init__(model=model, args=args, **rest)
+        self.zero_stage = zero.stage_of(self.accelerator)
+        if self.is_deepspeed_enabled:
+            zero.check(args)
+            _refuse_what_needs_whole_weights(model.method, "trainer.deepspeed")
+        if self.zero_stage == 3:
+            zero.share_head(model)
         if self.is_fsdp_enabled:
             _refuse_what_cannot_be_sharded(model.method, model.student, self.accelerator.state.fsdp_plugin)
 
@@ -74,18 +80,29 @@ class OnRanks(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
+    def make_whole(self) -> None:
+        """After training: what DeepSpeed partitioned is an ordinary model again, on every rank."""
+        if self.is_deepspeed_enabled:
+            zero.whole_again(self.model_wrapped, self.model)
+
     def _take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
         """The micro-batches of an update, and which of them count on this rank."""
         samples = [sample for _, sample in zip(range(number), epoch_iterator, strict=False)]
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
 
 
-def _refuse_what_cannot_be_sharded(
-    method: Method, student: RowModel, plugin: FullyShardedDataParallelPlugin
-) -> None:
+def _refuse_what_cannot_be_sharded(method: Method, student: RowModel, plugin: FullyShardedDataParallelPlugin) -> None:
     """One line for whatever needs whole weights or gradients outside of a forward and backward pass."""
     if plugin.fsdp_version != 2:
         raise InputError("FSDP 1 is not supported: set fsdp_version: 2 (trainer.fsdp_config.version=2).")
+    _refuse_what_needs_whole_weights(method, "trainer.fsdp")
+    if type(student).save is not RowModel.save:
+        raise InputError(
+            f"{type(student).__name__} cannot be sharded, for it saves in its own way: run DDP (no trainer.fsdp)."
+        )
+
+
+def _refuse_what_needs_whole_weights(method: Method, option: str) -> None:
     reasons = {
         "its players have optimisers of their own": bool(method.players()),
         "it merges gradients of whole weights": method.merges_gradients,
@@ -93,6 +110,4 @@ def _refuse_what_cannot_be_sharded(
     }
     for reason, holds in reasons.items():
         if holds:
-            raise InputError(f"Method {method.name!r} cannot be sharded, for {reason}: run it with DDP (no trainer.fsdp).")
-    if type(student).save is not RowModel.save:
-        raise InputError(f"{type(student).__name__} cannot be sharded, for it saves in its own way: run DDP (no trainer.fsdp).")
+            raise InputError(f"Method {method.name!r} cannot be sharded, for {reason}: run it with DDP (no {option}).")

@@ -19,7 +19,7 @@ from understudy.folder import first_rank
 from understudy.models import RowModel
 from understudy.preflight import sample_loader
 from understudy.progress import RichProgress
-from understudy.recipe import Recipe
+from understudy.recipe import SHARDED, Recipe
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
@@ -65,10 +65,11 @@ def trainer_for(
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
     if teacher is not None and "teacher" in method.asks:
-        device = recipe.teacher.device if recipe.teacher and recipe.teacher.device else args.device
+        place = (recipe.teacher.device if recipe.teacher else None) or args.device
         name = recipe.teacher.model if recipe.teacher else "teacher"
-        asks = "teacher_features" in method.asks
-        local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"])
+        asks, sharded = "teacher_features" in method.asks, place == SHARDED
+        device = args.device if sharded else place
+        local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"], sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
     return DistillationTrainer(
@@ -123,6 +124,7 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
             log.write_text("".join(line + "\n" for line in lines))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    trainer.make_whole()
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start
     return trainer.state.global_step < trainer.state.max_steps and not trainer.settled

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from understudy.errors import InputError
@@ -37,7 +36,9 @@ def open_folder(recipe: Recipe) -> Path:
                     "Choose another output, or delete the folder."
                 )
         elif first_rank():
-            written.write_text(text)
+            temporary = written.with_suffix(".tmp")  # another rank may look at any moment
+            temporary.write_text(text)
+            temporary.rename(written)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied", str(folder))
     except (FileExistsError, NotADirectoryError):
@@ -81,12 +82,6 @@ def facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, st
 def first_rank() -> bool:
     """Whether this process writes files: the first of those that `torchrun` or `accelerate launch` started."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def together() -> None:
-    """Wait for the other ranks, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import TrainingArguments
@@ -18,6 +19,9 @@ from understudy.tasks import get as get_task
 from understudy.teachers.scores import Score
 from understudy.training import Method
 
+SHARDED = "sharded"
+"""As the device of a teacher: its weights are spread over all ranks."""
+
 
 class ModelSpec(BaseModel):
     """A model: a name, folder or Hub id, and how to hold it."""
@@ -26,7 +30,10 @@ class ModelSpec(BaseModel):
 
     model: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
+    device: str | None = Field(
+        None,
+        description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given.",
+    )
     quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
     trust_remote_code: bool = False
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
@@ -42,6 +49,17 @@ class ModelSpec(BaseModel):
     score: str | None = Field(
         None, description="What a teacher behind an endpoint is asked about each token: top_k:N, ids:N or sampled."
     )
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.device == SHARDED and self.quantization is not None:
+            raise ValueError("quantised weights cannot be sharded: leave device or quantization out")
+        if self.device is not None and self.device != SHARDED:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device {self.device!r} is not cpu, cuda:N or {SHARDED}") from None
+        return self
 
     @field_validator("endpoint", mode="before")
     @classmethod

@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
 from understudy.fitting import train, trainer_for
-from understudy.folder import facts, finished, first_rank, open_folder, save_pictures, together, write_json
+from understudy.folder import facts, finished, first_rank, open_folder, save_pictures, write_json
 from understudy.models import RowModel, state_hash
+from understudy.models.sharding import is_sharded, together, usable
 from understudy.preflight import Findings
 from understudy.preflight import check as preflight
 from understudy.recipe import ModelSpec, Recipe, load, make
@@ -147,12 +148,13 @@ def _fit(
         record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
     student = method.export(student, work)
-    if first_rank():
+    if first_rank() or is_sharded(student):
         student.save(folder / "student")
-        if prepared.tokenizer is not None:
-            prepared.tokenizer.save_pretrained(folder / "student")
-    evaluation = judge(task, prepared, student, teacher, recipe.judge)
-    found = method.finish(trainer.model.live, work)
+    if first_rank() and prepared.tokenizer is not None:
+        prepared.tokenizer.save_pretrained(folder / "student")
+    with usable(trainer.model):
+        evaluation = judge(task, prepared, student, teacher, recipe.judge)
+        found = method.finish(trainer.model.live, work)
     evaluation["metrics"] |= found.get("metrics", {})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}

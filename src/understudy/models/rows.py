@@ -10,11 +10,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models.heads import head_name
+from understudy.models.sharding import is_sharded, whole, whole_state
 from understudy.models.small import save_small
 from understudy.models.taps import tapped
 from understudy.targets import Dense, Projected
@@ -62,11 +64,17 @@ class RowModel(nn.Module):
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """`save_pretrained`, or the small networks' own format. Adapters of PEFT are saved as adapters."""
+        """`save_pretrained`, or the small networks' own format. Adapters of PEFT are saved as adapters.
+
+        A model that is sharded is gathered first: every rank must call, and the first one writes.
+        """
+        state = whole_state(self.model) if is_sharded(self.model) else None
+        if state is not None and dist.get_rank() > 0:
+            return
         if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
         elif hasattr(self.model, "understudy"):
-            save_small(self.model, folder)
+            save_small(self.model, folder, state)
         else:
             raise InputError(
                 f"{type(self.model).__name__} has no save_pretrained: give your module one, or use a model that has."
@@ -197,10 +205,11 @@ def find_head(rows: RowModel) -> nn.Module | None:
 
 
 def state_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights, by name."""
+    """SHA-256 of all weights, by name. Of a sharded model every rank must ask."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, held in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        value = whole(held)
         digest.update(
             value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes()
             if value.dim()

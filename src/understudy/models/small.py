@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,11 @@ def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
     return tuple(facts["normalise"]) if facts and facts["normalise"] else None  # type: ignore[return-value]
 
 
-def save_small(model: nn.Module, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`."""
+def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write `config.json` and `model.safetensors`: of the model's state, or of `state` where that is held elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, str(folder / "model.safetensors"))
+    state = model.state_dict() if state is None else state
+    save_file({k: v.contiguous() for k, v in state.items()}, str(folder / "model.safetensors"))
     (folder / "config.json").write_text(json.dumps(model.understudy, indent=1))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from understudy.data import Batch
 from understudy.models import RowModel, Rows, evaluating
+from understudy.models.sharding import ranks, shard
 
 
 class Teacher(Protocol):
@@ -38,6 +39,7 @@ class LocalTeacher:
         device: where it lives; `None` leaves it where it is.
         freeze: turn off the gradients of its parameters.
         features, taps: what to answer beside the signal: features before the head, outputs of these layers.
+        sharded: spread its weights over the ranks, each on its `device`. Every rank must ask as often as the others.
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class LocalTeacher:
         *,
         features: bool = False,
         taps: Mapping[str, nn.Module] | None = None,
+        sharded: bool = False,
     ) -> None:
-        self.model = model if device is None else model.to(device)
-        self.name, self.features, self.taps = name, features, taps
+        self.model, self.name, self.features, self.taps = model, name, features, taps
         if freeze:
-            self.model.requires_grad_(False)
+            model.requires_grad_(False)
+        if sharded and ranks() > 1:
+            shard(model, device if device is not None else "cpu")
+        elif device is not None:
+            model.to(device)
 
     @torch.no_grad()
     def rows(self, batch: Batch) -> Rows:

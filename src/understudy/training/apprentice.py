@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.losses.reduction import row_weights
 from understudy.models import RowModel, Rows, find_head
+from understudy.models.sharding import block_names
 from understudy.training.method import Live, Method
 from understudy.training.shapes import Shapes
 
@@ -60,6 +61,11 @@ class Apprentice(nn.Module):
             seed=seed,
         )
         self.head_timer: Any = nullcontext
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The blocks that FSDP2 shards apart; the rest, the head with it, is one group: whole while `forward` runs."""
+        return block_names(self.student)
 
     def train(self, mode: bool = True) -> Apprentice:
         """Companions never leave evaluation mode."""

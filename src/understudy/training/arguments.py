@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from understudy.errors import InputError
+from understudy.models.sharding import anywhere
 
 
 def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:
@@ -20,13 +22,14 @@ def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> Tr
         "save_total_limit": 2,
         "logging_steps": 10,
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
+        # DeepSpeed finds its device by itself, a CPU too, and is left aside without a word where one is asked for.
+        "use_cpu": not torch.cuda.is_available() and not values.get("deepspeed"),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "log_level": "error",
     }
     try:
-        return TrainingArguments(output_dir=str(output), seed=seed, **{**defaults, **values})
+        return TrainingArguments(output_dir=str(output), seed=seed, **{**defaults, **copy.deepcopy(dict(values))})
     except (TypeError, ValueError) as error:
         raise InputError(f"Bad trainer options: {' '.join(str(error).split())}") from error
 
@@ -57,6 +60,7 @@ class StopOnSignal(TrainerCallback):
             self.before = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked = anywhere(self.asked, args.device)  # ranks are told at different moments and must stop at one step
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
+from understudy.errors import InputError
+from understudy.models.sharding import gathered, is_sharded, load_optimizer, load_state, together, whole_state
 from understudy.training import checkpoint as ck
+from understudy.training.ranks import OnRanks
 
 STATE, OPTIMIZER, MODEL = "state.safetensors", "optimizer.safetensors", "model.safetensors"
 
@@ -22,10 +23,12 @@ def _best(folder: Path) -> str:
         return ""
 
 
-class ExactCheckpoints(Trainer):
-    """`Trainer` whose checkpoints hold all that the next step depends on, the method's state and players included."""
+class ExactCheckpoints(OnRanks):
+    """`Trainer` whose checkpoints hold all that the next step depends on, the method's state and players included.
 
-    model: Any
+    Model and optimiser are held in one piece whether they are sharded or not; random numbers are those of each rank.
+    """
+
     meter: Any
     players: Any
 
@@ -33,6 +36,7 @@ class ExactCheckpoints(Trainer):
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = keep
+        together()  # the seal covers the files of all ranks
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir)
@@ -45,30 +49,32 @@ class ExactCheckpoints(Trainer):
             if path.name not in best:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        ck.save_tree(dict(state_dict or self.model.state_dict()), folder / MODEL)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The state of student and method; a sharded one is gathered, and the first rank writes."""
+        state = whole_state(self.model) if is_sharded(self.model) else self.model.state_dict()
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            ck.save_tree(dict(state), folder / MODEL)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        (model or self.model).load_state_dict(ck.load_tree(Path(resume_from_checkpoint) / MODEL))
+        load_state(self.model, ck.load_tree(Path(resume_from_checkpoint) / MODEL))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            tree = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+        state = self.optimizer.state_dict()
+        tree = {
+            "optimizer": gathered(state) if is_sharded(self.model) else state,
+            "scheduler": self.lr_scheduler.state_dict(),
+        }
+        if self.args.should_save:
             ck.save_tree(tree, Path(output_dir) / OPTIMIZER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            tree = ck.load_tree(Path(checkpoint) / OPTIMIZER)
-            self.optimizer.load_state_dict(tree["optimizer"])
-            self.lr_scheduler.load_state_dict(tree["scheduler"])
+        tree = ck.load_tree(Path(checkpoint) / OPTIMIZER)
+        load_optimizer(self.optimizer, tree["optimizer"])
+        self.lr_scheduler.load_state_dict(tree["scheduler"])
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder) / (STATE if self.args.world_size == 1 else f"rank{self.args.process_index}-{STATE}")
@@ -87,7 +93,14 @@ class ExactCheckpoints(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        tree = ck.load_tree(self._state_file(checkpoint))
+        file = self._state_file(checkpoint)
+        if not file.is_file():
+            held = len(list(Path(checkpoint).glob(f"*{STATE}")))
+            raise InputError(
+                f"{checkpoint} was written by {held} process{'es' * (held > 1)} and is resumed by {self.args.world_size}: "
+                "start as many, or choose another output."
+            )
+        tree = ck.load_tree(file)
         ck.set_rng_state(tree["rng"])
         if tree["method"] is not None:
             self.model.live.state.load_state_dict(tree["method"])

@@ -126,23 +126,18 @@ class DistillationTrainer(Validating):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """Collect the micro-batches of one update and count what the update divides by, over all ranks."""
-        samples = []
-        for _ in range(num_batches):
-            try:
-                samples.append(next(epoch_iterator))
-            except StopIteration:
-                break
+        samples, self._counting = self._take(epoch_iterator, num_batches)
         found: dict[str, float] = {}
-        for sample in samples:
+        for sample, counts in zip(samples, self._counting, strict=True):
             batch = Batch.from_dict(sample)
             for name, number in {"": self._units(batch), **self.model.method.counts(batch)}.items():
-                found[name] = found.get(name, 0.0) + number
-        counts = torch.tensor(list(found.values()), device=self.args.device, dtype=torch.float32)
+                found[name] = found.get(name, 0.0) + counts * number
+        total = torch.tensor(list(found.values()), device=self.args.device, dtype=torch.float32)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        self._counts, self._left = dict(zip(found, counts.clamp(min=1.0), strict=True)), len(samples)
+            total = self.accelerator.reduce(total, "sum")
+        self._counts, self._left = dict(zip(found, total.clamp(min=1.0), strict=True)), len(samples)
         self._samples, self._moved = samples, False
-        return samples, counts[0]
+        return samples, total[0]
 
     def _units(self, batch: Batch) -> float:
         """What a micro-batch adds to the count; a sum adds nothing, and nothing divides by 1."""
@@ -182,6 +177,8 @@ class DistillationTrainer(Validating):
             with meter.teacher() if meter is not None else nullcontext():
                 target = self.teacher.rows(batch)
         sums: dict[str, Tensor] = model(batch, target)
+        if not self._counting[-self._left]:  # another rank has the last examples; this one only keeps it company
+            sums = {name: value * 0 for name, value in sums.items()}
         for name, value in sums.items():
             if name.endswith("/value"):
                 key = name.removesuffix("/value")
@@ -225,7 +222,7 @@ class DistillationTrainer(Validating):
         def total(values: Sequence[Tensor]) -> list[Tensor]:
             return [self.accelerator.reduce(v, "sum") if self.args.world_size > 1 else v for v in values]
 
-        batches = [self._batch(s) for s in self._samples]
+        batches = [self._batch(s) for s, counts in zip(self._samples, self._counting, strict=True) if counts]
         scene = Scene(live.student, self.teacher, batches, float(self._counts[""]), validation, total)  # type: ignore[arg-type]
         for name in movers:
             sums = self.players.move(name, partial(method.play, name, scene, live), scene)

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from understudy.models import RowModel
+from understudy.models.sharding import agreed, usable
 from understudy.training import checkpoint as ck
 from understudy.training.saving import ExactCheckpoints
 
@@ -52,7 +53,8 @@ class Validating(ExactCheckpoints):
         """The validation metrics of the student as it is now; logged, and written to `validation.jsonl`."""
         assert self.validate is not None
         before = ck.rng_state()
-        found = dict(self.validate(self.model.student))
+        with usable(self.model):
+            found = agreed(dict(self.validate(self.model.student)))
         ck.set_rng_state(before)
         if self.metrics_file is not None and self.args.should_save:
             line = {"step": self.state.global_step, **found}
@@ -92,7 +94,4 @@ class Validating(ExactCheckpoints):
             self.args.save_total_limit = keep
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self._best_folder()))
+        self._load_from_checkpoint(str(self._best_folder()))

@@ -1,0 +1,113 @@
+"""Several processes as one: DDP, FSDP2 and DeepSpeed through transformers' Trainer, and each rank's share of the data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from understudy.errors import InputError
+from understudy.models import RowModel
+from understudy.training import zero
+from understudy.training.apprentice import Apprentice
+from understudy.training.method import Method
+from understudy.training.order import COUNTS, Share, Shared
+
+LAUNCHED = "ACCELERATE_USE_FSDP"
+"""Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
+
+
+class OnRanks(Trainer):
+    """`Trainer` whose result does not depend on how many processes share the work, or on how its weights are held."""
+
+    model: Any
+    data_collator: Any
+
+    def __init__(self, model: Apprentice, args: TrainingArguments, **rest: Any) -> None:
+        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise InputError(
+                "trainer.fsdp shards over processes and there is one: start with `torchrun --nproc_per_node N -m understudy`, "
+                "or drop it."
+            )
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # replicas in threads copy weights at each step; several GPUs are for several processes
+        super().__init__(model=model, args=args, **rest)
+        self.zero_stage = zero.stage_of(self.accelerator)
+        if self.is_deepspeed_enabled:
+            zero.check(args)
+            _refuse_what_needs_whole_weights(model.method, "trainer.deepspeed")
+        if self.zero_stage == 3:
+            zero.share_head(model)
+        if self.is_fsdp_enabled:
+            _refuse_what_cannot_be_sharded(model.method, model.student, self.accelerator.state.fsdp_plugin)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """FSDP2 works on CPUs too, where accelerate would leave the plugin aside without a word and run DDP."""
+        launched = os.environ.get(LAUNCHED)
+        super().create_accelerator_and_postprocess()
+        os.environ.pop(LAUNCHED, None)  # what this run's arguments put there is not for the next run in this process
+        if launched is not None:
+            os.environ[LAUNCHED] = launched
+        state, wanted = self.accelerator.state, self.args.fsdp_plugin_args
+        if state.distributed_type != DistributedType.MULTI_CPU or not (wanted or str_to_bool(launched or "false")):
+            return
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**(wanted or {}))
+        if self.accelerator.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
+        state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One process: as transformers makes it. Several: each rank's share, without the examples that are repeated
+        elsewhere to make the last round even."""
+        args = self.args
+        if args.world_size == 1:
+            return super().get_train_dataloader()
+        order = self._get_train_sampler(self.train_dataset)
+        assert order is not None
+        share = Share(order, args.train_batch_size, args.world_size, args.process_index, args.dataloader_drop_last)
+        data = Shared(self.train_dataset, self.data_collator)
+        return DataLoader(
+            data,
+            batch_sampler=share,
+            collate_fn=data.collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def make_whole(self) -> None:
+        """After training: what DeepSpeed partitioned is an ordinary model again, on every rank."""
+        if self.is_deepspeed_enabled:
+            zero.whole_again(self.model_wrapped, self.model)
+
+    def _take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
+        """The micro-batches of an update, and which of them count on this rank."""
+        samples = [sample for _, sample in zip(range(number), epoch_iterator, strict=False)]
+        return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
+
+
+def _refuse_what_cannot_be_sharded(method: Method, student: RowModel, plugin: FullyShardedDataParallelPlugin) -> None:
+    """One line for whatever needs whole weights or gradients outside of a forward and backward pass."""
+    if plugin.fsdp_version != 2:
+        raise InputError("FSDP 1 is not supported: set fsdp_version: 2 (trainer.fsdp_config.version=2).")
+    _refuse_what_needs_whole_weights(method, "trainer.fsdp")
+    if type(student).save is not RowModel.save:
+        raise InputError(
+            f"{type(student).__name__} cannot be sharded, for it saves in its own way: run DDP (no trainer.fsdp)."
+        )
+
+
+def _refuse_what_needs_whole_weights(method: Method, option: str) -> None:
+    reasons = {
+        "its players have optimisers of their own": bool(method.players()),
+        "it merges gradients of whole weights": method.merges_gradients,
+        "it changes the head after training": type(method).export is not Method.export,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"Method {method.name!r} cannot be sharded, for {reason}: run it with DDP (no {option}).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from understudy.folder import first_rank
 from understudy.models import RowModel
 from understudy.preflight import sample_loader
 from understudy.progress import RichProgress
-from understudy.recipe import Recipe
+from understudy.recipe import ModelSpec, Recipe
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
+from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
 from understudy.training import Apprentice, DistillationTrainer, Method, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 from understudy.training.shapes import probe
@@ -44,6 +44,8 @@ def trainer_for(
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     local: Teacher | None = None
+    if isinstance(teacher, Ensemble) and "teacher" in method.asks:
+        _outputs_alone(method, "an ensemble has no inner layers of its own: give one teacher")
     if "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.cache is not None:
         local = _cached(recipe.teacher.cache, method, prepared)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
@@ -127,14 +129,88 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+MEMBERS = "members"
+Load = Callable[[str, Recipe], RowModel | None]
+
+
+def member_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """For each member of the recipe's teacher the recipe with it alone: a routed one learns its own domain alone."""
+    members = recipe.teacher.members if recipe.teacher is not None else None
+    found = {}
+    for name, spec in (members or {}).items():
+        assert recipe.teacher is not None
+        own = {"only": name} if recipe.teacher.route is not None else {}
+        found[name] = recipe.model_copy(update={"teacher": spec, "data": {**recipe.data, **own}})
+    return found
+
+
+def ensemble(recipe: Recipe, prepared: Prepared, load: Load) -> Ensemble | None:
+    """The recipe's teacher of several members; `None` where `load` has one of them not yet.
+
+    Args:
+        load: gives the model of a member, by its name and the recipe with it alone.
+    """
+    spec = recipe.teacher
+    assert spec is not None
+    members: dict[str, RowModel | Teacher] = {}
+    devices: dict[str, str] = {}
+    for name, own in member_recipes(recipe).items():
+        member: ModelSpec | None = own.teacher
+        assert member is not None
+        found = _cached(member.cache, recipe.build_method(), prepared) if member.cache is not None else load(name, own)
+        if found is None:
+            return None
+        members[name] = found
+        if member.device is not None:
+            devices[name] = member.device
+    domains = prepared.domains if spec.route is not None else None
+    idle = [n for n in members if domains is not None and n not in domains]
+    if idle:
+        prepared.warnings.append(f"No example names teacher.members.{idle[0]} in column {spec.route!r}.")
+    geometric = spec.mix == "logits"
+    return Ensemble(members, weights=spec.weights, geometric=geometric, domains=domains, devices=devices)
+
+
+def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> RowModel | None:
+    """The recipe's teacher without training anything: `None` where it is not there yet, or cannot be asked about all.
+
+    Args:
+        folder: of a run that may have trained it.
+    """
+    task = get_task(recipe.task)
+
+    def load(own: Recipe, home: Path | None) -> RowModel | None:
+        assert own.teacher is not None
+        trained = home / "teacher" / "student" if home is not None else None
+        if own.teacher.train is None:
+            return task.model(own.teacher, prepared)
+        return task.model(own.teacher, prepared, trained) if trained is not None and trained.is_dir() else None
+
+    if recipe.teacher is None:
+        return None
+    if not recipe.teacher.members:
+        return load(recipe, folder)
+    below = folder / MEMBERS if folder is not None else None
+    return answers_anything(
+        ensemble(recipe, prepared, lambda name, own: load(own, below / name if below is not None else None))
+    )
+
+
+def answers_anything(teacher: RowModel | None) -> RowModel | None:
+    """The teacher, where it can be asked about any example and not only about stored ones."""
+    return None if isinstance(teacher, Ensemble) and not teacher.complete else teacher
+
+
+def _outputs_alone(method: Method, why: str) -> None:
+    if "teacher_features" in method.asks or type(method).taps is not Method.taps:
+        raise InputError(f"Method {method.name!r} reads inside the teacher and {why}.")
+
+
 def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
     """The teacher's cache, if the method can do with stored signals and the run has the tokens it was captured with."""
     path = find(folder)
     if path is None:
         raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
-    if "teacher_features" in method.asks or type(method).taps is not Method.taps:
-        raise InputError(
-            f"Method {method.name!r} reads inside the teacher and a cache keeps its outputs alone: give the live teacher."
-        )
+    _outputs_alone(method, "a cache keeps its outputs alone: give the live teacher")
     facts: dict[str, Any] = {key: prepared.hashes[key] for key in ("tokenizer", "template") if key in prepared.hashes}
     return CachedTeacher(path, {**facts, "classes": prepared.classes})

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
-from understudy.fitting import train, trainer_for
+from understudy.fitting import MEMBERS, answers_anything, ensemble, train, trainer_for
 from understudy.folder import facts, finished, first_rank, open_folder, save_pictures, together, write_json
 from understudy.models import RowModel, state_hash
 from understudy.preflight import Findings
@@ -27,6 +27,7 @@ from understudy.reporting import render_run
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
+from understudy.teachers import Ensemble
 from understudy.training import Bench, Procedure, Stage
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def _fit(
             )
     prepared = task.prepare(recipe)
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
+    shown = answers_anything(teacher)
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
     if prepared.stored is not None:
@@ -125,7 +127,7 @@ def _fit(
         student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
-    findings = preflight(task, prepared, student, teacher)
+    findings = preflight(task, prepared, student, shown)
     for warning in findings.warnings:
         log.warning(warning)
     hashes = {**prepared.hashes, "student_initial": state_hash(student)}
@@ -137,7 +139,7 @@ def _fit(
 
     record("running")
     method, meter = recipe.build_method(), CostMeter(task.unit)
-    work = _stage(recipe, prepared, student, teacher, home, hashes)
+    work = _stage(recipe, prepared, student, shown, home, hashes)
     tables = method.stage(work)
     student = method.student(student, work)
     trainer = trainer_for(recipe, prepared, student, teacher, tables, folder, meter, progress)
@@ -149,7 +151,7 @@ def _fit(
         student.save(folder / "student")
         if prepared.tokenizer is not None:
             prepared.tokenizer.save_pretrained(folder / "student")
-    evaluation = judge(task, prepared, student, teacher, recipe.judge)
+    evaluation = judge(task, prepared, student, shown, recipe.judge)
     found = method.finish(trainer.model.live, work)
     evaluation["metrics"] |= found.get("metrics", {})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
@@ -225,6 +227,8 @@ def judge(
 
 def copy_of(teacher: RowModel | None) -> RowModel:
     """A student that begins as its teacher."""
+    if isinstance(teacher, Ensemble):
+        raise InputError(f"student={COPY} begins as a copy of one model, and the teacher has members: name a student.")
     if teacher is None:
         raise InputError(f"student={COPY} begins as a copy of the teacher, and there is none: set `teacher`.")
     return copy.deepcopy(teacher)
@@ -234,6 +238,9 @@ def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
     """The recipe's teacher, trained first if the recipe says so; `None` where a cache answers in its place."""
+    if recipe.teacher is not None and recipe.teacher.members:
+        load = lambda name, own: _model(own, "teacher", task, prepared, home / MEMBERS / name, progress, None)  # noqa: E731
+        return ensemble(recipe, prepared, load)
     if recipe.teacher is not None:
         cached = recipe.teacher.cache is not None  # its answers are on disk; the model is not loaded
         return None if cached else _model(recipe, "teacher", task, prepared, home, progress, module)

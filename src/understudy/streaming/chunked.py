@@ -88,6 +88,7 @@ class _Work:
             assert theirs is not None
             made = _product(target.hidden, target.weight, theirs[: len(hidden)])
             target = Dense(finish(made, target, inplace=True))
+        target = dense(target)  # of a mixture, these rows alone
         values = logits.new_empty(len(hidden))
         for start in range(0, len(hidden), self.strip):
             strip = slice(start, start + self.strip)

@@ -1,5 +1,17 @@
 """What a teacher says, as typed values. A loss states which of them it accepts."""
 
-from understudy.targets.types import Clean, Dense, Projected, Sampled, Scores, Target, Text, TopK, sample, top_k
+from understudy.targets.types import (
+    Clean,
+    Dense,
+    Mixture,
+    Projected,
+    Sampled,
+    Scores,
+    Target,
+    Text,
+    TopK,
+    sample,
+    top_k,
+)
 
-__all__ = ["Clean", "Dense", "Projected", "Sampled", "Scores", "Target", "Text", "TopK", "sample", "top_k"]
+__all__ = ["Clean", "Dense", "Mixture", "Projected", "Sampled", "Scores", "Target", "Text", "TopK", "sample", "top_k"]

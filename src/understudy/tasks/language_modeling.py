@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
-from understudy.errors import InputError
+from understudy.errors import InputError, nearest
 from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer, tokenizer_hashes
 from understudy.models.tokenizers import compare_tokenizers
 from understudy.tasks.base import MODULE, Prepared, RowTask, merged
@@ -23,6 +24,21 @@ _TRAINER = {
     "weight_decay": 0.0,
 }
 _TEACHER = {"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
+
+
+def _only(records: list[Any], only: str | None, domains: Sequence[str], split: str) -> list[Any]:
+    """The records of one domain, or all."""
+    if only is None:
+        return records
+    if only not in domains:
+        raise InputError(
+            f"Unknown domain data.only={only!r}.{nearest(str(only), domains)} Known: {', '.join(domains) or 'none'} "
+            "(of the column data.domain_column)."
+        )
+    found = [r for r in records if r["domain"] == only]
+    if not found:
+        raise InputError(f"Domain {only!r} has no record in the {split} split.")
+    return found
 
 
 class LanguageModeling(RowTask):
@@ -56,19 +72,20 @@ class LanguageModeling(RowTask):
         data = dict(recipe.data)
         length, pack = data.pop("max_length"), data.pop("pack")
         truncation, vocabulary = data.pop("truncation", "end"), data.pop("vocab_size", 1024)
-        own_tokenizer = data.pop("tokenizer", None)
+        own_tokenizer, only = data.pop("tokenizer", None), data.pop("only", None)
         splits = load_text(data)
         notes = list(splits.notes)
         tokenizer = self._tokenizer(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
         for name in ("train", "validation", "test"):
-            records = getattr(splits, name)
+            records = _only(getattr(splits, name), only, splits.domains, name)
             sets[name], counts = encode(records, tokenizer, max_length=length, pack=pack, truncation=truncation)
             notes.append(f"{name}: {counts}")
         return Prepared(
             **sets,
             teacher_train=sets["train"],
-            collate=partial(collate_text, pad_id=tokenizer.pad_token_id or 0),
+            collate=partial(collate_text, pad_id=tokenizer.pad_token_id or 0, domains=splits.domains),
+            domains=splits.domains,
             classes=len(tokenizer),
             tokenizer=tokenizer,
             notes=notes,
@@ -81,9 +98,9 @@ class LanguageModeling(RowTask):
         found: dict[str, Any] = {}
         if own is not None:
             found["data.tokenizer"] = load_tokenizer(own)
-        for side in ("teacher", "student"):
-            spec = getattr(recipe, side)
-            if spec is None or (spec.model.startswith(MODULE) and spec.tokenizer is None):
+        specs = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
+        for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
+            if spec.model.startswith(MODULE) and spec.tokenizer is None:
                 continue
             if not is_new_causal_lm(spec.model):
                 found[side] = load_tokenizer(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)

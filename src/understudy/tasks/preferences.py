@@ -31,6 +31,7 @@ class Preferences(LanguageModeling):
     unit = "lists"
     metric = "accuracy"
     higher_is_better = True
+    mixes = False
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Word order with a small Llama that is first trained on the best candidates, unless the recipe names others."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +24,8 @@ from understudy.progress import RichProgress
 from understudy.recipe import ModelSpec, Recipe
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
+from understudy.tasks.base import COPY
+from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, OtherTokenizer, Teacher
 from understudy.training import Apprentice, DistillationTrainer, Method, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 from understudy.training.shapes import probe
@@ -44,8 +47,15 @@ def trainer_for(
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     local: Teacher | None = None
-    if isinstance(teacher, Ensemble) and "teacher" in method.asks:
-        _outputs_alone(method, "an ensemble has no inner layers of its own: give one teacher")
+    if isinstance(teacher, (Ensemble, OtherTokenizer)) and "teacher" in method.asks:
+        several = isinstance(teacher, Ensemble)
+        what = "an ensemble has none: give one teacher" if several else "its tokens are not the student's: give another"
+        _outputs_alone(method, f"an inner layer is asked for; {what}")
+        if not several and getattr(method, "temperature", 1.0) != 1.0:
+            raise InputError(
+                "Teacher and student have different tokenizers, and the likelihood of a text is taken at temperature 1: "
+                f"set options.temperature=1 (it is {method.temperature})."  # type: ignore[attr-defined]
+            )
     if "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.cache is not None:
         local = _cached(recipe.teacher.cache, method, prepared)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
@@ -186,19 +196,44 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
             return task.model(own.teacher, prepared)
         return task.model(own.teacher, prepared, trained) if trained is not None and trained.is_dir() else None
 
-    if recipe.teacher is None:
+    if recipe.teacher is None or prepared.aligner is not None:
         return None
     if not recipe.teacher.members:
         return load(recipe, folder)
     below = folder / MEMBERS if folder is not None else None
-    return answers_anything(
+    return comparable(
         ensemble(recipe, prepared, lambda name, own: load(own, below / name if below is not None else None))
     )
 
 
-def answers_anything(teacher: RowModel | None) -> RowModel | None:
-    """The teacher, where it can be asked about any example and not only about stored ones."""
-    return None if isinstance(teacher, Ensemble) and not teacher.complete else teacher
+def comparable(teacher: RowModel | None) -> RowModel | None:
+    """The teacher, where it gives whole distributions about any example: to be judged and read beside the student."""
+    if isinstance(teacher, OtherTokenizer) or (isinstance(teacher, Ensemble) and not teacher.complete):
+        return None
+    return teacher
+
+
+def copy_of(teacher: RowModel | None) -> RowModel:
+    """A student that begins as its teacher."""
+    if isinstance(teacher, (Ensemble, OtherTokenizer)):
+        raise InputError(
+            f"student={COPY} begins as a copy of one model of its tokens; this teacher is none: name a student."
+        )
+    if teacher is None:
+        raise InputError(f"student={COPY} begins as a copy of the teacher, and there is none: set `teacher`.")
+    return copy.deepcopy(teacher)
+
+
+def other_side(prepared: Prepared) -> Prepared:
+    """The data as a teacher with another tokenizer is loaded for it."""
+    tokenizer = prepared.aligner.teacher.tokenizer
+    return dataclasses.replace(prepared, tokenizer=tokenizer, classes=len(tokenizer))
+
+
+def other_tokenizer(model: RowModel, prepared: Prepared) -> OtherTokenizer:
+    """The teacher behind the alignment of both tokenizers."""
+    limit = getattr(getattr(model.model, "config", None), "max_position_embeddings", None)
+    return OtherTokenizer(model, prepared.aligner, limit=limit)
 
 
 def _outputs_alone(method: Method, why: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import time
@@ -17,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
-from understudy.fitting import MEMBERS, answers_anything, ensemble, train, trainer_for
+from understudy.fitting import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer, train, trainer_for
 from understudy.folder import facts, finished, first_rank, open_folder, save_pictures, together, write_json
 from understudy.models import RowModel, state_hash
 from understudy.preflight import Findings
@@ -27,7 +26,6 @@ from understudy.reporting import render_run
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
-from understudy.teachers import Ensemble
 from understudy.training import Bench, Procedure, Stage
 
 log = logging.getLogger(__name__)
@@ -116,7 +114,7 @@ def _fit(
             )
     prepared = task.prepare(recipe)
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
-    shown = answers_anything(teacher)
+    shown = comparable(teacher)
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
     if prepared.stored is not None:
@@ -225,15 +223,6 @@ def judge(
     return {"split": split, **found}
 
 
-def copy_of(teacher: RowModel | None) -> RowModel:
-    """A student that begins as its teacher."""
-    if isinstance(teacher, Ensemble):
-        raise InputError(f"student={COPY} begins as a copy of one model, and the teacher has members: name a student.")
-    if teacher is None:
-        raise InputError(f"student={COPY} begins as a copy of the teacher, and there is none: set `teacher`.")
-    return copy.deepcopy(teacher)
-
-
 def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
@@ -241,6 +230,9 @@ def load_teacher(
     if recipe.teacher is not None and recipe.teacher.members:
         load = lambda name, own: _model(own, "teacher", task, prepared, home / MEMBERS / name, progress, None)  # noqa: E731
         return ensemble(recipe, prepared, load)
+    if recipe.teacher is not None and prepared.aligner is not None and recipe.teacher.cache is None:
+        model = _model(recipe, "teacher", task, other_side(prepared), home, progress, module)
+        return other_tokenizer(model, prepared)
     if recipe.teacher is not None:
         cached = recipe.teacher.cache is not None  # its answers are on disk; the model is not loaded
         return None if cached else _model(recipe, "teacher", task, prepared, home, progress, module)
@@ -278,6 +270,8 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
     assert spec.train is not None
     student = ModelSpec(**{**spec.model_dump(), "train": None})
     data = {**recipe.data, **get_task(recipe.task).start_data}
+    if spec.tokenizer is not None:
+        data.pop("tokenizer", None)  # its own counts
     values = recipe.dump() | {
         "method": get_task(recipe.task).baseline,
         "options": {},

@@ -71,8 +71,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
             labels where the teacher is trained), `seed` (of such noise, and of `clusters`),
             `modulo` or `label_map` (coarser classes: the label modulo a number, or a new class for each; the old labels
-            stay known as subclasses), `unlabelled` (hide the labels of the student's training part), `domain_column` (a
-            column that names each example's domain), `only` (one of those domains: leave the others out).
+            stay known as subclasses), `unlabelled` (hide the student's training labels), `domain_column` (names each domain),
+            `only` (leave the other domains out).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.

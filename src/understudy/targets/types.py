@@ -159,8 +159,8 @@ class TopK(_Rows):
     """The k most probable classes with the mass of the rest.
 
     Args:
-        ids: `[..., k]`, int64, distinct.
-        log_probs: `[..., k]`, nats.
+        ids: `[..., k]`, int64, distinct; −1 where a row keeps fewer. A row that keeps none says nothing.
+        log_probs: `[..., k]`, nats; −inf where the id is −1.
         log_tail: `[..., 1]`, log of the mass outside `ids` (−inf if none).
         temperature: at which the probabilities were taken.
     """

@@ -37,6 +37,7 @@ class Prepared:
             of what may be wrong.
         hashes: content hashes for the run folder.
         domains: names of the examples' domains, by the number a batch gives them; empty where the data name none.
+        aligner: how the teacher's tokens lie over the student's, where it has a tokenizer of its own.
         facts: what the task's own `model` needs to know of the data. stored: told the folder where a run, or a
             comparison, keeps what is dear to compute.
     """
@@ -56,6 +57,7 @@ class Prepared:
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
     domains: Sequence[str] = ()
+    aligner: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     stored: Callable[[Path], None] | None = None
 

@@ -61,6 +61,8 @@ def encode(signal: Dense | Projected | Mixture, support: Support, temperature: f
                 "Support 'hidden' needs hidden states and a head; this teacher gives logits: choose dense."
             )
         return {"hidden": signal.hidden.bfloat16()}
+    if not isinstance(signal, (Dense, Projected, Mixture)):
+        raise InputError(f"A teacher that answers with {type(signal).__name__} is no whole distribution to be kept.")
     logits = logits_of(signal).float()
     if support.kind == "dense":
         half = logits.half()

@@ -82,8 +82,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
     name = str(spec["name"])
     notes: list[str] = []
-    pools, classes = read_source(name, spec, notes)
-    pools, classes = _coarser(pools, classes, spec)
+    pools, classes = _coarser(*read_source(name, spec, notes), spec)
     pools, domains = _of_domains(name, pools, spec)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))

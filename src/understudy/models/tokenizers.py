@@ -36,8 +36,8 @@ def compare_tokenizers(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -
     """What differs between two tokenizers, or `None`. Tokens are compared, not vocabulary sizes."""
     left, right = a.get_vocab(), b.get_vocab()
     if left != right:
-        moved = [t for t, i in left.items() if right.get(t) != i]
-        other = [t for t in right if t not in left]
+        moved = [t for t, i in sorted(left.items(), key=lambda item: item[1]) if right.get(t) != i]
+        other = [t for t in sorted(right) if t not in left]
         some = ", ".join(repr(t) for t in (moved or other)[:3])
         return f"{len(left)} against {len(right)} tokens, {len(moved) + len(other)} differ (for example {some})"
     probe = "Aé 日本 🙂\n\tdef f(x):  # 12345"

@@ -5,13 +5,13 @@ import torch
 from engine_cases import TEXT
 from fault_server import KEY_ENV
 from understudy.data import Batch, load_text, train_tokenizer
-from understudy.fitting import served
 from understudy.generation import Endpoint
 from understudy.models import load_causal_lm, load_tokenizer
 from understudy.recipe import make
 from understudy.tasks import get as get_task
 from understudy.teachers import ServedTeacher
 from understudy.teachers.scores import Score
+from understudy.teaching import served
 
 DATA = {**TEXT["data"], "characters": 30_000, "limit": 4}
 QUICK = {"backoff": 0.001, "longest_backoff": 0.01, "retries": 30, "timeout": 5.0}

@@ -12,7 +12,6 @@ import torch
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.fitting import served
 from understudy.models import RowModel
 from understudy.recipe import Recipe
 from understudy.run import load_teacher
@@ -22,6 +21,7 @@ from understudy.teachers.cached import Captured, capture, verify
 from understudy.teachers.codecs import Support
 from understudy.teachers.served import capture_served, verify_served
 from understudy.teachers.store import ShardStore
+from understudy.teaching import served
 
 
 def capture_recipe(

@@ -12,13 +12,13 @@ from transformers import set_seed
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.fitting import served
 from understudy.preflight import Findings
 from understudy.preflight import check as preflight
 from understudy.recipe import Recipe, make
 from understudy.run import judge
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
+from understudy.teaching import served, standing
 from understudy.training import Procedure
 
 
@@ -36,15 +36,14 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
     student = task.model(recipe.teacher if copied else recipe.student, prepared)
-    teacher = None
-    if recipe.teacher is not None and recipe.teacher.train is None and recipe.teacher.endpoint is None:
-        teacher = task.model(recipe.teacher, prepared)
+    teacher = standing(recipe, prepared)
     findings = preflight(task, prepared, student, teacher)
     if recipe.teacher is not None and recipe.teacher.served:
         with tempfile.TemporaryDirectory() as scratch:
             findings.notes.extend(served(recipe, prepared, Path(scratch), student).notes)
-    if recipe.teacher is not None and recipe.teacher.train is not None:
-        findings.notes.append(f"The teacher {recipe.teacher.model} will be trained first; it is not checked here.")
+    for part in recipe.teacher.parts("teacher").values() if recipe.teacher is not None else ():
+        if part.train is not None:
+            findings.notes.append(f"The teacher {part.model} will be trained first; it is not checked here.")
     batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     return findings, prepared.show(batch) if prepared.show is not None else None
 
@@ -67,11 +66,4 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
     student = task.model(recipe.student, prepared, folder / "student")
-    teacher = None
-    if recipe.teacher is not None:
-        trained = folder / "teacher" / "student"
-        if recipe.teacher.train is None and recipe.teacher.endpoint is None:
-            teacher = task.model(recipe.teacher, prepared)
-        elif trained.is_dir():
-            teacher = task.model(recipe.teacher, prepared, trained)
-    return judge(task, prepared, student, teacher, split)
+    return judge(task, prepared, student, standing(recipe, prepared, folder), split)

@@ -18,6 +18,7 @@ from understudy.recipe import Recipe, load, make
 from understudy.reporting import render_comparison, summarise
 from understudy.run import run, train_first
 from understudy.tasks import get as get_task
+from understudy.teaching import MEMBERS, member_recipes
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,7 @@ def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) ->
     """
     homes = [_home(p, shared) for p in plans]
     for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
-        for side in ("teacher", "student"):
-            spec = getattr(plan, side)
-            if spec is not None and spec.train is not None:
-                train_first(plan, side, home, progress)
+        _train_ahead(plan, home, progress)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
     results: dict[int, dict[str, Any]] = {}
     with _single_threaded(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -91,6 +89,17 @@ def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) ->
         for future in _tracked(waiting, progress):
             results[waiting[future]] = future.result()
     return [results[i] for i in range(len(plans))]
+
+
+def _train_ahead(recipe: Recipe, home: Path, progress: bool = False) -> None:
+    """Train all models of a recipe that are to be trained first."""
+    for name, own in member_recipes(recipe).items():
+        if own.teacher is not None and own.teacher.train is not None:
+            train_first(own, "teacher", home / MEMBERS / name, progress)
+    for side in ("teacher", "student"):
+        spec = getattr(recipe, side)
+        if spec is not None and spec.train is not None:
+            train_first(recipe, side, home, progress)
 
 
 def _home(plan: Recipe, folder: Path) -> Path:

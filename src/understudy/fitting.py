@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from understudy.data import Batch, find
+from understudy.data import Batch
 from understudy.errors import InputError, nearest
 from understudy.evaluation import CostMeter
 from understudy.folder import first_rank
@@ -22,9 +22,9 @@ from understudy.progress import RichProgress
 from understudy.recipe import SHARDED, Recipe
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teacher
-from understudy.teachers.scores import Score
-from understudy.training import Apprentice, DistillationTrainer, Method, last_complete
+from understudy.teachers import LocalTeacher
+from understudy.teaching import teacher_of
+from understudy.training import Apprentice, DistillationTrainer, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 from understudy.training.shapes import probe
 
@@ -49,11 +49,7 @@ def trainer_for(
     args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
-    local: Teacher | None = None
-    if "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.cache is not None:
-        local = _cached(recipe.teacher.cache, method, prepared)
-    elif "teacher" in method.asks and recipe.teacher is not None and recipe.teacher.served:
-        local = served(recipe, prepared, (home or folder) / "store" / "served", student)
+    asked = teacher_of(recipe, prepared, method, teacher, student, home or folder)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     sides = {"student": student, "teacher": teacher if "teacher" in method.asks else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
@@ -64,12 +60,12 @@ def trainer_for(
     callbacks: list[TrainerCallback] = [StopOnSignal()]
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
-    if teacher is not None and "teacher" in method.asks:
+    if asked is None and teacher is not None and "teacher" in method.asks:
         place = (recipe.teacher.device if recipe.teacher else None) or args.device
         name = recipe.teacher.model if recipe.teacher else "teacher"
-        asks, sharded = "teacher_features" in method.asks, place == SHARDED
+        features, sharded = "teacher_features" in method.asks, place == SHARDED
         device = args.device if sharded else place
-        local = LocalTeacher(teacher, name, device, features=asks, taps=taps["teacher"], sharded=sharded)
+        asked = LocalTeacher(teacher, name, device, features=features, taps=taps["teacher"], sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
     return DistillationTrainer(
@@ -77,7 +73,7 @@ def trainer_for(
         args,
         prepared.train,
         prepared.collate,
-        teacher=local,
+        teacher=asked,
         validation=prepared.validation,
         validate=partial(_validation, task, prepared),
         patience=recipe.patience,
@@ -135,49 +131,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
         return float("inf")
-
-
-def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
-    """The teacher's cache, if the method can do with stored signals and the run has the tokens it was captured with."""
-    path = find(folder)
-    if path is None:
-        raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
-    _outputs_alone(method, "a cache keeps its outputs alone")
-    return CachedTeacher(path, {**_tokens(prepared), "classes": prepared.classes})
-
-
-def _outputs_alone(method: Method, reason: str) -> None:
-    if "teacher_features" in method.asks or type(method).taps is not Method.taps:
-        raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
-
-
-def _tokens(prepared: Prepared) -> dict[str, Any]:
-    """What a teacher's answers depend on beside the teacher."""
-    return {key: prepared.hashes[key] for key in ("tokenizer", "template") if key in prepared.hashes}
-
-
-def served(recipe: Recipe, prepared: Prepared, folder: Path, student: RowModel | None = None) -> ServedTeacher:
-    """The recipe's teacher behind its server, compared with the run's tokenizer and data; scores are kept in `folder`."""
-    spec, method = recipe.teacher, recipe.build_method()
-    assert spec is not None and spec.endpoint is not None and spec.score is not None
-    if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
-        raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
-    _outputs_alone(method, "a server gives scores of tokens alone")
-    asked = getattr(method, "temperature", 1.0)
-    if asked != 1.0:
-        raise InputError(
-            f"A server scores at temperature 1 and method {method.name!r} asks for {asked}: set options.temperature=1.0."
-        )
-    identity = {"format": 1, "task": recipe.task, "teacher_name": spec.model, "classes": prepared.classes}
-    teacher = ServedTeacher(
-        spec.model,
-        spec.endpoint,
-        Score.parse(spec.score),
-        folder,
-        identity | _tokens(prepared),
-        prepared.tokenizer,
-        student,
-    )
-    example = Batch.from_dict(prepared.collate([prepared.train[0]]))
-    teacher.start(example, conversations=bool(prepared.facts.get("conversations")))
-    return teacher

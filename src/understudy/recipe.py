@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -60,6 +61,26 @@ class ModelSpec(BaseModel):
             except RuntimeError:
                 raise ValueError(f"device {self.device!r} is not cpu, cuda:N or {SHARDED}") from None
         return self
+
+    members: dict[str, ModelSpec] | None = Field(None, description="Several teachers in one, by name.")
+    weights: dict[str, float] | None = Field(None, description="Of the members in their mixture; equal if not given.")
+    mix: Literal["probabilities", "logits"] = Field("probabilities", description="What of the members is averaged.")
+    route: str | None = Field(None, description="A column of the data that names the member for each example.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_members(cls, values: Any) -> Any:
+        members = values.get("members") if isinstance(values, dict) else None
+        if not isinstance(members, dict) or not members:
+            return values
+        named = {n: {"model": m} if isinstance(m, str) else m for n, m in members.items()}
+        return {"model": " + ".join(map(str, members)), **values, "members": named}
+
+    def parts(self, where: str) -> dict[str, ModelSpec]:
+        """The models that this names: itself, or its members, by their place in the recipe."""
+        if not self.members:
+            return {where: self}
+        return {f"{where}.members.{name}": member for name, member in self.members.items()}
 
     @field_validator("endpoint", mode="before")
     @classmethod
@@ -171,19 +192,21 @@ def make(values: Mapping[str, Any]) -> Recipe:
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
     recipe: Recipe = validated(Recipe, dict(values), "recipe key")
     task = get_task(recipe.task)
-    filled = task.fill(recipe.dump())
+    check_members(recipe, task)
+    filled = task.fill(_with_domains(recipe))
     recipe = validated(Recipe, filled, "recipe key")
     check_trainer_keys(recipe.trainer)
-    if recipe.teacher is not None and recipe.teacher.train is not None:
-        check_trainer_keys(recipe.teacher.train, "teacher.train")
+    for where, one in recipe.teacher.parts("teacher").items() if recipe.teacher is not None else ():
+        if one.train is not None:
+            check_trainer_keys(one.train, f"{where}.train")
     if recipe.patience is not None and recipe.trainer.get("eval_strategy", "no") == "no":
         raise InputError(
             "patience counts evaluations and there are none: set trainer.eval_strategy=steps, or leave it."
         )
-    for side in ("teacher", "student"):
-        spec: ModelSpec | None = getattr(recipe, side)
-        known = task.model_options
-        for key in (spec.options or {}) if spec is not None else ():
+    sides = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
+    known = task.model_options
+    for side, spec in {where: part for s, one in sides.items() for where, part in one.parts(s).items()}.items():
+        for key in spec.options or {}:
             if key not in known:
                 raise InputError(
                     f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
@@ -195,6 +218,43 @@ def make(values: Mapping[str, Any]) -> Recipe:
             f"{task.kind} task. Choose another method (`understudy methods`) or task."
         )
     return recipe
+
+
+def check_members(recipe: Recipe, task: Any) -> None:
+    """Refuse several teachers that cannot be one, and their keys where there is one teacher."""
+    teacher, student = recipe.teacher, recipe.student
+    if student is not None and (student.members or student.weights or student.route):
+        raise InputError("student.members: a student is one model; several models are a teacher's (teacher.members).")
+    if teacher is None:
+        return
+    if not teacher.members:
+        for key in ("members", "weights", "route"):
+            if getattr(teacher, key) is not None:
+                raise InputError(f"teacher.{key} is about several teachers: name them in teacher.members.")
+        return
+    if not task.mixes:
+        raise InputError(f"Task {recipe.task!r} has no rows of classes that teachers could share: name one teacher.")
+    for key in ("cache", "train", "endpoint", "peft", "quantization", "device", "options"):
+        if getattr(teacher, key) is not None:
+            raise InputError(f"teacher.{key} is one model's: set it in the members (teacher.members.NAME.{key}).")
+    for name, member in teacher.members.items():
+        if member.members or member.weights or member.route:
+            raise InputError(f"teacher.members.{name} has members itself: list all of them in teacher.members.")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise InputError(f"Member {name!r}: a name is made of letters, digits, _ and -.")
+    if teacher.route is not None and teacher.weights is not None:
+        raise InputError("teacher.route asks one member about each example: leave teacher.weights out.")
+
+
+def _with_domains(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values; the column that routes examples to members becomes that of the data's domains."""
+    values, route = recipe.dump(), recipe.teacher.route if recipe.teacher is not None else None
+    named = values["data"].get("domain_column")
+    if route is not None and named not in (None, route):
+        raise InputError(f"teacher.route is {route!r} and data.domain_column {named!r}: domains are in one column.")
+    if route is not None:
+        values["data"]["domain_column"] = route
+    return values
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import time
@@ -28,6 +27,7 @@ from understudy.reporting import render_run
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
+from understudy.teaching import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer
 from understudy.training import Bench, Procedure, Stage
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def _fit(
             )
     prepared = task.prepare(recipe)
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
+    shown = comparable(teacher)
     set_seed(recipe.seed)
     assert recipe.student is not None  # every task fills it
     if prepared.stored is not None:
@@ -127,7 +128,7 @@ def _fit(
         student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
-    findings = preflight(task, prepared, student, teacher)
+    findings = preflight(task, prepared, student, shown)
     for warning in findings.warnings:
         log.warning(warning)
     hashes = {**prepared.hashes, "student_initial": state_hash(student)}
@@ -139,7 +140,7 @@ def _fit(
 
     record("running")
     method, meter = recipe.build_method(), CostMeter(task.unit)
-    work = _stage(recipe, prepared, student, teacher, home, hashes)
+    work = _stage(recipe, prepared, student, shown, home, hashes)
     tables = method.stage(work)
     student = method.student(student, work)
     trainer = trainer_for(recipe, prepared, student, teacher, tables, folder, meter, progress, home)
@@ -153,7 +154,7 @@ def _fit(
     if first_rank() and prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(folder / "student")
     with usable(trainer.model):
-        evaluation = judge(task, prepared, student, teacher, recipe.judge)
+        evaluation = judge(task, prepared, student, shown, recipe.judge)
         found = method.finish(trainer.model.live, work)
     evaluation["metrics"] |= found.get("metrics", {})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
@@ -227,17 +228,16 @@ def judge(
     return {"split": split, **found}
 
 
-def copy_of(teacher: RowModel | None) -> RowModel:
-    """A student that begins as its teacher."""
-    if teacher is None:
-        raise InputError(f"student={COPY} begins as a copy of the teacher, and there is none: set `teacher`.")
-    return copy.deepcopy(teacher)
-
-
 def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
     """The recipe's teacher, trained first if the recipe says so; `None` where a cache or server answers in its place."""
+    if recipe.teacher is not None and recipe.teacher.members:
+        load = lambda name, own: _model(own, "teacher", task, prepared, home / MEMBERS / name, progress, None)  # noqa: E731
+        return ensemble(recipe, prepared, load)
+    if recipe.teacher is not None and prepared.aligner is not None and recipe.teacher.cache is None:
+        model = _model(recipe, "teacher", task, other_side(prepared), home, progress, module)
+        return other_tokenizer(model, prepared)
     if recipe.teacher is not None:
         elsewhere = recipe.teacher.cache is not None or recipe.teacher.served  # the model is not loaded
         return None if elsewhere else _model(recipe, "teacher", task, prepared, home, progress, module)
@@ -275,6 +275,8 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
     assert spec.train is not None
     student = ModelSpec(**{**spec.model_dump(), "train": None})
     data = {**recipe.data, **get_task(recipe.task).start_data}
+    if spec.tokenizer is not None:
+        data.pop("tokenizer", None)  # its own counts
     values = recipe.dump() | {
         "method": get_task(recipe.task).baseline,
         "options": {},

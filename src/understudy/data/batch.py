@@ -25,6 +25,7 @@ class Batch:
         labels: `[examples]`, or `[examples, length]` *not* shifted; −100 is ignored.
         ids: `[examples]`, stable example ids.
         bytes: `[examples]`, UTF-8 bytes that the counted tokens of each text stand for; `None` for images.
+        domains: `[examples]`, the number of each example's domain, where the data name one.
 
     A *row* is a label that counts. Rows are in flattened order, and for text row `(b, t)` predicts token `t + 1`.
     """
@@ -33,6 +34,7 @@ class Batch:
     labels: Tensor
     ids: Tensor
     bytes: Tensor | None = None
+    domains: Tensor | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Batch:
@@ -79,6 +81,12 @@ class Batch:
     def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
         """Of a signal the rows that have a label, and the labels: all of them, but on graphs."""
         return signal, self.row_labels
+
+    def take(self, index: Tensor) -> Self:
+        """Some of the examples, in this order."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken = {k: v[index] for k, v in found.items() if isinstance(v, Tensor)}
+        return replace(self, inputs={k: v[index] for k, v in self.inputs.items()}, **taken)
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device, whatever its kind."""

@@ -21,7 +21,7 @@ EMBEDDED = ("digits", "clusters", "subclusters", "templates")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-class ImageSet(Dataset[tuple[Tensor, int, int]]):
+class ImageSet(Dataset[tuple[Any, ...]]):
     """Images with labels and ids, held in memory.
 
     Args:
@@ -30,26 +30,39 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         ids: `[images]`, int64.
         clean: `[images]`, the labels before noise was added to them, if it was.
         parts: `[images, 2]`, int64, the true class and subclass of each, where subclasses are known.
+        domains: `[images]`, the name of each one's domain, where the data have a column of them.
     """
 
     def __init__(
-        self, pixels: Tensor, labels: Tensor, ids: Tensor, clean: Tensor | None = None, parts: Tensor | None = None
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        clean: Tensor | None = None,
+        parts: Tensor | None = None,
+        domains: np.ndarray[Any, Any] | None = None,
     ) -> None:
         self.pixels, self.labels, self.ids, self.clean, self.parts = pixels, labels, ids, clean, parts
+        self.domains = domains
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return self.pixels[index], int(self.labels[index]), int(self.ids[index])
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        found = self.pixels[index], int(self.labels[index]), int(self.ids[index])
+        return found if self.domains is None else (*found, str(self.domains[index]))
 
     def select(self, index: Tensor | slice) -> ImageSet:
         clean, parts = (v[index] if v is not None else None for v in (self.clean, self.parts))
-        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean, parts)
+        domains = (
+            self.domains[index if isinstance(index, slice) else index.numpy()] if self.domains is not None else None
+        )
+        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean, parts, domains)
 
     def relabelled(self, labels: Tensor, clean: Tensor | None = None) -> ImageSet:
         """The same images under other labels."""
-        return ImageSet(self.pixels, labels, self.ids, clean if clean is not None else self.clean, self.parts)
+        clean = clean if clean is not None else self.clean
+        return ImageSet(self.pixels, labels, self.ids, clean, self.parts, self.domains)
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
@@ -167,11 +180,12 @@ def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:
         with np.load(path, allow_pickle=False) as file:
             have = set(file.files)
             image, label = ("images" if "images" in have else image), ("labels" if "labels" in have else label)
-            _need(path, have, {image, label})
+            _need(path, have, {image, label, *_domain(spec)})
             pixels, labels = torch.from_numpy(file[image]), file[label]
+            domains = [file[column].astype(str) for column in _domain(spec)]
         if pixels.dim() == 3:
             pixels = pixels[:, None]
-        return ImageSet(pixels, _labels(path, labels), torch.arange(len(pixels)))
+        return ImageSet(pixels, _labels(path, labels), torch.arange(len(pixels)), None, None, *domains)
     if path.suffix != ".parquet":
         raise InputError(f"{path} is not an image set: give a folder class/image, a .parquet or an .npz file.")
     import pyarrow
@@ -181,20 +195,28 @@ def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:
         table = pq.read_table(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
-    _need(path, set(table.column_names), {image, label})
+    _need(path, set(table.column_names), {image, label, *_domain(spec)})
     cells = table.column(image).to_pylist()
     return ImageSet(
         decode([c["bytes"] if isinstance(c, dict) else c for c in cells], str(path)),
         _labels(path, table.column(label).to_numpy()),
         torch.arange(len(cells)),
+        None,
+        None,
+        *(np.asarray([str(v) for v in table.column(column).to_pylist()]) for column in _domain(spec)),
     )
+
+
+def _domain(spec: Mapping[str, Any]) -> list[str]:
+    """The column of domains, if one is asked for."""
+    return [str(spec["domain_column"])] if spec.get("domain_column") is not None else []
 
 
 def _need(path: Path | str, have: set[str], want: set[str]) -> None:
     if not want <= have:
         raise InputError(
             f"{path} has columns {', '.join(sorted(have))}; expected {', '.join(sorted(want))}. "
-            "Name yours with data.image_column and data.label_column."
+            "Name yours with data.image_column, data.label_column and data.domain_column."
         )
 
 
@@ -263,8 +285,10 @@ def _hub(name: str, spec: Mapping[str, Any]) -> tuple[dict[str, ImageSet], list[
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     parts: dict[str, ImageSet] = {}
     for split, rows in loaded.items():
-        _need(name, set(rows.column_names), {image, label})
-        parts[split] = ImageSet(decode(rows[image], name), _labels(name, rows[label]), torch.arange(len(rows)))
+        _need(name, set(rows.column_names), {image, label, *_domain(spec)})
+        domains = [np.asarray([str(v) for v in rows[column]]) for column in _domain(spec)]
+        pixels, labels = decode(rows[image], name), _labels(name, rows[label])
+        parts[split] = ImageSet(pixels, labels, torch.arange(len(rows)), None, None, *domains)
     if "train" not in parts:
         raise InputError(f"{name} has splits {', '.join(parts)} but no train split.")
     names = getattr(loaded["train"].features[label], "names", None)

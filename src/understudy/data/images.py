@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +20,17 @@ from understudy.errors import InputError, nearest
 OPTIONS = {
     *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
     *("validation_size", "with_validation", "label_noise", "teacher_random_classes"),
-    *("modulo", "label_map", "unlabelled"),
+    *("modulo", "label_map", "unlabelled", "domain_column", "only"),
 }
 
 
-def collate_images(items: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
-    """Tensors of a `Batch`; uint8 pixels become [0, 1]."""
-    pixels, labels, ids = zip(*items, strict=True)
+def collate_images(items: list[tuple[Any, ...]], domains: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Tensors of a `Batch`; uint8 pixels become [0, 1], and the names of `domains` numbers."""
+    pixels, labels, ids, *named = zip(*items, strict=True)
     stacked = torch.stack(pixels)
+    numbers = {"domains": torch.tensor([domains.index(d) for d in named[0]])} if named else {}
     return {
+        **numbers,
         "pixel_values": stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked.float(),
         "labels": torch.tensor(labels),
         "ids": torch.tensor(ids),
@@ -49,6 +52,7 @@ class Splits:
     notes: list[str] = field(default_factory=list)
     hash: str = ""
     more_tests: dict[str, ImageSet] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +71,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
             labels where the teacher is trained), `seed` (of such noise, and of `clusters`),
             `modulo` or `label_map` (coarser classes: the label modulo a number, or a new class for each; the old labels
-            stay known as subclasses), `unlabelled` (hide the labels of the student's training part).
+            stay known as subclasses), `unlabelled` (hide the student's training labels), `domain_column` (names each domain),
+            `only` (leave the other domains out).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.
@@ -77,8 +82,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
     name = str(spec["name"])
     notes: list[str] = []
-    pools, classes = read_source(name, spec, notes)
-    pools, classes = _coarser(pools, classes, spec)
+    pools, classes = _coarser(*read_source(name, spec, notes), spec)
+    pools, domains = _of_domains(name, pools, spec)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     if test is None:
@@ -113,7 +118,29 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     digest = hashlib.sha256(json.dumps({k: v for k, v in spec.items()}, default=str, sort_keys=True).encode())
     for part in (*parts.values(), *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
-    return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more)
+    return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more, domains)
+
+
+def _of_domains(
+    name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any]
+) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
+    """The examples of the one domain that is asked for, or all, and the names of all domains."""
+    column, only = spec.get("domain_column"), spec.get("only")
+    lacks = [split for split, part in pools.items() if part.domains is None]
+    if column is None and only is not None:
+        raise InputError("data.only names a domain: say which column they are in with data.domain_column.")
+    if column is None:
+        return pools, ()
+    if lacks:
+        raise InputError(
+            f"{name} has no columns, and data.domain_column asks for {column!r}: give a table or a Hub set."
+        )
+    names = tuple(sorted({str(d) for part in pools.values() if part.domains is not None for d in part.domains}))
+    if only is None:
+        return pools, names
+    if only not in names:
+        raise InputError(f"Unknown domain data.only={only!r}.{nearest(str(only), names)} Known: {', '.join(names)}.")
+    return {s: p.select(torch.from_numpy(p.domains == only)) for s, p in pools.items()}, names
 
 
 def _coarser(
@@ -138,7 +165,9 @@ def _coarser(
     out = {}
     for split, part in pools.items():
         labels = torch.where(part.labels >= 0, into[part.labels.clamp(min=0)], part.labels)
-        out[split] = ImageSet(part.pixels, labels, part.ids, parts=torch.stack([labels, part.labels], 1))
+        out[split] = ImageSet(
+            part.pixels, labels, part.ids, parts=torch.stack([labels, part.labels], 1), domains=part.domains
+        )
     return out, [str(i) for i in range(int(into.max()) + 1)]
 
 
@@ -197,7 +226,8 @@ def _joined(a: ImageSet, b: ImageSet) -> ImageSet:
     clean = [part.labels if part.clean is None else part.clean for part in (a, b)]
     pixels, labels = torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels])
     ids = torch.cat([a.ids, b.ids + a.ids.max() + 1])
-    return ImageSet(pixels, labels, ids, torch.cat(clean) if a.clean is not None else None)
+    domains = np.concatenate([a.domains, b.domains]) if a.domains is not None and b.domains is not None else None
+    return ImageSet(pixels, labels, ids, torch.cat(clean) if a.clean is not None else None, domains=domains)
 
 
 def _flag(spec: Mapping[str, Any], key: str) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sysconfig
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from understudy.data.folders import find
 from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "domains", "limit", "characters"}
+OPTIONS = {"name", "domains", "limit", "characters", "domain_column"}
 FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"})
 READERS = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
 # Modules whose sources every CPython 3.11+ carries, chosen for prose-like documentation strings.
@@ -41,6 +42,7 @@ class TextSplits:
     test: list[Record]
     notes: list[str] = field(default_factory=list)
     hash: str = ""
+    domains: tuple[str, ...] = ()
 
     def texts(self) -> list[str]:
         """The training split as plain text, for training a tokenizer."""
@@ -63,7 +65,8 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
 
     Args:
         spec: `name` (`stdlib`, a set in `UNDERSTUDY_DATA`, a file or folder, a Hub id), `domains` (of `lm_domains`),
-            `limit` (most training records), `characters` (most characters of `stdlib`).
+            `limit` (most training records), `characters` (most characters of `stdlib`), `domain_column` (a column that
+            names each record's domain; it becomes the record's `domain`).
 
     A source without validation or test split gives up a tenth of its records for each, by a hash of their content.
     """
@@ -73,8 +76,9 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
     name = str(spec["name"])
     notes: list[str] = []
     splits = read_source(name, spec, ("stdlib",))
+    column = spec.get("domain_column")
     for split, records in splits.items():
-        _check(name, split, records)
+        _check(name, split, records, column)
     split_off(name, splits, notes)
     limit = spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -86,10 +90,11 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
             record["id"] = number
             number += 1
     digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()
-    return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest)
+    domains = tuple(sorted({r["domain"] for records in splits.values() for r in records})) if column else ()
+    return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest, domains)
 
 
-def _check(name: str, split: str, records: list[Record]) -> None:
+def _check(name: str, split: str, records: list[Record], column: str | None = None) -> None:
     if not records:
         raise InputError(f"{name}: the {split} split is empty.")
     columns = set(records[0])
@@ -102,20 +107,31 @@ def _check(name: str, split: str, records: list[Record]) -> None:
             value = record.get(key)
             if not isinstance(value, (str, list)) or (key == "messages" and not isinstance(value, list)):
                 raise InputError(f"{name}, {split} record {i}: {key} is {type(value).__name__}, not text or messages.")
+        domain = record.get(column) if column is not None else None
+        if column is not None and (domain is None or isinstance(domain, (list, dict))):
+            raise InputError(
+                f"{name}, {split} record {i} has no {column!r} to name its domain: its columns are "
+                f"{', '.join(sorted(record))}. Choose another column (teacher.route, data.domain_column), or fill it."
+            )
         for extra in set(record) - wanted:
             del record[extra]
+        if column is not None:
+            record["domain"] = str(domain)
 
 
 def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> None:
-    """Set aside a tenth of the training records for each of test and validation where there is none."""
+    """Set aside a tenth of the training records, of each domain, for each of test and validation where there is none."""
     if "train" not in splits:
         raise InputError(f"{name} has splits {', '.join(splits)} but no train split.")
     for split, bucket in (("test", 0), ("validation", 1)):
         if split not in splits:
-            taken = [r for i, r in enumerate(splits["train"]) if i % 10 == bucket * 5]
-            splits["train"] = [r for i, r in enumerate(splits["train"]) if i % 10 != bucket * 5]
-            splits[split] = taken
-            notes.append(f"{name} has no {split} split: {len(taken)} of its records were set aside as one.")
+            seen: Counter[str] = Counter()
+            parts: dict[bool, list[Record]] = {True: [], False: []}
+            for record in splits["train"]:
+                parts[seen[str(record.get("domain"))] % 10 == bucket * 5].append(record)
+                seen[str(record.get("domain"))] += 1
+            splits[split], splits["train"] = parts[True], parts[False]
+            notes.append(f"{name} has no {split} split: {len(splits[split])} of its records were set aside as one.")
     for split in ("train", "validation", "test"):
         if not splits[split]:
             raise InputError(f"{name}: the {split} split is empty. Give more records (at least ten without splits).")
@@ -220,7 +236,7 @@ def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {}
     for row in rows:
         if chosen is None or row["domain"] in chosen:
-            splits.setdefault(row["split"], []).append({"text": row["text"]})
+            splits.setdefault(row["split"], []).append({"text": row["text"], "domain": row["domain"]})
     return splits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def encode(
         raise InputError(f"data.truncation is {truncation!r}; known: end, start, error.")
     counts = Counts(records=len(records))
     if "text" in records[0] and pack:
-        rows = _packed(records, tokenizer, max_length)
+        rows = _packed_apart(records, tokenizer, max_length)
     else:
         rows = [r for r in (_single(x, tokenizer, max_length, truncation, counts) for x in records) if r is not None]
     if not rows:
@@ -98,6 +98,20 @@ def encode(
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _packed_apart(records: list[Record], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
+    """Packed rows, none of them of two domains; the domains are mixed evenly, and rows numbered in that order."""
+    apart: dict[str | None, list[Record]] = {}
+    for record in records:
+        apart.setdefault(record.get("domain"), []).append(record)
+    placed: list[tuple[float, dict[str, Any]]] = []
+    for domain, part in apart.items():
+        rows = _packed(part, tokenizer, length)
+        named = {} if domain is None else {"domain": domain}
+        placed += [(i / len(rows), {**row, **named}) for i, row in enumerate(rows)]
+    placed.sort(key=lambda item: item[0])
+    return [{**row, "id": number} for number, (_, row) in enumerate(placed)]
 
 
 def _packed(records: list[Record], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
@@ -147,7 +161,8 @@ def _single(
     if all(label == IGNORE for label in labels[1:]):
         counts.dropped += 1
         return None
-    return _row(ids, labels, record["id"], tokenizer)
+    named = {"domain": record["domain"]} if "domain" in record else {}
+    return {**_row(ids, labels, record["id"], tokenizer), **named}
 
 
 def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -196,8 +211,10 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizer
     return ids, [t if keep else IGNORE for t, keep in zip(ids, inside, strict=True)]
 
 
-def collate_text(items: list[dict[str, Any]], pad_id: int = 0, multiple: int = 8) -> dict[str, Tensor]:
-    """Pad on the right to the longest row, rounded up to `multiple`."""
+def collate_text(
+    items: list[dict[str, Any]], pad_id: int = 0, multiple: int = 8, domains: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Pad on the right to the longest row, rounded up to `multiple`; names of `domains` become numbers."""
     length = -(-max(len(i["input_ids"]) for i in items) // multiple) * multiple
     shape = (len(items), length)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
@@ -205,7 +222,9 @@ def collate_text(items: list[dict[str, Any]], pad_id: int = 0, multiple: int = 8
     for row, item in enumerate(items):
         n = len(item["input_ids"])
         ids[row, :n], labels[row, :n], mask[row, :n] = item["input_ids"], item["labels"], 1
+    numbers = {"domains": torch.tensor([domains.index(i["domain"]) for i in items])} if domains else {}
     return {
+        **numbers,
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from understudy.losses import forward_kl
-from understudy.streaming import project
-from understudy.targets import Dense, Projected
+from understudy.streaming import logits_of
+from understudy.targets import Dense, Mixture, Projected
 
 TILE_BYTES = 6 * 2**20
 """Of `[tile rows, classes]` in float32; statistics hold about eight of them in float64."""
@@ -39,7 +39,10 @@ class RowStatistics:
 
 @torch.no_grad()
 def row_statistics(
-    student: Dense | Projected, teacher: Dense | Projected | None, labels: Tensor, tile_bytes: int = TILE_BYTES
+    student: Dense | Projected,
+    teacher: Dense | Projected | Mixture | None,
+    labels: Tensor,
+    tile_bytes: int = TILE_BYTES,
 ) -> RowStatistics:
     """The statistics of each row.
 
@@ -67,6 +70,5 @@ def row_statistics(
     return RowStatistics.join(parts)
 
 
-def _logits(signal: Dense | Projected, part: slice) -> Tensor:
-    rows = signal.select(part)
-    return project(rows) if isinstance(rows, Projected) else rows.logits
+def _logits(signal: Dense | Projected | Mixture, part: slice) -> Tensor:
+    return logits_of(signal.select(part))

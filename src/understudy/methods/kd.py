@@ -23,7 +23,7 @@ class KD(Method):
     kinds = frozenset({"image", "text", "graph"})
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods.",
-        "not": "When only the teacher's text is known, or teacher and student have other tokenizers.",
+        "not": "When only the teacher's text is known.",
         "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9. On "
         "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN.",
     }

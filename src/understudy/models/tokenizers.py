@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -34,11 +36,59 @@ def compare_tokenizers(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -
     """What differs between two tokenizers, or `None`. Tokens are compared, not vocabulary sizes."""
     left, right = a.get_vocab(), b.get_vocab()
     if left != right:
-        moved = [t for t, i in left.items() if right.get(t) != i]
-        other = [t for t in right if t not in left]
+        moved = [t for t, i in sorted(left.items(), key=lambda item: item[1]) if right.get(t) != i]
+        other = [t for t in sorted(right) if t not in left]
         some = ", ".join(repr(t) for t in (moved or other)[:3])
         return f"{len(left)} against {len(right)} tokens, {len(moved) + len(other)} differ (for example {some})"
     probe = "Aé 日本 🙂\n\tdef f(x):  # 12345"
     if a(probe)["input_ids"] != b(probe)["input_ids"]:
         return "the same tokens, but text is split or marked differently (merges or special tokens differ)"
     return None
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[bytes | None], bool]:
+    """The bytes each token of a fast tokenizer stands for, by id, and whether they give a text back when put together.
+
+    Byte-level tokens stand for their bytes, `▁` for a space, `<0xE6>` for one byte. WordPiece (`##`) keeps no spaces: words
+    are taken to have one before them. Special tokens stand for no text: `None`.
+    """
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    core = json.loads(backend.to_str())
+    kinds = _kinds(core["decoder"]) | _kinds(core["pre_tokenizer"])
+    prefix = core["model"].get("continuing_subword_prefix") if core["model"]["type"] == "WordPiece" else None
+    special = set(tokenizer.all_special_ids) | {a["id"] for a in core["added_tokens"] if a["special"]}
+    literal = {a["id"] for a in core["added_tokens"]}
+    levels = _byte_characters() if "ByteLevel" in kinds else None
+    found: list[bytes | None] = [None] * len(tokenizer)
+    for token, i in tokenizer.get_vocab().items():
+        if i in special or i >= len(found):
+            continue
+        if i in literal:
+            found[i] = token.encode()
+        elif levels is not None:
+            found[i] = bytes(levels[c] for c in token) if all(c in levels for c in token) else token.encode()
+        elif prefix is not None:
+            word = not token.startswith(prefix)
+            spaced = word and any(c.isalnum() for c in token)
+            found[i] = (f" {token}" if spaced else token if word else token[len(prefix) :]).encode()
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) and core["model"].get("byte_fallback"):
+            found[i] = bytes([int(token[3:5], 16)])
+        else:
+            found[i] = token.replace("▁", " ").encode()
+    lossless = levels is not None or (prefix is None and bool(kinds & {"Metaspace", "Replace", "ByteFallback"}))
+    return found, lossless
+
+
+def _kinds(part: Any) -> set[str]:
+    """The types of a component of a tokenizer and of what is in it."""
+    if not isinstance(part, dict):
+        return set()
+    inner = (p for key in ("decoders", "pretokenizers") for p in part.get(key, ()))
+    return {part["type"]}.union(*(_kinds(p) for p in inner))
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in seen]
+    return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(hidden)}

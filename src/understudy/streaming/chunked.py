@@ -21,7 +21,7 @@ from torch import Tensor
 
 from understudy.streaming.gradients import by_hand
 from understudy.streaming.plain import RowLoss, call, dense, finish
-from understudy.streaming.products import logits_of, to_hidden, to_weight
+from understudy.streaming.products import to_hidden, to_logits, to_weight
 from understudy.targets import Dense, Projected, Target
 
 TILE_BYTES = 48 * 2**20
@@ -93,12 +93,13 @@ class _Work:
     def slopes(self, part: slice, mine: Tensor, theirs: Tensor | None, wants: bool) -> tuple[Tensor, Tensor]:
         """Values of a tile's rows, and the gradient with respect to its products, written over them in `mine`."""
         hidden = self.student.hidden[part]
-        logits = logits_of(hidden, self.student.weight, mine[: len(hidden)])
+        logits = to_logits(hidden, self.student.weight, mine[: len(hidden)])
         target = self.target.select(part) if self.target is not None else None
         if isinstance(target, Projected):
             assert theirs is not None
-            made = logits_of(target.hidden, target.weight, theirs[: len(hidden)])
+            made = to_logits(target.hidden, target.weight, theirs[: len(hidden)])
             target = Dense(finish(made, target, inplace=True))
+        target = dense(target)  # of a mixture, these rows alone
         if wants and self.kernels:
             values = self._fused(part, logits, target)
             if values is not None:
@@ -123,7 +124,7 @@ class _Work:
         values = write(finish(logits, student, inplace=True), student.scale, student.softcap)
         if bool(values.isfinite().all()):
             return values
-        logits_of(student.hidden[part], student.weight, logits)  # the plain loss has to look at them
+        to_logits(student.hidden[part], student.weight, logits)  # the plain loss has to look at them
         return None
 
     def _strip(self, logits: Tensor, target: Any, rows: tuple[Tensor, ...], wants: bool) -> Tensor:

@@ -45,7 +45,7 @@ def by_hand(
         found = _DENSE[loss](log_q, log_p, **options)
     elif isinstance(target, Sampled) and loss in (losses.forward_kl, losses.cross_entropy_soft) and not options:
         found = _sampled(loss, torch.log_softmax(logits / tau, -1), target)
-    elif isinstance(target, TopK) and loss in _BUCKETED:
+    elif isinstance(target, TopK) and loss in _BUCKETED and not bool((target.ids < 0).any()):
         found = _buckets(loss, torch.log_softmax(logits / tau, -1), target, options)
     if found is None:
         return None

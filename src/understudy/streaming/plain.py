@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.targets import Dense, Projected, Target
+from understudy.targets import Dense, Mixture, Projected, Target
 
 RowLoss = Callable[..., Tensor]
 
@@ -42,9 +42,45 @@ def finish(logits: Tensor, target: Projected, inplace: bool = False) -> Tensor:
     return logits
 
 
+def mixed(target: Mixture) -> Tensor:
+    """Log-probabilities `[rows, classes]` of a mixture, or its mean logits; each member projects its own rows alone."""
+    there = target.place >= 0
+    shares = torch.where(there, target.weights, torch.zeros_like(target.weights))
+    shares = shares / shares.sum(-1, keepdim=True)
+    total: Tensor | None = None
+    for m, member in enumerate(target.members):
+        at = there[:, m].nonzero()[:, 0]
+        if total is not None and not len(at):
+            continue
+        values = logits_of(member.select(target.place[at, m]))
+        share = shares[at, m, None].to(values.dtype)
+        values = share * values if target.geometric else torch.log_softmax(values, -1) + share.log()
+        if total is None:
+            total = values.new_full((len(there), target.classes), 0.0 if target.geometric else -torch.inf)
+        held = total[at]
+        total = total.index_copy(0, at, held + values if target.geometric else _logaddexp(held, values))
+    assert total is not None
+    return total
+
+
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """`logaddexp` whose gradient is 0, not nan, where both are −inf."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
+
+
+def logits_of(signal: Dense | Projected | Mixture) -> Tensor:
+    """Logits `[rows, classes]` of whatever has them."""
+    if isinstance(signal, Mixture):
+        return mixed(signal)
+    if isinstance(signal, Projected):
+        return project(signal)
+    return signal.logits if signal.logits.dtype == torch.float64 else signal.logits.float()
+
+
 def dense(target: Target | None) -> Target | None:
     """The same target with logits in place of hidden states."""
-    return Dense(project(target)) if isinstance(target, Projected) else target
+    return Dense(logits_of(target)) if isinstance(target, (Projected, Mixture)) else target
 
 
 def plain(loss: RowLoss, student: Dense | Projected, target: Target | None, *rows: Tensor, **options: Any) -> Tensor:

@@ -21,7 +21,7 @@ BLOCK_BYTES = 32 * 2**20
 HALF = (torch.bfloat16, torch.float16)
 
 
-def logits_of(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def to_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """hidden · weightᵀ in the dtype of `out`, whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
         if on_tensor_cores(hidden) and hidden.dtype == weight.dtype and out.dtype == torch.float32:

@@ -3,6 +3,7 @@
 from understudy.targets.types import (
     Clean,
     Dense,
+    Mixture,
     Projected,
     Sampled,
     Scores,
@@ -14,4 +15,17 @@ from understudy.targets.types import (
     top_k,
 )
 
-__all__ = ["Clean", "Dense", "Projected", "Sampled", "Scores", "Target", "Text", "TopK", "largest", "sample", "top_k"]
+__all__ = [
+    "Clean",
+    "Dense",
+    "Mixture",
+    "Projected",
+    "Sampled",
+    "Scores",
+    "Target",
+    "Text",
+    "TopK",
+    "largest",
+    "sample",
+    "top_k",
+]

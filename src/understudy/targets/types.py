@@ -111,12 +111,56 @@ class Projected(_Rows):
 
 
 @dataclass(frozen=True)
+class Mixture(_Rows):
+    """Several answers in one. Row r is the weighted mean of those members that say something about it.
+
+    p = Σ_m w_m p_m with p_m the softmax of member m, over the members with `place[r, m]` ≥ 0 and with their weights divided
+    by their sum; with `geometric` the logits are averaged instead, log p = Σ_m w_m z_m + constant. Members stay as they are
+    given: no `[rows, classes]` tensor is made before a loss asks for some rows.
+
+    Args:
+        members: `Dense` or `Projected`, of the same classes.
+        place: `[rows, members]`, int64, the row of each member that speaks about this one; −1 where it does not.
+        weights: `[members]`, above 0.
+    """
+
+    members: tuple[Dense | Projected, ...]
+    place: Tensor
+    weights: Tensor
+    geometric: bool = False
+    _per_row = ("place",)
+
+    def __post_init__(self) -> None:
+        sizes = {m.classes for m in self.members}
+        if len(sizes) != 1:
+            raise InputError(
+                f"Mixture: the members have {', '.join(map(str, sorted(sizes)))} classes. Choose models of one class set."
+            )
+        if not len(self.members) == self.place.shape[-1] == len(self.weights):
+            raise InputError(
+                f"Mixture: {len(self.members)} members, {self.place.shape[-1]} places a row, {len(self.weights)} weights."
+            )
+
+    @property
+    def classes(self) -> int:
+        return self.members[0].classes
+
+    def detach(self) -> Self:
+        """The same values without gradient."""
+        return replace(super().detach(), members=tuple(m.detach() for m in self.members))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same values on another device."""
+        return replace(super().to(device), members=tuple(m.to(device) for m in self.members))
+
+
+@dataclass(frozen=True)
 class TopK(_Rows):
     """The k most probable classes with the mass of the rest.
 
     Args:
-        ids: `[..., k]`, int64, distinct.
-        log_probs: `[..., k]`, nats.
+        ids: `[..., k]`, int64, distinct; −1 where a row keeps fewer. A row that keeps none says nothing.
+        log_probs: `[..., k]`, nats; −inf where the id is −1.
         log_tail: `[..., 1]`, log of the mass outside `ids` (−inf if none).
         temperature: at which the probabilities were taken.
     """
@@ -163,7 +207,7 @@ class Text:
     prompt: str = ""
 
 
-Target = Dense | Projected | TopK | Sampled
+Target = Dense | Projected | Mixture | TopK | Sampled
 
 
 def largest(values: Tensor, k: int) -> Tensor:

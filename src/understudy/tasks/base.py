@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +36,8 @@ class Prepared:
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each. warnings: likewise,
             of what may be wrong.
         hashes: content hashes for the run folder.
+        domains: names of the examples' domains, by the number a batch gives them; empty where the data name none.
+        aligner: how the teacher's tokens lie over the student's, where it has a tokenizer of its own.
         facts: what the task's own `model` needs to know of the data. stored: told the folder where a run, or a
             comparison, keeps what is dear to compute.
     """
@@ -54,6 +56,8 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
     show: Callable[[Batch], Any] | None = None
+    domains: Sequence[str] = ()
+    aligner: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     stored: Callable[[Path], None] | None = None
 
@@ -78,6 +82,8 @@ class Task(Protocol):
     """Keys of `data` that name the part which a model that is trained first sees."""
     model_options: frozenset[str]
     """Keys that `options` of teacher and student may hold."""
+    mixes: bool
+    """Whether several teachers may answer as one: rows are classes."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults where it is silent."""
@@ -103,12 +109,14 @@ class TaskDefaults:
     preflight_examples = 256
     start_data: Mapping[str, Any] = MappingProxyType({})
     model_options: frozenset[str] = frozenset()
+    mixes = False
 
 
 class RowTask(TaskDefaults):
     """Tasks whose rows are classes with labels are judged alike."""
 
     kind: str
+    mixes = True
 
     def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Accuracy, NLL, calibration; fidelity beside a teacher."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -83,7 +84,8 @@ class ImageClassification(RowTask):
             validation=splits.validation,
             test=splits.test,
             teacher_train=splits.teacher_train,
-            collate=collate_images,
+            collate=partial(collate_images, domains=splits.domains),
+            domains=splits.domains,
             classes=len(splits.classes),
             input_shape=splits.shape,
             augmentation={} if augment else None,

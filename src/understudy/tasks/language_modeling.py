@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
-from understudy.errors import InputError
+from understudy.errors import InputError, nearest
 from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer, tokenizer_hashes
 from understudy.models.tokenizers import compare_tokenizers
-from understudy.tasks.base import MODULE, Prepared, RowTask, merged
+from understudy.tasks.base import COPY, MODULE, Prepared, RowTask, merged
+from understudy.teachers import Aligner
 
 _TRAINER = {
     "max_steps": 300,
@@ -25,6 +27,38 @@ _TRAINER = {
 _TEACHER = {"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
 
 
+def _only(records: list[Any], only: str | None, domains: Sequence[str], split: str) -> list[Any]:
+    """The records of one domain, or all."""
+    if only is None:
+        return records
+    if only not in domains:
+        raise InputError(
+            f"Unknown domain data.only={only!r}.{nearest(str(only), domains)} Known: {', '.join(domains) or 'none'} "
+            "(of the column data.domain_column)."
+        )
+    found = [r for r in records if r["domain"] == only]
+    if not found:
+        raise InputError(f"Domain {only!r} has no record in the {split} split.")
+    return found
+
+
+def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:
+    """What a reader should know of two tokenizers, on the first validation examples."""
+    rows = [examples[i]["input_ids"].tolist() for i in range(min(sample, len(examples)))]
+    single, longer = aligner.shares(rows)
+    difference = compare_tokenizers(aligner.student.tokenizer, aligner.teacher.tokenizer)
+    return (
+        f"Student and teacher have different tokenizers: {difference}. They are aligned by byte offsets: "
+        f"{single:.1%} of the bytes are in groups of one token to one, {longer:.1%} in longer groups, which keep the "
+        f"text's likelihood alone, and {1 - single - longer:.1%} in none; {len(aligner.partner)} tokens are in both "
+        "vocabularies. The student's template is used, and the teacher is not judged beside it."
+    )
+
+
+def _also(other: Any) -> dict[str, str]:
+    return {"teacher_tokenizer": tokenizer_hashes(other)["tokenizer"]} if other is not None else {}
+
+
 class LanguageModeling(RowTask):
     """Predict the next token of a text, a conversation or a completion."""
 
@@ -33,6 +67,8 @@ class LanguageModeling(RowTask):
     unit = "tokens"
     metric = "bits_per_byte"
     higher_is_better = False
+    aligns = True
+    """Whether a teacher may have a tokenizer of its own."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The embedded text with a small Llama trained as teacher, unless the recipe names others."""
@@ -56,39 +92,48 @@ class LanguageModeling(RowTask):
         data = dict(recipe.data)
         length, pack = data.pop("max_length"), data.pop("pack")
         truncation, vocabulary = data.pop("truncation", "end"), data.pop("vocab_size", 1024)
-        own_tokenizer = data.pop("tokenizer", None)
+        own_tokenizer, only = data.pop("tokenizer", None), data.pop("only", None)
         splits = load_text(data)
         notes = list(splits.notes)
-        tokenizer = self._tokenizer(recipe, own_tokenizer, splits, vocabulary, notes)
+        tokenizer, other = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
         for name in ("train", "validation", "test"):
-            records = getattr(splits, name)
+            records = _only(getattr(splits, name), only, splits.domains, name)
             sets[name], counts = encode(records, tokenizer, max_length=length, pack=pack, truncation=truncation)
             notes.append(f"{name}: {counts}")
+        aligner, warnings = None, []
+        if other is not None:
+            aligner = Aligner(tokenizer, other)
+            warnings.append(_alignment(aligner, sets["validation"]))
         return Prepared(
             **sets,
+            aligner=aligner,
+            warnings=warnings,
             teacher_train=sets["train"],
-            collate=partial(collate_text, pad_id=tokenizer.pad_token_id or 0),
+            collate=partial(collate_text, pad_id=tokenizer.pad_token_id or 0, domains=splits.domains),
+            domains=splits.domains,
             classes=len(tokenizer),
             tokenizer=tokenizer,
             notes=notes,
-            hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
+            hashes={"data": splits.hash, **tokenizer_hashes(tokenizer), **_also(other)},
             show=lambda batch: show_batch(batch, tokenizer),
             facts={"conversations": any("messages" in record for record in splits.train[:1])},
         )
 
-    def _tokenizer(self, recipe: Any, own: str | None, splits: Any, vocabulary: int, notes: list[str]) -> Any:
-        """The one tokenizer of a run. Two pretrained sides must agree by content, not by vocabulary size."""
+    def _tokenizers(
+        self, recipe: Any, own: str | None, splits: Any, vocabulary: int, notes: list[str]
+    ) -> tuple[Any, Any]:
+        """The tokenizer of a run, and that of the teacher where it is another: by content, not by vocabulary size."""
         found: dict[str, Any] = {}
         if own is not None:
             found["data.tokenizer"] = load_tokenizer(own)
-        for side in ("teacher", "student"):
-            spec = getattr(recipe, side)
-            if spec is None or (spec.model.startswith(MODULE) and spec.tokenizer is None):
+        specs = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
+        for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
+            if spec.model == COPY or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue
             if spec.endpoint is not None and spec.tokenizer is None:  # compared with the server's own, where it tells
                 continue
-            if not is_new_causal_lm(spec.model):
+            if spec.tokenizer is not None or not is_new_causal_lm(spec.model):
                 found[side] = load_tokenizer(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         if not found and recipe.teacher is not None and recipe.teacher.endpoint is not None:
             raise InputError(
@@ -96,7 +141,10 @@ class LanguageModeling(RowTask):
                 "or Hub id), or choose a pretrained student of its family."
             )
         if not found:
-            return train_tokenizer(splits.texts(), vocabulary)
+            return train_tokenizer(splits.texts(), vocabulary), None
+        base, theirs = found.get("data.tokenizer") or found.get("student"), None
+        if self.aligns and base is not None and "teacher" in found and compare_tokenizers(base, found["teacher"]):
+            theirs = found.pop("teacher")
         (first, chosen), *rest = found.items()
         for name, other in rest:
             difference = compare_tokenizers(chosen, other)
@@ -107,7 +155,7 @@ class LanguageModeling(RowTask):
                 )
             if chosen.chat_template != other.chat_template:
                 notes.append(f"{first} and {name} have different chat templates: that of {first} is used for both.")
-        return chosen
+        return chosen, theirs
 
     def _rows(self, model: Any, vocabulary: int) -> RowModel:
         return CausalLMRows(model, vocabulary)

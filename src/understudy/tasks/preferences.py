@@ -31,6 +31,7 @@ class Preferences(LanguageModeling):
     unit = "lists"
     metric = "accuracy"
     higher_is_better = True
+    mixes = aligns = False
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Word order with a small Llama that is first trained on the best candidates, unless the recipe names others."""
@@ -49,7 +50,7 @@ class Preferences(LanguageModeling):
         own_tokenizer = data.pop("tokenizer", None)
         splits = load_preferences(data)
         notes = list(splits.notes)
-        tokenizer = self._tokenizer(recipe, own_tokenizer, splits, vocabulary, notes)
+        tokenizer, _ = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
         for name in ("train", "validation", "test"):
             sets[name], counts = encode_lists(getattr(splits, name), tokenizer, max_length=length)

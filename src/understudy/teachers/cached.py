@@ -14,8 +14,8 @@ from torch import Tensor
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import RowModel, Rows, evaluating, state_hash
-from understudy.streaming import project
-from understudy.targets import Dense, Projected, Target
+from understudy.streaming import logits_of
+from understudy.targets import Dense, Mixture, Projected, Target
 from understudy.teachers.codecs import Support, decode, encode
 from understudy.teachers.store import ShardStore, content_key
 
@@ -166,8 +166,7 @@ def verify(teacher: RowModel, batches: Iterator[Batch], folder: Path) -> dict[st
     with torch.no_grad(), evaluating(teacher):
         for batch in batches:
             signal = teacher(batch).signal
-            logits = (project(signal) if isinstance(signal, Projected) else signal.logits).float() / cached.temperature
-            log_p = torch.log_softmax(logits, -1)
+            log_p = torch.log_softmax(logits_of(signal).float() / cached.temperature, -1)
             divergence, largest = _compare(log_p, cached.rows(batch).signal, cached.temperature)
             rows, kl, worst = rows + batch.rows, kl + float(divergence.sum()), max(worst, float(largest))
     return {"rows": rows, "mean_difference": kl / max(rows, 1), "largest_difference": worst}
@@ -175,9 +174,8 @@ def verify(teacher: RowModel, batches: Iterator[Batch], folder: Path) -> dict[st
 
 def _compare(log_p: Tensor, stored: Target, temperature: float) -> tuple[Tensor, Tensor]:
     """Per row: KL(fresh ‖ stored) where all classes are stored, else the mean |difference| of stored log-probabilities."""
-    if isinstance(stored, (Dense, Projected)):
-        logits = project(stored) if isinstance(stored, Projected) else stored.logits
-        log_q = torch.log_softmax(logits.float() / temperature, -1)
+    if isinstance(stored, (Dense, Projected, Mixture)):
+        log_q = torch.log_softmax(logits_of(stored).float() / temperature, -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.exp() - log_q.exp()).abs().max()
     difference = (log_p.gather(-1, stored.ids).clamp(min=-24.0) - stored.log_probs).abs()
     return difference.mean(-1), difference.max()

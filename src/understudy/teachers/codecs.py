@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.streaming import project
-from understudy.targets import Dense, Projected, Sampled, Target, TopK, top_k
+from understudy.streaming import logits_of
+from understudy.targets import Dense, Mixture, Projected, Sampled, Target, TopK, top_k
 
 Bits = np.ndarray[Any, np.dtype[np.uint8]]
 FLOOR = 24.0
@@ -54,7 +54,7 @@ class Support:
         return f"{self.kind}:{self.k}" if self.k else self.kind
 
 
-def encode(signal: Dense | Projected, support: Support, temperature: float, seed: int) -> dict[str, Tensor]:
+def encode(signal: Dense | Projected | Mixture, support: Support, temperature: float, seed: int) -> dict[str, Tensor]:
     """Rows of arrays for a teacher's signal; `seed` draws the sampled support, the same again for the same rows."""
     if support.kind == "hidden":
         if not isinstance(signal, Projected):
@@ -62,7 +62,9 @@ def encode(signal: Dense | Projected, support: Support, temperature: float, seed
                 "Support 'hidden' needs hidden states and a head; this teacher gives logits: choose dense."
             )
         return {"hidden": signal.hidden.bfloat16()}
-    logits = (project(signal) if isinstance(signal, Projected) else signal.logits).float()
+    if not isinstance(signal, (Dense, Projected, Mixture)):
+        raise InputError(f"A teacher that answers with {type(signal).__name__} is no whole distribution to be kept.")
+    logits = logits_of(signal).float()
     if support.kind == "dense":
         half = logits.half()
         exact = bool(((half.float() - logits).abs() <= 1e-3).all())

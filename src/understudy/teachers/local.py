@@ -71,8 +71,8 @@ class LocalTeacher:
 
     def through(self, batch: Batch) -> Rows:
         """The same with gradient to the batch's inputs, for a player that makes them."""
-        device = next(self.model.parameters()).device
         home = batch.labels.device
+        device = next((p.device for p in self.model.parameters()), home)  # some answer from elsewhere
         with evaluating(self.model), torch.autocast(home.type, enabled=False):
             rows: Rows = self.model(batch if device == home else batch.to(device), self.features, self.taps)
         return rows if device == home else rows.to(home)

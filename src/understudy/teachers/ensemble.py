@@ -1,0 +1,152 @@
+"""Several teachers as one: their mixture, or each for the examples of its own domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.data import Batch
+from understudy.errors import InputError, nearest
+from understudy.models import RowModel, Rows
+from understudy.streaming import logits_of
+from understudy.targets import Dense, Mixture, Projected, Sampled, Target, TopK
+from understudy.teachers.local import LocalTeacher, Teacher
+
+
+class Ensemble(RowModel):
+    """Members that answer together.
+
+    Without `domains` every member reads every example, and the answer is their mixture p = Σ w_m p_m (or, `geometric`,
+    log p = Σ w_m z_m + constant). With them each example is read by the one member that bears its domain's name.
+    The answer is `Dense` where all members give logits; of hidden states it is a `Mixture`, which a loss projects tile by
+    tile. Temperatures of a loss apply to the mixture, not to its members.
+
+    Args:
+        members: by name: models, or teachers that answer from elsewhere (a cache, a server).
+        weights: by name, above 0; equal where not given. They are divided by their sum.
+        geometric: average logits in place of probabilities.
+        domains: names of the domains, by the number that `Batch.domains` gives them; each must be a member's.
+        devices: by name, where a model lives that should not move with the others.
+    """
+
+    weights: Tensor
+    setting: Tensor
+
+    def __init__(
+        self,
+        members: Mapping[str, RowModel | Teacher],
+        *,
+        weights: Mapping[str, float] | None = None,
+        geometric: bool = False,
+        domains: Sequence[str] | None = None,
+        devices: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise InputError("An ensemble needs at least one member.")
+        self.names, self.devices, self.geometric = tuple(members), dict(devices or {}), geometric
+        self.model = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, RowModel)})
+        self.elsewhere = {n: m for n, m in members.items() if not isinstance(m, RowModel)}
+        self.domains = tuple(domains) if domains is not None else None
+        if domains is not None and weights:
+            raise InputError("A routed ensemble asks one member about each example: leave the weights out.")
+        for domain in domains or ():
+            if domain not in members:
+                raise InputError(
+                    f"The data have a domain {domain!r} and the ensemble has {', '.join(members)}."
+                    f"{nearest(domain, members)} Add a member of that name, or leave the domain out."
+                )
+        self.register_buffer("weights", _shares(self.names, weights))
+        routed = [self.names.index(d) for d in self.domains or ()]
+        self.register_buffer("setting", torch.tensor([int(geometric), *routed]))  # part of what the ensemble is
+
+    @property
+    def complete(self) -> bool:
+        """Whether it can answer about any example: a cache knows those that were captured alone."""
+        return not self.elsewhere
+
+    def to(self, device: Any) -> Ensemble:  # type: ignore[override]
+        """Move the models, each that has a device of its own to that one."""
+        for name, model in self.model.items():
+            model.to(self.devices.get(name, device))
+        return self
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        """`Dense`, `Mixture`, or what routed members answer from elsewhere."""
+        if features:
+            raise InputError(
+                "An ensemble has outputs alone, and no features or inner layers of its own: choose a method that learns "
+                "from outputs, or one teacher."
+            )
+        if self.domains is None:
+            place = torch.arange(batch.rows, device=batch.labels.device)[:, None].expand(-1, len(self.names))
+            return Rows(self._mixed([self._ask(name, batch) for name in self.names], place, self.weights))
+        if batch.domains is None:
+            raise InputError("A routed ensemble needs the examples' domains, and this batch has none.")
+        member_of = self.setting[1:].to(batch.labels.device)[batch.domains]
+        signals, places = [], []
+        for m in member_of.unique().tolist():
+            mine = (member_of == m).nonzero()[:, 0]
+            here = torch.isin(batch.sequence, mine)
+            signals.append(self._ask(self.names[m], batch.take(mine)))
+            places.append(torch.where(here, here.cumsum(0) - 1, -1))
+        return Rows(self._mixed(signals, torch.stack(places, -1), self.weights.new_ones(len(signals))))
+
+    def _ask(self, name: str, batch: Batch) -> Any:
+        home = batch.labels.device
+        if name in self.elsewhere:
+            teacher = self.elsewhere[name]
+            ask: Callable[[Batch], Rows] = teacher.through if torch.is_grad_enabled() else teacher.rows
+            return ask(batch).signal
+        return LocalTeacher(self.model[name], name, freeze=False).through(batch).to(home).signal
+
+    def _mixed(self, signals: Sequence[Any], place: Tensor, weights: Tensor) -> Target:
+        if all(isinstance(s, (Dense, Projected, Mixture)) for s in signals):
+            mixture = Mixture(tuple(signals), place, weights.to(place.device), self.geometric)
+            return Dense(logits_of(mixture)) if all(isinstance(s, Dense) for s in signals) else mixture
+        kinds = sorted({type(s).__name__ for s in signals})
+        if self.domains is None and len(signals) > 1:
+            raise InputError(
+                f"Members that answer with {' and '.join(kinds)} cannot be mixed: a mixture needs whole distributions. "
+                "Capture them with support dense or hidden, or route each example to one member."
+            )
+        if len({(type(s), s.ids.shape[-1] if hasattr(s, "ids") else 0) for s in signals}) > 1:
+            raise InputError(
+                f"Routed members answer with {' and '.join(kinds)}, of different sizes: capture all with one support."
+            )
+        return _joined(signals, place)
+
+
+def _joined(signals: Sequence[TopK | Sampled], place: Tensor) -> Target:
+    """The rows of several answers of one kind, in the order of the batch."""
+    first = signals[0]
+    if any(s.temperature != first.temperature for s in signals):
+        raise InputError("Routed members were captured at different temperatures: capture all at one.")
+    starts = torch.tensor([0, *(s.rows for s in signals[:-1])], device=place.device).cumsum(0)
+    at = torch.where(place >= 0, place + starts, -1).amax(-1)
+    names = first._per_row
+    whole = {n: torch.cat([getattr(s, n).to(place.device) for s in signals])[at] for n in names}
+    return type(first)(**whole, temperature=first.temperature)
+
+
+def _shares(names: Sequence[str], weights: Mapping[str, float] | None) -> Tensor:
+    """Weights in the order of the members, with sum 1."""
+    if weights is None:
+        return torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+    for name in weights:
+        if name not in names:
+            raise InputError(f"Unknown member {name!r} in weights.{nearest(name, names)} Known: {', '.join(names)}.")
+    for name in names:
+        value = weights.get(name)
+        if value is None:
+            raise InputError(f"Member {name!r} has no weight: give every member one, or none.")
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(
+                f"The weight of member {name!r} is {value} and must be above 0: leave the member out for 0."
+            )
+    values = torch.tensor([float(weights[n]) for n in names], dtype=torch.float64)
+    return values / values.sum()

@@ -75,7 +75,7 @@ def trainer_of(folder, method, micro, accumulate, examples, tied=True, sharded=F
     }
     args = training_arguments(values, Path(folder), 0)
     sides, example = {"student": student, "teacher": teacher}, Batch.from_dict(collate_text(items[:2]))
-    shapes = probe(method, 38, sides, dict.fromkeys(sides, {}), example)
+    shapes = probe(method, 38, sides, {side: {} for side in sides}, example)
     apprentice = Apprentice(student, method, shapes, 6).double()
     local = LocalTeacher(teacher, "teacher", args.device, sharded=sharded)
     return DistillationTrainer(apprentice, args, items, collate_text, teacher=local)
@@ -156,6 +156,11 @@ def alone(folder):
             plain = before(batch).signal
         torch.testing.assert_close(logits, plain.hidden @ plain.weight.T)
     assert is_sharded(trainer.model)
+    half = case(folder, "sft", 2, max_steps=1, bf16=True, **WAYS["fsdp"])
+    half.train()
+    assert all(
+        v.dtype.itemsize >= 4 for v in half._sums_of_batch.values()
+    )  # hidden states are half, the loss and its sum are not
 
 
 TEXT = {

@@ -167,5 +167,5 @@ def test_deepspeed_that_could_not_resume_or_split_the_data_is_one_line(tmp_path,
     monkeypatch.setenv("WORLD_SIZE", "1")
     zero.check(args)
     args.save_strategy = "steps"
-    with pytest.raises(InputError, match="save_strategy=steps.*trainer.fsdp"):
+    with pytest.raises(InputError, match=r"save_strategy=steps.*trainer\.fsdp"):
         zero.check(args)

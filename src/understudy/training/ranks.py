@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
@@ -54,13 +56,18 @@ class OnRanks(Trainer):
         if launched is not None:
             os.environ[LAUNCHED] = launched
         state, wanted = self.accelerator.state, self.args.fsdp_plugin_args
-        if state.distributed_type != DistributedType.MULTI_CPU or not (wanted or str_to_bool(launched or "false")):
-            return
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**(wanted or {}))
-        if self.accelerator.mixed_precision != "no":
-            state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
-        state.distributed_type = DistributedType.FSDP
-        self.is_fsdp_enabled = True
+        if state.distributed_type == DistributedType.MULTI_CPU and (wanted or str_to_bool(launched or "false")):
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**(wanted or {}))
+            if self.accelerator.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        plugin = getattr(state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(
+            policy, MixedPrecisionPolicy
+        ):  # half precision for the products, not for sums of losses or gradients
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, reduce_dtype=torch.float32)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One process: as transformers makes it. Several: each rank's share, without the examples that are repeated

@@ -38,7 +38,7 @@ def check(args: Any) -> None:
 
 def share_head(apprentice: Apprentice) -> None:
     """Gather the head for the whole of the apprentice's forward and backward pass, not for the head's own call alone."""
-    import deepspeed
+    import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
     head = find_head(apprentice.student)
     for parameter in head.parameters() if head is not None else ():

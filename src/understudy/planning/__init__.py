@@ -1,0 +1,6 @@
+"""Plans: what a recipe will take, by arithmetic on configurations, before anything is loaded."""
+
+from understudy.planning.machine import CARDS, Machine, machine, resident
+from understudy.planning.plan import Plan, plan
+
+__all__ = ["CARDS", "Machine", "Plan", "machine", "plan", "resident"]

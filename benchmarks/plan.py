@@ -5,7 +5,7 @@
 Each recipe is trained in a process of its own (Linux), after a smaller run has loaded every library. Measured is the
 whole run, checks, checkpoint and evaluation included: its largest resident size above what the process holds when data
 are ready and no model is loaded. Predicted is the plan without its line for the process. Nothing in the plan is fitted
-to these recipes. Seconds are those of a training step; a machine that does other work too lengthens them.
+to these recipes. The C library gives freed memory back at once here (ALLOCATOR below). Seconds are those of a training step; a machine that does other work too lengthens them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ COLUMNS = (
     "predicted_seconds measured_seconds percent_of_floor machine python torch transformers threads seed"
 ).split()
 RECORDS = 100
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""What is freed goes back at once. As it comes, glibc keeps holes where aligned tensors were and may not fill them again:
+the process is larger than its tensors ever were, by an amount that depends on their order."""
 
 
 def text(
@@ -42,7 +45,7 @@ def text(
         "method": method,
         "student": {"model": f"llama:{student}"} if isinstance(student, str) else student,
         "data": {"vocabulary": vocabulary, "max_length": length},
-        "trainer": {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 8, "max_steps": 6, **trainer},
+        "trainer": {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 8, "max_steps": 4, **trainer},
     }
     return recipe | ({"teacher": f"llama:{teacher}"} if teacher is not None else {})
 
@@ -50,7 +53,7 @@ def text(
 def images(name: str, teacher: str, student: str, batch: int, limit: int = 600) -> dict[str, Any]:
     """An image recipe."""
     data = {"name": name, "limit": limit} | ({"augment": False} if name == "cifar10" else {})
-    trainer = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 64, "max_steps": 6}
+    trainer = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 64, "max_steps": 4}
     return {
         "task": "image_classification",
         "method": "kd",
@@ -74,9 +77,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "text-accumulated": text(8_000, 64, 8, WIDE, "hidden=256,layers=4,heads=4", gradient_accumulation_steps=2),
     "text-checkpointing": text(2_000, 256, 8, WIDE, "hidden=192,layers=8,heads=4", gradient_checkpointing=True),
     "text-sgd": text(16_000, 64, 8, WIDE, "hidden=256,layers=4,heads=4", optim="sgd"),
-    "text-lora": text(
-        8_000, 128, 8, WIDE, {"model": "llama:hidden=256,layers=6,heads=4", "peft": ADAPTERS}
-    ),
+    "text-lora": text(8_000, 128, 8, WIDE, {"model": "llama:hidden=256,layers=6,heads=4", "peft": ADAPTERS}),
     "text-cached": text(32_000, 64, 8, WIDE, "hidden=192,layers=2,heads=4"),
     "image-mlp": images("digits", "mlp:2048,2048", "mlp:1024,1024", 64),
     "image-convnet": images("cifar10", "convnet:64", "convnet:32", 64),
@@ -164,7 +165,11 @@ def _smaller(recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     text_task = recipe["task"] == "language_modeling"
     small = "llama:hidden=16,layers=1,heads=2" if text_task else "mlp:8"
     student = {"model": small, **{k: v for k, v in recipe["student"].items() if k == "peft"}} if text_task else small
-    data = {"name": "stdlib", "characters": 40_000, "max_length": 32, "vocab_size": 300} if text_task else {"name": "digits"}
+    data = (
+        {"name": "stdlib", "characters": 40_000, "max_length": 32, "vocab_size": 300}
+        if text_task
+        else {"name": "digits"}
+    )
     trainer = {**recipe["trainer"], "max_steps": 2, "per_device_train_batch_size": 2}
     teacher = {"teacher": small} if recipe.get("teacher") else {}
     kept = {k: v for k, v in recipe.items() if k in ("task", "method", "seed")}
@@ -179,7 +184,7 @@ def percent(predicted: float, measured: float) -> float:
 def cell(name: str, seed: int = 0) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, __file__, "--cell", name, "--seed", str(seed)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")

@@ -30,12 +30,14 @@ def capture_recipe(
     splits: Sequence[str] = ("train",),
     progress: bool = False,
     tick: Callable[[int], None] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Captured:
     """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
 
     Args:
         support: `sampled:12`, `top_k:50`, `hidden` or `dense`. temperature: at which probabilities are kept; a loss that
-            asks for another is refused when it reads them.
+            asks for another is refused when it reads them. shard: (i, n): only every n-th batch, from the i-th on. Shards
+            may write to one folder, or to several whose files are put together: their union is the whole, to the bit.
     """
     prepared, teacher = _sides(recipe, folder, progress)
     if prepared.augmentation is not None:
@@ -47,7 +49,7 @@ def capture_recipe(
             raise InputError(f"Split {split!r} is not train, validation or test.")
     return capture(
         teacher,
-        (batch for split in splits for batch in _batches(prepared, split)),
+        (batch for split in splits for batch in _batches(prepared, split, shard=shard)),
         folder,
         support=Support.parse(support),
         temperature=temperature,
@@ -83,10 +85,12 @@ def _sides(recipe: Recipe, folder: Path, progress: bool) -> tuple[Prepared, RowM
     return prepared, teacher
 
 
-def _batches(prepared: Prepared, split: str, most: int | None = None, size: int = 16) -> Iterator[Batch]:
+def _batches(
+    prepared: Prepared, split: str, most: int | None = None, size: int = 16, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
     examples = prepared.split(split)
     number = len(examples) if most is None else min(most, len(examples))
-    for start in range(0, number, size):
+    for start in range(shard[0] * size, number, shard[1] * size):
         chosen = [examples[i] for i in range(start, min(start + size, number))]
         batch = Batch.from_dict(prepared.collate(chosen))
         yield batch.to("cuda") if torch.cuda.is_available() else batch

@@ -2,5 +2,6 @@
 
 from understudy.planning.machine import CARDS, Machine, machine, resident
 from understudy.planning.plan import Plan, plan
+from understudy.planning.show import lines, markdown
 
-__all__ = ["CARDS", "Machine", "Plan", "machine", "plan", "resident"]
+__all__ = ["CARDS", "Machine", "Plan", "lines", "machine", "markdown", "plan", "resident"]

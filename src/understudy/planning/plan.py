@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +54,7 @@ class Plan:
     steps: int
     rows: int
     unit: str
-    cache: dict[str, dict[str, float]] = field(default_factory=dict)
+    cache: dict[str, dict[str, float | None]] = field(default_factory=dict)
     speed_up: float | None = None
     first: Plan | None = None
     notes: list[str] = field(default_factory=list)
@@ -67,6 +66,17 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        name = max(self.phases, key=lambda phase: self.phases[phase])
+        fits = "Fits" if self.fits else "Does not fit"
+        where = "a device" if self.machine.gpu else "this machine"
+        return (
+            f"{fits} in the {self.limit / 2**30:.1f} GiB of {where}: it takes {self.peak / 2**30:.2f} GiB "
+            f"at its most ({name})."
+        )
 
     @property
     def percent_of_floor(self) -> float:
@@ -83,7 +93,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Plain values, derived ones too."""
         values = dataclasses.asdict(dataclasses.replace(self, first=None))
-        for name in ("peak", "fits", "percent_of_floor", "hours", "device_hours"):
+        for name in ("peak", "fits", "verdict", "percent_of_floor", "hours", "device_hours"):
             values[name] = getattr(self, name)
         return values | {"first": self.first.as_json() if self.first is not None else None}
 
@@ -118,6 +128,8 @@ def plan(
     made = make({**(base.dump() if isinstance(base, Recipe) else dict(base or {})), **keys})
     if gpus < 1:
         raise InputError(f"gpus is {gpus} and must be at least 1.")
+    if shard not in (None, "none", "student", "both"):
+        raise InputError(f"shard is {shard!r} and must be none, student or both.")
     Support.parse(support)
     device = machine(gpu, peak, bandwidth, memory)
     return _plan(made, device, gpus, shard, rows, support, generate)
@@ -128,7 +140,9 @@ def _plan(
 ) -> Plan:
     method = recipe.build_method()
     if isinstance(method, Procedure):
-        raise InputError(f"Method {recipe.method!r} is a procedure of several runs: plan the runs it makes, one by one.")
+        raise InputError(
+            f"Method {recipe.method!r} is a procedure of several runs: plan the runs it makes, one by one."
+        )
     asked = setting(recipe, device, gpus, shard, rows)
     student, teacher = outlines(recipe, asked)
     answer = answer_of(recipe, asked, teacher, support)
@@ -156,10 +170,12 @@ def _plan(
     if not device.gpu:  # a checkpoint copies what it writes
         phases["checkpoint"] = sum(held.values()) + max(optimizer, sides["student"].weights)
     work, seconds, floor = _time(asked, sides, seen, optimizer, generate)
+    if gpus > 1:
+        asked.notes.append("Time on the wires between devices is not counted.")
     first = None
     if recipe.teacher is not None and recipe.teacher.train is not None and recipe.teacher.cache is None:
         first = _plan(_teachers_run(recipe), device, gpus, shard, None, support, 0)
-    cache, speed_up = _caches(asked, teacher, work, seconds)
+    cache, speed_up = _caches(asked, teacher, answer.model is not None, work, seconds)
     return Plan(
         machine=device,
         gpus=gpus,
@@ -249,23 +265,23 @@ def _time(
 
 
 def _caches(
-    asked: Setting, teacher: Any, work: dict[str, dict[str, float]], seconds: float
-) -> tuple[dict[str, dict[str, float]], float | None]:
+    asked: Setting, teacher: Any, live_teacher: bool, work: dict[str, dict[str, float]], seconds: float
+) -> tuple[dict[str, dict[str, float | None]], float | None]:
     """What a cache of the teacher takes on disk, when it pays, and how much faster a step becomes by it.
 
     Capturing costs one live pass. p passes cost p · live without and live + p · read with a cache.
     """
     if teacher is None:
         return {}, None
-    live = work.get("teacher", {}).get("seconds", 0.0)
-    found = {}
+    live = work.get("teacher", {}).get("seconds", 0.0) if live_teacher else 0.0
+    found: dict[str, dict[str, float | None]] = {}
     for support in SUPPORTS:
         width = asked.teacher_width
         if support == "hidden" and width is None:
             continue
         each = row_bytes(Support.parse(support), asked.classes, width or 0)
         read = each * asked.batch * asked.accumulation * asked.rows_each / DISK
-        passes = live / (live - read) if live > read else math.inf
+        passes = live / (live - read) if live > read else None
         found[support] = {"bytes_per_row": each, "bytes": each * asked.distinct, "pays_after_passes": passes}
     return found, seconds / (seconds - live) if live else None
 

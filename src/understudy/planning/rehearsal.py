@@ -14,7 +14,7 @@ from understudy.evaluation.rows import TILE_BYTES as EVALUATION_TILE
 from understudy.methods.kd import KD
 from understudy.models.rows import CausalLMRows, RowModel, Rows
 from understudy.planning.machine import Machine
-from understudy.planning.tracker import FlashAttention, Tracker, Work
+from understudy.planning.tracker import Tracker, Work, flash_attention
 from understudy.streaming.chunked import BLOCK_BYTES, STRIP_BYTES, TILE_BYTES
 from understudy.targets import Projected
 from understudy.training import Live, Method, Shapes
@@ -123,7 +123,7 @@ def step(
     trained = [p for p in student.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(arrived) for p in trained]
     student.train()
-    with torch.device("meta"), FlashAttention(tracker), tracker:
+    with torch.device("meta"), flash_attention(tracker), tracker:
         for _ in range(2 if twice and keep_gradients else 1):
             tracker.work.clear()
             with tracker.acting("teacher"):
@@ -149,7 +149,7 @@ def evaluation(machine: Machine, student: RowModel, teacher: RowModel | None, sh
     answer = Answer(teacher)
     tracker = Tracker(machine, _weights(student, answer))
     student.eval()
-    with torch.device("meta"), torch.no_grad(), FlashAttention(tracker), tracker:
+    with torch.device("meta"), torch.no_grad(), flash_attention(tracker), tracker:
         signal = _signal(student, shape)
         with tracker.acting("teacher"):
             target = _answer(answer, shape)
@@ -214,16 +214,16 @@ class _Head(torch.autograd.Function):
         tile = max(1, min(rows, TILE_BYTES // size))
         strip = tile if tracker.machine.gpu else max(1, min(tile, STRIP_BYTES // size))
         with tracker.acting("head"):
-            mine = torch.empty(tile, classes, dtype=torch.float32)
+            mine = hidden.new_empty(tile, classes, dtype=torch.float32)
             pair = target if isinstance(target, tuple) else None
-            theirs = torch.empty(tile, classes, dtype=torch.float32) if pair is not None else None
+            theirs = hidden.new_empty(tile, classes, dtype=torch.float32) if pair is not None else None
             grads: list[Any] = [None, None]
             for start in range(0, rows, tile):
                 number = min(rows, start + tile) - start
                 _product(tracker, number, weight)
                 if pair is not None:
                     _product(tracker, number, pair[1])
-                held = [torch.empty(strip, classes, dtype=torch.float32) for _ in range(STRIPS)]
+                held = [hidden.new_empty(strip, classes, dtype=torch.float32) for _ in range(STRIPS)]
                 del held
                 tracker.add(0.0, 2 * STRIPS * size * number, 4)
                 if tile < rows:
@@ -253,7 +253,7 @@ def _product(tracker: Tracker, rows: int, weight: Tensor) -> None:
     """One product with a head, in float32; a head of half precision is widened a block at a time."""
     classes, width = weight.shape
     if weight.itemsize < 4:
-        torch.empty(min(classes, max(1, BLOCK_BYTES // (4 * width))), width, dtype=torch.float32)
+        weight.new_empty(min(classes, max(1, BLOCK_BYTES // (4 * width))), width, dtype=torch.float32)
     tracker.add(2.0 * rows * classes * width, 4.0 * rows * (classes + width) + weight.numel() * weight.itemsize, 4)
 
 
@@ -264,5 +264,5 @@ def _spread(ctx: Any, rows: int, grads: list[Any]) -> None:
         grads[0] = grads[0] if grads[0] is not None else torch.empty_like(hidden)
         _product(ctx.tracker, rows, weight)
     if ctx.needs[1]:
-        grads[1] = grads[1] if grads[1] is not None else torch.empty(weight.shape, dtype=torch.float32)
+        grads[1] = grads[1] if grads[1] is not None else weight.new_empty(weight.shape, dtype=torch.float32)
         _product(ctx.tracker, rows, weight)

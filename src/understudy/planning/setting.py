@@ -114,7 +114,9 @@ def setting(recipe: Recipe, device: Machine, gpus: int, shard: str | None, rows:
         ),
     )
     if task.kind == "text" and not recipe.data.get("pack", True):
-        found.notes.append("Rows are not packed: every one is counted at data.max_length, which is the most there can be.")
+        found.notes.append(
+            "Rows are not packed: every one is counted at data.max_length, which is the most there can be."
+        )
     _length_of_run(recipe, found, prepared, rows)
     return found
 

@@ -56,9 +56,7 @@ def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMRo
             own = held if isinstance(held, torch.dtype) else DTYPES.get(str(held), torch.float32)
             dtype = DTYPES.get(spec.dtype) or (own if gpu else torch.float32)
             try:
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=spec.trust_remote_code
-                )
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
             except (ValueError, KeyError) as error:
                 raise InputError(f"{spec.model!r} is no causal LM: {str(error).splitlines()[0]}") from error
         rows = CausalLMRows(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr]
@@ -190,7 +188,9 @@ def quantised(rows: RowModel, config: dict[str, Any]) -> int:
         group = config.get("group_size", 128)
         bits = config["bits"] + ((16 + config["bits"]) / group if group > 0 else 0)
     else:
-        raise InputError(f"plan does not know the bytes of quantization {config}: known are load_in_4bit, load_in_8bit, bits.")
+        raise InputError(
+            f"plan does not know the bytes of quantization {config}: known are load_in_4bit, load_in_8bit, bits."
+        )
     head = rows.model.get_output_embeddings() if hasattr(rows.model, "get_output_embeddings") else None
     layers = {id(m.weight): m.weight for m in rows.modules() if isinstance(m, nn.Linear) and m is not head}
     layers |= {id(p): p for p in rows.parameters() if p.dim() == 3}

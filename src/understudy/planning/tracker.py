@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -118,18 +117,22 @@ class Tracker(TorchDispatchMode):
             self._live[key] = (role, size)
 
 
-class FlashAttention(TorchFunctionMode):
-    """In place of `scaled_dot_product_attention`: what its fused kernels keep, not the scores of the plain formula."""
+@contextmanager
+def flash_attention(tracker: Tracker) -> Iterator[None]:
+    """In place of `scaled_dot_product_attention`: what its fused kernels keep, not the scores of the plain formula.
 
-    def __init__(self, tracker: Tracker) -> None:
-        super().__init__()
-        self.tracker = tracker
+    The function itself is exchanged, since modes of torch are off while a checkpointed block is computed again.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Attention.apply(named["query"], named["key"], named["value"], self.tracker)
-        return func(*args, **(kwargs or {}))
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        return _Attention.apply(query, key, value, tracker)
+
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 class _Attention(torch.autograd.Function):

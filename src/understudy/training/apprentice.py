@@ -68,7 +68,9 @@ class Apprentice(nn.Module):
         self.companions.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
         """`trainer.gradient_checkpointing` is the student's to carry out."""
         inner = self.student.model
         if not hasattr(inner, "gradient_checkpointing_enable"):
@@ -77,7 +79,7 @@ class Apprentice(nn.Module):
             )
         # The re-entrant kind loses gradients where the embeddings are frozen, as they are under adapters.
         inner.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **more
         )
 
     def forward(self, batch: Batch, teacher: Rows | None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from understudy.planning.plan import Plan
 
+Body = list[tuple[str, ...]]
 Lines = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -39,19 +40,19 @@ def lines(plan: Plan) -> list[Lines]:
     """Tables: title, head and rows."""
     where = f"{plan.gpus} × {plan.machine.name}" if plan.gpus > 1 else plan.machine.name
     sharded = {"none": "", "student": ", student sharded", "both": ", both sides sharded"}[plan.shard]
-    sides = [
+    sides: Body = [
         (n, count(s.parameters), count(s.active), count(s.trained), size(s.weights)) for n, s in plan.sides.items()
     ]
-    memory = [(name, size(value)) for name, value in plan.memory.items() if value]
+    memory: Body = [(name, size(value)) for name, value in plan.memory.items() if value]
     memory += [(f"**{name}**", f"**{size(value)}**") for name, value in plan.phases.items()]
-    work = [
+    work: Body = [
         (role, count(w["flops"]), count(w["attention"]), size(w["bytes"]), duration(w["seconds"]))
         for role, w in plan.work.items()
     ]
     flops = sum(w["flops"] for w in plan.work.values())
     total = (f"floor {duration(plan.floor_seconds)}, {plan.percent_of_floor:.0f} % of it", duration(plan.step_seconds))
     work.append(("**step**", f"**{count(flops)}**", "", total[0], f"**{total[1]}**"))
-    run = [
+    run: Body = [
         ("steps", f"{plan.steps:,}"),
         (plan.unit, count(plan.rows)),
         ("time", duration(plan.steps * plan.step_seconds)),
@@ -66,7 +67,7 @@ def lines(plan: Plan) -> list[Lines]:
         ("The run", ("", ""), run),
     ]
     if plan.cache:
-        body = [
+        body: Body = [
             (n, f"{c['bytes_per_row']:,.0f}", size(c["bytes"] or 0), _passes(c["pays_after_passes"]))
             for n, c in plan.cache.items()
         ]

@@ -59,7 +59,7 @@ def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMRo
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
             except (ValueError, KeyError) as error:
                 raise InputError(f"{spec.model!r} is no causal LM: {str(error).splitlines()[0]}") from error
-        rows = CausalLMRows(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr]
+        rows = CausalLMRows(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
         _even_experts(model)
         if spec.peft is not None:
             rows.add_adapters(spec.peft)
@@ -84,7 +84,7 @@ def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) ->
             model = build_small(spec.model, classes, shape)
         elif path is None and weights is not None:
             model = build_small(weights.stem, 10, shape)
-            model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator]
+            model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator,assignment]
         elif path is not None and "understudy_model" in _facts(path):
             facts = _facts(path)
             model = build_small(facts["understudy_model"], facts["classes"], tuple(facts["shape"]))
@@ -156,7 +156,7 @@ def side(rows: RowModel, quantization: dict[str, Any] | None = None) -> Side:
     active = 0.0
     for p in parameters:
         experts = p.shape[0] if p.dim() == 3 and chosen else 0
-        active += p.numel() * (chosen / experts if experts else 1)
+        active += p.numel() * (float(chosen or 1) / experts if experts else 1)
     buffers = sum(b.numel() * b.itemsize for b in rows.buffers())
     kept = quantised(rows, quantization) if quantization else sum(p.numel() * p.itemsize for p in parameters)
     trained = [p for p in parameters if p.requires_grad]

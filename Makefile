@@ -23,6 +23,7 @@ lint: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/build.py
+	$(BIN)/python docs/scaling.py
 
 clean:
 	rm -rf $(VENV) runs

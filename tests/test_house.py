@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
     "errors targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue reporting recipe "
-    "teaching preflight progress folder fitting run caching comparison check pages demo claims cli"
+    "planning teaching preflight progress folder fitting run caching comparison check pages demo claims cli"
 ).split()
 
 

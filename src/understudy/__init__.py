@@ -7,11 +7,12 @@ from typing import Any
 from understudy.errors import InputError
 
 __version__ = "0.2.0"
-__all__ = ["InputError", "Method", "Term", "compare", "distill"]
+__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan"]
 
 _LAZY = {
     "distill": "understudy.run",
     "compare": "understudy.comparison",
+    "plan": "understudy.planning",
     "Method": "understudy.training",
     "Term": "understudy.training",
 }

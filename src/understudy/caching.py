@@ -33,12 +33,15 @@ def capture_recipe(
     splits: Sequence[str] = ("train",),
     progress: bool = False,
     tick: Callable[[int], None] | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Captured:
     """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
 
     Args:
-        support: `sampled:12` (the default), `top_k:50`, `hidden` or `dense`; a served teacher has its `score`. temperature: at which probabilities are kept; a loss that
-            asks for another is refused when it reads them.
+        support: `sampled:12` (the default), `top_k:50`, `hidden` or `dense`; a served teacher has its `score`.
+        temperature: at which probabilities are kept; a loss that asks for another is refused when it reads them.
+        shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose files
+            are put together: their union is the whole, to the bit.
     """
     for split in splits:
         if split not in ("train", "validation", "test"):
@@ -50,7 +53,7 @@ def capture_recipe(
                 "support and temperature out."
             )
         prepared = get_task(recipe.task).prepare(recipe)
-        answers = (batch for split in splits for batch in _batches(prepared, split))
+        answers = (batch for split in splits for batch in _batches(prepared, split, shard=shard))
         return capture_served(served(recipe, prepared, folder), answers, tick=tick)
     prepared, teacher = _sides(recipe, folder, progress)
     if prepared.augmentation is not None:
@@ -59,7 +62,7 @@ def capture_recipe(
         )
     return capture(
         teacher,
-        (batch for split in splits for batch in _batches(prepared, split)),
+        (batch for split in splits for batch in _batches(prepared, split, shard=shard)),
         folder,
         support=Support.parse(support or "sampled:12"),
         temperature=temperature,
@@ -99,10 +102,12 @@ def _sides(recipe: Recipe, folder: Path, progress: bool) -> tuple[Prepared, RowM
     return prepared, teacher
 
 
-def _batches(prepared: Prepared, split: str, most: int | None = None, size: int = 16) -> Iterator[Batch]:
+def _batches(
+    prepared: Prepared, split: str, most: int | None = None, size: int = 16, shard: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
     examples = prepared.split(split)
     number = len(examples) if most is None else min(most, len(examples))
-    for start in range(0, number, size):
+    for start in range(shard[0] * size, number, shard[1] * size):
         chosen = [examples[i] for i in range(start, min(start + size, number))]
         batch = Batch.from_dict(prepared.collate(chosen))
         yield batch.to("cuda") if torch.cuda.is_available() else batch

@@ -75,7 +75,7 @@ def trainer_for(
         prepared.collate,
         teacher=asked,
         validation=prepared.validation,
-        validate=partial(_validation, task, prepared),
+        validate=partial(_validation, task, prepared, recipe.evaluation_batch),
         patience=recipe.patience,
         augmentation=prepared.augmentation,
         meter=meter,
@@ -106,8 +106,8 @@ def _check_metric(task: Task, prepared: Prepared, student: RowModel, metric: str
         )
 
 
-def _validation(task: Task, prepared: Prepared, student: RowModel) -> Mapping[str, float]:
-    return task.judge(student, None, sample_loader(prepared, "validation", len(prepared.validation), 64))["metrics"]
+def _validation(task: Task, prepared: Prepared, batch: int, student: RowModel) -> Mapping[str, float]:
+    return task.judge(student, None, sample_loader(prepared, "validation", len(prepared.validation), batch))["metrics"]
 
 
 def train(trainer: DistillationTrainer, folder: Path) -> bool:

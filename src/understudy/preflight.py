@@ -23,7 +23,13 @@ class Findings:
 
 
 def check(
-    task: Task, prepared: Prepared, student: RowModel, teacher: RowModel | None, *, sample: int | None = None
+    task: Task,
+    prepared: Prepared,
+    student: RowModel,
+    teacher: RowModel | None,
+    *,
+    sample: int | None = None,
+    batch: int = 32,
 ) -> Findings:
     """Compare both sides on a sample of the validation split, and look for rows that train nothing.
 
@@ -32,7 +38,7 @@ def check(
     """
     found = Findings(list(prepared.notes), list(prepared.warnings))
     sample = task.preflight_examples if sample is None else sample
-    loader = sample_loader(prepared, "validation", sample, 32)
+    loader = sample_loader(prepared, "validation", sample, batch)
     rows = [Batch.from_dict(b).rows for b in sample_loader(prepared, "train", 64, 1)]
     if sum(rows) == 0:
         raise InputError(

@@ -139,6 +139,11 @@ class Recipe(BaseModel):
     def _data_name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else (value or {})
 
+    @property
+    def evaluation_batch(self) -> int:
+        """Examples that an evaluation looks at together: `trainer.per_device_eval_batch_size`, 64 if not given."""
+        return max(1, int(self.trainer.get("per_device_eval_batch_size", 64)))
+
     def build_method(self) -> Method:
         """The configured method; a bad option is one line that names it."""
         return validated(get_method(self.method), self.options, f"option of method {self.method!r}")

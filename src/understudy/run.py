@@ -128,7 +128,7 @@ def _fit(
         student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
-    findings = preflight(task, prepared, student, shown)
+    findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
     for warning in findings.warnings:
         log.warning(warning)
     hashes = {**prepared.hashes, "student_initial": state_hash(student)}
@@ -154,7 +154,7 @@ def _fit(
     if first_rank() and prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(folder / "student")
     with usable(trainer.model):
-        evaluation = judge(task, prepared, student, shown, recipe.judge)
+        evaluation = judge(task, prepared, student, shown, recipe.judge, recipe.evaluation_batch)
         found = method.finish(trainer.model.live, work)
     evaluation["metrics"] |= found.get("metrics", {})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
+from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, load_recipe, out, shard_of
 
 app = typer.Typer(no_args_is_help=True, help="Capture a teacher once and train from disk.")
 
@@ -27,6 +27,7 @@ def capture(
     ] = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="At which probabilities are kept.")] = 1.0,
     splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
+    shard: Shard = None,
     as_json: AsJson = False,
 ) -> None:
     """Capture what the recipe's teacher says. Started again it goes on; other data are appended."""
@@ -44,6 +45,7 @@ def capture(
             support,
             temperature=temperature,
             splits=splits.split(","),
+            shard=shard_of(shard),
             tick=lambda n: bar.advance(task, n),
         )
     if as_json:

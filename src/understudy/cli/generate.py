@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from understudy.cli.options import Shard, shard_of
 from understudy.errors import InputError, nearest
 from understudy.generation import Limits, Prompt, Request, RequestLog, generate, source_from
 
@@ -55,6 +56,7 @@ def generate_command(
     cost_budget: Annotated[float | None, typer.Option(help="Most money, by the two prices.")] = None,
     price_in: Annotated[float, typer.Option(min=0, help="Price of a million prompt tokens.")] = 0.0,
     price_out: Annotated[float, typer.Option(min=0, help="Price of a million written tokens.")] = 0.0,
+    shard: Shard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write completions of prompts. Started again, it goes on where it was, and pays for nothing twice."""
@@ -67,7 +69,8 @@ def generate_command(
             "--api-key-env names the key of a server, and no --endpoint is given. Add it, or leave both out."
         )
     served = dict(url=endpoint, api_key_env=api_key_env, timeout=timeout) if endpoint else None
-    requests = read_requests(prompts, template, chat, draws, shape)
+    part, parts = shard_of(shard)
+    requests = read_requests(prompts, template, chat, draws, shape)[part::parts]
     facts = _carry_out(requests, {"model": model, "endpoint": served}, limits, output, progress=not as_json)
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")

@@ -16,6 +16,8 @@ from rich.table import Table
 from understudy.cli import cache as cache_commands
 from understudy.cli.generate import EPILOG, generate_command
 from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
+from understudy.cli.plan import EPILOG as PLAN_EPILOG
+from understudy.cli.plan import plan_command
 from understudy.errors import InputError
 
 app = typer.Typer(
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_commands.app, name="cache")
 app.command("generate", epilog=EPILOG)(generate_command)
+app.command("plan", epilog=PLAN_EPILOG)(plan_command)
 
 
 def _print_json(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import time
@@ -13,6 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def _added(out: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def _attention(query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    return int(4 * math.prod(query) * key[-2])
+
+
+def _attention_back(upstream: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> int:
+    return int(10 * math.prod(query) * key[-2])
+
+
+ALSO = {
+    torch.ops.aten.addmm_: _added,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
+}
+"""Operations that torch's own counter leaves out: sums of products in place, and a CPU's fused attention."""
 
 ROLES = ("teacher", "head", "step")
 
@@ -63,7 +84,7 @@ class CostMeter:
             if self.flops["teacher"]:
                 yield
             else:
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounterMode(display=False, custom_mapping=ALSO) as counter:
                     yield
                 self.flops["teacher"] = float(counter.get_total_flops())
 
@@ -83,7 +104,7 @@ class CostMeter:
             if kind in self.flops:
                 yield
             else:
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounterMode(display=False, custom_mapping=ALSO) as counter:
                     yield
                 self.flops[kind] = float(counter.get_total_flops())
         self._counts = False

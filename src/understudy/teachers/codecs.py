@@ -54,6 +54,18 @@ class Support:
         return f"{self.kind}:{self.k}" if self.k else self.kind
 
 
+def row_bytes(support: Support, classes: int, width: int = 0) -> float:
+    """Bytes of one row on disk; `width` is that of hidden states. Dense logits are counted in float16."""
+    if support.kind in ("hidden", "dense"):
+        return 2.0 * (width if support.kind == "hidden" else classes)
+    k = min(support.k, classes)
+    if support.kind == "scored":
+        return 8.0 * k + 4
+    low = _low_bits(k, classes)
+    ids = k * (low + 1) + ((classes - 1) >> low) + 1
+    return float(-(-(ids + (7 * k + 15 if support.kind == "top_k" else 8 * k + 16)) // 8))
+
+
 def encode(signal: Dense | Projected | Mixture, support: Support, temperature: float, seed: int) -> dict[str, Tensor]:
     """Rows of arrays for a teacher's signal; `seed` draws the sampled support, the same again for the same rows."""
     if support.kind == "hidden":

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from understudy.data import Batch
+from understudy.errors import InputError
 from understudy.losses.reduction import row_weights
 from understudy.models import RowModel, Rows, find_head
 from understudy.models.sharding import block_names
@@ -72,6 +73,20 @@ class Apprentice(nn.Module):
         super().train(mode)
         self.companions.eval()
         return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """`trainer.gradient_checkpointing` is the student's to carry out."""
+        inner = self.student.model
+        if not hasattr(inner, "gradient_checkpointing_enable"):
+            raise InputError(
+                f"{type(inner).__name__} has no gradient checkpointing: leave trainer.gradient_checkpointing out."
+            )
+        # The re-entrant kind loses gradients where the embeddings are frozen, as they are under adapters.
+        inner.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **more
+        )
 
     def forward(self, batch: Batch, teacher: Rows | None) -> dict[str, Tensor]:
         """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""

@@ -1,0 +1,212 @@
+"""Both sides as outlines: every layer in place on the `meta` device, from a configuration alone, and their bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+
+from understudy.data.folders import find
+from understudy.errors import InputError
+from understudy.models import is_new_causal_lm, load_causal_lm
+from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel
+from understudy.models.small import IMAGENET, build_small, is_small, normalisation
+from understudy.recipe import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMIZERS = {  # bytes of state a parameter, from those of the parameter itself (p)
+    "adamw": lambda p: 2 * p,
+    "8bit": lambda p: 2 * (1 + 4 / 256),  # one byte and a float32 scale for 256
+    "lion_8bit": lambda p: 1 + 4 / 256,
+    "lion": lambda p: p,
+    "sgd": lambda p: 0,
+    "adagrad": lambda p: p,
+    "rmsprop": lambda p: p,
+}
+
+
+def config_of(spec: ModelSpec) -> Any:
+    """The configuration of a pretrained model, without its weights; one that cannot be read is one line."""
+    path = find(spec.model)
+    try:
+        return AutoConfig.from_pretrained(str(path or spec.model), trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # as at loading: a dozen kinds, each mended by naming another model
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"The configuration of {spec.model!r} cannot be read: {reason}") from error
+
+
+def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMRows:
+    """A causal LM on `meta`, in the dtype it would be loaded in; `vocabulary` is for a new one."""
+    with torch.device("meta"):
+        if is_new_causal_lm(spec.model):
+            assert vocabulary is not None
+            stand_in: Any = _Tokens(vocabulary)
+            model: nn.Module = load_causal_lm(spec.model, tokenizer=stand_in, dtype=spec.dtype)
+        else:
+            config = config_of(spec)
+            held = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+            own = held if isinstance(held, torch.dtype) else DTYPES.get(str(held), torch.float32)
+            dtype = DTYPES.get(spec.dtype) or (own if gpu else torch.float32)
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
+            except (ValueError, KeyError) as error:
+                raise InputError(f"{spec.model!r} is no causal LM: {str(error).splitlines()[0]}") from error
+        rows = CausalLMRows(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+        _even_experts(model)
+        if spec.peft is not None:
+            rows.add_adapters(spec.peft)
+    return rows
+
+
+class _Tokens(SimpleNamespace):
+    """The length of a tokenizer, where there is none yet."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number=number, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+    def __len__(self) -> int:
+        return int(self.number)
+
+
+def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) -> ClassifierRows:
+    """An image classifier on `meta`."""
+    path, weights = find(spec.model), find(f"{spec.model}.safetensors")
+    with torch.device("meta"):
+        if is_small(spec.model):
+            model = build_small(spec.model, classes, shape)
+        elif path is None and weights is not None:
+            model = build_small(weights.stem, 10, shape)
+            model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator,assignment]
+        elif path is not None and "understudy_model" in _facts(path):
+            facts = _facts(path)
+            model = build_small(facts["understudy_model"], facts["classes"], tuple(facts["shape"]))
+        else:
+            model = AutoModelForImageClassification.from_config(config_of(spec))
+        if spec.dtype in DTYPES:
+            model = model.to(DTYPES[spec.dtype])
+        rows = ClassifierRows(model, classes, normalise=normalisation(model))
+        if spec.peft is not None:
+            rows.add_adapters(spec.peft)
+    return rows
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text()) if file.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not valid JSON: {error}.") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _even_experts(model: nn.Module) -> None:
+    """Experts as one product over every chosen (token, expert) pair: which is chosen is not known on `meta`."""
+    for module in model.modules():
+        up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3:
+
+            def forward(hidden: Tensor, index: Tensor, weights: Tensor, up: Any = up, down: Any = down) -> Tensor:
+                width, chosen = hidden.shape[-1], index.shape[-1]
+                rows = hidden.reshape(-1, width).repeat_interleave(chosen, 0)
+                gate, value = _times(rows, up[0]).chunk(2, -1)
+                out = _times(F.silu(gate) * value, down[0]).view(-1, chosen, width)
+                return out.mean(1).view_as(hidden)
+
+            module.forward = forward
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(rows, weight) if weight.shape[-1] == rows.shape[-1] else rows @ weight
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's numbers.
+
+    Args:
+        parameters: all, tied ones once. active: those a token meets (experts that are not chosen left out).
+        trained: those that are trained. weights, trained_bytes: their bytes. largest: bytes of the largest
+            block. outside: bytes outside of blocks. matrices: parameters in matrices, which autocast copies.
+    """
+
+    parameters: int
+    active: int
+    trained: int
+    weights: int
+    trained_bytes: int
+    largest: int
+    outside: int
+    matrices: int
+
+
+def side(rows: RowModel, quantization: dict[str, Any] | None = None) -> Side:
+    """Count a model."""
+    parameters = list(rows.parameters())  # each once, also where two layers share it
+    config = getattr(rows.model, "config", None)
+    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    chosen, experts = getattr(config, "num_experts_per_tok", None), 0
+    active = 0.0
+    for p in parameters:
+        experts = p.shape[0] if p.dim() == 3 and chosen else 0
+        active += p.numel() * (float(chosen or 1) / experts if experts else 1)
+    buffers = sum(b.numel() * b.itemsize for b in rows.buffers())
+    kept = quantised(rows, quantization) if quantization else sum(p.numel() * p.itemsize for p in parameters)
+    trained = [p for p in parameters if p.requires_grad]
+    blocks = [m for stack in rows.modules() if isinstance(stack, nn.ModuleList) for m in stack]
+    inside = [sum(p.numel() * p.itemsize for p in b.parameters()) for b in blocks]
+    own_bytes, whole = sum(p.numel() * p.itemsize for p in trained), sum(p.numel() * p.itemsize for p in parameters)
+    matrices = sum(p.numel() for p in parameters if p.dim() > 1)
+    own = sum(p.numel() for p in trained)
+    number = sum(p.numel() for p in parameters)
+    return Side(
+        number,
+        round(active),
+        own,
+        kept + buffers,
+        own_bytes,
+        max(inside, default=0),
+        max(0, whole - sum(inside)),
+        matrices,
+    )
+
+
+def quantised(rows: RowModel, config: dict[str, Any]) -> int:
+    """Bytes of a quantised model: the layers' matrices by their bits, embeddings, head and the rest as they are."""
+    if config.get("load_in_4bit"):  # bitsandbytes: 4 bits, a float32 scale for 64 or, quantised itself, 8.5 bits for 64
+        bits = 4 + ((8 + 32 / 256) if config.get("bnb_4bit_use_double_quant") else 32) / 64
+    elif config.get("load_in_8bit"):
+        bits = 8.0
+    elif "bits" in config:  # GPTQ, AWQ: a 16-bit scale and a zero point for each group
+        group = config.get("group_size", 128)
+        bits = config["bits"] + ((16 + config["bits"]) / group if group > 0 else 0)
+    else:
+        raise InputError(
+            f"plan does not know the bytes of quantization {config}: known are load_in_4bit, load_in_8bit, bits."
+        )
+    head = rows.model.get_output_embeddings() if hasattr(rows.model, "get_output_embeddings") else None
+    layers = {id(m.weight): m.weight for m in rows.modules() if isinstance(m, nn.Linear) and m is not head}
+    layers |= {id(p): p for p in rows.parameters() if p.dim() == 3}
+    shared = {id(head.weight)} if head is not None else set()
+    small = {k: v for k, v in layers.items() if k not in shared}
+    rest = sum(p.numel() * min(2, p.itemsize) for p in rows.parameters() if id(p) not in small)
+    return rest + math.ceil(sum(p.numel() for p in small.values()) * bits / 8)
+
+
+def optimizer_bytes(name: str, rows: RowModel, notes: list[str]) -> int:
+    """State of an optimiser of transformers' Trainer over what is trained."""
+    trained = [p for p in rows.parameters() if p.requires_grad]
+    if name == "adafactor":  # a row's and a column's means of each matrix, float32, without momentum
+        return sum(4 * (sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.dim() > 1 else p.numel()) for p in trained)
+    kind = next((k for k in ("lion_8bit", "8bit", "lion", "sgd", "adagrad", "rmsprop", "adamw") if k in name), None)
+    if kind is None:
+        notes.append(f"Optimiser {name!r} is not known here: its state is taken to be AdamW's.")
+        kind = "adamw"
+    return round(sum(p.numel() * OPTIMIZERS[kind](p.itemsize) for p in trained))

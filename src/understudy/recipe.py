@@ -15,7 +15,7 @@ from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
 from understudy.tasks import get as get_task
-from understudy.training import Method
+from understudy.training import Method, OnPolicy
 
 
 class ModelSpec(BaseModel):
@@ -64,6 +64,7 @@ class Recipe(BaseModel):
         None, ge=1, description="End training after this many evaluations without gain; needs `trainer.eval_strategy`."
     )
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = "token_mean"
+    on_policy: OnPolicy | None = Field(None, description="Let the student write a share of the texts it is trained on.")
     judge: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
 
     @field_validator("teacher", "student", mode="before")
@@ -102,6 +103,7 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
             field = model.model_fields.get(str(first["loc"][0]))
             known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
             known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
+            known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ")
         # A key that was put where it does not belong is not printed either.
@@ -147,12 +149,33 @@ def make(values: Mapping[str, Any]) -> Recipe:
                     f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
                 )
     method = recipe.build_method()
+    _check_on_policy(recipe, method, task.kind)
     if task.kind not in method.kinds:
         raise InputError(
             f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
             f"{task.kind} task. Choose another method (`understudy methods`) or task."
         )
     return recipe
+
+
+def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
+    """Refuse own samples where nothing could write or judge them."""
+    if recipe.on_policy is None:
+        return
+    if kind != "text":
+        raise InputError(f"on_policy lets the student write text and {recipe.task!r} is a {kind} task: leave it out.")
+    if recipe.teacher is None or "teacher" not in method.asks:
+        raise InputError(
+            f"on_policy has a teacher judge the student's own samples and method {recipe.method!r} asks none: choose a "
+            "method with a teacher (kd, taid), or leave it out."
+        )
+    if recipe.teacher.cache is not None:
+        raise InputError(
+            f"teacher.cache {recipe.teacher.cache} cannot answer for texts that are written during training: leave out "
+            "teacher.cache for a live teacher, or on_policy."
+        )
+    if recipe.on_policy.adaptive is not None and recipe.trainer.get("eval_strategy", "no") == "no":
+        raise InputError("on_policy.adaptive follows the validation loss and there is none: set trainer.eval_strategy.")
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

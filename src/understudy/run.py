@@ -283,6 +283,7 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
         "data": data,
         "judge": "test",
         "arms": {},
+        "on_policy": None,
     }
     # The defaults of the task would name a teacher again; a teacher's own run has none.
     return run(make(values).model_copy(update={"teacher": None}), progress=progress)

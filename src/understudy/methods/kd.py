@@ -52,6 +52,6 @@ class KD(Method):
         terms = {"kd": Term(rowwise(divergence, student.signal, teacher.signal, **options), self.kd_weight)}
         if self.ce_weight:
             signal, labels = batch.with_labels(student.signal)
-            ce = rowwise(losses.cross_entropy, signal, None, labels)
+            ce = batch.among_rows(rowwise(losses.cross_entropy, signal, None, labels))
             terms["ce"] = Term(ce, self.ce_weight)
         return terms

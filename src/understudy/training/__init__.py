@@ -3,6 +3,7 @@
 from understudy.training.apprentice import Apprentice
 from understudy.training.checkpoint import last_complete
 from understudy.training.method import Live, Method, State, Term
+from understudy.training.on_policy import OnPolicy, Rollouts
 from understudy.training.players import Player, Scene
 from understudy.training.procedure import Bench, Procedure
 from understudy.training.shapes import Shapes
@@ -15,8 +16,10 @@ __all__ = [
     "DistillationTrainer",
     "Live",
     "Method",
+    "OnPolicy",
     "Player",
     "Procedure",
+    "Rollouts",
     "Scene",
     "Shapes",
     "Stage",

@@ -28,6 +28,7 @@ class ExactCheckpoints(Trainer):
     model: Any
     meter: Any
     players: Any
+    rollouts: Any = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -63,6 +64,10 @@ class ExactCheckpoints(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        if (
+            self.rollouts is not None
+        ):  # the first batches of a resumed run are taken before the rest of its state is read
+            self.rollouts.load_state_dict(ck.load_tree(self._state_file(checkpoint))["rollouts"])
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
@@ -81,6 +86,7 @@ class ExactCheckpoints(Trainer):
             "method": state.state_dict() if state is not None else None,
             "players": self.players.state_dict(),
             "meter": self.meter.state_dict() if self.meter is not None else None,
+            "rollouts": self.rollouts.state_dict() if self.rollouts is not None else None,
         }
         ck.save_tree(tree, self._state_file(output_dir))
 

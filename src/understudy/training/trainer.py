@@ -25,9 +25,9 @@ from understudy.errors import InputError
 from understudy.losses.reduction import row_weights
 from understudy.teachers import Teacher
 from understudy.training.apprentice import Apprentice
-from understudy.training.on_policy import Rollouts
 from understudy.training.order import EpochShuffle, draw
 from understudy.training.players import Players, Scene
+from understudy.training.rollouts import Rollouts
 from understudy.training.validation import Validate, Validating
 
 

@@ -24,7 +24,8 @@ from understudy.generation import (
     source_from,
 )
 from understudy.models import load_causal_lm
-from understudy.recipe import ModelSpec, make
+from understudy.recipe import make
+from understudy.specs import ModelSpec
 
 CHAT = ({"role": "user", "content": "the dog"},)
 

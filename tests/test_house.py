@@ -14,7 +14,7 @@ from understudy.pages import drawing, findings, page, rooms, table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
-    "errors targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue reporting recipe "
+    "errors targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue reporting specs recipe "
     "planning teaching preflight progress folder fitting run caching comparison check pages demo claims cli"
 ).split()
 

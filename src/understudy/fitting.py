@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
 from understudy.evaluation import CostMeter
 from understudy.folder import first_rank
 from understudy.models import RowModel
+from understudy.models.sharding import together
 from understudy.preflight import sample_loader
 from understudy.progress import RichProgress
-from understudy.recipe import SHARDED, Recipe
+from understudy.recipe import Recipe
+from understudy.specs import SHARDED
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.teachers import LocalTeacher
+from understudy.teachers import LocalTeacher, Teacher
 from understudy.teaching import teacher_of
-from understudy.training import Apprentice, DistillationTrainer, last_complete
+from understudy.training import Apprentice, DistillationTrainer, Rollouts, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
+from understudy.training.rehearsal import rehearse
 from understudy.training.shapes import probe
 
 
@@ -68,6 +71,7 @@ def trainer_for(
         asked = LocalTeacher(teacher, name, device, features=features, taps=taps["teacher"], sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
+    rollouts = _rollouts(recipe, apprentice, asked, prepared, args, folder, meter)
     return DistillationTrainer(
         apprentice,
         args,
@@ -81,6 +85,36 @@ def trainer_for(
         meter=meter,
         metrics_file=folder / "metrics.jsonl",
         callbacks=callbacks,
+        rollouts=rollouts,
+    )
+
+
+def _rollouts(
+    recipe: Recipe,
+    apprentice: Apprentice,
+    teacher: Teacher | None,
+    prepared: Prepared,
+    args: TrainingArguments,
+    folder: Path,
+    meter: CostMeter,
+) -> Rollouts | None:
+    """Who writes the student's own samples, if the recipe asks for any and everything is able to."""
+    if recipe.on_policy is None:
+        return None
+    assert teacher is not None  # the recipe was checked
+    if args.fsdp or args.deepspeed:
+        raise InputError("on_policy writes with whole weights, which FSDP and DeepSpeed split: use plain DDP.")
+    rehearse(recipe.on_policy, apprentice, teacher, prepared.train, prepared.tokenizer, prepared.collate)
+    name = "samples.jsonl" if args.world_size == 1 else f"samples-rank{args.process_index}.jsonl"
+    return Rollouts(
+        recipe.on_policy,
+        apprentice.student,
+        prepared.tokenizer,
+        prepared.collate,
+        seed=recipe.seed,
+        total=apprentice.live.total,
+        file=folder / name,
+        meter=meter,
     )
 
 
@@ -114,10 +148,13 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
     """Train from the last whole checkpoint, if any. True if the run was stopped early."""
     last = last_complete(folder / "checkpoints")
     step = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
-    for log in (folder / "metrics.jsonl", folder / "validation.jsonl"):
+    for log in (folder / "metrics.jsonl", folder / "validation.jsonl", *folder.glob("samples*.jsonl")):
         if log.exists() and first_rank():  # lines after the checkpoint will be written again
-            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
+            # A sample is written before the step that it names, everything else after it.
+            most = step - 1 if log.name.startswith("samples") else step
+            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= most]
             log.write_text("".join(line + "\n" for line in lines))
+    together()
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     trainer.make_whole()

@@ -6,104 +6,18 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import TrainingArguments
 
 from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
+from understudy.specs import ModelSpec
 from understudy.tasks import get as get_task
-from understudy.teachers.scores import Score
-from understudy.training import Method
-
-SHARDED = "sharded"
-"""As the device of a teacher: its weights are spread over all ranks."""
-
-
-class ModelSpec(BaseModel):
-    """A model: a name, folder or Hub id, and how to hold it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = Field(
-        None,
-        description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given.",
-    )
-    quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
-    trust_remote_code: bool = False
-    tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
-    peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
-    cache: str | None = Field(None, description="Folder of `understudy cache`: answer from it, without the model.")
-    options: dict[str, Any] | None = Field(None, description="What the task's own models take.")
-    train: dict[str, Any] | None = Field(
-        None, description="Train this model first on the task's labels, with these trainer options."
-    )
-    endpoint: Endpoint | None = Field(
-        None, description="An OpenAI-compatible server that writes, or scores tokens; `model` is its name."
-    )
-    score: str | None = Field(
-        None, description="What a teacher behind an endpoint is asked about each token: top_k:N, ids:N or sampled."
-    )
-
-    @model_validator(mode="after")
-    def _can_be_sharded(self) -> Self:
-        if self.device == SHARDED and self.quantization is not None:
-            raise ValueError("quantised weights cannot be sharded: leave device or quantization out")
-        if self.device is not None and self.device != SHARDED:
-            try:
-                torch.device(self.device)
-            except RuntimeError:
-                raise ValueError(f"device {self.device!r} is not cpu, cuda:N or {SHARDED}") from None
-        return self
-
-    members: dict[str, ModelSpec] | None = Field(None, description="Several teachers in one, by name.")
-    weights: dict[str, float] | None = Field(None, description="Of the members in their mixture; equal if not given.")
-    mix: Literal["probabilities", "logits"] = Field("probabilities", description="What of the members is averaged.")
-    route: str | None = Field(None, description="A column of the data that names the member for each example.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_members(cls, values: Any) -> Any:
-        members = values.get("members") if isinstance(values, dict) else None
-        if not isinstance(members, dict) or not members:
-            return values
-        named = {n: {"model": m} if isinstance(m, str) else m for n, m in members.items()}
-        return {"model": " + ".join(map(str, members)), **values, "members": named}
-
-    def parts(self, where: str) -> dict[str, ModelSpec]:
-        """The models that this names: itself, or its members, by their place in the recipe."""
-        if not self.members:
-            return {where: self}
-        return {f"{where}.members.{name}": member for name, member in self.members.items()}
-
-    @field_validator("endpoint", mode="before")
-    @classmethod
-    def _url_alone(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else value
-
-    @field_validator("score")
-    @classmethod
-    def _a_score(cls, value: str | None) -> str | None:
-        return str(Score.parse(value)) if value is not None else None
-
-    @model_validator(mode="after")
-    def _score_of_a_server(self) -> Self:
-        if self.score is not None and self.endpoint is None:
-            raise ValueError("score is what a server is asked for: name it with endpoint, or leave score out")
-        if self.score is not None and self.train is not None:
-            raise ValueError("a model behind an endpoint is not trained here: leave train or score out")
-        return self
-
-    @property
-    def served(self) -> bool:
-        """Whether a server scores tokens in the model's place."""
-        return self.score is not None and self.cache is None
+from understudy.training import Method, OnPolicy
 
 
 class Recipe(BaseModel):
@@ -127,6 +41,7 @@ class Recipe(BaseModel):
         None, ge=1, description="End training after this many evaluations without gain; needs `trainer.eval_strategy`."
     )
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = "token_mean"
+    on_policy: OnPolicy | None = Field(None, description="Let the student write a share of the texts it is trained on.")
     judge: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
 
     @field_validator("teacher", "student", mode="before")
@@ -170,6 +85,7 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
             field = model.model_fields.get(str(first["loc"][0]))
             known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
             known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
+            known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ")
         # A key that was put where it does not belong is not printed either.
@@ -217,6 +133,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
                     f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
                 )
     method = recipe.build_method()
+    _check_on_policy(recipe, method, task.kind)
     if task.kind not in method.kinds:
         raise InputError(
             f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
@@ -260,6 +177,26 @@ def _with_domains(recipe: Recipe) -> dict[str, Any]:
     if route is not None:
         values["data"]["domain_column"] = route
     return values
+
+
+def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
+    """Refuse own samples where nothing could write or judge them."""
+    if recipe.on_policy is None:
+        return
+    if kind != "text":
+        raise InputError(f"on_policy lets the student write text and {recipe.task!r} is a {kind} task: leave it out.")
+    if recipe.teacher is None or "teacher" not in method.asks:
+        raise InputError(
+            f"on_policy has a teacher judge the student's own samples and method {recipe.method!r} asks none: choose a "
+            "method with a teacher (kd, taid), or leave it out."
+        )
+    if recipe.teacher.cache is not None:
+        raise InputError(
+            f"teacher.cache {recipe.teacher.cache} cannot answer for texts that are written during training: leave out "
+            "teacher.cache for a live teacher, or on_policy."
+        )
+    if recipe.on_policy.adaptive is not None and recipe.trainer.get("eval_strategy", "no") == "no":
+        raise InputError("on_policy.adaptive follows the validation loss and there is none: set trainer.eval_strategy.")
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

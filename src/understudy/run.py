@@ -22,8 +22,9 @@ from understudy.models import RowModel, state_hash
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.preflight import Findings
 from understudy.preflight import check as preflight
-from understudy.recipe import ModelSpec, Recipe, load, make
+from understudy.recipe import Recipe, load, make
 from understudy.reporting import render_run
+from understudy.specs import ModelSpec
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
@@ -289,6 +290,7 @@ def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -
         "data": data,
         "judge": "test",
         "arms": {},
+        "on_policy": None,
     }
     # The defaults of the task would name a teacher again; a teacher's own run has none.
     return run(make(values).model_copy(update={"teacher": None}), progress=progress)

@@ -11,7 +11,8 @@ from typing import Any
 from understudy.data import Batch, find
 from understudy.errors import InputError
 from understudy.models import RowModel
-from understudy.recipe import ModelSpec, Recipe
+from understudy.recipe import Recipe
+from understudy.specs import ModelSpec
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY

@@ -13,6 +13,8 @@ from torch import Tensor
 IGNORE = -100
 UNLABELLED = -1
 """The label of a row that counts and has none: for methods that learn from the teacher alone."""
+SOURCES = ("data", "fresh", "replayed")
+"""Where a text comes from: the data, or the student's own sample, made for this update or an earlier one."""
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Batch:
         ids: `[examples]`, stable example ids.
         bytes: `[examples]`, UTF-8 bytes that the counted tokens of each text stand for; `None` for images.
         domains: `[examples]`, the number of each example's domain, where the data name one.
+        source, sampled: `[examples]`, index into `SOURCES`, and the optimizer step whose weights wrote it (−1: data);
+            `None` where the student does not write. What it wrote is no label: its rows have `UNLABELLED`.
 
     A *row* is a label that counts. Rows are in flattened order, and for text row `(b, t)` predicts token `t + 1`.
     """
@@ -35,6 +39,8 @@ class Batch:
     ids: Tensor
     bytes: Tensor | None = None
     domains: Tensor | None = None
+    source: Tensor | None = None
+    sampled: Tensor | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Batch:
@@ -79,8 +85,23 @@ class Batch:
         return (values[:, :-1] if self.kind == "text" else values)[self.mask]
 
     def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
-        """Of a signal the rows that have a label, and the labels: all of them, but on graphs."""
-        return signal, self.row_labels
+        """Of a signal the rows that have a label, and the labels: all of them, but on graphs and where the student wrote."""
+        if self._labelled is None:
+            return signal, self.row_labels
+        return signal.select(self._labelled), self.row_labels[self._labelled]
+
+    def among_rows(self, values: Tensor) -> Tensor:
+        """`[rows]` from the values of those with a label: 0 for the others, which an update divides by all the same."""
+        if self._labelled is None:
+            return values
+        return values.new_zeros(self.rows).masked_scatter(self._labelled, values)
+
+    @cached_property
+    def _labelled(self) -> Tensor | None:
+        """`[rows]`, which have a label; `None` where all do."""
+        if self.source is None or not bool(self.source.any()):
+            return None
+        return self.row_labels != UNLABELLED
 
     def take(self, index: Tensor) -> Self:
         """Some of the examples, in this order."""

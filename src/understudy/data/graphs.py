@@ -67,6 +67,10 @@ class GraphBatch(Batch):
         has = self.row_labels != IGNORE
         return signal.select(has), self.row_labels[has]
 
+    def among_rows(self, values: Tensor) -> Tensor:
+        """As they are: on a graph the labelled nodes are counted by themselves."""
+        return values
+
     @cached_property
     def everywhere(self) -> GraphBatch:
         """The same graph with every node as a row."""

@@ -133,11 +133,11 @@ def _row(ids: list[int], labels: list[int], number: int, tokenizer: PreTrainedTo
         "input_ids": torch.tensor(ids),
         "labels": torch.tensor(labels),
         "id": number,
-        "bytes": _byte_length(counted, tokenizer),
+        "bytes": byte_length(counted, tokenizer),
     }
 
 
-def _byte_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+def byte_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     """UTF-8 bytes of the counted tokens. A byte-level token is one character a byte, also inside a character."""
     pieces = tokenizer.convert_ids_to_tokens(ids)
     if "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", "")):

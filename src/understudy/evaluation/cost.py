@@ -35,7 +35,7 @@ ALSO = {
 }
 """Operations that torch's own counter leaves out: sums of products in place, and a CPU's fused attention."""
 
-ROLES = ("teacher", "head", "step")
+ROLES = ("teacher", "head", "step", "generate")
 
 
 class CostMeter:
@@ -52,6 +52,7 @@ class CostMeter:
         self.unit = unit
         self.seconds = dict.fromkeys(ROLES, 0.0)
         self.flops = {"teacher": 0.0}
+        self.generated = 0
         self.rows = self.micro_steps = 0
         self.kinds: dict[str, int] = {}
         self.wall = 0.0
@@ -109,21 +110,45 @@ class CostMeter:
                 self.flops[kind] = float(counter.get_total_flops())
         self._counts = False
 
+    @contextmanager
+    def generate(self, model: nn.Module) -> Iterator[None]:
+        """Around the writing of texts in training; whoever writes adds to `generated`. A token is counted as two operations
+        a parameter."""
+        self.flops["generated token"] = 2.0 * sum(p.numel() for p in model.parameters())
+        with self._timed("generate"):
+            yield
+
+    def shares(self) -> dict[str, float]:
+        """What part of the time inside steps and writing each role has had up to now."""
+        seconds = {"generate": 0.0, **self.seconds}
+        own = seconds["step"] - seconds["teacher"] - seconds["head"]
+        parts = {
+            "generate": seconds["generate"],
+            "teacher": seconds["teacher"],
+            "head": seconds["head"],
+            "student": own,
+        }
+        total = sum(parts.values()) or 1e-9
+        return {role: max(0.0, value) / total for role, value in parts.items()}
+
     def summary(self) -> dict[str, Any]:
         """As stored under `cost` in `evaluation.json`."""
-        total = self.seconds["step"] or 1e-9
+        step, writing = self.seconds["step"], self.seconds.get("generate", 0.0)
+        total = (step + writing) or 1e-9
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         flops = sum(self.flops.get(kind, 0.0) * number for kind, number in self.kinds.items())
         per_step = flops / max(1, self.micro_steps)
+        flops += self.flops.get("generated token", 0.0) * self.generated
         peak = matmul_peak()
         whole = max(self.wall, total)
-        student = max(0.0, total - self.seconds["teacher"] - self.seconds["head"])
+        student = max(0.0, step - self.seconds["teacher"] - self.seconds["head"])
         return {
             "flops_total": flops,
             "flops_per_step": {"teacher": self.flops["teacher"], "student": per_step - self.flops["teacher"]},
             "rows_per_second": self.rows / total,
             "unit": self.unit,
             "time_share": {
+                **({"generate": writing / whole} if writing else {}),
                 "teacher": self.seconds["teacher"] / whole,
                 "head": self.seconds["head"] / whole,
                 "student": student / whole,
@@ -136,12 +161,14 @@ class CostMeter:
             "steps": self.micro_steps,
             "moves": dict(self.kinds),
             "forwards": dict(self.forwards),
+            "generated_tokens": self.generated,
             "device": device,
             "threads": torch.get_num_threads(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("seconds", "flops", "rows", "micro_steps", "kinds", "forwards", "wall")}
+        kept = ("seconds", "flops", "rows", "micro_steps", "kinds", "forwards", "wall", "generated")
+        return {k: getattr(self, k) for k in kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():

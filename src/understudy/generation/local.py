@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
-from understudy.data.noise import uniform
+from understudy.generation.decoding import choose, end_tokens, written
 from understudy.generation.request import Completion, RefusedRequest, Request, cut
-from understudy.models import evaluating, load_causal_lm, load_tokenizer, state_hash, tokenizer_hashes
+from understudy.models import load_causal_lm, load_tokenizer, state_hash, tokenizer_hashes
 
 GATHER = 0.005  # seconds for the requests of other threads to join a batch
 
@@ -135,44 +135,17 @@ class LocalSource:
             )
         return ids
 
-    @torch.no_grad()
     def write(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[Completion]:
         """Completions of prompts that are already ids, in one batch."""
-        longest, device = max(map(len, prompts)), next(self.model.parameters()).device
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        longest, most = max(map(len, prompts)), max(r.max_tokens for r in requests)
         draw = _Draw(requests, self.name, longest, len(self.tokenizer))
-        end = _End(requests, longest, self._ends(), self.tokenizer)
-        config = GenerationConfig(
-            max_new_tokens=max(r.max_tokens for r in requests), do_sample=False, pad_token_id=pad, use_cache=True
-        )
-        own, self.model.generation_config = (
-            self.model.generation_config,
-            GenerationConfig(),
-        )  # a recipe is in the request
-        try:
-            with evaluating(self.model):
-                written = self.model.generate(
-                    ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    logits_processor=[draw],
-                    stopping_criteria=[end],
-                )
-        finally:
-            self.model.generation_config = own
+        end = _End(requests, longest, end_tokens(self.model, self.tokenizer), self.tokenizer)
+        ids = written(self.model, prompts, most, self.tokenizer.pad_token_id or 0, draw, end)
         log_probs = torch.stack(draw.log_probs, dim=1).double()
         return [
-            self._completion(r, p, written[i, longest : longest + end.length[i]].tolist(), log_probs[i], end)
+            self._completion(r, p, ids[i, : end.length[i]].tolist(), log_probs[i], end)
             for i, (r, p) in enumerate(zip(requests, prompts, strict=True))
         ]
-
-    def _ends(self) -> set[int]:
-        """Token ids that end a text, by tokenizer and model."""
-        own = self.model.generation_config.eos_token_id
-        ids = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-        return {i for i in ids if i is not None}
 
     def _completion(
         self, request: Request, prompt: list[int], ids: list[int], log_probs: Tensor, end: _End
@@ -215,19 +188,9 @@ class _Draw(LogitsProcessor):
         return logits - presence * (counts > 0) - frequency * counts
 
     def _choose(self, logits: Tensor, step: int) -> Tensor:
-        """The largest at temperature 0, else by inversion of the nucleus' distribution, float64."""
+        """Each row by its own settings, in float64."""
         temperature = self._column([r.temperature for r in self.requests], logits)
-        top_p = self._column([r.top_p for r in self.requests], logits)
-        greedy = logits.argmax(-1)
-        p = torch.softmax(logits / torch.where(temperature > 0, temperature, 1.0), -1)
-        down, order = p.sort(dim=-1, descending=True, stable=True)
-        keep = down.cumsum(-1) - down < top_p
-        keep[:, 0] = True
-        p = p * torch.zeros_like(keep).scatter(1, order, keep)
-        cumulative = p.cumsum(-1)
-        aim = uniform(self.seeds, (1,), seed=0, step=step).to(p.device) * cumulative[:, -1:]
-        drawn = (cumulative <= aim).sum(-1).clamp(max=p.shape[1] - 1)
-        return torch.where(temperature[:, 0] > 0, drawn, greedy)
+        return choose(logits, self.seeds, step, temperature, self._column([r.top_p for r in self.requests], logits))
 
 
 class _End(StoppingCriteria):

@@ -22,10 +22,12 @@ class KD(Method):
     name = "kd"
     kinds = frozenset({"image", "text", "graph"})
     page: ClassVar[dict[str, str]] = {
-        "when": "The first thing to try with any teacher; the yardstick of all other methods.",
+        "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "
+        "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD.",
         "not": "When only the teacher's text is known.",
         "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9. On "
-        "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN.",
+        "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN. "
+        "A student's own samples have no labels: their cross-entropy is 0.",
     }
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
@@ -52,6 +54,6 @@ class KD(Method):
         terms = {"kd": Term(rowwise(divergence, student.signal, teacher.signal, **options), self.kd_weight)}
         if self.ce_weight:
             signal, labels = batch.with_labels(student.signal)
-            ce = rowwise(losses.cross_entropy, signal, None, labels)
+            ce = batch.among_rows(rowwise(losses.cross_entropy, signal, None, labels))
             terms["ce"] = Term(ce, self.ce_weight)
         return terms

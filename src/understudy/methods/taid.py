@@ -59,7 +59,8 @@ class TAID(Method):
         values = rowwise(interpolated_kl, student.signal, teacher.signal, t=live.state.value, value=self.drive)
         terms = {"taid": Term(values, self.distil_ratio)}
         if self.distil_ratio < 1:
-            ce = rowwise(cross_entropy, student.signal, None, batch.row_labels)
+            signal, labels = batch.with_labels(student.signal)
+            ce = batch.among_rows(rowwise(cross_entropy, signal, None, labels))
             terms["ce"] = Term(ce, 1 - self.distil_ratio)
         return terms
 

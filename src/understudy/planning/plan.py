@@ -13,7 +13,8 @@ from understudy.planning.machine import CONTEXT, Machine, machine, resident
 from understudy.planning.rehearsal import Answer, Seen, evaluation, head_calls, step
 from understudy.planning.setting import Setting, answer_of, outlines, setting
 from understudy.planning.sizes import Side, optimizer_bytes, side
-from understudy.recipe import ModelSpec, Recipe, load, make
+from understudy.recipe import Recipe, load, make
+from understudy.specs import ModelSpec
 from understudy.tasks import get as get_task
 from understudy.teachers.codecs import Support, row_bytes
 from understudy.training import Procedure

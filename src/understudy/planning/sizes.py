@@ -19,7 +19,7 @@ from understudy.errors import InputError
 from understudy.models import is_new_causal_lm, load_causal_lm
 from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
-from understudy.recipe import ModelSpec
+from understudy.specs import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMIZERS = {  # bytes of state a parameter, from those of the parameter itself (p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ class OnRanks(Trainer):
 
     model: Any
     data_collator: Any
+    rollouts: Any = None
 
     def __init__(self, model: Apprentice, args: TrainingArguments, **rest: Any) -> None:
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
@@ -94,7 +96,10 @@ class OnRanks(Trainer):
 
     def _take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
         """The micro-batches of an update, and which of them count on this rank."""
-        samples = [sample for _, sample in zip(range(number), epoch_iterator, strict=False)]
+        if self.rollouts is not None:
+            samples = self.rollouts.take(epoch_iterator, number, self.state.global_step, self.accelerator.autocast)
+        else:
+            samples = list(itertools.islice(epoch_iterator, number))
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
 
 

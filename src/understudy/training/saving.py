@@ -72,6 +72,10 @@ class ExactCheckpoints(OnRanks):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        if (
+            self.rollouts is not None
+        ):  # the first batches of a resumed run are taken before the rest of its state is read
+            self.rollouts.load_state_dict(ck.load_tree(self._state_file(checkpoint))["rollouts"])
         tree = ck.load_tree(Path(checkpoint) / OPTIMIZER)
         load_optimizer(self.optimizer, tree["optimizer"])
         self.lr_scheduler.load_state_dict(tree["scheduler"])
@@ -87,6 +91,7 @@ class ExactCheckpoints(OnRanks):
             "method": state.state_dict() if state is not None else None,
             "players": self.players.state_dict(),
             "meter": self.meter.state_dict() if self.meter is not None else None,
+            "rollouts": self.rollouts.state_dict() if self.rollouts is not None else None,
         }
         ck.save_tree(tree, self._state_file(output_dir))
 

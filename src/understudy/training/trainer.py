@@ -26,6 +26,7 @@ from understudy.teachers import Teacher
 from understudy.training.apprentice import Apprentice
 from understudy.training.order import EpochShuffle, draw
 from understudy.training.players import Players, Scene
+from understudy.training.rollouts import Rollouts
 from understudy.training.validation import Validate, Validating
 
 
@@ -56,7 +57,7 @@ class DistillationTrainer(Validating):
             the way (`eval_strategy`). patience: evaluations without gain after which training ends.
         augmentation: keyword options of `understudy.data.augment`, or `None`.
         meter: a cost meter with contexts `teacher()`, `student()`, `head()` and `step()`, or `None`.
-        metrics_file: JSON lines, one per log.
+        metrics_file: JSON lines, one per log. rollouts: puts the student's own samples into the batches, or `None`.
     """
 
     model: Apprentice
@@ -76,6 +77,7 @@ class DistillationTrainer(Validating):
         meter: Any = None,
         metrics_file: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         if "teacher" in apprentice.method.asks and teacher is None:
             raise InputError(f"Method {apprentice.method.name!r} needs a teacher and none was given: set `teacher`.")
@@ -94,6 +96,7 @@ class DistillationTrainer(Validating):
         self.loss_is_scaled_for_ga = True  # `compute_loss` already divides by the count of the whole update
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
         self.augmentation, self.validate, self.patience = augmentation, validate, patience
+        self.rollouts = rollouts
         self._epoch = 0
         self._counts: dict[str, Tensor] = {}
         self._left = 0
@@ -289,5 +292,7 @@ class DistillationTrainer(Validating):
             "grad_norm": logs.get("grad_norm"),
             "state": state.logs() if state is not None else {},
         }
+        if self.rollouts is not None:
+            line |= self.rollouts.logs()
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(line) + "\n")

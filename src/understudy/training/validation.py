@@ -56,6 +56,8 @@ class Validating(ExactCheckpoints):
         with usable(self.model):
             found = agreed(dict(self.validate(self.model.student)))
         ck.set_rng_state(before)
+        if self.rollouts is not None:
+            self.rollouts.judged(found)
         if self.metrics_file is not None and self.args.should_save:
             line = {"step": self.state.global_step, **found}
             with self.metrics_file.with_name("validation.jsonl").open("a") as file:

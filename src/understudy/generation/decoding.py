@@ -1,0 +1,131 @@
+"""Sampling from a causal LM with a KV cache, many texts at once, with randomness that belongs to the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from understudy.data.noise import uniform
+from understudy.models import evaluating
+
+
+def choose(
+    logits: Tensor, keys: Tensor, step: int, temperature: Tensor | float, top_p: Tensor | float = 1.0, top_k: int = 0
+) -> Tensor:
+    """The next token of each row: the largest at temperature 0, else by inversion of what top-k and top-p leave.
+
+    Args:
+        logits: `[rows, vocabulary]`, float64. keys: `[rows]`, int64, names the row's own randomness. step: which token.
+        temperature, top_p: one for all, or `[rows, 1]`. top_k: 0 keeps all.
+    """
+    temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(len(logits), 1)
+    greedy = logits.argmax(-1)
+    p = torch.softmax(logits / torch.where(temperature > 0, temperature, 1.0), -1)
+    if top_k or isinstance(top_p, Tensor) or top_p < 1:
+        down, order = p.sort(dim=-1, descending=True, stable=True)
+        if top_k:
+            down[:, top_k:] = 0
+            down = down / down.sum(-1, keepdim=True)
+        keep = down.cumsum(-1) - down < top_p
+        keep[:, 0] = True
+        if top_k:
+            keep[:, top_k:] = False
+        p = p * torch.zeros_like(keep).scatter(1, order, keep)
+    cumulative = p.cumsum(-1)
+    aim = uniform(keys.to(p.device), (1,), seed=0, step=step) * cumulative[:, -1:]
+    drawn = (cumulative <= aim).sum(-1).clamp(max=p.shape[1] - 1)
+    return torch.where(temperature[:, 0] > 0, drawn, greedy)
+
+
+@torch.no_grad()
+def written(
+    model: Any, prompts: Sequence[Sequence[int]], most: int, pad: int, draw: LogitsProcessor, end: StoppingCriteria
+) -> Tensor:
+    """What `model.generate` appends to the prompts, `[prompts, tokens]`, in evaluation mode and with the model's own
+    recipe for sampling left out: `draw` and `end` are all of it. Afterwards mode and recipe are as before."""
+    longest, device = max(map(len, prompts)), next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    config = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, use_cache=True)
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        with evaluating(model):
+            found: Tensor = model.generate(
+                ids, attention_mask=mask, generation_config=config, logits_processor=[draw], stopping_criteria=[end]
+            )
+    finally:
+        model.generation_config = own
+    return found[:, longest:]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Token ids that end a text, by tokenizer and model."""
+    own = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return {i for i in ids if i is not None}
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Tensor,
+    *,
+    most: int,
+    vocabulary: int,
+    ends: set[int],
+    pad: int,
+    in_flight: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> list[list[int]]:
+    """Continue prompts, `in_flight` at once, those of like length together.
+
+    A text depends on its prompt, its key and the weights alone, up to the rounding of batched products.
+
+    Args:
+        model: a causal LM with `generate`. prompts: token ids, none empty. keys: `[prompts]`, int64.
+        most: tokens to write at most. vocabulary: rows of the head beyond it are no tokens. ends: ids that end a text.
+
+    Returns:
+        What was written, the ending token included.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    found: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), in_flight):
+        chosen = order[start : start + in_flight]
+        part = [prompts[i] for i in chosen]
+        draw = _Draw(keys[chosen], max(map(len, part)), vocabulary, (temperature, top_p, top_k))
+        for i, ids in zip(chosen, written(model, part, most, pad, draw, _End(ends)).tolist(), strict=True):
+            last = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
+            found[i] = ids[: last + 1]  # a batch goes on until its last text has ended
+    return found
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's next token itself and leaves only that one possible."""
+
+    def __init__(self, keys: Tensor, start: int, vocabulary: int, settings: tuple[float, float, int]) -> None:
+        self.keys, self.start, self.vocabulary, self.settings = keys, start, vocabulary, settings
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores[:, : self.vocabulary].double()
+        chosen = choose(logits, self.keys, input_ids.shape[1] - self.start, *self.settings)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
+
+
+class _End(StoppingCriteria):
+    """Ends each row by itself, at an ending token."""
+
+    def __init__(self, ends: set[int]) -> None:
+        self.ends = sorted(ends)
+        self.done: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        now = torch.isin(input_ids[:, -1], input_ids.new_tensor(self.ends))
+        self.done = now if self.done is None else self.done | now
+        return self.done

@@ -1,0 +1,74 @@
+"""Whether a run can learn from the student's own samples, found out on a few tokens before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.data import Batch
+from understudy.data.samples import Sample, prompt_length, sampled_row
+from understudy.errors import InputError
+from understudy.models import evaluating
+from understudy.teachers import Teacher
+from understudy.training import checkpoint as ck
+from understudy.training.apprentice import Apprentice
+from understudy.training.on_policy import OnPolicy
+
+TOKENS = 16
+
+
+def rehearse(
+    policy: OnPolicy,
+    apprentice: Apprentice,
+    teacher: Teacher,
+    examples: Any,
+    tokenizer: Any,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+) -> None:
+    """Have the method judge two short texts as if the student had written them, and leave everything as it was.
+
+    Raises:
+        InputError: the student cannot write, the texts would be too long for a model, or the method needs labels.
+    """
+    student, method = apprentice.student, apprentice.method
+    if not hasattr(student.model, "generate"):
+        raise InputError(f"{type(student.model).__name__} has no generate and cannot write: leave out on_policy.")
+    if "labels" not in examples[0] or examples[0]["labels"].dim() != 1:
+        raise InputError("on_policy writes the completion of a token row, and these examples are none: leave it out.")
+    _check_room(policy, {"student": student, "teacher": getattr(teacher, "model", None)}, examples)
+    rows = []
+    for example in (examples[i] for i in range(min(2, len(examples)))):
+        start = prompt_length(example["labels"], policy.cut, 0.5)
+        ids = example["input_ids"][max(0, start - TOKENS) : start + TOKENS].tolist()
+        rows.append(sampled_row(Sample(int(example["id"]), 0, min(start, TOKENS), tuple(ids)), tokenizer))
+    mark = {"source": torch.ones(len(rows), dtype=torch.long), "sampled": torch.zeros(len(rows), dtype=torch.long)}
+    batch = Batch.from_dict({**collate(rows), **mark}).to(next(student.parameters()).device)
+    state, random = apprentice.live.state, ck.rng_state()
+    before = state.state_dict() if state is not None else None
+    try:
+        with evaluating(apprentice):
+            apprentice(batch, None if method.queries else teacher.rows(batch))
+    except InputError as error:
+        raise InputError(
+            f"Method {method.name!r} cannot learn from the student's own samples, which have no labels: {error} Choose "
+            "kd or taid, or leave out on_policy."
+        ) from None
+    finally:
+        ck.set_rng_state(random)
+        if state is not None and before is not None:
+            state.load_state_dict(before)
+
+
+def _check_room(policy: OnPolicy, sides: dict[str, Any], examples: Any) -> None:
+    longest = max(prompt_length(examples[i]["labels"], policy.cut, 1.0) for i in range(len(examples)))
+    for side, rows in sides.items():
+        config = getattr(getattr(rows, "model", None), "config", None)
+        most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        if most is not None and longest + policy.max_new_tokens > most:
+            raise InputError(
+                f"A prompt of {longest} tokens and on_policy.max_new_tokens={policy.max_new_tokens} are more than the "
+                f"{most} positions of the {side}. Lower on_policy.max_new_tokens or data.max_length."
+            )

@@ -1,0 +1,240 @@
+"""The student's own samples as training texts: a share of the examples is written anew by the student on the way.
+
+Which examples, their prompts and every drawn token depend on (seed, step, example id) and the weights alone, whatever
+the cut into micro-batches. Texts of several steps are written at once, and a checkpoint holds those that are still to
+come, so a resumed run sees the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.data.batch import SOURCES
+from understudy.data.noise import uniform
+from understudy.data.samples import Sample, pack, prompt_length, sampled_row, token_rows, unpack
+from understudy.errors import InputError
+from understudy.generation.decoding import end_tokens, sample
+from understudy.models import RowModel
+from understudy.training.on_policy import OnPolicy
+from understudy.training.order import COUNTS
+
+CHOICE, DRAWS = 0x0FF, 0x0FE  # streams of the noise
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The updates `start … end − 1`, and the texts that stand in for some of their examples: (update, id) → source, text."""
+
+    start: int
+    end: int
+    texts: Mapping[tuple[int, int], tuple[int, Sample]]
+
+
+class Rollouts:
+    """Takes micro-batches from the data, `policy.steps` updates ahead, and puts the student's samples into them.
+
+    Args:
+        policy: the options. student: whose `model` writes. tokenizer: of both sides. collate: of the examples.
+        seed, total: of the run. file: gets one line a sample. meter: a cost meter, or `None`.
+    """
+
+    def __init__(
+        self,
+        policy: OnPolicy,
+        student: RowModel,
+        tokenizer: Any,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        *,
+        seed: int,
+        total: int,
+        file: Path | None = None,
+        meter: Any = None,
+    ) -> None:
+        model = student.model
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.policy, self.tokenizer, self.collate = policy, tokenizer, collate
+        self.vocabulary = int(getattr(student, "vocabulary", len(tokenizer)))
+        self.ends = end_tokens(self.model, tokenizer)
+        self.seed, self.total, self.file, self.meter = seed, total, file, meter
+        self.fraction = policy.fraction
+        self.buffer: deque[Sample] = deque(maxlen=policy.replay.size if policy.replay else 0)
+        self._judged: float | None = None
+        self._window = _Window(0, 0, {})
+        self._queue: list[dict[str, Any]] = []
+        self._tally: dict[str, float] = {}
+
+    def take(
+        self,
+        iterator: Iterator[dict[str, Any]],
+        number: int,
+        step: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> list[dict[str, Any]]:
+        """The `number` micro-batches of update `step`. What has to be written is written inside `autocast`."""
+        if not self._queue:
+            held = self._window
+            resumed = held.start < step < held.end  # a checkpoint was made between writing and use
+            end = held.end if resumed else min(step + self.policy.steps, max(self.total, step + 1))
+            batches = list(itertools.islice(iterator, (end - step) * number))
+            beside = [{COUNTS: b.pop(COUNTS)} if COUNTS in b else {} for b in batches]  # of this rank alone
+            if not resumed:
+                rows = [(step + i // number, row) for i, b in enumerate(batches) for row in token_rows(b)]
+                self._window = _Window(step, step - (-len(batches) // number), self._texts(rows, step, autocast))
+            pairs = enumerate(zip(batches, beside, strict=True))
+            self._queue = [{**self._dressed(b, step + i // number), **kept} for i, (b, kept) in pairs]
+        taken, self._queue = self._queue[:number], self._queue[number:]
+        self._count(taken, step)
+        return taken
+
+    def _dressed(self, values: dict[str, Any], step: int) -> dict[str, Any]:
+        """A micro-batch with its samples in place, and where each example comes from."""
+        found = [self._window.texts.get((step, number)) for number in values["ids"].tolist()]
+        if any(found):
+            rows = [
+                row if text is None else sampled_row(text[1], self.tokenizer)
+                for row, text in zip(token_rows(values), found, strict=True)
+            ]
+            values = self.collate(rows)
+        source = torch.tensor([0 if text is None else text[0] for text in found])
+        return {**values, "source": source, "sampled": torch.tensor([-1 if t is None else t[1].at for t in found])}
+
+    def _texts(
+        self, rows: list[tuple[int, dict[str, Any]]], now: int, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> dict[tuple[int, int], tuple[int, Sample]]:
+        """Decide for each example of the updates ahead, and write what is to be fresh."""
+        texts: dict[tuple[int, int], tuple[int, Sample]] = {}
+        fresh: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
+        replay = self.policy.replay
+        for step, row in rows:
+            ids = torch.tensor([row["id"]])
+            mine, again, which, cut = uniform(ids, (4,), seed=self.seed, step=step, stream=CHOICE)[0].tolist()
+            key = (step, row["id"])
+            if mine >= self.fraction:
+                continue
+            full = replay is not None and len(self.buffer) == replay.size
+            if replay is not None and full and again < replay.at(step / self.total):
+                texts[key] = (SOURCES.index("replayed"), self.buffer[int(which * len(self.buffer))])
+                continue
+            prompt = row["input_ids"][: prompt_length(row["labels"], self.policy.cut, cut)].tolist()
+            drawn = uniform(ids, (1,), seed=self.seed, step=step, stream=DRAWS)
+            fresh.setdefault(key, (prompt, (drawn[:, 0] * 2**53).long()))
+        if fresh:
+            with self.meter.generate(self.model) if self.meter is not None else nullcontext(), autocast():
+                found = self._write(fresh, now)
+            for key, text in zip(fresh, found, strict=True):
+                texts[key] = (SOURCES.index("fresh"), text)
+                self.buffer.append(text)
+        return texts
+
+    def _write(self, fresh: Mapping[tuple[int, int], tuple[list[int], Tensor]], now: int) -> list[Sample]:
+        """Continue the prompts with the student as it is now."""
+        policy, started = self.policy, time.perf_counter()
+        prompts = [prompt for prompt, _ in fresh.values()]
+        keys = torch.cat([key for _, key in fresh.values()]).to(next(self.model.parameters()).device)
+        found = sample(
+            self.model,
+            prompts,
+            keys,
+            most=policy.max_new_tokens,
+            vocabulary=self.vocabulary,
+            ends=self.ends,
+            pad=self.tokenizer.pad_token_id or 0,
+            in_flight=policy.in_flight,
+            temperature=policy.temperature,
+            top_p=policy.top_p,
+            top_k=policy.top_k,
+        )
+        tokens = sum(map(len, found))
+        if self.meter is not None:
+            self.meter.generated += tokens
+        ended = [text[-1] in self.ends for text in found]
+        empty = sum(end and len(text) == 1 for text, end in zip(found, ended, strict=True))
+        rounds = -(-len(found) // policy.in_flight)
+        self._add(written=len(found), rounds=rounds, tokens=tokens, empty=empty, unended=len(found) - sum(ended))
+        self._add(seconds=time.perf_counter() - started)
+        self._note(fresh, found, ended, now)
+        pairs = zip(fresh, prompts, found, strict=True)
+        return [Sample(number, now, len(prompt), (*prompt, *text)) for (_, number), prompt, text in pairs]
+
+    def _note(self, fresh: Any, found: list[list[int]], ended: list[bool], now: int) -> None:
+        """One line a sample: when it was written, for which update and example, and what."""
+        if self.file is None:
+            return
+        with self.file.open("a") as file:
+            for (use, number), text, end in zip(fresh, found, ended, strict=True):
+                words = self.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                line = {"step": now, "for_step": use, "id": number, "tokens": len(text), "ended": end, "text": words}
+                file.write(json.dumps(line) + "\n")
+
+    def _add(self, **numbers: float) -> None:
+        for name, number in numbers.items():
+            self._tally[name] = self._tally.get(name, 0) + number
+
+    def _count(self, taken: list[dict[str, Any]], step: int) -> None:
+        for values in taken:
+            own, again = values["source"] > 0, values["source"] == SOURCES.index("replayed")
+            age = float((step - values["sampled"][again]).sum())
+            self._add(examples=len(own), own=int(own.sum()), replayed=int(again.sum()), age=age)
+
+    def logs(self) -> dict[str, dict[str, float]]:
+        """For the log. `on_policy`, of this rank since the last log: share of own samples among examples and of replays
+        among them, mean age of replays in steps; samples written, their tokens, how many were empty or did not end, how
+        many were written side by side, seconds in writing. `time_share`, of the run: where the time goes."""
+        t, self._tally = self._tally, {}
+        own, replayed = t.get("own", 0), t.get("replayed", 0)
+        found = {
+            "fraction": self.fraction,
+            "share": own / max(1, t.get("examples", 0)),
+            "replayed": replayed / max(1, own),
+            "replay_age": t.get("age", 0) / max(1, replayed),
+            **{name: t.get(name, 0) for name in ("written", "tokens", "empty", "unended")},
+            "in_flight": t.get("written", 0) / max(1, t.get("rounds", 0)),
+            "seconds": round(t.get("seconds", 0.0), 3),
+        }
+        return {"on_policy": found, "time_share": self.meter.shares() if self.meter is not None else {}}
+
+    def judged(self, metrics: Mapping[str, float]) -> None:
+        """Told of each evaluation; `adaptive` reads its `nll`."""
+        adaptive, loss = self.policy.adaptive, metrics.get("nll")
+        if adaptive is None:
+            return
+        if loss is None:
+            raise InputError(f"on_policy.adaptive reads nll and the task measures {', '.join(metrics)}: leave it out.")
+        if self._judged is not None and loss >= self._judged + adaptive.tolerance:
+            self.fraction = min(1.0, self.fraction + adaptive.by)
+        self._judged = loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on."""
+        texts = self._window.texts
+        return {
+            "window": [self._window.start, self._window.end],
+            "places": torch.tensor([(*k, source) for k, (source, _) in texts.items()], dtype=torch.long).view(-1, 3),
+            "texts": pack([text for _, text in texts.values()]),
+            "buffer": pack(list(self.buffer)),
+            "fraction": self.fraction,
+            "judged": self._judged,
+            "tally": self._tally,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        places, texts = state["places"].tolist(), unpack(state["texts"])
+        found = {(step, number): (source, t) for (step, number, source), t in zip(places, texts, strict=True)}
+        start, end = state["window"]
+        self._window = _Window(start, end, found)
+        self.buffer.clear()
+        self.buffer.extend(unpack(state["buffer"]))
+        self.fraction, self._judged, self._tally = state["fraction"], state["judged"], dict(state["tally"])
+        self._queue = []

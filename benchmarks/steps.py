@@ -164,7 +164,8 @@ class Bench:
         longest = 2 * (self.args.prompt + self.args.completion)
         return {"output_dir": str(self.folder / kind), "max_length": longest, "bf16": False, **self.common(), **options}
 
-    # -- arms: to add one, write a function of this class and name it in ARMS (and in REFERENCES) --------------------
+    # -- arms: to add one (an on-policy one against TRL at lmbda=1, say), write a function of its name below, and
+    # name it in ARMS, in REFERENCES if it has one, and in `floor` if it has work that the student's own step has not
 
     def _text(self, method: str, teacher: Teacher | None = None, **options: Any) -> Arm:
         examples, _ = encode(self.data.completions, self.data.tokenizer, max_length=4096, pack=False)

@@ -48,6 +48,11 @@ class ListBatch(WholeExamples, Batch):
         return self.slots >= 0
 
     @cached_property
+    def groups(self) -> list[list[int]]:
+        """The sequences of each list."""
+        return [[s for s in row if s >= 0] for row in self.slots.tolist()]
+
+    @cached_property
     def lengths(self) -> Tensor:
         """`[lists, candidates]`, completion tokens; 0 where there is no candidate."""
         return self.by_candidate(self.tokens.mask.sum(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models.heads import head_name
+from understudy.models.layouts import Layouts, Packing
 from understudy.models.sharding import is_sharded, whole, whole_state
 from understudy.models.small import save_small
 from understudy.models.taps import tapped
@@ -146,26 +147,43 @@ class CausalLMRows(RowModel):
     Args:
         model: a causal LM of transformers, or one wrapped by PEFT.
         vocabulary: number of tokens; rows of the head beyond it (padding) are left out.
+        packing: how batches are laid out, as in `understudy.models.layouts`: an equivalence, not another objective.
 
     A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`.
     """
 
-    def __init__(self, model: Any, vocabulary: int) -> None:
+    def __init__(self, model: Any, vocabulary: int, packing: Packing = "none") -> None:
         super().__init__()
         self.model, self.vocabulary = model, vocabulary
         head = model.get_output_embeddings()
         if head is None:
             raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
         self.padding = max(0, head.weight.shape[0] - vocabulary)
+        self.layouts, self.as_collated = Layouts(packing, self._inner), Layouts("none", self._inner)
+
+    @property
+    def _inner(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> Rows:
+        """As for every model; layers that are tapped see the batch as it was collated."""
+        if not taps:
+            return self.answer(batch, features)
+        layouts, self.layouts = self.layouts, self.as_collated
+        try:
+            return super().forward(batch, features, taps)
+        finally:
+            self.layouts = layouts
 
     def answer(self, batch: Batch, features: bool) -> Rows:
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        output = inner.base_model(
-            input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"], use_cache=False
-        )
-        hidden = batch.select(output.last_hidden_state)
-        signal = self._signal(inner, hidden)
-        return Rows(signal, hidden if features else None)
+        return self.token_rows(batch, features)
+
+    def token_rows(self, tokens: Batch, features: bool = False, groups: Sequence[Sequence[int]] | None = None) -> Rows:
+        """The rows of a batch of tokens; sequences of one of `groups` may share the computation of their beginning."""
+        inner = self._inner
+        laid = self.layouts.lay(inner, tokens, groups)
+        hidden = laid.rows(inner.base_model(**laid.inputs, use_cache=False).last_hidden_state, tokens)
+        return Rows(self._signal(inner, hidden), hidden if features else None)
 
     def _signal(self, inner: Any, hidden: Tensor) -> Dense | Projected:
         head = inner.get_output_embeddings()

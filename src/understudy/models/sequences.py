@@ -6,6 +6,7 @@ import torch
 
 from understudy.data import Batch, ListBatch
 from understudy.losses import cross_entropy
+from understudy.models.layouts import Packing
 from understudy.models.rows import CausalLMRows, Rows
 from understudy.streaming import rowwise
 from understudy.targets import Scores
@@ -15,11 +16,12 @@ class SequenceRows(CausalLMRows):
     """Answers with `Scores`: log π(y | x) of each candidate, summed over its completion tokens with EOS.
 
     The head is streamed over the tokens that count, so no `[tokens, vocabulary]` tensor exists, forward or backward.
+    What the candidates of a list share at their beginning, the prompt above all, is computed once where `packing` allows.
     Dropout is off, as the log-ratio to a reference asks: at the start it is 0, not noise.
     """
 
-    def __init__(self, model: torch.nn.Module, vocabulary: int) -> None:
-        super().__init__(model, vocabulary)
+    def __init__(self, model: torch.nn.Module, vocabulary: int, packing: Packing = "none") -> None:
+        super().__init__(model, vocabulary, packing)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -27,7 +29,7 @@ class SequenceRows(CausalLMRows):
     def answer(self, batch: Batch, features: bool) -> Rows:
         assert isinstance(batch, ListBatch)  # the task's collator makes nothing else
         tokens = batch.tokens
-        hidden = super().answer(tokens, False)
-        log_probs = -rowwise(cross_entropy, hidden.signal, None, tokens.row_labels)
+        rows = self.token_rows(tokens, groups=batch.groups)
+        log_probs = -rowwise(cross_entropy, rows.signal, None, tokens.row_labels)
         sums = log_probs.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, log_probs)
         return Rows(Scores(batch.by_candidate(sums), batch.candidates))

@@ -15,7 +15,8 @@ from understudy.methods.kd import KD
 from understudy.models.rows import CausalLMRows, RowModel, Rows
 from understudy.planning.machine import Machine
 from understudy.planning.tracker import Tracker, Work, flash_attention
-from understudy.streaming.chunked import BLOCK_BYTES, STRIP_BYTES, TILE_BYTES
+from understudy.streaming.chunked import STRIP_BYTES, TILE_BYTES
+from understudy.streaming.products import BLOCK_BYTES
 from understudy.targets import Projected
 from understudy.training import Live, Method, Shapes
 

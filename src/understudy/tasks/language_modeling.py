@@ -12,8 +12,10 @@ from torch import nn
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
 from understudy.errors import InputError, nearest
 from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer, tokenizer_hashes
+from understudy.models.layouts import Packing
 from understudy.models.tokenizers import compare_tokenizers
 from understudy.tasks.base import COPY, MODULE, Prepared, RowTask, merged
+from understudy.tasks.padding import checked_packing, padding_notes
 from understudy.teachers import Aligner
 
 _TRAINER = {
@@ -84,13 +86,14 @@ class LanguageModeling(RowTask):
             recipe["student"] = {"model": "llama:hidden=48,layers=2,heads=4"}
         data.setdefault("max_length", 128)
         data.setdefault("pack", True)
+        data.setdefault("packing", "auto")
         recipe["data"] = data
         recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
         return recipe
 
     def prepare(self, recipe: Any) -> Prepared:
         data = dict(recipe.data)
-        length, pack = data.pop("max_length"), data.pop("pack")
+        length, pack, packing = data.pop("max_length"), data.pop("pack"), checked_packing(data.pop("packing"))
         truncation, vocabulary = data.pop("truncation", "end"), data.pop("vocab_size", 1024)
         own_tokenizer, only = data.pop("tokenizer", None), data.pop("only", None)
         splits = load_text(data)
@@ -101,6 +104,7 @@ class LanguageModeling(RowTask):
             records = _only(getattr(splits, name), only, splits.domains, name)
             sets[name], counts = encode(records, tokenizer, max_length=length, pack=pack, truncation=truncation)
             notes.append(f"{name}: {counts}")
+        notes += padding_notes(recipe, sets["train"], lambda row: [row["input_ids"]], packing)
         aligner, warnings = None, []
         if other is not None:
             aligner = Aligner(tokenizer, other)
@@ -117,7 +121,7 @@ class LanguageModeling(RowTask):
             notes=notes,
             hashes={"data": splits.hash, **tokenizer_hashes(tokenizer), **_also(other)},
             show=lambda batch: show_batch(batch, tokenizer),
-            facts={"conversations": any("messages" in record for record in splits.train[:1])},
+            facts={"conversations": any("messages" in record for record in splits.train[:1]), "packing": packing},
         )
 
     def _tokenizers(
@@ -157,8 +161,8 @@ class LanguageModeling(RowTask):
                 notes.append(f"{first} and {name} have different chat templates: that of {first} is used for both.")
         return chosen, theirs
 
-    def _rows(self, model: Any, vocabulary: int) -> RowModel:
-        return CausalLMRows(model, vocabulary)
+    def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMRows:
+        return CausalLMRows(model, vocabulary, packing)
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
         model = load_causal_lm(
@@ -168,9 +172,12 @@ class LanguageModeling(RowTask):
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
         )
-        rows = self._rows(model, prepared.classes)
+        packing = prepared.facts["packing"]
+        rows = self._rows(model, prepared.classes, packing)
+        notes = []
         if rows.padding:
-            note = f"{spec.model}: {rows.padding} padding rows of the head beyond the tokenizer are left out."
-            if note not in prepared.notes:
-                prepared.notes.append(note)
+            notes.append(f"{spec.model}: {rows.padding} padding rows of the head beyond the tokenizer are left out.")
+        if packing != "none" and rows.layouts.reason is not None:
+            notes.append(f"{spec.model}: batches are computed with their padding, for {rows.layouts.reason}.")
+        prepared.notes.extend(note for note in notes if note not in prepared.notes)
         return rows

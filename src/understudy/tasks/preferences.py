@@ -9,9 +9,11 @@ from torch.utils.data import DataLoader
 
 from understudy.data import collate_lists, encode_lists, load_preferences, show_batch
 from understudy.evaluation.preference import evaluate_preferences
-from understudy.models import RowModel, SequenceRows, tokenizer_hashes
+from understudy.models import CausalLMRows, RowModel, SequenceRows, tokenizer_hashes
+from understudy.models.layouts import Packing
 from understudy.tasks.base import Prepared, merged
 from understudy.tasks.language_modeling import LanguageModeling
+from understudy.tasks.padding import checked_packing, padding_notes
 
 _TRAINER = {
     "max_steps": 150,
@@ -38,6 +40,7 @@ class Preferences(LanguageModeling):
         data = recipe.get("data") or {}
         data.setdefault("name", "word_order")
         data.setdefault("max_length", 128 if data["name"] == "word_order" else 512)
+        data.setdefault("packing", "auto")
         recipe["data"] = data
         if recipe.get("student") is None:
             recipe["student"] = {"model": "llama:hidden=64,layers=2,heads=4", "train": dict(_START)}
@@ -47,7 +50,7 @@ class Preferences(LanguageModeling):
     def prepare(self, recipe: Any) -> Prepared:
         data = dict(recipe.data)
         length, vocabulary = data.pop("max_length"), data.pop("vocab_size", 1024)
-        own_tokenizer = data.pop("tokenizer", None)
+        own_tokenizer, packing = data.pop("tokenizer", None), checked_packing(data.pop("packing"))
         splits = load_preferences(data)
         notes = list(splits.notes)
         tokenizer, _ = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
@@ -55,6 +58,7 @@ class Preferences(LanguageModeling):
         for name in ("train", "validation", "test"):
             sets[name], counts = encode_lists(getattr(splits, name), tokenizer, max_length=length)
             notes.append(f"{name}: {counts}")
+        notes += padding_notes(recipe, sets["train"], lambda row: [ids for ids, _ in row["sequences"]], packing)
         return Prepared(
             **sets,
             teacher_train=sets["train"],
@@ -64,10 +68,11 @@ class Preferences(LanguageModeling):
             notes=notes,
             hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
             show=lambda batch: show_batch(batch, tokenizer),
+            facts={"packing": packing},
         )
 
-    def _rows(self, model: Any, vocabulary: int) -> RowModel:
-        return SequenceRows(model, vocabulary)
+    def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMRows:
+        return SequenceRows(model, vocabulary, packing)
 
     def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Order of candidates, and distance from the reference where the data stage computed it."""

@@ -64,7 +64,7 @@ class OnRanks(Trainer):
                 state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-        plugin = getattr(state, "fsdp_plugin", None)
+        plugin: Any = getattr(state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if isinstance(
             policy, MixedPrecisionPolicy

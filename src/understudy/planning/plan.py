@@ -11,11 +11,14 @@ from typing import Any, Literal
 from understudy.errors import InputError
 from understudy.planning.machine import CONTEXT, Machine, machine, resident
 from understudy.planning.rehearsal import Answer, Seen, evaluation, head_calls, step
-from understudy.planning.setting import Setting, answer_of, outlines, setting
+from understudy.planning.setting import Setting, answer_of, outlines, setting, teachers_run
 from understudy.planning.sizes import Side, optimizer_bytes, side
 from understudy.recipe import Recipe, load, make
+<<<<<<< HEAD
 from understudy.specs import ModelSpec
 from understudy.tasks import get as get_task
+=======
+>>>>>>> plan
 from understudy.teachers.codecs import Support, row_bytes
 from understudy.training import Procedure
 
@@ -175,7 +178,7 @@ def _plan(
         asked.notes.append("Time on the wires between devices is not counted.")
     first = None
     if recipe.teacher is not None and recipe.teacher.train is not None and recipe.teacher.cache is None:
-        first = _plan(_teachers_run(recipe), device, gpus, shard, None, support, 0)
+        first = _plan(teachers_run(recipe), device, gpus, shard, None, support, 0)
     cache, speed_up = _caches(asked, teacher, answer.model is not None, work, seconds)
     return Plan(
         machine=device,
@@ -285,19 +288,3 @@ def _caches(
         passes = live / (live - read) if live > read else None
         found[support] = {"bytes_per_row": each, "bytes": each * asked.distinct, "pays_after_passes": passes}
     return found, seconds / (seconds - live) if live else None
-
-
-def _teachers_run(recipe: Recipe) -> Recipe:
-    """The run that trains the teacher first, on the labels."""
-    assert recipe.teacher is not None and recipe.teacher.train is not None
-    student = ModelSpec(**{**recipe.teacher.model_dump(), "train": None})
-    values = recipe.dump() | {
-        "method": get_task(recipe.task).baseline,
-        "options": {},
-        "student": student.model_dump(exclude_none=True),
-        "teacher": None,
-        "trainer": recipe.teacher.train,
-        "patience": None,
-        "arms": {},
-    }
-    return make(values).model_copy(update={"teacher": None})

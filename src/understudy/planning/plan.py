@@ -14,11 +14,6 @@ from understudy.planning.rehearsal import Answer, Seen, evaluation, head_calls, 
 from understudy.planning.setting import Setting, answer_of, outlines, setting, teachers_run
 from understudy.planning.sizes import Side, optimizer_bytes, side
 from understudy.recipe import Recipe, load, make
-<<<<<<< HEAD
-from understudy.specs import ModelSpec
-from understudy.tasks import get as get_task
-=======
->>>>>>> plan
 from understudy.teachers.codecs import Support, row_bytes
 from understudy.training import Procedure
 

@@ -15,8 +15,8 @@ from understudy.models.rows import RowModel
 from understudy.planning.machine import Machine
 from understudy.planning.rehearsal import Answer
 from understudy.planning.sizes import config_of, outline_classifier, outline_lm
-from understudy.recipe import Recipe
-from understudy.specs import ModelSpec, make
+from understudy.recipe import Recipe, make
+from understudy.specs import ModelSpec
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
 from understudy.teachers.codecs import Support, row_bytes

@@ -69,11 +69,25 @@ def _check_ends(prepared: Prepared, student: RowModel, teacher: RowModel | None,
     if eos is None:
         found.warnings.append("The tokenizer has no end-of-sequence token: the student cannot learn to stop.")
     for side, model in (("student", student), ("teacher", teacher)):
-        config = getattr(getattr(model, "model", None), "config", None)
-        own = getattr(config, "eos_token_id", None)
-        ids = own if isinstance(own, list) else [own]
-        if own is not None and eos is not None and eos not in ids:
-            found.warnings.append(f"The {side}'s end-of-sequence id is {own} and the tokenizer's is {eos}.")
+        ids = _ends(getattr(model, "model", None))
+        if not ids or eos is None or eos in ids:
+            continue
+        says = f"The {side} ends a text with token {min(ids)} and the tokenizer with {eos}"
+        if side == "teacher" and not prepared.facts.get("chosen"):
+            raise InputError(
+                f"{says}: the student would not learn to stop. Name the tokenizer that both are to use (data.tokenizer), or "
+                "mend eos_token_id in the teacher's configuration."
+            )
+        found.warnings.append(f"{says}.")
+
+
+def _ends(model: Any) -> set[int]:
+    """The ids that a model stops at, by its configurations."""
+    found: set[int] = set()
+    for where in ("config", "generation_config"):
+        own = getattr(getattr(model, where, None), "eos_token_id", None)
+        found.update(own if isinstance(own, list) else [own] if own is not None else [])
+    return found
 
 
 def sample_loader(prepared: Prepared, split: str, number: int, batch: int) -> DataLoader[Any]:

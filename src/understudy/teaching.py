@@ -160,7 +160,7 @@ def _outputs_alone(method: Method, reason: str) -> None:
 
 def _tokens(prepared: Prepared) -> dict[str, Any]:
     """What a teacher's answers depend on beside the teacher."""
-    return {key: prepared.hashes[key] for key in ("tokenizer", "template") if key in prepared.hashes}
+    return {key: prepared.hashes[key] for key in ("tokenizer", "template", "ends") if key in prepared.hashes}
 
 
 def served(recipe: Recipe, prepared: Prepared, folder: Path, student: RowModel | None = None) -> ServedTeacher:

@@ -23,12 +23,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Content hashes of the tokens with their ids, and of the chat template (empty where there is none)."""
+    """Content hashes of the tokens with their ids and of the chat template (empty where there is none), and the ids that
+    begin and end a text."""
     tokens = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     template = tokenizer.chat_template
     return {
         "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
         "template": hashlib.sha256(str(template).encode()).hexdigest() if template else "",
+        "ends": f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}",
     }
 
 

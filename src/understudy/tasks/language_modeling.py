@@ -61,6 +61,17 @@ def _also(other: Any) -> dict[str, str]:
     return {"teacher_tokenizer": tokenizer_hashes(other)["tokenizer"]} if other is not None else {}
 
 
+def _same_ends(first: str, one: Any, name: str, other: Any, records: Sequence[Any]) -> None:
+    """Refuse two sides that end a text, or write a conversation, in different ways: a student of both learns neither."""
+    differ = None
+    if one.eos_token_id != other.eos_token_id:
+        differ = f"{first} ends a text with {one.eos_token!r} and {name} with {other.eos_token!r}"
+    elif one.chat_template != other.chat_template and any(isinstance(v, list) for r in records[:1] for v in r.values()):
+        differ = f"{first} and {name} have different chat templates"
+    if differ is not None:
+        raise InputError(f"{differ}: name the tokenizer whose way both are to use (data.tokenizer=FOLDER or Hub id).")
+
+
 class LanguageModeling(RowTask):
     """Predict the next token of a text, a conversation or a completion."""
 
@@ -121,7 +132,11 @@ class LanguageModeling(RowTask):
             notes=notes,
             hashes={"data": splits.hash, **tokenizer_hashes(tokenizer), **_also(other)},
             show=lambda batch: show_batch(batch, tokenizer),
-            facts={"conversations": any("messages" in record for record in splits.train[:1]), "packing": packing},
+            facts={
+                "conversations": any("messages" in record for record in splits.train[:1]),
+                "packing": packing,
+                "chosen": own_tokenizer is not None,
+            },
         )
 
     def _tokenizers(
@@ -157,8 +172,8 @@ class LanguageModeling(RowTask):
                     f"{first} and {name} have different tokenizers: {difference}. Choose a student of the teacher's "
                     "family, or a new one (student=llama:hidden=...), which takes the teacher's tokenizer."
                 )
-            if chosen.chat_template != other.chat_template:
-                notes.append(f"{first} and {name} have different chat templates: that of {first} is used for both.")
+            if first != "data.tokenizer":  # else somebody has chosen for both
+                _same_ends(first, chosen, name, other, splits.train)
         return chosen, theirs
 
     def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMRows:

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from understudy.data import Batch, collate_lists, collate_text, encode, encode_lists
+from understudy.data import IGNORE, Batch, collate_lists, collate_text, encode, encode_lists
 from understudy.evaluation import CostMeter
 from understudy.evaluation.cost import matmul_peak
 from understudy.methods import get as get_method
@@ -43,7 +43,7 @@ from understudy.models.layouts import Packing
 from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
 from understudy.teachers.cached import capture
 from understudy.teachers.codecs import Support
-from understudy.training import Apprentice, DistillationTrainer, Stage
+from understudy.training import Apprentice, DistillationTrainer, OnPolicy, Rollouts, Stage
 from understudy.training.shapes import Shapes
 
 COLUMNS = (
@@ -56,6 +56,8 @@ REFERENCES = {
     "kd_top_k": "sft",
     "kd_hidden": "sft",
     "kd_sampled_trl": "trl_gkd",
+    "on_policy": "trl_gkd_on_policy",
+    "on_policy_ahead": "trl_gkd_on_policy",
     "dpo": "trl_dpo",
     "dpo_packed": "trl_dpo",
     "dpo_packed_trl_cached": "trl_dpo_precomputed",
@@ -95,8 +97,8 @@ def made(args: argparse.Namespace, varied: bool) -> Data:
 class Arm:
     """A trainer, its own or TRL's, moved one step at a time as `train` would."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, ahead: int = 1) -> None:
+        self.trainer, self.ahead = trainer, ahead
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
         self.batches = self._batches()
@@ -108,15 +110,20 @@ class Arm:
             yield from loader
 
     def step(self) -> float:
-        """One step; its seconds."""
-        trainer, start = self.trainer, time.perf_counter()
+        """Seconds of one step: the mean of as many as texts are written ahead for."""
+        start = time.perf_counter()
+        for _ in range(self.ahead):
+            self._step()
+        return (time.perf_counter() - start) / self.ahead
+
+    def _step(self) -> None:
+        trainer = self.trainer
         samples, count = trainer.get_batch_samples(self.batches, 1, trainer.args.device)
         trainer.training_step(trainer.model, samples[0], count)
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         trainer.model.zero_grad()
         trainer.state.global_step += 1
-        return time.perf_counter() - start
 
 
 @dataclass
@@ -164,8 +171,7 @@ class Bench:
         longest = 2 * (self.args.prompt + self.args.completion)
         return {"output_dir": str(self.folder / kind), "max_length": longest, "bf16": False, **self.common(), **options}
 
-    # -- arms: to add one (an on-policy one against TRL at lmbda=1, say), write a function of its name below, and
-    # name it in ARMS, in REFERENCES if it has one, and in `floor` if it has work that the student's own step has not
+    # -- arms: a function of its name, and a place in ARMS, in REFERENCES if it is compared, and in `floor`
 
     def _text(self, method: str, teacher: Teacher | None = None, **options: Any) -> Arm:
         examples, _ = encode(self.data.completions, self.data.tokenizer, max_length=4096, pack=False)
@@ -178,6 +184,28 @@ class Bench:
     def kd_online(self) -> Arm:
         teacher = LocalTeacher(CausalLMRows(self.model(True), len(self.data.tokenizer), "auto"), "teacher")
         return self._text("kd", teacher=teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0, divergence="jsd")
+
+    def _writing(self, ahead: int) -> Arm:
+        """GKD on the student's own completions alone, written for `ahead` steps at a time."""
+        arm = self.kd_online()
+        trainer = arm.trainer
+        trainer.rollouts = Rollouts(
+            OnPolicy(fraction=1.0, max_new_tokens=self.args.completion, steps=ahead),
+            trainer.model.student,
+            self.data.tokenizer,
+            collate_text,
+            seed=self.args.seed,
+            total=1000,
+            file=self.folder / f"samples-{ahead}.jsonl",
+            meter=trainer.meter,
+        )
+        return Arm(trainer, ahead)
+
+    def on_policy(self) -> Arm:
+        return self._writing(1)
+
+    def on_policy_ahead(self) -> Arm:
+        return self._writing(8)
 
     def _cached(self, support: str) -> Arm:
         examples, _ = encode(self.data.completions, self.data.tokenizer, max_length=4096, pack=False)
@@ -203,15 +231,25 @@ class Bench:
         return self._cached("hidden")
 
     def trl_gkd(self) -> Arm:
+        return self._trl_gkd(0.0)
+
+    def trl_gkd_on_policy(self) -> Arm:
+        return self._trl_gkd(1.0)
+
+    def _trl_gkd(self, share: float) -> Arm:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         examples, _ = encode(self.data.completions, self.data.tokenizer, max_length=4096, pack=False)
 
         def collate(items: list[Any]) -> dict[str, Any]:
             batch = collate_text(items, multiple=1)
-            return {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+            asked = [i["input_ids"][: int((i["labels"] == IGNORE).sum())].flip(0) for i in items]
+            prompts = torch.nn.utils.rnn.pad_sequence(asked, batch_first=True).flip(1)  # padded on the left
+            beside = {"prompts": prompts, "prompt_attention_mask": (prompts != 0).long()}
+            return {k: batch[k] for k in ("input_ids", "attention_mask", "labels")} | beside
 
-        config = GKDConfig(**self.trl("gkd", lmbda=0.0, temperature=1.0, beta=0.5, seq_kd=False))
+        options = {"temperature": 1.0, "beta": 0.5, "seq_kd": False, "max_new_tokens": self.args.completion}
+        config = GKDConfig(**self.trl(f"gkd-{share}", lmbda=share, **options))
         dataset = Dataset.from_list([{k: r[k].tolist() for k in ("input_ids", "labels")} for r in examples.rows])
         dataset.set_format("torch")
         plain = lambda items: collate([{**i, "id": 0, "bytes": 0} for i in items])  # noqa: E731
@@ -259,7 +297,10 @@ class Bench:
         return self._trl_dpo("trl_dpo_precomputed", precompute_ref_log_probs=True)
 
 
-ARMS = "sft kd_online kd_sampled kd_top_k kd_hidden trl_gkd dpo dpo_packed trl_dpo trl_dpo_precomputed".split()
+ARMS = (
+    "sft kd_online kd_sampled kd_top_k kd_hidden trl_gkd on_policy on_policy_ahead trl_gkd_on_policy "
+    "dpo dpo_packed trl_dpo trl_dpo_precomputed"
+).split()
 
 
 def floor(arm: str, bench: Bench) -> float:
@@ -281,7 +322,9 @@ def floor(arm: str, bench: Bench) -> float:
             total += 2 * passes * (body * tokens + hidden * bench.args.vocabulary * rows + 2 * layers * hidden * seen)
         return total / len(lengths) * bench.args.batch
 
-    extra = work(True, 1) if arm in ("kd_online", "trl_gkd") else work(False, 1) if arm == "trl_dpo" else 0.0
+    extra = work(False, 1) if arm == "trl_dpo" or "on_policy" in arm else 0.0
+    if arm in ("kd_online", "trl_gkd") or "on_policy" in arm:
+        extra += work(True, 1)
     if arm == "kd_hidden":
         extra = 2 * bench.args.teacher[0] * bench.args.vocabulary * bench.args.batch * sum(c for _, c, _ in lengths)
         extra /= len(lengths)

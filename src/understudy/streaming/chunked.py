@@ -83,7 +83,7 @@ class _Work:
         self.number = student.hidden.shape[0]
         device = student.hidden.device
         on_cpu = device.type == "cpu"
-        self.tile = _even(self.number, max(1, (tile_bytes or (TILE_BYTES if on_cpu else GPU_TILE_BYTES)) // size))
+        self.tile = even(self.number, max(1, (tile_bytes or (TILE_BYTES if on_cpu else GPU_TILE_BYTES)) // size))
         self.kernels = kernels and _kernels(device)
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
 
@@ -183,7 +183,7 @@ def _kernels(device: torch.device) -> bool:
     return runs_on(device)
 
 
-def _even(rows: int, most: int) -> int:
+def even(rows: int, most: int) -> int:
     """Rows of a tile: as few tiles as `most` allows, of about one size, which products like to be a multiple of 32."""
     if rows <= most:
         return max(1, rows)

@@ -4,9 +4,10 @@
     python benchmarks/head.py --device cuda --dtype bfloat16 > benchmarks/results/head-gpu.csv
 
 Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `triton` (ours with its kernels, on a GPU),
-`liger` (its chunked JSD, where it is installed). Each cell is a process of its own, warmed up once, and cells of one setting follow each other `--repeats`
-times, so that a drift of the machine touches all alike. Memory is the peak resident size above parameters, inputs and
-the parameters' gradients; on a GPU, what the allocator held at its peak above the same. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
+`liger` and `trl` (their chunked losses, where they are installed). Each cell is a process of its own, warmed up once, and
+cells of one setting follow each other `--repeats` times, so that a drift of the machine touches all alike. Memory is the
+peak resident size above parameters, inputs and the parameters' gradients; on a GPU, what the allocator held at its peak
+above the same. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COLUMNS = (
     "loss path rows vocabulary hidden teacher_hidden seconds peak_mib error_kl_1 error_kl_0.1 error_kl_0.01 "
     "machine torch threads seed"
 ).split()
-PATHS = ("bare", "plain", "rowwise", "triton", "liger")
+PATHS = ("bare", "plain", "rowwise", "triton", "liger", "trl")
 
 
 def forget_peak() -> None:
@@ -77,6 +78,21 @@ def liger(name: str) -> Callable[[Projected, Projected], Tensor]:
     return call
 
 
+def trl(name: str) -> Callable[[Projected, Projected], Tensor]:
+    """The sum of the same divergence by TRL's tiled loss, as its distillation trainer calls it."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[name]
+
+    def call(student: Projected, teacher: Projected) -> Tensor:
+        all_rows = torch.ones(1, len(student.hidden), device=student.hidden.device)
+        sides = student.hidden[None], teacher.hidden[None], student.weight, teacher.weight
+        total: Tensor = _chunked_divergence_loss(*sides, all_rows, beta, num_items_in_batch=1)[0]
+        return total
+
+    return call
+
+
 def path_of(path: str, name: str) -> Callable[[Projected, Projected], Any]:
     """A function of both sides that does the work of one path, backward pass included."""
     if path == "bare":
@@ -88,8 +104,8 @@ def path_of(path: str, name: str) -> Callable[[Projected, Projected], Any]:
             student.hidden.grad, student.weight.grad = slope @ weight, slope.T @ hidden
 
         return bare
-    if path == "liger":
-        forward = liger(name)
+    if path in ("liger", "trl"):
+        forward = {"liger": liger, "trl": trl}[path](name)
     else:
         functions = {"plain": plain, "rowwise": partial(rowwise, kernels=False), "triton": rowwise}
         function, loss = functions[path], getattr(losses, name)

@@ -44,6 +44,8 @@ SUPPORTS = ("hidden", "top_k:50", "top_k:12", "sampled:50", "sampled:12", "sampl
 def recipe(args: argparse.Namespace, folder: Path, name: str, seed: int, **changes: Any) -> Recipe:
     """The one setting; a learning rate and steps that suit the student of labels alone."""
     data = {"name": args.data, "max_length": 128, "pack": True, "limit": args.limit}
+    if args.data == "lm_domains":
+        data["domains"] = args.domains
     return make(
         {
             "task": "language_modeling",
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=800, help="Training texts; all are captured, each is seen once or so."
     )
+    parser.add_argument("--domains", nargs="+", default=["news_brown", "telephone_dialogue"], help="Of lm_domains.")
     parser.add_argument("--student", default="llama:hidden=96,layers=2,heads=4")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)

@@ -168,6 +168,9 @@ def test_what_is_not_covered_is_left_as_it_is():
     assert writers.writer(losses.forward_kl, logits.double(), teacher, (), {}) is None
     assert writers.writer(losses.forward_kl, logits, Dense(made(3, 28)), (), {}) is None
     assert writers.writer(losses.forward_kl, logits, top_k(before, 3), (), {"temperature": 2.0}) is None
+    fewer = top_k(before, 3)
+    fewer.ids[0, -1], fewer.log_probs[0, -1] = -1, -math.inf
+    assert writers.writer(losses.forward_kl, logits, fewer, (), {}) is None
     assert torch.equal(logits, before)
     with pytest.raises(InputError, match="label 29 is outside"):
         writers.writer(losses.cross_entropy, logits, None, (torch.tensor([0, 29, 1], device=DEVICE),), {})

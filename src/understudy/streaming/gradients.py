@@ -45,7 +45,7 @@ def by_hand(
         found = _DENSE[loss](log_q, log_p, **options)
     elif isinstance(target, Sampled) and loss in (losses.forward_kl, losses.cross_entropy_soft) and not options:
         found = _sampled(loss, torch.log_softmax(logits / tau, -1), target)
-    elif isinstance(target, TopK) and loss in _BUCKETED and not bool((target.ids < 0).any()):
+    elif isinstance(target, TopK) and loss in _BUCKETED:
         found = _buckets(loss, torch.log_softmax(logits / tau, -1), target, options)
     if found is None:
         return None
@@ -56,11 +56,14 @@ def by_hand(
 def scaling(
     target: Target | None, rows: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[float, float, dict[str, Any]] | None:
-    """Temperature, the factor of `tau_squared` and all other options, or `None` where the plain loss has to look."""
+    """Temperature, the factor of `tau_squared` and all other options, or `None` where the plain loss has to look: at rows
+    that keep fewer classes than others, too."""
     options = dict(options)
     tau = options.pop("temperature", 1.0)
     factor = tau**2 if options.pop("tau_squared", False) else 1.0
     if not tau > 0 or rows or getattr(target, "temperature", tau) != tau:
+        return None
+    if isinstance(target, TopK) and bool((target.ids < 0).any()):
         return None
     return tau, factor, options
 

@@ -68,7 +68,7 @@ class Preferences(LanguageModeling):
             notes=notes,
             hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
             show=lambda batch: show_batch(batch, tokenizer),
-            facts={"packing": packing},
+            facts={"packing": packing, "chosen": own_tokenizer is not None},
         )
 
     def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMRows:

@@ -66,9 +66,8 @@ class OnRanks(Trainer):
             self.is_fsdp_enabled = True
         plugin: Any = getattr(state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
-        if isinstance(
-            policy, MixedPrecisionPolicy
-        ):  # half precision for the products, not for sums of losses or gradients
+        if isinstance(policy, MixedPrecisionPolicy):
+            # Half precision is for the products, not for sums of losses or gradients.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, reduce_dtype=torch.float32)
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -98,6 +98,31 @@ def test_each_mismatch_is_refused_with_one_line(home, world, tmp_path):
         assert "\n" not in str(caught.value) and server.requests <= 8
 
 
+def test_a_tokenizer_that_is_not_the_students_is_refused(home, world, tmp_path):
+    own, words = tmp_path / "own", train_tokenizer(["quite other words " * 50], 300)
+    words.save_pretrained(own)
+    with Scorer(*world) as server, pytest.raises(InputError, match="a server scores the student's tokens"):
+        distill(recipe(home, server.url, output=tmp_path / "run", data={**DATA, "tokenizer": str(own)}))
+
+
+def test_members_of_an_ensemble_may_be_served(home, world, tmp_path):
+    """Two domains, each asked of the server under a member's name: the run is that of the one teacher."""
+    rows = [
+        {"text": t, "domain": d}
+        for t, d in [("def f(x): return x\n" * 8, "code"), ("import os, sys\n" * 8, "talk")] * 8
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {k: v for k, v in DATA.items() if k not in ("name", "characters", "limit")} | {"name": str(file)}
+    with Scorer(*world) as server:
+        one = recipe(home, server.url, data={**data, "domain_column": "domain"}, output=tmp_path / "one")
+        distill(one)
+        members = {"members": {name: one["teacher"] for name in ("code", "talk")}, "route": "domain"}
+        distill({**one, "teacher": members, "output": str(tmp_path / "two")})
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
 def test_ends_and_templates_are_compared_where_the_server_tells(home, world, tmp_path):
     model, _ = world
     theirs, ours = sides(home)[1], sides(home)[1]

@@ -142,6 +142,33 @@ def make(values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
+    """The run that trains the recipe's teacher, or the student's start, on the labels first."""
+    spec: ModelSpec = getattr(recipe, side)
+    assert spec.train is not None
+    task = get_task(recipe.task)
+    student = ModelSpec(**{**spec.model_dump(), "train": None})
+    data = {**recipe.data, **task.start_data}
+    if spec.tokenizer is not None:
+        data.pop("tokenizer", None)  # its own counts
+    values = recipe.dump() | {
+        "method": task.baseline,
+        "options": {},
+        "output": str(output),
+        "student": student.model_dump(exclude_none=True),
+        "teacher": None,
+        "trainer": spec.train,
+        "patience": None,
+        "seed": 0,
+        "data": data,
+        "judge": "test",
+        "arms": {},
+        "on_policy": None,
+    }
+    # The defaults of the task would name a teacher again; a teacher's own run has none.
+    return make(values).model_copy(update={"teacher": None})
+
+
 def check_members(recipe: Recipe, task: Any) -> None:
     """Refuse several teachers that cannot be one, and their keys where there is one teacher."""
     teacher, student = recipe.teacher, recipe.student

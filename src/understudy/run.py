@@ -22,13 +22,14 @@ from understudy.models import RowModel, state_hash
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.preflight import Findings
 from understudy.preflight import check as preflight
-from understudy.recipe import Recipe, load, make
+from understudy.recipe import Recipe, load, make, own_training
 from understudy.reporting import render_run
 from understudy.specs import ModelSpec
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
-from understudy.teaching import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer
+from understudy.teachers import Teacher
+from understudy.teaching import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer, served
 from understudy.training import Bench, Procedure, Stage
 
 log = logging.getLogger(__name__)
@@ -233,19 +234,24 @@ def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> RowModel | None:
     """The recipe's teacher, trained first if the recipe says so; `None` where a cache or server answers in its place."""
-    if recipe.teacher is not None and recipe.teacher.members:
-        load = lambda name, own: _model(own, "teacher", task, prepared, home / MEMBERS / name, progress, None)  # noqa: E731
+    spec, method = recipe.teacher, recipe.build_method()
+    if spec is None:
+        if "teacher" in method.needs | method.asks:
+            raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
+        return None
+    if spec.members:
+
+        def load(name: str, own: Recipe) -> RowModel | Teacher:
+            if own.teacher is not None and own.teacher.served:
+                return served(own, prepared, home / MEMBERS / name / "store")
+            return _model(own, "teacher", task, prepared, home / MEMBERS / name, progress, None)
+
         return ensemble(recipe, prepared, load)
-    if recipe.teacher is not None and prepared.aligner is not None and recipe.teacher.cache is None:
-        model = _model(recipe, "teacher", task, other_side(prepared), home, progress, module)
-        return other_tokenizer(model, prepared)
-    if recipe.teacher is not None:
-        elsewhere = recipe.teacher.cache is not None or recipe.teacher.served  # the model is not loaded
-        return None if elsewhere else _model(recipe, "teacher", task, prepared, home, progress, module)
-    method = recipe.build_method()
-    if "teacher" in method.needs | method.asks:
-        raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
-    return None
+    if spec.cache is not None or spec.served:
+        return None
+    if prepared.aligner is not None:
+        return other_tokenizer(_model(recipe, "teacher", task, other_side(prepared), home, progress, module), prepared)
+    return _model(recipe, "teacher", task, prepared, home, progress, module)
 
 
 def _model(
@@ -272,25 +278,4 @@ _FIRST = {"teacher": "teacher", "student": "start"}
 
 def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -> Result:
     """Train the recipe's teacher, or the student's start, on the labels, as a run of its own below `home`."""
-    spec: ModelSpec = getattr(recipe, side)
-    assert spec.train is not None
-    student = ModelSpec(**{**spec.model_dump(), "train": None})
-    data = {**recipe.data, **get_task(recipe.task).start_data}
-    if spec.tokenizer is not None:
-        data.pop("tokenizer", None)  # its own counts
-    values = recipe.dump() | {
-        "method": get_task(recipe.task).baseline,
-        "options": {},
-        "output": str(home / _FIRST[side]),
-        "student": student.model_dump(exclude_none=True),
-        "teacher": None,
-        "trainer": spec.train,
-        "patience": None,
-        "seed": 0,
-        "data": data,
-        "judge": "test",
-        "arms": {},
-        "on_policy": None,
-    }
-    # The defaults of the task would name a teacher again; a teacher's own run has none.
-    return run(make(values).model_copy(update={"teacher": None}), progress=progress)
+    return run(own_training(recipe, side, home / _FIRST[side]), progress=progress)

@@ -21,7 +21,7 @@ from understudy.teachers.scores import Score
 from understudy.training import Method
 
 MEMBERS = "members"
-Load = Callable[[str, Recipe], RowModel | None]
+Load = Callable[[str, Recipe], RowModel | Teacher | None]
 
 
 def teacher_of(
@@ -66,7 +66,7 @@ def ensemble(recipe: Recipe, prepared: Prepared, load: Load) -> Ensemble | None:
     """The recipe's teacher of several members; `None` where `load` has one of them not yet.
 
     Args:
-        load: gives the model of a member, by its name and the recipe with it alone.
+        load: gives a member, by its name and the recipe with it alone; it is not asked for those that are captured.
     """
     spec = recipe.teacher
     assert spec is not None
@@ -99,12 +99,14 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
 
     def load(own: Recipe, home: Path | None) -> RowModel | None:
         assert own.teacher is not None
+        if own.teacher.endpoint is not None:
+            return None
         trained = home / "teacher" / "student" if home is not None else None
         if own.teacher.train is None:
             return task.model(own.teacher, prepared)
         return task.model(own.teacher, prepared, trained) if trained is not None and trained.is_dir() else None
 
-    if recipe.teacher is None or recipe.teacher.endpoint is not None or prepared.aligner is not None:
+    if recipe.teacher is None or prepared.aligner is not None:
         return None
     if not recipe.teacher.members:
         return load(recipe, folder)
@@ -167,6 +169,11 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: RowModel |
     """The recipe's teacher behind its server, compared with the run's tokenizer and data; scores are kept in `folder`."""
     spec, method = recipe.teacher, recipe.build_method()
     assert spec is not None and spec.endpoint is not None and spec.score is not None
+    if prepared.aligner is not None:
+        raise InputError(
+            "teacher.tokenizer is not the student's, and a server scores the student's tokens: serve a teacher of the "
+            "student's family, or give this one as a live model."
+        )
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
     _outputs_alone(method, "a server gives scores of tokens alone")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from understudy.errors import InputError
 from understudy.planning.machine import CONTEXT, Machine, machine, resident
 from understudy.planning.rehearsal import Answer, Seen, evaluation, head_calls, step
-from understudy.planning.setting import Setting, answer_of, outlines, setting, teachers_run
+from understudy.planning.setting import Setting, answer_of, outlines, setting
 from understudy.planning.sizes import Side, optimizer_bytes, side
-from understudy.recipe import Recipe, load, make
+from understudy.recipe import Recipe, load, make, own_training
 from understudy.teachers.codecs import Support, row_bytes
 from understudy.training import Procedure
 
@@ -173,7 +173,7 @@ def _plan(
         asked.notes.append("Time on the wires between devices is not counted.")
     first = None
     if recipe.teacher is not None and recipe.teacher.train is not None and recipe.teacher.cache is None:
-        first = _plan(teachers_run(recipe), device, gpus, shard, None, support, 0)
+        first = _plan(own_training(recipe, "teacher", recipe.output), device, gpus, shard, None, support, 0)
     cache, speed_up = _caches(asked, teacher, answer.model is not None, work, seconds)
     return Plan(
         machine=device,

@@ -15,7 +15,7 @@ from understudy.models.rows import RowModel
 from understudy.planning.machine import Machine
 from understudy.planning.rehearsal import Answer
 from understudy.planning.sizes import config_of, outline_classifier, outline_lm
-from understudy.recipe import Recipe, make
+from understudy.recipe import Recipe
 from understudy.specs import ModelSpec
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
@@ -194,19 +194,3 @@ def answer_of(recipe: Recipe, found: Setting, teacher: RowModel | None, support:
     # Read back, each kept class is a 64-bit id and two float32 numbers; of dense ones a float16 and a float32.
     unpacked = 6.0 * found.classes if kept.kind == "dense" else 16.0 * min(kept.k, found.classes)
     return Answer(stored=unpacked)
-
-
-def teachers_run(recipe: Recipe) -> Recipe:
-    """The run that trains the teacher first, on the labels."""
-    assert recipe.teacher is not None and recipe.teacher.train is not None
-    student = ModelSpec(**{**recipe.teacher.model_dump(), "train": None})
-    values = recipe.dump() | {
-        "method": get_task(recipe.task).baseline,
-        "options": {},
-        "student": student.model_dump(exclude_none=True),
-        "teacher": None,
-        "trainer": recipe.teacher.train,
-        "patience": None,
-        "arms": {},
-    }
-    return make(values).model_copy(update={"teacher": None})

@@ -33,7 +33,8 @@ ROWS, VOCABULARY, EXAMPLES, LENGTH = 512, 16_384, 4_000, 64
 
 def head(rows: int, vocabulary: int) -> list[float]:
     """Seconds and peak MiB of one streamed loss."""
-    args = argparse.Namespace(seed=0, vocabulary=vocabulary, hidden=256, teacher_hidden=512)
+    sizes = {"vocabulary": vocabulary, "hidden": 256, "teacher_hidden": 512}
+    args = argparse.Namespace(seed=0, device="cpu", dtype="float32", **sizes)
     return measure("forward_kl", "rowwise", args, rows)
 
 

@@ -219,7 +219,7 @@ def test_a_bug_in_a_worker_is_raised_and_loses_no_answer(tmp_path):
 
     source = oracle(fail)
     with RequestLog(tmp_path / "log", source.name) as log, pytest.raises(KeyError, match="a bug"):
-        generate(source, asked(20_000), log, concurrency=4)
+        generate(source, asked(1000), log, concurrency=4)
     with RequestLog(tmp_path / "log", source.name) as log:
         assert len(log) == sum(source.tries.values()) - 1 < 40
 
@@ -263,9 +263,10 @@ def test_a_cost_budget_counts_both_prices_and_bad_limits_are_one_line(tmp_path):
 
 
 def _interrupted(path, event):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     source = oracle(lambda *_: (event.set(), time.sleep(0.05)))
     with RequestLog(path, source.name) as log:
-        generate(source, asked(20_000), log, concurrency=4)
+        generate(source, asked(1000), log, concurrency=4)
 
 
 def test_ctrl_c_keeps_what_was_in_flight(tmp_path):
@@ -279,4 +280,4 @@ def test_ctrl_c_keeps_what_was_in_flight(tmp_path):
     process.join(20)
     assert process.exitcode == 1
     with RequestLog(tmp_path / "log", "echo") as log:
-        assert 4 <= len(log) < 20_000 and len(log) == len((tmp_path / "log").read_text().splitlines()) - 1
+        assert 4 <= len(log) < 1000 and len(log) == len((tmp_path / "log").read_text().splitlines()) - 1

@@ -1,9 +1,6 @@
 """Weights judged after a virtual step: the gradient against finite differences, cuts, ranks, what must not move."""
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from torch import nn
 
 from golden_vectors import close
 from tgeo_world import World, slopes
+from two_ranks import two_ranks
 from understudy.losses import cross_entropy, forward_kl
 from understudy.methods.tgeo_kd import TGeoKD
 from understudy.models import evaluating
@@ -90,11 +88,8 @@ def test_any_split_and_two_ranks_give_the_same_update(tmp_path):
         "    torch.save(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), sys.argv[1] + '/two.pt')\n"
         "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = two_ranks(script, tmp_path)
+    assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "two.pt"), whole, rtol=0, atol=1e-6)
 
 

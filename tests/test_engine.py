@@ -1,7 +1,6 @@
 """The engine: resume to the bit, invariance to how a batch is cut, garbage under the mask, who is trained."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from engine_cases import CONV, DIGITS, OPTIONS, TEXT, killed_run, weights
+from two_ranks import two_ranks
 from understudy import distill
 from understudy.data import Batch, collate_images, collate_text
 from understudy.methods.dhkd import DHKD
@@ -194,20 +194,8 @@ torch.distributed.destroy_process_group()
 def test_two_ranks_give_the_result_of_one(index, text, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(here=str(HERE)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        str(index),
-        str(tmp_path),
-        str(int(text)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = two_ranks(script, index, tmp_path, int(text))
+    assert done.returncode == 0, done.stderr
     single = trainer_for(METHODS[index], tmp_path, 12, 1, text=text)
     single.train()
     alone = torch.cat([p.detach().flatten() for p in single.model.parameters()])

@@ -1,10 +1,7 @@
 """Two processes give the result of one: DDP and FSDP2, uneven rounds, a sharded teacher, killed and resumed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 import ranks_cases as cases
 from engine_cases import weights
+from two_ranks import two_ranks
 from understudy import distill
 from understudy.errors import InputError
 from understudy.recipe import make
@@ -19,16 +17,6 @@ from understudy.training import zero
 from understudy.training.order import EpochShuffle, Share
 
 HERE = Path(__file__).parent
-
-
-def two_ranks(folder, part):
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    return subprocess.run(
-        [*launch, str(HERE / "ranks_cases.py"), str(folder), part],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": ""},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +29,12 @@ def folder(tmp_path_factory):
     distill({**start, "output": str(root / "start-run")})
     for name in ("start", "teacher"):
         (root / name).symlink_to(root / "start-run" / "student")
-    first = two_ranks(root, "first")
-    assert (root / "whole" / "evaluation.json").is_file(), first.stderr[-3000:]
+    first = two_ranks(HERE / "ranks_cases.py", root, "first")
+    assert (root / "whole" / "evaluation.json").is_file(), first.stderr
     assert f"Signal {int(signal.SIGKILL)}" in first.stderr or "SIGKILL" in first.stderr
     assert not (root / "cut" / "evaluation.json").exists()
-    second = two_ranks(root, "second")
-    assert second.returncode == 0, second.stderr[-3000:]
+    second = two_ranks(HERE / "ranks_cases.py", root, "second")
+    assert second.returncode == 0, second.stderr
     yield root
     torch.set_num_threads(threads)
 
@@ -154,7 +142,7 @@ def test_one_process_places_a_sharded_teacher_whole(tmp_path):
 
 def test_zero_3_gathers_a_tied_head_and_gives_the_same_weights(tmp_path):
     pytest.importorskip("deepspeed")
-    done = two_ranks(tmp_path, "zero3")
+    done = two_ranks(HERE / "ranks_cases.py", tmp_path, "zero3")
     assert done.returncode == 0, done.stderr[-3000:]
     same(read(tmp_path, "zero3"), cases.narrow({}), 1e-6)
 

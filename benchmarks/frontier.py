@@ -1,11 +1,13 @@
 """The signal frontier: bytes a token of each cache support against what the student loses. CSV to standard output.
 
     python benchmarks/frontier.py > benchmarks/results/frontier-cpu.csv
+    python benchmarks/frontier.py --teacher lm_stories260k --write 5000 > benchmarks/results/frontier-own-cpu.csv
 
 Every support teaches the same student on the same tokens in the same order; `none` is cross-entropy alone, `live` the
 teacher itself. `gap_percent` is what is lost of the gain that the live teacher brings over none, in KL to the teacher on
 the test split, at the same seed. `cosine` is that of the gradient of one update against the live teacher's, for a
-student that was taught by labels alone (`early`) and for one that the live teacher has taught (`late`).
+student that was taught by labels alone (`early`) and for one that the live teacher has taught (`late`). With `--write` the
+texts are the teacher's own: it is then as sure of the next token as a teacher is on text of its kind.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from understudy import distill, losses
 from understudy.caching import capture_recipe, describe
 from understudy.data import Batch
+from understudy.data.folders import find
 from understudy.evaluation.rows import RowStatistics, row_statistics
 from understudy.models import RowModel
 from understudy.recipe import Recipe, make
@@ -46,6 +50,8 @@ def recipe(args: argparse.Namespace, folder: Path, name: str, seed: int, **chang
     data = {"name": args.data, "max_length": 128, "pack": True, "limit": args.limit}
     if args.data == "lm_domains":
         data["domains"] = args.domains
+    if args.teacher:
+        changes = {"teacher": {"model": args.teacher}, **changes}
     return make(
         {
             "task": "language_modeling",
@@ -59,6 +65,21 @@ def recipe(args: argparse.Namespace, folder: Path, name: str, seed: int, **chang
             **changes,
         }
     )
+
+
+@torch.no_grad()
+def write(teacher: str, number: int, file: Path) -> None:
+    """Texts of 128 tokens that the teacher writes at temperature 1, one a line."""
+    where = str(find(teacher) or teacher)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
+    torch.manual_seed(0)
+    texts: list[str] = []
+    while len(texts) < number:
+        begin = torch.full((128, 1), tokenizer.bos_token_id)
+        settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 128, "pad_token_id": tokenizer.eos_token_id}
+        found = model.generate(begin, attention_mask=torch.ones_like(begin), **settings)
+        texts += tokenizer.batch_decode(found, skip_special_tokens=True)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:number]))
 
 
 class Judge:
@@ -107,6 +128,8 @@ def main() -> None:
         "--limit", type=int, default=800, help="Training texts; all are captured, each is seen once or so."
     )
     parser.add_argument("--domains", nargs="+", default=["news_brown", "telephone_dialogue"], help="Of lm_domains.")
+    parser.add_argument("--teacher", help="Default: the one that belongs to the data.")
+    parser.add_argument("--write", type=int, help="Learn from so many texts that --teacher writes, in place of --data.")
     parser.add_argument("--student", default="llama:hidden=96,layers=2,heads=4")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
@@ -114,6 +137,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="Where runs and caches are kept (else thrown away).")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp())
+    if args.write:
+        args.data = str(folder.resolve() / "texts.jsonl")
+        write(args.teacher, args.write, Path(args.data))
     judge, out = Judge(args, folder), csv.writer(sys.stdout, lineterminator="\n")
     teacher = judge.recipe.teacher
     assert teacher is not None

@@ -220,6 +220,21 @@ def test_methods_that_read_inside_the_teacher_are_refused(home, tmp_path):
         distill({**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}})
 
 
+@pytest.mark.parametrize(
+    "support,kept", [("top_k:8", "TopK"), ("sampled:8", "Sampled"), ("dense", None), ("hidden", None)]
+)
+def test_a_loss_that_is_not_defined_for_what_is_kept_is_refused_before_the_first_step(support, kept, home, tmp_path):
+    recipe = teach(TEXT, home / "text", output=str(tmp_path / "run"), method="taid", options={})
+    capture_recipe(make(recipe), tmp_path / "cache", support)
+    with_cache = {**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}}
+    if kept is None:
+        distill(with_cache)
+        return
+    with pytest.raises(InputError, match=f"keeps {support}: interpolated_kl is not defined for {kept}"):
+        distill(with_cache)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_keys_depend_on_content_alone():
     a, b = torch.tensor([1, 2, 3]), torch.tensor([1, 2, -100])
     assert content_key(a, b) == content_key(a.clone().int(), b)

@@ -87,6 +87,11 @@ def test_each_mismatch_is_refused_with_one_line(home, world, tmp_path):
         ({}, Scorer(model, words, way="echo ids", shift=7, sharp=5.0), "guessing evenly"),
         ({"options": {"temperature": 2.0}}, Scorer(model, words), "set options.temperature=1.0"),
         (
+            {"method": "taid", "options": {}},
+            Scorer(model, words),
+            "cannot learn from .* toy, which keeps scored:20: interpolated_kl is not defined for TopK",
+        ),
+        (
             {"task": "image_classification", "data": "digits", "student": "mlp:8"},
             Scorer(model, words),
             "for tokens of text",

@@ -80,6 +80,16 @@ class CachedTeacher:
             )
         return Rows(decode(arrays, self.support, self.temperature, self.classes, self.head).to(batch.labels.device))
 
+    def imagined(self, batch: Batch) -> Rows:
+        """An even answer of the kind that is kept, the same for every row: what a loss makes of it costs nothing to try."""
+        if self.head is not None:
+            width = self.head["weight"].shape[-1]
+            arrays = {"hidden": torch.zeros(1, width, dtype=torch.bfloat16)}
+        else:
+            arrays = encode(Dense(torch.zeros(1, self.classes)), self.support, self.temperature, 0)
+        repeated = {name: array.expand(batch.rows, *array.shape[1:]).contiguous() for name, array in arrays.items()}
+        return Rows(decode(repeated, self.support, self.temperature, self.classes, self.head).to(batch.labels.device))
+
     def through(self, batch: Batch) -> Rows:
         """A cache has no gradient: methods that ask for one are refused."""
         raise InputError(f"{self.name} cannot answer for inputs that a method makes: give a live teacher instead.")

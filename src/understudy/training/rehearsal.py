@@ -1,4 +1,4 @@
-"""Whether a run can learn from the student's own samples, found out on a few tokens before it starts."""
+"""Whether a run can learn from what it will be given, found out on a few examples before anything is paid for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from understudy.data import Batch
 from understudy.data.samples import Sample, prompt_length, sampled_row
 from understudy.errors import InputError
-from understudy.models import evaluating
-from understudy.teachers import Teacher
+from understudy.models import Rows, evaluating
+from understudy.teachers import CachedTeacher, Teacher
 from understudy.training import checkpoint as ck
 from understudy.training.apprentice import Apprentice
 from understudy.training.on_policy import OnPolicy
@@ -46,16 +46,37 @@ def rehearse(
         rows.append(sampled_row(Sample(int(example["id"]), 0, min(start, TOKENS), tuple(ids)), tokenizer))
     mark = {"source": torch.ones(len(rows), dtype=torch.long), "sampled": torch.zeros(len(rows), dtype=torch.long)}
     batch = Batch.from_dict({**collate(rows), **mark}).to(next(student.parameters()).device)
-    state, random = apprentice.live.state, ck.rng_state()
-    before = state.state_dict() if state is not None else None
     try:
-        with evaluating(apprentice):
-            apprentice(batch, None if method.queries else teacher.rows(batch))
+        _try(apprentice, batch, None if method.queries else teacher.rows(batch))
     except InputError as error:
         raise InputError(
             f"Method {method.name!r} cannot learn from the student's own samples, which have no labels: {error} Choose "
             "kd or taid, or leave out on_policy."
         ) from None
+
+
+def rehearse_kept(apprentice: Apprentice, teacher: CachedTeacher, example: Batch) -> None:
+    """Have the method judge an example by an invented answer of the kind that the teacher keeps.
+
+    Raises:
+        InputError: the method's losses are not defined for that kind.
+    """
+    batch = example.to(next(apprentice.student.parameters()).device)
+    try:
+        _try(apprentice, batch, teacher.imagined(batch))
+    except InputError as error:
+        raise InputError(
+            f"Method {apprentice.method.name!r} cannot learn from {teacher.name}, which keeps {teacher.support}: {error}"
+        ) from None
+
+
+def _try(apprentice: Apprentice, batch: Batch, rows: Rows | None) -> None:
+    """The losses of a batch, everything left as it was."""
+    state, random = apprentice.live.state, ck.rng_state()
+    before = state.state_dict() if state is not None else None
+    try:
+        with evaluating(apprentice):
+            apprentice(batch, rows)
     finally:
         ck.set_rng_state(random)
         if state is not None and before is not None:

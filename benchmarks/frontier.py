@@ -47,7 +47,7 @@ SUPPORTS = ("hidden", "top_k:50", "top_k:12", "sampled:50", "sampled:12", "sampl
 
 def recipe(args: argparse.Namespace, folder: Path, name: str, seed: int, **changes: Any) -> Recipe:
     """The one setting; a learning rate and steps that suit the student of labels alone."""
-    data = {"name": args.data, "max_length": 128, "pack": True, "limit": args.limit}
+    data = {"name": args.data, "max_length": 128, "pack": not args.write, "limit": args.limit}
     if args.data == "lm_domains":
         data["domains"] = args.domains
     if args.teacher:

@@ -1,7 +1,9 @@
 """The signal frontier: bytes a token of each cache support against what the student loses. CSV to standard output.
 
     python benchmarks/frontier.py > benchmarks/results/frontier-cpu.csv
-    python benchmarks/frontier.py --teacher lm_stories260k --write 5000 > benchmarks/results/frontier-own-cpu.csv
+    python benchmarks/frontier.py --teacher lm_stories260k --write 6000 --limit 4800 --steps 600 --seeds 4 \
+        --supports top_k:12 sampled:12 sampled:20 --student llama:hidden=64,layers=2,heads=4 \
+        > benchmarks/results/frontier-own-cpu.csv
 
 Every support teaches the same student on the same tokens in the same order; `none` is cross-entropy alone, `live` the
 teacher itself. `gap_percent` is what is lost of the gain that the live teacher brings over none, in KL to the teacher on
@@ -137,6 +139,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="Where runs and caches are kept (else thrown away).")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp())
+    if args.write and not args.teacher:
+        parser.error("--write needs --teacher: name the model that is to write.")
     if args.write:
         args.data = str(folder.resolve() / "texts.jsonl")
         write(args.teacher, args.write, Path(args.data))

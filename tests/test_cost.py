@@ -52,12 +52,14 @@ print(resident("VmHWM") - before)
 def test_the_step_that_is_counted_keeps_what_checkpointing_gave_up_no_longer_than_others():
     quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     plain, counted = (
-        int(subprocess.run([sys.executable, "-c", PEAK, how], capture_output=True, text=True, env=quiet).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK, how], capture_output=True, text=True, env=quiet, check=True
+            ).stdout
+        )
         for how in ("plain", "counted")
     )
-    one_block = (
-        2048 * 1024 * 4 // 1024
-    )  # KiB of one inner activation; twelve blocks keep two each without checkpointing
+    one_block = 2048 * 1024 * 4 // 1024  # KiB of an inner activation; a block keeps two, and there are twelve blocks
     assert counted < plain + 3 * one_block
 
 

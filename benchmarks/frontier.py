@@ -1,4 +1,4 @@
-"""The signal frontier: bytes a token of each cache support against what the student loses. CSV to standard output.
+r"""The signal frontier: bytes a token of each cache support against what the student loses. CSV to standard output.
 
     python benchmarks/frontier.py > benchmarks/results/frontier-cpu.csv
     python benchmarks/frontier.py --teacher lm_stories260k --write 6000 --limit 4800 --steps 600 --seeds 4 \

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from understudy.data import Batch
+from understudy.data import IGNORE, Batch
 from understudy.data.samples import Sample, prompt_length, sampled_row
 from understudy.errors import InputError
 from understudy.models import Rows, evaluating
@@ -61,13 +62,23 @@ def rehearse_kept(apprentice: Apprentice, teacher: CachedTeacher, example: Batch
     Raises:
         InputError: the method's losses are not defined for that kind.
     """
-    batch = example.to(next(apprentice.student.parameters()).device)
+    batch = _beginning(example).to(next(apprentice.student.parameters()).device)
     try:
         _try(apprentice, batch, teacher.imagined(batch))
     except InputError as error:
         raise InputError(
             f"Method {apprentice.method.name!r} cannot learn from {teacher.name}, which keeps {teacher.support}: {error}"
         ) from None
+
+
+def _beginning(batch: Batch) -> Batch:
+    """Of texts a few tokens around the first label: the student may be large and not on its device yet."""
+    if type(batch) is not Batch or batch.kind != "text":
+        return batch
+    first = int((batch.labels != IGNORE).any(0).int().argmax())
+    cut = slice(max(0, first - TOKENS), first + TOKENS)
+    inputs = {k: v[:, cut] if v.shape[:2] == batch.labels.shape else v for k, v in batch.inputs.items()}
+    return replace(batch, inputs=inputs, labels=batch.labels[:, cut])
 
 
 def _try(apprentice: Apprentice, batch: Batch, rows: Rows | None) -> None:

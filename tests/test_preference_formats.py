@@ -42,10 +42,17 @@ def tokenizer():
 
 FORMATS = {
     "text": {"prompt": "the user asked", "chosen": " hello world", "rejected": " and"},
-    "text, implicit": {"chosen": "Human: the sky?\nAssistant: It is blue.", "rejected": "Human: the sky?\nAssistant: It is not."},
+    "text, implicit": {
+        "chosen": "Human: the sky?\nAssistant: It is blue.",
+        "rejected": "Human: the sky?\nAssistant: It is not.",
+    },
     "messages": {"prompt": said("the sky?"), "chosen": answer("blue"), "rejected": answer("it is green")},
     "messages, implicit": {"chosen": said("the sky?", "blue"), "rejected": said("the sky?", "it is green")},
-    "several turns": {"prompt": said("hello", "world", "the sky?"), "chosen": answer("blue"), "rejected": answer("green")},
+    "several turns": {
+        "prompt": said("hello", "world", "the sky?"),
+        "chosen": answer("blue"),
+        "rejected": answer("green"),
+    },
     "several turns, implicit": {"chosen": said("a", "b", "c", "blue"), "rejected": said("a", "b", "c", "it is green")},
     "prompt column beside whole conversations": {
         "prompt": "the sky?",
@@ -72,7 +79,9 @@ def test_tokens_and_masks_are_those_of_trl(name, tmp_path, tokenizer):
     model = load_causal_lm("llama:hidden=16,layers=1,heads=2", tokenizer=tokenizer)
     args = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False)
     given = Dataset.from_list([trl.extract_prompt(theirs) if "prompt" not in theirs else theirs])
-    wanted = trl.DPOTrainer(model, copy.deepcopy(model), args, train_dataset=given, processing_class=tokenizer).train_dataset[0]
+    wanted = trl.DPOTrainer(
+        model, copy.deepcopy(model), args, train_dataset=given, processing_class=tokenizer
+    ).train_dataset[0]
     examples, counts = encode_lists([loaded(tmp_path, record).train[0]], tokenizer, max_length=200)
     assert counts.truncated == counts.dropped == 0
     for (ids, labels), side in zip(examples.rows[0]["sequences"], ("chosen_ids", "rejected_ids"), strict=True):
@@ -99,7 +108,7 @@ def test_a_template_that_writes_the_last_turn_otherwise(tokenizer):
 
 def test_a_template_that_cannot_be_followed_or_refuses(tokenizer):
     tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else '...' }}")
-    with pytest.raises(InputError, match="changes message 1 .* when others follow"):
+    with pytest.raises(InputError, match=r"changes message 1 .* when others follow"):
         completion_tokens([], said("a", "b", "c", "d"), tokenizer)
     tokenizer.chat_template = ALTERNATES
     assert trained_text(tokenizer, said("a"), answer("b")) == "b\n"

@@ -8,7 +8,6 @@ probability is −inf or nan is an `InputError` that names it. Everything is wri
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +90,7 @@ def kto(
     positive("kto", beta)
     difference = beta * (log_ratio - kl.detach())
     values = torch.sigmoid(torch.where(desirable, -difference, difference))
-    return values * torch.where(desirable, desirable_weight, undesirable_weight).to(values.dtype)
+    return torch.where(desirable, desirable_weight * values, undesirable_weight * values)
 
 
 def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
@@ -181,6 +180,3 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(
         small, torch.log1p(-x.masked_fill(~small, -1.0).exp()), torch.log(-torch.expm1(x.masked_fill(small, -0.5)))
     )
-
-
-Length = Literal["sum", "mean"]

@@ -146,6 +146,7 @@ def test_extreme_margins_stay_finite():
         ),
         (lambda x: anchored.softmax_advantage(x[None] * math.nan, beta=1.0), "reward of list 0, candidate 0 is nan"),
         (lambda x: anchored.best(x[None], torch.zeros(1, 2)), "List 0 has no valid candidate"),
+        (lambda x: anchored.anchored_plackett_luce(x[None], x[None], strict=True), "List 0 has equal rewards"),
     ],
 )
 def test_bad_input(call, says):
@@ -268,6 +269,9 @@ def test_limits_of_lists():
     close(anchored.anchored_cross_entropy(x[:1, :2], ref[:1, :2], first, tau=0.7), dpo, atol=1e-12)
     two = anchored.anchored_plackett_luce((x - ref)[:1, :2] / 0.7, torch.tensor([[1.0, 0.0]]))
     close(two, dpo, atol=1e-12)
+    tied = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]]).expand(3, 5)  # of equals the first goes first
+    told = torch.tensor([[3.0, 4.0, 2.0, 0.0, 1.0]]).expand(3, 5)
+    close(anchored.anchored_plackett_luce(x, tied), anchored.anchored_plackett_luce(x, told, strict=True), atol=1e-12)
     one = anchored.anchored_cross_entropy(x[:, :1], ref[:, :1], torch.ones(3, 1), tau=1.0)
     assert one.eq(0).all()
     poisoned, mask = x.clone(), torch.ones(3, 5).bool()

@@ -67,6 +67,7 @@ class ADPO(Method):
     top: int | None = Field(None, ge=1, description="Positions of `plackett_luce`; all if not given.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of `plackett_luce`.")
     poly: float = Field(0.0, ge=0, description="Weight of the polynomial term of `plackett_luce`.")
+    strict: bool = Field(False, description="Refuse equal scores under `plackett_luce`; else the first goes first.")
 
     @property
     def _from_teacher(self) -> bool:
@@ -126,6 +127,7 @@ class ADPO(Method):
                 top=self.top,
                 label_smoothing=self.label_smoothing,
                 poly=self.poly,
+                strict=self.strict,
             )
         else:
             q = self._target(anchor, batch).to(ours.dtype)

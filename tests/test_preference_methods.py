@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from engine_cases import killed_run, weights
 from golden_vectors import close
 from test_preferences import PAIRS, SMALL, lists, scorer
 from test_preferences import tokenizer as tokenizer
@@ -91,6 +92,26 @@ def test_unpaired_kto_in_one_command_starts_at_a_half(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in mixed))
     with pytest.raises(InputError, match=r"2 candidates and .* others have one"):
         distill({**recipe, "options": {"loss_type": "kto"}, "output": str(tmp_path / "third")})
+
+
+def test_unpaired_kto_killed_and_resumed_ends_in_the_same_weights(tmp_path):
+    rows = [{**SINGLES[i % 4], "prompt": f"{SINGLES[i % 4]['prompt']} {i}"} for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    data = {"name": str(tmp_path / "x.jsonl"), "max_length": 64, "vocab_size": 300}
+    recipe = {**SMALL, "data": data, "method": "dpo", "options": {"loss_type": "kto"}}
+    distill({**recipe, "output": str(tmp_path / "whole")})
+    cut = {**recipe, "output": str(tmp_path / "cut")}
+    assert killed_run(cut, 5, "after")
+    distill(cut)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_moving_anchor_shows_collapse_too():
+    live = Live(companions={"anchor": lambda batch: rows_of(torch.tensor([[-4.0, -4.0]]).double())}, step=1)
+    batch, values = listed([[1.0, 0.0]], [None]), torch.tensor([[-5.0, -6.0]]).double()
+    terms = ADPO(anchor="ema").loss(rows_of(values), None, batch, live)
+    assert [terms[f"{side}_log_ratio"].values.item() for side in ("best", "worst")] == [-1.0, -2.0]
 
 
 def rows_of(values):

@@ -116,7 +116,8 @@ class ADPO(Method):
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert isinstance(batch, ListBatch)
         ours = self._scale(finite(student.signal.values, batch), batch)
-        anchor = self._scale(self._anchor(ours, batch, live), batch)
+        reference = self._anchor(ours, batch, live)
+        anchor = self._scale(reference, batch)
         started_at_zero(self.anchor == "fixed", student.signal.values, batch, live)
         kl = {}
         if self.target == "plackett_luce":
@@ -133,7 +134,7 @@ class ADPO(Method):
             q = self._target(anchor, batch).to(ours.dtype)
             values = anchored.anchored_cross_entropy(ours, anchor, q, tau=self.tau, mask=batch.candidates)
             kl = {"kl": Term(values.detach() + torch.special.xlogy(q, q).sum(-1), 0.0)}
-        return {"adpo": Term(values), **kl, **monitors(student.signal.values, batch)}
+        return {"adpo": Term(values), **kl, **monitors(student.signal.values, reference, batch)}
 
     def _scale(self, log_probs: Tensor, batch: ListBatch) -> Tensor:
         return log_probs / batch.lengths.clamp(min=1) if self.length == "mean" else log_probs
@@ -202,11 +203,9 @@ def recorded(work: Stage) -> None:
             row["reference"] = row["log_probs"]
 
 
-def monitors(log_probs: Tensor, batch: ListBatch) -> dict[str, Term]:
+def monitors(log_probs: Tensor, reference: Tensor, batch: ListBatch) -> dict[str, Term]:
     """Log-ratios of the best and worst candidates, logged but not trained: both falling is a collapse on its way."""
-    if batch.reference is None:
-        return {}
-    ratio = (log_probs - batch.reference).detach()
+    ratio = (log_probs - reference).detach()
     sides = {"best_log_ratio": batch.best, "worst_log_ratio": batch.worst}
     return {name: Term(ratio.gather(1, i[:, None])[:, 0], 0.0) for name, i in sides.items()}
 

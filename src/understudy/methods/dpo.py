@@ -140,7 +140,7 @@ class DPO(Method):
         if self.loss_type == "kto":
             assert batch.reference is not None  # the data stage computed it
             ratio = values - batch.reference.to(values.dtype)
-            return {"kto": Term(self._kto(ratio, batch, live)), **monitors(values, batch)}
+            return {"kto": Term(self._kto(ratio, batch, live)), **monitors(values, batch.reference, batch)}
         row, *sides = self._pairs(batch)
         lengths = [batch.lengths[row, i] for i in sides]
         chosen, rejected = (values[row, i] for i in sides)
@@ -157,7 +157,7 @@ class DPO(Method):
         variant: Any = function.get(self.loss_type, preference.dpo)
         options = {} if self.loss_type not in SMOOTHED else {"label_smoothing": self._smoothing}
         loss = _by_list(variant(*ratios, beta=self._beta, **options), row, batch)
-        return {self.loss_type: Term(loss), **monitors(values, batch)}
+        return {self.loss_type: Term(loss), **monitors(values, batch.reference, batch)}
 
     def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
         """List, better and worse candidate of each pair."""

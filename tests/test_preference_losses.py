@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from golden_vectors import close, golden
 from understudy import InputError
 from understudy.losses import anchored, preference
+from understudy.losses._pairs import softplus
+from understudy.methods.adpo import ADPO
+from understudy.training import Live
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,7 @@ def test_golden_with_reference(g):
     agrees(g, "dpo", preference.dpo(*ratios, beta=beta), token)
     close(preference.dpo(*ratios, beta=beta), g["per_pair_dpo"], rtol=1e-9)
     agrees(g, "hinge", preference.hinge(*ratios, beta=beta), token)
+    close(preference.dpo(*ratios, beta=beta, label_smoothing=e), g["per_pair_cdpo"], rtol=1e-9)
     agrees(g, "cdpo", preference.dpo(*ratios, beta=beta, label_smoothing=e), token)
     agrees(g, "robust_dpo", preference.robust_dpo(*ratios, beta=beta, label_smoothing=e), token)
     agrees(g, "dpo_lengthnorm", preference.dpo(*means, beta=float(g["beta_simpo"])), token)
@@ -57,8 +61,11 @@ def test_golden_kto(g):
     zw, zl = preference.kto_kl(w - rw), preference.kto_kl(lo - rl)
     close(zw, g["kto_pair_kl_chosen"], rtol=1e-9)
     yes = torch.ones(len(w), dtype=torch.bool)
-    sides = [preference.kto(w - rw, yes, zl, **options), preference.kto(lo - rl, ~yes, zw, **options)]
-    agrees(g, "kto_paired", torch.cat(sides), token)
+    close(zl, g["kto_pair_kl_rejected"], rtol=1e-9)
+    beta = {"beta": options["beta"]}  # TRL's paired form has no weights
+    sides = torch.cat([preference.kto(w - rw, yes, zl, **beta), preference.kto(lo - rl, ~yes, zw, **beta)])
+    agrees(g, "kto_paired", sides, token)
+    close(sides, g["kto_pair_per_example"], rtol=1e-9)
     for case in ("", "_negkl", "_onlydesirable"):
         logp = g["kto_logp"].clone().requires_grad_()
         ours, theirs = g["kto_mismatch_logp"], g["kto_mismatch_ref_logp"]
@@ -84,6 +91,7 @@ def test_golden_without_reference(g):
     agrees(g, "simpo", simpo, token)
     agrees(g, "cpo_simpo", simpo + alpha * nll, token)
     agrees(g, "orpo", nll + float(g["beta_orpo"]) * orpo, token)
+    close((nll + float(g["beta_orpo"]) * orpo).mean(), g["loss_orpo_trl_float32"], rtol=1e-5)
 
 
 finite = st.lists(st.floats(-300, 300), min_size=3, max_size=3).map(lambda v: torch.tensor(v, dtype=torch.float64))
@@ -138,6 +146,7 @@ def test_extreme_margins_stay_finite():
         ),
         (lambda x: anchored.softmax_advantage(x[None] * math.nan, beta=1.0), "reward of list 0, candidate 0 is nan"),
         (lambda x: anchored.best(x[None], torch.zeros(1, 2)), "List 0 has no valid candidate"),
+        (lambda x: anchored.anchored_plackett_luce(x[None], x[None], strict=True), "List 0 has equal rewards"),
     ],
 )
 def test_bad_input(call, says):
@@ -152,12 +161,17 @@ def test_golden_lists():
     leaf = g["lw_logp"].clone().requires_grad_()
     q = anchored.softmax_advantage(g["lw_reward"], beta=beta, mask=mask)
     close(q, g["lw_q"], rtol=1e-9)
+    close(anchored._advantage(g["lw_reward"], mask).masked_fill(~mask, 0.0), g["lw_adv"], rtol=1e-9)
     values = anchored.anchored_cross_entropy(leaf, g["lw_ref_logp"], q, tau=tau, mask=mask)
     close(values, g["lw_ce"], rtol=1e-9)
     close(values.mean(), g["lw_loss"], rtol=1e-9)
+    if mask.all(1).any():  # the author's function knows no mask
+        close(values[mask.all(1)].mean(), g["lw_official_loss_fullrows"], rtol=1e-9)
     close(values + torch.special.xlogy(q, q).sum(-1), g["lw_kl"], rtol=1e-9, atol=1e-9)
     values.mean().backward()
     close(leaf.grad, g["lw_grad_logp"], rtol=1e-9)
+    p = q + tau * len(q) * leaf.grad  # the gradient of a list is (p̃ − q) / τ
+    close(p, g["lw_ptilde"], rtol=1e-9)
     leaf = g["pl_score"].clone().requires_grad_()
     nll = anchored.anchored_plackett_luce(leaf, g["pl_reward"])
     close(nll * (leaf.shape[1] - 1), g["pl_nll_per_list"], rtol=1e-9)
@@ -177,6 +191,7 @@ def test_golden_pairs_as_lists():
     q = torch.stack([p, 1 - p], 1)
     values = anchored.anchored_cross_entropy(torch.stack(leaves, 1), anchor, q, tau=float(g["tau_anc"]))
     close(values, g["pw_loss_per_pair"], rtol=1e-9, atol=1e-9)
+    close(values.mean(), g["pw_loss"], rtol=1e-9)
     values.mean().backward()
     close(leaves[0].grad, g["pw_grad_chosen"], rtol=1e-9)
     close(leaves[1].grad, g["pw_grad_rejected"], rtol=1e-9)
@@ -189,6 +204,7 @@ def test_golden_targets_and_anchors():
     reward, full = g["kde_reward"], torch.ones_like(g["kde_reward"], dtype=torch.bool)
     options = {"factor": float(g["kde_h_factor"]), "least": float(g["kde_h_min"]), "clip": float(g["kde_eps"])}
     close(anchored.kde_logits(reward, full, *options.values()), g["kde_logit"], rtol=1e-9)
+    close(anchored.kde_logits(reward, full, *options.values()).sigmoid(), g["kde_cdf"], rtol=1e-9)
     close(anchored.kde_rank(reward, beta=float(g["kde_beta"]), **options), g["kde_q"], rtol=1e-9)
     tau = float(g["tau_anc"])
     close(anchored.exact_teacher(g["tt_teacher_logp"][None], g["tt_ref_logp"][None], tau=tau)[0], g["tt_q"], rtol=1e-9)
@@ -206,6 +222,42 @@ def test_golden_targets_and_anchors():
     close(torch.autograd.functional.hessian(value, log_prob)[0, :, 0], g["opt_hessian"], rtol=1e-8)
 
 
+def moved(anchor, policy, method, step):
+    """The anchor's parameters after a step."""
+    sides = [torch.nn.Linear(1, len(anchor), bias=False, dtype=torch.float64) for _ in range(2)]
+    for side, values in zip(sides, (anchor, policy), strict=True):
+        side.weight.data = values[:, None].clone()
+    method.stepped(Live(companions={"anchor": sides[0]}, student=sides[1], step=step))
+    assert sides[1].weight.data[:, 0].equal(policy)
+    return sides[0].weight.data[:, 0]
+
+
+@pytest.mark.golden
+def test_golden_moving_anchor():
+    g = golden("02-adpo")
+    method = ADPO(anchor="ema", decay=float(g["ema_decay"]))
+    close(moved(g["ema_anchor"], g["ema_policy"], method, 1), g["ema_new_anchor"], rtol=1e-9)
+
+
+def test_limits_of_moving_anchors():
+    old, new = torch.arange(3.0).double(), torch.arange(3.0).double() + 0.1
+    assert moved(old, new, ADPO(anchor="ema", decay=1.0), 1).equal(old)  # fixed
+    for method in (ADPO(anchor="ema", decay=0.0), ADPO(anchor="dynamic", every=1)):
+        assert moved(old, new, method, 1).equal(new)
+    waits = ADPO(anchor="dynamic", every=3)
+    assert [moved(old, new, waits, step).equal(new) for step in (1, 2, 3, 4, 6)] == [False, False, True, False, True]
+
+
+def test_softplus_is_exact_where_that_of_torch_is_cut_off():
+    x = torch.tensor([-800.0, -40, -21, -1, 0, 1, 19, 20.5, 25, 36, 800], dtype=torch.float64, requires_grad=True)
+    value = softplus(x)
+    wanted = [max(v, 0.0) + math.log1p(math.exp(-abs(v))) for v in x.tolist()]
+    close(value, torch.tensor(wanted, dtype=torch.float64), rtol=1e-15, atol=0)
+    value.sum().backward()
+    close(x.grad, torch.sigmoid(x.detach()), rtol=1e-14, atol=0)
+    assert abs(float(torch.nn.functional.softplus(x.detach()[7])) - wanted[7]) > 1e-9
+
+
 def test_limits_of_lists():
     torch.manual_seed(0)
     x, ref = torch.randn(3, 5, dtype=torch.float64) * 40, torch.randn(3, 5, dtype=torch.float64) * 40
@@ -217,6 +269,9 @@ def test_limits_of_lists():
     close(anchored.anchored_cross_entropy(x[:1, :2], ref[:1, :2], first, tau=0.7), dpo, atol=1e-12)
     two = anchored.anchored_plackett_luce((x - ref)[:1, :2] / 0.7, torch.tensor([[1.0, 0.0]]))
     close(two, dpo, atol=1e-12)
+    tied = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]]).expand(3, 5)  # of equals the first goes first
+    told = torch.tensor([[3.0, 4.0, 2.0, 0.0, 1.0]]).expand(3, 5)
+    close(anchored.anchored_plackett_luce(x, tied), anchored.anchored_plackett_luce(x, told, strict=True), atol=1e-12)
     one = anchored.anchored_cross_entropy(x[:, :1], ref[:, :1], torch.ones(3, 1), tau=1.0)
     assert one.eq(0).all()
     poisoned, mask = x.clone(), torch.ones(3, 5).bool()

@@ -6,7 +6,7 @@ from understudy.data.folders import data_folder, find
 from understudy.data.graphs import GraphBatch, GraphSet, GraphSplits, collate_graph, load_graph
 from understudy.data.image_sources import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
-from understudy.data.lists import ListBatch, collate_lists, encode_lists
+from understudy.data.lists import ListBatch, collate_lists, encode_lists, mismatched
 from understudy.data.noise_sets import NoiseBatch, NoiseSet
 from understudy.data.preferences import load_preferences
 from understudy.data.text import TextSplits, load_text
@@ -40,6 +40,7 @@ __all__ = [
     "load_images",
     "load_preferences",
     "load_text",
+    "mismatched",
     "show_batch",
     "train_tokenizer",
 ]

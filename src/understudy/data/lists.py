@@ -15,6 +15,8 @@ from understudy.data.text import Record
 from understudy.data.tokenize import Counts, TextSet, collate_text, completion_tokens
 from understudy.errors import InputError
 
+STRAY = "stray/"
+
 
 @dataclass(kw_only=True)
 class ListBatch(WholeExamples, Batch):
@@ -40,7 +42,16 @@ class ListBatch(WholeExamples, Batch):
     @cached_property
     def tokens(self) -> Batch:
         """The sequences as a batch of token rows."""
-        return Batch(self.inputs, self.labels, torch.arange(len(self.labels), device=self.labels.device))
+        inputs = {k: v for k, v in self.inputs.items() if not k.startswith(STRAY)}
+        return Batch(inputs, self.labels, torch.arange(len(self.labels), device=self.labels.device))
+
+    @cached_property
+    def strays(self) -> ListBatch | None:
+        """Each prompt with a completion of another example (`mismatched`), as lists of one; `None` where there are none."""
+        values = {k.removeprefix(STRAY): v for k, v in self.inputs.items() if k.startswith(STRAY)}
+        found = Batch.from_dict(values) if values else None
+        assert found is None or isinstance(found, ListBatch)
+        return found
 
     @cached_property
     def candidates(self) -> Tensor:
@@ -119,16 +130,54 @@ def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any
     padded = collate_text([{"input_ids": i, "labels": t, "id": 0, "bytes": 0} for i, t in flat], pad_id)
     sizes = [len(item["sequences"]) for item in items]
     shape = (len(items), max(sizes))
-    slots, scores = torch.full(shape, -1), torch.zeros(shape)
+    slots, scores = torch.full(shape, -1), torch.zeros(shape, dtype=torch.float64)
     known = [c for c in ("reference", "taught") if all(item.get(c) is not None for item in items)]
     columns = {c: torch.zeros(shape, dtype=torch.float64) for c in known}
     start = 0
     for row, (item, size) in enumerate(zip(items, sizes, strict=True)):
         slots[row, :size] = torch.arange(start, start + size)
-        scores[row, :size] = torch.tensor(item["scores"])
+        scores[row, :size] = torch.tensor(item["scores"], dtype=torch.float64)
         for column, values in columns.items():
             values[row, :size] = torch.tensor(item[column], dtype=torch.float64)
         start += size
     text = {k: padded[k] for k in ("input_ids", "attention_mask", "labels")}
     ids = torch.tensor([item["id"] for item in items])
-    return {**text, "ids": ids, "slots": slots, "scores": scores, **columns}
+    strays = [item["stray"] for item in items if "stray" in item]
+    others = collate_lists(strays, pad_id) if len(strays) == len(items) else {}
+    return {
+        **text,
+        "ids": ids,
+        "slots": slots,
+        "scores": scores,
+        **columns,
+        **{STRAY + k: v for k, v in others.items()},
+    }
+
+
+def mismatched(examples: TextSet) -> TextSet:
+    """The prompt of each example with the completion of an earlier one that answers another prompt, if there is any.
+
+    Args:
+        examples: lists of one candidate. The nearest earlier one is taken, and of the first ones the last.
+
+    A prompt loses tokens at its start where the new completion would make the longest sequence longer.
+    """
+
+    halves = []
+    for row in examples.rows:
+        ids, labels = row["sequences"][0]
+        start = int((labels != IGNORE).nonzero()[0, 0])
+        halves.append((ids[:start], ids[start:], labels[start:]))
+    keys, number = [prompt.numpy().tobytes() for prompt, *_ in halves], len(halves)
+    partner = [i - 1 for i in range(number)]
+    for i in [*range(number), *range(number)]:  # twice, as the first ones look back to the last
+        if keys[i] == keys[i - 1]:
+            partner[i] = partner[i - 1]
+    longest = max((len(row["sequences"][0][0]) for row in examples.rows), default=0)
+    rows = []
+    for i, (prompt, *_) in enumerate(halves):
+        _, said, labels = halves[partner[i]]
+        asked = prompt[max(0, len(prompt) + len(said) - longest) :]
+        both = torch.cat([asked, said]), torch.cat([torch.full_like(asked, IGNORE), labels])
+        rows.append({"id": examples.rows[i]["id"], "scores": [0.0], "sequences": [both]})
+    return TextSet(rows)

@@ -3,7 +3,7 @@
 | columns | becomes |
 |---|---|
 | `prompt`, `chosen`, `rejected` (text or messages) | two candidates with scores 1 and 0 |
-| `chosen`, `rejected` (messages) | the same; the shared beginning is the prompt |
+| `chosen`, `rejected` (text or messages) | the same; the shared beginning is the prompt |
 | `prompt`, `completions`, `scores` | as many candidates, of any number |
 | `prompt`, `completion`, `label` | one candidate with score 1 or 0 (unpaired) |
 
@@ -18,7 +18,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from understudy.data.text import Record, TextSplits, read_source, split_off, stdlib
+from understudy.data.text import Record, TextSplits, read_source, shared_length, split_off, stdlib
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "limit", "characters", "candidates"}
@@ -50,9 +50,13 @@ def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
         kept = [x for x in (candidates(name, split, i, r) for i, r in enumerate(records)) if x is not None]
         if len(kept) < len(records):
             notes.append(
-                f"{name}, {split}: {len(records) - len(kept)} records whose candidates are all alike were left out."
+                f"{name}, {split}: {len(records) - len(kept)} records were left out: without a prompt column, nothing "
+                "tells where the prompt of two equal texts ends."
             )
         splits[split] = kept
+        alike = sum(len(r["completions"]) > 1 and all(c == r["completions"][0] for c in r["completions"]) for r in kept)
+        if alike:
+            notes.append(f"{name}, {split}: {alike} records have candidates that are all alike: they teach no order.")
     split_off(name, splits, notes)
     limit = spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -65,45 +69,67 @@ def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
 
 
 def candidates(name: str, split: str, index: int, record: Record) -> Record | None:
-    """One record in the common form; `None` if its candidates are all the same text."""
+    """One record in the common form; `None` for two equal texts without a prompt column."""
     where = f"{name}, {split} record {index}"
     wanted = next((f for f in FORMATS if f <= record.keys()), None)
     if wanted is None:
         accepted = "; ".join(" + ".join(sorted(f)) for f in FORMATS)
         raise InputError(f"{where} has columns {', '.join(sorted(record))}; expected one of: {accepted}.")
     if "chosen" in wanted:
+        if "prompt" not in record and isinstance(record["chosen"], str) and record["chosen"] == record["rejected"]:
+            return None
         prompt, said = _pair(where, record)
         scores = [1.0, 0.0]
     elif "label" in wanted:
         prompt, said = record["prompt"], [record["completion"]]
         scores = [_number(where, "label", record["label"])]
+        if scores[0] not in (0.0, 1.0):
+            raise InputError(f"{where}: label is {record['label']!r} and must be true or false (1 or 0).")
     else:
         prompt, said = record["prompt"], list(record["completions"])
         scores = [_number(where, "scores", s) for s in record["scores"]]
     if len(said) != len(scores) or not said:
         raise InputError(f"{where} has {len(said)} completions and {len(scores)} scores: give one score for each.")
+    _readable(where, "the prompt", prompt)
     for text in said:
-        if not isinstance(text, (str, list)) or not text:
-            raise InputError(
-                f"{where}: a completion is {'empty' if not text else type(text).__name__}, not text or messages."
-            )
-    if len(said) > 1 and all(s == said[0] for s in said):
-        return None
+        if not text:
+            raise InputError(f"{where}: a completion is empty, not text or messages. Leave the record out.")
+        _readable(where, "a completion", text)
     out: Record = {"prompt": prompt, "completions": said, "scores": scores}
     if record.get("log_probs") is not None:
         out["log_probs"] = [_number(where, "log_probs", v) for v in record["log_probs"]]
     return out
 
 
+def _readable(where: str, what: str, text: Any) -> None:
+    """Refuse what is neither text nor messages with role and content."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, list):
+        raise InputError(f"{where}: {what} is {type(text).__name__}, not text or messages.")
+    for message in text:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise InputError(f"{where}: {what} holds {str(message)[:60]!r}, not a message with role and content.")
+
+
 def _pair(where: str, record: Record) -> tuple[Any, list[Any]]:
+    """Prompt and both candidates; without a prompt column what both begin with is the prompt, as in TRL: whole messages,
+    or characters up to the space before the first that differs. A prompt column that only repeats the first message of
+    both is none."""
     chosen, rejected = record["chosen"], record["rejected"]
-    if "prompt" in record:
+    asked = [{"role": "user", "content": record.get("prompt")}]
+    if "prompt" in record and not (isinstance(chosen, list) and chosen[:1] == rejected[:1] == asked):
         return record["prompt"], [chosen, rejected]
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise InputError(f"{where} has no prompt, and chosen and rejected are not messages: add a prompt column.")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise InputError(
+            f"{where} has no prompt; chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}: give both "
+            "as text or both as messages, or add a prompt column."
+        )
+    shared = shared_length(chosen, rejected)
+    if chosen == rejected and isinstance(chosen, list):
+        shared = max(0, shared - 1)  # the last turn is the answer, the same twice
+    if isinstance(chosen, str) and chosen[:shared].endswith(" "):
+        shared -= 1
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 

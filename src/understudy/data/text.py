@@ -7,7 +7,7 @@ import json
 import sysconfig
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,16 @@ def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> N
     for split in ("train", "validation", "test"):
         if not splits[split]:
             raise InputError(f"{name}: the {split} split is empty. Give more records (at least ten without splits).")
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters (or messages) both begin with."""
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
 
 
 def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -> dict[str, list[Record]]:

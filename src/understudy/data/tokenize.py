@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from understudy.data.batch import IGNORE, Batch
-from understudy.data.text import Record
+from understudy.data.text import Record, shared_length
 from understudy.errors import InputError
 
 
@@ -181,7 +182,7 @@ def completion_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokeniz
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return _conversation(asked + said, tokenizer)
+        return _conversation(asked + said, tokenizer, len(asked))
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     first, second = bos + _ids(tokenizer, prompt), _ids(tokenizer, completion)
@@ -191,24 +192,63 @@ def completion_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokeniz
     return first + second, [IGNORE] * len(first) + second
 
 
-def _conversation(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Render through the chat template; assistant turns are what a longer prefix adds after its generation prompt."""
+def _conversation(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, first: int = 0
+) -> tuple[list[int], list[int]]:
+    """Render through the chat template; trained on are the assistant's turns from message `first` on, each with what the
+    template ends it with, and without the generation prompt."""
     if not tokenizer.chat_template:
         raise InputError(
             "The data holds messages and the tokenizer has no chat template. Use a tokenizer with one "
             "(data.tokenizer=...), or prompt + completion columns."
         )
-    render = lambda part, ask: tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask)  # noqa: E731
+
+    def render(part: list[dict[str, Any]], ask: bool) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask))
+        except TemplateError as error:
+            if not part:  # many templates look at the first message
+                return ""
+            roles = ", ".join(str(m.get("role")) for m in part)
+            raise InputError(
+                f"The tokenizer's chat template refuses a conversation of {roles}: {str(error).splitlines()[0]} Mend the "
+                "messages, or choose another template (data.tokenizer)."
+            ) from error
+
     text = render(messages, False)
-    trained: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message.get("role") == "assistant":
-            start, end = len(render(messages[:i], True)), len(render(messages[: i + 1], False))
-            trained.append((start, end))
+    trained = [
+        _turn(text, render(messages[:i], True), render(messages[: i + 1], False), str(message.get("content") or ""), i)
+        for i, message in enumerate(messages)
+        if i >= first and message.get("role") == "assistant"
+    ]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     inside = [any(a <= s and e <= b and e > s for a, b in trained) for s, e in encoded["offset_mapping"]]
     return ids, [t if keep else IGNORE for t, keep in zip(ids, inside, strict=True)]
+
+
+def _turn(text: str, before: str, after: str, content: str, number: int) -> tuple[int, int]:
+    """Where an assistant's turn begins and ends in a rendered conversation.
+
+    Args:
+        before: the messages before it, with the generation prompt. after: those up to it. number: of the message.
+
+    Some templates write the last turn otherwise than earlier ones (an empty thought, for example), so that `after` need
+    not be a beginning of `text`; the turn is then found by its content, and ends as it does in `after`.
+    """
+    start = shared_length(text, before)
+    if text.startswith(after):
+        return start, len(after)
+    content = content.strip()
+    own, found = after.rfind(content), text.find(content, start)
+    if not content or own < 0 or found < 0:
+        raise InputError(
+            f"The chat template changes message {number} ({content[:40]!r}) when others follow, so its tokens cannot be "
+            "told from the rest. Use a template without such changes (data.tokenizer), or prompt + completion columns."
+        )
+    ending = after[own + len(content) :]
+    end = found + len(content)
+    return start, end + shared_length(text[end:], ending)
 
 
 def collate_text(

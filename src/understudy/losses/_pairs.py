@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
@@ -36,6 +37,11 @@ def need_dense(loss: str, target: Target | Tensor, classes: int | None = None) -
 def full(x: Tensor) -> Tensor:
     """At least float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ), exact everywhere: torch's own returns x from 20 on, which is wrong by 2e−9 there, also its gradient."""
+    return -F.logsigmoid(-x)
 
 
 def check_temperature(loss: str, temperature: float) -> None:

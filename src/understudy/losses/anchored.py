@@ -139,18 +139,27 @@ def anchored_plackett_luce(
     top: int | None = None,
     label_smoothing: float = 0.0,
     poly: float = 0.0,
+    strict: bool = False,
 ) -> Tensor:
     """−Σ_k log of the k-th best among the rest, by anchored scores, over the first `top` positions (all but the last).
 
     Args:
         score: (log π − log π_ref) / τ. reward: gives the order; ties keep the lower index first.
         label_smoothing: share of (log Z_k − mean score of the rest). poly: weight of 1 − exp(−nll), nll at most 20.
+        strict: refuse equal rewards.
 
     Returns `[lists]`, the *mean* over positions, 0 for one candidate. Source: ADPO, list-wise variant, official code.
     """
     mask = _rewards(reward, mask)
     order = reward.masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     ranked, valid = score.masked_fill(~mask, 0.0).gather(-1, order), mask.gather(-1, order)
+    if strict:
+        placed = reward.gather(-1, order)
+        tied = ((placed[..., 1:] == placed[..., :-1]) & valid[..., 1:]).any(-1).nonzero()
+        if len(tied):
+            raise InputError(
+                f"List {int(tied[0, 0])} has equal rewards, and strict asks for an order: leave strict out."
+            )
     held = ranked.masked_fill(~valid, -math.inf)
     log_z = held.flip(-1).logcumsumexp(-1).flip(-1)
     rest = valid.flip(-1).cumsum(-1).flip(-1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import checked, full, log_softmax
+from understudy.losses._pairs import checked, full, log_softmax, softplus
 
 
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if y.numel() and not ((y >= 0) & (y <= 1)).all():
         raise InputError(f"binary_cross_entropy: target {float(y[~((y >= 0) & (y <= 1))][0])} is outside 0 … 1.")
     v = full(logits)
-    return y * F.softplus(-v) + (1 - y) * F.softplus(v)
+    return y * softplus(-v) + (1 - y) * softplus(v)
 
 
 def check_labels(loss: str, labels: Tensor, classes: int) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import check_temperature, checked, full, need_dense
+from understudy.losses._pairs import check_temperature, checked, full, need_dense, softplus
 from understudy.targets import Target
 
 
@@ -24,8 +23,8 @@ def binary_kl(student: Tensor, target: Target | Tensor, *, temperature: float = 
     teacher = _finite("binary_kl", target, student) / temperature
     v = full(student) / temperature
     p = torch.sigmoid(teacher)
-    cross = p * F.softplus(-v) + (1 - p) * F.softplus(v)
-    own = p * F.softplus(-teacher) + (1 - p) * F.softplus(teacher)
+    cross = p * softplus(-v) + (1 - p) * softplus(v)
+    own = p * softplus(-teacher) + (1 - p) * softplus(teacher)
     return checked("binary_kl", temperature**2 * (cross - own).sum(-1), student, target)
 
 
@@ -38,7 +37,7 @@ def binary_kl_norm(student: Tensor, target: Target | Tensor, *, temperature: flo
     check_temperature("binary_kl_norm", temperature)
     teacher = _finite("binary_kl_norm", target, student)
     x = ((full(student) - teacher) / (2 * temperature)).abs()
-    log_cosh = x + F.softplus(-2 * x) - math.log(2)
+    log_cosh = x + softplus(-2 * x) - math.log(2)
     return checked("binary_kl_norm", temperature**2 * log_cosh.sum(-1), student, target)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import full
+from understudy.losses._pairs import full, softplus
 
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -105,7 +105,7 @@ def pointwise_mse(s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor) ->
 def ranknet(s_pos: Tensor, s_neg: Tensor) -> Tensor:
     """−log σ(s⁺ − s⁻), from labels alone. Source: Burges et al. 2005, Eq. 3 with a target of 1. `[rows]`, or any shape."""
     s_pos, s_neg = _same("ranknet", s_pos=s_pos, s_neg=s_neg)
-    return F.softplus(-(s_pos - s_neg))
+    return softplus(-(s_pos - s_neg))
 
 
 def weighted_ranknet(s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor, *, clamp: bool = False) -> Tensor:
@@ -118,7 +118,7 @@ def weighted_ranknet(s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor,
     """
     s_pos, s_neg, t_pos, t_neg = _same("weighted_ranknet", s_pos=s_pos, s_neg=s_neg, t_pos=t_pos, t_neg=t_neg)
     margin = t_pos - t_neg
-    return (margin.clamp(min=0) if clamp else margin) * F.softplus(-(s_pos - s_neg))
+    return (margin.clamp(min=0) if clamp else margin) * softplus(-(s_pos - s_neg))
 
 
 def ordered_pairs(labels: Tensor, mask: Tensor) -> Tensor:

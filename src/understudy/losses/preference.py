@@ -8,13 +8,13 @@ probability is −inf or nan is an `InputError` that names it. Everything is wri
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import softplus
 
 
 def dpo(
@@ -33,7 +33,7 @@ def dpo(
     """
     smoothing("dpo", label_smoothing)
     h = beta * margin("dpo", chosen, rejected, chosen_ref, rejected_ref, beta)
-    return (1 - label_smoothing) * F.softplus(-h) + label_smoothing * F.softplus(h)
+    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
 
 
 def robust_dpo(
@@ -52,7 +52,7 @@ def robust_dpo(
     smoothing("robust_dpo", label_smoothing)
     e = label_smoothing
     h = beta * margin("robust_dpo", chosen, rejected, chosen_ref, rejected_ref, beta)
-    return ((1 - e) * F.softplus(-h) - e * F.softplus(h)) / (1 - 2 * e)
+    return ((1 - e) * softplus(-h) - e * softplus(h)) / (1 - 2 * e)
 
 
 def hinge(chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1) -> Tensor:
@@ -90,7 +90,7 @@ def kto(
     positive("kto", beta)
     difference = beta * (log_ratio - kl.detach())
     values = torch.sigmoid(torch.where(desirable, -difference, difference))
-    return values * torch.where(desirable, desirable_weight, undesirable_weight).to(values.dtype)
+    return torch.where(desirable, desirable_weight * values, undesirable_weight * values)
 
 
 def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024); add the NLL of `chosen` beside it."""
     positive("cpo", beta)
     finite("cpo", chosen, rejected)
-    return F.softplus(-beta * (chosen - rejected))
+    return softplus(-beta * (chosen - rejected))
 
 
 def simpo(
@@ -120,7 +120,7 @@ def simpo(
     positive("simpo", beta)
     finite("simpo", chosen, rejected)
     means = per_token(chosen, chosen_tokens) - per_token(rejected, rejected_tokens)
-    return F.softplus(-(beta * means - gamma))
+    return softplus(-(beta * means - gamma))
 
 
 def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected_tokens: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected
     """
     finite("odds_ratio", chosen, rejected)
     a, b = (per_token(x, n).clamp(max=-1e-7) for x, n in ((chosen, chosen_tokens), (rejected, rejected_tokens)))
-    return F.softplus(-((a - b) - (_log1mexp(a) - _log1mexp(b))))
+    return softplus(-((a - b) - (_log1mexp(a) - _log1mexp(b))))
 
 
 def per_token(log_prob: Tensor, tokens: Tensor) -> Tensor:
@@ -180,6 +180,3 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(
         small, torch.log1p(-x.masked_fill(~small, -1.0).exp()), torch.log(-torch.expm1(x.masked_fill(small, -0.5)))
     )
-
-
-Length = Literal["sum", "mean"]

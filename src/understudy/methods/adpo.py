@@ -10,6 +10,7 @@ Target, anchor and loss are three choices. Supervised training, distillation, DP
 from __future__ import annotations
 
 import copy
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +23,8 @@ from understudy.losses import anchored
 from understudy.models import RowModel, Rows
 from understudy.teachers.stored import ScoreStore, score_lists
 from understudy.training import Live, Method, Stage, Term
+
+SAYS = {"reference": "reference", "taught": "teacher"}
 
 
 class ADPO(Method):
@@ -42,8 +45,12 @@ class ADPO(Method):
     }
 
     target: Literal[
-        "softmax_advantage", "bradley_terry", "kde_rank", "best", "teacher", "exact_teacher", "plackett_luce"
-    ] = Field("softmax_advantage", description="What to learn from: scores, ranks, or a teacher's log-probs.")
+        "softmax_advantage", "bradley_terry", "kde_rank", "best", "given", "teacher", "exact_teacher", "plackett_luce"
+    ] = Field(
+        "softmax_advantage",
+        description="What to learn from: scores, ranks, a teacher's log-probs; given: the scores are the distribution "
+        "(soft labels).",
+    )
     anchor: Literal["fixed", "uniform", "dynamic", "ema", "recorded", "teacher"] = Field(
         "fixed",
         description="fixed: the student at its start; uniform: none; dynamic: a copy renewed every `every` steps; ema: a "
@@ -60,6 +67,7 @@ class ADPO(Method):
     top: int | None = Field(None, ge=1, description="Positions of `plackett_luce`; all if not given.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of `plackett_luce`.")
     poly: float = Field(0.0, ge=0, description="Weight of the polynomial term of `plackett_luce`.")
+    strict: bool = Field(False, description="Refuse equal scores under `plackett_luce`; else the first goes first.")
 
     @property
     def _from_teacher(self) -> bool:
@@ -73,6 +81,7 @@ class ADPO(Method):
             raise InputError(
                 f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
             )
+        self._check(work)
         scorers = {"reference": work.student} if self.anchor == "fixed" else {}
         if work.teacher is not None and self.anchor == "teacher":
             scorers["reference"] = work.teacher
@@ -83,11 +92,34 @@ class ADPO(Method):
             recorded(work)
         return {}
 
+    def _check(self, work: Stage) -> None:
+        """What the data must be like for this target."""
+        if all(len(row["scores"]) < 2 for row in work.splits["train"].rows):
+            raise InputError(
+                "adpo: every training example has one candidate, so there is nothing to prefer. Give lists or pairs; for "
+                "single labelled answers there is dpo with loss_type=kto."
+            )
+        for split, examples in work.splits.items():
+            for row in examples.rows:
+                scores, where = row["scores"], f"{split} example {row['id']}"
+                if self.target == "bradley_terry" and len(scores) != 2:
+                    raise InputError(
+                        f"adpo: target='bradley_terry' is for pairs and {where} has {len(scores)} candidates. Choose "
+                        "softmax_advantage."
+                    )
+                if self.target == "given" and (min(scores) < 0 or abs(sum(scores) - 1) > 1e-6):
+                    raise InputError(
+                        f"adpo: target='given' takes scores as probabilities and those of {where} are {scores}: they must be "
+                        "≥ 0 and sum to 1. For rewards choose softmax_advantage."
+                    )
+
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert isinstance(batch, ListBatch)
-        ours = self._scale(student.signal.values, batch)
-        anchor = self._scale(self._anchor(ours, batch, live), batch)
+        ours = self._scale(finite(student.signal.values, batch), batch)
+        reference = self._anchor(ours, batch, live)
+        anchor = self._scale(reference, batch)
         started_at_zero(self.anchor == "fixed", student.signal.values, batch, live)
+        kl = {}
         if self.target == "plackett_luce":
             values = anchored.anchored_plackett_luce(
                 (ours - anchor) / self.tau,
@@ -96,11 +128,13 @@ class ADPO(Method):
                 top=self.top,
                 label_smoothing=self.label_smoothing,
                 poly=self.poly,
+                strict=self.strict,
             )
         else:
             q = self._target(anchor, batch).to(ours.dtype)
             values = anchored.anchored_cross_entropy(ours, anchor, q, tau=self.tau, mask=batch.candidates)
-        return {"adpo": Term(values), **monitors(student.signal.values, batch)}
+            kl = {"kl": Term(values.detach() + torch.special.xlogy(q, q).sum(-1), 0.0)}
+        return {"adpo": Term(values), **kl, **monitors(student.signal.values, reference, batch)}
 
     def _scale(self, log_probs: Tensor, batch: ListBatch) -> Tensor:
         return log_probs / batch.lengths.clamp(min=1) if self.length == "mean" else log_probs
@@ -128,10 +162,8 @@ class ADPO(Method):
             return anchored.kde_rank(scores, beta=self.beta_reward, mask=mask)
         if self.target == "softmax_advantage":
             return anchored.softmax_advantage(scores, beta=self.beta_reward, mask=mask)
-        if scores.shape[1] != 2 or not bool(mask.all()):
-            raise InputError(
-                "target='bradley_terry' is for pairs; choose softmax_advantage for lists of other lengths."
-            )
+        if self.target == "given":
+            return scores / scores.sum(1, keepdim=True)
         p = anchored.bradley_terry(scores[:, 0], scores[:, 1], beta=self.beta_reward)
         return torch.stack([p, 1 - p], 1)
 
@@ -149,8 +181,15 @@ def attach(work: Stage, scorers: dict[str, RowModel]) -> None:
     """Compute what each model says of every candidate, once, into the column of its name."""
     for column, model in scorers.items():
         store = ScoreStore(work.store / "scores")
-        for examples in work.splits.values():
+        for split, examples in work.splits.items():
             score_lists(model, examples, work.collate, store, column=column)
+            for row in examples.rows:
+                for i, value in enumerate(row[column]):
+                    if not math.isfinite(value):
+                        raise InputError(
+                            f"The {SAYS[column]} gives candidate {i} of {split} example {row['id']} the log-probability "
+                            f"{value}, and it must be finite. Load the model in float32, or leave the example out."
+                        )
 
 
 def recorded(work: Stage) -> None:
@@ -164,13 +203,24 @@ def recorded(work: Stage) -> None:
             row["reference"] = row["log_probs"]
 
 
-def monitors(log_probs: Tensor, batch: ListBatch) -> dict[str, Term]:
+def monitors(log_probs: Tensor, reference: Tensor, batch: ListBatch) -> dict[str, Term]:
     """Log-ratios of the best and worst candidates, logged but not trained: both falling is a collapse on its way."""
-    if batch.reference is None:
-        return {}
-    ratio = (log_probs - batch.reference).detach()
+    ratio = (log_probs - reference).detach()
     sides = {"best_log_ratio": batch.best, "worst_log_ratio": batch.worst}
     return {name: Term(ratio.gather(1, i[:, None])[:, 0], 0.0) for name, i in sides.items()}
+
+
+def finite(log_probs: Tensor, batch: ListBatch) -> Tensor:
+    """The student's log-probabilities; one that is −inf or nan is named by its example."""
+    wrong = (~log_probs.detach().isfinite() & batch.candidates).nonzero()
+    if len(wrong):
+        row, i = wrong[0].tolist()
+        raise InputError(
+            f"The student gives candidate {i} of example {int(batch.ids[row])} the log-probability "
+            f"{float(log_probs[row, i].detach())}, and it must be finite. Look at that example, lower the learning rate, or "
+            "train in float32."
+        )
+    return log_probs
 
 
 def started_at_zero(own: bool, log_probs: Tensor, batch: ListBatch, live: Live) -> None:

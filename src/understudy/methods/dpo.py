@@ -8,24 +8,36 @@ One method, `loss` chooses the variant. With h = β (log-ratio of the better −
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from understudy.data import Batch, ListBatch
+from understudy.data import Batch, ListBatch, mismatched
 from understudy.data.noise import uniform
 from understudy.errors import InputError
 from understudy.losses import preference
-from understudy.methods.adpo import attach, monitors, recorded, started_at_zero
+from understudy.methods.adpo import attach, finite, monitors, recorded, started_at_zero
 from understudy.models import Rows
 from understudy.training import Live, Method, Stage, Term
 
 WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo"})
 WITH_NLL = frozenset({"cpo", "cpo_simpo", "orpo"})
 SMOOTHED = frozenset({"cdpo", "robust"})
+USED_BY = {
+    "label_smoothing": SMOOTHED,
+    "gamma": frozenset({"simpo", "cpo_simpo"}),
+    "nll_weight": WITH_NLL,
+    "desirable_weight": frozenset({"kto"}),
+    "undesirable_weight": frozenset({"kto"}),
+    "length": frozenset({"dpo", "cdpo", "robust", "hinge", "ipo"}),
+}
+"""Options that some variants alone read."""
 BETA = {"simpo": 2.0, "cpo_simpo": 2.0}
+log = logging.getLogger(__name__)
 
 
 class DPO(Method):
@@ -35,13 +47,17 @@ class DPO(Method):
     paper = 39
     needs = frozenset()
     kinds = frozenset({"preference"})
-    cost = "two student forwards and backwards a pair; the reference costs two forwards a pair, once and stored"
+    cost = (
+        "two student forwards and backwards a pair; the reference costs two forwards a pair, once and stored; kto on single "
+        "answers: one more forward of both"
+    )
     page: ClassVar[dict[str, str]] = {
         "when": "Pairs of better and worse completions. KTO and CPO need no supervised start, DPO and IPO do.",
         "not": "With graded lists or noisy scores see `adpo`. SimPO, CPO and ORPO have no anchor to hold them.",
         "deviations": "The NLL of CPO and ORPO covers completion tokens (TRL's ORPO adds the prompt). IPO takes means a "
-        "token unless `length=sum`. KTO's KL couples the examples of a micro-batch: it is the mean log-ratio of the other "
-        "side (pairs), gets no gradient, and so depends on how a batch is cut.",
+        "token unless `length=sum`. KTO's KL couples the examples of a micro-batch, which is the group: it depends on how a "
+        "batch is cut, and gets no gradient. In pairs it is the mean log-ratio of the other side; for single answers that "
+        "of each prompt with the answer of another example, chosen once for the whole set.",
     }
 
     loss_type: Literal["dpo", "cdpo", "robust", "hinge", "ipo", "kto", "cpo", "simpo", "cpo_simpo", "orpo"] = Field(
@@ -66,21 +82,37 @@ class DPO(Method):
     )
 
     @model_validator(mode="after")
-    def _smoothing_is_used(self) -> Self:
-        if self.label_smoothing is not None and self.loss_type not in SMOOTHED:
-            raise ValueError(f"label_smoothing has no effect on {self.loss_type}; it belongs to cdpo and robust")
+    def _options_have_effect(self) -> Self:
+        for name, variants in USED_BY.items():
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.loss_type not in variants:
+                raise ValueError(
+                    f"{name} has no effect on {self.loss_type}; it belongs to {', '.join(sorted(variants))}"
+                )
         return self
 
     @property
     def _beta(self) -> float:
         return self.beta if self.beta is not None else BETA.get(self.loss_type, 0.1)
 
+    @property
+    def _smoothing(self) -> float:
+        return 0.1 if self.label_smoothing is None else self.label_smoothing
+
     def stage(self, work: Stage) -> dict[str, Tensor]:
-        if self.loss_type != "kto":
+        unpaired = self.loss_type == "kto" and _unpaired(work)
+        if not unpaired:
             _need_order(work)
         if self.loss_type in WITHOUT_REFERENCE:
+            if self.reference != "start":
+                log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
             return {}
         if self.reference == "recorded":
+            if unpaired:
+                raise InputError(
+                    "dpo: kto on single answers also asks the reference about prompts with other answers, which recorded "
+                    "log_probs do not hold. Set options.reference to start or teacher."
+                )
             recorded(work)
             return {}
         if self.reference == "teacher" and work.teacher is None:
@@ -88,6 +120,11 @@ class DPO(Method):
         scorer = work.teacher if self.reference == "teacher" else work.student
         assert scorer is not None
         attach(work, {"reference": scorer})
+        if unpaired:
+            train, strays = work.splits["train"], mismatched(work.splits["train"])
+            attach(replace(work, splits={"mismatched": strays}), {"reference": scorer})
+            for row, stray in zip(train.rows, strays.rows, strict=True):
+                row["stray"] = stray
         return {}
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -98,11 +135,12 @@ class DPO(Method):
 
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert isinstance(batch, ListBatch)
-        values: Tensor = student.signal.values
+        values = finite(student.signal.values, batch)
         started_at_zero(self.reference == "start", values, batch, live)
         if self.loss_type == "kto":
             assert batch.reference is not None  # the data stage computed it
-            return {"kto": Term(self._kto(values - batch.reference.to(values.dtype), batch)), **monitors(values, batch)}
+            ratio = values - batch.reference.to(values.dtype)
+            return {"kto": Term(self._kto(ratio, batch, live)), **monitors(values, batch.reference, batch)}
         row, *sides = self._pairs(batch)
         lengths = [batch.lengths[row, i] for i in sides]
         chosen, rejected = (values[row, i] for i in sides)
@@ -117,9 +155,9 @@ class DPO(Method):
             ratios = [preference.per_token(x, n) for x, n in zip(ratios, lengths * 2, strict=True)]
         function = {"robust": preference.robust_dpo, "hinge": preference.hinge, "ipo": preference.ipo}
         variant: Any = function.get(self.loss_type, preference.dpo)
-        options = {} if self.loss_type not in SMOOTHED else {"label_smoothing": self.label_smoothing or 0.1}
+        options = {} if self.loss_type not in SMOOTHED else {"label_smoothing": self._smoothing}
         loss = _by_list(variant(*ratios, beta=self._beta, **options), row, batch)
-        return {self.loss_type: Term(loss), **monitors(values, batch)}
+        return {self.loss_type: Term(loss), **monitors(values, batch.reference, batch)}
 
     def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
         """List, better and worse candidate of each pair."""
@@ -142,23 +180,51 @@ class DPO(Method):
             return {"cpo": Term(preference.cpo(chosen, rejected, beta=self._beta))}
         return {"simpo": Term(preference.simpo(chosen, rejected, nw, nl, beta=self._beta, gamma=self.gamma))}
 
-    def _kto(self, ratio: Tensor, batch: ListBatch) -> Tensor:
-        """Mean over the list's candidates, each judged against the KL of those on the other side."""
-        top = batch.scores > batch.scores.masked_fill(~batch.candidates, 0.0).sum(1, keepdim=True) / (
-            batch.candidates.sum(1, keepdim=True)
-        )
-        good = torch.where(batch.candidates.sum(1, keepdim=True) > 1, top, batch.scores > 0.5) & batch.candidates
-        bad = ~good & batch.candidates
-        kl = torch.where(good, preference.kto_kl(ratio[bad]), preference.kto_kl(ratio[good]))
+    def _kto(self, ratio: Tensor, batch: ListBatch, live: Live) -> Tensor:
+        """Mean over the list's candidates. In pairs each is judged against the KL of those on the other side; single
+        answers against the KL of prompts with the answers of others."""
+        single = batch.slots.shape[1] == 1
+        middle = ratio.new_full((1, 1), 0.5) if single else _mean(batch.scores, batch)
+        good, bad = ((side & batch.candidates) for side in (batch.scores > middle, batch.scores <= middle))
+        if single:
+            kl = _stray_kl(batch, live).expand_as(ratio)
+        else:
+            kl = torch.where(good, preference.kto_kl(ratio[bad]), preference.kto_kl(ratio[good]))
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
-        values = preference.kto(ratio, good, kl, beta=self._beta, **weights).masked_fill(~batch.candidates, 0.0)
-        return values.sum(1) / batch.candidates.sum(1)
+        return _mean(preference.kto(ratio, good, kl, beta=self._beta, **weights), batch)[:, 0]
+
+
+def _mean(values: Tensor, batch: ListBatch) -> Tensor:
+    """The mean over each list's candidates, `[lists, 1]`."""
+    return values.masked_fill(~batch.candidates, 0.0).sum(1, keepdim=True) / batch.candidates.sum(1, keepdim=True)
+
+
+def _stray_kl(batch: ListBatch, live: Live) -> Tensor:
+    """KTO's z of a micro-batch: the log-ratios of its prompts with the answers of other examples. No gradient."""
+    strays = batch.strays
+    assert strays is not None and strays.reference is not None and live.student is not None  # the data stage made them
+    with torch.no_grad():
+        said = finite(live.student(strays).signal.values, strays)
+    return preference.kto_kl(said - strays.reference.to(said.dtype))
 
 
 def _by_list(values: Tensor, row: Tensor, batch: ListBatch) -> Tensor:
     """The mean over each list's pairs, `[lists]`."""
     number = torch.bincount(row, minlength=batch.rows).clamp(min=1)
     return values.new_zeros(batch.rows).index_add(0, row, values) / number
+
+
+def _unpaired(work: Stage) -> bool:
+    """Whether the data are single answers; lists beside them are refused."""
+    rows = [(split, row) for split, examples in work.splits.items() for row in examples.rows]
+    lists = [(split, row) for split, row in rows if len(row["scores"]) > 1]
+    if lists and len(lists) < len(rows):
+        (split, row), number = lists[0], len(rows) - len(lists)
+        raise InputError(
+            f"dpo: {split} example {row['id']} has {len(row['scores'])} candidates and {number} others have one. Give kto "
+            "pairs (or lists) alone, or single answers with labels alone."
+        )
+    return not lists
 
 
 def _need_order(work: Stage) -> None:

@@ -1,0 +1,174 @@
+"""Preference data: TRL's formats as TRL reads them, chat templates, what is masked and cut, and bad records."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from understudy import InputError
+from understudy.data import encode_lists, load_preferences, train_tokenizer
+from understudy.data.tokenize import completion_tokens
+
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+THINKS = (  # as Qwen3 does: an empty thought before the last turn alone
+    "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}(thought){% endif %}{{ m.content }}~\n"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ALTERNATES = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate.') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def said(*contents):
+    """A conversation that the user begins."""
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def answer(content):
+    return [{"role": "assistant", "content": content}]
+
+
+@pytest.fixture
+def tokenizer():
+    made = train_tokenizer(["the user asked and the assistant said hello world"] * 4, 300)
+    made.chat_template = PLAIN
+    return made
+
+
+FORMATS = {
+    "text": {"prompt": "the user asked", "chosen": " hello world", "rejected": " and"},
+    "text, implicit": {
+        "chosen": "Human: the sky?\nAssistant: It is blue.",
+        "rejected": "Human: the sky?\nAssistant: It is not.",
+    },
+    "messages": {"prompt": said("the sky?"), "chosen": answer("blue"), "rejected": answer("it is green")},
+    "messages, implicit": {"chosen": said("the sky?", "blue"), "rejected": said("the sky?", "it is green")},
+    "several turns": {
+        "prompt": said("hello", "world", "the sky?"),
+        "chosen": answer("blue"),
+        "rejected": answer("green"),
+    },
+    "several turns, implicit": {"chosen": said("a", "b", "c", "blue"), "rejected": said("a", "b", "c", "it is green")},
+    "prompt column beside whole conversations": {
+        "prompt": "the sky?",
+        "chosen": said("the sky?", "blue"),
+        "rejected": said("the sky?", "it is green"),
+    },
+}
+
+
+def loaded(tmp_path, record, number=12):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(number)))
+    return load_preferences({"name": str(tmp_path / "x.jsonl")})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_and_masks_are_those_of_trl(name, tmp_path, tokenizer):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from understudy.models import load_causal_lm
+
+    record = FORMATS[name]
+    theirs = {k: v for k, v in record.items() if k != "prompt"} if name.startswith("prompt column") else record
+    model = load_causal_lm("llama:hidden=16,layers=1,heads=2", tokenizer=tokenizer)
+    args = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False)
+    given = Dataset.from_list([trl.extract_prompt(theirs) if "prompt" not in theirs else theirs])
+    wanted = trl.DPOTrainer(
+        model, copy.deepcopy(model), args, train_dataset=given, processing_class=tokenizer
+    ).train_dataset[0]
+    examples, counts = encode_lists([loaded(tmp_path, record).train[0]], tokenizer, max_length=200)
+    assert counts.truncated == counts.dropped == 0
+    for (ids, labels), side in zip(examples.rows[0]["sequences"], ("chosen_ids", "rejected_ids"), strict=True):
+        if "text" in name:  # text begins with BOS here; TRL leaves that to the tokenizer
+            assert ids[0] == tokenizer.bos_token_id
+            ids, labels = ids[1:], labels[1:]
+        assert ids[labels == -100].tolist() == wanted["prompt_ids"]
+        assert ids[labels != -100].tolist() == wanted[side]
+    assert sum(int((x != -100).sum()) for _, x in examples.rows[0]["sequences"]) == counts.trained
+
+
+def trained_text(tokenizer, prompt, completion):
+    ids, labels = completion_tokens(prompt, completion, tokenizer)
+    return tokenizer.decode([i for i, t in zip(ids, labels, strict=True) if t != -100])
+
+
+def test_a_template_that_writes_the_last_turn_otherwise(tokenizer):
+    """A turn that is not the last has no thought in the text; what is trained on is the turn as it is there, no more."""
+    tokenizer.chat_template = THINKS
+    assert trained_text(tokenizer, said("a", "b", "c"), answer("yes")) == "(thought)yes~\n"
+    whole = said("first", "one answer", "second", "another")
+    assert trained_text(tokenizer, [], whole) == "one answer~\n(thought)another~\n"
+
+
+def test_a_template_that_cannot_be_followed_or_refuses(tokenizer):
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else '...' }}")
+    with pytest.raises(InputError, match=r"changes message 1 .* when others follow"):
+        completion_tokens([], said("a", "b", "c", "d"), tokenizer)
+    tokenizer.chat_template = ALTERNATES
+    assert trained_text(tokenizer, said("a"), answer("b")) == "b\n"
+    with pytest.raises(InputError, match="refuses a conversation of user, user: Roles must alternate") as caught:
+        completion_tokens(said("a"), said("b"), tokenizer)
+    assert "\n" not in str(caught.value)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="has no chat template"):
+        completion_tokens(said("a"), answer("b"), tokenizer)
+
+
+def test_what_is_too_long_loses_the_same_of_its_prompt_and_is_counted(tokenizer):
+    word = len(tokenizer(" hello", add_special_tokens=False)["input_ids"])
+    record = {"id": 0, "prompt": " hello" * 30, "completions": [" world", " and the user"], "scores": [1.0, 0.0]}
+    whole, _ = encode_lists([record], tokenizer, max_length=10_000)
+    lengths = [len(i) for i, _ in whole.rows[0]["sequences"]]
+    most = max(lengths) - 5 * word
+    cut, counts = encode_lists([record], tokenizer, max_length=most)
+    assert counts.truncated == 1 and counts.dropped == 0
+    for (ids, labels), (full_ids, full_labels) in zip(
+        cut.rows[0]["sequences"], whole.rows[0]["sequences"], strict=True
+    ):
+        assert ids.equal(full_ids[5 * word :]) and labels.equal(full_labels[5 * word :])
+    long = {**record, "completions": [" world", " world" * 20]}
+    _, counts = encode_lists([long, {**record, "prompt": "a", "completions": [" a", " b"]}], tokenizer, max_length=9)
+    assert counts.dropped == 1 and counts.rows == 1
+
+
+def test_equal_candidates_stay_and_are_counted(tmp_path):
+    splits = loaded(tmp_path, {"prompt": "a", "chosen": " b", "rejected": " b"})
+    assert len(splits.train) == 9 and "12 records have candidates that are all alike" in splits.notes[0]
+    record = loaded(tmp_path, {"chosen": said("a", "b"), "rejected": said("a", "b")}).train[0]
+    assert record["prompt"] == said("a") and record["completions"] == [answer("b")] * 2
+    rows = [FORMATS["text, implicit"]] * 20 + [{"chosen": "same", "rejected": "same"}]
+    (tmp_path / "y.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert "1 records were left out: without a prompt column" in " ".join(
+        load_preferences({"name": str(tmp_path / "y.jsonl")}).notes
+    )
+
+
+@pytest.mark.parametrize(
+    "record,says",
+    [
+        ({"prompt": "a", "completion": " b", "label": 0.3}, "label is 0.3 and must be true or false"),
+        ({"prompt": "a", "completion": " b", "label": "good"}, "label holds 'good'"),
+        ({"prompt": None, "chosen": " b", "rejected": " c"}, "the prompt is NoneType"),
+        ({"prompt": ["hi"], "chosen": answer("b"), "rejected": answer("c")}, "the prompt holds 'hi', not a message"),
+        ({"prompt": "a", "chosen": [{"content": "b"}], "rejected": answer("c")}, "not a message with role and content"),
+        ({"chosen": "a b", "rejected": answer("c")}, "chosen is str and rejected list"),
+        ({"chosen": "a b", "rejected": "a b c"}, "a completion is empty"),
+    ],
+)
+def test_bad_records(record, says, tmp_path):
+    with pytest.raises(InputError, match=says) as caught:
+        loaded(tmp_path, record)
+    assert "record 0" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_labels_may_be_booleans_or_numbers(tmp_path):
+    for label in (True, 1, 1.0):
+        assert loaded(tmp_path, {"prompt": "a", "completion": " b", "label": label}).train[0]["scores"] == [1.0]
+    ids = torch.tensor([r["id"] for r in loaded(tmp_path, FORMATS["text"]).train])
+    assert ids.unique().numel() == len(ids)

@@ -67,14 +67,13 @@ def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: f
     row, number = row[order], np.bincount(row, minlength=len(code))
     place = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
     width = -(-max(1, int(number.max())) // PAD) * PAD
-    out = [np.zeros((len(code), width), kind) for kind in (np.int64, np.float32, np.float32)]
-    first = np.cumsum(number) - number
-    out[0][:] = np.where(number > 0, ids[order][np.minimum(first, len(row) - 1)], 0)[
-        :, None
-    ]  # a pad is a class that counts
+    first = np.minimum(np.cumsum(number) - number, max(0, len(row) - 1))
+    padded = np.repeat(ids[order][first][:, None], width, 1)  # a pad is a class that counts, of weight 0
+    out = [padded, np.zeros((len(code), width), np.float32), np.zeros((len(code), width), np.float32)]
     for target, values in zip(out, (ids, weights, log_p), strict=True):
         target[row, place] = values[order]
-    return Sampled(*map(torch.from_numpy, out), temperature)
+    found = [torch.from_numpy(x) for x in out]
+    return Sampled(found[0], found[1], found[2], temperature)
 
 
 def _lowest(bins: Tensor, p: Tensor, rows: int, classes: int, size: int) -> int:

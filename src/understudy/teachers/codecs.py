@@ -95,7 +95,7 @@ def encode(signal: Dense | Projected | Mixture, support: Support, temperature: f
         return pack_scored(top_k(logits, k, temperature=temperature))
     if support.kind == "top_k":
         return {"code": _pack_top(top_k(logits, k, temperature=temperature), logits.shape[-1])}
-    log_p = torch.log_softmax(logits.double() / temperature, -1).cpu()
+    log_p = torch.log_softmax(logits.double() / temperature, -1)
     size = int(row_bytes(support, logits.shape[-1]))
     return {"code": pack_sampled(log_p, size, torch.Generator().manual_seed(seed))}
 

@@ -33,25 +33,28 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
     """The rows of one example as `[rows, size]` bytes.
 
     Args:
-        log_p: `[rows, classes]`, float64, on the CPU. size: bytes a row.
+        log_p: `[rows, classes]`, float64. size: bytes a row. chance: of the CPU, so that a device draws the same.
 
     Raises:
         InputError: so few bytes hold not even one drawn class a row.
     """
     rows, classes = log_p.shape
-    surprise, p = -log_p.flatten(), log_p.exp().flatten()
+    surprise, p = -log_p.flatten().clamp(min=-1e4), log_p.flatten().exp()
     bins = (surprise * (LEVELS / FLOOR)).clamp(max=LEVELS).long()
     level = _lowest(bins, p, rows, classes, size)
     kept = (bins < level).nonzero()[:, 0]
-    rest = p.masked_fill(bins < level, 0.0)
+    rest = p.masked_fill_(bins < level, 0.0)
     drawn = _systematic(rest * math.exp(_nats(level)), chance)
-    far = (rest * surprise.masked_fill(rest == 0, 0.0)).view(rows, classes).sum(-1)
+    far = (rest * surprise).view(rows, classes).sum(-1)
     mean = far / rest.view(rows, classes).sum(-1).clamp(min=1e-300)
-    steps = _by_chance(_levels_of(surprise[kept], _nats(level)), chance), (mean / FLOOR * 255).clamp(0, 255).round()
+    steps = (
+        _by_chance(_levels_of(surprise[kept].cpu(), _nats(level)), chance),
+        (mean / FLOOR * 255).clamp(0, 255).round(),
+    )
     parts = [
         _varint(level), _varint(len(kept)), _varint(len(drawn)),
-        *(pack_sets(ids.numpy()[None], rows * classes)[0] for ids in (kept, drawn)),
-        *(to_bits(step.long().numpy(), 8).ravel() for step in steps),
+        *(pack_sets(ids.cpu().numpy()[None], rows * classes)[0] for ids in (kept, drawn)),
+        *(to_bits(step.long().cpu().numpy(), 8).ravel() for step in steps),
     ]  # fmt: skip
     code = np.packbits(np.concatenate(parts))
     return torch.from_numpy(np.pad(code, (0, rows * size - len(code))).reshape(rows, size))
@@ -78,8 +81,8 @@ def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: f
 
 def _lowest(bins: Tensor, p: Tensor, rows: int, classes: int, size: int) -> int:
     """The level of the smallest threshold whose sets fit."""
-    number = torch.bincount(bins, minlength=LEVELS + 1).cumsum(0)
-    mass = torch.bincount(bins, weights=p, minlength=LEVELS + 1).cumsum(0)
+    number = torch.bincount(bins, minlength=LEVELS + 1).cpu().cumsum(0)
+    mass = torch.bincount(bins, weights=p, minlength=LEVELS + 1).cpu().cumsum(0)
     level = np.arange(LEVELS + 1)
     kept = np.concatenate([[0], number[:-1].numpy()])  # in bins below the level
     rest = (mass[-1] - torch.cat([mass.new_zeros(1), mass[:-1]])).clamp(min=0).numpy()
@@ -100,7 +103,9 @@ def _systematic(inclusion: Tensor, chance: torch.Generator) -> Tensor:
     """Indices, each with its probability of inclusion (below 1), ascending and distinct."""
     ends = inclusion.cumsum(0)
     points = torch.rand(1, generator=chance, dtype=ends.dtype) + torch.arange(math.ceil(float(ends[-1])))
-    return torch.searchsorted(ends, points[points < ends[-1]], right=True).clamp(max=len(ends) - 1)
+    return torch.searchsorted(ends, points[points < ends[-1].cpu()].to(ends.device), right=True).clamp(
+        max=len(ends) - 1
+    )
 
 
 def _entries(code: Any, classes: int) -> tuple[Any, Any, Any, Any]:

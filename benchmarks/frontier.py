@@ -44,7 +44,7 @@ COLUMNS = (
     "support seed bytes_per_token test_kl gap_percent test_nll cosine_early cosine_late seconds_per_run "
     "vocabulary steps machine torch threads"
 ).split()
-SUPPORTS = ("hidden", "top_k:50", "top_k:12", "sampled:50", "sampled:12", "sampled:6")
+SUPPORTS = ("hidden", "top_k:50", "top_k:12", "sampled:100B", "sampled:38B", "sampled:20B")
 
 
 def recipe(args: argparse.Namespace, folder: Path, name: str, seed: int, **changes: Any) -> Recipe:

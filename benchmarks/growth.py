@@ -23,7 +23,7 @@ import torch
 from head import measure, resident
 
 from understudy.targets import Dense
-from understudy.teachers.codecs import Support, decode, encode
+from understudy.teachers.codecs import DEFAULT, Support, decode, encode
 from understudy.teachers.store import ShardStore, content_key
 
 COLUMNS = "series factor rows vocabulary examples seconds mib seconds_ratio mib_ratio machine torch threads".split()
@@ -40,7 +40,7 @@ def head(rows: int, vocabulary: int) -> list[float]:
 
 def cache(examples: int, vocabulary: int = VOCABULARY) -> list[float]:
     """Seconds to open a cache of so many texts and read 100 batches of 16, and the MiB that this adds."""
-    support = Support("sampled", 12)
+    support = Support.parse(DEFAULT)
     torch.manual_seed(0)
     code = encode(Dense(torch.randn(LENGTH, vocabulary) * 3), support, 1.0, 0)["code"]
     with tempfile.TemporaryDirectory() as name:
@@ -54,7 +54,7 @@ def cache(examples: int, vocabulary: int = VOCABULARY) -> list[float]:
         store = ShardStore(Path(name))
         order = torch.randint(examples, (100, 16), generator=torch.Generator().manual_seed(0)).tolist()
         for chosen in order:
-            decode(store.read([keys[i] for i in chosen]), support, 1.0, vocabulary, None)
+            decode(store.read([keys[i] for i in chosen]), support, 1.0, vocabulary, None, [LENGTH] * len(chosen))
         return [time.perf_counter() - begin, (resident("VmRSS") - before) / 2**20]
 
 

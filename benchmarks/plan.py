@@ -138,7 +138,7 @@ def measure(name: str, seed: int) -> dict[str, float]:
         folder = Path(place)
         recipe = made(name, folder, seed)
         if name.endswith("-cached"):
-            capture_recipe(make(recipe), folder / "cache", "sampled:12")
+            capture_recipe(make(recipe), folder / "cache")
             recipe["options"] = {"temperature": 1.0}  # at which a cache is captured
             recipe["teacher"] = {"model": recipe["teacher"], "cache": str(folder / "cache")}
         distill(_smaller(recipe, folder))

@@ -42,7 +42,7 @@ from understudy.models import CausalLMRows, RowModel, SequenceRows, load_causal_
 from understudy.models.layouts import Packing
 from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
 from understudy.teachers.cached import capture
-from understudy.teachers.codecs import Support
+from understudy.teachers.codecs import DEFAULT, Support
 from understudy.training import Apprentice, DistillationTrainer, OnPolicy, Rollouts, Stage
 from understudy.training.shapes import Shapes
 
@@ -222,7 +222,7 @@ class Bench:
         return self._text("kd", teacher=CachedTeacher(folder), temperature=1.0, ce_weight=0.0, kd_weight=1.0)
 
     def kd_sampled(self) -> Arm:
-        return self._cached("sampled:12")
+        return self._cached(DEFAULT)
 
     def kd_top_k(self) -> Arm:
         return self._cached("top_k:50")

@@ -85,7 +85,7 @@ def test_adapters_train_little_and_a_cache_holds_no_teacher():
     assert any("nowhere" in note for note in found.notes)
 
 
-@pytest.mark.parametrize("support", ["sampled:12", "top_k:50", "sampled:400"])
+@pytest.mark.parametrize("support", ["sampled:38B", "sampled:12", "top_k:50", "sampled:400"])
 @pytest.mark.parametrize("classes", [300, 5_000, 152_064])
 def test_bytes_of_a_row_are_those_that_the_codec_writes(support, classes):
     kept = Support.parse(support)
@@ -136,7 +136,7 @@ def test_experts_count_whole_in_memory_and_in_part_in_work(tmp_path):
         ({"task": "preferences", "method": "dpo", "student": None, "teacher": None}, "text and images"),
         ({"gpu": "h10"}, "Did you mean 'h100'"),
         ({"gpus": 0}, "at least 1"),
-        ({"support": "best"}, "sampled:12"),
+        ({"support": "best"}, "sampled:38B"),
         ({"shard": "all"}, "none, student or both"),
     ],
 )

@@ -18,7 +18,7 @@ from understudy.run import load_teacher
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.teachers.cached import Captured, capture, verify
-from understudy.teachers.codecs import Support
+from understudy.teachers.codecs import DEFAULT, Support
 from understudy.teachers.served import capture_served, verify_served
 from understudy.teachers.store import ShardStore
 from understudy.teaching import served
@@ -38,7 +38,7 @@ def capture_recipe(
     """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
 
     Args:
-        support: `sampled:12` (the default), `top_k:50`, `hidden` or `dense`; a served teacher has its `score`.
+        support: `sampled:38B` (the default: as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or `dense`; a served teacher has its `score`.
         temperature: at which probabilities are kept; a loss that asks for another is refused when it reads them.
         shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose files
             are put together: their union is the whole, to the bit.
@@ -64,7 +64,7 @@ def capture_recipe(
         teacher,
         (batch for split in splits for batch in _batches(prepared, split, shard=shard)),
         folder,
-        support=Support.parse(support or "sampled:12"),
+        support=Support.parse(support or DEFAULT),
         temperature=temperature,
         identity=_identity(recipe, prepared),
         tick=tick,

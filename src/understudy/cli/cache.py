@@ -16,14 +16,16 @@ from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, load_re
 app = typer.Typer(no_args_is_help=True, help="Capture a teacher once and train from disk.")
 
 
-@app.command(epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:12")
+@app.command(epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:38B")
 def capture(
     recipe: RecipePath = None,
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("cache"),
     support: Annotated[
         str | None,
-        typer.Option(help="sampled:N (unbiased; the default is sampled:12), top_k:N with tail, hidden, or dense."),
+        typer.Option(
+            help="sampled:NB (unbiased, N bytes a row; default sampled:38B), top_k:N with tail, hidden, or dense."
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="At which probabilities are kept.")] = 1.0,
     splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",

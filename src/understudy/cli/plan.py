@@ -25,7 +25,9 @@ def plan_command(
     memory: Annotated[float | None, typer.Option(help="GiB of its memory.")] = None,
     shard: Annotated[str | None, typer.Option(help="What FSDP2 divides: none, student or both.")] = None,
     rows: Annotated[float | None, typer.Option(help="Tokens or images to train on, in place of max_steps.")] = None,
-    support: Annotated[str, typer.Option(help="Of a cache that is not captured yet.")] = "sampled:12",
+    support: Annotated[
+        str | None, typer.Option(help="Of a cache that is not captured yet; as `cache capture` by default.")
+    ] = None,
     generate: Annotated[int, typer.Option(min=0, help="Tokens the student writes for each example.")] = 0,
     as_json: AsJson = False,
 ) -> None:

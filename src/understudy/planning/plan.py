@@ -14,13 +14,13 @@ from understudy.planning.rehearsal import Answer, Seen, evaluation, head_calls, 
 from understudy.planning.setting import Setting, answer_of, outlines, setting
 from understudy.planning.sizes import Side, optimizer_bytes, side
 from understudy.recipe import Recipe, load, make, own_training
-from understudy.teachers.codecs import Support, row_bytes
+from understudy.teachers.codecs import DEFAULT, Support, row_bytes
 from understudy.training import Procedure
 
 Shard = Literal["none", "student", "both"]
 DISK = 1e9
 """Bytes a second that a cache is read at: one ordinary NVMe disk."""
-SUPPORTS = ("sampled:12", "top_k:50", "hidden", "dense")
+SUPPORTS = (DEFAULT, "top_k:50", "hidden", "dense")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def plan(
     memory: float | None = None,
     shard: Shard | None = None,
     rows: float | None = None,
-    support: str = "sampled:12",
+    support: str | None = None,
     generate: int = 0,
     **keys: Any,
 ) -> Plan:
@@ -118,7 +118,7 @@ def plan(
         gpus: devices; each sees its own batch. peak: TFLOP/s. bandwidth: TB/s. memory: GiB. They go over the card's.
         shard: what FSDP2 divides over the devices; by `trainer.fsdp` and `teacher.device=sharded` if not given.
         rows: tokens or images to train on, in place of the trainer's steps.
-        support: of a teacher's cache that is not captured yet. generate: tokens a student writes for each example.
+        support: of a teacher's cache that is not captured yet (`sampled:38B`). generate: tokens a student writes for each example.
 
     Raises:
         InputError: a configuration that cannot be read, a task or method that cannot be planned, bad numbers.
@@ -129,7 +129,7 @@ def plan(
         raise InputError(f"gpus is {gpus} and must be at least 1.")
     if shard not in (None, "none", "student", "both"):
         raise InputError(f"shard is {shard!r} and must be none, student or both.")
-    Support.parse(support)
+    support = str(Support.parse(support or DEFAULT))
     device = machine(gpu, peak, bandwidth, memory)
     return _plan(made, device, gpus, shard, rows, support, generate)
 

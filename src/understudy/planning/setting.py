@@ -192,5 +192,5 @@ def answer_of(recipe: Recipe, found: Setting, teacher: RowModel | None, support:
         head = teacher.model.get_output_embeddings().weight
         return Answer(stored=row_bytes(kept, found.classes, head.shape[1]), head=torch.empty_like(head, device="meta"))
     # Read back, each kept class is a 64-bit id and two float32 numbers; of dense ones a float16 and a float32.
-    unpacked = 6.0 * found.classes if kept.kind == "dense" else 16.0 * min(kept.k, found.classes)
+    unpacked = 6.0 * found.classes if kept.kind == "dense" else 16.0 * min(kept.k or 2 * kept.size, found.classes)
     return Answer(stored=unpacked)

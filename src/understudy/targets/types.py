@@ -182,8 +182,9 @@ class Sampled(_Rows):
 
     Args:
         ids: `[..., k]`, int64; repeats are allowed.
-        weights: `[..., k]`.
-        log_probs: `[..., k]`, the teacher's log-probability of each id, nats.
+        weights: `[..., k]`; 0 where a row has fewer.
+        log_probs: `[..., k]`, the teacher's log-probability of each id, nats; it may be the mean over all that were as
+            likely to stand there, which leaves `E[Σ_i weights_i · log_probs_i] = Σ_v p_v log p_v`.
         temperature: at which the probabilities were taken.
     """
 

@@ -15,7 +15,7 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import RowModel, Rows, evaluating, state_hash
 from understudy.streaming import logits_of
-from understudy.targets import Dense, Mixture, Projected, Target
+from understudy.targets import Dense, Mixture, Projected, Sampled, Target
 from understudy.teachers.codecs import Support, decode, encode
 from understudy.teachers.store import ShardStore, content_key
 
@@ -63,6 +63,12 @@ class CachedTeacher:
                     "Capture again with this recipe (understudy cache capture), or change the recipe to fit the cache."
                 )
         self.support = Support.parse(held["support"])
+        version = held.get("support_version", 1)
+        if version != self.support.codec:
+            raise InputError(
+                f"Cache {folder} is in version {version} of the {self.support.kind} code, which is read in "
+                f"version {self.support.codec}: capture it again (understudy cache capture)."
+            )
         self.temperature, self.classes = float(held["temperature"]), int(held["classes"])
         self.head = _load_head(folder / HEAD) if self.support.kind == "hidden" else None
 
@@ -78,7 +84,11 @@ class CachedTeacher:
             raise InputError(
                 f"Cache {self.store.folder} holds {number} rows for a batch of {batch.rows}: its labels are masked otherwise."
             )
-        return Rows(decode(arrays, self.support, self.temperature, self.classes, self.head).to(batch.labels.device))
+        return self._decoded(arrays, [self.store.length(key) for key in keys], batch)
+
+    def _decoded(self, arrays: dict[str, Tensor], counts: list[int], batch: Batch) -> Rows:
+        found = decode(arrays, self.support, self.temperature, self.classes, self.head, counts)
+        return Rows(found.to(batch.labels.device))
 
     def imagined(self, batch: Batch) -> Rows:
         """An even answer of the kind that is kept, the same for every row: what a loss makes of it costs nothing to try."""
@@ -88,7 +98,7 @@ class CachedTeacher:
         else:
             arrays = encode(Dense(torch.zeros(1, self.classes)), self.support, self.temperature, 0)
         repeated = {name: array.expand(batch.rows, *array.shape[1:]).contiguous() for name, array in arrays.items()}
-        return Rows(decode(repeated, self.support, self.temperature, self.classes, self.head).to(batch.labels.device))
+        return self._decoded(repeated, [1] * batch.rows, batch)
 
     def through(self, batch: Batch) -> Rows:
         """A cache has no gradient: methods that ask for one are refused."""
@@ -113,6 +123,8 @@ def capture(
             costs at most one. tick: told how many examples are done.
     """
     facts = {**identity, "support": str(support), "temperature": temperature, "teacher": state_hash(teacher)}
+    if support.codec > 1:
+        facts["support_version"] = support.codec
     store = ShardStore(folder, facts)
     new, waiting = 0, _Waiting(store, shard)
     with torch.no_grad(), evaluating(teacher):
@@ -183,11 +195,19 @@ def verify(teacher: RowModel, batches: Iterator[Batch], folder: Path) -> dict[st
 
 
 def _compare(log_p: Tensor, stored: Target, temperature: float) -> tuple[Tensor, Tensor]:
-    """Per row: KL(fresh ‖ stored) where all classes are stored, else the mean |difference| of stored log-probabilities."""
+    """Per row: KL(fresh ‖ stored) where all classes are stored, else the mean |difference| of stored log-probabilities. Of a
+    class that was drawn it is known that it lies below its weight: only what it lies above counts."""
     if isinstance(stored, (Dense, Projected, Mixture)):
         log_q = torch.log_softmax(logits_of(stored).float() / temperature, -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.exp() - log_q.exp()).abs().max()
-    difference = (log_p.gather(-1, stored.ids).clamp(min=-24.0) - stored.log_probs).abs()
+    fresh = log_p.gather(-1, stored.ids).clamp(min=-24.0)
+    if isinstance(stored, Sampled):
+        log_w, here = stored.weights.log(), stored.weights > 0
+        drawn = (fresh - log_w).clamp(min=0)
+        kept = (log_w - stored.log_probs).abs() < 1e-4
+        difference = torch.where(kept, (fresh - stored.log_probs).abs(), drawn).where(here, 0.0)
+        return difference.sum(-1) / here.sum(-1), difference.max()
+    difference = (fresh - stored.log_probs).abs()
     return difference.mean(-1), difference.max()
 
 

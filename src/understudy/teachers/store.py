@@ -81,6 +81,11 @@ class ShardStore:
     def __len__(self) -> int:
         return len(self.places)
 
+    def length(self, key: bytes) -> int:
+        """Rows of one example."""
+        _, start, stop = self.places[key]
+        return stop - start
+
     @property
     def rows(self) -> int:
         """Rows over all examples."""

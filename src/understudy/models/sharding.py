@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -83,6 +84,14 @@ def usable(model: nn.Module) -> Iterator[None]:
 def whole(value: Tensor) -> Tensor:
     """A tensor in one piece; every rank must ask."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def unwrap(model: nn.Module) -> None:
+    """Take the wrappers of FSDP's activation checkpointing away: PEFT, for one, finds none of its layers inside."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, CheckpointWrapper):
+                setattr(module, name, child._checkpoint_wrapped_module)
 
 
 def outline(model: nn.Module) -> nn.Module:

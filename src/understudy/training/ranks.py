@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from understudy.errors import InputError
 from understudy.models import RowModel
-from understudy.models.sharding import fill, outline
+from understudy.models.sharding import fill, outline, unwrap
 from understudy.training import zero
 from understudy.training.apprentice import Apprentice
 from understudy.training.method import Method
@@ -93,11 +93,13 @@ class OnRanks(Trainer):
         )
 
     def make_whole(self) -> None:
-        """After training: a student that DeepSpeed partitioned, or that a method or its kind ends in a way of their own,
-        is an ordinary model again, on every rank."""
+        """After training: a student that DeepSpeed partitioned, or that a method or its kind ends in a way of its own, is
+        an ordinary model again, on every rank."""
         if self.is_deepspeed_enabled:
             zero.whole_again(self.model_wrapped, self.model)
-        elif self._outline is not None:
+        if self.is_fsdp_enabled:
+            unwrap(self.model)
+        if self._outline is not None:
             fill(self._outline, self.model.student)
             self.model.student = self.model.live.student = self._outline
 
@@ -125,17 +127,31 @@ def foresee(method: Method, options: Mapping[str, Any]) -> None:
             )
     elif options.get("fsdp") or str_to_bool(os.environ.get(LAUNCHED, "false")):
         _refuse_what_needs_whole_weights(method, "trainer.fsdp")
+        _refuse_empty_weights(bool(str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))))
 
 
 def _refuse_what_cannot_be_sharded(method: Method, student: RowModel, plugin: FullyShardedDataParallelPlugin) -> None:
     """One line for whatever needs whole weights or gradients outside of a forward and backward pass."""
     if plugin.fsdp_version != 2:
         raise InputError("FSDP 1 is not supported: set fsdp_version: 2 (trainer.fsdp_config.version=2).")
+    _refuse_empty_weights(plugin.cpu_ram_efficient_loading)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and not torch.accelerator.is_available():
+        raise InputError(
+            "fsdp_config.cpu_offload moves weights from a GPU to the CPU and there is no GPU: leave it out."
+        )
     _refuse_what_needs_whole_weights(method, "trainer.fsdp")
     if getattr(student.model, "is_quantized", False):
         raise InputError(
             "The student's weights are quantised and trainer.fsdp would cut them up: run DDP (no trainer.fsdp), or leave "
             "student.quantization out."
+        )
+
+
+def _refuse_empty_weights(asked: bool) -> None:
+    if asked:
+        raise InputError(
+            "fsdp_config.cpu_ram_efficient_loading leaves models empty on all ranks but the first and unties their heads, and "
+            "each rank is to look at its models before training: set it to false."
         )
 
 

@@ -36,6 +36,8 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
     student = task.model(recipe.teacher if copied else recipe.student, prepared)
+    if recipe.student.peft is not None:
+        student.add_adapters(recipe.student.peft)
     teacher = standing(recipe, prepared)
     findings = preflight(task, prepared, student, teacher)
     if recipe.teacher is not None and recipe.teacher.served:

@@ -34,8 +34,14 @@ def check(
     """Compare both sides on a sample of the validation split, and look for rows that train nothing.
 
     Raises:
-        InputError: no row of the sample counts, or teacher and student disagree on the classes.
+        InputError: no row of the sample counts, teacher and student disagree on the classes, or the student's weights are
+            quantised and it has no adapters.
     """
+    if getattr(student.model, "is_quantized", False) and not hasattr(student.model, "peft_config"):
+        raise InputError(
+            "The student's weights are quantised, which no optimiser can move, and it has no adapters: add student.peft, or "
+            "leave student.quantization out."
+        )
     found = Findings(list(prepared.notes), list(prepared.warnings))
     sample = task.preflight_examples if sample is None else sample
     loader = sample_loader(prepared, "validation", sample, batch)

@@ -31,6 +31,7 @@ from understudy.tasks.base import COPY, MODULE
 from understudy.teachers import Teacher
 from understudy.teaching import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer, served
 from understudy.training import Bench, Procedure, Stage
+from understudy.training.ranks import foresee
 
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
@@ -110,6 +111,7 @@ def _fit(
 ) -> Result:
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
+    foresee(recipe.build_method(), recipe.trainer)
     for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
         if spec is not None and spec.endpoint is not None and not (side == "teacher" and spec.score is not None):
             also = "say what it is asked for with teacher.score (top_k:20), " if side == "teacher" else ""
@@ -150,7 +152,7 @@ def _fit(
     if train(trainer, folder):
         record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
-    student = method.export(student, work)
+    student = method.export(trainer.model.student, work)
     if first_rank() or is_sharded(student):
         student.save(folder / "student")
     if first_rank() and prepared.tokenizer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.small import IMAGENET, build_small, is_small, load_small, load_weights
 
+ADAPTERS = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,6 +72,8 @@ def small_folder(path: Path) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    if (path / ADAPTERS).is_file():
+        return {}
     if path.is_file() or not (path / "config.json").is_file():
         raise InputError(f"{path} is not a model folder: it has no config.json.")
     try:
@@ -88,7 +92,11 @@ def auto_model(
     trust_remote_code: bool,
     **more: Any,
 ) -> nn.Module:
-    """`kind.from_pretrained`, from safetensors alone; whatever goes wrong is one line."""
+    """`kind.from_pretrained`, from safetensors alone, or adapters of PEFT on it; whatever goes wrong is one line."""
+    if path is not None and (path / ADAPTERS).is_file():
+        return _adapted(
+            path, lambda base: auto_model(kind, base, find(base), dtype, quantization, trust_remote_code, **more)
+        )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **more}
     options["dtype"] = "auto" if dtype == "auto" else _DTYPES[dtype]
     if quantization is not None:
@@ -98,6 +106,20 @@ def auto_model(
     except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"Model {name!r} cannot be loaded: {reason}") from error
+
+
+def _adapted(folder: Path, load: Callable[[str], nn.Module]) -> nn.Module:
+    """The model that a folder of adapters names, with them."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError:
+        raise InputError(f"{folder} holds adapters, which need the extra: pip install understudy[peft].") from None
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise InputError(
+            f"{folder} holds adapters and does not say of which model: set base_model_name_or_path in {ADAPTERS}."
+        )
+    return PeftModel.from_pretrained(load(base), str(folder))  # type: ignore[arg-type, no-any-return]
 
 
 def is_new_causal_lm(name: str) -> bool:

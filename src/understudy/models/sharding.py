@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -82,6 +84,33 @@ def usable(model: nn.Module) -> Iterator[None]:
 def whole(value: Tensor) -> Tensor:
     """A tensor in one piece; every rank must ask."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def unwrap(model: nn.Module) -> None:
+    """Take the wrappers of FSDP's activation checkpointing away: PEFT, for one, finds none of its layers inside."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, CheckpointWrapper):
+                setattr(module, name, child._checkpoint_wrapped_module)
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """A copy of a model that has its buffers but no weights: those are on the meta device."""
+    blank = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict(blank))
+
+
+def fill(blank: nn.Module, model: nn.Module) -> None:
+    """Make an outline an ordinary model again, with the whole weights of a sharded one of its kind.
+
+    Every rank must ask, and each holds all of it. Weights that were shared still are.
+    """
+    pairs = zip(blank.parameters(), model.parameters(), strict=True)
+    weights = {id(a): nn.Parameter(whole(b.detach()), requires_grad=a.requires_grad) for a, b in pairs}
+    for module in blank.modules():
+        module._parameters.update({k: weights[id(p)] for k, p in module._parameters.items() if p is not None})
+    for old, new in zip(blank.buffers(), model.buffers(), strict=True):
+        old.data = new.detach().clone()
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from understudy.errors import InputError
 from understudy.models import RowModel
+from understudy.models.sharding import fill, outline, unwrap
 from understudy.training import zero
 from understudy.training.apprentice import Apprentice
 from understudy.training.method import Method
@@ -31,6 +32,7 @@ class OnRanks(Trainer):
     model: Any
     data_collator: Any
     rollouts: Any = None
+    _outline: Any = None
 
     def __init__(self, model: Apprentice, args: TrainingArguments, **rest: Any) -> None:
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
@@ -49,6 +51,8 @@ class OnRanks(Trainer):
             zero.share_head(model)
         if self.is_fsdp_enabled:
             _refuse_what_cannot_be_sharded(model.method, model.student, self.accelerator.state.fsdp_plugin)
+            own_end = type(model.method).export is not Method.export or type(model.student).save is not RowModel.save
+            self._outline = outline(model.student) if own_end else None
 
     def create_accelerator_and_postprocess(self) -> None:
         """FSDP2 works on CPUs too, where accelerate would leave the plugin aside without a word and run DDP."""
@@ -89,9 +93,15 @@ class OnRanks(Trainer):
         )
 
     def make_whole(self) -> None:
-        """After training: what DeepSpeed partitioned is an ordinary model again, on every rank."""
+        """After training: a student that DeepSpeed partitioned, or that a method or its kind ends in a way of its own, is
+        an ordinary model again, on every rank."""
         if self.is_deepspeed_enabled:
             zero.whole_again(self.model_wrapped, self.model)
+        if self.is_fsdp_enabled:
+            unwrap(self.model)
+        if self._outline is not None:
+            fill(self._outline, self.model.student)
+            self.model.student = self.model.live.student = self._outline
 
     def _take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
         """The micro-batches of an update, and which of them count on this rank."""
@@ -102,23 +112,57 @@ class OnRanks(Trainer):
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
 
 
+def foresee(method: Method, options: Mapping[str, Any]) -> None:
+    """Refuse a method that cannot be sharded, by the trainer's options and the launcher alone: before a model is loaded.
+
+    Raises:
+        InputError: the run is to be sharded and the method cannot be.
+    """
+    if options.get("deepspeed"):
+        _refuse_what_needs_whole_weights(method, "trainer.deepspeed")
+        if type(method).export is not Method.export:
+            raise InputError(
+                f"Method {method.name!r} changes the head after training, which was not tried on weights that DeepSpeed split: "
+                "use trainer.fsdp=true, or DDP (no trainer.deepspeed)."
+            )
+    elif options.get("fsdp") or str_to_bool(os.environ.get(LAUNCHED, "false")):
+        _refuse_what_needs_whole_weights(method, "trainer.fsdp")
+        _refuse_empty_weights(bool(str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))))
+
+
 def _refuse_what_cannot_be_sharded(method: Method, student: RowModel, plugin: FullyShardedDataParallelPlugin) -> None:
     """One line for whatever needs whole weights or gradients outside of a forward and backward pass."""
     if plugin.fsdp_version != 2:
         raise InputError("FSDP 1 is not supported: set fsdp_version: 2 (trainer.fsdp_config.version=2).")
-    _refuse_what_needs_whole_weights(method, "trainer.fsdp")
-    if type(student).save is not RowModel.save:
+    _refuse_empty_weights(plugin.cpu_ram_efficient_loading)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and not torch.accelerator.is_available():
         raise InputError(
-            f"{type(student).__name__} cannot be sharded, for it saves in its own way: run DDP (no trainer.fsdp)."
+            "fsdp_config.cpu_offload moves weights from a GPU to the CPU and there is no GPU: leave it out."
+        )
+    _refuse_what_needs_whole_weights(method, "trainer.fsdp")
+    if getattr(student.model, "is_quantized", False):
+        raise InputError(
+            "The student's weights are quantised and trainer.fsdp would cut them up: run DDP (no trainer.fsdp), or leave "
+            "student.quantization out."
+        )
+
+
+def _refuse_empty_weights(asked: bool) -> None:
+    if asked:
+        raise InputError(
+            "fsdp_config.cpu_ram_efficient_loading leaves models empty on all ranks but the first and unties their heads, and "
+            "each rank is to look at its models before training: set it to false."
         )
 
 
 def _refuse_what_needs_whole_weights(method: Method, option: str) -> None:
     reasons = {
-        "its players have optimisers of their own": bool(method.players()),
-        "it merges gradients of whole weights": method.merges_gradients,
-        "it changes the head after training": type(method).export is not Method.export,
+        "has players with optimisers of their own": bool(method.players()),
+        "merges gradients of whole weights": method.merges_gradients,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise InputError(f"Method {method.name!r} cannot be sharded, for {reason}: run it with DDP (no {option}).")
+            raise InputError(
+                f"Method {method.name!r} {reason}, and {option} would split both over the ranks: run it with DDP "
+                f"(no {option})."
+            )

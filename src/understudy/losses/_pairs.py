@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +11,6 @@ from understudy.errors import InputError
 from understudy.targets import Dense, Projected, Target, TopK
 
 Truncation = Literal["tail", "renorm"]
-Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def as_target(target: Target | Tensor) -> Target:

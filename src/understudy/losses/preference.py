@@ -182,4 +182,3 @@ def _log1mexp(x: Tensor) -> Tensor:
     )
 
 
-Length = Literal["sum", "mean"]

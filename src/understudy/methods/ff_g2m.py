@@ -66,8 +66,7 @@ class FFG2M(Method):
         assert isinstance(batch, GraphBatch)
         if self.lam and not batch.labelled:
             raise InputError(f"No node of the training split has a label and lam is {self.lam}: set options.lam=0.")
-        assert work.teacher is not None  # the engine gives what `needs` asks for
-        teacher = LocalTeacher(work.teacher, "teacher", freeze=False)
+        teacher = LocalTeacher(work.live_teacher(), "teacher", freeze=False)
         logits = work.once("node-logits", lambda: {"logits": teacher.rows(batch).signal.logits})["logits"]
         bad = (~torch.isfinite(logits)).any(1).nonzero()
         if len(bad):

@@ -126,10 +126,10 @@ class LELP(Method):
 
     def _fit(self, work: Stage) -> dict[str, Tensor]:
         """The split's tables, the projector, and the targets where they are to be cached."""
-        assert work.teacher is not None
-        taps = self.taps("teacher", work.teacher, next(work.batches("train", 2)))
+        model = work.live_teacher()
+        taps = self.taps("teacher", model, next(work.batches("train", 2)))
         features = self.teacher_layer is None
-        teacher = LocalTeacher(work.teacher, "teacher", freeze=False, features=features, taps=taps)
+        teacher = LocalTeacher(model, "teacher", freeze=False, features=features, taps=taps)
         read = [
             (*self._read(teacher.rows(batch), batch), batch.row_labels, _ids(batch))
             for batch in work.batches(self.fit_on)

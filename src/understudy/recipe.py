@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
-from understudy.specs import ModelSpec
+from understudy.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
 from understudy.training import Method, OnPolicy
 
@@ -53,6 +53,11 @@ class Recipe(BaseModel):
     @classmethod
     def _data_name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else (value or {})
+
+    @field_validator("trainer", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return said_no(value)
 
     @property
     def evaluation_batch(self) -> int:

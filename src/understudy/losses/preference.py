@@ -8,7 +8,6 @@ probability is −inf or nan is an `InputError` that names it. Everything is wri
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -180,5 +179,3 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(
         small, torch.log1p(-x.masked_fill(~small, -1.0).exp()), torch.log(-torch.expm1(x.masked_fill(small, -0.5)))
     )
-
-

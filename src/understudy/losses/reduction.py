@@ -7,6 +7,7 @@ from torch import Tensor
 
 from understudy.errors import InputError
 
+
 def row_weights(how: str, sequence: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, str]:
     """The weight of each row, and the unit whose count divides the weighted sum.
 

@@ -43,12 +43,12 @@ class Stage:
         """The teacher's own model, for a stage that reads it.
 
         Raises:
-            InputError: a cache, a server or several unlike models stand in its place.
+            InputError: a cache, a server or a route to several models stands in its place.
         """
         if self.teacher is None:
             raise InputError(
-                "This method reads the teacher's own model before training, and there is none in this process: leave out "
-                "teacher.cache and teacher.endpoint, and name one model."
+                "This method reads the teacher's own model before training, about every example: give a live teacher, "
+                "without teacher.cache, teacher.endpoint or teacher.route."
             )
         return self.teacher
 

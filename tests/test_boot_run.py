@@ -1,6 +1,7 @@
 """Generation on the engine: resume to the bit, any split alike, no data touched, who is trained, what is saved."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -261,6 +262,9 @@ def test_distances_of_sets():
         ({"student": "mlp:8"}, "cannot be loaded"),
         ({"data": {"compare_steps": [0]}}, "compare_steps"),
         ({"data": {"sizes": 3}}, "Did you mean 'size'"),
+        ({"data": {"prediction": "eps"}}, "Unknown prediction type 'eps'"),
+        *(({"data": {"conditional": True, "guidance": g}}, "data.guidance is") for g in (-1, True, math.nan, math.inf)),
+        ({"teacher": {"model": "exact", "cache": "kept"}}, "without teacher.cache"),
         ({"data": {"name": "noise"}}, "without data"),
         ({"data": {"name": "noise"}, "method": "denoise", "teacher": None}, "learns from examples"),
         ({"method": "kd"}, "noise task"),

@@ -107,6 +107,19 @@ def test_files_with_columns_masks_and_missing_labels(tmp_path):
     assert batch(drawn.train).labelled == 40 and batch(drawn.validation).rows == 16 and batch(drawn.test).rows == 25
 
 
+def test_files_of_other_number_types_say_the_same(tmp_path):
+    """Masks as 0 and 1 are masks, not node ids; small and big-endian integers are numbers too."""
+    plain = batch(load_graph({"name": saved(tmp_path / "a.npz")}).train)
+    mask = np.isin(np.arange(9), (0, 1)).astype(np.uint8)
+    edges = np.array([[i, i + 1] for i in range(7)])
+    for number, (ends, features) in enumerate((("u1", "f2"), (">i8", ">f4"), ("u4", "u2"))):
+        x = np.eye(9, 4).astype(features)
+        name = saved(tmp_path / f"{number}.npz", x=x, edges=edges.astype(ends), train_idx=None, train_mask=mask)
+        other = batch(load_graph({"name": name}).train)
+        assert torch.equal(plain.edges, other.edges) and torch.equal(plain.labels, other.labels)
+        assert torch.equal(plain.inputs["nodes"], other.inputs["nodes"])
+
+
 def test_real_graphs(data_folder):
     splits = load_graph({"name": "cora"})
     assert (splits.classes, splits.features, batch(splits.train).labelled, batch(splits.test).rows) == (
@@ -233,6 +246,15 @@ BAD = {
     "half a split": ({"test_idx": None}, "a split without test_idx or test_mask"),
     "no labels at all": ({"y": None}, "lacks y"),
     "no features": ({"x": None}, "lacks x"),
+    "features without a column": ({"x": np.zeros((9, 0))}, "give a row of numbers a node"),
+    "features that are words": ({"x": np.array([["a"]] * 9)}, "features are <U1"),
+    "a split of halves": ({"train_idx": np.array([0.5, 1.2])}, "train_idx is float64"),
+    "a split of words": ({"train_idx": np.array(["a"])}, "train_idx is <U1"),
+    "a mask of other numbers": (
+        {"train_idx": None, "train_mask": np.array([0, 1, 2, 0, 0, 0, 0, 0, 0])},
+        "other values than 0 and 1",
+    ),
+    "a short mask": ({"train_idx": None, "train_mask": np.zeros(8, bool)}, "and there are 9 nodes"),
 }
 
 

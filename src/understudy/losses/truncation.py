@@ -57,7 +57,7 @@ def truncate(
             keep = keep.scatter(-1, ids, True)
         log_q, log_p = (_on_support(x, keep, truncation) for x in (log_q, log_p))
     # Of a row that is no distribution only sums are nan, so its own logits are named and not those of its buckets.
-    checked(divergence, log_q.detach().sum(-1) + log_p.sum(-1), student, teacher)
+    checked(f"truncated {divergence}", log_q.detach().sum(-1) + log_p.sum(-1), student, teacher)
     kept: Tensor = getattr(divergences, divergence)(log_q, log_p, **options)  # log-probabilities are logits
     return kept
 

@@ -141,7 +141,7 @@ class LELP(Method):
                 f"The teacher's embedding of example {int(ids[broken][0])} is not finite: look at that example, or load the "
                 "teacher in float32."
             )
-        projector = self._projector(work.teacher, embeddings, logits)
+        projector = self._projector(model, embeddings, logits)
         x = embeddings.double() if projector is None else embeddings.double() @ projector
         by_teacher = torch.ones_like(labels, dtype=torch.bool) if self.assign == "teacher" else labels < 0
         known = Known(

@@ -111,19 +111,7 @@ def test_a_drawing_without_implied_arrows_says_the_same():
     assert all(asked <= reach[room] for room, asked in rooms().items())
 
 
-PLUGIN = {
-    "mine.py": """
-from understudy import Method, Term
-from understudy.losses import total_variation
-from understudy.streaming import rowwise
-
-class Mine(Method):
-    "Total variation."
-    name = "mine"
-    def loss(self, student, teacher, batch, live):
-        return {"tv": Term(rowwise(total_variation, student.signal, teacher.signal))}
-""",
-    "pyproject.toml": """
+PROJECT = """
 [build-system]
 requires = ["setuptools"]
 build-backend = "setuptools.build_meta"
@@ -131,20 +119,20 @@ build-backend = "setuptools.build_meta"
 name = "mine"
 version = "1"
 [project.entry-points."understudy.methods"]
-mine = "mine:Mine"
+mine = "mine:TV"
 [tool.setuptools]
 py-modules = ["mine"]
-""",
-}
+"""
 
 
 def test_a_users_method_needs_no_edit(tmp_path):
-    """A package of its own, installed by pip, adds a method by its entry point; the command line lists and trains it."""
+    """The example of CONTRIBUTING.md in a package of its own, installed by pip: the command line lists and trains it."""
     pytest.importorskip("setuptools")
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()
-    for name, text in PLUGIN.items():
-        (source / name).write_text(text)
+    (source / "pyproject.toml").write_text(PROJECT)
+    example = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
+    (source / "mine.py").write_text(example)
     alone = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([sys.executable, "-m", "pip", "install", *alone, "--target", str(site), str(source)], check=True)
     path = os.pathsep.join(filter(None, [str(site), str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
@@ -158,8 +146,8 @@ def test_a_users_method_needs_no_edit(tmp_path):
         return done.stdout
 
     listed = {e["name"]: e for e in json.loads(command("methods", "--json"))}
-    assert listed["mine"]["status"] == "works" and listed["mine"]["title"] == "Total variation."
-    recipe = {**DIGITS, "method": "mine", "output": str(tmp_path / "run")}
+    assert listed["tv"]["status"] == "works" and "L1 distance" in listed["tv"]["title"]
+    recipe = {**DIGITS, "method": "tv", "output": str(tmp_path / "run")}
     recipe["trainer"] = {"max_steps": 200, "learning_rate": 1e-2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command("train", str(tmp_path / "recipe.yaml"))

@@ -8,6 +8,7 @@ import torch
 
 from engine_cases import killed_run, weights
 from understudy import InputError, distill
+from understudy.cli import main
 from understudy.data import Batch, NoiseSet
 from understudy.data.noise_sets import ExampleSet, collate_noise, ring_centres
 from understudy.evaluation.distances import coverage, energy_distance, frechet_distance
@@ -175,6 +176,22 @@ def test_the_boundary_alone_draws_as_one_step_of_the_teacher(tmp_path):
     steps = {"max_steps": 400, "learning_rate": 3e-3, "per_device_train_batch_size": 64, "save_strategy": "no"}
     m = ring(tmp_path, options={"target": "boundary"}, student="denoiser:32", trainer=steps).metrics
     assert m["distance"] == pytest.approx(m["teacher_1_distance"], rel=0.1)
+
+
+def test_from_nothing_but_noise_to_no_noise_at_all(tmp_path):
+    """λ is infinite at both ends, and nothing else is; an ε says nothing of x_0 where α = 0."""
+    options = {"t_min": 0.0, "t_max": 1.0, "solver": "heun", "weight": "inv_coef", "refine": 2}
+    words = {"task": "image_generation", "method": "boot", "output": tmp_path, "student": "denoiser:8"}
+    words |= {"data": json.dumps(RING["data"]), "options": json.dumps(options), "trainer.max_steps": 5}
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *(f"{k}={v}" for k, v in words.items())])
+    assert stop.value.code in (0, None)
+    m = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert all(math.isfinite(v) for v in m.values()) and m["refined_nfe"] == 3
+    trainer = trainer_for(BOOT(t_max=1.0), tmp_path / "eps")
+    trainer.teacher.model.prediction = "epsilon"
+    with pytest.raises(InputError, match="lower options"):
+        trainer.train()
 
 
 def test_classes_guidance_and_refinement(tmp_path):

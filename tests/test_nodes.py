@@ -11,6 +11,7 @@ import torch
 from engine_cases import killed_run, weights
 from understudy import InputError, distill
 from understudy.check import evaluate_run
+from understudy.cli import main
 from understudy.data import Batch, GraphBatch, collate_graph, load_graph
 from understudy.data.graph_sources import clean_edges
 from understudy.models import NodeRows, load_nodes, load_small
@@ -218,6 +219,18 @@ def test_a_users_own_teacher_is_read_whole_and_left_as_it_was(tmp_path):
     result = distill({**RUN, "method": "ff-g2m", "output": str(tmp_path)}, teacher=teacher)
     assert "teacher_accuracy" in result.metrics and torch.equal(before, teacher.linear.weight)
     assert teacher.training and all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_the_command_line_trains_without_evaluations(taught, tmp_path):
+    """YAML reads the `no` of a strategy as false; it is meant as the word."""
+    shutil.copytree(taught, tmp_path / "run" / "teacher")
+    words = {"task": "node_classification", "method": "ff-g2m", "output": tmp_path / "run", "student": RUN["student"]}
+    words |= {"teacher": json.dumps(RUN["teacher"]), "trainer.max_steps": 3}
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *(f"{k}={v}" for k, v in words.items()), "trainer.eval_strategy=no", "trainer.save_strategy=no"])
+    assert stop.value.code in (0, None)
+    assert not (tmp_path / "run" / "validation.jsonl").exists()
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "student").is_dir()
 
 
 def test_inductive_runs_and_graphs_without_edges(taught, tmp_path):

@@ -64,6 +64,8 @@ CASES = {
         "below t_start",
     ),
     "trainer value of a bad type": (lambda t: image(trainer={"lr_scheduler_type": "zigzag"}), "trainer options"),
+    "a number that is none": (lambda t: image(trainer={"learning_rate": float("nan")}), "trainer.learning_rate is nan"),
+    "a number without end": (lambda t: image(data={"name": "digits", "limit": float("inf")}), "data.limit is inf"),
     "negative seed": (lambda t: image(seed=-1), "seed = -1"),
     "unknown method": (lambda t: image(method="pldd"), "Did you mean 'pld'"),
     "unknown task": (lambda t: image(task="image_clasification"), "Did you mean 'image_classification'"),

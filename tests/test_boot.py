@@ -12,7 +12,14 @@ from golden_vectors import close, golden
 from understudy import InputError
 from understudy.data import NoiseBatch
 from understudy.losses import diffusion as d
-from understudy.models.diffusion import DenoiserRows, MixtureDenoiser, PointDenoiser, trajectory, with_guidance
+from understudy.models.diffusion import (
+    DenoiserRows,
+    MixtureDenoiser,
+    PointDenoiser,
+    Sampler,
+    trajectory,
+    with_guidance,
+)
 from understudy.models.noise_levels import Cosine, Table
 
 LEVELS = Cosine()
@@ -199,6 +206,23 @@ def test_guidance_has_its_corners():
     x, a, s = batch.inputs["x"], alpha[:, None], sigma[:, None]
     centre = centres.double()[batch.condition]
     close(ask(batch), centre + 0.04 * a / (a**2 * 0.04 + s**2) * (x - a * centre))
+
+
+def test_guidance_stays_within_the_bound_of_the_teacher():
+    """Guidance reaches beyond both answers; a bound of x_0 is part of f."""
+    torch.manual_seed(4)
+    model = PointDenoiser(2, [8], classes=3).double()
+    batch = noise_batch(torch.zeros(16)).at(torch.randn(16, 2).double(), 0.6, torch.arange(16) % 3)
+    free, bound = (
+        DenoiserRows(model, LEVELS, "sample", (2,), classes=3, clip=clip, sampler=Sampler(guidance=500.0))
+        for clip in (None, 0.5)
+    )
+    with torch.no_grad():
+        model.body[-1].weight.mul_(0.1)  # each answer lies within the bound
+        wide, held = free.denoise(batch), bound.denoise(batch)
+    assert float(wide.abs().max()) > 0.5 and float(held.abs().max()) == 0.5
+    inside = wide.abs() < 0.5
+    close(held[inside], wide[inside])
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Generation on the engine: resume to the bit, any split alike, no data touched, who is trained, what is saved."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from engine_cases import killed_run, weights
 from understudy import InputError, distill
+from understudy.cli import main
 from understudy.data import Batch, NoiseSet
 from understudy.data.noise_sets import ExampleSet, collate_noise, ring_centres
 from understudy.evaluation.distances import coverage, energy_distance, frechet_distance
@@ -176,6 +178,22 @@ def test_the_boundary_alone_draws_as_one_step_of_the_teacher(tmp_path):
     assert m["distance"] == pytest.approx(m["teacher_1_distance"], rel=0.1)
 
 
+def test_from_nothing_but_noise_to_no_noise_at_all(tmp_path):
+    """λ is infinite at both ends, and nothing else is; an ε says nothing of x_0 where α = 0."""
+    options = {"t_min": 0.0, "t_max": 1.0, "solver": "heun", "weight": "inv_coef", "refine": 2}
+    words = {"task": "image_generation", "method": "boot", "output": tmp_path, "student": "denoiser:8"}
+    words |= {"data": json.dumps(RING["data"]), "options": json.dumps(options), "trainer.max_steps": 5}
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *(f"{k}={v}" for k, v in words.items())])
+    assert stop.value.code in (0, None)
+    m = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert all(math.isfinite(v) for v in m.values()) and m["refined_nfe"] == 3
+    trainer = trainer_for(BOOT(t_max=1.0), tmp_path / "eps")
+    trainer.teacher.model.prediction = "epsilon"
+    with pytest.raises(InputError, match="lower options"):
+        trainer.train()
+
+
 def test_classes_guidance_and_refinement(tmp_path):
     m = ring(
         tmp_path,
@@ -261,6 +279,9 @@ def test_distances_of_sets():
         ({"student": "mlp:8"}, "cannot be loaded"),
         ({"data": {"compare_steps": [0]}}, "compare_steps"),
         ({"data": {"sizes": 3}}, "Did you mean 'size'"),
+        ({"data": {"prediction": "eps"}}, "Unknown prediction type 'eps'"),
+        *(({"data": {"conditional": True, "guidance": g}}, "data.guidance is") for g in (-1, True, math.nan, math.inf)),
+        ({"teacher": {"model": "exact", "cache": "kept"}}, "without teacher.cache"),
         ({"data": {"name": "noise"}}, "without data"),
         ({"data": {"name": "noise"}, "method": "denoise", "teacher": None}, "learns from examples"),
         ({"method": "kd"}, "noise task"),

@@ -12,6 +12,7 @@ from understudy import InputError
 from understudy.data import GraphBatch
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.edges import check_edges, high_frequency, high_frequency_cosine, low_frequency
+from understudy.losses.reduction import reduce
 from understudy.methods.ff_g2m import FFG2M
 from understudy.methods.kd import KD
 from understudy.methods.sft import SFT
@@ -25,9 +26,9 @@ def test_golden():
     g = golden("30-ff-g2m")
     z, h = g["logits_s"].clone().requires_grad_(), g["logits_t"]
     tau, lam, chosen = float(g["tau_high"]), float(g["lam"]), g["labelled_idx"]
-    low = low_frequency(z, h, g["edge_index_with_self_loops"]).mean()
-    high = high_frequency(z, h, g["edge_index"], tau=tau).mean()
-    ce = cross_entropy(z[chosen], g["labels"][chosen]).mean()
+    low = reduce(low_frequency(z, h, g["edge_index_with_self_loops"]), "token_mean")
+    high = reduce(high_frequency(z, h, g["edge_index"], tau=tau), "token_mean")  # without edges it is 0
+    ce = reduce(cross_entropy(z[chosen], g["labels"][chosen]), "token_mean")
     total = lam * ce + (1 - lam) * (low + high)
     close(forward_kl(z, h).mean(), g["loss_glnn_node_kd"], rtol=1e-9)
     close(ce, g["loss_ce"], rtol=1e-9)
@@ -181,6 +182,7 @@ Z = torch.zeros(4, 3)
         (lambda: high_frequency(Z, Z, torch.tensor([[-1], [0]])), "edge 0"),
         (lambda: high_frequency(Z, Z, RING[:, :1], tau=0.0), "tau is 0.0"),
         (lambda: check_edges("x", torch.zeros(2, 3), 4), "whole numbers"),
+        (lambda: low_frequency(Z, Z, RING[:, :1].to(torch.int16)), "edges are torch.int16"),
         (lambda: check_edges("x", torch.zeros(3, 2, dtype=torch.int64), 4), r"shape \(2, edges\)"),
         (lambda: low_frequency(Z, torch.full((4, 3), float("nan")), RING[:, 1:2]), "teacher's logits of node 1"),
         (lambda: high_frequency(torch.full((4, 3), float("inf")), Z, RING[:, :1]), "student's logits of node 0"),

@@ -94,9 +94,8 @@ def test_means_and_gradients(g):
         if f"grad_{key}" in g:
             mean.backward()
             expected = g[f"grad_{key}"]
-            torch.testing.assert_close(
-                student.grad, expected, rtol=1e-7, atol=1e-10 * max(1, float(expected.abs().max()))
-            )
+            size = expected.abs().amax(-1, keepdim=True).clamp(min=1)  # of a token: a spike hides no other
+            close(student.grad / size, expected / size)
 
 
 def test_truncated(g):
@@ -112,10 +111,12 @@ def test_truncated(g):
         if support == "teacher":
             from_store = getattr(losses, function)(student, top_k(teacher, k), truncation=truncation, **options)
             close(from_store, g[f"tok_{name}"][mask], atol=1e-6)
-    assert torch.equal(top_k(teacher, k).ids, g["topk_teacher_idx"][mask])
+    for logits, side in ((teacher, "teacher"), (student, "student")):
+        assert torch.equal(top_k(logits, k).ids, g[f"topk_{side}_idx"][mask])
 
 
-def test_truncated_gradients(g):
+def test_truncated_means_and_gradients(g):
+    """TRL's own number for `tail` clamps the mass outside, and is not ours; for `renorm` it is."""
     mask = g["mask"].bool()
     for key in [n for n in g if n.startswith("grad_token_mean_topk_")]:
         _, support, truncation, base = key.removeprefix("grad_token_mean_").split("_", 3)
@@ -130,7 +131,11 @@ def test_truncated_gradients(g):
             truncation=truncation,
             **options,
         )
-        reduce(values, "token_mean").backward()
+        mean = reduce(values, "token_mean")
+        close(mean, g[key.removeprefix("grad_")], atol=1e-6)
+        if truncation == "renorm":
+            close(mean, g[f"trl_{key.removeprefix('grad_')}"])
+        mean.backward()
         close(student.grad, g[key], rtol=1e-6, atol=1e-7)
 
 

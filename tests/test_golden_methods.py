@@ -18,6 +18,9 @@ def test_pld():
     close(losses.teacher_permutation(g["teacher_logits"], g["labels"]).double(), g["permutation"].double())
     student = g["student_logits"].clone().requires_grad_()
     values = losses.plackett_luce_distillation(student, g["teacher_logits"], g["labels"], temperature=tau)
+    weights = torch.softmax(g["teacher_logits"] / tau, -1).gather(-1, g["permutation"])
+    close(weights, g["weights"], rtol=1e-9)
+    close(losses.plackett_luce(g["student_logits"], g["permutation"], g["weights"]), g["loss_per_sample"], rtol=1e-9)
     close(values, g["loss_per_sample"], rtol=1e-9)
     close(reduce(values, "token_mean"), g["loss"], rtol=1e-9)
     reduce(values, "token_mean").backward()
@@ -37,10 +40,14 @@ def test_pld_ignored_labels_and_variants():
     mean.backward()
     close(student.grad, g["grad_student_ignore"], rtol=1e-9)
     for weights, key in (("uniform", "uniform"), ("position", "position"), ("first", "first_only")):
+        student = g["student_logits"].clone().requires_grad_()
         values = losses.plackett_luce_distillation(
-            g["student_logits"], g["teacher_logits"], g["labels"], weights=weights
+            student, g["teacher_logits"], g["labels"], temperature=tau, weights=weights
         )
         close(values, g[f"loss_per_sample_{key}"], rtol=1e-9)
+        if key == "uniform":
+            reduce(values, "token_mean").backward()
+            close(student.grad, g["grad_student_uniform"], rtol=1e-9)
     close(losses.position_weights(g["student_logits"].shape[1]), g["position_weights"])
 
 
@@ -60,7 +67,7 @@ def test_taid_schedule(variant):
     )
     mask = g["mask"].bool()
     for n in range(int(g["n_steps"])):
-        close(torch.tensor(schedule.value), g[f"t_before{variant}"][n].float(), rtol=1e-6)
+        assert schedule.value == pytest.approx(float(g[f"t_before{variant}"][n]), rel=1e-8)
         student = g["student_logits"][n].clone().requires_grad_()
         t = schedule.value
         both = {
@@ -114,6 +121,9 @@ def test_dhkd_alignment(world):
     features = torch.tanh(g["net_x"] @ w0.T)
     ce = gamma * losses.cross_entropy(features @ w1.T + b1, g["labels"]).mean()
     kd = alpha * losses.binary_kl_norm(features @ w2.T + b2, g[f"{world}_teacher_logits"], temperature=tau).mean()
+    for loss, name in ((ce, "ce"), (kd, "kd")):
+        if f"{world}_loss_{name}" in g:
+            close(loss, g[f"{world}_loss_{name}"])
     grads = {
         name: list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
         for name, loss in (("ce", ce), ("kd", kd))

@@ -11,7 +11,8 @@ from understudy import losses
 from understudy.errors import InputError
 from understudy.losses.gradients import align
 from understudy.losses.reduction import reduce
-from understudy.targets import Projected, TopK, largest, sample, top_k
+from understudy.models import Rows
+from understudy.targets import Dense, Projected, TopK, largest, sample, top_k
 
 F64 = torch.float64
 DIVERGENCES = {
@@ -121,11 +122,41 @@ def test_forbidden_tokens_give_no_nan():
     s, t = draw(6, rows=2)
     s[:, 0] = t[:, 0] = -math.inf
     for name, options in DIVERGENCES.items():
-        if name == "alpha_beta":
-            continue
         function = getattr(losses, name)
         assert function(s, t, **options).isfinite().all()
         assert gradient(function, s, t, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("a,b", [(1, 0), (0, 1), (0, 0), (0.2, 0.7), (0.7, -0.7), (-0.7, 0.7), (1, -0.5), (-0.5, 0.2)])
+def test_forbidden_tokens_of_the_alpha_beta_divergence(a, b):
+    """Forbidden by both, a class adds nothing, whatever the exponents; by one, what its limit does."""
+    s, t = draw(6, rows=3)
+    without = losses.alpha_beta(s[:, 1:], t[:, 1:], alpha=a, beta=b)
+    s[:, 0] = t[:, 0] = -math.inf
+    torch.testing.assert_close(losses.alpha_beta(s, t, alpha=a, beta=b), without)
+    assert gradient(losses.alpha_beta, s, t, alpha=a, beta=b).isfinite().all()
+    for side in (s, t):
+        side[:, 0] = 0.0
+        here, near, nearer = (
+            losses.alpha_beta(s.clamp(min=low), t.clamp(min=low), alpha=a, beta=b) for low in (-math.inf, -60, -600)
+        )
+        assert not here.isnan().any() and (nearer - near)[here.isinf()].gt(0.01).all()  # it grows without bound
+        torch.testing.assert_close(here[here.isfinite()], nearer[here.isfinite()], rtol=1e-6, atol=1e-6)
+        side[:, 0] = -math.inf
+
+
+def test_truncation_takes_the_divergences_as_they_are():
+    s, t = draw(3)
+    for name, options in DIVERGENCES.items():
+        if name != "cross_entropy_soft":
+            whole = getattr(losses, name)(s, t, **options)
+            for support in ("teacher", "student", "union"):
+                torch.testing.assert_close(losses.truncate(name, s, t, 7, support=support, **options), whole)
+                torch.testing.assert_close(losses.truncate(name, s, t, 6, support=support, **options), whole)
+    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}  # the convention of jsd holds here too
+    for beta, name in ends.items():
+        expected = losses.truncate(name, s, t, 3, support="union")
+        torch.testing.assert_close(losses.truncate("jsd", s, t, 3, support="union", beta=beta), expected)
 
 
 def test_one_class_and_no_rows():
@@ -149,6 +180,7 @@ def test_one_class_and_no_rows():
         (lambda s, t: losses.forward_kl(s * math.nan, t), "row 0 .* student has nan"),
         (lambda s, t: losses.forward_kl(s, t * math.inf), "teacher has"),
         (lambda s, t: losses.forward_kl(torch.full_like(s, -math.inf), t), "-inf logits only"),
+        (lambda s, t: losses.forward_kl(s, Rows(Dense(t))), "not defined for Rows targets"),
         (lambda s, t: losses.forward_kl(s, Projected(s, torch.ones(7, 7, dtype=F64))), "streaming.rowwise"),
         (lambda s, t: losses.binary_kl_norm(s, top_k(t, 2)), "not defined for TopK"),
         (lambda s, t: losses.binary_kl_norm(s, t * math.nan), "row 0 are not finite"),
@@ -156,6 +188,10 @@ def test_one_class_and_no_rows():
         (lambda s, t: losses.plackett_luce_distillation(s, t, torch.tensor([0, 1, 2, 9])), "label 9"),
         (lambda s, t: losses.plackett_luce_distillation(s, t * math.nan, torch.zeros(4).long()), "nan"),
         (lambda s, t: losses.interpolated_kl(s, t, t=1.2), "t is 1.2"),
+        (lambda s, t: losses.truncate("forward_lk", s, t, 2), "Did you mean 'forward_kl'"),
+        (lambda s, t: losses.truncate("jsd", s, t, 2, beta=1.5), "beta is 1.5"),
+        (lambda s, t: losses.truncate("forward_kl", s, t, 0), "k is 0"),
+        (lambda s, t: losses.truncate("forward_kl", s * math.inf, t, 2), "truncated forward_kl: row 0 .* student has"),
         (lambda s, t: top_k(t, 0), "k is 0"),
         (lambda s, t: TopK(torch.zeros(2, 3).long(), torch.zeros(2, 2), torch.zeros(2, 1)), "ids are"),
     ],

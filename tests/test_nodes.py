@@ -11,6 +11,7 @@ import torch
 from engine_cases import killed_run, weights
 from understudy import InputError, distill
 from understudy.check import evaluate_run
+from understudy.cli import main
 from understudy.data import Batch, GraphBatch, collate_graph, load_graph
 from understudy.data.graph_sources import clean_edges
 from understudy.models import NodeRows, load_nodes, load_small
@@ -105,6 +106,19 @@ def test_files_with_columns_masks_and_missing_labels(tmp_path):
         }
     )
     assert batch(drawn.train).labelled == 40 and batch(drawn.validation).rows == 16 and batch(drawn.test).rows == 25
+
+
+def test_files_of_other_number_types_say_the_same(tmp_path):
+    """Masks as 0 and 1 are masks, not node ids; small and big-endian integers are numbers too."""
+    plain = batch(load_graph({"name": saved(tmp_path / "a.npz")}).train)
+    mask = np.isin(np.arange(9), (0, 1)).astype(np.uint8)
+    edges = np.array([[i, i + 1] for i in range(7)])
+    for number, (ends, features) in enumerate((("u1", "f2"), (">i8", ">f4"), ("u4", "u2"))):
+        x = np.eye(9, 4).astype(features)
+        name = saved(tmp_path / f"{number}.npz", x=x, edges=edges.astype(ends), train_idx=None, train_mask=mask)
+        other = batch(load_graph({"name": name}).train)
+        assert torch.equal(plain.edges, other.edges) and torch.equal(plain.labels, other.labels)
+        assert torch.equal(plain.inputs["nodes"], other.inputs["nodes"])
 
 
 def test_real_graphs(data_folder):
@@ -207,6 +221,18 @@ def test_a_users_own_teacher_is_read_whole_and_left_as_it_was(tmp_path):
     assert teacher.training and all(p.requires_grad and p.grad is None for p in teacher.parameters())
 
 
+def test_the_command_line_trains_without_evaluations(taught, tmp_path):
+    """YAML reads the `no` of a strategy as false; it is meant as the word."""
+    shutil.copytree(taught, tmp_path / "run" / "teacher")
+    words = {"task": "node_classification", "method": "ff-g2m", "output": tmp_path / "run", "student": RUN["student"]}
+    words |= {"teacher": json.dumps(RUN["teacher"]), "trainer.max_steps": 3}
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *(f"{k}={v}" for k, v in words.items()), "trainer.eval_strategy=no", "trainer.save_strategy=no"])
+    assert stop.value.code in (0, None)
+    assert not (tmp_path / "run" / "validation.jsonl").exists()
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "student").is_dir()
+
+
 def test_inductive_runs_and_graphs_without_edges(taught, tmp_path):
     inductive = {**RUN, "data": {"name": "topics", "split": "inductive"}, "method": "ff-g2m"}
     result = distill({**inductive, "output": str(tmp_path / "i")})
@@ -233,6 +259,15 @@ BAD = {
     "half a split": ({"test_idx": None}, "a split without test_idx or test_mask"),
     "no labels at all": ({"y": None}, "lacks y"),
     "no features": ({"x": None}, "lacks x"),
+    "features without a column": ({"x": np.zeros((9, 0))}, "give a row of numbers a node"),
+    "features that are words": ({"x": np.array([["a"]] * 9)}, "features are <U1"),
+    "a split of halves": ({"train_idx": np.array([0.5, 1.2])}, "train_idx is float64"),
+    "a split of words": ({"train_idx": np.array(["a"])}, "train_idx is <U1"),
+    "a mask of other numbers": (
+        {"train_idx": None, "train_mask": np.array([0, 1, 2, 0, 0, 0, 0, 0, 0])},
+        "other values than 0 and 1",
+    ),
+    "a short mask": ({"train_idx": None, "train_mask": np.zeros(8, bool)}, "and there are 9 nodes"),
 }
 
 

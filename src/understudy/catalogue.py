@@ -15,8 +15,6 @@ from understudy.errors import InputError, nearest
 from understudy.methods import all_methods
 from understudy.training import Method
 
-ACCESS = frozenset({"white", "gray", "black", "self", "any"})
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import TrainingArguments
 from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
 from understudy.methods import get as get_method
-from understudy.specs import ModelSpec
+from understudy.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
 from understudy.training import Method, OnPolicy
 
@@ -53,6 +54,11 @@ class Recipe(BaseModel):
     @classmethod
     def _data_name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else (value or {})
+
+    @field_validator("trainer", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return said_no(value)
 
     @property
     def evaluation_batch(self) -> int:
@@ -111,6 +117,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
     """A validated recipe with its task's defaults filled in."""
     if not isinstance(values, Mapping):
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
+    _refuse_endless(values, "")
     recipe: Recipe = validated(Recipe, dict(values), "recipe key")
     task = get_task(recipe.task)
     check_members(recipe, task)
@@ -140,6 +147,15 @@ def make(values: Mapping[str, Any]) -> Recipe:
             f"{task.kind} task. Choose another method (`understudy methods`) or task."
         )
     return recipe
+
+
+def _refuse_endless(values: Any, where: str) -> None:
+    """Refuse nan and infinity, which no recipe file could hold: they would be read again as no value at all."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise InputError(f"Recipe key {where} is {values}: give a finite number, or leave it out.")
+    inside = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inside:
+        _refuse_endless(value, f"{where}.{key}" if where else str(key))
 
 
 def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:

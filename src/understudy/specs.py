@@ -14,6 +14,13 @@ SHARDED = "sharded"
 """As the device of a teacher: its weights are spread over all ranks."""
 
 
+def said_no(values: Any) -> Any:
+    """Arguments of Trainer as meant: YAML reads `no` as false, and a strategy (`eval_strategy`) is a word."""
+    if not isinstance(values, dict):
+        return values
+    return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
+
+
 class ModelSpec(BaseModel):
     """A model: a name, folder or Hub id, and how to hold it."""
 
@@ -71,6 +78,11 @@ class ModelSpec(BaseModel):
         if not self.members:
             return {where: self}
         return {f"{where}.members.{name}": member for name, member in self.members.items()}
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return said_no(value)
 
     @field_validator("endpoint", mode="before")
     @classmethod

@@ -62,10 +62,10 @@ def read_graph(spec: Mapping[str, Any]) -> Graph:
             f"Graph {name!r} is neither built in ({', '.join(EMBEDDED)}), nor an .npz file, nor in UNDERSTUDY_DATA, nor "
             f"planetoid:NAME.{nearest(name, EMBEDDED)}"
         )
-    nodes, labels = torch.from_numpy(values["x"]).float(), _labels(name, values["y"])
-    if nodes.dim() != 2 or len(nodes) != len(labels):
+    nodes, labels = _features(name, values["x"]), _labels(name, values["y"])
+    if nodes.dim() != 2 or len(nodes) != len(labels) or not nodes.shape[1]:
         raise InputError(
-            f"{name}: features are {tuple(nodes.shape)} and there are {len(labels)} labels: one row a node."
+            f"{name}: features are {tuple(nodes.shape)} and there are {len(labels)} labels: give a row of numbers a node."
         )
     if not bool(torch.isfinite(nodes).all()):
         node = int((~torch.isfinite(nodes)).any(1).nonzero()[0, 0])
@@ -85,11 +85,13 @@ def clean_edges(name: str, pairs: Any, nodes: int, notes: list[str], warnings: l
         pairs: `[edges, 2]`. Edges listed once each as i < j are an undirected list; any other list that is not
             symmetric is directed, and taking it both ways is a warning.
     """
-    listed = torch.from_numpy(np.asarray(pairs))
-    if listed.dim() != 2 or listed.shape[1] != 2:
-        raise InputError(f"{name}: edges are {tuple(listed.shape)}; give pairs of nodes, (edges, 2).")
+    raw = np.asarray(pairs)
+    if raw.ndim != 2 or raw.shape[1] != 2:
+        raise InputError(f"{name}: edges are {raw.shape}; give pairs of nodes, (edges, 2).")
+    if raw.dtype.kind not in "iu":
+        raise InputError(f"{name}: edges are {raw.dtype}; give whole numbers, a pair of nodes an edge.")
+    listed = torch.from_numpy(raw.astype(np.int64))
     check_edges(name, listed.T, nodes)
-    listed = listed.long()
     proper = listed[listed[:, 0] != listed[:, 1]]
     if len(proper) < len(listed):
         notes.append(
@@ -107,6 +109,13 @@ def clean_edges(name: str, pairs: Any, nodes: int, notes: list[str], warnings: l
                 f"The edges of {name} are directed ({len(both) - len(unique)} have no reverse): they are taken both ways."
             )
     return both.T.contiguous()
+
+
+def _features(name: str, values: Any) -> Tensor:
+    raw = np.asarray(values)
+    if raw.dtype.kind not in "fiub":
+        raise InputError(f"{name}: features are {raw.dtype}; give numbers, one row a node.")
+    return torch.from_numpy(raw.astype(np.float32))
 
 
 def _labels(name: str, values: Any) -> Tensor:
@@ -130,15 +139,7 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
     for split, column in given.items():
         if column is None:
             raise InputError(f"{graph.name} has a split without {' or '.join(COLUMNS[split])}.")
-        raw = np.asarray(values[column])
-        if raw.dtype == bool:
-            masks = np.atleast_2d(raw)
-            if fold >= len(masks) or masks.shape[1] != number:
-                raise InputError(
-                    f"{graph.name}: {column} is {raw.shape} and there are {number} nodes; data.fold is {fold}."
-                )
-            raw = np.flatnonzero(masks[fold])
-        index = torch.from_numpy(raw.astype(np.int64)).unique()
+        index = _chosen(graph.name, column, np.asarray(values[column]), number, fold)
         if len(index) and (int(index[0]) < 0 or int(index[-1]) >= number):
             raise InputError(f"{graph.name}: {column} names a node outside 0 … {number - 1}.")
         labelled = index[graph.labels[index] != IGNORE]
@@ -146,6 +147,20 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
             graph.notes.append(f"{len(index) - len(labelled)} {split} nodes have no label and were left out.")
         parts[split] = labelled
     return _apart(graph.name, parts)
+
+
+def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
+    """Node ids of a column: of a mask, booleans or 0 and 1, one row a fold; or of a list of ids."""
+    if raw.dtype == bool or column.endswith("_mask"):
+        masks = np.atleast_2d(raw)
+        if masks.ndim != 2 or masks.shape[1] != number or fold >= len(masks):
+            raise InputError(f"{name}: {column} is {raw.shape} and there are {number} nodes; data.fold is {fold}.")
+        if raw.dtype != bool and not np.isin(raw, (0, 1)).all():
+            raise InputError(f"{name}: {column} is a mask and holds other values than 0 and 1; name node ids in *_idx.")
+        raw = np.flatnonzero(masks[fold])
+    if raw.ndim != 1 or (raw.dtype.kind not in "iu" and len(raw)):
+        raise InputError(f"{name}: {column} is {raw.dtype} {raw.shape}; give a list of node ids.")
+    return torch.from_numpy(raw.astype(np.int64)).unique()
 
 
 def _apart(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:

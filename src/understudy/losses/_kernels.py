@@ -11,29 +11,36 @@ _INF = float("inf")
 
 
 def alpha_beta_sum(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
+    """The α-β divergence. A class that neither side has adds nothing; one that a single side has may add +inf, never nan."""
+    none, one = (log_p == -_INF) & (log_q == -_INF), (log_p == -_INF) ^ (log_q == -_INF)
+    if none.any():
+        log_p, log_q = log_p.masked_fill(none, 0.0), log_q.masked_fill(none, 0.0)
+    terms = _alpha_beta(log_p, log_q, a, b)
+    # A term is at least 0 and its largest power decides, so ∞ − ∞ and 0 · ∞ stand for +∞.
+    return (terms.masked_fill(one & terms.isnan(), _INF) if one.any() else terms).sum(-1)
+
+
+def _alpha_beta(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
+    """Its term of each class."""
     if a == 0 and b == 0:
-        return 0.5 * (log_p - log_q).square().sum(-1)
+        return 0.5 * (log_p - log_q).square()
     if b == 0:
         return _one_sided(log_p, log_q, a)
     if a == 0:
         return _one_sided(log_q, log_p, b)
     if a + b == 0:
         ratio = a * (log_p - log_q)  # log (p/q)^a
-        return (torch.expm1(ratio) - ratio).sum(-1) / a**2
-    cross, left, right = _power(a * log_p + b * log_q), _power((a + b) * log_p), _power((a + b) * log_q)
-    return -(cross - a / (a + b) * left - b / (a + b) * right).sum(-1) / (a * b)
+        return (torch.expm1(ratio) - ratio) / a**2
+    cross, left, right = (a * log_p + b * log_q).exp(), ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
+    return -(cross - a / (a + b) * left - b / (a + b) * right) / (a * b)
 
 
 def _one_sided(log_x: Tensor, log_y: Tensor, a: float) -> Tensor:
-    """1/a² Σ [x^a log(x^a / y^a) − x^a + y^a]: the limit of the divergence where the other exponent is 0."""
-    x, y = _power(a * log_x), _power(a * log_y)
+    """1/a² [x^a log(x^a / y^a) − x^a + y^a]: the limit where the other exponent is 0."""
+    x, y = (a * log_x).exp(), (a * log_y).exp()
     absent = log_x == -_INF
     ratio = torch.where(absent, torch.zeros_like(log_x), a * (log_x.masked_fill(absent, 0.0) - log_y))
-    return (x * ratio - x + y).sum(-1) / a**2
-
-
-def _power(exponent: Tensor) -> Tensor:
-    return exponent.exp()
+    return (x * ratio - x + y) / a**2
 
 
 def kl(log_x: Tensor, log_y: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.targets import Dense, Projected, Target, TopK
+from understudy.targets import Dense, Projected, Sampled, Target, TopK
 
 Truncation = Literal["tail", "renorm"]
-Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def as_target(target: Target | Tensor) -> Target:
@@ -104,7 +102,8 @@ def pair(
         return log_q, torch.cat([log_p, full(target.log_tail.detach())], dim=-1)
     if isinstance(target, Projected):
         raise InputError(f"{loss} reads logits: pass Projected targets through streaming.rowwise.")
-    raise InputError(f"{loss} is not defined for Sampled targets, being not linear in p; it accepts Dense and TopK.")
+    why = ", being not linear in p" if isinstance(target, Sampled) else ""
+    raise InputError(f"{loss} is not defined for {type(target).__name__} targets{why}; it accepts Dense and TopK.")
 
 
 def same_temperature(loss: str, taken: float, asked: float) -> None:

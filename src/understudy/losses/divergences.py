@@ -27,8 +27,6 @@ from understudy.losses._pairs import (
 )
 from understudy.targets import Sampled, Target
 
-_INF = float("inf")
-
 
 def forward_kl(
     student: Tensor,

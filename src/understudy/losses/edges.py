@@ -15,7 +15,7 @@ from understudy.errors import InputError
 from understudy.losses._kernels import kl
 from understudy.losses._pairs import full, log_softmax
 
-INTEGERS = (torch.int64, torch.int32, torch.int16)
+INTEGERS = (torch.int64, torch.int32)
 
 
 def low_frequency(student: Tensor, teacher: Tensor, edges: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def check_edges(name: str, edges: Tensor, nodes: int) -> None:
     """Refuse edges of another shape or type, and the first one that names a node that does not exist."""
     if edges.dim() != 2 or edges.shape[0] != 2 or edges.dtype not in INTEGERS:
         raise InputError(
-            f"{name}: edges are {edges.dtype} {tuple(edges.shape)}; give whole numbers of shape (2, edges)."
+            f"{name}: edges are {edges.dtype} {tuple(edges.shape)}; give whole numbers (int64, int32) of shape (2, edges)."
         )
     if edges.shape[1] == 0:
         return

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from understudy.errors import InputError
-
-Reduction = Literal["token_mean", "sequence_mean", "sequence_sum", "sum"]
 
 
 def row_weights(how: str, sequence: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from understudy.errors import InputError
-from understudy.losses._kernels import alpha_beta_sum, kl, mix, tv
+from understudy.errors import InputError, nearest
+from understudy.losses import divergences
 from understudy.losses._pairs import Truncation, bucketed, checked, pair
 from understudy.targets import largest
+
+NAMES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta")
 
 _INF = float("inf")
 
@@ -31,7 +32,16 @@ def truncate(
 
     Ties go to the lowest class index. GKD truncates forward KL to the teacher's support, reverse KL to the student's,
     everything else to the union. Values `[rows]`, not reduced.
+
+    Args:
+        divergence: a function of `losses.divergences` by name. options: its own (`beta`, `alpha`).
+        student, teacher: logits `[rows, classes]`. k: classes kept a side; from `classes` on, all.
+
+    Raises:
+        InputError: an unknown divergence, k below 1, or what the divergence itself refuses.
     """
+    if divergence not in NAMES:
+        raise InputError(f"truncate: unknown divergence {divergence!r}.{nearest(divergence, NAMES)}")
     if k < 1:
         raise InputError(f"truncate: k is {k} and must be at least 1.")
     log_q, log_p = pair("truncate", student, teacher, temperature, truncation)
@@ -46,7 +56,10 @@ def truncate(
             ids = largest(log_x.detach(), k)
             keep = keep.scatter(-1, ids, True)
         log_q, log_p = (_on_support(x, keep, truncation) for x in (log_q, log_p))
-    return checked(divergence, _KERNELS[divergence](log_p, log_q, **options), student, teacher)
+    # Of a row that is no distribution only sums are nan, so its own logits are named and not those of its buckets.
+    checked(f"truncated {divergence}", log_q.detach().sum(-1) + log_p.sum(-1), student, teacher)
+    kept: Tensor = getattr(divergences, divergence)(log_q, log_p, **options)  # log-probabilities are logits
+    return kept
 
 
 def _on_support(log_x: Tensor, keep: Tensor, truncation: Truncation) -> Tensor:
@@ -57,14 +70,3 @@ def _on_support(log_x: Tensor, keep: Tensor, truncation: Truncation) -> Tensor:
     width = torch.arange(log_x.shape[-1], device=log_x.device).expand_as(log_x)
     tail = bucketed(log_x.masked_fill(keep, -_INF), width[..., :0], "tail")
     return torch.cat([kept, tail], dim=-1)
-
-
-_KERNELS: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": lambda p, q: kl(p, q),
-    "reverse_kl": lambda p, q: kl(q, p),
-    "total_variation": lambda p, q: tv(p, q),
-    "jsd": lambda p, q, beta: beta * kl(p, mix(p, q, beta)) + (1 - beta) * kl(q, mix(p, q, beta)),
-    "skew_kl": lambda p, q, alpha: kl(p, mix(p, q, alpha)),
-    "skew_reverse_kl": lambda p, q, alpha: kl(q, mix(q, p, alpha)),
-    "alpha_beta": lambda p, q, alpha, beta: alpha_beta_sum(p, q, alpha, beta),
-}

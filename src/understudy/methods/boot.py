@@ -25,7 +25,7 @@ from understudy.errors import InputError
 from understudy.evaluation.generation import Judge, draw
 from understudy.losses import diffusion
 from understudy.models import DenoiserRows, RowModel, Rows, evaluating
-from understudy.models.diffusion import trajectory, with_guidance
+from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
 from understudy.training import Live, Method, Stage, Term
 from understudy.training.averages import follow, take
@@ -82,7 +82,7 @@ class BOOT(Method):
         return self
 
     def student(self, student: RowModel, work: Stage) -> RowModel:
-        teacher = _denoiser(work.teacher)
+        teacher = _denoiser(work.live_teacher())
         if _denoiser(student).shape != teacher.shape:
             raise InputError(f"The student makes examples of {student.shape} and the teacher of {teacher.shape}.")
         if not any(p.requires_grad for p in student.parameters()):
@@ -99,12 +99,12 @@ class BOOT(Method):
         if self.target != "regression":
             return {}
         settings = {"seed": work.seed, **self.model_dump(include={"t_min", "t_max", "steps"})}
-        settings["guidance"] = _denoiser(work.teacher).sampler.guidance
+        settings["guidance"] = _denoiser(work.live_teacher()).sampler.guidance
         return work.once("pairs", lambda: {"outputs": self._outputs(work)}, **settings)
 
     @torch.no_grad()
     def _outputs(self, work: Stage) -> Tensor:
-        teacher = _denoiser(work.teacher)
+        teacher = _denoiser(work.live_teacher())
         home, parts = next(teacher.parameters()), []
         times = torch.linspace(self.t_max, self.t_min, self.steps + 1, dtype=torch.float64)
         with evaluating(teacher):
@@ -184,7 +184,7 @@ class BOOT(Method):
         if self.target == "regression":
             metrics["stored_teacher_calls"] = float(len(live.tables["outputs"]) * self.steps)
         if self.refine:
-            metrics |= self._refined(_denoiser(live.student), _denoiser(work.teacher), work)
+            metrics |= self._refined(_denoiser(live.student), _denoiser(work.live_teacher()), work)
         return {"metrics": metrics}
 
     @torch.no_grad()
@@ -228,9 +228,7 @@ def _denoiser(model: Any) -> DenoiserRows:
 def _ask(live: Live) -> Callable[[NoiseBatch], Tensor]:
     """The teacher's x_0 for a batch, detached, guided as its own sampler is."""
     teacher: Any = live.teacher
-    return lambda batch: with_guidance(
-        lambda b: teacher.rows(b).signal.values, batch, _denoiser(teacher.model).sampler.guidance
-    )
+    return lambda batch: _denoiser(teacher.model).guide(lambda b: teacher.rows(b).signal.values, batch)
 
 
 def _levels(live: Live) -> NoiseLevels:

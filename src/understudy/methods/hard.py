@@ -105,8 +105,7 @@ class HARD(Method):
         example = next(work.batches("train", 16))
         if "pixel_values" not in example.inputs:
             raise InputError("Method 'hard' augments images or signals, and the examples have no pixel_values.")
-        assert work.teacher is not None
-        _check_repeats(work.teacher, example)
+        _check_repeats(work.live_teacher(), example)
         if self.augmentor != "latent":
             return {}
         shape = tuple(example.inputs["pixel_values"].shape[1:])

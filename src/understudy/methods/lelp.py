@@ -126,10 +126,10 @@ class LELP(Method):
 
     def _fit(self, work: Stage) -> dict[str, Tensor]:
         """The split's tables, the projector, and the targets where they are to be cached."""
-        assert work.teacher is not None
-        taps = self.taps("teacher", work.teacher, next(work.batches("train", 2)))
+        model = work.live_teacher()
+        taps = self.taps("teacher", model, next(work.batches("train", 2)))
         features = self.teacher_layer is None
-        teacher = LocalTeacher(work.teacher, "teacher", freeze=False, features=features, taps=taps)
+        teacher = LocalTeacher(model, "teacher", freeze=False, features=features, taps=taps)
         read = [
             (*self._read(teacher.rows(batch), batch), batch.row_labels, _ids(batch))
             for batch in work.batches(self.fit_on)
@@ -141,7 +141,7 @@ class LELP(Method):
                 f"The teacher's embedding of example {int(ids[broken][0])} is not finite: look at that example, or load the "
                 "teacher in float32."
             )
-        projector = self._projector(work.teacher, embeddings, logits)
+        projector = self._projector(model, embeddings, logits)
         x = embeddings.double() if projector is None else embeddings.double() @ projector
         by_teacher = torch.ones_like(labels, dtype=torch.bool) if self.assign == "teacher" else labels < 0
         known = Known(

@@ -181,8 +181,7 @@ class TGeoKD(Method):
 
 def _class_means(work: Stage) -> dict[str, Tensor]:
     """The teacher's average for each label, examples of each label, and examples that both splits hold."""
-    assert work.teacher is not None
-    teacher = LocalTeacher(work.teacher, "teacher")
+    teacher = LocalTeacher(work.live_teacher(), "teacher")
     sums, counts = torch.zeros(work.classes, work.classes).double(), torch.zeros(work.classes).double()
     seen: set[bytes] = set()
     for batch in work.batches("train"):

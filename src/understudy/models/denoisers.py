@@ -36,8 +36,8 @@ def load_denoiser(
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
             a folder, a Hub id, or a `DenoiserRows`.
         shape: of an example; a model from a folder knows its own. classes: to be asked for, 0 for none.
-        centres: of the world. sampler: of models that do not say how they draw. prediction, null: over what
-            a folder says; `null` means that the last class of a model stands for none.
+        centres: of the world. sampler, null, prediction: of models whose folder has no `sampler.json`. `null`
+            means that the last class of a model stands for none; `prediction` goes over what its scheduler says.
     """
     if isinstance(name, DenoiserRows):
         return name

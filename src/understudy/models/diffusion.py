@@ -143,7 +143,15 @@ class DenoiserRows(RowModel):
 
     def denoise(self, batch: NoiseBatch) -> Tensor:
         """x_0 with the sampler's guidance."""
-        return with_guidance(lambda b: self(b).signal.values, batch, self.sampler.guidance)
+        return self.guide(lambda b: self(b).signal.values, batch)
+
+    def guide(self, ask: Callable[[NoiseBatch], Tensor], batch: NoiseBatch) -> Tensor:
+        """What `ask`, this model in whatever wrapping, says of the batch, with the sampler's guidance.
+
+        Guidance reaches beyond both answers, so a bound of x_0 holds for what comes out of it too.
+        """
+        clean = with_guidance(ask, batch, self.sampler.guidance)
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
     def save(self, folder: Path) -> None:
         """The network (`save_pretrained` with its scheduler, or the small format) and `sampler.json`."""

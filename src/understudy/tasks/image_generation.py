@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from understudy.data.images import OPTIONS as IMAGE_OPTIONS
 from understudy.data.noise_sets import WORLDS, ExampleSet, NoiseSet, Reference, Source, collate_noise, load_source
 from understudy.errors import InputError, nearest
 from understudy.evaluation.generation import evaluate_generation
+from understudy.losses.diffusion import check_prediction
 from understudy.models import RowModel
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import Sampler
@@ -95,8 +97,11 @@ class ImageGeneration(TaskDefaults):
         for value in own["compare_steps"]:
             _positive("data.compare_steps", value)
         weight = own["guidance"]
-        if weight is not None and (not isinstance(weight, (int, float)) or weight < 0 or not own["conditional"]):
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
+        if weight is not None and not (number and own["conditional"]):
             raise InputError(f"data.guidance is {weight!r}: a number of at least 0, with data.conditional=true.")
+        if own["prediction"] is not None:
+            check_prediction(str(own["prediction"]))
         classes = source.classes if own["conditional"] else 0
         if own["conditional"] and not source.classes:
             raise InputError("data.conditional asks for classes, and data=noise has none. Name data with classes.")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from understudy.data import Batch
+from understudy.errors import InputError
 from understudy.models import RowModel
 from understudy.training.checkpoint import load_tree, save_tree
 
@@ -37,6 +38,19 @@ class Stage:
     key: str
     seed: int = 0
     teacher_train: Any = None
+
+    def live_teacher(self) -> RowModel:
+        """The teacher's own model, for a stage that reads it.
+
+        Raises:
+            InputError: a cache, a server or a route to several models stands in its place.
+        """
+        if self.teacher is None:
+            raise InputError(
+                "This method reads the teacher's own model before training, about every example: give a live teacher, "
+                "without teacher.cache, teacher.endpoint or teacher.route."
+            )
+        return self.teacher
 
     def examples(self, split: str) -> Any:
         """A split, or `teacher_train`."""

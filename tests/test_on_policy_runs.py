@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from engine_cases import killed_run, weights
 from own_texts import recipe, rows, words, write_set
@@ -75,9 +76,10 @@ def test_an_update_is_the_same_however_it_is_cut(world, tmp_path):
     assert same(tmp_path / "whole", tmp_path / "halves", atol=2e-6)
 
 
-def test_killed_and_resumed_ends_in_the_same_weights(world, tmp_path):
+@pytest.mark.parametrize("engine", ["padded", "continuous"])
+def test_killed_and_resumed_ends_in_the_same_weights(engine, world, tmp_path):
     """Windows of 3 updates and checkpoints every 4: kills before, after and inside, with replay and a share that grows."""
-    policy = {"max_new_tokens": 5, "steps": 3, "fraction": 0.6, "replay": {"size": 5, "probability": 0.5}}
+    policy = {"engine": engine, "in_flight": 4, "max_new_tokens": 5, "steps": 3, "fraction": 0.6, "replay": {"size": 5, "probability": 0.5}}
     policy["adaptive"] = {"by": 0.05, "tolerance": 0.0}
     trainer = {"max_steps": 14, "per_device_train_batch_size": 4, "save_steps": 4, "logging_steps": 1}
     trainer |= {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3, "warmup_steps": 0}
@@ -98,6 +100,25 @@ def test_killed_and_resumed_ends_in_the_same_weights(world, tmp_path):
     assert found[0] == found[1]
     assert found[0][-1]["on_policy"]["fraction"] > 0.6
     assert any(line["on_policy"]["replay_age"] > 0 for line in found[0])
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+@pytest.mark.parametrize("student", [{}, {"peft": {"r": 4}}])
+def test_both_engines_write_the_same_run(precision, student, world, tmp_path):
+    """Text by text, with adapters or without. With `bf16` the batches are rounded and the other
+    engine's weights are not, so the texts differ and the run holds."""
+    for engine in ("padded", "continuous"):
+        policy = {"engine": engine, "max_new_tokens": 6, "steps": 3, "in_flight": 3}
+        trainer = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 6, "use_cpu": True, **precision}
+        side = {"model": "llama:hidden=16,layers=1,heads=2,context=64,init=0.3", **student}
+        distill(run(world, tmp_path / engine, on_policy=policy, trainer=trainer, student=side))
+    texts = [lines(tmp_path / engine, "samples.jsonl") for engine in ("padded", "continuous")]
+    logs = [lines(tmp_path / engine)[-1]["on_policy"] for engine in ("padded", "continuous")]
+    assert [(t["step"], t["id"]) for t in texts[0]] == [(t["step"], t["id"]) for t in texts[1]] and len(texts[0]) > 9
+    assert logs[0]["in_flight"] < logs[1]["in_flight"] <= 3
+    if not precision:
+        losses = [lines(tmp_path / engine)[-1]["loss"] for engine in ("padded", "continuous")]
+        assert texts[0] == texts[1] and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_log_says_where_texts_and_time_come_from(world, tmp_path):
@@ -178,6 +199,7 @@ def test_the_student_is_in_its_own_mode_after_writing(world):
         ({"on_policy": {"replay": {"sise": 1}}}, "Did you mean 'size'"),
         ({"on_policy": {"fraction": 1.5}}, "on_policy.fraction = 1.5"),
         ({"on_policy": {"cut": 1.0}}, "on_policy.cut"),
+        ({"on_policy": {"engine": "vllm"}}, "on_policy.engine"),
         ({"method": "sft", "options": {}}, "asks none"),
         ({"teacher": {"model": "llama:hidden=16", "cache": "nowhere"}}, "live teacher"),
         ({"task": "image_classification", "student": "mlp:8", "teacher": None}, "image task"),
@@ -204,3 +226,25 @@ def test_what_needs_models_to_be_seen_is_refused_before_training(keys, said, tmp
         distill(recipe(data, tmp_path / "run", teacher=teacher, **keys))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "kind,options,said",
+    [
+        ("Lfm2", {"hidden_size": 16, "num_hidden_layers": 2, "full_attn_idxs": [1]}, "Invalid layer type: conv"),
+        ("GPTJ", {"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 64}, "attention of its own"),
+    ],
+)
+def test_a_student_that_cannot_write_continuously_is_refused_before_training(kind, options, said, world, tmp_path):
+    tokenizer = words()
+    sizes = {"eos_token_id": tokenizer.eos_token_id, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **sizes, **options)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    keys = {"student": str(tmp_path / "student"), "trainer": {"max_steps": 2}}
+    with pytest.raises(InputError) as error:
+        distill(run(world, tmp_path / "run", on_policy={"engine": "continuous", "max_new_tokens": 4}, **keys))
+    assert said in str(error.value) and "on_policy.engine=padded" in str(error.value)
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    distill(run(world, tmp_path / "padded", on_policy={"max_new_tokens": 4}, **keys))
+    assert (tmp_path / "padded" / "samples.jsonl").exists()

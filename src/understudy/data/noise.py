@@ -22,8 +22,9 @@ def shift(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def uniform(ids: Tensor, shape: Sequence[int], *, seed: int, step: int, stream: int = 0) -> Tensor:
-    """`[ids, *shape]` in (0, 1), float64. Different `stream`s are independent draws for the same ids and step."""
+def uniform(ids: Tensor, shape: Sequence[int], *, seed: int, step: int | Tensor, stream: int = 0) -> Tensor:
+    """`[ids, *shape]` in (0, 1), float64. Different `stream`s are independent draws for the same ids and step; `step` is
+    one for all, or `[ids]`."""
     number = math.prod(shape)
     start = mix_bits(mix_bits(mix_bits(ids.long() * 0x9E3779B97F4A7C1 + step) + seed) + stream)
     index = torch.arange(1, number + 1, device=ids.device) * 0x9E3779B97F4A7C1

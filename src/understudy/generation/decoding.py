@@ -10,17 +10,22 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from understudy.data.noise import uniform
-from understudy.models import evaluating
+from understudy.models import RowModel, evaluating
 
 
 def choose(
-    logits: Tensor, keys: Tensor, step: int, temperature: Tensor | float, top_p: Tensor | float = 1.0, top_k: int = 0
+    logits: Tensor,
+    keys: Tensor,
+    step: int | Tensor,
+    temperature: Tensor | float,
+    top_p: Tensor | float = 1.0,
+    top_k: int = 0,
 ) -> Tensor:
     """The next token of each row: the largest at temperature 0, else by inversion of what top-k and top-p leave.
 
     Args:
-        logits: `[rows, vocabulary]`, float64. keys: `[rows]`, int64, names the row's own randomness. step: which token.
-        temperature, top_p: one for all, or `[rows, 1]`. top_k: 0 keeps all.
+        logits: `[rows, vocabulary]`, float64. keys: `[rows]`, int64, names the row's own randomness. step: which token,
+            one for all, or `[rows]`. temperature, top_p: one for all, or `[rows, 1]`. top_k: 0 keeps all.
     """
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(len(logits), 1)
     greedy = logits.argmax(-1)
@@ -60,6 +65,12 @@ def written(
     finally:
         model.generation_config = own
     return found[:, longest:]
+
+
+def writer(rows: RowModel) -> Any:
+    """The model that writes: of one with adapters the base, which has them inside."""
+    model: Any = rows.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

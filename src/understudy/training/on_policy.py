@@ -44,8 +44,9 @@ class OnPolicy(BaseModel):
     `kd` with `divergence=jsd` are GKD's; DistiLLM is `kd` with `skew_kl` or `skew_reverse_kl` (alpha 0.1), `fraction=0`,
     `replay` and `adaptive`.
 
-    Texts are written by `transformers`' padded `generate` with a KV cache, since the draws have to belong to the example:
-    its continuous batching and a server draw from a generator of their own, and a server has stale weights besides.
+    Texts are written with a KV cache by the student itself, with the weights of the moment. Both engines are those of
+    `transformers`, draw by the example and write the same texts, up to the rounding of batched products. A server is none
+    of them: it draws by itself, and would need the weights sent at every update.
 
     Args:
         fraction: λ, probability that an example's completion is replaced; where it starts, with `adaptive`.
@@ -53,6 +54,9 @@ class OnPolicy(BaseModel):
         steps: optimizer steps whose samples are written at once, with the weights of the first of them (fewer before the
             end of an epoch); 1 is strictly on-policy. in_flight: sequences that are written side by side, at most. Writing
             is cheap where there are 64 or more, so raise `steps` where the log's `in_flight` is small.
+        engine: `padded` writes batch after batch with `generate`, each until its last text ends. `continuous` gives the place
+            of a text that ends to the next prompt: for lengths that vary and more prompts than `in_flight`
+            (`docs/benchmarks.md`). It writes in the weights' own precision, not in that of `bf16`.
         cut: where plain text is cut into prompt and completion: a share of its length, or `random`.
     """
 
@@ -65,6 +69,7 @@ class OnPolicy(BaseModel):
     top_k: int = Field(0, ge=0)
     steps: int = Field(8, ge=1)
     in_flight: int = Field(64, ge=1)
+    engine: Literal["padded", "continuous"] = "padded"
     cut: Annotated[float, Field(gt=0, lt=1)] | Literal["random"] = "random"
     replay: Replay | None = None
     adaptive: Adaptive | None = None

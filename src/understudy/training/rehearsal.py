@@ -12,6 +12,8 @@ from torch import Tensor
 from understudy.data import IGNORE, Batch
 from understudy.data.samples import Sample, prompt_length, sampled_row
 from understudy.errors import InputError
+from understudy.generation.continuous import sample_continuously
+from understudy.generation.decoding import writer
 from understudy.models import Rows, evaluating
 from understudy.teachers import CachedTeacher, Teacher
 from understudy.training import checkpoint as ck
@@ -29,7 +31,8 @@ def rehearse(
     tokenizer: Any,
     collate: Callable[[list[Any]], dict[str, Tensor]],
 ) -> None:
-    """Have the method judge two short texts as if the student had written them, and leave everything as it was.
+    """Have the method judge two short texts as if the student had written them, and leave everything as it was. Where
+    the engine is `continuous`, have it write a little first: not every model can.
 
     Raises:
         InputError: the student cannot write, the texts would be too long for a model, or the method needs labels.
@@ -45,6 +48,10 @@ def rehearse(
         start = prompt_length(example["labels"], policy.cut, 0.5)
         ids = example["input_ids"][max(0, start - TOKENS) : start + TOKENS].tolist()
         rows.append(sampled_row(Sample(int(example["id"]), 0, min(start, TOKENS), tuple(ids)), tokenizer))
+    if policy.engine == "continuous":
+        texts = [row["input_ids"].tolist() for row in rows]
+        keys, known = torch.arange(len(rows)), len(tokenizer)
+        sample_continuously(writer(student), texts, keys, most=2, vocabulary=known, ends=set(), temperature=0.0)
     mark = {"source": torch.ones(len(rows), dtype=torch.long), "sampled": torch.zeros(len(rows), dtype=torch.long)}
     batch = Batch.from_dict({**collate(rows), **mark}).to(next(student.parameters()).device)
     try:

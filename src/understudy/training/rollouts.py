@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,8 @@ from understudy.data.batch import SOURCES
 from understudy.data.noise import uniform
 from understudy.data.samples import Sample, pack, prompt_length, sampled_row, token_rows, unpack
 from understudy.errors import InputError
-from understudy.generation.decoding import end_tokens, sample
+from understudy.generation.continuous import sample_continuously
+from understudy.generation.decoding import end_tokens, sample, writer
 from understudy.models import RowModel
 from understudy.training.on_policy import OnPolicy
 from understudy.training.order import COUNTS
@@ -61,8 +63,7 @@ class Rollouts:
         file: Path | None = None,
         meter: Any = None,
     ) -> None:
-        model = student.model
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = writer(student)
         self.policy, self.tokenizer, self.collate = policy, tokenizer, collate
         self.vocabulary = int(getattr(student, "vocabulary", len(tokenizer)))
         self.ends = end_tokens(self.model, tokenizer)
@@ -142,25 +143,23 @@ class Rollouts:
         policy, started = self.policy, time.perf_counter()
         prompts = [prompt for prompt, _ in fresh.values()]
         keys = torch.cat([key for _, key in fresh.values()]).to(next(self.model.parameters()).device)
-        found = sample(
-            self.model,
-            prompts,
-            keys,
-            most=policy.max_new_tokens,
-            vocabulary=self.vocabulary,
-            ends=self.ends,
-            pad=self.tokenizer.pad_token_id or 0,
-            in_flight=policy.in_flight,
-            temperature=policy.temperature,
-            top_p=policy.top_p,
-            top_k=policy.top_k,
-        )
+        options: dict[str, Any] = {
+            "most": policy.max_new_tokens,
+            "vocabulary": self.vocabulary,
+            "ends": self.ends,
+            **policy.model_dump(include={"in_flight", "temperature", "top_p", "top_k"}),
+        }
+        if policy.engine == "continuous":
+            found = sample_continuously(self.model, prompts, keys, **options)
+        else:
+            found = sample(self.model, prompts, keys, pad=self.tokenizer.pad_token_id or 0, **options)
         tokens = sum(map(len, found))
         if self.meter is not None:
             self.meter.generated += tokens
         ended = [text[-1] in self.ends for text in found]
         empty = sum(end and len(text) == 1 for text, end in zip(found, ended, strict=True))
-        rounds = -(-len(found) // policy.in_flight)
+        rounds = max(1.0, len(found) / policy.in_flight)  # as long as prompts wait, `continuous` leaves no place free
+        rounds = rounds if policy.engine == "continuous" else math.ceil(rounds)
         self._add(written=len(found), rounds=rounds, tokens=tokens, empty=empty, unended=len(found) - sum(ended))
         self._add(seconds=time.perf_counter() - started)
         self._note(fresh, found, ended, now)

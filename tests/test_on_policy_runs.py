@@ -79,7 +79,14 @@ def test_an_update_is_the_same_however_it_is_cut(world, tmp_path):
 @pytest.mark.parametrize("engine", ["padded", "continuous"])
 def test_killed_and_resumed_ends_in_the_same_weights(engine, world, tmp_path):
     """Windows of 3 updates and checkpoints every 4: kills before, after and inside, with replay and a share that grows."""
-    policy = {"engine": engine, "in_flight": 4, "max_new_tokens": 5, "steps": 3, "fraction": 0.6, "replay": {"size": 5, "probability": 0.5}}
+    policy = {
+        "engine": engine,
+        "in_flight": 4,
+        "max_new_tokens": 5,
+        "steps": 3,
+        "fraction": 0.6,
+        "replay": {"size": 5, "probability": 0.5},
+    }
     policy["adaptive"] = {"by": 0.05, "tolerance": 0.0}
     trainer = {"max_steps": 14, "per_device_train_batch_size": 4, "save_steps": 4, "logging_steps": 1}
     trainer |= {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3, "warmup_steps": 0}

@@ -1,6 +1,7 @@
 """Paper 8, TRG: golden vectors, limits that must hold, bad input."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from understudy.losses.relations import (
     paired_info_nce,
     self_similarity,
 )
+from understudy.methods.trg import TRG
 from understudy.training.schedules import anneal
 
 
@@ -182,3 +184,19 @@ def test_a_network_without_maps_is_refused(tmp_path):
         )
     with pytest.raises(InputError, match=r"data.imbalance is 0"):
         distill(values | {"output": str(tmp_path / "c")}, data={"name": "digits", "imbalance": 0})
+
+
+@pytest.mark.parametrize("patches", [1, 4])
+def test_a_last_group_of_one_image_takes_the_neighbours_it_has(patches):
+    method, live = TRG(gamma=0.0, k=5, sigma=1.0), SimpleNamespace(step=0, total=9, modules={})
+    ours, theirs = torch.randn(1, patches, 6, requires_grad=True), torch.randn(1, patches, 6)
+    local = method._group(ours, theirs, torch.tensor([3]), live)["local"]
+    assert local.shape == (1,) and local.isfinite().all()
+    local.sum().backward()
+    assert ours.grad.isfinite().all() and bool((ours.grad != 0).any()) == (patches > 1)
+
+
+def test_a_whole_group_that_is_too_small_for_k_is_refused():
+    method, live = TRG(gamma=0.0, k=5, sigma=1.0, group=2), SimpleNamespace(step=0, total=9, modules={})
+    with pytest.raises(InputError, match="k is 5 and there are 4 tokens"):
+        method._group(torch.randn(2, 2, 6), torch.randn(2, 2, 6), torch.tensor([3, 4]), live)

@@ -120,9 +120,14 @@ class TRG(Method):
         chosen = draw.argsort(-1)[:, :each].sort(-1).values
         s, t = (x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1) for x in (ours, theirs))
         found = {}
-        if self.beta:
+        # The last group of a batch may be small: it takes as many neighbours as it has. A whole one that is too small for k
+        # is refused.
+        k = self.k if images == self.group else min(self.k, len(s) - 1)
+        if self.beta and not k:
+            found["local"] = s.sum(-1) * 0
+        elif self.beta:
             sigma = median_squared_distance(t) if self.sigma == "median" else self.sigma
-            near = [knn_affinity(x, k=self.k, sigma=sigma) for x in (s, t)]
+            near = [knn_affinity(x, k=k, sigma=sigma) for x in (s, t)]
             found["local"] = affinity_kl(near[0], near[1], direction=self.direction, scale=self.affinity_scale)
         if self.gamma:
             tau = anneal(self.tau_start, self.tau_end, live.step / live.total, self.tau_pace)

@@ -47,7 +47,9 @@ def test_the_texts_are_those_of_padded_writing(draw, in_flight, tokenizer):
 def test_long_prompts_are_read_in_parts(tokenizer):
     """More tokens of prompts than one step reads."""
     own = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE, max_position_embeddings=1024)).eval()
-    prompts = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (700, 5, 290, 3)]
+    prompts = [
+        torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (700, 5, 290, 3)
+    ]
     chosen = {"most": 6, "vocabulary": 90, "ends": set(), "in_flight": 3}
     keys = torch.arange(4)
     assert sample_continuously(own, prompts, keys, **chosen) == sample(own, prompts, keys, pad=0, **chosen)
@@ -67,7 +69,9 @@ def test_other_kinds_of_attention(kind, options):
     config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
     sizes = {"vocab_size": 90} if kind == "GPT2" else BASE
     torch.manual_seed(0)
-    own = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config(**sizes | options))
+    own = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(
+        config(**sizes | options)
+    )
     with torch.no_grad():
         for parameter in own.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)  # so that what was said matters

@@ -64,6 +64,7 @@ def test_a_share_of_none_is_the_off_policy_run_to_the_bit(method, options, world
     losses = [[line["loss"] for line in lines(tmp_path / f)] for f in ("off", "none")]
     assert losses[0] == losses[1] and lines(tmp_path / "none")[-1]["on_policy"]["share"] == 0
     assert not (tmp_path / "none" / "samples.jsonl").exists()
+    assert "Own samples" not in (tmp_path / "none" / "report.html").read_text()
 
 
 def test_an_update_is_the_same_however_it_is_cut(world, tmp_path):
@@ -79,7 +80,14 @@ def test_an_update_is_the_same_however_it_is_cut(world, tmp_path):
 @pytest.mark.parametrize("engine", ["padded", "continuous"])
 def test_killed_and_resumed_ends_in_the_same_weights(engine, world, tmp_path):
     """Windows of 3 updates and checkpoints every 4: kills before, after and inside, with replay and a share that grows."""
-    policy = {"engine": engine, "in_flight": 4, "max_new_tokens": 5, "steps": 3, "fraction": 0.6, "replay": {"size": 5, "probability": 0.5}}
+    policy = {
+        "engine": engine,
+        "in_flight": 4,
+        "max_new_tokens": 5,
+        "steps": 3,
+        "fraction": 0.6,
+        "replay": {"size": 5, "probability": 0.5},
+    }
     policy["adaptive"] = {"by": 0.05, "tolerance": 0.0}
     trainer = {"max_steps": 14, "per_device_train_batch_size": 4, "save_steps": 4, "logging_steps": 1}
     trainer |= {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3, "warmup_steps": 0}
@@ -138,6 +146,8 @@ def test_the_log_says_where_texts_and_time_come_from(world, tmp_path):
     assert sum(cost["time_share"].values()) == pytest.approx(1)
     assert result.metrics["nll"] > 0
     assert all(line["on_policy"]["in_flight"] == line["on_policy"]["written"] for line in log)  # one batch a window
+    report = (tmp_path / "report.html").read_text()
+    assert "Own samples" in report and f"it wrote {len(texts)} texts of" in report
 
 
 def test_it_learns_to_write_what_the_teacher_would(world, tmp_path):

@@ -174,7 +174,8 @@ def test_a_share_of_one_never_shows_a_completion_of_the_data(tokenizer, student)
     assert mine.logs()["on_policy"]["share"] == 1.0
 
 
-def test_a_share_of_none_leaves_every_batch_as_it_is(tokenizer, student):
+def test_a_share_of_none_leaves_every_batch_as_it_is(tokenizer, student, monkeypatch):
+    monkeypatch.delattr(rollouts_module, "token_rows")  # nor is any batch taken apart for it
     items, mine = examples(tokenizer), rollouts(student, tokenizer, fraction=0.0)
     stream, plain = batches(items, 4), batches(items, 4)
     for step, values in enumerate(islice(plain, 4)):

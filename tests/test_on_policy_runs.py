@@ -64,6 +64,7 @@ def test_a_share_of_none_is_the_off_policy_run_to_the_bit(method, options, world
     losses = [[line["loss"] for line in lines(tmp_path / f)] for f in ("off", "none")]
     assert losses[0] == losses[1] and lines(tmp_path / "none")[-1]["on_policy"]["share"] == 0
     assert not (tmp_path / "none" / "samples.jsonl").exists()
+    assert "Own samples" not in (tmp_path / "none" / "report.html").read_text()
 
 
 def test_an_update_is_the_same_however_it_is_cut(world, tmp_path):
@@ -145,6 +146,8 @@ def test_the_log_says_where_texts_and_time_come_from(world, tmp_path):
     assert sum(cost["time_share"].values()) == pytest.approx(1)
     assert result.metrics["nll"] > 0
     assert all(line["on_policy"]["in_flight"] == line["on_policy"]["written"] for line in log)  # one batch a window
+    report = (tmp_path / "report.html").read_text()
+    assert "Own samples" in report and f"it wrote {len(texts)} texts of" in report
 
 
 def test_it_learns_to_write_what_the_teacher_would(world, tmp_path):

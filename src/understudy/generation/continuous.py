@@ -103,6 +103,7 @@ def _bounded(slots: int, pages: int) -> Any:
         use_cuda_graph=False,
         safety_margin=0.0,
         auto_switch_to_flash=False,
+        disable_nccl_graph_mixing=False,
         seed=0,
     )
 

@@ -82,7 +82,25 @@ def _training(folder: Path) -> list[Panel]:
         panels.append(
             _panel("Method state", plots.curves(state, "value"), "What the method carries from step to step.")
         )
-    return panels
+    return panels + _own_samples(lines)
+
+
+def _own_samples(lines: list[dict[str, Any]]) -> list[Panel]:
+    """Where the training texts came from, if the student wrote any of them."""
+    logs = [(x["step"], x["on_policy"]) for x in lines if x.get("on_policy")]
+    written, tokens, empty, unended = (sum(x[n] for _, x in logs) for n in ("written", "tokens", "empty", "unended"))
+    if not written:
+        return []
+    steps = [step for step, _ in logs]
+    series = {"own samples": [x["share"] for _, x in logs], "replayed of these": [x["replayed"] for _, x in logs]}
+    oldest = max(x["replay_age"] for _, x in logs)
+    caption = (
+        f"Share of the examples whose text the student wrote. Up to the last log it wrote {written:.0f} texts of "
+        f"{tokens / written:.1f} tokens, {empty:.0f} empty and {unended:.0f} without an end; the oldest mean age of replays "
+        f"is {oldest:.1f} steps. Of several processes this is the first. Every text, with the step whose weights wrote it, "
+        "the step that it is for and the example of its prompt, is in samples.jsonl."
+    )
+    return [_panel("Own samples", plots.curves({n: (steps, v) for n, v in series.items()}, "share"), caption)]
 
 
 def _panels(evaluation: dict[str, Any]) -> list[Panel]:

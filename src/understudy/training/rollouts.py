@@ -90,7 +90,8 @@ class Rollouts:
             batches = list(itertools.islice(iterator, (end - step) * number))
             beside = [{COUNTS: b.pop(COUNTS)} if COUNTS in b else {} for b in batches]  # of this rank alone
             if not resumed:
-                rows = [(step + i // number, row) for i, b in enumerate(batches) for row in token_rows(b)]
+                read = batches if self.fraction or self.policy.adaptive else []  # no share, no cost
+                rows = [(step + i // number, row) for i, b in enumerate(read) for row in token_rows(b)]
                 self._window = _Window(step, step - (-len(batches) // number), self._texts(rows, step, autocast))
             pairs = enumerate(zip(batches, beside, strict=True))
             self._queue = [{**self._dressed(b, step + i // number), **kept} for i, (b, kept) in pairs]

@@ -118,6 +118,14 @@ def test_the_gradient_of_a_sampled_cache_is_unbiased(examples):
     assert many.weights.sum(-1).sub(1).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("support", ["sampled:38B", "top_k:5", "dense"])
+def test_a_teacher_without_numbers_is_one_line(support):
+    with pytest.raises(InputError, match="logits hold nan"):
+        encode(Dense(torch.full((2, 50), torch.nan)), Support.parse(support), 1.0, 0)
+    hidden = torch.tensor([[0.0] * 49 + [-torch.inf], [1.0] * 50])  # a class that cannot be is no nan
+    encode(Dense(hidden), Support.parse(support), 1.0, 0)
+
+
 def test_too_few_bytes_and_a_code_of_before_are_one_line(tmp_path):
     with pytest.raises(InputError, match="3 bytes a row do not hold one class of 5000 for each of 2 rows"):
         encode(Dense(torch.randn(2, 5000)), Support.parse("sampled:3B"), 1.0, 0)

@@ -38,7 +38,8 @@ def capture_recipe(
     """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
 
     Args:
-        support: `sampled:38B` (the default: as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or `dense`; a served teacher has its `score`.
+        support: `sampled:38B` (the default: as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or
+            `dense`; a served teacher has its `score`.
         temperature: at which probabilities are kept; a loss that asks for another is refused when it reads them.
         shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose files
             are put together: their union is the whole, to the bit.

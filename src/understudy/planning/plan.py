@@ -118,7 +118,8 @@ def plan(
         gpus: devices; each sees its own batch. peak: TFLOP/s. bandwidth: TB/s. memory: GiB. They go over the card's.
         shard: what FSDP2 divides over the devices; by `trainer.fsdp` and `teacher.device=sharded` if not given.
         rows: tokens or images to train on, in place of the trainer's steps.
-        support: of a teacher's cache that is not captured yet (`sampled:38B`). generate: tokens a student writes for each example.
+        support: of a teacher's cache that is not captured yet (`sampled:38B`). generate: tokens a student writes for each
+            example.
 
     Raises:
         InputError: a configuration that cannot be read, a task or method that cannot be planned, bad numbers.

@@ -87,7 +87,9 @@ def encode(signal: Dense | Projected | Mixture, support: Support, temperature: f
         raise InputError(f"A teacher that answers with {type(signal).__name__} is no whole distribution to be kept.")
     logits = logits_of(signal).float()
     if bool(logits.isnan().any()):
-        raise InputError("The teacher's logits hold nan, so there is nothing to keep: load it in float32 (teacher.dtype).")
+        raise InputError(
+            "The teacher's logits hold nan, so there is nothing to keep: load it in float32 (teacher.dtype)."
+        )
     if support.kind == "dense":
         half = logits.half()
         exact = bool(((half.float() - logits).abs() <= 1e-3).all())

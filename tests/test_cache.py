@@ -1,9 +1,11 @@
 """Cached teachers: codecs and their sizes, unbiasedness, capture that resumes, refusals, cached against live."""
 
 import json
+import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from understudy.cli import main
 from understudy.losses import forward_kl
 from understudy.recipe import make
 from understudy.targets import Dense, Projected, Sampled, TopK, top_k
+from understudy.teachers import sampling
 from understudy.teachers.cached import CachedTeacher
 from understudy.teachers.codecs import Support, decode, encode
 from understudy.teachers.sampling import pack_sampled, unpack_sampled
@@ -55,6 +58,14 @@ def test_top_k_comes_back_as_a_distribution(classes, k, scale, seed):
     ).all()
 
 
+def layout(code, classes):
+    """Nats of the threshold, steps that kept probabilities are told apart in, and bands of classes, from an example's bytes."""
+    bits = np.unpackbits(code.numpy())
+    level, used = sampling._read_varint(bits)
+    width, _ = sampling._read_varint(bits[used:])
+    return sampling._nats(level), 2**width - 1, len(sampling._bands(classes, code.numel()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(2, 300), st.integers(12, 60), st.floats(0.05, 10), st.integers(0, 10_000))
 def test_the_sampled_support_comes_back_as_it_was_drawn(rows, classes, size, scale, seed):
@@ -76,11 +87,13 @@ def test_the_sampled_support_comes_back_as_it_was_drawn(rows, classes, size, sca
     kept = there & ((weights.log() - back.log_probs).abs() < 1e-5)
     drawn = there & ~kept
     threshold = weights[drawn].min() if drawn.any() else at[kept].exp().min()
-    assert ((at - back.log_probs).abs()[kept] <= -threshold.log() / 255 + 1e-5).all()
+    level, steps, bands = layout(code, classes)
+    step = level / steps
+    assert ((at - back.log_probs).abs()[kept] <= step + 1e-5).all()
     assert torch.allclose(weights[drawn], threshold, rtol=1e-5) and (at.exp()[drawn] <= threshold * 1.02).all()
     assert (log_p.exp() > threshold * 1.02).sum() <= kept.sum()
-    # whatever is drawn, a row's weights miss 1 by less than one draw, and the rounding of what is kept
-    assert ((weights.sum(-1) - 1).abs() <= threshold * 1.001 + (1 / threshold) ** (1 / 255) - 1).all()
+    # whatever is drawn, a row's weights miss 1 by less than one draw a band, and the rounding of what is kept
+    assert ((weights.sum(-1) - 1).abs() <= bands * threshold * 1.001 + math.expm1(step)).all()
 
 
 def test_more_bytes_leave_less_noise_and_one_threshold_serves_all_rows():
@@ -130,7 +143,7 @@ def test_too_few_bytes_and_a_code_of_before_are_one_line(tmp_path):
     with pytest.raises(InputError, match="3 bytes a row do not hold one class of 5000 for each of 2 rows"):
         encode(Dense(torch.randn(2, 5000)), Support.parse("sampled:3B"), 1.0, 0)
     (tmp_path / "identity.json").write_text(json.dumps({"support": "sampled:12", "temperature": 1.0, "classes": 9}))
-    with pytest.raises(InputError, match="version 1 of the sampled code, which is read in version 2: capture it again"):
+    with pytest.raises(InputError, match="version 1 of the sampled code, which is read in version 3: capture it again"):
         CachedTeacher(tmp_path)
 
 

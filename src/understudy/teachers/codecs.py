@@ -29,7 +29,7 @@ from understudy.teachers.sampling import pack_sampled, unpack_sampled
 
 DEFAULT = "sampled:38B"
 """What a capture keeps where nothing is said: with the keys, below 40 bytes a token of texts of 20 tokens and more."""
-CODECS = {"sampled": 2}
+CODECS = {"sampled": 3}
 """The version of a code that has changed; 1 where nothing is said."""
 ODDS = 16.0
 """Largest absolute log-odds of the tail of a top-k support that is told apart."""

@@ -3,9 +3,13 @@
 One threshold τ serves the whole example, so a row of many likely classes gets more of them than a sure one. A pair of row
 and class with p > τ is kept with its probability; the others are drawn with probability p / τ and each weighs τ (Horvitz
 and Thompson 1952), by systematic sampling along the example: row after row, class after class. τ is the smallest for which
-the two sets fit, whatever is drawn; it follows from the teacher alone, so the estimate stays unbiased.
+all fits, whatever is drawn; it follows from the teacher alone, so the estimate stays unbiased.
 
-    level of τ, sizes of both sets · kept pairs, drawn pairs · probabilities of the kept · mean log p of each row's rest
+Tokenizers number their tokens from frequent to rare, or nearly. So classes are coded in bands of ids, each twice as wide as
+the one before: an id of a crowded band takes fewer bits.
+
+    level of τ, bits of a probability · sizes of both sets, a band · kept pairs, drawn pairs, a band
+    · probabilities of the kept · mean log p of each row's rest
 """
 
 from __future__ import annotations
@@ -25,6 +29,12 @@ FLOOR = 24.0
 """Nats: probabilities below e^−24 are drawn, never kept, and τ goes no lower."""
 LEVELS = 4096
 """Thresholds that are told apart: τ = e^(−FLOOR · level / LEVELS)."""
+WIDTHS = range(4, 13)
+"""Bits that a kept probability may take."""
+LEAST = 64
+"""Classes that are not halved again."""
+BAND = 64
+"""Bytes of an example for each band of it."""
 PAD = 16
 """Supports are padded to a multiple of this, so that few widths occur."""
 
@@ -39,23 +49,21 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
         InputError: so few bytes hold not even one drawn class a row.
     """
     rows, classes = log_p.shape
-    surprise, p = -log_p.flatten().clamp(min=-1e4), log_p.flatten().exp()
+    bands, surprise, p = _bands(classes, rows * size), -log_p.clamp(min=-1e4), log_p.exp()
     bins = (surprise * (LEVELS / FLOOR)).clamp(max=LEVELS).long()
-    level = _lowest(bins, p, rows, classes, size)
-    kept = (bins < level).nonzero()[:, 0]
-    rest = p.masked_fill_(bins < level, 0.0)
-    drawn = _systematic(rest * math.exp(_nats(level)), chance)
-    far = (rest * surprise).view(rows, classes).sum(-1)
-    mean = far / rest.view(rows, classes).sum(-1).clamp(min=1e-300)
-    steps = (
-        _by_chance(_levels_of(surprise[kept].cpu(), _nats(level)), chance),
-        (mean / FLOOR * 255).clamp(0, 255).round(),
-    )
-    parts = [
-        _varint(level), _varint(len(kept)), _varint(len(drawn)),
-        *(pack_sets(ids.cpu().numpy()[None], rows * classes)[0] for ids in (kept, drawn)),
-        *(to_bits(step.long().cpu().numpy(), 8).ravel() for step in steps),
-    ]  # fmt: skip
+    level, width = _finest(bins, p, bands, size)
+    certain = bins < level
+    rest = p.masked_fill_(certain, 0.0)
+    kept = [certain[:, band].flatten().nonzero()[:, 0] for band in bands]
+    drawn = [_systematic(rest[:, band].flatten() * math.exp(_nats(level)), chance) for band in bands]
+    near = torch.cat([surprise[:, band].flatten()[ids] for band, ids in zip(bands, kept, strict=True)])
+    mean = (rest * surprise).sum(-1) / rest.sum(-1).clamp(min=1e-300)
+    parts = [_varint(level), _varint(width), *(_varint(len(ids)) for ids in (*kept, *drawn))]
+    for ids, band in zip((*kept, *drawn), (*bands, *bands), strict=True):
+        parts.append(pack_sets(ids.cpu().numpy()[None], rows * (band.stop - band.start))[0])
+    steps = _by_chance(_levels_of(near.cpu(), _nats(level), 2**width - 1), chance)
+    parts.append(to_bits(steps.long().numpy(), width).ravel())
+    parts.append(to_bits((mean / FLOOR * 255).clamp(0, 255).round().long().cpu().numpy(), 8).ravel())
     code = np.packbits(np.concatenate(parts))
     return torch.from_numpy(np.pad(code, (0, rows * size - len(code))).reshape(rows, size))
 
@@ -79,24 +87,50 @@ def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: f
     return Sampled(found[0], found[1], found[2], temperature)
 
 
-def _lowest(bins: Tensor, p: Tensor, rows: int, classes: int, size: int) -> int:
-    """The level of the smallest threshold whose sets fit."""
-    number = torch.bincount(bins, minlength=LEVELS + 1).cpu().cumsum(0)
-    mass = torch.bincount(bins, weights=p, minlength=LEVELS + 1).cpu().cumsum(0)
-    level = np.arange(LEVELS + 1)
-    kept = np.concatenate([[0], number[:-1].numpy()])  # in bins below the level
-    rest = (mass[-1] - torch.cat([mass.new_zeros(1), mass[:-1]])).clamp(min=0).numpy()
-    rest[kept == rows * classes] = 0.0
-    drawn = np.ceil(rest * np.exp(level * FLOOR / LEVELS) + 1e-6).astype(np.int64) * (rest > 0)
-    pairs = rows * classes
-    bits = 8 * (2 + _varint_bytes(kept) + _varint_bytes(drawn)) + set_bits(kept, pairs) + set_bits(drawn, pairs)
-    room = (bits + 8 * kept + 8 * rows <= 8 * size * rows) & (drawn <= pairs)
-    fits, whole = room.nonzero()[0], (room & (drawn == 0)).nonzero()[0]
-    if not len(fits):
+def _bands(classes: int, size: int) -> list[slice]:
+    """Halved from above; fewer where an example has few bytes, for each band costs a few."""
+    ends = [classes]
+    while ends[-1] > LEAST and len(ends) < size // BAND:
+        ends.append(ends[-1] // 2)
+    return [slice(a, b) for a, b in zip([0, *reversed(ends[1:])], reversed(ends), strict=True)]
+
+
+def _finest(bins: Tensor, p: Tensor, bands: list[slice], size: int) -> tuple[int, int]:
+    """The level of τ and the bits of a kept probability that leave the least variance in so many bytes a row."""
+    rows, level = len(bins), np.arange(LEVELS + 1)
+    pairs = np.array([[rows * (band.stop - band.start)] for band in bands])
+    kept, rest, near, far = (np.stack(x) for x in zip(*(_sums(bins[:, b], p[:, b]) for b in bands), strict=True))
+    rest = np.where(kept == pairs, 0.0, rest)
+    drawn = np.ceil(rest * np.exp(_nats(level)) + 1e-6).astype(np.int64) * (rest > 0)
+    bits = 8 * (_varint_bytes(kept) + _varint_bytes(drawn)) + set_bits(kept, pairs) + set_bits(drawn, pairs)
+    room = 8 * size * rows - bits.sum(0) - 8 * (3 + rows)
+    possible, number, none = (drawn <= pairs).all(0), kept.sum(0), (drawn == 0).all(0)
+    draws = rest.sum(0) * np.exp(-_nats(level)) - far.sum(0)
+    found = []
+    for width in WIDTHS:
+        fits = possible & (width * number <= room)
+        whole = (fits & none).nonzero()[0]
+        if fits.any():
+            best = int(whole[0] if len(whole) else fits.nonzero()[0][-1])  # nothing left to draw: lower is only coarser
+            step = _nats(best) / (2**width - 1)
+            found.append((draws[best] + near.sum(0)[best] * step**2 / 6, best, width))
+    if not found:
         raise InputError(
-            f"{size} bytes a row do not hold one class of {classes} for each of {rows} rows: keep more (sampled:38B)."
+            f"{size} bytes a row do not hold one class of {bands[-1].stop} for each of {rows} rows: "
+            "keep more (sampled:38B)."
         )
-    return int(whole[0] if len(whole) else fits[-1])  # nothing left to draw: a lower one would only be coarser
+    return min(found)[1:]
+
+
+def _sums(bins: Tensor, p: Tensor) -> tuple[Any, Any, Any, Any]:
+    """At each level: pairs kept, mass of the others, and Σ p² of both."""
+    flat, mass = bins.flatten(), p.flatten()
+    before = []
+    for weights in (None, mass, mass * mass):
+        total = torch.bincount(flat, weights=weights, minlength=LEVELS + 1).cumsum(0).cpu().numpy()
+        before.append(np.concatenate([total[:1] * 0, total]))
+    number, mass_, square = before
+    return number[:-1], (mass_[-1] - mass_[:-1]).clip(0), square[:-1], square[-1] - square[:-1]
 
 
 def _systematic(inclusion: Tensor, chance: torch.Generator) -> Tensor:
@@ -110,34 +144,37 @@ def _systematic(inclusion: Tensor, chance: torch.Generator) -> Tensor:
 
 def _entries(code: Any, classes: int) -> tuple[Any, Any, Any, Any]:
     """Row, class, weight and log-probability of each pair of one example."""
-    at, bits, head = 0, np.unpackbits(code), []
-    for _ in range(3):
+    bands, at, bits, head = _bands(classes, code.size), 0, np.unpackbits(code), []
+    for _ in range(2 + 2 * len(bands)):
         value, used = _read_varint(bits[at:])
         head.append(value)
         at += used
-    level, *numbers = head
-    pairs, sets = len(code) * classes, []
-    for number in numbers:
-        end = at + int(set_bits(number, pairs))
-        sets.append(unpack_sets(bits[None, at:end], number, pairs)[0])
+    level, width, *numbers = head
+    row, ids = [], []
+    for number, band in zip(numbers, (*bands, *bands), strict=True):
+        wide = band.stop - band.start
+        end = at + int(set_bits(number, len(code) * wide))
+        found = unpack_sets(bits[None, at:end], number, len(code) * wide)[0]
+        row.append(found // wide)
+        ids.append(found % wide + band.start)
         at = end
-    end = at + 8 * numbers[0]
-    log_p = -to_numbers(bits[at:end].reshape(-1, 8)) * (_nats(level) / 255)
+    kept, drawn = sum(numbers[: len(bands)]), np.concatenate(row[len(bands) :])
+    end = at + width * kept
+    log_p = -to_numbers(bits[at:end].reshape(-1, width)) * (_nats(level) / (2**width - 1))
     mean = -to_numbers(bits[end : end + 8 * len(code)].reshape(-1, 8)) * (FLOOR / 255)
-    row = np.concatenate(sets) // classes
-    weights = np.concatenate([np.exp(log_p), np.full(numbers[1], math.exp(-_nats(level)))])
-    return row, np.concatenate(sets) % classes, weights, np.concatenate([log_p, mean[sets[1] // classes]])
+    weights = np.concatenate([np.exp(log_p), np.full(len(drawn), math.exp(-_nats(level)))])
+    return np.concatenate(row), np.concatenate(ids), weights, np.concatenate([log_p, mean[drawn]])
 
 
-def _nats(level: int) -> float:
+def _nats(level: Any) -> Any:
     return level * FLOOR / LEVELS
 
 
-def _levels_of(surprise: Tensor, span: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The two of 256 levels around each probability, and how near the upper one it is."""
-    level = (surprise / (span / 255)).clamp(0, 255)
+def _levels_of(surprise: Tensor, span: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two of the levels 0 to `most` around each probability, and how near the upper one it is."""
+    level = (surprise * (most / span)).clamp(0, most) if span else surprise * 0
     low, high = level.ceil(), level.floor()  # a higher level is a lower probability
-    below, above = ((-x * span / 255).exp() for x in (low, high))
+    below, above = ((-x * span / most).exp() for x in (low, high))
     share = ((-surprise).exp() - below) / (above - below)
     return low, high, torch.where(above > below, share, torch.zeros_like(share))
 

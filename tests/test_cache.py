@@ -5,7 +5,6 @@ import math
 import os
 import signal
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,9 +59,7 @@ def test_top_k_comes_back_as_a_distribution(classes, k, scale, seed):
 
 def layout(code, classes):
     """Nats of the threshold, steps that kept probabilities are told apart in, and bands of classes, from an example's bytes."""
-    bits = np.unpackbits(code.numpy())
-    level, used = sampling._read_varint(bits)
-    width, _ = sampling._read_varint(bits[used:])
+    (level, width, *_), _ = sampling._header(code.numpy(), classes)
     return sampling._nats(level), 2**width - 1, len(sampling._bands(classes, code.numel()))
 
 

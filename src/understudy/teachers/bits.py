@@ -10,13 +10,13 @@ import numpy as np
 Bits = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def low_bits(k: Any, universe: int) -> Any:
-    """How many bits of each of k numbers below `universe` are plain; `k` may be an array."""
+def low_bits(k: Any, universe: Any) -> Any:
+    """How many bits of each of k numbers below `universe` are plain; both may be arrays."""
     return np.floor(np.log2(np.maximum(universe / np.maximum(k, 1), 1))).astype(np.int64)
 
 
-def set_bits(k: Any, universe: int) -> Any:
-    """The length of such a set; 0 for an empty one. `k` may be an array."""
+def set_bits(k: Any, universe: Any) -> Any:
+    """The length of such a set; 0 for an empty one. Both may be arrays."""
     low = low_bits(k, universe)
     return np.where(np.asarray(k) > 0, k * (low + 1) + ((universe - 1) >> low) + 1, 0)
 

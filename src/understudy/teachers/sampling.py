@@ -143,27 +143,36 @@ def _systematic(inclusion: Tensor, chance: torch.Generator) -> Tensor:
 
 
 def _entries(code: Any, classes: int) -> tuple[Any, Any, Any, Any]:
-    """Row, class, weight and log-probability of each pair of one example."""
-    bands, at, bits, head = _bands(classes, code.size), 0, np.unpackbits(code), []
-    for _ in range(2 + 2 * len(bands)):
-        value, used = _read_varint(bits[at:])
-        head.append(value)
-        at += used
+    """Row, class, weight and log-probability of each pair of one example, whose bytes are `[rows, size]`."""
+    bands, (head, start) = _bands(classes, code.size), _header(code, classes)
     level, width, *numbers = head
+    wide = np.array([band.stop - band.start for band in bands] * 2)
+    bits, ends = np.unpackbits(code), 8 * start + set_bits(np.array(numbers), len(code) * wide).cumsum()
     row, ids = [], []
-    for number, band in zip(numbers, (*bands, *bands), strict=True):
-        wide = band.stop - band.start
-        end = at + int(set_bits(number, len(code) * wide))
-        found = unpack_sets(bits[None, at:end], number, len(code) * wide)[0]
-        row.append(found // wide)
-        ids.append(found % wide + band.start)
-        at = end
+    for i, (number, end) in enumerate(zip(numbers, ends, strict=True)):
+        found = unpack_sets(bits[None, 8 * start if i == 0 else ends[i - 1] : end], number, len(code) * int(wide[i]))[0]
+        row.append(found // wide[i])
+        ids.append(found % wide[i] + bands[i % len(bands)].start)
     kept, drawn = sum(numbers[: len(bands)]), np.concatenate(row[len(bands) :])
-    end = at + width * kept
-    log_p = -to_numbers(bits[at:end].reshape(-1, width)) * (_nats(level) / (2**width - 1))
+    end = ends[-1] + width * kept
+    log_p = -to_numbers(bits[ends[-1] : end].reshape(-1, width)) * (_nats(level) / (2**width - 1))
     mean = -to_numbers(bits[end : end + 8 * len(code)].reshape(-1, 8)) * (FLOOR / 255)
     weights = np.concatenate([np.exp(log_p), np.full(len(drawn), math.exp(-_nats(level)))])
     return np.concatenate(row), np.concatenate(ids), weights, np.concatenate([log_p, mean[drawn]])
+
+
+def _header(code: Any, classes: int) -> tuple[list[int], int]:
+    """Level of τ, bits of a probability, sizes of the kept and of the drawn by band; and the bytes that they take."""
+    stream, head, at = code.ravel(), [], 0
+    for _ in range(2 + 2 * len(_bands(classes, code.size))):
+        value, shift = 0, 0
+        while True:
+            byte = int(stream[at])
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                break
+        head.append(value)
+    return head, at
 
 
 def _nats(level: Any) -> Any:
@@ -195,14 +204,3 @@ def _varint(value: int) -> Any:
 
 def _varint_bytes(value: Any) -> Any:
     return 1 + (value >= 1 << 7) + (value >= 1 << 14) + (value >= 1 << 21) + (value >= 1 << 28)
-
-
-def _read_varint(bits: Any) -> tuple[int, int]:
-    """The number, and how many bits it took."""
-    value, at = 0, 0
-    while True:
-        byte = int(to_numbers(bits[8 * at : 8 * at + 8]))
-        value |= (byte & 127) << (7 * at)
-        at += 1
-        if byte < 128:
-            return value, 8 * at

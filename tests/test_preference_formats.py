@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from understudy import InputError
 from understudy.data import encode_lists, load_preferences, train_tokenizer
@@ -172,3 +174,36 @@ def test_labels_may_be_booleans_or_numbers(tmp_path):
         assert loaded(tmp_path, {"prompt": "a", "completion": " b", "label": label}).train[0]["scores"] == [1.0]
     ids = torch.tensor([r["id"] for r in loaded(tmp_path, FORMATS["text"]).train])
     assert ids.unique().numel() == len(ids)
+
+
+def test_pairs_of_one_prompt_stay_in_one_split(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"question {i % 40}", "chosen": f" yes {i}", "rejected": " no"} for i in range(200)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    splits = load_preferences({"name": str(file)})
+    asked = [{r["prompt"] for r in part} for part in (splits.train, splits.validation, splits.test)]
+    assert sum(len(part) for part in asked) == 40 == len(set.union(*asked))
+    assert len(splits.test) == len(splits.validation) == 20 and len(splits.train) == 160
+    file.write_text("".join(json.dumps(line | {"prompt": "always the same"}) + "\n" for line in lines))
+    splits = load_preferences({"name": str(file)})
+    assert len(splits.test) == 20 and any("too few to be split by" in note for note in splits.notes)
+
+
+def test_a_completion_is_encoded_after_its_prompt():
+    """SentencePiece begins whatever it is given with a space; a completion is no beginning."""
+    model = Tokenizer(models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
+    model.train_from_iterator(["the capital of France is Paris", "a:b"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for prompt, completion in [("the capital of France is", " Paris"), ("the capital of France is:", "Paris")]:
+        ids, labels = completion_tokens(prompt, completion, tokenizer)
+        assert ids[1:-1] == tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+        kept = [t for t in labels if t != -100]
+        assert tokenizer.decode(ids[: -len(kept)], skip_special_tokens=True) == prompt
+        assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
+    # a token that reaches over the end of the prompt is not what a model that was given the prompt writes
+    ids, labels = completion_tokens("the capital of France is Par", "is", tokenizer)
+    asked = tokenizer("the capital of France is Par", add_special_tokens=False)["input_ids"]
+    assert ids[1 : 1 + len(asked)] == asked and labels[: 1 + len(asked)] == [-100] * (1 + len(asked))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the capital of France is Paris"

@@ -120,21 +120,41 @@ def _check(name: str, split: str, records: list[Record], column: str | None = No
 
 
 def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> None:
-    """Set aside a tenth of the training records, of each domain, for each of test and validation where there is none."""
+    """Set aside a tenth of the training prompts, of each domain, for each of test and validation where there is none.
+
+    Records of one prompt stay together, or a student would be judged on what it was trained on. A record without a prompt
+    column stands for itself, and so does every record where there are fewer than ten prompts.
+    """
     if "train" not in splits:
         raise InputError(f"{name} has splits {', '.join(splits)} but no train split.")
     for split, bucket in (("test", 0), ("validation", 1)):
         if split not in splits:
             seen: Counter[str] = Counter()
+            aside: dict[str, bool] = {}
             parts: dict[bool, list[Record]] = {True: [], False: []}
-            for record in splits["train"]:
-                parts[seen[str(record.get("domain"))] % 10 == bucket * 5].append(record)
-                seen[str(record.get("domain"))] += 1
+            asked = _prompts(splits["train"])
+            if len(set(asked)) < min(10, len(asked)):
+                notes.append(
+                    f"{name} has {len(set(asked))} prompts, too few to be split by: {split} holds prompts of train."
+                )
+                asked = [str(i) for i in range(len(asked))]
+            for record, prompt in zip(splits["train"], asked, strict=True):
+                if prompt not in aside:
+                    domain = str(record.get("domain"))
+                    aside[prompt] = seen[domain] % 10 == bucket * 5
+                    seen[domain] += 1
+                parts[aside[prompt]].append(record)
             splits[split], splits["train"] = parts[True], parts[False]
             notes.append(f"{name} has no {split} split: {len(splits[split])} of its records were set aside as one.")
     for split in ("train", "validation", "test"):
         if not splits[split]:
             raise InputError(f"{name}: the {split} split is empty. Give more records (at least ten without splits).")
+
+
+def _prompts(records: list[Record]) -> list[str]:
+    """What tells the records that are asked the same: the prompt, or the place of a record that has none."""
+    prompts = [record.get("prompt") for record in records]
+    return [json.dumps(p, sort_keys=True, default=str) if p else str(i) for i, p in enumerate(prompts)]
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -185,11 +185,21 @@ def completion_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokeniz
         return _conversation(asked + said, tokenizer, len(asked))
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    first, second = bos + _ids(tokenizer, prompt), _ids(tokenizer, completion)
+    first, second = bos + _ids(tokenizer, prompt), _after(tokenizer, prompt, completion)
     if not second:
         return first, [IGNORE] * len(first)
     second = second if eos and second[-1] == eos[0] else second + eos
     return first + second, [IGNORE] * len(first) + second
+
+
+def _after(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
+    """The completion's ids as they follow the prompt's: alone, SentencePiece would begin them with a space. Where a token
+    reaches over the end of the prompt they follow another text, as a model that is given the prompt would write them."""
+    for before in (prompt, "\n", ":", "."):
+        asked, both = _ids(tokenizer, before), _ids(tokenizer, before + completion)
+        if both[: len(asked)] == asked:
+            return both[len(asked) :]
+    return _ids(tokenizer, completion)
 
 
 def _conversation(

@@ -2,12 +2,14 @@
 
     python benchmarks/head.py > benchmarks/results/head-cpu.csv
     python benchmarks/head.py --device cuda --dtype bfloat16 > benchmarks/results/head-gpu.csv
+    python benchmarks/head.py --target top_k:50 --paths bare plain rowwise > benchmarks/results/head-top-k-cpu.csv
 
 Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `triton` (ours with its kernels, on a GPU),
 `liger` and `trl` (their chunked losses, where they are installed). Each cell is a process of its own, warmed up once, and
 cells of one setting follow each other `--repeats` times, so that a drift of the machine touches all alike. Memory is the
 peak resident size above parameters, inputs and the parameters' gradients; on a GPU, what the allocator held at its peak
-above the same. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
+above the same. With `--target` the teacher is what a cache keeps of it, made before the clock starts, and *bare* is the
+three products of the student's head. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ import torch
 from torch import Tensor
 
 from understudy import losses
-from understudy.streaming import plain, rowwise
-from understudy.targets import Projected
+from understudy.streaming import logits_of, plain, rowwise
+from understudy.targets import Projected, Sampled, Target, top_k
 
 COLUMNS = (
-    "loss path rows vocabulary hidden teacher_hidden seconds peak_mib error_kl_1 error_kl_0.1 error_kl_0.01 "
+    "loss target path rows vocabulary hidden teacher_hidden seconds peak_mib error_kl_1 error_kl_0.1 error_kl_0.01 "
     "machine torch threads seed"
 ).split()
 PATHS = ("bare", "plain", "rowwise", "triton", "liger", "trl")
@@ -93,14 +95,29 @@ def trl(name: str) -> Callable[[Projected, Projected], Tensor]:
     return call
 
 
-def path_of(path: str, name: str) -> Callable[[Projected, Projected], Any]:
+def kept(teacher: Projected, target: str) -> Target:
+    """The whole teacher (`head`), its k likeliest classes (`top_k:50`), or as many draws (`sampled:32`)."""
+    kind, _, number = target.partition(":")
+    if kind == "head":
+        return teacher
+    if kind == "top_k":
+        return top_k(logits_of(teacher), int(number))
+    log_p = logits_of(teacher).float().log_softmax(-1)
+    ids = torch.multinomial(log_p.exp(), int(number), replacement=True)
+    return Sampled(ids, torch.full(ids.shape, 1 / int(number), device=ids.device), log_p.gather(-1, ids), 1.0)
+
+
+def path_of(path: str, name: str) -> Callable[[Projected, Any], Any]:
     """A function of both sides that does the work of one path, backward pass included."""
     if path == "bare":
 
-        def bare(student: Projected, teacher: Projected) -> None:
+        def bare(student: Projected, teacher: Target) -> None:
             hidden, weight = student.hidden.detach(), student.weight.detach()
-            slope = teacher.hidden @ teacher.weight.T
-            torch.mm(hidden, weight.T, out=slope)
+            if isinstance(teacher, Projected):
+                slope = teacher.hidden @ teacher.weight.T
+                torch.mm(hidden, weight.T, out=slope)
+            else:
+                slope = hidden @ weight.T
             student.hidden.grad, student.weight.grad = slope @ weight, slope.T @ hidden
 
         return bare
@@ -121,9 +138,13 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
         return torch.randn(*shape).mul_(scale).to(args.device, getattr(torch, args.dtype))
 
     student = Projected(made(rows, args.hidden, scale=0.5), made(args.vocabulary, args.hidden, scale=0.1))
-    teacher = Projected(
-        made(rows, args.teacher_hidden, scale=0.5), made(args.vocabulary, args.teacher_hidden, scale=0.05)
-    )
+    with torch.no_grad():
+        teacher = kept(
+            Projected(
+                made(rows, args.teacher_hidden, scale=0.5), made(args.vocabulary, args.teacher_hidden, scale=0.05)
+            ),
+            args.target,
+        )
     for leaf in (student.hidden, student.weight):
         leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
@@ -140,7 +161,7 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
     return [seconds, extra]
 
 
-def errors(name: str, path: str, seed: int, device: str) -> list[float]:
+def errors(name: str, path: str, target: str, seed: int, device: str) -> list[float]:
     """Relative error of the gradient in bfloat16 against float64, at KL about 1, 0.1 and 0.01."""
     if path == "bare":
         return []
@@ -149,10 +170,11 @@ def errors(name: str, path: str, seed: int, device: str) -> list[float]:
         torch.manual_seed(seed)
         h, weight = torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(2000, 64, dtype=torch.bfloat16) * 0.1
         teacher, grads = (h.float() + distance * torch.randn(64, 64)).bfloat16(), []
+        one = kept(Projected(teacher, weight), target)
         for dtype, way in ((torch.bfloat16, path), (torch.float64, "plain")):
             leaf = h.to(device, dtype, copy=True).requires_grad_()
             wide = weight.to(device, dtype).requires_grad_()
-            taught = Projected(teacher.to(device, dtype), weight.to(device, dtype))
+            taught = Projected(teacher.to(device, dtype), wide.detach()) if target == "head" else one.to(device)
             path_of(way, name)(Projected(leaf, wide), taught)
             assert leaf.grad is not None
             grads.append(leaf.grad.double())
@@ -167,6 +189,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--teacher-hidden", type=int, default=2048)
     parser.add_argument("--losses", nargs="+", default=["forward_kl"])
+    parser.add_argument("--target", default="head", help="head, or what a cache keeps: top_k:50, sampled:32.")
     parser.add_argument("--paths", nargs="+", help="default: all that run on the device")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -176,7 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.cell:
         name, path, rows = args.cell
-        print(*measure(name, path, args, int(rows)), *errors(name, path, args.seed, args.device))
+        print(*measure(name, path, args, int(rows)), *errors(name, path, args.target, args.seed, args.device))
         return
     on_gpu = args.device != "cpu"
     args.paths = args.paths or [path for path in PATHS if on_gpu or path != "triton"]
@@ -202,7 +225,7 @@ def main() -> None:
                     where = [machine, torch.__version__, torch.get_num_threads(), args.seed]
                     where += [args.dtype] if on_gpu else []
                     seconds = f"{middle[0]:.{5 if on_gpu else 3}f}"
-                    out.writerow([name, path, rows, *size, seconds, round(middle[1]), *error, *where])
+                    out.writerow([name, args.target, path, rows, *size, seconds, round(middle[1]), *error, *where])
                     sys.stdout.flush()
 
 

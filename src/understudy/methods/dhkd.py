@@ -36,7 +36,8 @@ class DHKD(Method):
         "when": "Classification with the teacher's raw logits, above all when the teacher is weak or differs in kind.",
         "not": "When features are out of reach, or only probabilities of the teacher are known.",
         "deviations": "The log-cosh form is exact where the released clamp overflows. With `head=shared` both losses "
-        "sit on the main head, as the ablation does. Alignment works once per update, on accumulated gradients.",
+        "sit on the main head, as the ablation does. Alignment works once per update, on accumulated gradients. "
+        "The released code does not clip gradients; the trainer does, at `trainer.max_grad_norm=1.0`, unless told otherwise.",
     }
 
     tau: float = Field(2.0, gt=0, description="Temperature of the logit loss.")

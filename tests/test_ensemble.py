@@ -132,6 +132,11 @@ def test_answers_from_elsewhere_are_routed_and_not_mixed():
         Ensemble({"a": Stored(a), "b": b})(batch)
     with pytest.raises(InputError, match="capture all with one support"):
         Ensemble({"a": Stored(a), "b": Stored(b, 2)}, domains=["a", "b"])(batch)
+    with pytest.raises(InputError, match="capture all with one support"):
+        Ensemble({"a": Stored(a), "b": Stored(b, 2)}, domains=["a", "b"]).imagined(
+            batch.take(batch.domains.eq(0).nonzero()[:, 0])
+        )
+    assert isinstance(Ensemble({"a": Stored(a), "b": Stored(b)}, domains=["a", "b"]).imagined(batch).signal, TopK)
     assert not Ensemble({"a": Stored(a)}).complete
 
 

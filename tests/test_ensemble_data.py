@@ -61,3 +61,19 @@ def test_a_member_may_answer_from_a_cache(tmp_path):
     assert all(torch.allclose(one[k], two[k], atol=5e-3) for k in one)
     with pytest.raises(InputError, match=r"inner layer|outputs alone"):
         distill({**DIGITS, "teacher": {"members": {"a": "mlp:16"}}, "output": str(tmp_path / "y"), "method": "lelp"})
+
+
+def test_what_members_keep_is_tried_before_the_first_step(tmp_path):
+    """A loss that their kind is not defined for, and kinds that do not mix, are one line, and nothing has been trained."""
+    folders = {}
+    for support in ("dense", "top_k:4"):
+        folders[support] = str(tmp_path / support)
+        capture_recipe(make({**DIGITS, "output": str(tmp_path / "x")}), tmp_path / support, support)
+    members = {n: {"model": "mlp:16", "cache": f} for n, f in zip(("a", "b"), folders.values(), strict=True)}
+    for method, chosen, says in [
+        ("kd", members, "this ensemble: Members that answer with Dense and TopK cannot be mixed"),
+        ("dhkd", {"b": members["b"]}, "this ensemble: .*not defined for TopK"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            distill({**DIGITS, "teacher": {"members": chosen}, "output": str(tmp_path / method), "method": method})
+        assert not (tmp_path / method / "metrics.jsonl").exists()

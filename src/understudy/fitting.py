@@ -24,7 +24,7 @@ from understudy.recipe import Recipe
 from understudy.specs import SHARDED
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
+from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
 from understudy.teaching import teacher_of
 from understudy.training import Apprentice, DistillationTrainer, Rollouts, last_complete
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
@@ -71,8 +71,9 @@ def trainer_for(
         asked = LocalTeacher(teacher, name, device, features=features, taps=taps["teacher"], sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
-    if isinstance(asked, CachedTeacher) and not method.queries:
-        rehearse_kept(apprentice, asked, example)
+    kept = teacher if isinstance(teacher, Ensemble) and "teacher" in method.asks else asked
+    if isinstance(kept, (CachedTeacher, Ensemble)) and not method.queries:
+        rehearse_kept(apprentice, kept, example)
     rollouts = _rollouts(recipe, apprentice, asked, prepared, args, folder, meter)
     return DistillationTrainer(
         apprentice,

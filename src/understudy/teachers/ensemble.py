@@ -14,6 +14,7 @@ from understudy.errors import InputError, nearest
 from understudy.models import RowModel, Rows
 from understudy.streaming import logits_of
 from understudy.targets import Dense, Mixture, Projected, Sampled, Target, TopK
+from understudy.teachers.cached import CachedTeacher
 from understudy.teachers.local import LocalTeacher, Teacher
 
 
@@ -95,6 +96,18 @@ class Ensemble(RowModel):
             signals.append(self._ask(self.names[m], batch.take(mine)))
             places.append(torch.where(here, here.cumsum(0) - 1, -1))
         return Rows(self._mixed(signals, torch.stack(places, -1), self.weights.new_ones(len(signals))))
+
+    def imagined(self, batch: Batch) -> Rows:
+        """An answer in which every member has a part, invented where it would come from elsewhere: for trying a loss."""
+        number, signals = len(self.names), []
+        for name in self.names:
+            kept = self.elsewhere.get(name)
+            signals.append(kept.imagined(batch).signal if isinstance(kept, CachedTeacher) else self._ask(name, batch))
+        row = torch.arange(batch.rows, device=batch.labels.device)[:, None].expand(-1, number)
+        if self.domains is None:
+            return Rows(self._mixed(signals, row, self.weights))
+        mine = row % number == torch.arange(number, device=row.device)
+        return Rows(self._mixed(signals, torch.where(mine, row, -1), self.weights.new_ones(number)))
 
     def _ask(self, name: str, batch: Batch) -> Any:
         home = batch.labels.device

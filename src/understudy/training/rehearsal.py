@@ -15,7 +15,7 @@ from understudy.errors import InputError
 from understudy.generation.continuous import sample_continuously
 from understudy.generation.decoding import writer
 from understudy.models import Rows, evaluating
-from understudy.teachers import CachedTeacher, Teacher
+from understudy.teachers import CachedTeacher, Ensemble, Teacher
 from understudy.training import checkpoint as ck
 from understudy.training.apprentice import Apprentice
 from understudy.training.on_policy import OnPolicy
@@ -63,19 +63,18 @@ def rehearse(
         ) from None
 
 
-def rehearse_kept(apprentice: Apprentice, teacher: CachedTeacher, example: Batch) -> None:
-    """Have the method judge an example by an invented answer of the kind that the teacher keeps.
+def rehearse_kept(apprentice: Apprentice, teacher: CachedTeacher | Ensemble, example: Batch) -> None:
+    """Have the method judge an example by an invented answer of the kind that the teacher keeps, or its members.
 
     Raises:
-        InputError: the method's losses are not defined for that kind.
+        InputError: the method's losses are not defined for that kind, or the members' kinds do not go together.
     """
     batch = _beginning(example).to(next(apprentice.student.parameters()).device)
     try:
         _try(apprentice, batch, teacher.imagined(batch))
     except InputError as error:
-        raise InputError(
-            f"Method {apprentice.method.name!r} cannot learn from {teacher.name}, which keeps {teacher.support}: {error}"
-        ) from None
+        whose = "this ensemble" if isinstance(teacher, Ensemble) else f"{teacher.name}, which keeps {teacher.support}"
+        raise InputError(f"Method {apprentice.method.name!r} cannot learn from {whose}: {error}") from None
 
 
 def _beginning(batch: Batch) -> Batch:

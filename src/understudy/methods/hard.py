@@ -189,7 +189,8 @@ class HARD(Method):
         draw = normal if self.noise == "normal" else uniform
         noise = draw(batch.ids, module.noise_shape, seed=live.seed, step=live.step)
         noise = (noise if self.noise == "normal" else 2 * noise - 1).to(pixels.dtype)
-        augmented = module(pixels, noise) if copy is None else functional_call(module, dict(copy), (pixels, noise))
+        with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 has not the digits for where a pixel is
+            augmented = module(pixels, noise) if copy is None else functional_call(module, dict(copy), (pixels, noise))
         return dataclasses.replace(batch, inputs={**batch.inputs, "pixel_values": augmented})
 
     def _remembered(self, live: Live) -> Mapping[str, Tensor] | None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, str_to_bool
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -110,6 +111,13 @@ class OnRanks(Trainer):
         else:
             samples = list(itertools.islice(epoch_iterator, number))
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
+
+    def _of_all(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A player's sums, and 0 for those of other ranks alone: one that nothing is left for has none of its own, and all
+        are to reduce the same."""
+        if self.args.world_size == 1:
+            return sums
+        return {name: sums.get(name, torch.zeros((), device=self.args.device)) for name in gather_object(list(sums))}
 
 
 def foresee(method: Method, options: Mapping[str, Any]) -> None:

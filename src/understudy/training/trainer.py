@@ -229,7 +229,7 @@ class DistillationTrainer(Validating):
         scene = Scene(live.student, self.teacher, batches, float(self._counts[""]), validation, total)  # type: ignore[arg-type]
         for name in movers:
             sums = self.players.move(name, partial(method.play, name, scene, live), scene)
-            for term, value in sums.items():
+            for term, value in self._of_all(sums).items():
                 self._sums[term] = self._sums.get(term, torch.zeros_like(value)) + value
 
     def _close_update(self) -> None:

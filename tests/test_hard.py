@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from golden_vectors import close, golden
 from hard_cases import EAGER, net, played, signals, trainer
 from understudy import InputError, distill
+from understudy.data import Batch
 from understudy.losses import forward_kl
 from understudy.losses.consistency import two_sided_kl
 from understudy.methods.hard import HARD
@@ -202,6 +203,26 @@ def test_an_uncounted_example_may_hold_anything(tmp_path):
     batch.inputs["pixel_values"][3] = math.nan
     _, poisoned, _ = played(method, net(), net(seed=1), dataclasses.replace(batch))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(clean, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sum"])
+def test_the_mean_of_the_examples_that_count_decides(reduction, tmp_path):
+    """Whatever an update is divided by; one in which none counts says nothing, and nobody hands over."""
+    made = trainer(HARD(augmentor="shift1d", l_min=1e3, l_max=1e4), tmp_path, micro=4, steps=3)
+    made.model.reduction = reduction
+    order = made._get_train_sampler()
+    uncounted = set(list(order)[:4])  # the first update
+    items = [(x, -100 if i in uncounted else label, i) for x, label, i in made.train_dataset]
+    made.train_dataset, state = items, made.model.live.state
+    x, labels, ids = zip(*[items[i] for i in list(order)[4:8]], strict=True)
+    batch = Batch({"pixel_values": torch.stack(x)}, torch.tensor(labels), torch.tensor(ids))
+    made.model.live.step = 1
+    wanted = made.model.method.loss(made.model.student(batch), made.teacher.rows(batch), batch, made.model.live)
+    losses, update = [], state.update
+    state.update = lambda loss: losses.append(loss) or update(loss)
+    made.train()
+    assert len(losses) == 2 and state.steps == {"student": 1, "player": 1}
+    assert losses[0] == pytest.approx(wanted["augmented"].values.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

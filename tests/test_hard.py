@@ -104,8 +104,8 @@ def test_a_teacher_that_ignores_shifts_gives_no_pull():
 
     batch = signals()
     method = HARD(augmentor="shift1d", lambda_s=0.0)
-    terms, _, _ = played(method, net(), net("circular:6"), batch, Whole(1.0).double())
-    assert terms["consistency"].values.abs().max() < 1e-12
+    terms, grads, _ = played(method, net(), net("circular:6"), batch, Whole(1.0).double())
+    assert terms["consistency"].values.abs().max() < 1e-12 and all(g.abs().max() < 1e-12 for g in grads)
     terms, _, _ = played(method, net(), net("circular:6,flat"), batch, Whole(1.0).double())
     assert terms["consistency"].values.max() > 1e-6
 

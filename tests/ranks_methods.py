@@ -51,7 +51,7 @@ CASES = {
     "hard": {
         **UNEVEN,
         "options": {"l_min": 2.0, "l_max": 2.5, "spread": 0.3, "max_augmentor_steps": 1},
-        "teacher": "conv/student",
+        "teacher": {"model": "conv/student", "device": "sharded"},
     },
     "tgeo-kd": {**UNEVEN, "options": {"validation": 10}, "teacher": "conv/student"},
     # companions that follow the student; denoisers save in their own way

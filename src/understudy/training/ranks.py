@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from understudy.data import Batch
+from understudy.data.batch import IGNORE
 from understudy.errors import InputError
 from understudy.models import RowModel
 from understudy.models.sharding import fill, outline, unwrap
@@ -111,6 +114,12 @@ class OnRanks(Trainer):
         else:
             samples = list(itertools.islice(epoch_iterator, number))
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
+
+    def _company(self, batches: Sequence[Batch], counting: Sequence[bool]) -> list[Batch]:
+        """Those that count, and the others without a row that does: a teacher that is spread over the ranks waits for all."""
+        pairs = zip(batches, counting, strict=True)
+        kept = [b if counts else replace(b, labels=torch.full_like(b.labels, IGNORE)) for b, counts in pairs]
+        return [b for b, counts in zip(kept, counting, strict=True) if counts or not b.rows]
 
     def _of_all(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """A player's sums, and 0 for those of other ranks alone: one that nothing is left for has none of its own, and all

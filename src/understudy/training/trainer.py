@@ -225,7 +225,7 @@ class DistillationTrainer(Validating):
         def total(values: Sequence[Tensor]) -> list[Tensor]:
             return [self.accelerator.reduce(v, "sum") if self.args.world_size > 1 else v for v in values]
 
-        batches = [self._batch(s) for s, counts in zip(self._samples, self._counting, strict=True) if counts]
+        batches = self._company([self._batch(s) for s in self._samples], self._counting)
         scene = Scene(live.student, self.teacher, batches, float(self._counts[""]), validation, total)  # type: ignore[arg-type]
         for name in movers:
             sums = self.players.move(name, partial(method.play, name, scene, live), scene)

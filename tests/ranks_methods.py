@@ -30,6 +30,7 @@ STEPS = {
     "per_device_train_batch_size": 16,
 }
 DIGITS = {"task": "image_classification", "data": {"name": "digits", "limit": 64}, "student": "circular:4,flat"}
+UNEVEN = {**DIGITS, "data": {"name": "digits", "limit": 17}}
 WORDS = {"task": "preferences", "data": {"name": "word_order", "limit": 40, "vocab_size": 300}, "student": "lm/student"}
 RING = {
     "task": "image_generation",
@@ -46,13 +47,13 @@ CASES = {
     "trg": {**DIGITS, "options": {"group": 4, "k": 3, "sigma": 1.0}, "student": "vit", "teacher": "vit-teacher"},
     # another head while training
     "lelp": {**DIGITS, "options": {"subclasses": 2, "strict": False}, "teacher": "conv/student"},
-    # players with optimisers of their own
+    # players with optimisers of their own; their second update has one example, and a process has none
     "hard": {
-        **DIGITS,
+        **UNEVEN,
         "options": {"l_min": 2.0, "l_max": 2.5, "spread": 0.3, "max_augmentor_steps": 1},
-        "teacher": "conv/student",
+        "teacher": {"model": "conv/student", "device": "sharded"},
     },
-    "tgeo-kd": {**DIGITS, "options": {"validation": 10}, "teacher": "conv/student"},
+    "tgeo-kd": {**UNEVEN, "options": {"validation": 10}, "teacher": "conv/student"},
     # companions that follow the student; denoisers save in their own way
     "adpo": {**WORDS, "options": {"anchor": "ema", "decay": 0.5}},
     "boot": {**RING, "options": {"ema": 0.5}},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -22,6 +23,11 @@ def write(path, text):
 
 def records(path, rows):
     return write(path, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def archive(path, labels):
+    np.savez(path, images=np.zeros((len(labels), 1, 4, 4), np.uint8), labels=np.array(labels))
+    return path
 
 
 def image_table(path, labels, column="label"):
@@ -91,6 +97,10 @@ CASES = {
     "labels that are words": (
         lambda t: image(data={"name": str(image_table(t / "x.parquet", ["cat", "dog"]))}),
         "must be class numbers",
+    ),
+    "labels of an archive that are words": (
+        lambda t: image(data={"name": str(archive(t / "x.npz", ["cat", "dog"]))}),
+        "must be class numbers, found 'cat'",
     ),
     "a negative label": (
         lambda t: image(data={"name": str(image_table(t / "x.parquet", [0, 1, -3] * 20))}),

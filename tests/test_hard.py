@@ -9,22 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_vectors import close, golden
+from hard_cases import EAGER, net, played, signals, trainer
 from understudy import InputError, distill
-from understudy.data import Batch, collate_images
+from understudy.data import Batch
 from understudy.losses import forward_kl
 from understudy.losses.consistency import two_sided_kl
 from understudy.methods.hard import HARD
-from understudy.models import ClassifierRows
 from understudy.models.augmentors import Shift1d, circular_shift
-from understudy.models.small import build_small
 from understudy.recipe import make
-from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, Live, Scene
+from understudy.training import Live, Shapes
 from understudy.training.alternation import Alternation
-from understudy.training.arguments import training_arguments
-from understudy.training.shapes import probe
-
-SIGNAL = (1, 1, 40)
 
 
 @pytest.mark.golden
@@ -78,30 +72,6 @@ def test_whole_shifts_are_rolls(length, by, seed):
     assert torch.equal(out[0], x[0].roll(by, -1)) and torch.equal(out[1], x[1])
 
 
-def net(name="mlp:12", shape=SIGNAL, seed=0):
-    torch.manual_seed(seed)
-    return ClassifierRows(build_small(name, 5, shape).double(), 5)
-
-
-def signals(number=12, shape=SIGNAL):
-    x = torch.rand(number, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return Batch({"pixel_values": x}, torch.arange(number) % 5, torch.arange(number))
-
-
-def played(method, student, teacher, batch, module=None):
-    """The augmentor's terms, its gradient of the minimised sum, and the student's terms."""
-    shapes = probe(method, 5, {"student": student, "teacher": teacher}, {"student": {}, "teacher": {}}, batch)
-    module = module or method.modules(shapes)["augmentor"].double()
-    local = LocalTeacher(teacher, "t")
-    live = Live({"augmentor": module}, student=student, teacher=local, state=method.state(9))
-    scene = Scene(student, local, [batch], batch.rows, lambda n: batch, list)
-    (terms,) = method.play("augmentor", scene, live)
-    loss = sum(t.weight * t.values.sum() for t in terms.values())
-    grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
-    theirs = method.loss(student(batch), local.rows(batch), batch, live)
-    return terms, grads, theirs
-
-
 FAMILIES = ("shift1d", "affine", "mix")
 
 
@@ -134,8 +104,8 @@ def test_a_teacher_that_ignores_shifts_gives_no_pull():
 
     batch = signals()
     method = HARD(augmentor="shift1d", lambda_s=0.0)
-    terms, _, _ = played(method, net(), net("circular:6"), batch, Whole(1.0).double())
-    assert terms["consistency"].values.abs().max() < 1e-12
+    terms, grads, _ = played(method, net(), net("circular:6"), batch, Whole(1.0).double())
+    assert terms["consistency"].values.abs().max() < 1e-12 and all(g.abs().max() < 1e-12 for g in grads)
     terms, _, _ = played(method, net(), net("circular:6,flat"), batch, Whole(1.0).double())
     assert terms["consistency"].values.max() > 1e-6
 
@@ -170,22 +140,6 @@ def test_turns_end_at_the_latest_and_nan_decides_nothing():
     back = Alternation(0.1, 0.5, 9, memory=2)
     back.load_state_dict(copies.state_dict())
     assert [c["mu"].item() for c in back.copies] == [1.0, 2.0, 3.0] and back.state_dict() == copies.state_dict()
-
-
-def trainer(method, tmp_path, micro=12, accumulate=1, steps=2, teacher="circular:4", shape=SIGNAL, **more):
-    student, teaching, batch = net(shape=shape), net(teacher, shape, 1), signals(shape=shape)
-    items = [(x, int(y), int(i)) for x, y, i in zip(batch.inputs["pixel_values"], batch.labels, batch.ids, strict=True)]
-    values = {"max_steps": steps, "per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
-    values |= {"save_strategy": "no", "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}
-    args = training_arguments({**values, "max_grad_norm": 0.0, **more}, tmp_path, 0)
-    shapes = probe(method, 5, {"student": student, "teacher": teaching}, {"student": {}, "teacher": {}}, batch)
-    apprentice = Apprentice(student, method, shapes, steps).double()
-    # float64 tensors stay as they are: the collator would make them float32
-    collate = lambda chosen: {**collate_images(chosen), "pixel_values": torch.stack([c[0] for c in chosen])}  # noqa: E731
-    return DistillationTrainer(apprentice, args, items, collate, teacher=LocalTeacher(teaching, "t"))
-
-
-EAGER = {"l_min": 1e3, "l_max": 1e4, "max_augmentor_steps": 1}  # student, augmentor, student, augmentor, …
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -249,6 +203,41 @@ def test_an_uncounted_example_may_hold_anything(tmp_path):
     batch.inputs["pixel_values"][3] = math.nan
     _, poisoned, _ = played(method, net(), net(seed=1), dataclasses.replace(batch))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(clean, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sum"])
+def test_the_mean_of_the_examples_that_count_decides(reduction, tmp_path):
+    """Whatever an update is divided by; one in which none counts says nothing, and nobody hands over."""
+    made = trainer(HARD(augmentor="shift1d", l_min=1e3, l_max=1e4), tmp_path, micro=4, steps=3)
+    made.model.reduction = reduction
+    order = made._get_train_sampler()
+    uncounted = set(list(order)[:4])  # the first update
+    items = [(x, -100 if i in uncounted else label, i) for x, label, i in made.train_dataset]
+    made.train_dataset, state = items, made.model.live.state
+    x, labels, ids = zip(*[items[i] for i in list(order)[4:8]], strict=True)
+    batch = Batch({"pixel_values": torch.stack(x)}, torch.tensor(labels), torch.tensor(ids))
+    made.model.live.step = 1
+    wanted = made.model.method.loss(made.model.student(batch), made.teacher.rows(batch), batch, made.model.live)
+    losses, update = [], state.update
+    state.update = lambda loss: losses.append(loss) or update(loss)
+    made.train()
+    assert len(losses) == 2 and state.steps == {"student": 1, "player": 1}
+    assert losses[0] == pytest.approx(wanted["augmented"].values.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_does_not_reach_the_augmented_inputs(family):
+    """Both players see the same ones: the student's turn is under autocast, and the augmentor's is not."""
+    batch = signals(shape=(1, 56, 56))
+    batch.inputs["pixel_values"] = batch.inputs["pixel_values"].float()
+    method = HARD(augmentor=family)
+    module = method.modules(Shapes(5, inputs={"pixel_values": (1, 56, 56)}))["augmentor"]
+    copy = dict(module.named_parameters())
+    plain = method._shown(batch, Live({"augmentor": module}), None).inputs["pixel_values"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for remembered in (None, copy):
+            shown = method._shown(batch, Live({"augmentor": module}), remembered)
+            assert torch.equal(shown.inputs["pixel_values"], plain)
 
 
 def test_a_runaway_is_skipped_then_told(tmp_path):

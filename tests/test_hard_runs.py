@@ -9,13 +9,14 @@ import torch
 
 from engine_cases import DIGITS
 from understudy import InputError, distill
-from understudy.data import load_images
+from understudy.data import collate_images, load_images
 from understudy.evaluation.pictures import picture_grid
 from understudy.methods.hard import HARD
+from understudy.models import ClassifierRows
 from understudy.models.augmentors import Affine, Latent, Mix, warp
 from understudy.models.autoencoders import Autoencoder, load_autoencoder
 from understudy.models.small import build_small, load_small, save_small
-from understudy.training import Shapes
+from understudy.training import Shapes, Stage
 
 TEMPLATES = {
     "task": "image_classification",
@@ -82,6 +83,11 @@ def test_the_latent_family_freezes_its_autoencoder(tmp_path):
     torch.testing.assert_close(module(x, noise), expected)
     with pytest.raises(InputError, match=r"does not give back inputs of shape \[1, 9, 9\]"):
         load_autoencoder(str(tmp_path / "coder"), (1, 9, 9))
+    for number, facts in enumerate(("[]", '{"understudy_autoencoder": [4, 8]}')):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.json").write_text(facts)
+        with pytest.raises(InputError, match="describes no autoencoder"):
+            load_autoencoder(str(tmp_path / str(number)), (1, 8, 8))
     options = {"augmentor": "latent", "autoencoder": str(tmp_path / "none")}
     with pytest.raises(InputError, match=r"none' is not a folder with a config.json"):
         distill({**DIGITS, "method": "hard", "options": options, "output": str(tmp_path / "run")})
@@ -89,6 +95,19 @@ def test_the_latent_family_freezes_its_autoencoder(tmp_path):
     made = method.modules(Shapes(10, inputs={"pixel_values": (1, 8, 8)}))["augmentor"]
     assert all(torch.equal(made.autoencoder.state_dict()[k], v) for k, v in coder.state_dict().items())
     assert not made.train().autoencoder.training
+
+
+def test_an_autoencoder_is_trained_on_the_examples_that_count(tmp_path):
+    """The others may hold anything."""
+    tables = []
+    for garbage in (0.5, 1e6):
+        x, labels = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10
+        x[3], labels[3] = garbage, -100
+        items = [(a, int(b), i) for i, (a, b) in enumerate(zip(x, labels, strict=True))]
+        model = ClassifierRows(build_small("mlp:4", 10, (1, 8, 8)), 10)
+        work = Stage(model, model, {"train": items}, collate_images, 10, tmp_path / str(garbage), "")
+        tables.append(HARD(augmentor="latent", autoencoder_steps=20).stage(work))
+    assert all(torch.equal(tables[1][name], value) for name, value in tables[0].items())
 
 
 def test_an_autoencoder_of_diffusers(tmp_path):

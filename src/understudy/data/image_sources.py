@@ -222,11 +222,11 @@ def _need(path: Path | str, have: set[str], want: set[str]) -> None:
 
 def _labels(path: Path | str, labels: Any) -> Tensor:
     values = np.asarray(labels)
-    if values.dtype == object or values.dtype.kind == "f":
+    if values.dtype.kind in "OfSU":
         try:
             floats = values.astype(float)
         except (TypeError, ValueError):
-            raise InputError(f"{path}: labels must be class numbers, found {values[0]!r}.") from None
+            raise InputError(f"{path}: labels must be class numbers, found {str(values[0])!r}.") from None
         wrong = np.flatnonzero(~np.isfinite(floats) | (floats != np.round(floats)))
         if len(wrong):
             raise InputError(f"{path}: the label of row {wrong[0]} is {floats[wrong[0]]}, not a class number.")

@@ -57,6 +57,8 @@ class HARD(Method):
         "deviations": "The two losses, the two thresholds and the turns are the paper's. Weights, rates, thresholds and the "
         "details of each family are reconstructed: there is no released code. The thresholds are in nats times τ²: set "
         "`l_min` a little above what plain KD reaches. Adam's bounded steps stand for a clip on the augmentor's moves. "
+        "A teacher in training mode is not refused: it answers in evaluation mode. "
+        "`augmentor_memory` counts states before the present one, which is the last that was stored. "
         "There are no labels in the loss. With `augmentor=latent` and no `autoencoder`, a small one is trained first on "
         "the training inputs, outside the budget; it is not exact, so its x̃ is never quite x.",
     }
@@ -116,7 +118,7 @@ class HARD(Method):
         def fitted() -> Mapping[str, Tensor]:
             with torch.random.fork_rng():  # a run that finds it in the store goes on with the same random numbers
                 torch.manual_seed(work.seed)
-                pixels = torch.cat([b.inputs["pixel_values"] for b in work.batches("train")])
+                pixels = torch.cat([b.inputs["pixel_values"][b.mask] for b in work.batches("train")])
                 return Autoencoder(shape, self.latent).to(pixels).fit(pixels, steps=self.autoencoder_steps).state_dict()
 
         settings = {"latent": self.latent, "steps": self.autoencoder_steps, "seed": work.seed}
@@ -189,7 +191,8 @@ class HARD(Method):
         draw = normal if self.noise == "normal" else uniform
         noise = draw(batch.ids, module.noise_shape, seed=live.seed, step=live.step)
         noise = (noise if self.noise == "normal" else 2 * noise - 1).to(pixels.dtype)
-        augmented = module(pixels, noise) if copy is None else functional_call(module, dict(copy), (pixels, noise))
+        with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 has not the digits for where a pixel is
+            augmented = module(pixels, noise) if copy is None else functional_call(module, dict(copy), (pixels, noise))
         return dataclasses.replace(batch, inputs={**batch.inputs, "pixel_values": augmented})
 
     def _remembered(self, live: Live) -> Mapping[str, Tensor] | None:

@@ -75,6 +75,11 @@ def load_autoencoder(name: str, shape: tuple[int, ...]) -> nn.Module:
         facts = json.loads((path / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}/config.json is not valid JSON: {error}.") from error
+    if not isinstance(facts, dict) or ("understudy_autoencoder" in facts and "shape" not in facts):
+        raise InputError(
+            f"{path}/config.json describes no autoencoder: one of ours has 'understudy_autoencoder' (two sizes) and "
+            "'shape', one of diffusers '_class_name'. Leave autoencoder out to have one trained."
+        )
     if "understudy_autoencoder" in facts:
         own = Autoencoder(tuple(facts["shape"]), *facts["understudy_autoencoder"])
         load_weights(own, path / "model.safetensors")

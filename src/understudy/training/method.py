@@ -144,7 +144,7 @@ class Method(BaseModel):
         raise NotImplementedError
 
     def updated(self, live: Live, means: Mapping[str, float]) -> None:
-        """Called once per optimizer step, on every rank, with each term's mean over the whole update."""
+        """Called once per optimizer step that has rows, on every rank, with each term's mean over the whole update."""
 
     def stepped(self, live: Live) -> None:
         """Called after each optimizer step, when `live.step` counts it already."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, str_to_bool
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from understudy.data import Batch
+from understudy.data.batch import IGNORE
 from understudy.errors import InputError
 from understudy.models import RowModel
 from understudy.models.sharding import fill, outline, unwrap
@@ -110,6 +114,19 @@ class OnRanks(Trainer):
         else:
             samples = list(itertools.islice(epoch_iterator, number))
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
+
+    def _company(self, batches: Sequence[Batch], counting: Sequence[bool]) -> list[Batch]:
+        """Those that count, and the others without a row that does: a teacher that is spread over the ranks waits for all."""
+        pairs = zip(batches, counting, strict=True)
+        kept = [b if counts else replace(b, labels=torch.full_like(b.labels, IGNORE)) for b, counts in pairs]
+        return [b for b, counts in zip(kept, counting, strict=True) if counts or not b.rows]
+
+    def _of_all(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A player's sums, and 0 for those of other ranks alone: one that nothing is left for has none of its own, and all
+        are to reduce the same."""
+        if self.args.world_size == 1:
+            return sums
+        return {name: sums.get(name, torch.zeros((), device=self.args.device)) for name in gather_object(list(sums))}
 
 
 def foresee(method: Method, options: Mapping[str, Any]) -> None:

@@ -132,20 +132,20 @@ class DistillationTrainer(Validating):
         samples, self._counting = self._take(epoch_iterator, num_batches)
         found: dict[str, float] = {}
         for sample, counts in zip(samples, self._counting, strict=True):
-            batch = Batch.from_dict(sample)
-            for name, number in {"": self._units(batch), **self.model.method.counts(batch)}.items():
+            for name, number in self._units(Batch.from_dict(sample)).items():
                 found[name] = found.get(name, 0.0) + counts * number
         total = torch.tensor(list(found.values()), device=self.args.device, dtype=torch.float32)
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total, "sum")
         self._counts, self._left = dict(zip(found, total.clamp(min=1.0), strict=True)), len(samples)
-        self._samples, self._moved = samples, False
+        self._samples, self._moved, self._empty = samples, False, not bool(total[1])
         return samples, total[0]
 
-    def _units(self, batch: Batch) -> float:
-        """What a micro-batch adds to the count; a sum adds nothing, and nothing divides by 1."""
+    def _units(self, batch: Batch) -> dict[str, float]:
+        """What a micro-batch adds to each count; a sum adds nothing, and nothing divides by 1, but for the means."""
         _, unit = row_weights(self.model.reduction, batch.sequence)
-        return float({"rows": batch.rows, "sequences": batch.sequence.unique().numel(), "none": 0}[unit])
+        units = {"rows": batch.rows, "sequences": batch.sequence.unique().numel(), "none": 0}[unit]
+        return {"": units, "/rows": batch.rows, **self.model.method.counts(batch)}
 
     def _count(self, term: str) -> Tensor:
         """What a term of this update is divided by: its own count, or that of the rows."""
@@ -225,11 +225,11 @@ class DistillationTrainer(Validating):
         def total(values: Sequence[Tensor]) -> list[Tensor]:
             return [self.accelerator.reduce(v, "sum") if self.args.world_size > 1 else v for v in values]
 
-        batches = [self._batch(s) for s, counts in zip(self._samples, self._counting, strict=True) if counts]
+        batches = self._company([self._batch(s) for s in self._samples], self._counting)
         scene = Scene(live.student, self.teacher, batches, float(self._counts[""]), validation, total)  # type: ignore[arg-type]
         for name in movers:
             sums = self.players.move(name, partial(method.play, name, scene, live), scene)
-            for term, value in sums.items():
+            for term, value in self._of_all(sums).items():
                 self._sums[term] = self._sums.get(term, torch.zeros_like(value)) + value
 
     def _close_update(self) -> None:
@@ -238,12 +238,14 @@ class DistillationTrainer(Validating):
             sums = torch.stack([self._sums[n].float() for n in names])
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "sum")
-            counts = torch.stack([self._count(n) for n in names])
+            unit = "/rows" if self.model.reduction == "sum" else ""
+            counts = torch.stack([self._counts.get(n, self._counts[unit]) for n in names])
             self._means = dict(zip(names, (sums / counts).tolist(), strict=True))
         self._sums = {}
         if self._term_gradients:
             self._merge()
-        self.model.method.updated(self.model.live, self._means)
+        if not self._empty:
+            self.model.method.updated(self.model.live, self._means)
 
     def _apart_step(self, model: Any, inputs: Any) -> Tensor:
         """Backward of each term apart, accumulated over the update; `merge` then writes the gradients."""

@@ -30,7 +30,7 @@ from understudy.losses.subclasses import (
     split_log_targets,
     two_class_head,
 )
-from understudy.models import ClassifierRows, RowModel, Rows, evaluating, find_head, replace_head
+from understudy.models import ClassifierRows, MarginalRows, RowModel, Rows, evaluating, find_head, replace_head
 from understudy.models.heads import linear_readout, sum_subclasses
 from understudy.models.taps import layer
 from understudy.streaming import rowwise
@@ -236,6 +236,10 @@ class LELP(Method):
             )
         replace_head(student, work.classes * int(self.stage(work)["subclasses"]), seed=work.seed)
         return student
+
+    def judged(self, student: RowModel, live: Live) -> RowModel:
+        assert isinstance(student, ClassifierRows)
+        return MarginalRows(student, student.classes // int(live.tables["subclasses"]))
 
     def export(self, student: RowModel, work: Stage) -> RowModel:
         assert isinstance(student, ClassifierRows)

@@ -142,11 +142,9 @@ class LELP(Method):
                 "teacher in float32."
             )
         projector = self._projector(model, embeddings, logits)
-        x = embeddings.double() if projector is None else embeddings.double() @ projector
         by_teacher = torch.ones_like(labels, dtype=torch.bool) if self.assign == "teacher" else labels < 0
-        known = Known(
-            x, torch.where(by_teacher, logits.argmax(1), labels), ids, _parts(work.examples(self.fit_on), ids)
-        )
+        chosen = torch.where(by_teacher, logits.argmax(1), labels)
+        known = Known(embeddings, chosen, ids, _parts(work.examples(self.fit_on), ids))
         classes = logits.shape[1]
         shape = Shape(classes, self.subclasses, self.rotation_seed, projector, self.strict, self.rotate, self.normalise)
         tables = {k: v.cpu() for k, v in SPLITTERS[self.split].fit(known, shape).items()}

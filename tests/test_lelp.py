@@ -217,6 +217,40 @@ def test_edges(world):
     assert one.tolist() == [[0.0] * 4, [1.0] * 4] and two_class_head(w) is w
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_no_variance(world, dtype):
+    """Embeddings of a class that are all equal, or that only the head can tell apart: P leaves rounding of them."""
+    h, labels, w, _ = world
+    p, how = null_projector(w), {"classes": 3, "subclasses": 2}
+    equal = (torch.linspace(0.1, 142.7, 9).double()).expand(50, 9)
+    for flat in (equal, torch.randn(50, 3).double() @ w):
+        x = torch.where((labels == 1)[:, None], flat, h).to(dtype)
+        found = principal_directions(x, labels, projector=p, **how)
+        assert found.scale.gt(0).tolist() == [True, False, True]
+        for normalise in (True, False):
+            tables = SPLITTERS["linear"].fit(Known(x, labels, labels), Shape(3, 2, projector=p, normalise=normalise))
+            r = SPLITTERS["linear"].assign(h @ p, labels, tables, 0.5)
+            assert (
+                torch.equal(r[:, 1], torch.full_like(r[:, 1], -math.log(2))) and (r[:, 0] - r[:, 1]).abs().max() > 0.1
+            )
+
+
+def test_directions_in_which_nothing_varies_are_refused(world):
+    h, labels, w, _ = world
+    p = null_projector(w)
+    two = torch.where((labels == 1)[:, None], h[torch.arange(50) % 9], h)  # class 1 has three distinct embeddings
+    with pytest.raises(InputError, match="17 embeddings of class 1 vary in 2 directions alone and 4 subclasses"):
+        principal_directions(two, labels, classes=3, subclasses=4, projector=p)
+    found = principal_directions(two, labels, classes=3, subclasses=4, projector=p, strict=False)
+    assert found.directions.shape == (3, 2, 9) and found.variances.shape == (3, 2) and found.scale.gt(0).all()
+    with pytest.raises(
+        InputError, match=r"class 2 has 1 examples and any split needs at least 2. Give more examples\.$"
+    ):
+        principal_directions(
+            h, labels.clamp(max=1).index_fill(0, torch.tensor(0), 2), classes=3, subclasses=4, strict=False
+        )
+
+
 def bad_embedding(h):
     h = h.clone()
     h[17, 2] = float("nan")

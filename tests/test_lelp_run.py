@@ -64,6 +64,15 @@ def test_it_learns_without_labels_and_leaves_an_ordinary_model(taught):
     assert again.metrics == result.metrics and isinstance(again.student.head, SubclassHead)
 
 
+def test_validation_judges_by_class_not_by_the_largest_output(run):
+    trainer = {**BASE["trainer"], "eval_strategy": "steps", "eval_steps": 30}
+    result = run(options=LINEAR, trainer=trainer, judge="validation")
+    last = json.loads((result.folder / "validation.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 60 and last["accuracy"] > 0.75
+    for name in ("accuracy", "nll", "ece"):  # of the saved student, whose head sums over subclasses
+        assert last[name] == pytest.approx(result.metrics[name], abs=1e-5)
+
+
 def test_cached_targets_are_the_live_ones_and_the_teacher_rests(taught, run):
     folder, live = taught
     cached = run(options={**LINEAR, "cache": True})

@@ -64,17 +64,21 @@ def principal_directions(
     """Mean and top principal directions of each class's (projected) embeddings.
 
     The sign of a direction is such that its entry of largest absolute value is positive. Tied singular values leave
-    the directions inside the tie open.
+    the directions inside the tie open. What varies less than the embeddings are rounded does not vary: such a variance
+    is 0, and a class where all are is the only one that may have fewer directions than `subclasses`.
 
     Args:
-        features: `[rows, width]`. labels: `[rows]`. projector: of `null_projector`, or `None` for all of the width.
-        strict: refuse a class of fewer than `subclasses + 1` examples; otherwise all classes get fewer subclasses.
+        features: `[rows, width]` as the teacher gave them. labels: `[rows]`. projector: of `null_projector`, or `None`
+            for all of the width.
+        strict: refuse a class with too few examples, or directions in which they vary; otherwise all get fewer.
     """
     check_labels("principal_directions", labels, classes)
     x = features.detach().double()
     finite = x.isfinite().all(-1)
     if not bool(finite.all()):
         raise InputError(f"principal_directions: embedding {int((~finite).nonzero()[0, 0])} is not finite.")
+    rounding = 4 * torch.finfo(x.dtype if features.dtype == x.dtype else torch.float32).eps
+    floor = rounding * x.norm(dim=-1).max() if len(x) else x.new_zeros(())  # before P, which may leave rounding alone
     if projector is not None:
         x = x @ projector
     number = _affordable(labels, x.shape[1], classes, subclasses, projector, strict)
@@ -83,12 +87,29 @@ def principal_directions(
         own = x[labels == c]
         mean = own.mean(0)
         _, singular, v = torch.linalg.svd(own - mean, full_matrices=False)
-        v = v[:number]
+        v, spread = v[:number], singular[:number] / len(own) ** 0.5
         largest = v.gather(1, v.abs().argmax(1, keepdim=True))
         directions.append(v * torch.where(largest < 0, -1.0, 1.0))
         means.append(mean)
-        variances.append(singular[:number].square() / len(own))
-    return Directions(torch.stack(means), torch.stack(directions), torch.stack(variances))
+        variances.append(torch.where(spread > floor, spread, 0.0).square())
+    found = Directions(torch.stack(means), torch.stack(directions), torch.stack(variances))
+    number = _varying(found.variances, labels, strict)
+    return Directions(found.means, found.directions[:, :number], found.variances[:, :number])
+
+
+def _varying(variances: Tensor, labels: Tensor, strict: bool) -> int:
+    """How many subclasses the classes vary in enough directions for; an error where that is fewer than asked for."""
+    asked, ranks = variances.shape[1], (variances > 0).sum(1)
+    short = (ranks > 0) & (ranks < asked)
+    if not bool(short.any()):
+        return asked
+    number, c = (int(v) for v in torch.where(short, ranks, asked).min(0))
+    if strict:
+        raise InputError(
+            f"principal_directions: the {int((labels == c).sum())} embeddings of class {c} vary in {number} directions "
+            f"alone and {asked} subclasses need as many. Give other examples, fewer subclasses, or strict=false."
+        )
+    return number
 
 
 def _affordable(
@@ -106,10 +127,11 @@ def _affordable(
     counts = torch.bincount(labels, minlength=classes)
     least = int(counts.argmin())
     number = int(counts[least])
-    if number == 0 or (number <= subclasses and strict) or number < 2:
+    if number < (subclasses + 1 if strict else 2):
+        needed = f"{subclasses} subclasses need at least {subclasses + 1}" if strict else "any split needs at least 2"
         raise InputError(
-            f"principal_directions: class {least} has {number} examples and {subclasses} subclasses need at least "
-            f"{subclasses + 1}. Give more examples, fewer subclasses, or strict=false."
+            f"principal_directions: class {least} has {number} examples and {needed}. Give more examples"
+            + (", fewer subclasses, or strict=false." if strict else ".")
         )
     return min(subclasses, number - 1)
 

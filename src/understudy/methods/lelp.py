@@ -30,7 +30,7 @@ from understudy.losses.subclasses import (
     split_log_targets,
     two_class_head,
 )
-from understudy.models import ClassifierRows, RowModel, Rows, evaluating, find_head, replace_head
+from understudy.models import ClassifierRows, MarginalRows, RowModel, Rows, evaluating, find_head, replace_head
 from understudy.models.heads import linear_readout, sum_subclasses
 from understudy.models.taps import layer
 from understudy.streaming import rowwise
@@ -142,11 +142,9 @@ class LELP(Method):
                 "teacher in float32."
             )
         projector = self._projector(model, embeddings, logits)
-        x = embeddings.double() if projector is None else embeddings.double() @ projector
         by_teacher = torch.ones_like(labels, dtype=torch.bool) if self.assign == "teacher" else labels < 0
-        known = Known(
-            x, torch.where(by_teacher, logits.argmax(1), labels), ids, _parts(work.examples(self.fit_on), ids)
-        )
+        chosen = torch.where(by_teacher, logits.argmax(1), labels)
+        known = Known(embeddings, chosen, ids, _parts(work.examples(self.fit_on), ids))
         classes = logits.shape[1]
         shape = Shape(classes, self.subclasses, self.rotation_seed, projector, self.strict, self.rotate, self.normalise)
         tables = {k: v.cpu() for k, v in SPLITTERS[self.split].fit(known, shape).items()}
@@ -236,6 +234,10 @@ class LELP(Method):
             )
         replace_head(student, work.classes * int(self.stage(work)["subclasses"]), seed=work.seed)
         return student
+
+    def judged(self, student: RowModel, live: Live) -> RowModel:
+        assert isinstance(student, ClassifierRows)
+        return MarginalRows(student, student.classes // int(live.tables["subclasses"]))
 
     def export(self, student: RowModel, work: Stage) -> RowModel:
         assert isinstance(student, ClassifierRows)

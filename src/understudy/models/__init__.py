@@ -4,7 +4,16 @@ from understudy.models.diffusion import DenoiserRows, Sampler
 from understudy.models.heads import SubclassHead, replace_head
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
 from understudy.models.nodes import NodeRows, load_nodes
-from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel, Rows, evaluating, find_head, state_hash
+from understudy.models.rows import (
+    CausalLMRows,
+    ClassifierRows,
+    MarginalRows,
+    RowModel,
+    Rows,
+    evaluating,
+    find_head,
+    state_hash,
+)
 from understudy.models.sequences import SequenceRows
 from understudy.models.small import load_small, normalisation, save_small
 from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tokenizer_hashes
@@ -13,6 +22,7 @@ __all__ = [
     "CausalLMRows",
     "ClassifierRows",
     "DenoiserRows",
+    "MarginalRows",
     "NodeRows",
     "RowModel",
     "Rows",

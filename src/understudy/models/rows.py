@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.losses.subclasses import marginal_logits
 from understudy.models.heads import head_name
 from understudy.models.layouts import Layouts, Packing
 from understudy.models.sharding import is_sharded, whole, whole_state
@@ -139,6 +140,18 @@ class ClassifierRows(RowModel):
         if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
             return torch.cat([torch.zeros_like(logits), logits], -1)
         return logits
+
+
+class MarginalRows(RowModel):
+    """A classifier with several outputs a class, read as one of `classes`: their log-sum-exp is the class's logit."""
+
+    def __init__(self, wide: RowModel, classes: int) -> None:
+        super().__init__()
+        self.wide, self.classes = wide, classes
+
+    def answer(self, batch: Batch, features: bool) -> Rows:
+        rows: Rows = self.wide(batch, features)
+        return rows._replace(signal=Dense(marginal_logits(rows.signal.logits, self.classes)))
 
 
 class CausalLMRows(RowModel):

@@ -29,7 +29,7 @@ class Known(NamedTuple):
     """What a split is fitted to.
 
     Args:
-        features: `[rows, width]`, float64, already projected. labels, ids: `[rows]`.
+        features: `[rows, width]`, as the teacher gave them. labels, ids: `[rows]`.
         parts: `[rows, 2]`, the true class and subclass of each; `None` where the data knows none.
     """
 
@@ -72,7 +72,7 @@ def _fit_linear(known: Known, shape: Shape) -> dict[str, Tensor]:
     directions = found.directions
     if shape.rotate:
         directions = random_rotations(shape.classes, number, seed=shape.seed).to(directions) @ directions
-    scale = found.scale if shape.normalise else torch.ones_like(found.scale)
+    scale = found.scale if shape.normalise else (found.scale > 0).to(found.scale)  # 0 says uniform
     return {"subclasses": torch.tensor(number), "means": found.means, "directions": directions, "scale": scale}
 
 
@@ -86,8 +86,9 @@ def _fit_kmeans(known: Known, shape: Shape) -> dict[str, Tensor]:
     from sklearn.cluster import KMeans
 
     centres, scales = [], []
+    x = known.features.double() if shape.projector is None else known.features.double() @ shape.projector
     for c in range(shape.classes):
-        own = known.features[known.labels == c]
+        own = x[known.labels == c]
         distinct = len(own.unique(dim=0))
         if distinct < shape.subclasses:
             raise InputError(

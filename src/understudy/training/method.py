@@ -110,6 +110,10 @@ class Method(BaseModel):
         """The student as it is trained, for example with another head; called after `stage`."""
         return student
 
+    def judged(self, student: RowModel, live: Live) -> RowModel:
+        """The student, with the weights it has, as it is judged during training: an ordinary model of the task."""
+        return student
+
     def export(self, student: RowModel, work: Stage) -> RowModel:
         """The trained student as it is saved and judged: an ordinary model of the task again."""
         return student

@@ -54,7 +54,8 @@ class Validating(ExactCheckpoints):
         assert self.validate is not None
         before = ck.rng_state()
         with usable(self.model):
-            found = agreed(dict(self.validate(self.model.student)))
+            student = self.model.method.judged(self.model.student, self.model.live)
+            found = agreed(dict(self.validate(student)))
         ck.set_rng_state(before)
         if self.rollouts is not None:
             self.rollouts.judged(found)

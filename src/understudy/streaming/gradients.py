@@ -37,20 +37,21 @@ def by_hand(
         return None
     tau, factor, options = scales
     found: Pair | None = None
+    scaled = logits if tau == 1 else logits / tau
     if isinstance(target, Dense) and loss in _DENSE and target.logits.shape == logits.shape:
         options.pop("truncation", None)
-        log_q = torch.log_softmax(logits if tau == 1 else logits / tau, -1)
+        log_q = torch.log_softmax(scaled, -1)
         teacher = target.logits.to(logits.dtype)
         log_p = torch.log_softmax(teacher if tau == 1 else teacher / tau, -1)
         found = _DENSE[loss](log_q, log_p, **options)
     elif isinstance(target, Sampled) and loss in (losses.forward_kl, losses.cross_entropy_soft) and not options:
-        found = _sampled(loss, torch.log_softmax(logits / tau, -1), target)
+        found = _sampled(loss, torch.log_softmax(scaled, -1), target)
     elif isinstance(target, TopK) and loss in _BUCKETED:
-        found = _buckets(loss, torch.log_softmax(logits / tau, -1), target, options)
+        found = _buckets(loss, torch.log_softmax(scaled, -1), target, options)
     if found is None:
         return None
     values, slope = found
-    return _finite((values.mul_(factor), slope.mul_(factor / tau)))
+    return _finite((values.mul_(factor), slope if factor == tau else slope.mul_(factor / tau)))
 
 
 def scaling(
@@ -158,13 +159,11 @@ def _buckets(loss: Callable[..., Tensor], log_q: Tensor, target: TopK, options: 
     ∂ log Q_b / ∂ z_v is δ_bv − q_v for a kept class, and q_v / Q_tail [v outside] − q_v for the tail.
     """
     kept = log_q.gather(-1, target.ids)
-    q = log_q.exp_()
-    outside = q.scatter(-1, target.ids, 0.0)
+    outside = log_q.exp_().scatter_(-1, target.ids, 0.0)
     tail = outside.sum(-1, keepdim=True)
     values, u = bucket_gradient(loss, torch.cat([kept, tail.log()], -1), target, options)
-    share = torch.where(tail > 0, u[:, -1:] / tail, torch.zeros_like(tail))
-    slope = outside.mul_(share).sub_(q.mul_(u.sum(-1, keepdim=True)))
-    return values, slope.scatter_add_(-1, target.ids, u[:, :-1])
+    share, whole = torch.where(tail > 0, u[:, -1:] / tail, torch.zeros_like(tail)), u.sum(-1, keepdim=True)
+    return values, outside.mul_(share - whole).scatter_(-1, target.ids, u[:, :-1] - kept.exp() * whole)
 
 
 def bucket_gradient(loss: Callable[..., Tensor], log_q: Tensor, target: TopK, options: dict[str, Any]) -> Pair:

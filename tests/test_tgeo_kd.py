@@ -160,6 +160,15 @@ def test_extreme_teachers_stay_finite():
     assert world.ratio().isfinite().all()
 
 
+def test_mixed_precision_does_not_round_the_weights():
+    world = World(dtype=torch.float32)
+    rows = world.student.eval()(world.batch), world.teacher.rows(world.batch), world.batch
+    wanted = world.method.loss(*rows, world.live)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = world.method.loss(*rows, world.live)
+    assert all(torch.equal(found[name].values, wanted[name].values) for name in wanted)
+
+
 @pytest.mark.parametrize(
     "call,says",
     [

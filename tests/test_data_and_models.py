@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from understudy import InputError
 from understudy.data import Batch, augment, collate_text, encode, load_images, load_text, train_tokenizer
 from understudy.models import CausalLMRows, ClassifierRows, find_head, load_classifier, load_small, save_small
 from understudy.streaming import project
@@ -160,6 +161,14 @@ def test_small_networks_round_trip_and_show_features(tmp_path):
         out = rows(Batch({"pixel_values": pixels}, torch.tensor([0, -100]), torch.arange(2)), features=True)
         torch.testing.assert_close(find_head(rows)(out.features), out.signal.logits)
         assert out.signal.rows == 1 and not find_head(rows)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("outputs", [4, 7])
+def test_a_module_of_other_classes_is_refused(outputs):
+    batch = Batch({"pixel_values": torch.rand(2, 1, 4, 4)}, torch.tensor([0, 4]), torch.arange(2))
+    rows = ClassifierRows(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, outputs)), 5)
+    with pytest.raises(InputError, match=rf"Sequential gives \(2, {outputs}\) for 2 images of 5 classes"):
+        rows(batch)
 
 
 def test_pretrained_resnet_on_real_images(data_folder):

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from understudy.data import Batch
+from understudy.data import IGNORE, Batch
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.geometry import class_means, class_sums, triangle_features
@@ -56,7 +56,10 @@ class TGeoKD(Method):
         "the student's own step uses its predictions in training mode. The cross-entropy reads logits, where the "
         "released code reads probabilities. The class average is over the whole training set, where the released code "
         "takes the batch. The ratio network's Adam runs at 5e-3 without decay, where the released code sets 0.1 and "
-        "0.05 and has no gradient. The rate of the virtual step and the number of validation examples are ours.",
+        "0.05 and has no gradient. The rate of the virtual step and the number of validation examples are ours. "
+        "The released code oversamples rare classes and stops after ten changes of the validation loss below 1e-5: examples are "
+        "taken as they come here, and `patience` with trainer.eval_strategy, which counts evaluations without gain, ends a run "
+        "early.",
     }
 
     temperature: float = Field(1.5, gt=0, description="τ, divides both sides' logits in the KL.")
@@ -68,13 +71,15 @@ class TGeoKD(Method):
     every: int = Field(1, ge=0, description="Updates between moves of the ratio network; 0 leaves it as it starts.")
     virtual: Literal["all", "head"] = Field("all", description="What the virtual step moves; `head` is cheaper.")
     virtual_rate: float = Field(0.1, ge=0, description="η of the virtual step; with SGD the student's learning rate.")
-    validation: int | None = Field(256, ge=1, description="Validation examples of a move; all of them with null.")
+    validation: int | None = Field(
+        256, ge=1, description="Validation examples of a move, best ten a class; all with null."
+    )
 
     def stage(self, work: Stage) -> Mapping[str, Tensor]:
         if work.classes < 2:
             raise InputError(f"Method 'tgeo-kd' weighs teacher against label, and the data has {work.classes} class.")
-        if self.every and not len(work.splits["validation"]):
-            raise InputError("Method 'tgeo-kd' learns from a validation split, and the data has none: add one.")
+        if self.every:
+            self._check_validation(work)
         tables = work.once("class-means", lambda: _class_means(work))
         absent = (tables["counts"] == 0).nonzero()[:, 0].tolist()
         if absent:
@@ -85,6 +90,24 @@ class TGeoKD(Method):
                 int(tables["shared"]),
             )
         return {"means": tables["means"]}
+
+    def _check_validation(self, work: Stage) -> None:
+        """Refuse a split that the weights cannot be judged on, and say where a move sees too little of it."""
+        if not len(work.splits["validation"]):
+            raise InputError("Method 'tgeo-kd' learns from a validation split, and the data has none: add one.")
+        held = [(batch.ids.cpu(), batch.labels.cpu()) for batch in work.batches("validation")]
+        ids, labels = (torch.cat(part) for part in zip(*held, strict=True))
+        _need_labels("validation", ids, labels != IGNORE)
+        least, rarest = (int(v) for v in torch.bincount(labels, minlength=work.classes).min(0))
+        seen = least * min(1.0, (self.validation or len(labels)) / len(labels))
+        if seen < 10:
+            log.warning(
+                "A move of the ratio network sees about %.2g validation examples of label %d; below ten of each the weights "
+                "follow their noise: %s.",
+                seen,
+                rarest,
+                "set options.validation higher, or null for all" if least >= 10 else "add validation examples",
+            )
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         k = shapes.classes
@@ -147,7 +170,8 @@ class TGeoKD(Method):
         """The teacher's weight, `[rows]`, with gradient to the ratio network alone."""
         network = live.modules["ratio"]
         seen = self._read(student.signal.logits, teacher.signal, batch.row_labels, live.tables["means"])
-        return torch.sigmoid(network(seen.to(next(network.parameters()).dtype))[:, 0])
+        with torch.autocast(seen.device.type, enabled=False):  # the student's step weighs as the player's was judged
+            return torch.sigmoid(network(seen.to(next(network.parameters()).dtype))[:, 0])
 
     def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
         """Mean α over the training set, and where the teacher's top class is the label and where not. Where the data
@@ -185,14 +209,20 @@ def _class_means(work: Stage) -> dict[str, Tensor]:
     sums, counts = torch.zeros(work.classes, work.classes).double(), torch.zeros(work.classes).double()
     seen: set[bytes] = set()
     for batch in work.batches("train"):
-        if batch.rows < len(batch.labels):
-            bad = int(batch.ids[~batch.mask][0])
-            raise InputError(f"Method 'tgeo-kd' needs a label for every example, and example {bad} has none.")
+        _need_labels("training", batch.ids, batch.mask)
         part = class_sums(teacher.rows(batch).signal, batch.row_labels, work.classes)
         sums, counts = sums + part[0].cpu(), counts + part[1].cpu()
         seen.update(_prints(batch))
     shared = sum(mark in seen for batch in work.batches("validation") for mark in _prints(batch))
     return {"means": class_means(sums, counts), "counts": counts, "shared": torch.tensor(shared)}
+
+
+def _need_labels(split: str, ids: Tensor, has: Tensor) -> None:
+    if not has.all():
+        raise InputError(
+            f"Method 'tgeo-kd' needs a label for every {split} example, and example {int(ids[~has][0])} has none: leave out "
+            "those without."
+        )
 
 
 def _prints(batch: Batch) -> list[bytes]:

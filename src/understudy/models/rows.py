@@ -139,6 +139,11 @@ class ClassifierRows(RowModel):
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
             return torch.cat([torch.zeros_like(logits), logits], -1)
+        if logits.shape != (len(pixels), self.classes):
+            raise InputError(
+                f"{type(self.model).__name__} gives {tuple(logits.shape)} for {len(pixels)} images of {self.classes} classes: "
+                "one row of logits an image is expected. Choose a model of these classes, or data of its."
+            )
         return logits
 
 

@@ -17,6 +17,8 @@ from understudy.losses.relations import (
     self_similarity,
 )
 from understudy.methods.trg import TRG
+from understudy.models import Rows
+from understudy.targets import Dense
 from understudy.training.schedules import anneal
 
 
@@ -200,3 +202,34 @@ def test_a_whole_group_that_is_too_small_for_k_is_refused():
     method, live = TRG(gamma=0.0, k=5, sigma=1.0, group=2), SimpleNamespace(step=0, total=9, modules={})
     with pytest.raises(InputError, match="k is 5 and there are 4 tokens"):
         method._group(torch.randn(2, 2, 6), torch.randn(2, 2, 6), torch.tensor([3, 4]), live)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_relations_are_computed_in_float32_at_least(dtype):
+    torch.manual_seed(0)
+    ours, theirs = (torch.randn(8, w, 4, 4).to(dtype) for w in (6, 10))
+    method, projector = TRG(group=8, kd_weight=0.0), torch.nn.Linear(6, 10, bias=False)
+    found = []
+    for cast in (False, True):
+        batch = SimpleNamespace(mask=torch.ones(8, dtype=torch.bool), ids=torch.arange(8), row_labels=torch.arange(8))
+        rows = [Rows(Dense(torch.randn(8, 8)), taps={"tokens": x.float() if not cast else x}) for x in (ours, theirs)]
+        live = SimpleNamespace(step=0, total=9, modules={"projector": projector}, seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            found.append(method.loss(rows[0], rows[1], batch, live))
+    for name in ("inner", "local", "global"):
+        assert found[1][name].values.dtype in (torch.float32, torch.float64)
+        close(found[1][name].values, found[0][name].values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_in_bfloat16(tmp_path):
+    from understudy import distill
+
+    result = distill(
+        task="image_classification",
+        method="trg",
+        teacher={"model": "convnet:4", "train": {"max_steps": 20, "learning_rate": 1e-2}},
+        student="convnet:2",
+        output=str(tmp_path),
+        trainer={"max_steps": 2, "bf16": True, "save_strategy": "no", "logging_steps": 1},
+    )
+    assert math.isfinite(result.metrics["nll"])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
 
 
 def grid_tokens(features: Tensor, grid: int) -> Tensor:
@@ -23,6 +24,7 @@ def grid_tokens(features: Tensor, grid: int) -> Tensor:
         features: a map `[images, width, height, width]`, or tokens `[images, tokens, width]` of a square grid, with or
             without a class token in front (it is dropped).
     """
+    features = full(features)
     if features.dim() == 3:
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1]:
@@ -47,7 +49,7 @@ def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
     A token is not its own neighbour; ties go to the lower index. The choice of neighbours carries no gradient.
     Source: Zhang et al. 2023 (TRG), token-level relationship graph. Note σ, not σ².
     """
-    number = tokens.shape[-2]
+    tokens, number = full(tokens), tokens.shape[-2]
     if not 1 <= k < number:
         raise InputError(
             f"knn_affinity: k is {k} and there are {number} tokens: k must be at least 1 and less than that."
@@ -69,6 +71,7 @@ def median_squared_distance(tokens: Tensor) -> Tensor:
     """The median of ‖T_i − T_j‖² over i ≠ j, per group `[...]`, without gradient; 1 where it is 0."""
     with torch.no_grad():
         number = tokens.shape[-2]
+        tokens = full(tokens)
         squared = torch.cdist(tokens, tokens).square()
         off = ~torch.eye(number, dtype=torch.bool, device=tokens.device)
         middle = squared[..., off].median(-1).values
@@ -92,7 +95,7 @@ def affinity_kl(
         raise InputError(
             f"affinity_kl: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape."
         )
-    log_s, log_t = (torch.log_softmax(scale * a, -1) for a in (student, teacher.detach()))
+    log_s, log_t = (torch.log_softmax(scale * full(a), -1) for a in (student, teacher.detach()))
     log_x, log_y = (log_s, log_t) if direction == "student_teacher" else (log_t, log_s)
     return (log_x.exp() * (log_x - log_y)).sum(-1)
 
@@ -115,6 +118,7 @@ def paired_info_nce(student: Tensor, teacher: Tensor, *, temperature: float) -> 
 
 def _unit(x: Tensor) -> Tensor:
     # The norm is clamped under the root, where its gradient at 0 would be nan.
+    x = full(x)
     return x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
@@ -129,4 +133,5 @@ def contextual_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def self_similarity(tokens: Tensor) -> Tensor:
     """softmax over each row of F Fᵀ / √width: `[..., tokens, tokens]`."""
+    tokens = full(tokens)
     return torch.softmax(tokens @ tokens.transpose(-1, -2) / math.sqrt(tokens.shape[-1]), -1)

@@ -98,12 +98,14 @@ class TRG(Method):
         terms = {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
         terms["kd"] = Term(kd, self.kd_weight)
         ours, theirs = (grid_tokens(r.taps["tokens"][batch.mask], self.grid) for r in (student, teacher))
-        terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
-        ids = batch.ids[batch.mask]
-        parts = [
-            self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], live)
-            for i in range(0, len(ids), self.group)
-        ]
+        theirs, ids = theirs.to(ours.dtype), batch.ids[batch.mask]
+        # Similarities and distances in bfloat16 would not tell near tokens apart.
+        with torch.autocast(ours.device.type, enabled=False):
+            terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
+            parts = [
+                self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], live)
+                for i in range(0, len(ids), self.group)
+            ]
         for name, weight in (("local", self.beta), ("global", self.gamma)):
             if weight:
                 terms[name] = Term(torch.cat([p[name] for p in parts]) if parts else ours.sum((1, 2)), weight)
@@ -131,6 +133,8 @@ class TRG(Method):
             found["local"] = affinity_kl(near[0], near[1], direction=self.direction, scale=self.affinity_scale)
         if self.gamma:
             tau = anneal(self.tau_start, self.tau_end, live.step / live.total, self.tau_pace)
-            found["global"] = paired_info_nce(live.modules["projector"](s), t, temperature=tau)
+            projector = live.modules["projector"]
+            projected = projector(s.to(next(projector.parameters()).dtype)).to(s.dtype)
+            found["global"] = paired_info_nce(projected, t, temperature=tau)
         factor = images if self.tokens_reduction == "sum" else 1 / each
         return {name: values.unflatten(0, (images, each)).sum(1) * factor for name, values in found.items()}

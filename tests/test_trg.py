@@ -20,6 +20,7 @@ from understudy.methods.trg import TRG
 from understudy.models import Rows
 from understudy.targets import Dense
 from understudy.training.schedules import anneal
+from understudy.training.shapes import Shapes
 
 
 @pytest.mark.golden
@@ -233,3 +234,31 @@ def test_a_run_in_bfloat16(tmp_path):
         trainer={"max_steps": 2, "bf16": True, "save_strategy": "no", "logging_steps": 1},
     )
     assert math.isfinite(result.metrics["nll"])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_named_layer_without_tokens_is_refused_before_training(side, gamma):
+    shapes = {"student": {"tokens": (6, 4, 4)}, "teacher": {"tokens": (9, 4, 4)}}
+    assert set(TRG().modules(Shapes(3, taps=shapes["student"], teacher_taps=shapes["teacher"]))) == {"projector"}
+    for bad in ((10,), (6, 1, 1), (7, 3)):
+        found = shapes | {side: {"tokens": bad}}
+        with pytest.raises(InputError, match=f"tokens of the {side} at layer 'head'"):
+            TRG(gamma=gamma, **{f"{side}_layer": "head"}).modules(
+                Shapes(3, taps=found["student"], teacher_taps=found["teacher"])
+            )
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        ({"k": 64}, "k is 64 and a group has 64 tokens"),
+        ({"k": 5, "group": 1}, "k is 5 and a group has 4 tokens"),
+        ({"k": 20, "tokens": 20}, "k is 20 and a group has 16 tokens"),
+        ({"tokens": 3}, "tokens is 3 and a group has 16 images"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused_with_the_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        TRG(**options)
+    TRG(**({"k": 64, "beta": 0.0} if options == {"k": 64} else {}))

@@ -10,10 +10,10 @@ one with the teacher's patches (contrast over the group):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from understudy.data import Batch
@@ -71,6 +71,17 @@ class TRG(Method):
     student_layer: str | None = Field(None, description="Layer to read; the last with a fine enough map if not given.")
     teacher_layer: str | None = None
 
+    @model_validator(mode="after")
+    def _a_group_fills_its_graph(self) -> Self:
+        if self.tokens < self.group:
+            raise ValueError(
+                f"tokens is {self.tokens} and a group has {self.group} images, of which each gives one or more"
+            )
+        number = self.group * min(self.grid**2, self.tokens // self.group)
+        if self.beta and self.k >= number:
+            raise ValueError(f"k is {self.k} and a group has {number} tokens: k must be less than that")
+        return self
+
     def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer
         if name is not None:
@@ -85,12 +96,21 @@ class TRG(Method):
         )
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
+        widths = [
+            self._width(side, found["tokens"])
+            for side, found in (("student", shapes.taps), ("teacher", shapes.teacher_taps))
+        ]
         if not self.gamma:
             return {}
-        widths = [
-            s["tokens"][0] if len(s["tokens"]) == 3 else s["tokens"][1] for s in (shapes.taps, shapes.teacher_taps)
-        ]
         return {"projector": nn.Linear(widths[0], widths[1], bias=False)}
+
+    def _width(self, side: str, shape: tuple[int, ...]) -> int:
+        """Width of the tokens of a tapped layer; a layer without them is refused before training."""
+        try:
+            return grid_tokens(torch.zeros(1, *shape), self.grid).shape[-1]
+        except InputError as error:
+            name = self.student_layer if side == "student" else self.teacher_layer
+            raise InputError(f"Method 'trg' reads tokens of the {side} at layer {name!r}: {error}") from error
 
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert teacher is not None
@@ -114,7 +134,7 @@ class TRG(Method):
     def _group(self, ours: Tensor, theirs: Tensor, ids: Tensor, live: Live) -> dict[str, Tensor]:
         """Relations across the images of one group; one value an image."""
         images, patches = ours.shape[:2]
-        each = max(1, min(patches, self.tokens // images))
+        each = min(patches, self.tokens // images)
         # Which tokens are drawn hangs on the image and the step alone, not on how the batch is cut.
         draw = mix_bits(
             mix_bits(ids[:, None] * 0x9E3779B97F4A7C1 + live.step) + torch.arange(patches, device=ids.device)

@@ -13,6 +13,7 @@ from understudy.losses.relations import (
     contextual_mse,
     grid_tokens,
     knn_affinity,
+    median_squared_distance,
     paired_info_nce,
     self_similarity,
 )
@@ -262,3 +263,31 @@ def test_a_graph_that_cannot_be_is_refused_with_the_options(options, says):
     with pytest.raises(ValueError, match=says):
         TRG(**options)
     TRG(**({"k": 64, "beta": 0.0} if options == {"k": 64} else {}))
+
+
+def test_a_token_of_norm_zero_has_no_say_in_the_gradient():
+    torch.manual_seed(0)
+    s, t = torch.randn(5, 4), torch.randn(5, 4)
+    s[2] = 0.0
+    s.requires_grad_()
+    value = paired_info_nce(s, t, temperature=0.1)
+    assert value[2].item() == pytest.approx(math.log(5))
+    value.sum().backward()
+    assert s.grad[2].eq(0).all() and s.grad.abs().max() < 100
+
+
+def test_the_median_survives_a_mean_that_all_tokens_share():
+    torch.manual_seed(0)
+    tokens = torch.randn(64, 8) * 0.1 + 300
+    exact = (tokens.double()[:, None] - tokens.double()).square().sum(-1)[~torch.eye(64, dtype=torch.bool)].median()
+    assert median_squared_distance(tokens).item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_each_group_has_its_own_sigma():
+    tokens, sigma = torch.randn(3, 9, 4), torch.tensor([1.0, 2.0, 300.0])
+    apart = [knn_affinity(x, k=3, sigma=s) for x, s in zip(tokens, sigma, strict=True)]
+    close(knn_affinity(tokens, k=3, sigma=sigma), torch.stack(apart))
+    close(
+        knn_affinity(tokens, k=3, sigma=median_squared_distance(tokens))[1],
+        knn_affinity(tokens[1], k=3, sigma=median_squared_distance(tokens[1])),
+    )

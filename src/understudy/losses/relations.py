@@ -16,6 +16,9 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses._pairs import full
 
+# By products of tokens, distances of tokens that have a large mean in common cancel away.
+_EXACT = "donot_use_mm_for_euclid_dist"
+
 
 def grid_tokens(features: Tensor, grid: int) -> Tensor:
     """Tokens of one image area each, `[images, grid², width]`.
@@ -47,6 +50,7 @@ def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
     """A[i, j] = exp(−‖T_i − T_j‖² / 2σ) where i is one of the k nearest of j, else 0: `[..., tokens, tokens]`.
 
     A token is not its own neighbour; ties go to the lower index. The choice of neighbours carries no gradient.
+    `sigma` is one for all, or a tensor with one entry a group, `[...]`.
     Source: Zhang et al. 2023 (TRG), token-level relationship graph. Note σ, not σ².
     """
     tokens, number = full(tokens), tokens.shape[-2]
@@ -56,8 +60,10 @@ def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
         )
     if not bool(torch.as_tensor(sigma > 0).all()):
         raise InputError(f"knn_affinity: sigma is {sigma} and must be positive.")
+    if isinstance(sigma, Tensor) and sigma.dim():
+        sigma = sigma[..., None, None]
     with torch.no_grad():
-        distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(tokens, tokens, compute_mode=_EXACT)
         distance = distance.masked_fill(torch.eye(number, dtype=torch.bool, device=tokens.device), math.inf)
         near = distance.sort(dim=-1, stable=True).indices[..., :k]  # [..., j, k]
     index = near.flatten(-2)[..., None].expand(*near.shape[:-2], number * k, tokens.shape[-1])
@@ -72,7 +78,7 @@ def median_squared_distance(tokens: Tensor) -> Tensor:
     with torch.no_grad():
         number = tokens.shape[-2]
         tokens = full(tokens)
-        squared = torch.cdist(tokens, tokens).square()
+        squared = torch.cdist(tokens, tokens, compute_mode=_EXACT).square()
         off = ~torch.eye(number, dtype=torch.bool, device=tokens.device)
         middle = squared[..., off].median(-1).values
         return torch.where(middle > 0, middle, torch.ones_like(middle))
@@ -117,9 +123,11 @@ def paired_info_nce(student: Tensor, teacher: Tensor, *, temperature: float) -> 
 
 
 def _unit(x: Tensor) -> Tensor:
-    # The norm is clamped under the root, where its gradient at 0 would be nan.
+    # The norm is clamped under the root, where its gradient at 0 would be nan. What is clamped is 0 and has gradient 0:
+    # divided by the clamp its gradient would be 1e12 times all others.
     x = full(x)
-    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
+    square = x.square().sum(-1, keepdim=True)
+    return torch.where(square > 1e-24, x, 0.0) * square.clamp(min=1e-24).rsqrt()
 
 
 def contextual_mse(student: Tensor, teacher: Tensor) -> Tensor:

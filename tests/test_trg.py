@@ -13,11 +13,15 @@ from understudy.losses.relations import (
     contextual_mse,
     grid_tokens,
     knn_affinity,
+    median_squared_distance,
     paired_info_nce,
     self_similarity,
 )
 from understudy.methods.trg import TRG
+from understudy.models import Rows
+from understudy.targets import Dense
 from understudy.training.schedules import anneal
+from understudy.training.shapes import Shapes
 
 
 @pytest.mark.golden
@@ -200,3 +204,90 @@ def test_a_whole_group_that_is_too_small_for_k_is_refused():
     method, live = TRG(gamma=0.0, k=5, sigma=1.0, group=2), SimpleNamespace(step=0, total=9, modules={})
     with pytest.raises(InputError, match="k is 5 and there are 4 tokens"):
         method._group(torch.randn(2, 2, 6), torch.randn(2, 2, 6), torch.tensor([3, 4]), live)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_relations_are_computed_in_float32_at_least(dtype):
+    torch.manual_seed(0)
+    ours, theirs = (torch.randn(8, w, 4, 4).to(dtype) for w in (6, 10))
+    method, projector = TRG(group=8, kd_weight=0.0), torch.nn.Linear(6, 10, bias=False)
+    found = []
+    for cast in (False, True):
+        batch = SimpleNamespace(mask=torch.ones(8, dtype=torch.bool), ids=torch.arange(8), row_labels=torch.arange(8))
+        rows = [Rows(Dense(torch.randn(8, 8)), taps={"tokens": x.float() if not cast else x}) for x in (ours, theirs)]
+        live = SimpleNamespace(step=0, total=9, modules={"projector": projector}, seed=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            found.append(method.loss(rows[0], rows[1], batch, live))
+    for name in ("inner", "local", "global"):
+        assert found[1][name].values.dtype in (torch.float32, torch.float64)
+        close(found[1][name].values, found[0][name].values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_in_bfloat16(tmp_path):
+    from understudy import distill
+
+    result = distill(
+        task="image_classification",
+        method="trg",
+        teacher={"model": "convnet:4", "train": {"max_steps": 20, "learning_rate": 1e-2}},
+        student="convnet:2",
+        output=str(tmp_path),
+        trainer={"max_steps": 2, "bf16": True, "save_strategy": "no", "logging_steps": 1},
+    )
+    assert math.isfinite(result.metrics["nll"])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_named_layer_without_tokens_is_refused_before_training(side, gamma):
+    shapes = {"student": {"tokens": (6, 4, 4)}, "teacher": {"tokens": (9, 4, 4)}}
+    assert set(TRG().modules(Shapes(3, taps=shapes["student"], teacher_taps=shapes["teacher"]))) == {"projector"}
+    for bad in ((10,), (6, 1, 1), (7, 3)):
+        found = shapes | {side: {"tokens": bad}}
+        with pytest.raises(InputError, match=f"tokens of the {side} at layer 'head'"):
+            TRG(gamma=gamma, **{f"{side}_layer": "head"}).modules(
+                Shapes(3, taps=found["student"], teacher_taps=found["teacher"])
+            )
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        ({"k": 64}, "k is 64 and a group has 64 tokens"),
+        ({"k": 5, "group": 1}, "k is 5 and a group has 4 tokens"),
+        ({"k": 20, "tokens": 20}, "k is 20 and a group has 16 tokens"),
+        ({"tokens": 3}, "tokens is 3 and a group has 16 images"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused_with_the_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        TRG(**options)
+    TRG(**({"k": 64, "beta": 0.0} if options == {"k": 64} else {}))
+
+
+def test_a_token_of_norm_zero_has_no_say_in_the_gradient():
+    torch.manual_seed(0)
+    s, t = torch.randn(5, 4), torch.randn(5, 4)
+    s[2] = 0.0
+    s.requires_grad_()
+    value = paired_info_nce(s, t, temperature=0.1)
+    assert value[2].item() == pytest.approx(math.log(5))
+    value.sum().backward()
+    assert s.grad[2].eq(0).all() and s.grad.abs().max() < 100
+
+
+def test_the_median_survives_a_mean_that_all_tokens_share():
+    torch.manual_seed(0)
+    tokens = torch.randn(64, 8) * 0.1 + 300
+    exact = (tokens.double()[:, None] - tokens.double()).square().sum(-1)[~torch.eye(64, dtype=torch.bool)].median()
+    assert median_squared_distance(tokens).item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_each_group_has_its_own_sigma():
+    tokens, sigma = torch.randn(3, 9, 4), torch.tensor([1.0, 2.0, 300.0])
+    apart = [knn_affinity(x, k=3, sigma=s) for x, s in zip(tokens, sigma, strict=True)]
+    close(knn_affinity(tokens, k=3, sigma=sigma), torch.stack(apart))
+    close(
+        knn_affinity(tokens, k=3, sigma=median_squared_distance(tokens))[1],
+        knn_affinity(tokens[1], k=3, sigma=median_squared_distance(tokens[1])),
+    )

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
+
+# By products of tokens, distances of tokens that have a large mean in common cancel away.
+_EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def grid_tokens(features: Tensor, grid: int) -> Tensor:
@@ -23,6 +27,7 @@ def grid_tokens(features: Tensor, grid: int) -> Tensor:
         features: a map `[images, width, height, width]`, or tokens `[images, tokens, width]` of a square grid, with or
             without a class token in front (it is dropped).
     """
+    features = full(features)
     if features.dim() == 3:
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1]:
@@ -45,17 +50,20 @@ def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
     """A[i, j] = exp(−‖T_i − T_j‖² / 2σ) where i is one of the k nearest of j, else 0: `[..., tokens, tokens]`.
 
     A token is not its own neighbour; ties go to the lower index. The choice of neighbours carries no gradient.
+    `sigma` is one for all, or a tensor with one entry a group, `[...]`.
     Source: Zhang et al. 2023 (TRG), token-level relationship graph. Note σ, not σ².
     """
-    number = tokens.shape[-2]
+    tokens, number = full(tokens), tokens.shape[-2]
     if not 1 <= k < number:
         raise InputError(
             f"knn_affinity: k is {k} and there are {number} tokens: k must be at least 1 and less than that."
         )
     if not bool(torch.as_tensor(sigma > 0).all()):
         raise InputError(f"knn_affinity: sigma is {sigma} and must be positive.")
+    if isinstance(sigma, Tensor) and sigma.dim():
+        sigma = sigma[..., None, None]
     with torch.no_grad():
-        distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(tokens, tokens, compute_mode=_EXACT)
         distance = distance.masked_fill(torch.eye(number, dtype=torch.bool, device=tokens.device), math.inf)
         near = distance.sort(dim=-1, stable=True).indices[..., :k]  # [..., j, k]
     index = near.flatten(-2)[..., None].expand(*near.shape[:-2], number * k, tokens.shape[-1])
@@ -69,7 +77,8 @@ def median_squared_distance(tokens: Tensor) -> Tensor:
     """The median of ‖T_i − T_j‖² over i ≠ j, per group `[...]`, without gradient; 1 where it is 0."""
     with torch.no_grad():
         number = tokens.shape[-2]
-        squared = torch.cdist(tokens, tokens).square()
+        tokens = full(tokens)
+        squared = torch.cdist(tokens, tokens, compute_mode=_EXACT).square()
         off = ~torch.eye(number, dtype=torch.bool, device=tokens.device)
         middle = squared[..., off].median(-1).values
         return torch.where(middle > 0, middle, torch.ones_like(middle))
@@ -92,7 +101,7 @@ def affinity_kl(
         raise InputError(
             f"affinity_kl: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape."
         )
-    log_s, log_t = (torch.log_softmax(scale * a, -1) for a in (student, teacher.detach()))
+    log_s, log_t = (torch.log_softmax(scale * full(a), -1) for a in (student, teacher.detach()))
     log_x, log_y = (log_s, log_t) if direction == "student_teacher" else (log_t, log_s)
     return (log_x.exp() * (log_x - log_y)).sum(-1)
 
@@ -114,8 +123,11 @@ def paired_info_nce(student: Tensor, teacher: Tensor, *, temperature: float) -> 
 
 
 def _unit(x: Tensor) -> Tensor:
-    # The norm is clamped under the root, where its gradient at 0 would be nan.
-    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-24).rsqrt()
+    # The norm is clamped under the root, where its gradient at 0 would be nan. What is clamped is 0 and has gradient 0:
+    # divided by the clamp its gradient would be 1e12 times all others.
+    x = full(x)
+    square = x.square().sum(-1, keepdim=True)
+    return torch.where(square > 1e-24, x, 0.0) * square.clamp(min=1e-24).rsqrt()
 
 
 def contextual_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -129,4 +141,5 @@ def contextual_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def self_similarity(tokens: Tensor) -> Tensor:
     """softmax over each row of F Fᵀ / √width: `[..., tokens, tokens]`."""
+    tokens = full(tokens)
     return torch.softmax(tokens @ tokens.transpose(-1, -2) / math.sqrt(tokens.shape[-1]), -1)

@@ -10,10 +10,10 @@ one with the teacher's patches (contrast over the group):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from understudy.data import Batch
@@ -71,6 +71,17 @@ class TRG(Method):
     student_layer: str | None = Field(None, description="Layer to read; the last with a fine enough map if not given.")
     teacher_layer: str | None = None
 
+    @model_validator(mode="after")
+    def _a_group_fills_its_graph(self) -> Self:
+        if self.tokens < self.group:
+            raise ValueError(
+                f"tokens is {self.tokens} and a group has {self.group} images, of which each gives one or more"
+            )
+        number = self.group * min(self.grid**2, self.tokens // self.group)
+        if self.beta and self.k >= number:
+            raise ValueError(f"k is {self.k} and a group has {number} tokens: k must be less than that")
+        return self
+
     def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer
         if name is not None:
@@ -85,12 +96,21 @@ class TRG(Method):
         )
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
+        widths = [
+            self._width(side, found["tokens"])
+            for side, found in (("student", shapes.taps), ("teacher", shapes.teacher_taps))
+        ]
         if not self.gamma:
             return {}
-        widths = [
-            s["tokens"][0] if len(s["tokens"]) == 3 else s["tokens"][1] for s in (shapes.taps, shapes.teacher_taps)
-        ]
         return {"projector": nn.Linear(widths[0], widths[1], bias=False)}
+
+    def _width(self, side: str, shape: tuple[int, ...]) -> int:
+        """Width of the tokens of a tapped layer; a layer without them is refused before training."""
+        try:
+            return grid_tokens(torch.zeros(1, *shape), self.grid).shape[-1]
+        except InputError as error:
+            name = self.student_layer if side == "student" else self.teacher_layer
+            raise InputError(f"Method 'trg' reads tokens of the {side} at layer {name!r}: {error}") from error
 
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert teacher is not None
@@ -98,12 +118,14 @@ class TRG(Method):
         terms = {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
         terms["kd"] = Term(kd, self.kd_weight)
         ours, theirs = (grid_tokens(r.taps["tokens"][batch.mask], self.grid) for r in (student, teacher))
-        terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
-        ids = batch.ids[batch.mask]
-        parts = [
-            self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], live)
-            for i in range(0, len(ids), self.group)
-        ]
+        theirs, ids = theirs.to(ours.dtype), batch.ids[batch.mask]
+        # Similarities and distances in bfloat16 would not tell near tokens apart.
+        with torch.autocast(ours.device.type, enabled=False):
+            terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
+            parts = [
+                self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], live)
+                for i in range(0, len(ids), self.group)
+            ]
         for name, weight in (("local", self.beta), ("global", self.gamma)):
             if weight:
                 terms[name] = Term(torch.cat([p[name] for p in parts]) if parts else ours.sum((1, 2)), weight)
@@ -112,7 +134,7 @@ class TRG(Method):
     def _group(self, ours: Tensor, theirs: Tensor, ids: Tensor, live: Live) -> dict[str, Tensor]:
         """Relations across the images of one group; one value an image."""
         images, patches = ours.shape[:2]
-        each = max(1, min(patches, self.tokens // images))
+        each = min(patches, self.tokens // images)
         # Which tokens are drawn hangs on the image and the step alone, not on how the batch is cut.
         draw = mix_bits(
             mix_bits(ids[:, None] * 0x9E3779B97F4A7C1 + live.step) + torch.arange(patches, device=ids.device)
@@ -131,6 +153,8 @@ class TRG(Method):
             found["local"] = affinity_kl(near[0], near[1], direction=self.direction, scale=self.affinity_scale)
         if self.gamma:
             tau = anneal(self.tau_start, self.tau_end, live.step / live.total, self.tau_pace)
-            found["global"] = paired_info_nce(live.modules["projector"](s), t, temperature=tau)
+            projector = live.modules["projector"]
+            projected = projector(s.to(next(projector.parameters()).dtype)).to(s.dtype)
+            found["global"] = paired_info_nce(projected, t, temperature=tau)
         factor = images if self.tokens_reduction == "sum" else 1 / each
         return {name: values.unflatten(0, (images, each)).sum(1) * factor for name, values in found.items()}

@@ -8,6 +8,7 @@ import torch
 
 from golden_vectors import close, golden
 from understudy import InputError
+from understudy.data import Batch
 from understudy.losses.relations import (
     affinity_kl,
     contextual_mse,
@@ -18,10 +19,10 @@ from understudy.losses.relations import (
     self_similarity,
 )
 from understudy.methods.trg import TRG
-from understudy.models import Rows
+from understudy.models import ClassifierRows, Rows
 from understudy.targets import Dense
 from understudy.training.schedules import anneal
-from understudy.training.shapes import Shapes
+from understudy.training.shapes import Shapes, look
 
 
 @pytest.mark.golden
@@ -139,7 +140,7 @@ def test_grids():
         (lambda: affinity_kl(torch.rand(4, 4), torch.rand(3, 3)), "differ in shape"),
         (lambda: contextual_mse(torch.rand(1, 4, 2), torch.rand(1, 5, 2)), "differ in tokens"),
         (lambda: grid_tokens(torch.rand(1, 3, 1, 1), 2), "2 × 2 grid"),
-        (lambda: grid_tokens(torch.rand(1, 7, 3), 2), "no square grid"),
+        (lambda: grid_tokens(torch.rand(1, 7, 3), 2), "7 tokens are no square grid"),
     ],
 )
 def test_bad_input(call, says):
@@ -287,7 +288,13 @@ def test_each_group_has_its_own_sigma():
     tokens, sigma = torch.randn(3, 9, 4), torch.tensor([1.0, 2.0, 300.0])
     apart = [knn_affinity(x, k=3, sigma=s) for x, s in zip(tokens, sigma, strict=True)]
     close(knn_affinity(tokens, k=3, sigma=sigma), torch.stack(apart))
-    close(
-        knn_affinity(tokens, k=3, sigma=median_squared_distance(tokens))[1],
-        knn_affinity(tokens[1], k=3, sigma=median_squared_distance(tokens[1])),
-    )
+
+
+def test_the_pooled_features_of_a_windowed_transformer_are_no_tokens():
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    rows = ClassifierRows(SwinForImageClassification(SwinConfig(image_size=64, patch_size=4, num_labels=3, **sizes)), 3)
+    batch = Batch({"pixel_values": torch.rand(2, 3, 64, 64)}, torch.zeros(2, dtype=torch.long), torch.arange(2))
+    found = look(rows, batch, taps=TRG().taps("student", rows, batch)).taps["tokens"]
+    assert found.shape == (2, 64, 16)

@@ -87,8 +87,9 @@ class TRG(Method):
         if name is not None:
             return {"tokens": layer(rows.model, name)}
         for module, output in reversed(called_layers(rows.model, lambda: look(rows, batch))):
-            square = output.dim() == 3 and output.shape[1] >= self.grid**2
-            if square or (output.dim() == 4 and min(output.shape[2:]) >= self.grid):
+            # A pooled map [images, width, 1] has no tokens: its second axis is the width.
+            row = output.dim() == 3 and output.shape[1] >= self.grid**2 and output.shape[2] > 1
+            if row or (output.dim() == 4 and min(output.shape[2:]) >= self.grid):
                 return {"tokens": module}
         raise InputError(
             f"The {side} has no layer with a {self.grid} × {self.grid} map of tokens: method 'trg' needs a network of "

@@ -29,14 +29,13 @@ def grid_tokens(features: Tensor, grid: int) -> Tensor:
     """
     features = full(features)
     if features.dim() == 3:
-        side = math.isqrt(features.shape[1])
-        if side * side != features.shape[1]:
-            side = math.isqrt(features.shape[1] - 1)
+        number = features.shape[1]
+        side = math.isqrt(number)
+        if side * side != number:
+            side = math.isqrt(number - 1)
             features = features[:, 1:]
         if side * side != features.shape[1]:
-            raise InputError(
-                f"grid_tokens: {features.shape[1]} tokens are no square grid, with or without a class token."
-            )
+            raise InputError(f"grid_tokens: {number} tokens are no square grid, with or without a class token.")
         features = features.transpose(1, 2).unflatten(2, (side, side))
     if features.dim() != 4 or min(features.shape[2:]) < grid:
         raise InputError(

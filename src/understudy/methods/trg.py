@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from understudy.data import Batch
-from understudy.data.noise import mix_bits
+from understudy.data.noise import uniform
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.relations import (
@@ -48,8 +48,11 @@ class TRG(Method):
         "not": "When only the teacher's outputs are known. The local term is bounded by 1/2 a token: with the default "
         "weight its pull is small, and `affinity_scale` makes it felt.",
         "deviations": "Means over tokens instead of sums (`tokens_reduction=sum` for the paper's). Images are coupled "
-        "inside groups of `group` consecutive ones, so that a batch may be cut between groups. Hyperparameters, the "
-        "cosine pace of the temperature and σ as the teacher's median squared distance are ours: the text gives none.",
+        "inside groups of `group` consecutive ones, so that a batch may be cut between groups; a last or only group "
+        "with fewer images (a batch smaller than `group`) takes at most as many neighbours as it has, instead of an "
+        "error. The temperature moves at each step, not each epoch. A class token is dropped, and a token of norm 0 has "
+        "neither similarity nor gradient in the contrast. Hyperparameters, the cosine pace of the temperature and σ as "
+        "the teacher's median squared distance are ours: the text gives none.",
     }
 
     alpha: float = Field(1.0, ge=0, description="Weight of the similarity pattern inside each image.")
@@ -87,8 +90,9 @@ class TRG(Method):
         if name is not None:
             return {"tokens": layer(rows.model, name)}
         for module, output in reversed(called_layers(rows.model, lambda: look(rows, batch))):
-            square = output.dim() == 3 and output.shape[1] >= self.grid**2
-            if square or (output.dim() == 4 and min(output.shape[2:]) >= self.grid):
+            # A pooled map [images, width, 1] has no tokens: its second axis is the width.
+            row = output.dim() == 3 and output.shape[1] >= self.grid**2 and output.shape[2] > 1
+            if row or (output.dim() == 4 and min(output.shape[2:]) >= self.grid):
                 return {"tokens": module}
         raise InputError(
             f"The {side} has no layer with a {self.grid} × {self.grid} map of tokens: method 'trg' needs a network of "
@@ -135,10 +139,8 @@ class TRG(Method):
         """Relations across the images of one group; one value an image."""
         images, patches = ours.shape[:2]
         each = min(patches, self.tokens // images)
-        # Which tokens are drawn hangs on the image and the step alone, not on how the batch is cut.
-        draw = mix_bits(
-            mix_bits(ids[:, None] * 0x9E3779B97F4A7C1 + live.step) + torch.arange(patches, device=ids.device)
-        )
+        # Which tokens are drawn hangs on the image, the step and the seed alone, not on how the batch is cut.
+        draw = uniform(ids, (patches,), seed=live.seed, step=live.step)
         chosen = draw.argsort(-1)[:, :each].sort(-1).values
         s, t = (x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1) for x in (ours, theirs))
         found = {}

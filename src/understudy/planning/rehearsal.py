@@ -15,7 +15,7 @@ from understudy.methods.kd import KD
 from understudy.models.rows import CausalLMRows, RowModel, Rows
 from understudy.planning.machine import Machine
 from understudy.planning.tracker import Tracker, Work, flash_attention
-from understudy.streaming.chunked import GPU_TILE_BYTES, STRIP_BYTES, TILE_BYTES, even
+from understudy.streaming.chunked import STRIP_BYTES, bytes_of_tile, even
 from understudy.streaming.products import BLOCK_BYTES
 from understudy.targets import Projected
 from understudy.training import Live, Method, Shapes
@@ -213,11 +213,11 @@ class _Head(torch.autograd.Function):
         ctx.tensors, ctx.slope, ctx.grads = (hidden, weight, target), None, None
         rows, classes, size = len(hidden), len(weight), 4 * len(weight)
         gpu = bool(tracker.machine.gpu)
-        tile = even(rows, max(1, (GPU_TILE_BYTES if gpu else TILE_BYTES) // size))
+        pair = target if isinstance(target, tuple) else None
+        tile = even(rows, max(1, bytes_of_tile(gpu, pair is not None) // size))
         strip = 0 if gpu else max(1, min(tile, STRIP_BYTES // size))  # kernels write over the tile
         with tracker.acting("head"):
             mine = hidden.new_empty(tile, classes, dtype=torch.float32)
-            pair = target if isinstance(target, tuple) else None
             theirs = hidden.new_empty(tile, classes, dtype=torch.float32) if pair is not None else None
             grads: list[Any] = [None, None]
             for start in range(0, rows, tile):

@@ -27,6 +27,7 @@ CLAIM = Claim(
         "sft": Arm("sft", {}, _LR),
         "kd": Arm("kd", _KD, _LR),
         "trg": Arm("trg", _TRG, _LR),
+        "instance_graph": Arm("trg", {**_TRG, "grid": 1, "alpha": 0.0}, _LR),
         "no_inner": Arm("trg", {**_TRG, "alpha": 0.0}, _LR),
         "no_local": Arm("trg", {**_TRG, "beta": 0.0}, _LR),
         "no_global": Arm("trg", {**_TRG, "gamma": 0.0}, _LR),
@@ -34,6 +35,7 @@ CLAIM = Claim(
     checks=(
         Check("trg", "kd", 0.0, "accuracy", True, "TRG is above KD"),
         Check("trg", "sft", 0.0, "accuracy", True, "TRG is above cross-entropy"),
+        Check("trg", "instance_graph", 0.0, "accuracy", True, "tokens say more than whole images"),
         Check("trg", "no_local", 0.0, "accuracy", True, "the neighbour graph helps"),
         Check("trg", "no_global", 0.0, "accuracy", True, "the contrast helps"),
         Check("trg", "no_inner", 0.0, "accuracy", True, "the pattern inside images helps"),

@@ -135,11 +135,11 @@ class DistillationTrainer(Validating):
             for name, number in self._units(Batch.from_dict(sample)).items():
                 found[name] = found.get(name, 0.0) + counts * number
         total = torch.tensor(list(found.values()), device=self.args.device, dtype=torch.float32)
-        if self.args.world_size > 1:
-            total = self.accelerator.reduce(total, "sum")
+        total = self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
         self._counts, self._left = dict(zip(found, total.clamp(min=1.0), strict=True)), len(samples)
-        self._samples, self._moved, self._empty = samples, False, not bool(total[1])
-        return samples, total[0]
+        whole = dict(zip(found, total, strict=True))
+        self._samples, self._moved, self._empty = samples, False, not bool(whole["/rows"])
+        return samples, whole[""]
 
     def _units(self, batch: Batch) -> dict[str, float]:
         """What a micro-batch adds to each count; a sum adds nothing, and nothing divides by 1, but for the means."""

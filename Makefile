@@ -2,18 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Installed without bytecode, which takes pip longer than all else: what is imported is compiled then, and kept.
+PIP = $(BIN)/pip install --quiet --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test lint docs clean
 
 # What the demo needs: the package alone.
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(PIP) -e .
 	touch $@
 
 # And what tests, lint and pages need: every extra, and what the tests measure against.
 $(VENV)/ready: $(VENV)/package
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/package

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,12 @@ def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) ->
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
     """
     homes = [_home(p, shared) for p in plans]
+    context = _processes()
     for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
         _train_ahead(plan, home, progress)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
     results: dict[int, dict[str, Any]] = {}
-    with _single_threaded(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
         waiting = {pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, homes, strict=True))}
         for future in _tracked(waiting, progress):
             results[waiting[future]] = future.result()
@@ -122,6 +124,24 @@ def _tracked(waiting: Mapping[Any, int], progress: bool) -> Iterator[Any]:
     yield from track(
         as_completed(waiting), "runs", total=len(waiting), console=console, disable=not console.is_terminal
     )
+
+
+def _processes() -> BaseContext:
+    """How runs get their processes: forked from one that imports the library while teachers are trained.
+
+    A process that is forked cannot use a GPU that its parent has touched: where there is one, each starts afresh.
+    """
+    import torch
+
+    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing.forkserver import ensure_running
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["understudy.run"])
+    with _single_threaded():
+        ensure_running()
+    return context
 
 
 @contextmanager

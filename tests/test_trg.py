@@ -1,6 +1,7 @@
 """Paper 8, TRG: golden vectors, limits that must hold, bad input."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 
 from golden_vectors import close, golden
 from understudy import InputError
+from understudy.data import collate_images, load_images
 from understudy.losses.relations import (
     affinity_kl,
     contextual_mse,
     grid_tokens,
     knn_affinity,
     median_squared_distance,
+    neighbour_overlap,
     paired_info_nce,
     self_similarity,
 )
@@ -167,6 +170,10 @@ def test_it_learns_long_tailed_digits_and_the_projector_stays_behind(tmp_path):
         trainer={"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2, "save_strategy": "no"},
     )
     assert result.metrics["accuracy"] > 0.7  # chance is 0.1
+    # The three rarest of ten classes are a test set of their own, and held-out images say how alike the graphs are.
+    rare = load_images({"name": "digits", "imbalance": 5}).more_tests["test_rare"]
+    assert set(rare.labels.tolist()) == {7, 8, 9} and 0 < result.metrics["accuracy_rare"] < result.metrics["accuracy"]
+    assert 0 < result.metrics["affinity_kl"] < 0.5 and 0.3 < result.metrics["neighbour_overlap"] < 1  # chance is 0.08
     assert not any("projector" in key for key in load_file(tmp_path / "student" / "model.safetensors"))
     terms = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"global"' in line]
     assert terms and all(f'"{name}"' in terms[0] for name in ("ce", "kd", "inner", "local"))
@@ -188,6 +195,52 @@ def test_a_network_without_maps_is_refused(tmp_path):
         )
     with pytest.raises(InputError, match=r"data.imbalance is 0"):
         distill(values | {"output": str(tmp_path / "c")}, data={"name": "digits", "imbalance": 0})
+
+
+def test_neighbours_in_common_by_hand():
+    line = torch.tensor([[0.0], [1.0], [3.0], [7.0]])  # nearest two: 1 2, 0 2, 1 0, 2 1
+    bent = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0], [0.5, 0.5]])  # 3 1, 3 0, 1 3, 0 1 (of equals the lower)
+    assert neighbour_overlap(bent, line, k=2).tolist() == [0.5, 0.5, 0.5, 0.5]
+    assert neighbour_overlap(line, line, k=2).tolist() == [1.0] * 4
+    # Each side by its own distances: another scale and a common shift change nothing.
+    assert neighbour_overlap(5 * line + 2, line, k=1).tolist() == [1.0] * 4
+    with pytest.raises(InputError, match=r"\(4, 1\) and teacher \(3, 1\)"):
+        neighbour_overlap(line, line[:3], k=1)
+    with pytest.raises(InputError, match="more than k, which is 4"):
+        neighbour_overlap(line, line, k=4)
+
+
+def test_a_student_that_is_its_teacher_has_the_same_graph():
+    from understudy.models import ClassifierRows, load_classifier
+    from understudy.training import Stage
+
+    net = ClassifierRows(load_classifier("convnet:4", classes=10, input_shape=(1, 8, 8)), 10)
+    examples = [(torch.rand(1, 8, 8), 0, i) for i in range(35)]  # two groups, and three images
+    work = Stage(net, net, {"validation": examples}, collate_images, 10, Path("nowhere"), "key")
+    found = TRG(group=16).finish(SimpleNamespace(student=net), work)["metrics"]
+    assert found == {"affinity_kl": 0.0, "neighbour_overlap": 1.0}
+    assert TRG(group=1, k=3).finish(SimpleNamespace(student=net), work)["metrics"]["neighbour_overlap"] == 1.0
+    assert TRG(group=1, beta=0.0, grid=1).finish(SimpleNamespace(student=net), work)["metrics"] == {}
+
+
+def test_without_its_own_terms_it_is_kd_to_the_bit(tmp_path):
+    from understudy import distill
+    from understudy.models import state_hash
+
+    ends = {}
+    plain = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0}
+    for method, options in (("trg", plain), ("kd", {"temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0})):
+        result = distill(
+            task="image_classification",
+            method=method,
+            options=options,
+            teacher={"model": "convnet:4", "train": {"max_steps": 5}},
+            student="convnet:4",
+            output=str(tmp_path / method),
+            trainer={"max_steps": 8, "save_strategy": "no"},
+        )
+        ends[method] = state_hash(result.student)
+    assert ends["trg"] == ends["kd"]
 
 
 @pytest.mark.parametrize("patches", [1, 4])
@@ -262,7 +315,10 @@ def test_a_named_layer_without_tokens_is_refused_before_training(side, gamma):
 def test_a_graph_that_cannot_be_is_refused_with_the_options(options, says):
     with pytest.raises(ValueError, match=says):
         TRG(**options)
-    TRG(**({"k": 64, "beta": 0.0} if options == {"k": 64} else {}))
+
+
+def test_k_is_free_where_there_is_no_graph():
+    assert TRG(k=64, beta=0.0).k == 64
 
 
 def test_a_token_of_norm_zero_has_no_say_in_the_gradient():

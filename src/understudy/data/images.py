@@ -65,7 +65,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     Args:
         spec: `name` (`digits`, `clusters`, `templates`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
             examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part), `imbalance`
-            (training examples of the first class for one of the last, falling by a constant factor between),
+            (training examples of the first class for one of the last, falling by a constant factor between; the test
+            examples of the rarest three in ten classes are the further test set `test_rare`),
             `validation_size` (examples to set aside where there is no validation split), `with_validation` (true: the
             student trains on the validation examples too, for a last fit), `label_noise` (share of the student's
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
@@ -103,6 +104,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     if spec.get("imbalance") is not None:
         pool = _long_tailed(pool, spec["imbalance"], len(classes))
         notes.append(f"Long-tailed training part: {torch.bincount(pool.labels).tolist()} examples by class.")
+        few = test.labels >= len(classes) - max(1, round(0.3 * len(classes)))
+        pools |= {"test_rare": test.select(few)} if few.any() else {}
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
     teacher_train = _mistaught(pool.select(slice(0, teacher_limit)), spec, classes)
     student = teacher_train if spec.get("for_teacher") else _noisy(pool.select(slice(0, limit)), spec, len(classes))

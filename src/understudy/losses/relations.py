@@ -61,15 +61,36 @@ def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
         raise InputError(f"knn_affinity: sigma is {sigma} and must be positive.")
     if isinstance(sigma, Tensor) and sigma.dim():
         sigma = sigma[..., None, None]
-    with torch.no_grad():
-        distance = torch.cdist(tokens, tokens, compute_mode=_EXACT)
-        distance = distance.masked_fill(torch.eye(number, dtype=torch.bool, device=tokens.device), math.inf)
-        near = distance.sort(dim=-1, stable=True).indices[..., :k]  # [..., j, k]
+    near = _neighbours(tokens, k)
     index = near.flatten(-2)[..., None].expand(*near.shape[:-2], number * k, tokens.shape[-1])
     neighbours = tokens.gather(-2, index).unflatten(-2, (number, k))
     squared = (neighbours - tokens[..., :, None, :]).square().sum(-1)
     values = torch.exp(-squared / (2 * sigma))
-    return torch.zeros_like(distance).scatter(-1, near, values).transpose(-1, -2)
+    affinity = values.new_zeros(*tokens.shape[:-1], number)
+    return affinity.scatter(-1, near, values).transpose(-1, -2)
+
+
+@torch.no_grad()
+def _neighbours(tokens: Tensor, k: int) -> Tensor:
+    """The k nearest of each token, nearest first, `[..., tokens, k]`: not itself, and of equals the lower index."""
+    distance = torch.cdist(tokens, tokens, compute_mode=_EXACT)
+    distance = distance.masked_fill(torch.eye(tokens.shape[-2], dtype=torch.bool, device=tokens.device), math.inf)
+    return distance.sort(dim=-1, stable=True).indices[..., :k]
+
+
+def neighbour_overlap(student: Tensor, teacher: Tensor, *, k: int) -> Tensor:
+    """Share of the teacher's k nearest neighbours of a token that are the student's too, `[..., tokens]`; a measure.
+
+    Args:
+        student, teacher: tokens, `[..., tokens, width]`, of any two widths.
+    """
+    if student.shape[:-1] != teacher.shape[:-1] or not 1 <= k < student.shape[-2]:
+        raise InputError(
+            f"neighbour_overlap: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be as many tokens, "
+            f"more than k, which is {k}."
+        )
+    ours, theirs = (_neighbours(full(t), k) for t in (student, teacher))
+    return (ours[..., :, None] == theirs[..., None, :]).any(-1).float().mean(-1)
 
 
 def median_squared_distance(tokens: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ one with the teacher's patches (contrast over the group):
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from itertools import islice
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -26,14 +27,18 @@ from understudy.losses.relations import (
     grid_tokens,
     knn_affinity,
     median_squared_distance,
+    neighbour_overlap,
     paired_info_nce,
 )
 from understudy.models import RowModel, Rows
 from understudy.models.taps import called_layers, layer
 from understudy.streaming import rowwise
-from understudy.training import Live, Method, Shapes, Term
+from understudy.training import Live, Method, Shapes, Stage, Term
 from understudy.training.schedules import anneal
 from understudy.training.shapes import look
+
+HELD_OUT = 1024
+"""Validation images at most that the graphs are compared on after training."""
 
 
 class TRG(Method):
@@ -134,6 +139,21 @@ class TRG(Method):
             if weight:
                 terms[name] = Term(torch.cat([p[name] for p in parts]) if parts else ours.sum((1, 2)), weight)
         return terms
+
+    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
+        """How near the student's graph is to the teacher's on held-out images, each by its own distances."""
+        assert work.teacher is not None and live.student is not None
+        sides: dict[Literal["student", "teacher"], RowModel] = {"student": live.student, "teacher": work.teacher}
+        taps = {side: self.taps(side, m, next(work.batches("validation", 1))) for side, m in sides.items()}
+        found: dict[str, list[Tensor]] = {"affinity_kl": [], "neighbour_overlap": []}
+        for batch in islice(work.batches("validation", self.group), max(1, HELD_OUT // self.group)):
+            maps = [look(m, batch, taps=taps[side]).taps["tokens"] for side, m in sides.items()]
+            both = [grid_tokens(m, self.grid).flatten(0, 1).to(maps[0].device) for m in maps]
+            if k := min(self.k, len(both[0]) - 1):
+                near = [knn_affinity(t, k=k, sigma=median_squared_distance(t)) for t in both]
+                found["affinity_kl"].append(affinity_kl(near[0], near[1], direction=self.direction))
+                found["neighbour_overlap"].append(neighbour_overlap(both[0], both[1], k=k))
+        return {"metrics": {name: float(torch.cat(rows).mean()) for name, rows in found.items() if rows}}
 
     def _group(self, ours: Tensor, theirs: Tensor, ids: Tensor, live: Live) -> dict[str, Tensor]:
         """Relations across the images of one group; one value an image."""

@@ -241,7 +241,7 @@ def test_products_of_half_precision_on_a_gpu(monkeypatch):
     for out, expected in (
         (products.logits_of(half, head_, torch.empty_like(slope)), half.double() @ head_.double().T),
         (products.to_hidden(slope, head_), slope.double() @ head_.double()),
-        (products.to_weight(slope, half, torch.zeros_like(weight), True), slope.double().T @ half.double()),
+        (products.to_weight(slope, half, torch.zeros_like(weight), 0.0), slope.double().T @ half.double()),
     ):
         assert out.dtype == torch.float32
         assert (out.double() - expected).norm() / expected.norm() < 1e-5

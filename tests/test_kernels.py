@@ -104,9 +104,9 @@ def test_the_slope_as_two_halves(tensor_cores, name, apart):
     assert distance(rounded @ w.double(), hidden) > 4e-4 and distance(rounded.T @ h.double(), head) > 1e-3
     assert distance(products.to_hidden(slope, w), hidden) < 3e-5
     into = torch.empty(1000, 64)
-    assert distance(products.to_weight(slope, h, into, True), head) < 3e-5
-    assert distance(products.to_weight(slope, h, into, False), 2 * head) < 3e-5
-    assert distance(products.to_weight(slope, h, into.bfloat16(), True), head) < 2e-3
+    assert distance(products.to_weight(slope, h, into, 0.0), head) < 3e-5
+    assert distance(products.to_weight(slope, h, into, 1.0), 2 * head) < 3e-5
+    assert distance(products.to_weight(slope, h, into.bfloat16(), 0.0), head) < 2e-3
 
 
 @pytest.mark.parametrize("hidden,weight", [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])

@@ -210,16 +210,17 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Any, tracker: Tracker) -> Tensor:
         ctx.tracker, ctx.needs = tracker, ctx.needs_input_grad[:2]
-        ctx.tensors, ctx.slope, ctx.grads = (hidden, weight, target), None, None
+        ctx.tensors = (hidden, weight, target)
         rows, classes, size = len(hidden), len(weight), 4 * len(weight)
         gpu = bool(tracker.machine.gpu)
         pair = target if isinstance(target, tuple) else None
-        tile = even(rows, max(1, bytes_of_tile(gpu, pair is not None) // size))
+        tile = even(rows, max(1, bytes_of_tile(gpu, pair is not None, rows * size) // size))
         strip = 0 if gpu else max(1, min(tile, STRIP_BYTES // size))  # kernels write over the tile
         with tracker.acting("head"):
             mine = hidden.new_empty(tile, classes, dtype=torch.float32)
             theirs = hidden.new_empty(tile, classes, dtype=torch.float32) if pair is not None else None
             grads: list[Any] = [None, None]
+            number = rows
             for start in range(0, rows, tile):
                 number = min(rows, start + tile) - start
                 _product(tracker, number, weight)
@@ -228,13 +229,10 @@ class _Head(torch.autograd.Function):
                 held = [hidden.new_empty(strip, classes, dtype=torch.float32) for _ in range(STRIPS)]
                 del held
                 tracker.add(0.0, 2 * STRIPS * size * number, 4)
-                if tile < rows:
+                if start + tile < rows:
                     _spread(ctx, number, grads)
             del theirs
-            if tile >= rows:
-                ctx.slope = mine
-            else:
-                ctx.grads = grads
+            ctx.slope, ctx.grads, ctx.last = mine, grads, number
             return hidden.new_empty(rows, dtype=torch.float32)
 
     @staticmethod
@@ -242,10 +240,8 @@ class _Head(torch.autograd.Function):
         hidden, weight, _ = ctx.tensors
         with ctx.tracker.acting("head"):
             grads, ctx.grads = ctx.grads, None
-            if grads is None:
-                grads = [None, None]
-                _spread(ctx, len(hidden), grads)
-                ctx.slope = None
+            _spread(ctx, ctx.last, grads)
+            ctx.slope = None
             out = [g.to(t.dtype) if g is not None else None for g, t in zip(grads, (hidden, weight), strict=True)]
         ctx.tensors = None
         return (*out, None, None)

@@ -25,7 +25,8 @@ from understudy.streaming.products import to_hidden, to_logits, to_weight
 from understudy.targets import Dense, Mixture, Projected, Target
 
 TILE_BYTES = 48 * 2**20
-"""Bytes of one `[tile rows, classes]` float32 tensor, where two exist at a time."""
+"""Bytes of one `[tile rows, classes]` float32 tensor, where two exist at a time; twice that where it is but an eighth of all
+rows' logits: the head is read, and its gradient added to, once a tile."""
 LONE_TILE_BYTES = 64 * 2**20
 """The same where the target has no tile beside it: each tile adds to the whole head's gradient, so fewer are faster (a top-k
 loss of 512 rows at 131,072 classes takes 0.87 of the time that it takes with tiles of `TILE_BYTES`)."""
@@ -52,12 +53,12 @@ def rowwise(
         student: `Dense` logits go straight to the loss; `Projected` ones tile by tile.
         target: any target; hidden states are projected a tile at a time.
         rows: further tensors with one entry a row, for example labels.
-        tile_bytes: size of one tile of logits; by itself `TILE_BYTES` or `LONE_TILE_BYTES`, on a GPU `GPU_TILE_BYTES`.
+        tile_bytes: size of one tile of logits, if not `bytes_of_tile`.
         kernels: use the Triton kernels where they run and cover the loss.
 
-    Gradients flow to the student's hidden states, head weight and bias. Where one tile holds all rows its gradient is
-    kept for the backward pass. Otherwise products are done in the forward pass and scaled when the gradient arrives; if
-    that differs between rows, tiles are computed again.
+    Gradients flow to the student's hidden states, head weight and bias. Products back are done in the forward pass, except
+    those of the last tile, which is kept for the backward pass: there its share is added to what there is, scaled in the same
+    pass over memory. If the gradient that arrives differs between rows, tiles are computed again.
     """
     if not isinstance(student, Projected):
         return call(loss, student.logits, dense(target), rows, options)
@@ -65,6 +66,10 @@ def rowwise(
     work = _Work(loss, student.detach(), target, rows, options, tile_bytes, kernels)
     bias = student.bias if student.bias is not None else student.hidden.new_zeros(0)
     return _Tiles.apply(student.hidden, student.weight, bias, work)
+
+
+Needs = tuple[bool, bool, bool]
+Grads = list[Tensor | None]
 
 
 class _Work:
@@ -87,7 +92,9 @@ class _Work:
         device = student.hidden.device
         on_cpu = device.type == "cpu"
         pair = isinstance(target, (Projected, Mixture))
-        self.tile = even(self.number, max(1, (tile_bytes or bytes_of_tile(not on_cpu, pair)) // size))
+        most = tile_bytes or bytes_of_tile(not on_cpu, pair, self.number * size)
+        self.tile = even(self.number, max(1, most // size))
+        self.parts = [slice(start, start + self.tile) for start in range(0, max(1, self.number), self.tile)]
         self.kernels = kernels and _kernels(device)
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
 
@@ -145,35 +152,36 @@ class _Work:
             logits.copy_(torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
         return out.detach()
 
-    def run(self, needs: tuple[bool, bool, bool], upstream: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
-        """Values, and the gradients of `Σ upstream · values` (upstream 1 where none is given), tile after tile."""
+    def run(self, needs: Needs, upstream: Tensor | None = None) -> tuple[Tensor, Grads, Tensor]:
+        """Values; the gradients of `Σ values` without the last tile's share; and that tile's slope. With `upstream`, all of
+        the gradients of `Σ upstream · values`."""
         values = self.student.hidden.new_empty(self.number, dtype=self.dtype)
         mine, theirs = self.buffer(), self.buffer() if isinstance(self.target, Projected) else None
-        grads: list[Tensor | None] = [None, None, None]
-        for start in range(0, self.number, self.tile):
-            part = slice(start, start + self.tile)
+        grads: Grads = [None, None, None]
+        for part in self.parts:
             values[part], slope = self.slopes(part, mine, theirs, any(needs))
-            if any(needs):
-                if upstream is not None:
-                    slope.mul_(upstream[part, None].to(slope.dtype))
-                self.products(part, slope, needs, grads, self.dtype)
-        return values, grads
+            if upstream is not None:
+                slope.mul_(upstream[part, None].to(slope.dtype))
+            if any(needs) and (upstream is not None or part is not self.parts[-1]):
+                self.products(part, slope, needs, grads)
+        return values, grads, slope
 
-    def products(
-        self, part: slice, slope: Tensor, needs: tuple[bool, bool, bool], grads: list[Tensor | None], dtype: torch.dtype
-    ) -> None:
-        """Add a tile's share to the gradients of hidden states, weight and bias; the first tile makes them."""
+    def products(self, part: slice, slope: Tensor, needs: Needs, grads: Grads, scale: float = 1.0) -> None:
+        """Add a tile's share to `scale` times the gradients of hidden states, weight and bias; the first tile makes them."""
         hidden, weight = self.student.hidden, self.student.weight
         if needs[0]:
             into = grads[0] = grads[0] if grads[0] is not None else torch.empty_like(hidden)
+            if scale != 1:
+                into[: part.start].mul_(scale)
             into[part] = to_hidden(slope, weight).to(hidden.dtype)
         if needs[1]:
+            dtype = weight.dtype if len(self.parts) == 1 else self.dtype
             held = grads[1]
             into = torch.empty_like(weight, dtype=dtype) if held is None else held
-            grads[1] = to_weight(slope, hidden[part], into, held is None)
+            grads[1] = to_weight(slope, hidden[part], into, 0.0 if held is None else scale)
         if needs[2]:
             held, total = grads[2], slope.sum(0)
-            grads[2] = total if held is None else held.add_(total)
+            grads[2] = total if held is None else held.mul_(scale).add_(total)
 
 
 def _kernels(device: torch.device) -> bool:
@@ -187,9 +195,12 @@ def _kernels(device: torch.device) -> bool:
     return runs_on(device)
 
 
-def bytes_of_tile(gpu: bool, pair: bool) -> int:
-    """Bytes of one tile of logits; `pair` where the teacher has another beside it."""
-    return GPU_TILE_BYTES if gpu else TILE_BYTES if pair else LONE_TILE_BYTES
+def bytes_of_tile(gpu: bool, pair: bool, whole: int) -> int:
+    """Bytes of one tile of logits, of `whole` for all rows; `pair` where the teacher has another beside it."""
+    if gpu:
+        return GPU_TILE_BYTES
+    least = TILE_BYTES if pair else LONE_TILE_BYTES
+    return min(max(least, whole // 8), 2 * least)
 
 
 def even(rows: int, most: int) -> int:
@@ -203,33 +214,24 @@ def even(rows: int, most: int) -> int:
 class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, work: _Work) -> Tensor:
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias.numel() > 0)
-        ctx.needs, ctx.work = needs, work
-        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype)
-        ctx.slope = ctx.grads = None
-        if any(needs) and work.number <= work.tile:
-            theirs = work.buffer() if isinstance(work.target, Projected) else None
-            values, ctx.slope = work.slopes(slice(0, work.number), work.buffer(), theirs, True)
-        else:
-            values, ctx.grads = work.run(needs)
+        ctx.needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2] and bias.numel() > 0)
+        ctx.work, ctx.dtypes = work, (hidden.dtype, weight.dtype, bias.dtype)
+        values, *kept = work.run(ctx.needs)
+        ctx.kept = kept if any(ctx.needs) else None
         return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
-        if ctx.slope is not None:
-            grads: list[Tensor | None] = [None, None, None]
-            slope, ctx.slope = ctx.slope, None
-            slope.mul_(upstream[:, None].to(slope.dtype))
-            work.products(slice(0, work.number), slope, ctx.needs, grads, ctx.dtypes[1])
+        kept, ctx.kept = ctx.kept, None
+        one = len(work.parts) == 1
+        # A second backward pass, or rows of earlier tiles that weigh differently, are computed again.
+        if kept is None or not (one or bool((upstream == upstream[:1]).all())):
+            _, grads, _ = work.run(ctx.needs, upstream)
         else:
-            grads, ctx.grads = ctx.grads, None
-            uniform = bool((upstream == upstream[:1]).all())
-            if grads is None or not uniform:  # a second backward pass, or rows that weigh differently
-                _, grads = work.run(ctx.needs, upstream)
-            else:
-                for grad in grads:
-                    if grad is not None:
-                        grad.mul_(upstream[0].to(grad.dtype))
+            grads, slope = kept
+            last = work.parts[-1]
+            slope.mul_(upstream[last, None].to(slope.dtype))
+            work.products(last, slope, ctx.needs, grads, 1.0 if one else float(upstream[0]))
         return (*(g.to(d) if g is not None else None for g, d in zip(grads, ctx.dtypes, strict=True)), None)

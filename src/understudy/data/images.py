@@ -119,7 +119,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     for split, part in {**parts, **more}.items():
         _check(name, split, part, len(classes))
     digest = hashlib.sha256(json.dumps({k: v for k, v in spec.items()}, default=str, sort_keys=True).encode())
-    for part in (*parts.values(), *more.values()):
+    for part in (*parts.values(), teacher_train, *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more, domains)
 

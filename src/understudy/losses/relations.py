@@ -20,23 +20,25 @@ from understudy.losses._pairs import full
 _EXACT = "donot_use_mm_for_euclid_dist"
 
 
-def grid_tokens(features: Tensor, grid: int) -> Tensor:
+def grid_tokens(features: Tensor, grid: int, prefix: int | None = None) -> Tensor:
     """Tokens of one image area each, `[images, grid², width]`.
 
     Args:
-        features: a map `[images, width, height, width]`, or tokens `[images, tokens, width]` of a square grid, with or
-            without a class token in front (it is dropped).
+        features: a map `[images, width, height, width]`, or tokens `[images, tokens, width]` of a square grid.
+        prefix: tokens in front of the grid, which are dropped (class, registers); by itself none, or one where that leaves
+            a square.
     """
     features = full(features)
     if features.dim() == 3:
         number = features.shape[1]
-        side = math.isqrt(number)
-        if side * side != number:
-            side = math.isqrt(number - 1)
-            features = features[:, 1:]
-        if side * side != features.shape[1]:
-            raise InputError(f"grid_tokens: {number} tokens are no square grid, with or without a class token.")
-        features = features.transpose(1, 2).unflatten(2, (side, side))
+        if prefix is None:
+            prefix = 0 if math.isqrt(number) ** 2 == number else 1
+        side = math.isqrt(max(0, number - prefix))
+        if side * side != number - prefix or not side:
+            raise InputError(
+                f"grid_tokens: {number} tokens are no square grid behind {prefix} others: say with `prefix` how many stand in front of it."
+            )
+        features = features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     if features.dim() != 4 or min(features.shape[2:]) < grid:
         raise InputError(
             f"grid_tokens: features of shape {tuple(features.shape)} have no {grid} × {grid} grid. Choose a smaller grid "

@@ -37,6 +37,7 @@ from understudy.training import Live, Method, Shapes, Stage, Term
 from understudy.training.schedules import anneal
 from understudy.training.shapes import look
 
+Side = Literal["student", "teacher"]
 HELD_OUT = 1024
 """Validation images at most that the graphs are compared on after training."""
 
@@ -55,8 +56,9 @@ class TRG(Method):
         "deviations": "Means over tokens instead of sums (`tokens_reduction=sum` for the paper's). Images are coupled "
         "inside groups of `group` consecutive ones, so that a batch may be cut between groups; a last or only group "
         "with fewer images (a batch smaller than `group`) takes at most as many neighbours as it has, instead of an "
-        "error. The temperature moves at each step, not each epoch. A class token is dropped, and a token of norm 0 has "
-        "neither similarity nor gradient in the contrast. Hyperparameters, the cosine pace of the temperature and σ as "
+        "error. The temperature moves at each step, not each epoch. A class token is dropped (registers and others with "
+        "`student_prefix`, `teacher_prefix`), and a token of norm 0 has neither similarity nor gradient in the contrast. "
+        "Hyperparameters, the cosine pace of the temperature and σ as "
         "the teacher's median squared distance are ours: the text gives none.",
     }
 
@@ -78,6 +80,10 @@ class TRG(Method):
     tokens_reduction: Literal["mean", "sum"] = "mean"
     student_layer: str | None = Field(None, description="Layer to read; the last with a fine enough map if not given.")
     teacher_layer: str | None = None
+    student_prefix: int | None = Field(
+        None, ge=0, description="Tokens in front of the patches (class, registers); none, or one if not given."
+    )
+    teacher_prefix: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _a_group_fills_its_graph(self) -> Self:
@@ -90,7 +96,7 @@ class TRG(Method):
             raise ValueError(f"k is {self.k} and a group has {number} tokens: k must be less than that")
         return self
 
-    def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
+    def taps(self, side: Side, rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer
         if name is not None:
             return {"tokens": layer(rows.model, name)}
@@ -105,28 +111,31 @@ class TRG(Method):
         )
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
-        widths = [
-            self._width(side, found["tokens"])
-            for side, found in (("student", shapes.taps), ("teacher", shapes.teacher_taps))
-        ]
+        widths = [self._width("student", shapes.taps["tokens"]), self._width("teacher", shapes.teacher_taps["tokens"])]
         if not self.gamma:
             return {}
         return {"projector": nn.Linear(widths[0], widths[1], bias=False)}
 
-    def _width(self, side: str, shape: tuple[int, ...]) -> int:
+    def _patches(self, features: Tensor, side: Side) -> Tensor:
+        return grid_tokens(features, self.grid, self.student_prefix if side == "student" else self.teacher_prefix)
+
+    def _width(self, side: Side, shape: tuple[int, ...]) -> int:
         """Width of the tokens of a tapped layer; a layer without them is refused before training."""
         try:
-            return grid_tokens(torch.zeros(1, *shape), self.grid).shape[-1]
+            return self._patches(torch.zeros(1, *shape), side).shape[-1]
         except InputError as error:
             name = self.student_layer if side == "student" else self.teacher_layer
-            raise InputError(f"Method 'trg' reads tokens of the {side} at layer {name!r}: {error}") from error
+            raise InputError(
+                f"Method 'trg' reads tokens of the {side} at layer {name!r}: {error} (options.{side}_layer, {side}_prefix)"
+            ) from error
 
     def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
         assert teacher is not None
         kd = rowwise(forward_kl, student.signal, teacher.signal, temperature=self.temperature, tau_squared=True)
         terms = {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
         terms["kd"] = Term(kd, self.kd_weight)
-        ours, theirs = (grid_tokens(r.taps["tokens"][batch.mask], self.grid) for r in (student, teacher))
+        ours, theirs = (r.taps["tokens"][batch.mask] for r in (student, teacher))
+        ours, theirs = self._patches(ours, "student"), self._patches(theirs, "teacher")
         theirs, ids = theirs.to(ours.dtype), batch.ids[batch.mask]
         # Similarities and distances in bfloat16 would not tell near tokens apart.
         with torch.autocast(ours.device.type, enabled=False):
@@ -143,12 +152,12 @@ class TRG(Method):
     def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
         """How near the student's graph is to the teacher's on held-out images, each by its own distances."""
         assert work.teacher is not None and live.student is not None
-        sides: dict[Literal["student", "teacher"], RowModel] = {"student": live.student, "teacher": work.teacher}
+        sides: dict[Side, RowModel] = {"student": live.student, "teacher": work.teacher}
         taps = {side: self.taps(side, m, next(work.batches("validation", 1))) for side, m in sides.items()}
         found: dict[str, list[Tensor]] = {"affinity_kl": [], "neighbour_overlap": []}
         for batch in islice(work.batches("validation", self.group), max(1, HELD_OUT // self.group)):
-            maps = [look(m, batch, taps=taps[side]).taps["tokens"] for side, m in sides.items()]
-            both = [grid_tokens(m, self.grid).flatten(0, 1).to(maps[0].device) for m in maps]
+            maps = {side: look(m, batch, taps=taps[side]).taps["tokens"] for side, m in sides.items()}
+            both = [self._patches(m, side).flatten(0, 1).to(maps["student"].device) for side, m in maps.items()]
             if k := min(self.k, len(both[0]) - 1):
                 near = [knn_affinity(t, k=k, sigma=median_squared_distance(t)) for t in both]
                 found["affinity_kl"].append(affinity_kl(near[0], near[1], direction=self.direction))

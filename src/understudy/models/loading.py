@@ -39,11 +39,11 @@ def load_classifier(
     if isinstance(name, nn.Module):
         return name
     name = str(name)
-    if is_small(name):
-        return build_small(name, classes, input_shape)
-    path = find(name)
-    weights = find(f"{name}.safetensors")
-    if path is None and weights is not None:
+    small = is_small(name)
+    path, weights = (None, None) if small else (find(name), find(f"{name}.safetensors"))
+    if small:
+        model = build_small(name, classes, input_shape)
+    elif path is None and weights is not None:
         model = build_small(weights.stem, classes=10, shape=input_shape)
         model.understudy["normalise"] = [list(v) for v in IMAGENET]  # type: ignore[index,operator,assignment]
         load_weights(model, weights)

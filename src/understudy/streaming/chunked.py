@@ -3,7 +3,7 @@
 A tile is as many rows as the head's products are efficient on; its logits are the only large tensors there are. Inside a
 tile the loss walks over strips of a few rows and writes its gradient over the logits it was taken at. Products
 with the head are written out, so the head's gradient is accumulated in place. Cost: 6·H_s·V + 2·H_t·V operations a row;
-memory two tiles of logits (student and teacher).
+memory a tile and a half of logits (student and teacher).
 
 On a CPU a strip's gradient is that of `by_hand` or autograd's; on a GPU Triton kernels come first, for a whole tile.
 `torch.compile` is not used: compiled, the forward KL of a strip took a half to a quarter of the time on a CPU, the step 4 %
@@ -24,17 +24,16 @@ from understudy.streaming.plain import RowLoss, call, dense, finish
 from understudy.streaming.products import to_hidden, to_logits, to_weight
 from understudy.targets import Dense, Mixture, Projected, Target
 
-TILE_BYTES = 48 * 2**20
-"""Bytes of one `[tile rows, classes]` float32 tensor, where two exist at a time; twice that where it is but an eighth of all
-rows' logits: the head is read, and its gradient added to, once a tile."""
-LONE_TILE_BYTES = 64 * 2**20
-"""The same where the target has no tile beside it: each tile adds to the whole head's gradient, so fewer are faster (a top-k
-loss of 512 rows at 131,072 classes takes 0.87 of the time that it takes with tiles of `TILE_BYTES`)."""
+TILE_BYTES = 64 * 2**20
+"""Bytes of one `[tile rows, classes]` float32 tensor on a CPU. The head is read, and its gradient added to, once a tile, so
+`bytes_of_tile` takes up to twice as much where that saves tiles. A teacher's logits are made for half a tile at a time: its
+head has no gradient, and products of half the rows take hardly longer."""
 GPU_TILE_BYTES = 256 * 2**20
 """The same on a GPU, where a tile of few rows would be spent on reading the head and adding to its gradient: at
 512 rows products take about twice as long as that. Reckoned from the bandwidth of an H100, not measured."""
-STRIP_BYTES = 4 * 2**20
-"""Bytes of one `[strip rows, classes]` float32 tensor on a CPU; a loss holds about eight of them at a time."""
+STRIP_BYTES = 2**20
+"""Bytes of one `[strip rows, classes]` float32 tensor on a CPU; a loss holds about eight of them at a time. With
+strips of 4 MiB, which leave the cache, 512 rows at 131,072 classes took 8 % longer."""
 
 
 def rowwise(
@@ -91,41 +90,50 @@ class _Work:
         self.number = student.hidden.shape[0]
         device = student.hidden.device
         on_cpu = device.type == "cpu"
-        pair = isinstance(target, (Projected, Mixture))
-        most = tile_bytes or bytes_of_tile(not on_cpu, pair, self.number * size)
+        most = tile_bytes or bytes_of_tile(not on_cpu, self.number * size)
         self.tile = even(self.number, max(1, most // size))
+        self.beside = rows_beside(self.tile, not on_cpu) if isinstance(target, (Projected, Mixture)) else self.tile
         self.parts = [slice(start, start + self.tile) for start in range(0, max(1, self.number), self.tile)]
         self.kernels = kernels and _kernels(device)
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
 
-    def buffer(self) -> Tensor:
-        return self.student.hidden.new_empty(self.tile, self.student.classes, dtype=self.dtype)
+    def buffer(self, rows: int) -> Tensor:
+        return self.student.hidden.new_empty(rows, self.student.classes, dtype=self.dtype)
 
     def slopes(self, part: slice, mine: Tensor, theirs: Tensor | None, wants: bool) -> tuple[Tensor, Tensor]:
         """Values of a tile's rows, and the gradient with respect to its products, written over them in `mine`."""
         hidden = self.student.hidden[part]
         logits = to_logits(hidden, self.student.weight, mine[: len(hidden)])
-        target = self.target.select(part) if self.target is not None else None
+        values = logits.new_empty(len(hidden))
+        for start in range(0, len(hidden), self.beside):
+            piece = logits[start : start + self.beside]
+            at = slice(part.start + start, part.start + start + len(piece))
+            values[start : start + len(piece)] = self._piece(at, piece, theirs, wants)
+        return values, logits
+
+    def _piece(self, at: slice, logits: Tensor, theirs: Tensor | None, wants: bool) -> Tensor:
+        """Values of the rows of a tile that the teacher answers at a time; their gradient is written over `logits`."""
+        target = self.target.select(at) if self.target is not None else None
         if isinstance(target, Projected):
             assert theirs is not None
-            made = to_logits(target.hidden, target.weight, theirs[: len(hidden)])
+            made = to_logits(target.hidden, target.weight, theirs[: len(logits)])
             target = Dense(finish(made, target, inplace=True))
         target = dense(target)  # of a mixture, these rows alone
         if wants and self.kernels:
-            values = self._fused(part, logits, target)
-            if values is not None:
-                return values, logits
-        values = logits.new_empty(len(hidden))
-        for start in range(0, len(hidden), self.strip):
+            found = self._fused(at, logits, target)
+            if found is not None:
+                return found
+        values = logits.new_empty(len(logits))
+        for start in range(0, len(logits), self.strip):
             strip = slice(start, start + self.strip)
-            rows = tuple(r[part][strip] for r in self.rows)
+            rows = tuple(r[at][strip] for r in self.rows)
             values[strip] = self._strip(
                 logits[strip], target.select(strip) if target is not None else None, rows, wants
             )
-        return values, logits
+        return values
 
     def _fused(self, part: slice, logits: Tensor, target: Any) -> Tensor | None:
-        """Values of a tile by the Triton kernels, `logits` becoming their gradient; `None` where they are as before."""
+        """Values of these rows by the Triton kernels, `logits` becoming their gradient; `None` where they are as before."""
         from understudy.streaming.writers import writer
 
         write = writer(self.loss, logits, target, tuple(r[part] for r in self.rows), self.options)
@@ -156,7 +164,8 @@ class _Work:
         """Values; the gradients of `Σ values` without the last tile's share; and that tile's slope. With `upstream`, all of
         the gradients of `Σ upstream · values`."""
         values = self.student.hidden.new_empty(self.number, dtype=self.dtype)
-        mine, theirs = self.buffer(), self.buffer() if isinstance(self.target, Projected) else None
+        mine = self.buffer(self.tile)
+        theirs = self.buffer(self.beside) if isinstance(self.target, Projected) else None
         grads: Grads = [None, None, None]
         for part in self.parts:
             values[part], slope = self.slopes(part, mine, theirs, any(needs))
@@ -195,12 +204,16 @@ def _kernels(device: torch.device) -> bool:
     return runs_on(device)
 
 
-def bytes_of_tile(gpu: bool, pair: bool, whole: int) -> int:
-    """Bytes of one tile of logits, of `whole` for all rows; `pair` where the teacher has another beside it."""
+def bytes_of_tile(gpu: bool, whole: int) -> int:
+    """Bytes of one tile of logits, of `whole` for all rows."""
     if gpu:
         return GPU_TILE_BYTES
-    least = TILE_BYTES if pair else LONE_TILE_BYTES
-    return min(max(least, whole // 8), 2 * least)
+    return 2 * TILE_BYTES if whole <= 2 * TILE_BYTES else min(max(TILE_BYTES, whole // 8), 2 * TILE_BYTES)
+
+
+def rows_beside(tile: int, gpu: bool) -> int:
+    """Rows of a tile for which the teacher's logits are made at a time."""
+    return tile if gpu else even(tile, (tile + 1) // 2)
 
 
 def even(rows: int, most: int) -> int:

@@ -219,6 +219,32 @@ def test_resnet56_teaches_a_small_student_on_cifar10(data_folder, tmp_path):
     assert result.metrics["teacher_accuracy"] > 0.9
 
 
+def test_the_data_type_asked_for_is_that_of_a_new_small_network_too():
+    sizes = {"classes": 3, "input_shape": (1, 8, 8)}
+    assert {p.dtype for p in load_classifier("convnet:4", dtype="bfloat16", **sizes).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_classifier("convnet:4", **sizes).parameters()} == {torch.float32}
+
+
+def test_the_hash_of_data_covers_what_the_teacher_alone_saw(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    spec = {"name": str(tmp_path), "limit": 3}
+    before = load_images(spec)
+    shown = {p.numpy().tobytes() for part in (before.train, before.validation, before.test) for p in part.pixels}
+    file = next(
+        f
+        for f in sorted(tmp_path.glob("*/*.png"))
+        if np.asarray(Image.open(f)).transpose(2, 0, 1).tobytes() not in shown
+    )
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file)
+    after = load_images(spec)
+    assert after.train.pixels.equal(before.train.pixels) and after.test.pixels.equal(before.test.pixels)
+    assert after.hash != before.hash
+
+
 def test_padding_side_and_length(tokenizer):
     rows, _ = encode(
         [{"id": 0, "text": "fox"}, {"id": 1, "text": "the lazy dog"}], tokenizer, max_length=32, pack=False

@@ -70,10 +70,9 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             `validation_size` (examples to set aside where there is no validation split), `with_validation` (true: the
             student trains on the validation examples too, for a last fit), `label_noise` (share of the student's
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
-            labels where the teacher is trained), `seed` (of such noise, and of `clusters`),
-            `modulo` or `label_map` (coarser classes: the label modulo a number, or a new class for each; the old labels
-            stay known as subclasses), `unlabelled` (hide the student's training labels), `domain_column` (names each domain),
-            `only` (leave the other domains out).
+            labels where the teacher is trained), `seed` (of such noise, and of `clusters`), `modulo` or `label_map` (coarser
+            classes: the label modulo a number, or a new class for each; the old labels stay known as subclasses),
+            `unlabelled` (hide the student's training labels), `domain_column` (names each domain), `only` (drop the others).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.
@@ -102,10 +101,8 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
         raise InputError(f"{name} has a validation split of its own: leave data.validation_size out.")
     pool = train.select(order)
     if spec.get("imbalance") is not None:
-        pool = _long_tailed(pool, spec["imbalance"], len(classes))
-        notes.append(f"Long-tailed training part: {torch.bincount(pool.labels).tolist()} examples by class.")
-        few = test.labels >= len(classes) - max(1, round(0.3 * len(classes)))
-        pools |= {"test_rare": test.select(few)} if few.any() else {}
+        pool = _long_tailed(pool, spec["imbalance"], len(classes), notes)
+        pools |= _rare(test, len(classes))
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
     teacher_train = _mistaught(pool.select(slice(0, teacher_limit)), spec, classes)
     student = teacher_train if spec.get("for_teacher") else _noisy(pool.select(slice(0, limit)), spec, len(classes))
@@ -118,7 +115,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     more = {split: part for split, part in pools.items() if split.startswith("test_")}
     for split, part in {**parts, **more}.items():
         _check(name, split, part, len(classes))
-    digest = hashlib.sha256(json.dumps({k: v for k, v in spec.items()}, default=str, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(dict(spec), default=str, sort_keys=True).encode())
     for part in (*parts.values(), teacher_train, *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more, domains)
@@ -174,7 +171,7 @@ def _coarser(
     return out, [str(i) for i in range(int(into.max()) + 1)]
 
 
-def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:
+def _long_tailed(pool: ImageSet, ratio: Any, classes: int, notes: list[str]) -> ImageSet:
     """Keep of class c the share ratio^(−c / (classes − 1)) of the first class's examples, the first of each in order."""
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or ratio < 1:
         raise InputError(f"data.imbalance is {ratio!r} and must be a number of at least 1.")
@@ -183,7 +180,14 @@ def _long_tailed(pool: ImageSet, ratio: Any, classes: int) -> ImageSet:
     for c in range(classes):
         number = max(1, round(most * float(ratio) ** (-c / max(1, classes - 1))))
         keep[(pool.labels == c).nonzero()[:number, 0]] = True
+    notes.append(f"Long-tailed training part: {torch.bincount(pool.labels[keep]).tolist()} examples by class.")
     return pool.select(keep)
+
+
+def _rare(test: ImageSet, classes: int) -> dict[str, ImageSet]:
+    """The test examples of the last three in ten classes, one at least, as a set of their own."""
+    few = test.labels >= classes - max(1, round(0.3 * classes))
+    return {"test_rare": test.select(few)} if few.any() else {}
 
 
 def _noisy(part: ImageSet, spec: Mapping[str, Any], classes: int) -> ImageSet:

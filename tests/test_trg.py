@@ -216,7 +216,7 @@ def test_a_student_that_is_its_teacher_has_the_same_graph():
 
     net = ClassifierRows(load_classifier("convnet:4", classes=10, input_shape=(1, 8, 8)), 10)
     examples = [(torch.rand(1, 8, 8), 0, i) for i in range(35)]  # two groups, and three images
-    work = Stage(net, net, {"validation": examples}, collate_images, 10, Path("nowhere"), "key")
+    work = Stage(net, net, {"test": examples}, collate_images, 10, Path("nowhere"), "key")
     found = TRG(group=16).finish(SimpleNamespace(student=net), work)["metrics"]
     assert found == {"affinity_kl": 0.0, "neighbour_overlap": 1.0}
     assert TRG(group=1, k=3).finish(SimpleNamespace(student=net), work)["metrics"]["neighbour_overlap"] == 1.0

@@ -216,7 +216,7 @@ class HARD(Method):
             steps = live.state.steps
             metrics |= {"student_steps": float(steps["student"]), "augmentor_steps": float(steps["player"])}
             metrics["saturated"] = float(live.state.saturated)
-        batch = next(work.batches("validation", 8))
+        batch = next(work.batches(work.judge, 8))
         with torch.no_grad():
             rows = [b.inputs["pixel_values"] for b in (batch, self._shown(batch, live, None))]
         return {

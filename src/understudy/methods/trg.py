@@ -39,7 +39,7 @@ from understudy.training.shapes import look
 
 Side = Literal["student", "teacher"]
 HELD_OUT = 1024
-"""Validation images at most that the graphs are compared on after training."""
+"""Images at most that the graphs are compared on after training."""
 
 
 class TRG(Method):
@@ -150,12 +150,12 @@ class TRG(Method):
         return terms
 
     def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
-        """How near the student's graph is to the teacher's on held-out images, each by its own distances."""
+        """How near the student's graph is to the teacher's on the images it is judged on, each by its own distances."""
         assert work.teacher is not None and live.student is not None
         sides: dict[Side, RowModel] = {"student": live.student, "teacher": work.teacher}
-        taps = {side: self.taps(side, m, next(work.batches("validation", 1))) for side, m in sides.items()}
+        taps = {side: self.taps(side, m, next(work.batches(work.judge, 1))) for side, m in sides.items()}
         found: dict[str, list[Tensor]] = {"affinity_kl": [], "neighbour_overlap": []}
-        for batch in islice(work.batches("validation", self.group), max(1, HELD_OUT // self.group)):
+        for batch in islice(work.batches(work.judge, self.group), max(1, HELD_OUT // self.group)):
             maps = {side: look(m, batch, taps=taps[side]).taps["tokens"] for side, m in sides.items()}
             both = [self._patches(m, side).flatten(0, 1).to(maps["student"].device) for side, m in maps.items()]
             if k := min(self.k, len(both[0]) - 1):

@@ -26,7 +26,7 @@ class Stage:
         student, teacher: as they are at the time. splits: examples of `train`, `validation` and `test`.
         collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
         teacher_train: what a teacher that is trained first may see.
-        store: a folder that comparisons share. key: hash of teacher and data. seed: of the run.
+        judge: the split that the run is judged on. store: a folder that comparisons share. key: hash of teacher and data. seed: of the run.
     """
 
     student: RowModel
@@ -38,6 +38,7 @@ class Stage:
     key: str
     seed: int = 0
     teacher_train: Any = None
+    judge: str = "test"
 
     def live_teacher(self) -> RowModel:
         """The teacher's own model, for a stage that reads it.

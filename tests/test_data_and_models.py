@@ -34,12 +34,18 @@ def test_embedded_sets_split_without_overlap():
     assert len(load_images({"name": "digits", "limit": 9, "for_teacher": True}).train) > 1000
 
 
-def test_folders_of_images(tmp_path):
+def pictures(folder, each):
+    """Random images of two classes in folders; the generator, to draw further ones."""
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for i in range(10):
-            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+        (folder / name).mkdir()
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return rng
+
+
+def test_folders_of_images(tmp_path):
+    pictures(tmp_path, 10)
     splits = load_images({"name": str(tmp_path)})
     assert splits.classes == ["cat", "dog"] and splits.shape == (3, 8, 8) and len(splits.notes) == 2
 
@@ -226,11 +232,7 @@ def test_the_data_type_asked_for_is_that_of_a_new_small_network_too():
 
 
 def test_the_hash_of_data_covers_what_the_teacher_alone_saw(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for i in range(20):
-            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    rng = pictures(tmp_path, 20)
     spec = {"name": str(tmp_path), "limit": 3}
     before = load_images(spec)
     shown = {p.numpy().tobytes() for part in (before.train, before.validation, before.test) for p in part.pixels}

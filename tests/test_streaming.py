@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from understudy import losses
 from understudy.errors import InputError
-from understudy.streaming import plain, products, project, rowwise
+from understudy.streaming import chunked, plain, products, project, rowwise
 from understudy.streaming.gradients import by_hand
 from understudy.targets import Dense, Projected, sample, top_k
 
@@ -183,3 +184,25 @@ def test_peak_memory_is_a_tenth_of_plain():
         for path in ("plain", "rowwise")
     }
     assert peaks["rowwise"] <= peaks["plain"] / 10, peaks
+
+
+@pytest.mark.parametrize(
+    "whole,tile", [(1, 128), (128, 128), (129, 64), (512, 64), (640, 80), (1024, 128), (9999, 128)]
+)
+def test_a_tile_holds_all_rows_or_grows_with_them_to_a_bound(whole, tile):
+    assert chunked.bytes_of_tile(False, whole * 2**20) == tile * 2**20
+    assert chunked.bytes_of_tile(True, whole * 2**20) == chunked.GPU_TILE_BYTES
+
+
+@pytest.mark.parametrize("tile,beside", [(128, 64), (100, 50), (3, 2), (1, 1)])
+def test_the_teacher_answers_half_a_tile_on_a_cpu(tile, beside):
+    assert chunked.rows_beside(tile, False) == beside and chunked.rows_beside(tile, True) == tile
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
+def test_the_benchmark_of_growth_runs(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import growth
+
+    seconds, mib = growth.head(8, 64)
+    assert seconds > 0 and mib >= 0

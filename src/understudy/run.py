@@ -188,7 +188,9 @@ def _stage(
     key = f"{hashes.get('teacher')} {hashes.get('data')}"
     shared = home / "store"
     seen = prepared.teacher_train
-    return Stage(student, teacher, splits, prepared.collate, prepared.classes, shared, key, recipe.seed, seen, recipe.judge)
+    return Stage(
+        student, teacher, splits, prepared.collate, prepared.classes, shared, key, recipe.seed, seen, recipe.judge
+    )
 
 
 def _carry_out(recipe: Recipe, folder: Path, progress: bool) -> Result:

@@ -208,7 +208,8 @@ def bytes_of_tile(gpu: bool, whole: int) -> int:
     """Bytes of one tile of logits, of `whole` for all rows."""
     if gpu:
         return GPU_TILE_BYTES
-    return 2 * TILE_BYTES if whole <= 2 * TILE_BYTES else min(max(TILE_BYTES, whole // 8), 2 * TILE_BYTES)
+    most = 2 * TILE_BYTES
+    return most if whole <= most else min(max(TILE_BYTES, whole // 8), most)
 
 
 def rows_beside(tile: int, gpu: bool) -> int:

@@ -205,4 +205,4 @@ def test_the_benchmark_of_growth_runs(monkeypatch):
     import growth
 
     seconds, mib = growth.head(8, 64)
-    assert seconds > 0 and mib >= 0
+    assert seconds > 0 and abs(mib) < 64  # next to nothing, within what the process takes by itself

@@ -242,6 +242,7 @@ class _Tiles(torch.autograd.Function):
         one = len(work.parts) == 1
         # A second backward pass, or rows of earlier tiles that weigh differently, are computed again.
         if kept is None or not (one or bool((upstream == upstream[:1]).all())):
+            kept = None  # what was made in vain makes room
             _, grads, _ = work.run(ctx.needs, upstream)
         else:
             grads, slope = kept

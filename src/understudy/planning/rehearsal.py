@@ -15,7 +15,7 @@ from understudy.methods.kd import KD
 from understudy.models.rows import CausalLMRows, RowModel, Rows
 from understudy.planning.machine import Machine
 from understudy.planning.tracker import Tracker, Work, flash_attention
-from understudy.streaming.chunked import STRIP_BYTES, bytes_of_tile, even, rows_beside
+from understudy.streaming.chunked import STRIP_BYTES, bytes_of_tile, rows_of_tile
 from understudy.streaming.products import BLOCK_BYTES
 from understudy.targets import Projected
 from understudy.training import Live, Method, Shapes
@@ -214,11 +214,10 @@ class _Head(torch.autograd.Function):
         rows, classes, size = len(hidden), len(weight), 4 * len(weight)
         gpu = bool(tracker.machine.gpu)
         pair = target if isinstance(target, tuple) else None
-        tile = even(rows, max(1, bytes_of_tile(gpu, rows * size) // size))
+        tile, beside = rows_of_tile(rows, bytes_of_tile(gpu, rows * size) // size, gpu)
         strip = 0 if gpu else max(1, min(tile, STRIP_BYTES // size))  # kernels write over the tile
         with tracker.acting("head"):
             mine = hidden.new_empty(tile, classes, dtype=torch.float32)
-            beside = rows_beside(tile, gpu)
             theirs = hidden.new_empty(beside, classes, dtype=torch.float32) if pair is not None else None
             grads: list[Any] = [None, None]
             number = rows
@@ -226,8 +225,8 @@ class _Head(torch.autograd.Function):
                 number = min(rows, start + tile) - start
                 _product(tracker, number, weight)
                 if pair is not None:
-                    for first in range(0, number, beside):
-                        _product(tracker, min(beside, number - first), pair[1])
+                    for first in range(-(-start // beside) * beside, start + number, beside):
+                        _product(tracker, min(beside, rows - first), pair[1])
                 held = [hidden.new_empty(strip, classes, dtype=torch.float32) for _ in range(STRIPS)]
                 del held
                 tracker.add(0.0, 2 * STRIPS * size * number, 4)

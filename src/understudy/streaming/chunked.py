@@ -3,7 +3,7 @@
 A tile is as many rows as the head's products are efficient on; its logits are the only large tensors there are. Inside a
 tile the loss walks over strips of a few rows and writes its gradient over the logits it was taken at. Products
 with the head are written out, so the head's gradient is accumulated in place. Cost: 6·H_s·V + 2·H_t·V operations a row;
-memory a tile and a half of logits (student and teacher).
+memory a tile of the student's logits and most of one of the teacher's.
 
 On a CPU a strip's gradient is that of `by_hand` or autograd's; on a GPU Triton kernels come first, for a whole tile.
 `torch.compile` is not used: compiled, the forward KL of a strip took a half to a quarter of the time on a CPU, the step 4 %
@@ -26,8 +26,7 @@ from understudy.targets import Dense, Mixture, Projected, Target
 
 TILE_BYTES = 64 * 2**20
 """Bytes of one `[tile rows, classes]` float32 tensor on a CPU. The head is read, and its gradient added to, once a tile, so
-`bytes_of_tile` takes up to twice as much where that saves tiles. A teacher's logits are made for half a tile at a time: its
-head has no gradient, and products of half the rows take hardly longer."""
+`bytes_of_tile` takes up to twice as much where that saves tiles."""
 GPU_TILE_BYTES = 256 * 2**20
 """The same on a GPU, where a tile of few rows would be spent on reading the head and adding to its gradient: at
 512 rows products take about twice as long as that. Reckoned from the bandwidth of an H100, not measured."""
@@ -91,8 +90,9 @@ class _Work:
         device = student.hidden.device
         on_cpu = device.type == "cpu"
         most = tile_bytes or bytes_of_tile(not on_cpu, self.number * size)
-        self.tile = even(self.number, max(1, most // size))
-        self.beside = rows_beside(self.tile, not on_cpu) if isinstance(target, (Projected, Mixture)) else self.tile
+        self.tile, self.beside = rows_of_tile(self.number, most // size, not on_cpu)
+        if not isinstance(target, (Projected, Mixture)):
+            self.beside = self.tile
         self.parts = [slice(start, start + self.tile) for start in range(0, max(1, self.number), self.tile)]
         self.kernels = kernels and _kernels(device)
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
@@ -100,25 +100,21 @@ class _Work:
     def buffer(self, rows: int) -> Tensor:
         return self.student.hidden.new_empty(rows, self.student.classes, dtype=self.dtype)
 
-    def slopes(self, part: slice, mine: Tensor, theirs: Tensor | None, wants: bool) -> tuple[Tensor, Tensor]:
+    def slopes(self, part: slice, mine: Tensor, teacher: _Teacher, wants: bool) -> tuple[Tensor, Tensor]:
         """Values of a tile's rows, and the gradient with respect to its products, written over them in `mine`."""
         hidden = self.student.hidden[part]
         logits = to_logits(hidden, self.student.weight, mine[: len(hidden)])
         values = logits.new_empty(len(hidden))
-        for start in range(0, len(hidden), self.beside):
-            piece = logits[start : start + self.beside]
-            at = slice(part.start + start, part.start + start + len(piece))
-            values[start : start + len(piece)] = self._piece(at, piece, theirs, wants)
+        start, stop = part.start, part.start + len(hidden)
+        while start < stop:  # from one of the teacher's answers to the next
+            at = slice(start, min(stop, (start // self.beside + 1) * self.beside))
+            inside = slice(at.start - part.start, at.stop - part.start)
+            values[inside] = self._piece(at, logits[inside], teacher.select(at), wants)
+            start = at.stop
         return values, logits
 
-    def _piece(self, at: slice, logits: Tensor, theirs: Tensor | None, wants: bool) -> Tensor:
-        """Values of the rows of a tile that the teacher answers at a time; their gradient is written over `logits`."""
-        target = self.target.select(at) if self.target is not None else None
-        if isinstance(target, Projected):
-            assert theirs is not None
-            made = to_logits(target.hidden, target.weight, theirs[: len(logits)])
-            target = Dense(finish(made, target, inplace=True))
-        target = dense(target)  # of a mixture, these rows alone
+    def _piece(self, at: slice, logits: Tensor, target: Target | None, wants: bool) -> Tensor:
+        """Values of these rows; their gradient is written over `logits`."""
         if wants and self.kernels:
             found = self._fused(at, logits, target)
             if found is not None:
@@ -165,10 +161,10 @@ class _Work:
         the gradients of `Σ upstream · values`."""
         values = self.student.hidden.new_empty(self.number, dtype=self.dtype)
         mine = self.buffer(self.tile)
-        theirs = self.buffer(self.beside) if isinstance(self.target, Projected) else None
+        teacher = _Teacher(self.target, self.beside, self.buffer(self.beside) if isinstance(self.target, Projected) else None)
         grads: Grads = [None, None, None]
         for part in self.parts:
-            values[part], slope = self.slopes(part, mine, theirs, any(needs))
+            values[part], slope = self.slopes(part, mine, teacher, any(needs))
             if upstream is not None:
                 slope.mul_(upstream[part, None].to(slope.dtype))
             if any(needs) and (upstream is not None or part is not self.parts[-1]):
@@ -193,6 +189,33 @@ class _Work:
             grads[2] = total if held is None else held.mul_(scale).add_(total)
 
 
+class _Teacher:
+    """The target of rows asked for in order. Hidden states become logits `beside` rows at a time, in `room`, whatever tiles
+    the student is at: a teacher's head has no gradient, so fewer rows at a time cost it less."""
+
+    def __init__(self, target: Target | None, beside: int, room: Tensor | None) -> None:
+        self.target, self.beside, self.room = target, beside, room
+        self.begin = -1
+        self.made: Target | None = None
+
+    def select(self, at: slice) -> Target | None:
+        """Of rows within one multiple of `beside`; hidden states as logits."""
+        if not isinstance(self.target, (Projected, Mixture)):
+            return None if self.target is None else self.target.select(at)
+        begin = at.start // self.beside * self.beside
+        if begin != self.begin:
+            self.made = None  # makes room
+            these = self.target.select(slice(begin, begin + self.beside))
+            if isinstance(these, Projected):
+                assert self.room is not None
+                made = to_logits(these.hidden, these.weight, self.room[: len(these.hidden)])
+                self.begin, self.made = begin, Dense(finish(made, these, inplace=True))
+            else:
+                self.begin, self.made = begin, dense(these)
+        assert self.made is not None
+        return self.made.select(slice(at.start - begin, at.stop - begin))
+
+
 def _kernels(device: torch.device) -> bool:
     """Whether Triton is there and runs on that device; on a CPU only if it was told to interpret."""
     if device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
@@ -212,9 +235,11 @@ def bytes_of_tile(gpu: bool, whole: int) -> int:
     return most if whole <= most else min(max(TILE_BYTES, whole // 8), most)
 
 
-def rows_beside(tile: int, gpu: bool) -> int:
-    """Rows of a tile for which the teacher's logits are made at a time."""
-    return tile if gpu else even(tile, (tile + 1) // 2)
+def rows_of_tile(rows: int, most: int, gpu: bool) -> tuple[int, int]:
+    """Rows of the student's tiles, of which `most` fit, and for how many the teacher's logits are made at a time: fewer on a
+    CPU, where 13/16 of them take a whole teacher's pass over 512 rows to 9 % of plain's memory."""
+    most = max(1, most)
+    return even(rows, most), even(rows, most if gpu else max(1, most * 13 // 16))
 
 
 def even(rows: int, most: int) -> int:

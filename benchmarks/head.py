@@ -5,11 +5,12 @@
     python benchmarks/head.py --target top_k:50 --paths bare plain rowwise > benchmarks/results/head-top-k-cpu.csv
 
 Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `triton` (ours with its kernels, on a GPU),
-`liger` and `trl` (their chunked losses, where they are installed). Each cell is a process of its own, warmed up once, and
-cells of one setting follow each other `--repeats` times, so that a drift of the machine touches all alike. Memory is the
-peak resident size above parameters, inputs and the parameters' gradients; on a GPU, what the allocator held at its peak
-above the same. With `--target` the teacher is what a cache keeps of it, made before the clock starts, and *bare* is the
-three products of the student's head. The error is that of the hidden states' gradient in bfloat16 against float64, at three KLs.
+`liger` and `trl` (their chunked losses, where they are installed). Each cell is a process of its own, which warms up once
+and then takes the median of three; cells of one setting follow each other `--repeats` times, so that a drift of the machine
+touches all alike. Memory is the peak resident size above parameters, inputs and the parameters' gradients; on a GPU, what
+the allocator held at its peak above the same. With `--target` the teacher is what a cache keeps of it, made before the
+clock starts, and *bare* is the three products of the student's head. The error is that of the hidden states' gradient in
+bfloat16 against float64, at three KLs.
 """
 
 from __future__ import annotations
@@ -148,17 +149,17 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
     for leaf in (student.hidden, student.weight):
         leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
-    work, seconds, extra = path_of(path, name), 0.0, 0.0
-    for _ in range(2):  # the first one warms up
+    work, seconds, extra = path_of(path, name), [], 0.0
+    for _ in range(4):  # the first one warms up
         student.hidden.grad = student.weight.grad = None
         before, start = occupied(args.device), time.perf_counter()
         work(student, teacher)
         if args.device != "cpu":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         gradients = sum(leaf.itemsize * leaf.numel() for leaf in (student.hidden, student.weight))
         extra = (peak(args.device) - before - gradients) / 2**20
-    return [seconds, extra]
+    return [statistics.median(seconds[1:]), extra]
 
 
 def errors(name: str, path: str, target: str, seed: int, device: str) -> list[float]:

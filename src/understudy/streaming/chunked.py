@@ -161,7 +161,7 @@ class _Work:
         the gradients of `Σ upstream · values`."""
         values = self.student.hidden.new_empty(self.number, dtype=self.dtype)
         mine = self.buffer(self.tile)
-        teacher = _Teacher(self.target, self.beside, self.buffer(self.beside) if isinstance(self.target, Projected) else None)
+        teacher = _Teacher(self)
         grads: Grads = [None, None, None]
         for part in self.parts:
             values[part], slope = self.slopes(part, mine, teacher, any(needs))
@@ -190,11 +190,12 @@ class _Work:
 
 
 class _Teacher:
-    """The target of rows asked for in order. Hidden states become logits `beside` rows at a time, in `room`, whatever tiles
-    the student is at: a teacher's head has no gradient, so fewer rows at a time cost it less."""
+    """The target of rows asked for in order. Hidden states become logits `beside` rows at a time, whatever tiles the student
+    is at: a teacher's head has no gradient, so fewer rows at a time cost it less."""
 
-    def __init__(self, target: Target | None, beside: int, room: Tensor | None) -> None:
-        self.target, self.beside, self.room = target, beside, room
+    def __init__(self, work: _Work) -> None:
+        self.target, self.beside = work.target, work.beside
+        self.room = work.buffer(work.beside) if isinstance(work.target, Projected) else None
         self.begin = -1
         self.made: Target | None = None
 
@@ -204,14 +205,13 @@ class _Teacher:
             return None if self.target is None else self.target.select(at)
         begin = at.start // self.beside * self.beside
         if begin != self.begin:
-            self.made = None  # makes room
-            these = self.target.select(slice(begin, begin + self.beside))
+            self.begin, self.made = begin, None  # makes room
+            these: Target = self.target.select(slice(begin, begin + self.beside))
             if isinstance(these, Projected):
                 assert self.room is not None
-                made = to_logits(these.hidden, these.weight, self.room[: len(these.hidden)])
-                self.begin, self.made = begin, Dense(finish(made, these, inplace=True))
-            else:
-                self.begin, self.made = begin, dense(these)
+                product = to_logits(these.hidden, these.weight, self.room[: len(these.hidden)])
+                these = Dense(finish(product, these, inplace=True))
+            self.made = dense(these)
         assert self.made is not None
         return self.made.select(slice(at.start - begin, at.stop - begin))
 

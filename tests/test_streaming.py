@@ -187,7 +187,7 @@ def test_peak_memory_is_a_tenth_of_plain():
 
 
 @pytest.mark.parametrize(
-    "whole,tile", [(1, 128), (128, 128), (129, 64), (512, 64), (640, 80), (1024, 128), (9999, 128)]
+    "whole,tile", [(1, 128), (128, 128), (129, 64), (320, 64), (640, 128), (1024, 192), (9999, 192)]
 )
 def test_a_tile_holds_all_rows_or_grows_with_them_to_a_bound(whole, tile):
     assert chunked.bytes_of_tile(False, whole * 2**20) == tile * 2**20

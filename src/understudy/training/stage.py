@@ -26,7 +26,8 @@ class Stage:
         student, teacher: as they are at the time. splits: examples of `train`, `validation` and `test`.
         collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
         teacher_train: what a teacher that is trained first may see.
-        judge: the split that the run is judged on. store: a folder that comparisons share. key: hash of teacher and data. seed: of the run.
+        judge: the split that the run is judged on. store: a folder that comparisons share. key: hash of teacher and data.
+        seed: of the run.
     """
 
     student: RowModel

@@ -194,7 +194,9 @@ def test_a_tile_holds_all_rows_or_grows_with_them_to_a_bound(whole, tile):
     assert chunked.bytes_of_tile(True, whole * 2**20) == chunked.GPU_TILE_BYTES
 
 
-@pytest.mark.parametrize("rows,most,tile,beside", [(16, 256, 16, 16), (256, 256, 256, 128), (512, 128, 128, 104), (3, 2, 2, 1)])
+@pytest.mark.parametrize(
+    "rows,most,tile,beside", [(16, 256, 16, 16), (256, 256, 256, 128), (512, 128, 128, 104), (3, 2, 2, 1)]
+)
 def test_the_teacher_answers_fewer_rows_than_a_tile_on_a_cpu(rows, most, tile, beside):
     assert chunked.rows_of_tile(rows, most, False) == (tile, beside)
     assert chunked.rows_of_tile(rows, most, True) == (tile, tile)

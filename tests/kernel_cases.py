@@ -239,7 +239,7 @@ def test_products_of_half_precision_on_a_gpu(monkeypatch):
     hidden, weight, slope = (made(*s, scale=1.0) for s in ((48, 64), (520, 64), (48, 520)))
     half, head_ = hidden.bfloat16(), weight.bfloat16()
     for out, expected in (
-        (products.logits_of(half, head_, torch.empty_like(slope)), half.double() @ head_.double().T),
+        (products.to_logits(half, head_, torch.empty_like(slope)), half.double() @ head_.double().T),
         (products.to_hidden(slope, head_), slope.double() @ head_.double()),
         (products.to_weight(slope, half, torch.zeros_like(weight), 0.0), slope.double().T @ half.double()),
     ):

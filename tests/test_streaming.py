@@ -116,6 +116,17 @@ def test_half_precision_heads_block_by_block(tiles, part, monkeypatch):
     assert (ours.double() - theirs).norm() / theirs.norm() < 0.003
 
 
+@pytest.mark.parametrize("rows", [1, products.FEW, products.FEW + 1])
+@pytest.mark.parametrize("classes", [3, products.TURNED_CLASSES, 2 * products.TURNED_CLASSES + 7])
+def test_logits_of_few_rows_are_those_of_many(rows, classes):
+    """Also where a head is a transposed view, and where the logits are columns of a wider tensor."""
+    hidden, weight = torch.randn(rows, 8), torch.randn(8, classes).T
+    room = torch.zeros(rows, classes + 2)
+    made = products.to_logits(hidden, weight, room[:, 1:-1])
+    torch.testing.assert_close(made.double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+    assert not room[:, 0].any() and not room[:, -1].any()
+
+
 @pytest.mark.parametrize("kind", ["dense", "top_k", "sampled", "none"])
 def test_every_kind_of_target(kind):
     student, teacher = sides()

@@ -6,7 +6,8 @@
 
 Paths: `bare` (the four matrix products alone), `plain`, `rowwise` (ours), `triton` (ours with its kernels, on a GPU),
 `liger` and `trl` (their chunked losses, where they are installed). Each cell is a process of its own, which warms up once
-and then takes the median of three; cells of one setting follow each other `--repeats` times, so that a drift of the machine
+and then takes the median of its passes for `--seconds`, three at least: the gradient's pages are new in every pass, and
+what that takes varies by half. Cells of one setting follow each other `--repeats` times, so that a drift of the machine
 touches all alike. Memory is the peak resident size above parameters, inputs and the parameters' gradients; on a GPU, what
 the allocator held at its peak above the same. With `--target` the teacher is what a cache keeps of it, made before the
 clock starts, and *bare* is the three products of the student's head. The error is that of the hidden states' gradient in
@@ -149,8 +150,8 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
     for leaf in (student.hidden, student.weight):
         leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
-    work, seconds, extra = path_of(path, name), [], 0.0
-    for _ in range(4):  # the first one warms up
+    work, seconds, extra = path_of(path, name), [], []
+    while len(seconds) < 4 or sum(seconds) < args.seconds:  # the first one warms up
         student.hidden.grad = student.weight.grad = None
         before, start = occupied(args.device), time.perf_counter()
         work(student, teacher)
@@ -158,8 +159,8 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         gradients = sum(leaf.itemsize * leaf.numel() for leaf in (student.hidden, student.weight))
-        extra = (peak(args.device) - before - gradients) / 2**20
-    return [statistics.median(seconds[1:]), extra]
+        extra.append((peak(args.device) - before - gradients) / 2**20)
+    return [statistics.median(seconds[1:]), statistics.median(extra[1:])]
 
 
 def errors(name: str, path: str, target: str, seed: int, device: str) -> list[float]:
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0, help="a process times passes for so long, three at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

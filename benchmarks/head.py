@@ -150,7 +150,9 @@ def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[f
     for leaf in (student.hidden, student.weight):
         leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
-    work, seconds, extra = path_of(path, name), [], []
+    work = path_of(path, name)
+    seconds: list[float] = []
+    extra: list[float] = []
     while len(seconds) < 4 or sum(seconds) < args.seconds:  # the first one warms up
         student.hidden.grad = student.weight.grad = None
         before, start = occupied(args.device), time.perf_counter()
@@ -196,7 +198,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0, help="a process times passes for so long, three at least")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="a process times passes for so long, three at least"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -88,6 +88,19 @@ def test_gradients_by_hand_are_those_of_autograd(more):
     agrees(losses.cross_entropy, {}, None, (torch.randint(0, 29, (7,)),))
 
 
+@pytest.mark.parametrize("loss", [losses.jsd, losses.skew_kl, losses.skew_reverse_kl])
+def test_probabilities_that_are_zero_in_floating_point(loss):
+    """On the student's side, the teacher's, or both: values and gradients are those of the plain loss in float64."""
+    logits, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    logits[:, :3] -= 300
+    teacher[:, 2:5] -= 300
+    values, slope = by_hand(loss, logits, Dense(teacher), (), {})
+    leaf = logits.double().requires_grad_()
+    exact = loss(leaf, Dense(teacher.double()))
+    torch.testing.assert_close(values.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slope.double(), torch.autograd.grad(exact.sum(), leaf)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_forbidden_classes_and_bad_rows_are_left_to_the_plain_loss():
     student, teacher = sides()
     logits = project(teacher)

@@ -8,7 +8,6 @@ With g = ∂L/∂q the gradient with respect to the logits is q (g − Σ q g) /
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,8 +102,8 @@ def _reverse(log_q: Tensor, log_p: Tensor) -> Pair:
 def _jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Pair | None:
     if not 0 < beta < 1:
         return _forward(log_q, log_p) if beta == 0 else _reverse(log_q, log_p) if beta == 1 else None
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     p, q = log_p.exp(), log_q.exp()
+    log_m = _mixture(p, q, beta).log_()
     left, right = torch.linalg.vecdot(p, log_p.sub_(log_m)), log_q.sub_(log_m)
     own = torch.linalg.vecdot(q, right)
     values = beta * left + (1 - beta) * own
@@ -114,24 +113,29 @@ def _jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Pair | None:
 def _skew(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Pair | None:
     if not 0 < alpha < 1:
         return _forward(log_q, log_p) if alpha == 0 else None
-    log_m = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
-    p = log_p.exp()
-    values = torch.linalg.vecdot(p, log_p - log_m)
+    p, q = log_p.exp(), log_q.exp()
+    m = _mixture(p, q, alpha)
+    values = torch.linalg.vecdot(p, log_p.sub_(m.log()))
     # q g = −(1 − α) q p / m, and p / m is at most 1 / α: no overflow.
-    pull = torch.exp(log_p.add_(log_q).sub_(log_m)).mul_(-(1 - alpha))
-    return values, pull.sub_(log_q.exp_().mul_(pull.sum(-1, keepdim=True)))
+    pull = p.div_(m).mul_(q).mul_(-(1 - alpha))
+    return values, pull.sub_(q.mul_(pull.sum(-1, keepdim=True)))
 
 
 def _skew_reverse(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Pair | None:
     if not 0 < alpha < 1:
         return _reverse(log_q, log_p) if alpha == 0 else None
-    log_m = torch.logaddexp(log_q + math.log(alpha), log_p + math.log1p(-alpha))
     q = log_q.exp()
-    ratio = log_q.sub_(log_m)
+    m = _mixture(q, log_p.exp_(), alpha)
+    ratio = log_q.sub_(m.log())
     values = torch.linalg.vecdot(q, ratio)
     # g = log q/m + 1 − α q/m
-    g = ratio.sub_(ratio.exp().mul_(alpha))
+    g = ratio.sub_((q / m).mul_(alpha))
     return values, q.mul_(g.sub_(torch.linalg.vecdot(q, g)[:, None]))
+
+
+def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
+    """share · p + (1 − share) · q. Where both are 0 in floating point it is above 0, so that its logarithm times 0 is 0."""
+    return torch.lerp(q, p, share).clamp_min_(torch.finfo(p.dtype).tiny)
 
 
 _DENSE: dict[Callable[..., Tensor], Callable[..., Pair | None]] = {

@@ -131,8 +131,9 @@ def test_half_precision_heads_block_by_block(tiles, part, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, products.FEW, products.FEW + 1])
 @pytest.mark.parametrize("classes", [3, products.TURNED_CLASSES, 2 * products.TURNED_CLASSES + 7])
-def test_logits_of_few_rows_are_those_of_many(rows, classes):
-    """Also where a head is a transposed view, and where the logits are columns of a wider tensor."""
+def test_logits_of_few_rows_are_those_of_many(rows, classes, monkeypatch):
+    """Also in several blocks, where a head is a transposed view, and where the logits are columns of a wider tensor."""
+    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 8 * 700)
     hidden, weight = torch.randn(rows, 8), torch.randn(8, classes).T
     room = torch.zeros(rows, classes + 2)
     made = products.to_logits(hidden, weight, room[:, 1:-1])

@@ -23,7 +23,7 @@ demo: $(VENV)/package
 	$(BIN)/understudy demo --output runs/demo
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check src tests benchmarks docs

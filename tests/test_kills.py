@@ -71,7 +71,7 @@ def _killed(target, *args):
 def recipe(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     distill({**TEXT, "method": "kd", "output": str(home), "trainer": {**TEXT["trainer"], "max_steps": 1}})
-    data = {**TEXT["data"], "characters": 120_000}
+    data = {**TEXT["data"], "characters": 40_000}
     return {**TEXT, "method": "kd", "data": data, "teacher": {"model": str(home / "teacher" / "student")}}
 
 

@@ -132,23 +132,26 @@ def path_of(path: str, name: str) -> Callable[[Projected, Any], Any]:
     return lambda student, teacher: (forward(student, teacher) * 0.5).backward()
 
 
-def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[float]:
-    """Seconds and peak MiB of one cell."""
+def sides(args: argparse.Namespace, rows: int) -> tuple[Projected, Projected]:
+    """A student that wants gradients, and a teacher."""
     torch.manual_seed(args.seed)
 
     def made(*shape: int, scale: float) -> Tensor:
         return torch.randn(*shape).mul_(scale).to(args.device, getattr(torch, args.dtype))
 
-    student = Projected(made(rows, args.hidden, scale=0.5), made(args.vocabulary, args.hidden, scale=0.1))
+    hidden, weight = made(rows, args.hidden, scale=0.5), made(args.vocabulary, args.hidden, scale=0.1)
+    wide = args.teacher_hidden
+    teacher = Projected(made(rows, wide, scale=0.5), made(args.vocabulary, wide, scale=0.05))
+    return Projected(hidden.requires_grad_(), weight.requires_grad_()), teacher
+
+
+def measure(name: str, path: str, args: argparse.Namespace, rows: int) -> list[float]:
+    """Seconds and peak MiB of one cell."""
+    student, whole = sides(args, rows)
     with torch.no_grad():
-        teacher = kept(
-            Projected(
-                made(rows, args.teacher_hidden, scale=0.5), made(args.vocabulary, args.teacher_hidden, scale=0.05)
-            ),
-            args.target,
-        )
+        teacher = kept(whole, args.target)
+    del whole
     for leaf in (student.hidden, student.weight):
-        leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
     work = path_of(path, name)
     seconds: list[float] = []

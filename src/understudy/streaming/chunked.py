@@ -32,8 +32,10 @@ GPU_TILE_BYTES = 256 * 2**20
 """The same on a GPU, where a tile of few rows would be spent on reading the head and adding to its gradient: at
 512 rows products take about twice as long as that. Reckoned from the bandwidth of an H100, not measured."""
 STRIP_BYTES = 2**20
-"""Bytes of one `[strip rows, classes]` float32 tensor on a CPU; a loss holds about eight of them at a time. With
-strips of 4 MiB, which leave the cache, 512 rows at 131,072 classes took 8 % longer."""
+"""Bytes of one `[strip rows, classes]` float32 tensor on a CPU. With strips of 4 MiB, which leave the cache, 512 rows at
+131,072 classes took 8 % longer."""
+STRIPS_HELD = 8
+"""Tensors of a strip that a loss holds at a time, about."""
 
 
 def rowwise(
@@ -97,6 +99,8 @@ class _Work:
         self.parts = [slice(start, start + self.tile) for start in range(0, max(1, self.number), self.tile)]
         self.kernels = kernels and _kernels(device)
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
+        if on_cpu:
+            keep_heap(STRIPS_HELD * self.strip * size)
 
     def buffer(self, rows: int) -> Tensor:
         return self.student.hidden.new_empty(rows, self.student.classes, dtype=self.dtype)
@@ -226,6 +230,16 @@ def _kernels(device: torch.device) -> bool:
     except ImportError:
         return False
     return runs_on(device)
+
+
+def keep_heap(size: int) -> None:
+    """Have the C library keep what a strip frees for the next one, up to `size` bytes.
+
+    glibc gives freed memory back to the system beyond a threshold that it raises to twice the largest block, up to 32 MiB,
+    that was ever freed. So free one, which is never touched: without, 512 rows at 131,072 classes took 60,000 to 320,000
+    faults of pages more, some 3 µs each, by what happened to have been freed before.
+    """
+    torch.empty(size, dtype=torch.uint8)
 
 
 def bytes_of_tile(gpu: bool, whole: int) -> int:

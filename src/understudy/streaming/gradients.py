@@ -8,11 +8,13 @@ With g = ∂L/∂q the gradient with respect to the logits is q (g − Σ q g) /
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from understudy import losses
 from understudy.losses.classification import check_labels
@@ -39,14 +41,12 @@ def by_hand(
     scaled = logits if tau == 1 else logits / tau
     if isinstance(target, Dense) and loss in _DENSE and target.logits.shape == logits.shape:
         options.pop("truncation", None)
-        log_q = torch.log_softmax(scaled, -1)
         teacher = target.logits.to(logits.dtype)
-        log_p = torch.log_softmax(teacher if tau == 1 else teacher / tau, -1)
-        found = _DENSE[loss](log_q, log_p, **options)
+        found = _DENSE[loss](scaled, teacher if tau == 1 else teacher / tau, **options)
     elif isinstance(target, Sampled) and loss in (losses.forward_kl, losses.cross_entropy_soft) and not options:
-        found = _sampled(loss, torch.log_softmax(scaled, -1), target)
+        found = _sampled(loss, scaled, target)
     elif isinstance(target, TopK) and loss in _BUCKETED:
-        found = _buckets(loss, torch.log_softmax(scaled, -1), target, options)
+        found = _buckets(loss, scaled, target, options)
     if found is None:
         return None
     values, slope = found
@@ -72,70 +72,84 @@ def _finite(pair: Pair) -> Pair | None:
     return pair if bool(pair[0].isfinite().all()) else None
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Pair:
-    check_labels("cross_entropy", labels, logits.shape[-1])
-    log_q = torch.log_softmax(logits, -1)
-    values = -log_q.gather(-1, labels[:, None])[:, 0]
-    slope = log_q.exp_()
-    slope.scatter_add_(-1, labels[:, None], slope.new_full((len(labels), 1), -1.0))
-    return values, slope
+def _softmax(z: Tensor) -> Pair:
+    """q `[rows, classes]` and log Σ exp z `[rows, 1]`: z − log q of the likeliest class, whose q is never small."""
+    q = torch.softmax(z, -1)
+    return q, z.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log_()
 
 
-def _forward(log_q: Tensor, log_p: Tensor) -> Pair:
-    p, q = log_p.exp(), log_q.exp()
-    values = torch.linalg.vecdot(p, log_p.sub_(log_q))
-    return values, q.sub_(p)
+def _cross_entropy(z: Tensor, labels: Tensor) -> Pair:
+    check_labels("cross_entropy", labels, z.shape[-1])
+    q, norm = _softmax(z)
+    values = (norm - z.gather(-1, labels[:, None]))[:, 0]
+    return values, q.scatter_add_(-1, labels[:, None], q.new_full((len(labels), 1), -1.0))
 
 
-def _soft(log_q: Tensor, log_p: Tensor) -> Pair:
-    p, q = log_p.exp_(), log_q.exp()
-    return -torch.linalg.vecdot(p, log_q), q.sub_(p)
+def _both(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, p and log p/q of each class: a sum over classes of p times a number common to all is not that number, quite."""
+    (q, norm_q), (p, norm_p) = _softmax(z), _softmax(t)
+    return q, p, (t - z).add_(norm_q - norm_p)
 
 
-def _reverse(log_q: Tensor, log_p: Tensor) -> Pair:
-    q = log_q.exp()
-    ratio = log_q.sub_(log_p)
-    values = torch.linalg.vecdot(q, ratio)
-    return values, q.mul_(ratio.sub_(values[:, None]))
+def _forward(z: Tensor, t: Tensor) -> Pair:
+    q, p, ahead = _both(z, t)
+    return torch.linalg.vecdot(p, ahead), q.sub_(p)
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Pair | None:
+def _soft(z: Tensor, t: Tensor) -> Pair:
+    (q, norm), p = _softmax(z), torch.softmax(t, -1)
+    return torch.linalg.vecdot(p, norm - z), q.sub_(p)
+
+
+def _reverse(z: Tensor, t: Tensor) -> Pair:
+    _, q, ahead = _both(t, z)
+    values = torch.linalg.vecdot(q, ahead)
+    return values, q.mul_(ahead.sub_(values[:, None]))
+
+
+# Of a mixture m = a p + (1 − a) q: a p / m = sigmoid (log p/q + log_odds a), which cannot overflow.
+
+
+def _jsd(z: Tensor, t: Tensor, beta: float = 0.5) -> Pair | None:
     if not 0 < beta < 1:
-        return _forward(log_q, log_p) if beta == 0 else _reverse(log_q, log_p) if beta == 1 else None
-    p, q = log_p.exp(), log_q.exp()
-    log_m = _mixture(p, q, beta).log_()
-    left, right = torch.linalg.vecdot(p, log_p.sub_(log_m)), log_q.sub_(log_m)
-    own = torch.linalg.vecdot(q, right)
-    values = beta * left + (1 - beta) * own
-    return values, q.mul_(right.sub_(own[:, None])).mul_(1 - beta)
+        return _forward(z, t) if beta == 0 else _reverse(z, t) if beta == 1 else None
+    q, p, ahead = _both(z, t)
+    # log m/q; of 40 on softplus is its argument in float64, too
+    above = softplus(ahead + _log_odds(beta), threshold=40.0).add_(math.log1p(-beta))
+    left, own = torch.linalg.vecdot(p, ahead.sub_(above)), torch.linalg.vecdot(q, above)
+    return beta * left - (1 - beta) * own, q.mul_(above.sub_(own[:, None])).mul_(beta - 1)
 
 
-def _skew(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Pair | None:
+def _skew(z: Tensor, t: Tensor, alpha: float = 0.1) -> Pair | None:
     if not 0 < alpha < 1:
-        return _forward(log_q, log_p) if alpha == 0 else None
-    p, q = log_p.exp(), log_q.exp()
-    m = _mixture(p, q, alpha)
-    values = torch.linalg.vecdot(p, log_p.sub_(m.log()))
-    # q g = −(1 − α) q p / m, and p / m is at most 1 / α: no overflow.
-    pull = p.div_(m).mul_(q).mul_(-(1 - alpha))
-    return values, pull.sub_(q.mul_(pull.sum(-1, keepdim=True)))
+        return _forward(z, t) if alpha == 0 else None
+    q, p, ahead = _both(z, t)
+    ratio = ahead.add_(_log_odds(alpha)).sigmoid_().div_(alpha)  # p/m
+    values = torch.linalg.vecdot(p, _log(ratio))
+    # g = −(1 − α) p/m
+    mean = torch.linalg.vecdot(q, ratio.sub_(1))
+    return values, q.mul_(ratio.sub_(mean[:, None])).mul_(alpha - 1)
 
 
-def _skew_reverse(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Pair | None:
+def _skew_reverse(z: Tensor, t: Tensor, alpha: float = 0.1) -> Pair | None:
     if not 0 < alpha < 1:
-        return _reverse(log_q, log_p) if alpha == 0 else None
-    q = log_q.exp()
-    m = _mixture(q, log_p.exp_(), alpha)
-    ratio = log_q.sub_(m.log())
-    values = torch.linalg.vecdot(q, ratio)
+        return _reverse(z, t) if alpha == 0 else None
+    _, q, ahead = _both(t, z)
+    ratio = ahead.add_(_log_odds(alpha)).sigmoid_().div_(alpha)  # q/m
+    log_ratio = _log(ratio)
+    values = torch.linalg.vecdot(q, log_ratio)
     # g = log q/m + 1 − α q/m
-    g = ratio.sub_((q / m).mul_(alpha))
+    g = log_ratio.sub_(ratio, alpha=alpha)
     return values, q.mul_(g.sub_(torch.linalg.vecdot(q, g)[:, None]))
 
 
-def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
-    """share · p + (1 − share) · q. Where both are 0 in floating point it is above 0, so that its logarithm times 0 is 0."""
-    return torch.lerp(q, p, share).clamp_min_(torch.finfo(p.dtype).tiny)
+def _log_odds(share: float) -> float:
+    return math.log(share) - math.log1p(-share)
+
+
+def _log(ratio: Tensor) -> Tensor:
+    """Finite where a ratio is 0 in floating point, so that 0 times it is 0."""
+    return ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log_()
 
 
 _DENSE: dict[Callable[..., Tensor], Callable[..., Pair | None]] = {
@@ -149,21 +163,21 @@ _DENSE: dict[Callable[..., Tensor], Callable[..., Pair | None]] = {
 _BUCKETED = frozenset({*_DENSE, losses.total_variation, losses.alpha_beta})
 
 
-def _sampled(loss: Callable[..., Tensor], log_q: Tensor, target: Sampled) -> Pair:
-    weights = target.weights.to(log_q.dtype)
-    at = log_q.gather(-1, target.ids)
-    values = (weights * (target.log_probs.to(log_q.dtype) - at if loss is losses.forward_kl else -at)).sum(-1)
-    slope = log_q.exp_().mul_(weights.sum(-1, keepdim=True))
-    return values, slope.scatter_add_(-1, target.ids, -weights)
+def _sampled(loss: Callable[..., Tensor], z: Tensor, target: Sampled) -> Pair:
+    weights, (q, norm) = target.weights.to(z.dtype), _softmax(z)
+    at = z.gather(-1, target.ids) - norm
+    values = (weights * (target.log_probs.to(z.dtype) - at if loss is losses.forward_kl else -at)).sum(-1)
+    return values, q.mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, target.ids, -weights)
 
 
-def _buckets(loss: Callable[..., Tensor], log_q: Tensor, target: TopK, options: dict[str, Any]) -> Pair:
+def _buckets(loss: Callable[..., Tensor], z: Tensor, target: TopK, options: dict[str, Any]) -> Pair:
     """Any divergence on k kept classes and a tail: autograd on k + 1 buckets, by hand from there to the classes.
 
     ∂ log Q_b / ∂ z_v is δ_bv − q_v for a kept class, and q_v / Q_tail [v outside] − q_v for the tail.
     """
-    kept = log_q.gather(-1, target.ids)
-    outside = log_q.exp_().scatter_(-1, target.ids, 0.0)
+    q, norm = _softmax(z)
+    kept = z.gather(-1, target.ids) - norm
+    outside = q.scatter_(-1, target.ids, 0.0)
     tail = outside.sum(-1, keepdim=True)
     values, u = bucket_gradient(loss, torch.cat([kept, tail.log()], -1), target, options)
     share, whole = torch.where(tail > 0, u[:, -1:] / tail, torch.zeros_like(tail)), u.sum(-1, keepdim=True)

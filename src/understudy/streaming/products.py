@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 32 * 2**20
-"""Half-precision heads are widened a block of classes at a time, of about this size; logits of few rows are turned by it."""
-FEW, TURNED_CLASSES = 32, 512
-"""Logits of so few rows on a CPU are made as products of so many classes with the rows. At 131,072 classes, hidden 1,024 and
-2,048, 16 rows took about 0.7 of one product's time, 32 rows 0.8; from 64 on nothing was gained."""
+"""Half-precision heads are widened a block of classes at a time, of about this size."""
+FEW, TURNED_CLASSES, TURNED_BYTES = 384, 512, 2 * 2**20
+"""Logits of so few rows on a CPU are made as products of so many classes with the rows, of about this size at a time. At
+131,072 classes that took, of one product's time, 0.4 to 0.5 with 16 rows, 0.6 with 128, 0.7 with 256 and 0.8 to 0.9 with
+512 (hidden 1,024 to 4,096); at hidden 256 0.7, 0.8, 0.9 and 1.0."""
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -28,8 +29,9 @@ def to_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         if on_tensor_cores(hidden) and hidden.dtype == weight.dtype and out.dtype == torch.float32:
             return narrow(hidden, weight.T, out)
         wide = hidden.to(out.dtype)
-        few = len(wide) <= FEW and weight.device.type == "cpu"
-        for part in _blocks(weight, few or weight.dtype != out.dtype):
+        few = 0 < len(wide) <= FEW and weight.device.type == "cpu"
+        most = TURNED_BYTES // (4 * len(wide)) if few else len(weight)
+        for part in _blocks(weight, few or weight.dtype != out.dtype, most):
             (_turned if few else _product)(wide, weight[part].to(out.dtype), out[:, part])
     return out
 
@@ -78,10 +80,14 @@ def to_weight(slope: Tensor, hidden: Tensor, out: Tensor, keep: float) -> Tensor
     return out
 
 
-def _blocks(weight: Tensor, split: bool) -> list[slice]:
-    """All classes at once, or block by block where something must be widened, narrowed or turned on the way."""
-    size = max(1, BLOCK_BYTES // (4 * weight.shape[1])) if split else max(1, weight.shape[0])
-    return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
+def _blocks(weight: Tensor, split: bool, most: int | None = None) -> list[slice]:
+    """All classes at once, or block by block, of up to `most`, where something must be widened, narrowed or turned on the
+    way."""
+    classes, size = len(weight), max(1, len(weight))
+    if split:
+        size = max(1, min(BLOCK_BYTES // (4 * weight.shape[1]), most or classes))
+        size = size // TURNED_CLASSES * TURNED_CLASSES or size
+    return [slice(start, start + size) for start in range(0, classes, size)]
 
 
 def on_tensor_cores(x: Tensor) -> bool:

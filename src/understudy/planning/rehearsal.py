@@ -20,8 +20,8 @@ from understudy.streaming.products import BLOCK_BYTES
 from understudy.targets import Projected
 from understudy.training import Live, Method, Shapes
 
-STRIPS = 4
-"""Strips held at a time by the KL as `streaming.gradients` writes it: log q, log p, p and q. (JSD holds up to seven.)"""
+STRIPS = 3
+"""Strips held at a time by the KL as `streaming.gradients` writes it: q, p and log p/q. (JSD holds five.)"""
 STATISTICS = 8
 """Float64 tiles that evaluation's statistics hold at a time, as `evaluation.rows` says."""
 

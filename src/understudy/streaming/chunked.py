@@ -99,7 +99,7 @@ class _Work:
         self.parts = [slice(start, start + self.tile) for start in range(0, max(1, self.number), self.tile)]
         self.kernels = kernels and _kernels(device)
         self.strip = max(1, min(self.tile, STRIP_BYTES // size)) if on_cpu else self.tile
-        if on_cpu:
+        if self.strip < self.tile:
             keep_heap(STRIPS_HELD * self.strip * size)
 
     def buffer(self, rows: int) -> Tensor:

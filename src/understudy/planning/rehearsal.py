@@ -20,8 +20,8 @@ from understudy.streaming.products import BLOCK_BYTES
 from understudy.targets import Projected
 from understudy.training import Live, Method, Shapes
 
-STRIPS = 3
-"""Strips held at a time by the KL as `streaming.gradients` writes it: q, p and log p/q. (JSD holds five.)"""
+STRIPS = 4
+"""Strips held at a time as `streaming.gradients` writes the losses: q, p, log p/q and, of a skewed KL, one more. (JSD: five.)"""
 STATISTICS = 8
 """Float64 tiles that evaluation's statistics hold at a time, as `evaluation.rows` says."""
 

@@ -6,7 +6,7 @@ with the head are written out, so the head's gradient is accumulated in place. C
 memory a tile of the student's logits and most of one of the teacher's.
 
 On a CPU a strip's gradient is that of `by_hand` or autograd's; on a GPU Triton kernels come first, for a whole tile.
-`torch.compile` is not used: compiled, the forward KL of a strip took a half to a quarter of the time on a CPU, the step 4 %
+`torch.compile` is not used: compiled, the forward KL as first written took a half to a quarter of the time on a CPU, the step 4 %
 less at 96 rows, hidden 256, 131,072 classes and 3 % at hidden 1,024, 32,000 classes. That is less than the noise, for a
 first call of 4 to 27 s and a C++ compiler.
 """
@@ -236,7 +236,7 @@ def keep_heap(size: int) -> None:
     """Have the C library keep what a strip frees for the next one, up to `size` bytes.
 
     glibc gives freed memory back to the system beyond a threshold that it raises to twice the largest block, up to 32 MiB,
-    that was ever freed. So free one, which is never touched: without, 512 rows at 131,072 classes took 60,000 to 320,000
+    that was ever freed. So free one, which is never touched: without, 512 rows at 131,072 classes took 15,000 to 320,000
     faults of pages more, some 3 µs each, by what happened to have been freed before.
     """
     torch.empty(size, dtype=torch.uint8)

@@ -86,7 +86,7 @@ def _cross_entropy(z: Tensor, labels: Tensor) -> Pair:
 
 
 def _both(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and log p/q of each class: a sum over classes of p times a number common to all is not that number, quite."""
+    """q, p and log p/q, class by class: probabilities do not sum to 1 exactly, so normalisers are subtracted before sums."""
     (q, norm_q), (p, norm_p) = _softmax(z), _softmax(t)
     return q, p, (t - z).add_(norm_q - norm_p)
 

@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from understudy import distill, losses
-from understudy.caching import capture_recipe, describe
 from understudy.data import Batch
 from understudy.data.folders import find
 from understudy.evaluation.rows import RowStatistics, row_statistics
-from understudy.models import RowModel
-from understudy.recipe import Recipe, make
-from understudy.run import load_teacher
+from understudy.models import ModelAdapter
+from understudy.runs.capture import capture_recipe, describe
+from understudy.runs.recipe import Recipe, make
+from understudy.runs.run import load_teacher
 from understudy.streaming import rowwise
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
@@ -100,26 +100,26 @@ class Judge:
         chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]
         return Batch.from_dict(self.prepared.collate(chosen))
 
-    def student(self, folder: Path) -> RowModel:
-        model: RowModel = self.task.model(self.recipe.student, self.prepared, folder / "student")
+    def student(self, folder: Path) -> ModelAdapter:
+        model: ModelAdapter = self.task.model(self.recipe.student, self.prepared, folder / "student")
         return model.eval()
 
     @torch.no_grad()
-    def test(self, student: RowModel, most: int = 256) -> tuple[float, float]:
+    def test(self, student: ModelAdapter, most: int = 256) -> tuple[float, float]:
         """KL to the teacher and −log-likelihood, nats a token."""
         parts = []
         for start in range(0, min(most, len(self.prepared.test)), 16):
             batch = self.batch("test", start, 16)
-            parts.append(row_statistics(student(batch).signal, self.teacher.rows(batch).signal, batch.row_labels))
+            parts.append(row_statistics(student(batch).signal, self.teacher(batch).signal, batch.row_labels))
         found = RowStatistics.join(parts)
         return float(found.kl.mean()), float(found.nll.mean())
 
-    def gradient(self, student: RowModel, teacher: LocalTeacher | CachedTeacher) -> Tensor:
+    def gradient(self, student: ModelAdapter, teacher: LocalTeacher | CachedTeacher) -> Tensor:
         """That of the mean divergence over 64 training texts, all parameters in a row."""
         student.zero_grad()
         for start in range(0, 64, 16):
             batch = self.batch("train", start, 16)
-            rowwise(losses.forward_kl, student(batch).signal, teacher.rows(batch).signal).sum().backward()
+            rowwise(losses.forward_kl, student(batch).signal, teacher(batch).signal).sum().backward()
         return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 

@@ -23,8 +23,8 @@ import torch
 from head import measure, resident
 
 from understudy.targets import Dense
-from understudy.teachers.codecs import DEFAULT, Support, decode, encode
-from understudy.teachers.store import ShardStore, content_key
+from understudy.teachers.cache.codecs import DEFAULT, Support, decode, encode
+from understudy.teachers.cache.store import ShardStore, content_key
 
 COLUMNS = "series factor rows vocabulary examples seconds mib seconds_ratio mib_ratio machine torch threads".split()
 FACTORS = (1, 2, 4, 8)

@@ -121,8 +121,8 @@ def status(key: str) -> int:
 def measure(name: str, seed: int) -> dict[str, float]:
     """Run a recipe and plan it."""
     from understudy import distill, plan, run
-    from understudy.caching import capture_recipe
-    from understudy.recipe import make
+    from understudy.runs.capture import capture_recipe
+    from understudy.runs.recipe import make
 
     start: list[int] = []
     load = run.load_teacher

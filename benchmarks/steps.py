@@ -38,12 +38,12 @@ from understudy.data import IGNORE, Batch, collate_lists, collate_text, encode, 
 from understudy.evaluation import CostMeter
 from understudy.evaluation.cost import matmul_peak
 from understudy.methods import get as get_method
-from understudy.models import CausalLMRows, RowModel, SequenceRows, load_causal_lm
+from understudy.models import CausalLMAdapter, ModelAdapter, SequenceAdapter, load_causal_lm
 from understudy.models.layouts import Packing
 from understudy.teachers import CachedTeacher, LocalTeacher, Teacher
-from understudy.teachers.cached import capture
-from understudy.teachers.codecs import DEFAULT, Support
-from understudy.training import Apprentice, DistillationTrainer, OnPolicy, Rollouts, Stage
+from understudy.teachers.cache.codecs import DEFAULT, Support
+from understudy.teachers.cache.teacher import capture
+from understudy.training import DistillationTrainer, OnPolicy, Rollouts, SetupContext, TrainModule
 from understudy.training.shapes import Shapes
 
 COLUMNS = (
@@ -142,16 +142,18 @@ class Bench:
         return load_causal_lm(name, tokenizer=self.data.tokenizer)
 
     def ours(
-        self, method: str, rows: RowModel, examples: Any, collate: Any, teacher: Any = None, **options: Any
+        self, method: str, rows: ModelAdapter, examples: Any, collate: Any, teacher: Any = None, **options: Any
     ) -> Arm:
         """One of our methods, metered as every run is."""
         configured = get_method(method)(**options)
         vocabulary = len(self.data.tokenizer)
         if method == "dpo":
-            configured.stage(Stage(rows, None, {"train": examples}, collate, vocabulary, self.folder, "bench"))
+            configured.setup(SetupContext(rows, None, {"train": examples}, collate, vocabulary, self.folder, "bench"))
         args = TrainingArguments(output_dir=str(self.folder), **self.common())
-        apprentice = Apprentice(rows, configured, Shapes(vocabulary, 0, 0), 1000)
-        return Arm(DistillationTrainer(apprentice, args, examples, collate, teacher=teacher, meter=CostMeter("tokens")))
+        train_module = TrainModule(rows, configured, Shapes(vocabulary, 0, 0), 1000)
+        return Arm(
+            DistillationTrainer(train_module, args, examples, collate, teacher=teacher, meter=CostMeter("tokens"))
+        )
 
     def common(self) -> dict[str, Any]:
         """Training arguments of all arms."""
@@ -175,14 +177,14 @@ class Bench:
 
     def _text(self, method: str, teacher: Teacher | None = None, **options: Any) -> Arm:
         examples, _ = encode(self.data.completions, self.data.tokenizer, max_length=4096, pack=False)
-        rows = CausalLMRows(self.model(), len(self.data.tokenizer), "auto")
+        rows = CausalLMAdapter(self.model(), len(self.data.tokenizer), "auto")
         return self.ours(method, rows, examples, collate_text, teacher, **options)
 
     def sft(self) -> Arm:
         return self._text("sft")
 
     def kd_online(self) -> Arm:
-        teacher = LocalTeacher(CausalLMRows(self.model(True), len(self.data.tokenizer), "auto"), "teacher")
+        teacher = LocalTeacher(CausalLMAdapter(self.model(True), len(self.data.tokenizer), "auto"), "teacher")
         return self._text("kd", teacher=teacher, temperature=1.0, ce_weight=0.0, kd_weight=1.0, divergence="jsd")
 
     def _writing(self, ahead: int) -> Arm:
@@ -210,9 +212,9 @@ class Bench:
     def _cached(self, support: str) -> Arm:
         examples, _ = encode(self.data.completions, self.data.tokenizer, max_length=4096, pack=False)
         folder = self.folder / support.replace(":", "-")
-        batch = Batch.from_dict(collate_text(list(examples.rows)))
+        batch = Batch.from_dict(collate_text(list(examples.records)))
         capture(
-            CausalLMRows(self.model(True), len(self.data.tokenizer)),
+            CausalLMAdapter(self.model(True), len(self.data.tokenizer)),
             iter([batch]),
             folder,
             support=Support.parse(support),
@@ -250,7 +252,7 @@ class Bench:
 
         options = {"temperature": 1.0, "beta": 0.5, "seq_kd": False, "max_new_tokens": self.args.completion}
         config = GKDConfig(**self.trl(f"gkd-{share}", lmbda=share, **options))
-        dataset = Dataset.from_list([{k: r[k].tolist() for k in ("input_ids", "labels")} for r in examples.rows])
+        dataset = Dataset.from_list([{k: r[k].tolist() for k in ("input_ids", "labels")} for r in examples.records])
         dataset.set_format("torch")
         plain = lambda items: collate([{**i, "id": 0, "bytes": 0} for i in items])  # noqa: E731
         return Arm(
@@ -270,7 +272,7 @@ class Bench:
             for i, p in enumerate(self.data.pairs)
         ]
         examples, _ = encode_lists(records, self.data.tokenizer, max_length=4096)
-        rows = SequenceRows(self.model(), len(self.data.tokenizer), packing)
+        rows = SequenceAdapter(self.model(), len(self.data.tokenizer), packing)
         return self.ours("dpo", rows, examples, collate_lists)
 
     def dpo(self) -> Arm:

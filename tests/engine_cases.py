@@ -6,7 +6,7 @@ import signal
 
 # Children are forked from a server that has imported the heavy modules already.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["understudy.run", "transformers.trainer", "openai"])
+FORKED.set_forkserver_preload(["understudy.runs.run", "transformers.trainer", "openai"])
 
 DIGITS = {
     "task": "image_classification",

@@ -3,10 +3,10 @@
 import torch
 
 from understudy.data import Batch, collate_images
-from understudy.models import ClassifierRows
+from understudy.models import ClassifierAdapter
 from understudy.models.small import build_small
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, Live, Scene
+from understudy.training import AuxiliaryContext, DistillationTrainer, TrainModule, TrainState
 from understudy.training.arguments import training_arguments
 from understudy.training.shapes import probe
 
@@ -16,7 +16,7 @@ EAGER = {"l_min": 1e3, "l_max": 1e4, "max_augmentor_steps": 1}  # student, augme
 
 def net(name="mlp:12", shape=SIGNAL, seed=0):
     torch.manual_seed(seed)
-    return ClassifierRows(build_small(name, 5, shape).double(), 5)
+    return ClassifierAdapter(build_small(name, 5, shape).double(), 5)
 
 
 def signals(number=12, shape=SIGNAL):
@@ -29,12 +29,12 @@ def played(method, student, teacher, batch, module=None):
     shapes = probe(method, 5, {"student": student, "teacher": teacher}, {"student": {}, "teacher": {}}, batch)
     module = module or method.modules(shapes)["augmentor"].double()
     local = LocalTeacher(teacher, "t")
-    live = Live({"augmentor": module}, student=student, teacher=local, state=method.state(9))
-    scene = Scene(student, local, [batch], batch.rows, lambda n: batch, list)
-    (terms,) = method.play("augmentor", scene, live)
+    state = TrainState({"augmentor": module}, student=student, teacher=local, method_state=method.init_state(9))
+    context = AuxiliaryContext(student, local, [batch], batch.num_items, lambda n: batch, list)
+    (terms,) = method.auxiliary_loss("augmentor", context, state)
     loss = sum(t.weight * t.values.sum() for t in terms.values())
     grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
-    theirs = method.loss(student(batch), local.rows(batch), batch, live)
+    theirs = method.loss(student(batch), local(batch), batch, state)
     return terms, grads, theirs
 
 
@@ -45,7 +45,7 @@ def trainer(method, tmp_path, micro=12, accumulate=1, steps=2, teacher="circular
     values |= {"save_strategy": "no", "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}
     args = training_arguments({**values, "max_grad_norm": 0.0, **more}, tmp_path, 0)
     shapes = probe(method, 5, {"student": student, "teacher": teaching}, {"student": {}, "teacher": {}}, batch)
-    apprentice = Apprentice(student, method, shapes, steps).double()
+    train_module = TrainModule(student, method, shapes, steps).double()
     # float64 tensors stay as they are: the collator would make them float32
     collate = lambda chosen: {**collate_images(chosen), "pixel_values": torch.stack([c[0] for c in chosen])}  # noqa: E731
-    return DistillationTrainer(apprentice, args, items, collate, teacher=LocalTeacher(teaching, "t"))
+    return DistillationTrainer(train_module, args, items, collate, teacher=LocalTeacher(teaching, "t"))

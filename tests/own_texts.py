@@ -5,7 +5,7 @@ import json
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from understudy.data import collate_text, encode, train_tokenizer
-from understudy.models import CausalLMRows
+from understudy.models import CausalLMAdapter
 
 WORDS = "one two three four five six seven eight nine ten".split()
 
@@ -50,7 +50,7 @@ def model(tokenizer, seed=0, hidden=16, deviation=0.3):
 
 
 def rows(tokenizer, **options):
-    return CausalLMRows(model(tokenizer, **options), len(tokenizer))
+    return CausalLMAdapter(model(tokenizer, **options), len(tokenizer))
 
 
 def examples(tokenizer, number=16):

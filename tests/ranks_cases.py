@@ -21,11 +21,11 @@ from understudy.methods.dhkd import DHKD
 from understudy.methods.kd import KD
 from understudy.methods.sft import SFT
 from understudy.methods.taid import TAID
-from understudy.models import CausalLMRows
+from understudy.models import CausalLMAdapter
 from understudy.models.sharding import is_sharded, usable, whole_state
 from understudy.streaming import rowwise
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer
+from understudy.training import DistillationTrainer, TrainModule
 from understudy.training.arguments import training_arguments
 from understudy.training.shapes import probe
 
@@ -45,7 +45,7 @@ def model(tied, dropout=0.0):
         tie_word_embeddings=tied,
         attention_dropout=dropout,
     )
-    return CausalLMRows(LlamaForCausalLM(config).double(), 38)  # two rows of the head are padding
+    return CausalLMAdapter(LlamaForCausalLM(config).double(), 38)  # two rows of the head are padding
 
 
 def texts(examples):
@@ -76,9 +76,9 @@ def trainer_of(folder, method, micro, accumulate, examples, tied=True, sharded=F
     args = training_arguments(values, Path(folder), 0)
     sides, example = {"student": student, "teacher": teacher}, Batch.from_dict(collate_text(items[:2]))
     shapes = probe(method, 38, sides, {side: {} for side in sides}, example)
-    apprentice = Apprentice(student, method, shapes, 6).double()
+    train_module = TrainModule(student, method, shapes, 6).double()
     local = LocalTeacher(teacher, "teacher", args.device, sharded=sharded)
-    return DistillationTrainer(apprentice, args, items, collate_text, teacher=local)
+    return DistillationTrainer(train_module, args, items, collate_text, teacher=local)
 
 
 # name: (method, micro-batch of one process, accumulation, examples); two processes take half of the micro-batch.
@@ -248,12 +248,12 @@ ZERO3 = {
 def narrow(trainer_arguments):
     """In float32; without a GPU transformers gives all processes the same data, so the micro-batch is that of one."""
     global model
-    wide, double = model, Apprentice.double
-    model, Apprentice.double = lambda *a, **k: wide(*a, **k).float(), lambda self: self
+    wide, double = model, TrainModule.double
+    model, TrainModule.double = lambda *a, **k: wide(*a, **k).float(), lambda self: self
     try:
         trainer = trainer_of("unused", METHODS["taid"], 2, 2, 9, **trainer_arguments)
     finally:
-        model, Apprentice.double = wide, double
+        model, TrainModule.double = wide, double
     trainer.train()
     trainer.make_whole()
     return whole_state(trainer.model)

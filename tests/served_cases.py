@@ -7,11 +7,11 @@ from fault_server import KEY_ENV
 from understudy.data import Batch, load_text, train_tokenizer
 from understudy.generation import Endpoint
 from understudy.models import load_causal_lm, load_tokenizer
-from understudy.recipe import make
+from understudy.runs.recipe import make
+from understudy.runs.teachers import served
 from understudy.tasks import get as get_task
 from understudy.teachers import ServedTeacher
-from understudy.teachers.scores import Score
-from understudy.teaching import served
+from understudy.teachers.server.scores import Score
 
 DATA = {**TEXT["data"], "characters": 30_000, "limit": 4}
 QUICK = {"backoff": 0.001, "longest_backoff": 0.01, "retries": 30, "timeout": 5.0}
@@ -73,4 +73,4 @@ def asking(url, home, folder, batch, endpoint):
     torch.set_num_threads(1)
     words = load_tokenizer(str(home))
     at = Endpoint(url=url, **QUICK, **endpoint)
-    ServedTeacher("toy", at, Score("top_k", 20), folder, {"classes": len(words)}, words).rows(batch)
+    ServedTeacher("toy", at, Score("top_k", 20), folder, {"classes": len(words)}, words)(batch)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from understudy import InputError, losses
 from understudy.data import Batch, collate_text, train_tokenizer
-from understudy.models import CausalLMRows
+from understudy.models import CausalLMAdapter
 from understudy.models.tokenizers import token_bytes
 from understudy.streaming import logits_of, rowwise
 from understudy.targets import Dense, TopK
@@ -176,7 +176,7 @@ def llama(name, seed=0):
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    return CausalLMRows(LlamaForCausalLM(config).eval(), size)
+    return CausalLMAdapter(LlamaForCausalLM(config).eval(), size)
 
 
 def batch_of(name, texts, masked=0):
@@ -192,9 +192,9 @@ def batch_of(name, texts, masked=0):
 def test_with_the_students_own_tokenizer_it_is_the_teacher_itself():
     model, batch = llama("bytes"), batch_of("bytes", TEXTS[:4])
     other = OtherTokenizer(model, aligner("bytes", "bytes"), support=10**6)
-    said = LocalTeacher(other, "t").rows(batch).signal
-    alone = LocalTeacher(model, "t").rows(batch).signal
-    student = torch.randn(batch.rows, len(tokenizer("bytes")))
+    said = LocalTeacher(other, "t")(batch).signal
+    alone = LocalTeacher(model, "t")(batch).signal
+    student = torch.randn(batch.num_items, len(tokenizer("bytes")))
     # the padding token is no text: it stays in the bucket with its mass
     for loss in (losses.forward_kl, losses.jsd, losses.total_variation):
         torch.testing.assert_close(loss(student, said), loss(student, Dense(logits_of(alone))), atol=2e-3, rtol=1e-3)
@@ -208,7 +208,7 @@ def test_every_group_keeps_the_texts_likelihood():
     pair = aligner("small", "bytes")
     said = OtherTokenizer(model, pair, support=5)(batch).signal
     rows = torch.full(batch.labels.shape, -1)
-    rows[:, 1:][batch.mask] = torch.arange(batch.rows)
+    rows[:, 1:][batch.mask] = torch.arange(batch.num_items)
     longer = 0
     for b in range(4):
         ids = batch.inputs["input_ids"][b][batch.inputs["attention_mask"][b].bool()].tolist()
@@ -239,10 +239,10 @@ def test_every_group_keeps_the_texts_likelihood():
 def test_any_divergence_is_finite_and_silent_rows_say_nothing(one, name):
     model, batch = llama("bytes"), batch_of(one, TEXTS[:4])
     said = OtherTokenizer(model, aligner(one, "bytes"), support=6, limit=5)(batch).signal
-    assert isinstance(said, TopK) and said.rows == batch.rows
+    assert isinstance(said, TopK) and said.rows == batch.num_items
     silent = (said.ids < 0).all(-1)
     assert silent.any() and not silent.all()
-    student = (torch.randn(batch.rows, len(tokenizer(one)), dtype=torch.float64)).requires_grad_()
+    student = (torch.randn(batch.num_items, len(tokenizer(one)), dtype=torch.float64)).requires_grad_()
     values = rowwise(getattr(losses, name), Dense(student), said)
     (grad,) = torch.autograd.grad(values.sum(), student)
     assert values.isfinite().all() and grad.isfinite().all()

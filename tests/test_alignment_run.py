@@ -9,8 +9,8 @@ import torch
 from engine_cases import killed_run, weights
 from test_alignment import tokenizer
 from understudy import InputError, distill
-from understudy.check import check_recipe, evaluate_run
-from understudy.recipe import make
+from understudy.runs.check import check_recipe, evaluate_run
+from understudy.runs.recipe import make
 
 WORDS = ["the cat sat on the mat", "日本語の猫 🙂 sat on the mat", "naïvely the 🙃 cat sat there"]
 

@@ -13,7 +13,7 @@ from understudy import InputError
 from understudy.data import NoiseBatch
 from understudy.losses import diffusion as d
 from understudy.models.diffusion import (
-    DenoiserRows,
+    DenoiserAdapter,
     MixtureDenoiser,
     PointDenoiser,
     Sampler,
@@ -178,7 +178,7 @@ def test_predictions_agree_and_an_error_costs_the_same():
 def test_a_student_of_one_call_is_read_as_at_its_noise(prediction):
     """At t_max it begins as its teacher; at t_min the network still decides, and not the noise it was shown."""
     torch.manual_seed(3)
-    teacher = DenoiserRows(PointDenoiser(2, [8]).double(), LEVELS, prediction, (2,), clip=5.0)
+    teacher = DenoiserAdapter(PointDenoiser(2, [8]).double(), LEVELS, prediction, (2,), clip=5.0)
     student = copy.deepcopy(teacher).one_call(0.01, 0.99)
     eps = torch.randn(4, 2, dtype=torch.float64)
     batch = noise_batch(eps).at(eps, 0.99)
@@ -214,7 +214,7 @@ def test_guidance_stays_within_the_bound_of_the_teacher():
     model = PointDenoiser(2, [8], classes=3).double()
     batch = noise_batch(torch.zeros(16)).at(torch.randn(16, 2).double(), 0.6, torch.arange(16) % 3)
     free, bound = (
-        DenoiserRows(model, LEVELS, "sample", (2,), classes=3, clip=clip, sampler=Sampler(guidance=500.0))
+        DenoiserAdapter(model, LEVELS, "sample", (2,), classes=3, clip=clip, sampler=Sampler(guidance=500.0))
         for clip in (None, 0.5)
     )
     with torch.no_grad():

@@ -17,7 +17,7 @@ from understudy.methods.denoise import Denoise
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import Sampler
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, Stage
+from understudy.training import DistillationTrainer, SetupContext, TrainModule
 from understudy.training.arguments import training_arguments
 from understudy.training.shapes import Shapes
 
@@ -82,13 +82,13 @@ def trainer_for(method, tmp_path, micro=12, accumulate=1, learning_rate=0.1):
     if isinstance(method, Denoise):
         examples = ExampleSet(torch.randn(12, 2).double(), torch.full((12,), -1))
     splits = {"train": examples, "validation": Raises(), "test": Raises()}
-    work = Stage(student, teacher, splits, collate_noise, classes, tmp_path / "store", "key")
-    tables = method.stage(work)
-    student = method.student(student, work)
-    apprentice = Apprentice(student, method, Shapes(classes), 2, tables=tables).double()
+    context = SetupContext(student, teacher, splits, collate_noise, classes, tmp_path / "store", "key")
+    tables = method.setup(context)
+    student = method.student(student, context)
+    train_module = TrainModule(student, method, Shapes(classes), 2, tables=tables).double()
     args = training_arguments(values, tmp_path, 0)
     return DistillationTrainer(
-        apprentice, args, examples, collate_noise, teacher=LocalTeacher(teacher, "exact"), validation=Raises()
+        train_module, args, examples, collate_noise, teacher=LocalTeacher(teacher, "exact"), validation=Raises()
     )
 
 
@@ -136,11 +136,11 @@ def test_only_the_second_value_of_the_student_has_a_gradient(tmp_path):
     """With beta=0 the loss's gradient is that of g(ε, s) against a constant."""
     method = BOOT(beta=0.0, ema=0)
     trainer = trainer_for(method, tmp_path)
-    live, student = trainer.model.live, trainer.model.student
-    batch = method.shown(Batch.from_dict(collate_noise([trainer.train_dataset[i] for i in range(12)])), live)
+    state, student = trainer.model.train_state, trainer.model.student
+    batch = method.transform_batch(Batch.from_dict(collate_noise([trainer.train_dataset[i] for i in range(12)])), state)
     trainer.model(batch, None)["bootstrap"].backward()
     whole = torch.cat([p.grad.flatten() for p in student.parameters()])
-    target, weight = method._target(batch, live)
+    target, weight = method._target(batch, state)
     student.zero_grad()
     (weight * (student(batch).signal.values - target).square().mean(1)).sum().backward()
     torch.testing.assert_close(whole, torch.cat([p.grad.flatten() for p in student.parameters()]))
@@ -167,7 +167,7 @@ def test_it_learns_to_draw_in_one_call_from_noise_alone(tmp_path):
     forwards = evaluation["cost"]["forwards"]
     assert forwards == {"student": 3 * 500 * 128, "teacher": 2 * 500 * 128}
     assert len(evaluation["pictures"]) == 5 and "base64" in (tmp_path / "report.html").read_text()
-    from understudy.check import evaluate_run
+    from understudy.runs.check import evaluate_run
 
     assert evaluate_run(tmp_path)["metrics"] == pytest.approx(m)
 

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from engine_cases import DIGITS, FORKED, TEXT, weights
 from understudy import InputError, distill
-from understudy.caching import capture_recipe, describe, verify_recipe
 from understudy.cli import main
 from understudy.losses import forward_kl
-from understudy.recipe import make
+from understudy.runs.capture import capture_recipe, describe, verify_recipe
+from understudy.runs.recipe import make
 from understudy.targets import Dense, Projected, Sampled, TopK, top_k
 from understudy.teachers import sampling
-from understudy.teachers.cached import CachedTeacher
-from understudy.teachers.codecs import Support, decode, encode
-from understudy.teachers.sampling import pack_sampled, unpack_sampled
-from understudy.teachers.store import ShardStore, content_key
+from understudy.teachers.cache.codecs import Support, decode, encode
+from understudy.teachers.cache.sampling import pack_sampled, unpack_sampled
+from understudy.teachers.cache.store import ShardStore, content_key
+from understudy.teachers.cache.teacher import CachedTeacher
 
 SIZES = [("sampled:38B", 38), ("sampled:12", 38), ("top_k:50", 130)]
 
@@ -203,7 +203,7 @@ def _capture(recipe, folder, after):
 
     module.os.replace = counting
     original = cached.capture
-    import understudy.caching as caching
+    import understudy.runs.capture as caching
 
     caching.capture = lambda *a, **k: original(*a, **{**k, "shard": 64})
     capture_recipe(make(recipe), folder, "sampled:8")

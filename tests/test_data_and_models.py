@@ -11,7 +11,7 @@ from PIL import Image
 
 from understudy import InputError
 from understudy.data import Batch, augment, collate_text, encode, load_images, load_text, train_tokenizer
-from understudy.models import CausalLMRows, ClassifierRows, find_head, load_classifier, load_small, save_small
+from understudy.models import CausalLMAdapter, ClassifierAdapter, find_head, load_classifier, load_small, save_small
 from understudy.streaming import project
 
 
@@ -62,7 +62,7 @@ def test_packing_loses_no_byte(texts):
     texts = [t for t in texts if t.encode("utf-8", "ignore").decode() == t] or ["x"]
     rows, counts = encode([{"id": i, "text": t} for i, t in enumerate(texts)], tokenizer, max_length=10_000, pack=True)
     assert counts.rows == 1
-    assert sum(r["bytes"] for r in rows.rows) == sum(len(t.encode()) for t in texts)
+    assert sum(r["bytes"] for r in rows.records) == sum(len(t.encode()) for t in texts)
 
 
 def test_prompts_are_masked_and_completions_end_once(tokenizer):
@@ -137,7 +137,7 @@ def test_rows_equal_the_models_own_logits(kind):
     labels = ids.clone()
     labels[0, :3] = -100
     batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, torch.arange(2))
-    rows = CausalLMRows(model, vocabulary=40)
+    rows = CausalLMAdapter(model, vocabulary=40)
     assert rows.padding == 8
     with torch.no_grad():
         own = model(input_ids=ids).logits[:, :-1][labels[:, 1:] != -100][:, :40]
@@ -146,7 +146,7 @@ def test_rows_equal_the_models_own_logits(kind):
 
 def test_lora_students_also_on_the_head(tokenizer):
     pytest.importorskip("peft")
-    rows = CausalLMRows(tiny("llama"), vocabulary=40)
+    rows = CausalLMAdapter(tiny("llama"), vocabulary=40)
     rows.add_adapters({"r": 2, "target_modules": ["q_proj", "lm_head"]})
     ids = torch.randint(3, 40, (2, 6))
     batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, torch.arange(2))
@@ -163,7 +163,7 @@ def test_small_networks_round_trip_and_show_features(tmp_path):
         back = load_small(tmp_path / name.replace(":", "-")).eval()
         pixels = torch.rand(2, 3, 16, 16)
         assert torch.equal(model(pixels), back(pixels))
-        rows = ClassifierRows(model, 5)
+        rows = ClassifierAdapter(model, 5)
         out = rows(Batch({"pixel_values": pixels}, torch.tensor([0, -100]), torch.arange(2)), features=True)
         torch.testing.assert_close(find_head(rows)(out.features), out.signal.logits)
         assert out.signal.rows == 1 and not find_head(rows)._forward_pre_hooks
@@ -172,7 +172,7 @@ def test_small_networks_round_trip_and_show_features(tmp_path):
 @pytest.mark.parametrize("outputs", [4, 7])
 def test_a_module_of_other_classes_is_refused(outputs):
     batch = Batch({"pixel_values": torch.rand(2, 1, 4, 4)}, torch.tensor([0, 4]), torch.arange(2))
-    rows = ClassifierRows(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, outputs)), 5)
+    rows = ClassifierAdapter(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, outputs)), 5)
     with pytest.raises(InputError, match=rf"Sequential gives \(2, {outputs}\) for 2 images of 5 classes"):
         rows(batch)
 
@@ -182,7 +182,7 @@ def test_pretrained_resnet_on_real_images(data_folder):
     model = load_classifier("cifar10_resnets/resnet20", classes=10, input_shape=(3, 32, 32))
     from understudy.models import normalisation
 
-    rows = ClassifierRows(model.eval(), 10, normalisation(model))
+    rows = ClassifierAdapter(model.eval(), 10, normalisation(model))
     test = splits.test.select(slice(0, 500))
     with torch.no_grad():
         batch = Batch({"pixel_values": test.pixels.float() / 255}, test.labels, test.ids)
@@ -219,7 +219,7 @@ def test_resnet56_teaches_a_small_student_on_cifar10(data_folder, tmp_path):
         output=str(tmp_path / "run"),
         student="resnet8:4",
         data={"name": "cifar10", "limit": 64},
-        judge="validation",
+        eval_split="validation",
         trainer={"max_steps": 3, "per_device_train_batch_size": 16, "warmup_steps": 0},
     )
     assert result.metrics["teacher_accuracy"] > 0.9

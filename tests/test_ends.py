@@ -5,9 +5,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine_cases import TEXT
 from understudy import distill
-from understudy.caching import capture_recipe
 from understudy.errors import InputError
-from understudy.recipe import make
+from understudy.runs.capture import capture_recipe
+from understudy.runs.recipe import make
 
 
 @pytest.fixture(scope="module")

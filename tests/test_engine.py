@@ -22,11 +22,11 @@ from understudy.methods.pld import PLD
 from understudy.methods.sft import SFT
 from understudy.methods.taid import TAID
 from understudy.methods.trg import TRG
-from understudy.models import CausalLMRows, ClassifierRows
+from understudy.models import CausalLMAdapter, ClassifierAdapter
 from understudy.models.small import build_small
 from understudy.targets import Dense
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer
+from understudy.training import DistillationTrainer, TrainModule
 from understudy.training.checkpoint import load_tree, save_tree
 from understudy.training.shapes import probe
 
@@ -108,7 +108,7 @@ def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="tok
                 num_attention_heads=2,
                 max_position_embeddings=32,
             )
-            return CausalLMRows(LlamaForCausalLM(config).double(), 40)
+            return CausalLMAdapter(LlamaForCausalLM(config).double(), 40)
 
         items = []
         for i in range(examples):
@@ -120,7 +120,7 @@ def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="tok
     else:
 
         def model():
-            return ClassifierRows(
+            return ClassifierAdapter(
                 (patches() if isinstance(method, TRG) else build_small("mlp:8", 5, (1, 8, 8))).double(), 5
             )
 
@@ -145,9 +145,9 @@ def trainer_for(method, tmp_path, micro, accumulate, examples=12, reduction="tok
     example = Batch.from_dict(collate(items[:2]))
     taps = {side: method.taps(side, model, example) for side, model in sides.items()}
     shapes = probe(method, classes, sides, taps, example)
-    apprentice = Apprentice(student, method, shapes, 2, reduction, taps["student"]).double()
+    train_module = TrainModule(student, method, shapes, 2, reduction, taps["student"]).double()
     local = LocalTeacher(teacher, "teacher", taps=taps["teacher"])
-    return DistillationTrainer(apprentice, args, items, collate, teacher=local)
+    return DistillationTrainer(train_module, args, items, collate, teacher=local)
 
 
 METHODS = [
@@ -217,7 +217,9 @@ def test_garbage_under_the_mask_changes_nothing():
     value.backward()
     assert poisoned.grad.isfinite().all() and (poisoned.grad[:, :-1][~batch.mask] == 0).all()
     assert (
-        batch.rows == 5 and batch.row_labels.tolist() == [2, 3, 1, 1, 1] and batch.sequence.tolist() == [0, 0, 1, 1, 1]
+        batch.num_items == 5
+        and batch.row_labels.tolist() == [2, 3, 1, 1, 1]
+        and batch.sequence.tolist() == [0, 0, 1, 1, 1]
     )
 
 
@@ -242,10 +244,10 @@ def test_gradients_reach_the_student_and_own_modules_only(method, tmp_path):
 
 def test_a_teacher_keeps_its_own_mode_and_the_students():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 5))
-    rows = ClassifierRows(net, 5).train()
+    rows = ClassifierAdapter(net, 5).train()
     teacher = LocalTeacher(rows, "t")
     batch = Batch({"pixel_values": torch.rand(4, 1, 3, 3)}, torch.zeros(4).long(), torch.arange(4))
-    a, b = teacher.rows(batch).signal, teacher.rows(batch).signal
+    a, b = teacher(batch).signal, teacher(batch).signal
     assert isinstance(a, Dense) and torch.equal(a.logits, b.logits) and not a.logits.requires_grad
     assert all(m.training for m in rows.modules())
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from engine_cases import TEXT, killed_run, weights
 from understudy import InputError, distill, losses
 from understudy.data import Batch
-from understudy.models import Rows
-from understudy.models.rows import RowModel
-from understudy.recipe import make
+from understudy.models import ModelOutput
+from understudy.models.adapters import ModelAdapter
+from understudy.runs.recipe import make
 from understudy.streaming import logits_of, plain, rowwise
 from understudy.targets import Dense, Mixture, Projected, TopK, top_k
 from understudy.teachers import Ensemble, LocalTeacher
@@ -20,7 +20,7 @@ from understudy.teachers import Ensemble, LocalTeacher
 F64 = torch.float64
 
 
-class Stub(RowModel):
+class Stub(ModelAdapter):
     """A teacher that gives each row a hidden state of its input and label; it notes which examples it was shown."""
 
     def __init__(self, classes=7, hidden=3, dense=False, seed=0):
@@ -33,7 +33,7 @@ class Stub(RowModel):
     def answer(self, batch, features):
         self.shown.append(batch.ids.tolist())
         hidden = batch.select(self.into[batch.inputs["input_ids"]])
-        return Rows(Dense(hidden @ self.weight.T) if self.dense else Projected(hidden, self.weight))
+        return ModelOutput(Dense(hidden @ self.weight.T) if self.dense else Projected(hidden, self.weight))
 
 
 def texts(domains=None, rows=5, length=6):
@@ -51,7 +51,7 @@ def log_p(model, batch):
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_mixture_is_the_mean_of_probabilities(dense):
     batch, a, b = texts(), Stub(dense=dense), Stub(seed=1, dense=dense)
-    signal = LocalTeacher(Ensemble({"a": a, "b": b}, weights={"a": 3, "b": 1}), "both").rows(batch).signal
+    signal = LocalTeacher(Ensemble({"a": a, "b": b}, weights={"a": 3, "b": 1}), "both")(batch).signal
     assert isinstance(signal, Dense if dense else Mixture)
     wanted = 0.75 * log_p(a, batch).exp() + 0.25 * log_p(b, batch).exp()
     torch.testing.assert_close(logits_of(signal).exp(), wanted)
@@ -62,7 +62,7 @@ def test_a_mixture_is_the_mean_of_probabilities(dense):
 
 def test_one_member_and_equal_members_are_the_teacher_itself():
     batch, a = texts(), Stub()
-    student = Projected(torch.randn(batch.rows, 4, dtype=F64), torch.randn(7, 4, dtype=F64))
+    student = Projected(torch.randn(batch.num_items, 4, dtype=F64), torch.randn(7, 4, dtype=F64))
     alone = rowwise(losses.reverse_kl, student, a(batch).signal, temperature=2.0)
     for ensemble in (Ensemble({"a": a}), Ensemble({"a": a, "b": a}), Ensemble({"a": a, "b": a}, geometric=True)):
         values = rowwise(losses.reverse_kl, student, ensemble(batch).signal, temperature=2.0)
@@ -117,8 +117,8 @@ class Stored:
     def __init__(self, model, k=3):
         self.model, self.k = model, k
 
-    def rows(self, batch):
-        return Rows(top_k(logits_of(self.model(batch).signal), self.k))
+    def __call__(self, batch):
+        return ModelOutput(top_k(logits_of(self.model(batch).signal), self.k))
 
 
 @torch.no_grad()

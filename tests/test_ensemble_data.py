@@ -8,9 +8,9 @@ import torch
 
 from engine_cases import DIGITS, weights
 from understudy import InputError, distill
-from understudy.caching import capture_recipe
 from understudy.data import Batch, collate_text, encode, load_images, load_text, train_tokenizer
-from understudy.recipe import make
+from understudy.runs.capture import capture_recipe
+from understudy.runs.recipe import make
 
 
 def test_packed_rows_and_splits_keep_domains_apart(tmp_path):
@@ -21,12 +21,12 @@ def test_packed_rows_and_splits_keep_domains_apart(tmp_path):
     assert [sum(r["domain"] == d for r in splits.test) for d in splits.domains] == [2, 2]
     tokenizer = train_tokenizer(splits.texts(), 262)
     rows, _ = encode(splits.train, tokenizer, max_length=16, pack=True)
-    assert [r["id"] for r in rows.rows] == list(range(len(rows)))
-    batch = Batch.from_dict(collate_text(rows.rows, domains=splits.domains))
+    assert [r["id"] for r in rows.records] == list(range(len(rows)))
+    batch = Batch.from_dict(collate_text(rows.records, domains=splits.domains))
     for ids, domain in zip(batch.inputs["input_ids"], batch.domains.tolist(), strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert ("x" in text or "y" in text) == (domain == 0) and ("a" in text or "b" in text) == (domain == 1)
-    assert {r["domain"] for r in rows.rows[:4]} == {"0", "1"}  # mixed evenly
+    assert {r["domain"] for r in rows.records[:4]} == {"0", "1"}  # mixed evenly
     plain = load_text({"name": str(tmp_path / "d.jsonl")})
     assert "domain" not in plain.train[0] and plain.domains == ()
 

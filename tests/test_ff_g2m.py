@@ -16,9 +16,9 @@ from understudy.losses.reduction import reduce
 from understudy.methods.ff_g2m import FFG2M
 from understudy.methods.kd import KD
 from understudy.methods.sft import SFT
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.targets import Dense
-from understudy.training import Live
+from understudy.training import TrainState
 
 
 @pytest.mark.golden
@@ -63,8 +63,8 @@ def graph(nodes, edges, labelled=None):
 
 
 def loss(method, z, h, batch):
-    rows, counts = Rows(Dense(z)), {"": batch.rows, **method.counts(batch)}
-    terms = method.loss(rows, Rows(Dense(h)), batch, Live(tables={"logits": h}))
+    rows, counts = ModelOutput(Dense(z)), {"": batch.num_items, **method.counts(batch)}
+    terms = method.loss(rows, ModelOutput(Dense(h)), batch, TrainState(tables={"logits": h}))
     return sum(t.weight * t.values.sum() / max(1, counts.get(n, counts[""])) for n, t in terms.items())
 
 
@@ -85,7 +85,10 @@ def test_lambda_one_is_training_on_labels_and_zero_reads_none():
     close(loss(FFG2M(lam=1), z, h, batch), loss(SFT(), z, None, batch))
     other = graph(6, RING, labelled=torch.arange(0))
     close(loss(FFG2M(lam=0), z, h, batch), loss(FFG2M(lam=0), z, h, other))
-    assert set(FFG2M(lam=0).loss(Rows(Dense(z)), None, other, Live(tables={"logits": h}))) == {"low", "high"}
+    assert set(FFG2M(lam=0).loss(ModelOutput(Dense(z)), None, other, TrainState(tables={"logits": h}))) == {
+        "low",
+        "high",
+    }
     with pytest.raises(InputError, match="No node of this split has a label"):
         loss(SFT(), z, None, other)
 
@@ -203,7 +206,7 @@ def test_bad_input(call, says):
     ],
 )
 def test_bad_options(options, says):
-    from understudy.recipe import make
+    from understudy.runs.recipe import make
 
     with pytest.raises(InputError, match=says):
         make({"task": "node_classification", "method": "ff-g2m", "options": options})

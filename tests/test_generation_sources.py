@@ -24,8 +24,8 @@ from understudy.generation import (
     source_from,
 )
 from understudy.models import load_causal_lm
-from understudy.recipe import make
-from understudy.specs import ModelSpec
+from understudy.runs.recipe import make
+from understudy.runs.specs import ModelSpec
 
 CHAT = ({"role": "user", "content": "the dog"},)
 

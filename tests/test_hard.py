@@ -16,9 +16,9 @@ from understudy.losses import forward_kl
 from understudy.losses.consistency import two_sided_kl
 from understudy.methods.hard import HARD
 from understudy.models.augmentors import Shift1d, circular_shift
-from understudy.recipe import make
-from understudy.training import Live, Shapes
-from understudy.training.alternation import Alternation
+from understudy.runs.recipe import make
+from understudy.training import Shapes, TrainState
+from understudy.training.update_schedule import AlternatingSchedule
 
 
 @pytest.mark.golden
@@ -47,9 +47,9 @@ def test_golden_losses():
 @pytest.mark.golden
 def test_golden_turns():
     g = golden("29-hard")
-    turns, phases = Alternation(float(g["ctrl_l_min"]), float(g["ctrl_l_max"]), 10**9), []
+    turns, phases = AlternatingSchedule(float(g["ctrl_l_min"]), float(g["ctrl_l_max"]), 10**9), []
     for loss in g["ctrl_loss_st"].tolist():
-        phases.append(int(turns.player))
+        phases.append(int(turns.auxiliary))
         turns.update(loss)
     assert phases == g["ctrl_phase"].tolist()
 
@@ -120,24 +120,24 @@ def test_constants_on_logits_change_nothing():
 @given(st.lists(st.floats(0.1, 0.5), max_size=40))
 def test_between_the_thresholds_nobody_hands_over(losses):
     for player in (False, True):
-        turns = Alternation(0.1, 0.5, 100)
-        turns.player = player
-        assert not any(turns.update(loss) for loss in losses) and turns.player == player
+        turns = AlternatingSchedule(0.1, 0.5, 100)
+        turns.auxiliary = player
+        assert not any(turns.update(loss) for loss in losses) and turns.auxiliary == player
 
 
 def test_turns_end_at_the_latest_and_nan_decides_nothing():
-    turns = Alternation(0.1, 0.5, 3)
+    turns = AlternatingSchedule(0.1, 0.5, 3)
     ends = [turns.update(loss) for loss in (math.nan, 0.05, 0.2, math.nan, 0.2, 0.3)]
     assert ends == [False] * 4 + [True, False]
-    assert not turns.player and turns.saturated == 1 and turns.steps == {"student": 3, "player": 3}
-    slow = Alternation(0.1, 0.5, 9, decay=0.5)
+    assert not turns.auxiliary and turns.saturated == 1 and turns.steps == {"student": 3, "auxiliary": 3}
+    slow = AlternatingSchedule(0.1, 0.5, 9, decay=0.5)
     slow.update(0.3)
     slow.update(0.01)
-    assert not slow.player and slow.mean == pytest.approx(0.155)
-    copies = Alternation(0.1, 0.5, 9, memory=2)
+    assert not slow.auxiliary and slow.mean == pytest.approx(0.155)
+    copies = AlternatingSchedule(0.1, 0.5, 9, memory=2)
     for i in range(4):
         copies.remember({"mu": torch.tensor(float(i))})
-    back = Alternation(0.1, 0.5, 9, memory=2)
+    back = AlternatingSchedule(0.1, 0.5, 9, memory=2)
     back.load_state_dict(copies.state_dict())
     assert [c["mu"].item() for c in back.copies] == [1.0, 2.0, 3.0] and back.state_dict() == copies.state_dict()
 
@@ -148,7 +148,7 @@ def test_any_split_of_a_batch_gives_the_same_update(family, tmp_path):
     for micro, accumulate in ((12, 1), (4, 3), (1, 12)):
         made = trainer(HARD(augmentor=family, **EAGER, augmentor_memory=1), tmp_path, micro, accumulate, steps=5)
         made.train()
-        assert made.model.live.state.steps == {"student": 3, "player": 2}
+        assert made.model.train_state.method_state.steps == {"student": 3, "auxiliary": 2}
         results.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=0, atol=1e-6)
@@ -166,7 +166,7 @@ def test_each_moves_its_own_parameters_alone(tmp_path):
         return {n: {k: v.clone() for k, v in p.state_dict().items()} for n, p in parts.items()}
 
     def stepping(*args, **kwargs):
-        moved.append((made.model.method.turn(made.model.live)[0], state()))
+        moved.append((made.model.method.update_schedule(made.model.train_state)[0], state()))
         return step(*args, **kwargs)
 
     made.training_step = stepping
@@ -189,9 +189,9 @@ def test_memory_and_a_fixed_augmentor(tmp_path):
     start = Shift1d(0.5).double().state_dict()
     for name, still in {"fixed": True, "none": False, "two": False}.items():
         assert torch.equal(found[name].own["augmentor"].rho, start["rho"]) == still
-    assert [c["mu"].shape for c in found["two"].live.state.copies] == [()] * 3
+    assert [c["mu"].shape for c in found["two"].train_state.method_state.copies] == [()] * 3
     now = found["two"].own["augmentor"].state_dict()
-    assert all(torch.equal(v, now[k]) for k, v in found["two"].live.state.copies[-1].items())
+    assert all(torch.equal(v, now[k]) for k, v in found["two"].train_state.method_state.copies[-1].items())
     student = [torch.cat([p.detach().flatten() for p in found[n].student.parameters()]) for n in ("none", "two")]
     assert not torch.equal(*student)
 
@@ -213,15 +213,15 @@ def test_the_mean_of_the_examples_that_count_decides(reduction, tmp_path):
     order = made._get_train_sampler()
     uncounted = set(list(order)[:4])  # the first update
     items = [(x, -100 if i in uncounted else label, i) for x, label, i in made.train_dataset]
-    made.train_dataset, state = items, made.model.live.state
+    made.train_dataset, state = items, made.model.train_state.method_state
     x, labels, ids = zip(*[items[i] for i in list(order)[4:8]], strict=True)
     batch = Batch({"pixel_values": torch.stack(x)}, torch.tensor(labels), torch.tensor(ids))
-    made.model.live.step = 1
-    wanted = made.model.method.loss(made.model.student(batch), made.teacher.rows(batch), batch, made.model.live)
+    made.model.train_state.step = 1
+    wanted = made.model.method.loss(made.model.student(batch), made.teacher(batch), batch, made.model.train_state)
     losses, update = [], state.update
     state.update = lambda loss: losses.append(loss) or update(loss)
     made.train()
-    assert len(losses) == 2 and state.steps == {"student": 1, "player": 1}
+    assert len(losses) == 2 and state.steps == {"student": 1, "auxiliary": 1}
     assert losses[0] == pytest.approx(wanted["augmented"].values.mean().item(), rel=1e-5)
 
 
@@ -233,10 +233,10 @@ def test_half_precision_does_not_reach_the_augmented_inputs(family):
     method = HARD(augmentor=family)
     module = method.modules(Shapes(5, inputs={"pixel_values": (1, 56, 56)}))["augmentor"]
     copy = dict(module.named_parameters())
-    plain = method._shown(batch, Live({"augmentor": module}), None).inputs["pixel_values"]
+    plain = method._augmented(batch, TrainState({"augmentor": module}), None).inputs["pixel_values"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for remembered in (None, copy):
-            shown = method._shown(batch, Live({"augmentor": module}), remembered)
+            shown = method._augmented(batch, TrainState({"augmentor": module}), remembered)
             assert torch.equal(shown.inputs["pixel_values"], plain)
 
 
@@ -244,9 +244,9 @@ def test_a_runaway_is_skipped_then_told(tmp_path):
     made = trainer(HARD(augmentor="shift1d", l_min=1e3, l_max=1e4, max_augmentor_steps=99), tmp_path, steps=20)
     made.model.own["augmentor"].mu.data.fill_(math.inf)
     with pytest.raises(InputError, match=r"'augmentor' was not finite 10 times"):
-        made.model.live.state.update(0.0)
+        made.model.train_state.method_state.update(0.0)
         made.train()
-    assert made.players.optimizers["augmentor"].param_groups[0]["lr"] == pytest.approx(0.1 / 2**9)
+    assert made.auxiliary.optimizers["augmentor"].param_groups[0]["lr"] == pytest.approx(0.1 / 2**9)
 
 
 def test_bad_options_and_models():

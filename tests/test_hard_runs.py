@@ -12,11 +12,11 @@ from understudy import InputError, distill
 from understudy.data import collate_images, load_images
 from understudy.evaluation.pictures import picture_grid
 from understudy.methods.hard import HARD
-from understudy.models import ClassifierRows
+from understudy.models import ClassifierAdapter
 from understudy.models.augmentors import Affine, Latent, Mix, warp
 from understudy.models.autoencoders import Autoencoder, load_autoencoder
 from understudy.models.small import build_small, load_small, save_small
-from understudy.training import Shapes, Stage
+from understudy.training import SetupContext, Shapes
 
 TEMPLATES = {
     "task": "image_classification",
@@ -104,9 +104,9 @@ def test_an_autoencoder_is_trained_on_the_examples_that_count(tmp_path):
         x, labels = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10
         x[3], labels[3] = garbage, -100
         items = [(a, int(b), i) for i, (a, b) in enumerate(zip(x, labels, strict=True))]
-        model = ClassifierRows(build_small("mlp:4", 10, (1, 8, 8)), 10)
-        work = Stage(model, model, {"train": items}, collate_images, 10, tmp_path / str(garbage), "")
-        tables.append(HARD(augmentor="latent", autoencoder_steps=20).stage(work))
+        model = ClassifierAdapter(build_small("mlp:4", 10, (1, 8, 8)), 10)
+        context = SetupContext(model, model, {"train": items}, collate_images, 10, tmp_path / str(garbage), "")
+        tables.append(HARD(augmentor="latent", autoencoder_steps=20).setup(context))
     assert all(torch.equal(tables[1][name], value) for name, value in tables[0].items())
 
 
@@ -165,7 +165,9 @@ def test_templates_and_further_test_sets(tmp_path):
     teacher = {"model": "mlp:4", "train": {"max_steps": 2}}
     metrics = distill({**recipe, "teacher": teacher, "output": str(tmp_path / "run")}).metrics
     assert {"accuracy", "accuracy_moved", "nll_moved"} <= metrics.keys()
-    judged = distill({**recipe, "teacher": teacher, "judge": "validation", "output": str(tmp_path / "other")}).metrics
+    judged = distill(
+        {**recipe, "teacher": teacher, "eval_split": "validation", "output": str(tmp_path / "other")}
+    ).metrics
     assert "accuracy_moved" not in judged
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from engine_cases import FORKED, TEXT, weights
 from understudy import distill
-from understudy.caching import capture_recipe
-from understudy.recipe import make
-from understudy.teachers.store import ShardStore
+from understudy.runs.capture import capture_recipe
+from understudy.runs.recipe import make
+from understudy.teachers.cache.store import ShardStore
 
 KILLS = 20
 
@@ -133,8 +133,8 @@ def test_a_run_killed_after_its_last_step_takes_no_further_one(recipe, tmp_path)
 def _die_when_saving(recipe):
     import torch
 
-    from understudy.models import CausalLMRows
+    from understudy.models import CausalLMAdapter
 
     torch.set_num_threads(1)
-    CausalLMRows.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    CausalLMAdapter.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     distill(recipe)

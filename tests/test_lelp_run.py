@@ -13,11 +13,11 @@ from understudy import InputError, distill
 from understudy.data import Batch, collate_images, load_images
 from understudy.losses.subclasses import marginal_logits
 from understudy.methods.lelp import LELP
-from understudy.models import ClassifierRows, SubclassHead, find_head, load_classifier, replace_head
+from understudy.models import ClassifierAdapter, SubclassHead, find_head, load_classifier, replace_head
 from understudy.models.heads import linear_readout, sum_subclasses
 from understudy.models.small import build_small, load_small, save_small
 from understudy.teachers import LocalTeacher
-from understudy.training import Apprentice, DistillationTrainer, Stage
+from understudy.training import DistillationTrainer, SetupContext, TrainModule
 from understudy.training.arguments import training_arguments
 from understudy.training.shapes import Shapes
 
@@ -52,7 +52,7 @@ def run(taught, tmp_path):
 
 
 def test_it_learns_without_labels_and_leaves_an_ordinary_model(taught):
-    from understudy.check import evaluate_run
+    from understudy.runs.check import evaluate_run
 
     folder, result = taught
     assert result.metrics["accuracy"] > 0.75 and "merge_agreement" not in result.metrics  # chance is 0.5
@@ -66,7 +66,7 @@ def test_it_learns_without_labels_and_leaves_an_ordinary_model(taught):
 
 def test_validation_judges_by_class_not_by_the_largest_output(run):
     trainer = {**BASE["trainer"], "eval_strategy": "steps", "eval_steps": 30}
-    result = run(options=LINEAR, trainer=trainer, judge="validation")
+    result = run(options=LINEAR, trainer=trainer, eval_split="validation")
     last = json.loads((result.folder / "validation.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 60 and last["accuracy"] > 0.75
     for name in ("accuracy", "nll", "ece"):  # of the saved student, whose head sums over subclasses
@@ -132,7 +132,7 @@ def test_an_auto_model_gets_a_linear_head_and_says_how_near_it_is(tmp_path):
 
 def test_the_exact_head_is_the_marginal_of_the_wide_one(tmp_path):
     for name in ("mlp:7", "convnet:4", "resnet8:4"):
-        rows = ClassifierRows(build_small(name, 3, (1, 8, 8)), 3).eval()
+        rows = ClassifierAdapter(build_small(name, 3, (1, 8, 8)), 3).eval()
         before = torch.get_rng_state()
         wide = replace_head(rows, 12, seed=3)
         assert torch.equal(before, torch.get_rng_state()) and find_head(rows) is wide and rows.classes == 12
@@ -161,41 +161,41 @@ def test_the_linear_head_recovers_one():
 def stage_of(method, tmp_path, teacher=None, student=None, key="k"):
     torch.manual_seed(1)
     items = load_images({"name": "subclusters", "limit": 40}).train
-    student = ClassifierRows(student or build_small("mlp:8", 2, (1, 1, 20)).double(), 2)
-    teacher = ClassifierRows(teacher or build_small("mlp:16", 2, (1, 1, 20)).double(), 2)
+    student = ClassifierAdapter(student or build_small("mlp:8", 2, (1, 1, 20)).double(), 2)
+    teacher = ClassifierAdapter(teacher or build_small("mlp:16", 2, (1, 1, 20)).double(), 2)
     splits = {"train": items, "validation": items, "test": items}
-    return Stage(student, teacher, splits, collate_images, 2, tmp_path, key)
+    return SetupContext(student, teacher, splits, collate_images, 2, tmp_path, key)
 
 
 @pytest.mark.parametrize("split", ["linear", "random"])
 def test_any_split_of_a_batch_gives_the_same_update_and_reaches_the_student_alone(split, tmp_path):
     method, results = LELP(subclasses=4, alpha=0.3, tau=1.5, split=split), []
     for micro, accumulate in ((12, 1), (4, 3), (1, 12)):
-        work = stage_of(method, tmp_path)
-        student = method.student(work.student, work)
+        context = stage_of(method, tmp_path)
+        student = method.student(context.student, context)
         values = {"max_steps": 2, "per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulate}
         fixed = {"save_strategy": "no", "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}
         args = training_arguments({**values, **fixed, "max_grad_norm": 0.0}, tmp_path / "t", 0)
-        apprentice = Apprentice(student, method, Shapes(2), 2, tables=method.stage(work)).double()
-        before = [p.clone() for p in apprentice.parameters()]
-        local = LocalTeacher(work.teacher, "teacher", features=True)
-        items = [work.splits["train"][i] for i in range(12)]
-        DistillationTrainer(apprentice, args, items, collate_images, teacher=local).train()
-        assert all(not torch.equal(a, b) for a, b in zip(before, apprentice.parameters(), strict=True))
-        assert all(p.grad is None for p in work.teacher.parameters())
-        results.append(torch.cat([p.detach().flatten() for p in apprentice.parameters()]))
+        train_module = TrainModule(student, method, Shapes(2), 2, tables=method.setup(context)).double()
+        before = [p.clone() for p in train_module.parameters()]
+        local = LocalTeacher(context.teacher, "teacher", features=True)
+        items = [context.splits["train"][i] for i in range(12)]
+        DistillationTrainer(train_module, args, items, collate_images, teacher=local).train()
+        assert all(not torch.equal(a, b) for a, b in zip(before, train_module.parameters(), strict=True))
+        assert all(p.grad is None for p in context.teacher.parameters())
+        results.append(torch.cat([p.detach().flatten() for p in train_module.parameters()]))
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=0, atol=1e-6)
 
 
 def test_a_stored_split_is_used_for_its_own_settings_alone(tmp_path, monkeypatch):
     method = LELP(subclasses=4)
-    first = method.stage(stage_of(method, tmp_path))
-    monkeypatch.setattr(LELP, "_fit", lambda self, work: pytest.fail("computed again"))
-    assert torch.equal(method.stage(stage_of(method, tmp_path))["directions"], first["directions"])
+    first = method.setup(stage_of(method, tmp_path))
+    monkeypatch.setattr(LELP, "_fit", lambda self, context: pytest.fail("computed again"))
+    assert torch.equal(method.setup(stage_of(method, tmp_path))["directions"], first["directions"])
     monkeypatch.undo()
     for other, key in ((LELP(subclasses=4, rotation_seed=1), "k"), (method, "another teacher")):
-        other.stage(stage_of(other, tmp_path, key=key))
+        other.setup(stage_of(other, tmp_path, key=key))
     files = sorted(tmp_path.glob("lelp-*"))
     assert len(files) == 3
     for file in files[1:]:
@@ -203,7 +203,7 @@ def test_a_stored_split_is_used_for_its_own_settings_alone(tmp_path, monkeypatch
     refused = 0
     for other, key in ((method, "k"), (LELP(subclasses=4, rotation_seed=1), "k"), (method, "another teacher")):
         try:
-            other.stage(stage_of(other, tmp_path, key=key))
+            other.setup(stage_of(other, tmp_path, key=key))
         except InputError as error:
             assert "delete lelp-*" in str(error)
             refused += 1
@@ -220,31 +220,31 @@ def test_heads_of_teachers(tmp_path, caplog):
             old, new = getattr(single[3], name), getattr(double[3], name)
             new.copy_(torch.cat([torch.zeros_like(old), old]))
     method = LELP(subclasses=3)
-    found = [method.stage(stage_of(method, tmp_path / str(i), t)) for i, t in enumerate((single, double))]
+    found = [method.setup(stage_of(method, tmp_path / str(i), t)) for i, t in enumerate((single, double))]
     torch.testing.assert_close(found[0]["projector"], found[1]["projector"])
     torch.testing.assert_close(found[0]["directions"], found[1]["directions"])
     curved = torch.nn.Sequential(*double, torch.nn.Tanh())
     with pytest.raises(InputError, match=r"set options.null_space=false"):
-        method.stage(stage_of(method, tmp_path / "curved", curved))
+        method.setup(stage_of(method, tmp_path / "curved", curved))
     bare = LELP(subclasses=3, null_space=False)
-    assert "projector" not in bare.stage(stage_of(bare, tmp_path / "curved", curved))
+    assert "projector" not in bare.setup(stage_of(bare, tmp_path / "curved", curved))
     headless = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(20, 9), torch.nn.Threshold(0, 0)).double()
     headless.append(torch.nn.AdaptiveAvgPool1d(2))
     with pytest.raises(InputError, match="no linear head"):
-        method.stage(stage_of(method, tmp_path / "headless", headless))
+        method.setup(stage_of(method, tmp_path / "headless", headless))
     inner = LELP(subclasses=3, null_space=False, teacher_layer="1")
-    assert inner.stage(stage_of(inner, tmp_path / "headless", headless))["directions"].shape == (2, 3, 9)
+    assert inner.setup(stage_of(inner, tmp_path / "headless", headless))["directions"].shape == (2, 3, 9)
     narrow = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(20, 2), torch.nn.Linear(2, 2)).double()
     one = LELP(subclasses=1)
-    assert "projector" not in one.stage(stage_of(one, tmp_path / "narrow", narrow))
+    assert "projector" not in one.setup(stage_of(one, tmp_path / "narrow", narrow))
     assert "sees every direction" in caplog.text
 
 
 def test_a_broken_embedding_is_named(tmp_path):
-    work = stage_of(LELP(), tmp_path)
-    work.splits["train"].pixels[3] = float("nan")
-    with pytest.raises(InputError, match=f"example {int(work.splits['train'].ids[3])} is not finite"):
-        LELP().stage(work)
+    context = stage_of(LELP(), tmp_path)
+    context.splits["train"].pixels[3] = float("nan")
+    with pytest.raises(InputError, match=f"example {int(context.splits['train'].ids[3])} is not finite"):
+        LELP().setup(context)
 
 
 def test_subclasses_that_cannot_be(run):

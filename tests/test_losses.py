@@ -11,7 +11,7 @@ from understudy import losses
 from understudy.errors import InputError
 from understudy.losses.gradients import align
 from understudy.losses.reduction import reduce
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.targets import Dense, Projected, TopK, largest, sample, top_k
 
 F64 = torch.float64
@@ -180,7 +180,7 @@ def test_one_class_and_no_rows():
         (lambda s, t: losses.forward_kl(s * math.nan, t), "row 0 .* student has nan"),
         (lambda s, t: losses.forward_kl(s, t * math.inf), "teacher has"),
         (lambda s, t: losses.forward_kl(torch.full_like(s, -math.inf), t), "-inf logits only"),
-        (lambda s, t: losses.forward_kl(s, Rows(Dense(t))), "not defined for Rows targets"),
+        (lambda s, t: losses.forward_kl(s, ModelOutput(Dense(t))), "not defined for Rows targets"),
         (lambda s, t: losses.forward_kl(s, Projected(s, torch.ones(7, 7, dtype=F64))), "streaming.rowwise"),
         (lambda s, t: losses.binary_kl_norm(s, top_k(t, 2)), "not defined for TopK"),
         (lambda s, t: losses.binary_kl_norm(s, t * math.nan), "row 0 are not finite"),

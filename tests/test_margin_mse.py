@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from golden_vectors import close, golden
 from understudy import InputError
-from understudy.data.rankings import bm25, load_rankings
+from understudy.data.retrieval_sources import bm25, load_rankings
 from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import mrr, ndcg, recall, search
-from understudy.losses.margins import (
+from understudy.losses.retrieval import (
     ensemble,
     margin_mse,
     margin_mse_all_pairs,
@@ -21,7 +21,7 @@ from understudy.losses.margins import (
     ranknet,
     weighted_ranknet,
 )
-from understudy.models.ranking import max_sim
+from understudy.models.rankers import max_sim
 
 
 def scores(rows=6, number=4, seed=1):
@@ -239,8 +239,8 @@ def test_members_must_score_the_same_triples(tmp_path):
     )
     spec = {"name": str(tmp_path / "a.tsv"), "members": [str(tmp_path / "b.tsv")]}
     splits = load_rankings(spec)
-    assert splits.train.rows[0]["members"] == [[7.5, -1.25], [9.5, -1.25]] and splits.recorded
-    queries = [{r["query"] for r in s.rows} for s in (splits.train, splits.validation, splits.test)]
+    assert splits.train.records[0]["members"] == [[7.5, -1.25], [9.5, -1.25]] and splits.recorded
+    queries = [{r["query"] for r in s.records} for s in (splits.train, splits.validation, splits.test)]
     assert not queries[0] & (queries[1] | queries[2]) and not queries[1] & queries[2]
     write_triples(tmp_path / "b.tsv", TRIPLES[1:])
     with pytest.raises(InputError, match="not those of"):

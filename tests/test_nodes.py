@@ -10,11 +10,11 @@ import torch
 
 from engine_cases import killed_run, weights
 from understudy import InputError, distill
-from understudy.check import evaluate_run
 from understudy.cli import main
 from understudy.data import Batch, GraphBatch, collate_graph, load_graph
 from understudy.data.graph_sources import clean_edges
-from understudy.models import NodeRows, load_nodes, load_small
+from understudy.models import NodeAdapter, load_nodes, load_small
+from understudy.runs.check import evaluate_run
 
 RUN = {
     "task": "node_classification",
@@ -46,7 +46,7 @@ def test_a_graph_is_one_example_of_its_own_kind():
     splits = load_graph({"name": "topics"})
     train, test = batch(splits.train), batch(splits.test)
     assert isinstance(train, GraphBatch) and train.kind == "graph" and len(splits.train) == 1
-    assert train.rows == 1000 and train.labelled == 100 and test.rows == test.labelled == 500
+    assert train.num_items == 1000 and train.labelled == 100 and test.num_items == test.labelled == 500
     assert (train.labels[test.chosen] == -100).all() and (test.labels[train.labels >= 0] == -100).all()
     pairs = {tuple(p) for p in train.edges.T.tolist()}
     assert len(pairs) == train.edges.shape[1] and all((j, i) in pairs and i != j for i, j in pairs)
@@ -62,8 +62,8 @@ def test_the_inductive_split_hides_nodes_with_their_edges():
     train, validation, test = (batch(s) for s in (part.train, part.validation, part.test))
     hidden = set(test.ids[test.chosen].tolist())
     assert len(hidden) == 100 and hidden <= set(batch(whole.test).ids[batch(whole.test).chosen].tolist())
-    assert train.rows == 900 and not hidden & set(train.ids.tolist()) and train.labelled == 100
-    assert len(test.ids) == 1000 and validation.rows == 300 and len(validation.ids) == 900
+    assert train.num_items == 900 and not hidden & set(train.ids.tolist()) and train.labelled == 100
+    assert len(test.ids) == 1000 and validation.num_items == 300 and len(validation.ids) == 900
     inside = {(i, j) for i, j in batch(whole.train).edges.T.tolist() if i not in hidden and j not in hidden}
     assert {tuple(p) for p in train.ids[train.edges].T.tolist()} == inside
     for k in ("nodes", "labels"):
@@ -96,7 +96,9 @@ def test_files_with_columns_masks_and_missing_labels(tmp_path):
         **masks,
     )
     splits = load_graph({"name": name, "fold": 1})
-    assert batch(splits.train).labelled == 1 and batch(splits.train).labels[1] == 1 and batch(splits.test).rows == 4
+    assert (
+        batch(splits.train).labelled == 1 and batch(splits.train).labels[1] == 1 and batch(splits.test).num_items == 4
+    )
     assert any("1 test nodes have no label" in n for n in splits.notes)
     drawn = load_graph(
         {
@@ -105,7 +107,11 @@ def test_files_with_columns_masks_and_missing_labels(tmp_path):
             )
         }
     )
-    assert batch(drawn.train).labelled == 40 and batch(drawn.validation).rows == 16 and batch(drawn.test).rows == 25
+    assert (
+        batch(drawn.train).labelled == 40
+        and batch(drawn.validation).num_items == 16
+        and batch(drawn.test).num_items == 25
+    )
 
 
 def test_files_of_other_number_types_say_the_same(tmp_path):
@@ -123,7 +129,7 @@ def test_files_of_other_number_types_say_the_same(tmp_path):
 
 def test_real_graphs(data_folder):
     splits = load_graph({"name": "cora"})
-    assert (splits.classes, splits.features, batch(splits.train).labelled, batch(splits.test).rows) == (
+    assert (splits.classes, splits.features, batch(splits.train).labelled, batch(splits.test).num_items) == (
         7,
         1433,
         140,
@@ -131,7 +137,7 @@ def test_real_graphs(data_folder):
     )
     assert batch(splits.train).edges.shape[1] == 2 * 5278 and not splits.warnings
     texas = load_graph({"name": "texas", "fold": 3})
-    assert "directed" in texas.warnings[0] and batch(texas.train).rows == 183
+    assert "directed" in texas.warnings[0] and batch(texas.train).num_items == 183
 
 
 def test_planetoid_is_read_from_its_raw_files(tmp_path):
@@ -158,9 +164,9 @@ def test_models_of_nodes_are_saved_and_read_and_a_student_sees_no_edge(tmp_path)
     pytest.importorskip("torch_geometric")
     data = batch(load_graph({"name": "topics"}).test)
     for name in ("gcn:hidden=8", "sage:hidden=8,layers=3", "gat:hidden=8,heads=2,dropout=0", "mlp:hidden=8,layers=3"):
-        model = NodeRows(load_nodes(name, classes=5, features=300), 5).eval()
+        model = NodeAdapter(load_nodes(name, classes=5, features=300), 5).eval()
         model.save(tmp_path / name)
-        again = NodeRows(load_nodes(tmp_path / name, classes=5, features=300), 5).eval()
+        again = NodeAdapter(load_nodes(tmp_path / name, classes=5, features=300), 5).eval()
         answer = model(data).signal.logits
         assert torch.equal(answer, again(data).signal.logits) and answer.shape == (500, 5)
         torch.testing.assert_close(answer, model(data.everywhere).signal.logits[data.chosen])

@@ -13,7 +13,7 @@ from understudy.data.samples import Sample, pack, prompt_length, sampled_row, un
 from understudy.errors import InputError
 from understudy.generation.decoding import choose, sample
 from understudy.methods import get as get_method
-from understudy.training import Live, OnPolicy, Rollouts
+from understudy.training import OnPolicy, Rollouts, TrainState
 from understudy.training import rollouts as rollouts_module
 
 
@@ -143,7 +143,7 @@ def test_only_what_was_written_counts_and_the_end_is_learned(tokenizer, student,
     mine = rollouts(student, tokenizer, fraction=1.0)
     (taken,) = mine.take(batches(items, 3), 1, 0)
     batch = Batch.from_dict(taken)
-    assert batch.rows == 3 + 1 + 5 and set(batch.row_labels.tolist()) == {UNLABELLED}
+    assert batch.num_items == 3 + 1 + 5 and set(batch.row_labels.tolist()) == {UNLABELLED}
     for i, text in enumerate(texts):
         start = prompt_length(items[i]["labels"], "random", 0.5)
         assert (batch.labels[i] != IGNORE).nonzero()[:, 0].tolist() == list(range(start, start + len(text)))
@@ -230,10 +230,10 @@ def test_the_buffer_is_full_before_anything_is_replayed(tokenizer, student):
 def test_the_share_rises_with_the_validation_loss(tokenizer, student):
     mine = rollouts(student, tokenizer, fraction=0.0, adaptive={"by": 0.4, "tolerance": 0.1})
     for loss, share in ((2.0, 0.0), (2.05, 0.0), (2.2, 0.4), (1.0, 0.4), (1.1, 0.8), (1.3, 1.0)):
-        mine.judged({"nll": loss})
+        mine.on_evaluate({"nll": loss})
         assert mine.fraction == pytest.approx(share)
     with pytest.raises(InputError, match="reads nll"):
-        mine.judged({"accuracy": 1.0})
+        mine.on_evaluate({"accuracy": 1.0})
 
 
 # -- objectives -------------------------------------------------------------------------------------------------------
@@ -251,10 +251,10 @@ def test_labels_are_read_where_the_data_has_them_alone(name, options, tokenizer,
     for marks, rest in (([0, 1], [items[0], own]), ([1, 1], [own, own]), ([0, 0], [items[0], items[1]])):
         source = torch.tensor(marks)
         batch = Batch.from_dict({**collate_text(rest), "source": source, "sampled": -1 + source})
-        live = Live(state=method.state(10))
-        terms = method.loss(student(batch), teacher(batch), batch, live)
+        state = TrainState(method_state=method.init_state(10))
+        terms = method.loss(student(batch), teacher(batch), batch, state)
         ce, from_data = terms["ce"].values, source[batch.sequence] == 0
-        assert len(ce) == batch.rows and (ce[from_data] > 0).all() and (ce[~from_data] == 0).all()
+        assert len(ce) == batch.num_items and (ce[from_data] > 0).all() and (ce[~from_data] == 0).all()
         student.zero_grad()
         ce.sum().backward()
         got = [p.grad.clone() for p in student.parameters()]
@@ -262,6 +262,6 @@ def test_labels_are_read_where_the_data_has_them_alone(name, options, tokenizer,
         data = [r for r, m in zip(rest, marks, strict=True) if m == 0]
         if data:
             plain = Batch.from_dict(collate_text(data))
-            method.loss(student(plain), teacher(plain), plain, live)["ce"].values.sum().backward()
+            method.loss(student(plain), teacher(plain), plain, state)["ce"].values.sum().backward()
         want = [p.grad if p.grad is not None else torch.zeros_like(p) for p in student.parameters()]
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))

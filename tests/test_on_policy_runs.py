@@ -15,7 +15,7 @@ from understudy.data.samples import Sample, sampled_row
 from understudy.errors import InputError
 from understudy.generation.decoding import sample
 from understudy.losses import reverse_kl
-from understudy.recipe import make
+from understudy.runs.recipe import make
 from understudy.streaming import rowwise
 
 
@@ -152,7 +152,7 @@ def test_the_log_says_where_texts_and_time_come_from(world, tmp_path):
 
 def test_it_learns_to_write_what_the_teacher_would(world, tmp_path):
     """Reverse KL along the student's own samples falls, with own samples alone and with a mixture."""
-    from understudy.models import CausalLMRows, load_causal_lm, load_tokenizer
+    from understudy.models import CausalLMAdapter, load_causal_lm, load_tokenizer
 
     found = {}
     for name, policy, steps in (
@@ -166,7 +166,9 @@ def test_it_learns_to_write_what_the_teacher_would(world, tmp_path):
         distill(run(world, tmp_path / name, on_policy=policy, trainer=trainer, options=options))
         tokenizer = load_tokenizer(str(tmp_path / name / "student"))
         sides = [
-            CausalLMRows(load_causal_lm(str(tmp_path / name / side / "student"), tokenizer=tokenizer), len(tokenizer))
+            CausalLMAdapter(
+                load_causal_lm(str(tmp_path / name / side / "student"), tokenizer=tokenizer), len(tokenizer)
+            )
             for side in (".", "teacher")
         ]
         prompts = [

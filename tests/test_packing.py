@@ -32,7 +32,7 @@ from understudy import InputError, distill
 from understudy.data import Batch, ListBatch, collate_lists, collate_text
 from understudy.data.packing import Tree, fill, lay_out, waste
 from understudy.losses import cross_entropy
-from understudy.models import CausalLMRows, SequenceRows
+from understudy.models import CausalLMAdapter, SequenceAdapter
 from understudy.models.layouts import Layouts, obstacle
 from understudy.streaming import rowwise
 
@@ -121,7 +121,7 @@ def test_without_padding_loss_and_gradient_are_the_same(kind, attention):
     model, batch = model_of(kind, attention=attention), texts([20, 3, 7, 12, 5, 19])
     answers = {}
     for packing in ("none", "free", "auto"):
-        rows = CausalLMRows(model, 61, packing)
+        rows = CausalLMAdapter(model, 61, packing)
         assert packing == "none" or rows.layouts.reason is None
         values = rowwise(cross_entropy, rows(batch).signal, None, batch.row_labels)
         answers[packing] = values.detach(), gradients(rows, values)
@@ -137,7 +137,7 @@ def test_prompts_are_computed_once_and_nothing_changes(kind, dtype):
     model, batch = model_of(kind, dtype), lists([(9, (4, 6, 2)), (5, (3,)), (1, (8, 8)), (12, (1, 5))])
     answers = {}
     for packing in ("none", "free"):
-        rows = SequenceRows(model, 61, packing)
+        rows = SequenceAdapter(model, 61, packing)
         values = rows(batch).signal.values
         answers[packing] = values.detach(), gradients(rows, values)
     torch.testing.assert_close(answers["free"][0], answers["none"][0], rtol=tolerance, atol=tolerance)
@@ -152,7 +152,7 @@ def test_prompts_are_computed_once_and_nothing_changes(kind, dtype):
 def test_lists_of_any_shape_keep_their_scores(shapes, seed):
     model, batch = model_of("llama"), lists(shapes, seed)
     with torch.no_grad():
-        wanted, found = (SequenceRows(model, 61, p)(batch).signal.values for p in ("none", "free"))
+        wanted, found = (SequenceAdapter(model, 61, p)(batch).signal.values for p in ("none", "free"))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -162,7 +162,7 @@ def test_equal_candidates_and_one_that_begins_another():
     masked = [torch.cat([torch.full_like(start, -100), x[8:]]) for x in sequences]
     item = {"id": 0, "sequences": list(zip(sequences, masked, strict=True)), "scores": [1.0, 1.0, 0.0]}
     batch = Batch.from_dict(collate_lists([item]))
-    wanted, found = (SequenceRows(model, 61, p)(batch).signal.values for p in ("none", "free"))
+    wanted, found = (SequenceAdapter(model, 61, p)(batch).signal.values for p in ("none", "free"))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     assert found[0, 0] == found[0, 1]
 
@@ -171,7 +171,7 @@ def test_fewer_tokens_go_through_the_layers():
     model, batch = model_of("llama"), lists([(30, (5, 5, 5, 5))] * 3)
     seen = []
     model.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].numel()), with_kwargs=True)
-    rows = {packing: SequenceRows(model, 61, packing) for packing in ("none", "free", "auto")}
+    rows = {packing: SequenceAdapter(model, 61, packing) for packing in ("none", "free", "auto")}
     seen.clear()
     for packing in rows:
         rows[packing](batch)
@@ -186,7 +186,7 @@ def test_models_that_let_state_leak_are_refused_in_one_line(kind):
         Layouts("free", model)
     assert "\n" not in str(error.value)
     batch = texts([9, 4, 6])
-    auto, none = (CausalLMRows(model, 61, p)(batch).signal for p in ("auto", "none"))
+    auto, none = (CausalLMAdapter(model, 61, p)(batch).signal for p in ("auto", "none"))
     torch.testing.assert_close(auto.hidden, none.hidden, rtol=0, atol=0)
 
 
@@ -203,7 +203,7 @@ def test_beyond_a_sliding_window_the_models_own_mask_is_kept():
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).double().eval()
     for lengths in ([8, 3, 5], [20, 3, 5]):
         batch = texts(lengths)
-        free, none = (CausalLMRows(model, 61, p)(batch).signal.hidden for p in ("auto", "none"))
+        free, none = (CausalLMAdapter(model, 61, p)(batch).signal.hidden for p in ("auto", "none"))
         torch.testing.assert_close(free, none, rtol=1e-9, atol=1e-9)
 
 
@@ -216,7 +216,7 @@ def test_a_batch_that_is_padded_on_the_left_is_left_alone():
 
 def test_tapped_layers_see_the_batch_as_collated():
     model, batch = model_of("llama"), texts([20, 3, 7, 2])
-    rows = CausalLMRows(model, 61, "free")
+    rows = CausalLMAdapter(model, 61, "free")
     seen = rows(batch, taps={"layer": model.model.layers[0].mlp}).taps["layer"]
     assert seen.shape[:2] == batch.labels.shape
     assert rows.layouts.packing == "free"

@@ -13,15 +13,15 @@ import torch
 
 from engine_cases import TEXT
 from understudy import InputError, plan
-from understudy.caching import capture_recipe
 from understudy.cli import main
 from understudy.methods import get
+from understudy.planning.cost_trace import head_calls
 from understudy.planning.machine import CARDS
-from understudy.planning.rehearsal import head_calls
-from understudy.recipe import make
+from understudy.runs.capture import capture_recipe
+from understudy.runs.recipe import make
 from understudy.targets import Dense, Projected
-from understudy.teachers.codecs import Support, encode, row_bytes
-from understudy.teachers.store import ShardStore
+from understudy.teachers.cache.codecs import Support, encode, row_bytes
+from understudy.teachers.cache.store import ShardStore
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"peak": 0.1, "bandwidth": 0.01}

@@ -86,13 +86,13 @@ def test_tokens_and_masks_are_those_of_trl(name, tmp_path, tokenizer):
     ).train_dataset[0]
     examples, counts = encode_lists([loaded(tmp_path, record).train[0]], tokenizer, max_length=200)
     assert counts.truncated == counts.dropped == 0
-    for (ids, labels), side in zip(examples.rows[0]["sequences"], ("chosen_ids", "rejected_ids"), strict=True):
+    for (ids, labels), side in zip(examples.records[0]["sequences"], ("chosen_ids", "rejected_ids"), strict=True):
         if "text" in name:  # text begins with BOS here; TRL leaves that to the tokenizer
             assert ids[0] == tokenizer.bos_token_id
             ids, labels = ids[1:], labels[1:]
         assert ids[labels == -100].tolist() == wanted["prompt_ids"]
         assert ids[labels != -100].tolist() == wanted[side]
-    assert sum(int((x != -100).sum()) for _, x in examples.rows[0]["sequences"]) == counts.trained
+    assert sum(int((x != -100).sum()) for _, x in examples.records[0]["sequences"]) == counts.trained
 
 
 def trained_text(tokenizer, prompt, completion):
@@ -126,12 +126,12 @@ def test_what_is_too_long_loses_the_same_of_its_prompt_and_is_counted(tokenizer)
     word = len(tokenizer(" hello", add_special_tokens=False)["input_ids"])
     record = {"id": 0, "prompt": " hello" * 30, "completions": [" world", " and the user"], "scores": [1.0, 0.0]}
     whole, _ = encode_lists([record], tokenizer, max_length=10_000)
-    lengths = [len(i) for i, _ in whole.rows[0]["sequences"]]
+    lengths = [len(i) for i, _ in whole.records[0]["sequences"]]
     most = max(lengths) - 5 * word
     cut, counts = encode_lists([record], tokenizer, max_length=most)
     assert counts.truncated == 1 and counts.dropped == 0
     for (ids, labels), (full_ids, full_labels) in zip(
-        cut.rows[0]["sequences"], whole.rows[0]["sequences"], strict=True
+        cut.records[0]["sequences"], whole.records[0]["sequences"], strict=True
     ):
         assert ids.equal(full_ids[5 * word :]) and labels.equal(full_labels[5 * word :])
     long = {**record, "completions": [" world", " world" * 20]}

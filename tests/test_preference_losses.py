@@ -12,7 +12,7 @@ from understudy import InputError
 from understudy.losses import anchored, preference
 from understudy.losses._pairs import softplus
 from understudy.methods.adpo import ADPO
-from understudy.training import Live
+from understudy.training import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def moved(anchor, policy, method, step):
     sides = [torch.nn.Linear(1, len(anchor), bias=False, dtype=torch.float64) for _ in range(2)]
     for side, values in zip(sides, (anchor, policy), strict=True):
         side.weight.data = values[:, None].clone()
-    method.stepped(Live(companions={"anchor": sides[0]}, student=sides[1], step=step))
+    method.on_step_end(TrainState(companions={"anchor": sides[0]}, student=sides[1], step=step))
     assert sides[1].weight.data[:, 0].equal(policy)
     return sides[0].weight.data[:, 0]
 

@@ -15,9 +15,9 @@ from understudy.data import Batch, collate_lists, encode_lists, mismatched
 from understudy.losses import anchored, preference
 from understudy.methods.adpo import ADPO
 from understudy.methods.dpo import DPO
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.targets import Scores
-from understudy.training import Live, Stage
+from understudy.training import SetupContext, TrainState
 
 SINGLES = [
     {"prompt": "the quick", "completion": " brown fox jumps", "label": True},
@@ -36,33 +36,33 @@ def singles(tokenizer, records=SINGLES):
 
 
 def staged(method, examples, student, tmp_path, teacher=None):
-    method.stage(Stage(student, teacher, {"train": examples}, collate_lists, 300, tmp_path / "store", "key"))
-    return Batch.from_dict(collate_lists(list(examples.rows)))
+    method.setup(SetupContext(student, teacher, {"train": examples}, collate_lists, 300, tmp_path / "store", "key"))
+    return Batch.from_dict(collate_lists(list(examples.records)))
 
 
 def test_mismatched_answers_are_those_of_other_prompts(tokenizer):
     examples = singles(tokenizer)
     found = mismatched(examples)
     for i, partner in enumerate((3, 3, 1, 2)):  # the second of a prompt's two answers looks further back
-        ids, labels = found.rows[i]["sequences"][0]
-        own, own_labels = examples.rows[i]["sequences"][0]
-        other, other_labels = examples.rows[partner]["sequences"][0]
+        ids, labels = found.records[i]["sequences"][0]
+        own, own_labels = examples.records[i]["sequences"][0]
+        other, other_labels = examples.records[partner]["sequences"][0]
         said = other[other_labels != -100]
-        assert ids[labels != -100].equal(said) and found.rows[i]["id"] == 10 + i
+        assert ids[labels != -100].equal(said) and found.records[i]["id"] == 10 + i
         asked, prompt = ids[labels == -100], own[own_labels == -100]
         assert len(asked) and asked.equal(prompt[len(prompt) - len(asked) :])
-        assert len(ids) <= max(len(row["sequences"][0][0]) for row in examples.rows)
-    assert len(mismatched(singles(tokenizer, SINGLES[:1])).rows) == 1  # alone with its own answer
+        assert len(ids) <= max(len(row["sequences"][0][0]) for row in examples.records)
+    assert len(mismatched(singles(tokenizer, SINGLES[:1])).records) == 1  # alone with its own answer
 
 
 def test_unpaired_kto_is_the_papers(tokenizer, tmp_path):
     student, reference, method = scorer(tokenizer, 0), scorer(tokenizer, 1), DPO(loss_type="kto", reference="teacher")
     examples = singles(tokenizer)
     batch = staged(method, examples, student, tmp_path, reference)
-    assert batch.candidates.all() and batch.strays.rows == 4
-    values = method.loss(student(batch), None, batch, Live(student=student, step=1))["kto"].values
+    assert batch.candidates.all() and batch.strays.num_items == 4
+    values = method.loss(student(batch), None, batch, TrainState(student=student, step=1))["kto"].values
     with torch.no_grad():
-        others = Batch.from_dict(collate_lists(list(mismatched(examples).rows)))
+        others = Batch.from_dict(collate_lists(list(mismatched(examples).records)))
         z = (student(others).signal.values - reference(others).signal.values).mean().clamp(min=0)
         ratio = (student(batch).signal.values - reference(batch).signal.values)[:, 0]
     good = torch.tensor([True, False, True, False])
@@ -108,14 +108,14 @@ def test_unpaired_kto_killed_and_resumed_ends_in_the_same_weights(tmp_path):
 
 
 def test_a_moving_anchor_shows_collapse_too():
-    live = Live(companions={"anchor": lambda batch: rows_of(torch.tensor([[-4.0, -4.0]]).double())}, step=1)
+    state = TrainState(companions={"anchor": lambda batch: rows_of(torch.tensor([[-4.0, -4.0]]).double())}, step=1)
     batch, values = listed([[1.0, 0.0]], [None]), torch.tensor([[-5.0, -6.0]]).double()
-    terms = ADPO(anchor="ema").loss(rows_of(values), None, batch, live)
+    terms = ADPO(anchor="ema").loss(rows_of(values), None, batch, state)
     assert [terms[f"{side}_log_ratio"].values.item() for side in ("best", "worst")] == [-1.0, -2.0]
 
 
 def rows_of(values):
-    return Rows(Scores(values, torch.ones_like(values, dtype=torch.bool)))
+    return ModelOutput(Scores(values, torch.ones_like(values, dtype=torch.bool)))
 
 
 def listed(scores, reference):
@@ -133,7 +133,7 @@ def listed(scores, reference):
 
 def test_smoothing_of_zero_is_dpo():
     batch, values = listed([[1.0, 0.0]], [[-3.0, -4.0]]), torch.tensor([[-2.0, -6.0]]).double()
-    at = Live(step=1)
+    at = TrainState(step=1)
     plain = DPO().loss(rows_of(values), None, batch, at)["dpo"].values
     for name in ("cdpo", "robust"):
         none = DPO(loss_type=name, label_smoothing=0.0).loss(rows_of(values), None, batch, at)[name].values
@@ -145,13 +145,13 @@ def test_smoothing_of_zero_is_dpo():
 def test_soft_labels_and_the_distance_to_the_target():
     q = torch.tensor([[0.7, 0.2, 0.1]]).double()
     batch, values = listed(q.tolist(), [[-3.0, -4.0, -5.0]]), torch.tensor([[-2.0, -6.0, -4.0]]).double()
-    terms = ADPO(target="given", tau=0.5).loss(rows_of(values), None, batch, Live(step=1))
+    terms = ADPO(target="given", tau=0.5).loss(rows_of(values), None, batch, TrainState(step=1))
     close(terms["adpo"].values, anchored.anchored_cross_entropy(values, batch.reference, q, tau=0.5))
     assert terms["kl"].weight == 0 and terms["kl"].values.requires_grad is False
     close(terms["kl"].values, terms["adpo"].values + (q * q.log()).sum(-1))
     best = batch.reference + 0.5 * q.log()
     close(
-        ADPO(target="given", tau=0.5).loss(rows_of(best), None, batch, Live(step=1))["kl"].values,
+        ADPO(target="given", tau=0.5).loss(rows_of(best), None, batch, TrainState(step=1))["kl"].values,
         torch.zeros(1).double(),
     )
 
@@ -165,9 +165,9 @@ def test_scores_keep_their_order_beyond_single_precision():
 def test_a_student_that_is_not_its_reference_at_the_start_is_refused(method):
     batch, values = listed([[1.0, 0.0]], [[-3.0, -4.0]]), torch.tensor([[-3.0, -4.5]]).double()
     with pytest.raises(InputError, match=r"differ from their stored reference by 12.5% before the first step"):
-        method.loss(rows_of(values), None, batch, Live(step=0))
-    method.loss(rows_of(values), None, batch, Live(step=1))  # later it is what training does
-    start = method.loss(rows_of(batch.reference.clone()), None, batch, Live(step=0))
+        method.loss(rows_of(values), None, batch, TrainState(step=0))
+    method.loss(rows_of(values), None, batch, TrainState(step=1))  # later it is what training does
+    start = method.loss(rows_of(batch.reference.clone()), None, batch, TrainState(step=0))
     first = next(iter(start.values())).values
     if method.name == "dpo":
         close(first, torch.full((1,), math.log(2) if method.loss_type == "dpo" else 0.5, dtype=torch.float64))
@@ -180,19 +180,19 @@ def test_a_probability_of_zero_is_named_by_its_example(method):
     batch = listed([[1.0, 0.0], [1.0, 0.0]], [[-3.0, -4.0]] * 2)
     values = torch.tensor([[-3.0, -4.0], [-3.0, -math.inf]]).double()
     with pytest.raises(InputError, match=r"candidate 1 of example 8 the log-probability -inf"):
-        method.loss(rows_of(values), None, batch, Live(step=1))
+        method.loss(rows_of(values), None, batch, TrainState(step=1))
 
 
 def test_a_reference_that_gives_probability_zero_is_named(tokenizer, tmp_path, monkeypatch):
-    from understudy.models import SequenceRows
+    from understudy.models import SequenceAdapter
 
-    answer = SequenceRows.answer
+    answer = SequenceAdapter.answer
 
     def broken(self, batch, features):
         rows = answer(self, batch, features)
-        return Rows(Scores(rows.signal.values.masked_fill(batch.ids[:, None] == 2, -math.inf), rows.signal.mask))
+        return ModelOutput(Scores(rows.signal.values.masked_fill(batch.ids[:, None] == 2, -math.inf), rows.signal.mask))
 
-    monkeypatch.setattr(SequenceRows, "answer", broken)
+    monkeypatch.setattr(SequenceAdapter, "answer", broken)
     with pytest.raises(InputError, match="The reference gives candidate 0 of train example 2 the log-probability -inf"):
         staged(DPO(), lists(tokenizer), scorer(tokenizer), tmp_path)
 
@@ -245,7 +245,7 @@ def test_equal_candidates_teach_dpo_nothing_and_cost_ln_two(tokenizer, tmp_path)
     examples = lists(tokenizer, [{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}])
     student = scorer(tokenizer)
     batch = staged(DPO(), examples, student, tmp_path)
-    value = DPO().loss(student(batch), None, batch, Live(student=student))["dpo"].values
+    value = DPO().loss(student(batch), None, batch, TrainState(student=student))["dpo"].values
     close(value, torch.full((1,), math.log(2), dtype=torch.float64))
     assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(value.sum(), list(student.parameters())))
     ipo = preference.ipo(*[torch.zeros(1)] * 4, beta=0.2)

@@ -5,15 +5,15 @@ import torch
 
 from golden_vectors import close
 from understudy import InputError, distill
-from understudy.check import evaluate_run
 from understudy.data import Batch
 from understudy.data.worlds import bandit, chains, collate_choices
 from understudy.losses import preference
 from understudy.methods.dpo import DPO
-from understudy.models import Rows
-from understudy.models.worlds import ChoicePolicy, ChoiceRows
+from understudy.models import ModelOutput
+from understudy.models.worlds import ChoiceAdapter, ChoicePolicy
+from understudy.runs.check import evaluate_run
 from understudy.targets import Scores
-from understudy.training import Live
+from understudy.training import TrainState
 
 
 def test_the_value_of_a_chain_is_exact():
@@ -39,7 +39,7 @@ def test_the_value_of_a_chain_is_exact():
 def test_labels_of_chains_follow_their_returns():
     world = chains(0, "own", pairs=4000)
     wins = []
-    for row in world.splits["train"].rows:
+    for row in world.splits["train"].records:
         (a, _), (b, _) = row["sequences"]
         gain = [world.reward[s[:-1], s[1:]].sum() for s in (a, b)]
         wins.append((float(gain[0] - gain[1]), row["scores"][0]))
@@ -51,20 +51,22 @@ def test_labels_of_chains_follow_their_returns():
 @pytest.mark.parametrize("noise", ["none", "heavy", "outlier", "adversarial", "shift"])
 def test_bandits_are_the_same_again_and_noisy_in_training_alone(noise):
     a, b = bandit(noise, 1, train=50, test=20), bandit(noise, 1, train=50, test=20)
-    assert a["train"].rows[7]["scores"] == b["train"].rows[7]["scores"]
-    assert all(r["scores"] == r["truth"] for split in ("clean", "validation", "test") for r in a[split].rows)
-    same = [r["scores"] == r["truth"] for r in a["train"].rows]
+    assert a["train"].records[7]["scores"] == b["train"].records[7]["scores"]
+    assert all(r["scores"] == r["truth"] for split in ("clean", "validation", "test") for r in a[split].records)
+    same = [r["scores"] == r["truth"] for r in a["train"].records]
     assert all(same) if noise == "none" else not any(same)
 
 
 def test_which_pairs_of_a_list_count():
-    batch = Batch.from_dict(collate_choices(bandit("none", 0, train=8, test=1)["train"].rows))
+    batch = Batch.from_dict(collate_choices(bandit("none", 0, train=8, test=1)["train"].records))
     batch.reference = torch.zeros(8, 6, dtype=torch.float64)
-    values = ChoiceRows(ChoicePolicy("policy:8", 24)).double()(batch).signal.values
-    student = Rows(Scores(values, batch.candidates))
+    values = ChoiceAdapter(ChoicePolicy("policy:8", 24)).double()(batch).signal.values
+    student = ModelOutput(Scores(values, batch.candidates))
 
     def loss(pairs):
-        return DPO(beta=1.0, pairs=pairs, reference="teacher").loss(student, None, batch, Live(step=1))["dpo"].values
+        return (
+            DPO(beta=1.0, pairs=pairs, reference="teacher").loss(student, None, batch, TrainState(step=1))["dpo"].values
+        )
 
     zero = torch.zeros(1, dtype=torch.float64)
     by_hand = []

@@ -12,9 +12,9 @@ from understudy import InputError, distill
 from understudy.data import Batch, ListBatch, collate_lists, encode_lists, load_preferences, train_tokenizer
 from understudy.methods.adpo import ADPO
 from understudy.methods.dpo import DPO
-from understudy.models import SequenceRows, load_causal_lm
-from understudy.teachers.stored import ScoreStore, score_lists
-from understudy.training import Apprentice, DistillationTrainer, Stage
+from understudy.models import SequenceAdapter, load_causal_lm
+from understudy.teachers.cache.scores import ScoreStore, score_lists
+from understudy.training import DistillationTrainer, SetupContext, TrainModule
 from understudy.training.arguments import training_arguments
 from understudy.training.shapes import Shapes
 
@@ -43,15 +43,15 @@ def lists(tokenizer, records=PAIRS, **more):
 def scorer(tokenizer, seed=0):
     torch.manual_seed(seed)
     model = load_causal_lm("llama:hidden=32,layers=1,heads=2", tokenizer=tokenizer).double()
-    return SequenceRows(model, len(tokenizer))
+    return SequenceAdapter(model, len(tokenizer))
 
 
 def test_sequence_scores_equal_the_sum_of_token_log_probs(tokenizer):
     rows, examples = scorer(tokenizer), lists(tokenizer)
-    batch = Batch.from_dict(collate_lists(list(examples.rows)))
-    assert isinstance(batch, ListBatch) and batch.rows == 4
+    batch = Batch.from_dict(collate_lists(list(examples.records)))
+    assert isinstance(batch, ListBatch) and batch.num_items == 4
     found = rows(batch).signal.values
-    for i, example in enumerate(examples.rows):
+    for i, example in enumerate(examples.records):
         for j, (ids, labels) in enumerate(example["sequences"]):
             log_p = torch.log_softmax(rows.model(input_ids=ids[None]).logits[0, :-1].double(), -1)
             kept = labels[1:] != -100
@@ -81,7 +81,7 @@ def test_no_logits_tensor_exists(tokenizer, monkeypatch):
     rows = scorer(tokenizer)
     monkeypatch.setattr(sequences, "rowwise", partial(sequences.rowwise, tile_bytes=8 * 8 * rows.vocabulary))
     long = [{"prompt": "the", "chosen": " brown fox" * 7, "rejected": " over" * 14}] * 8
-    batch = Batch.from_dict(collate_lists(list(lists(tokenizer, long).rows)))
+    batch = Batch.from_dict(collate_lists(list(lists(tokenizer, long).records)))
     with Largest() as seen:
         rows(batch).signal.values.sum().backward()
     assert seen.size < int(batch.tokens.mask.sum()) * rows.vocabulary / 2
@@ -116,9 +116,9 @@ def test_dpo_gradients_agree_with_trl(tokenizer, tmp_path):
     )
     with torch.no_grad():
         batch.reference = reference(batch).signal.values
-    from understudy.training import Live
+    from understudy.training import TrainState
 
-    terms = DPO(beta=0.3, reference="teacher").loss(policy(batch), None, batch, Live(step=1))
+    terms = DPO(beta=0.3, reference="teacher").loss(policy(batch), None, batch, TrainState(step=1))
     ours = terms["dpo"].values.mean()
     torch.testing.assert_close(
         ours.double(), loss.double(), rtol=1e-6, atol=0
@@ -174,10 +174,10 @@ def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
     """A trainer over the four pairs whose update covers all of them, however it is cut."""
     student, other = scorer(tokenizer, 0), scorer(tokenizer, reference)
     examples = lists(tokenizer, log_probs=[-9.0, -11.0])
-    for row in examples.rows:
+    for row in examples.records:
         row["log_probs"] = [-9.0, -11.0]
     splits = {"train": examples}
-    method.stage(Stage(student, other, splits, collate_lists, len(tokenizer), tmp_path / "store", "key"))
+    method.setup(SetupContext(student, other, splits, collate_lists, len(tokenizer), tmp_path / "store", "key"))
     values = {
         "max_steps": 2,
         "per_device_train_batch_size": micro,
@@ -188,8 +188,8 @@ def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
     }
-    apprentice = Apprentice(student, method, Shapes(len(tokenizer)), 2).double()
-    return DistillationTrainer(apprentice, training_arguments(values, tmp_path, 0), examples.rows, collate_lists)
+    train_module = TrainModule(student, method, Shapes(len(tokenizer)), 2).double()
+    return DistillationTrainer(train_module, training_arguments(values, tmp_path, 0), examples.records, collate_lists)
 
 
 METHODS = [
@@ -229,13 +229,13 @@ def test_any_split_of_a_batch_gives_the_same_update(method, tokenizer, tmp_path)
 def test_reference_scores_are_paid_for_once(tokenizer, tmp_path):
     rows, examples = scorer(tokenizer), lists(tokenizer)
     first = score_lists(rows, examples, collate_lists, ScoreStore(tmp_path), column="reference")
-    kept = [r["reference"] for r in examples.rows]
+    kept = [r["reference"] for r in examples.records]
     again = lists(tokenizer, list(reversed(PAIRS)))  # another order, ids and padding
     second = score_lists(rows, again, collate_lists, ScoreStore(tmp_path), column="reference", batch=1)
     assert first == 8 and second == 0
-    torch.testing.assert_close(torch.tensor(kept), torch.tensor([r["reference"] for r in reversed(again.rows)]))
+    torch.testing.assert_close(torch.tensor(kept), torch.tensor([r["reference"] for r in reversed(again.records)]))
     assert score_lists(scorer(tokenizer, 5), again, collate_lists, ScoreStore(tmp_path), column="reference") == 8
-    batch = Batch.from_dict(collate_lists(list(examples.rows)))
+    batch = Batch.from_dict(collate_lists(list(examples.records)))
     torch.testing.assert_close(batch.reference, rows(batch).signal.values.detach(), rtol=1e-9, atol=1e-9)
     next(tmp_path.glob("*.safetensors")).write_bytes(b"\x10" + bytes(7) + b"damaged")
     with pytest.raises(InputError, match="cannot be read"):
@@ -274,7 +274,7 @@ def test_formats_of_trl(name, tmp_path, tokenizer):
     if name == "messages":
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     examples, _ = encode_lists([record], tokenizer, max_length=64)
-    for ids, labels in examples.rows[0]["sequences"]:
+    for ids, labels in examples.records[0]["sequences"]:
         kept = labels != -100
         text = tokenizer.decode(ids[kept], skip_special_tokens=True)
         assert "a b" not in text and any(c in text for c in "cde")  # the prompt is masked

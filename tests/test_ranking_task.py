@@ -9,13 +9,13 @@ from engine_cases import killed_run, weights
 from golden_vectors import close
 from understudy import InputError, distill
 from understudy.data import Batch
-from understudy.data.ranking import RankingBatch, RankingCollator, View, train_encoder_tokenizer
-from understudy.data.rankings import load_rankings
+from understudy.data.retrieval_batches import RankingBatch, RankingCollator, View, train_encoder_tokenizer
+from understudy.data.retrieval_sources import load_rankings
 from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import ndcg
 from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker
-from understudy.recipe import make
+from understudy.runs.recipe import make
 from understudy.tasks import get as get_task
 from understudy.teachers import stored
 
@@ -84,7 +84,7 @@ def test_a_score_does_not_depend_on_its_company(view, scorer, towers):
     model = load_ranker(BERT, view, {"scorer": scorer, "towers": towers}).eval()
     items = rows()
     together = batch(view, items)
-    assert isinstance(together, RankingBatch) and together.rows == 6
+    assert isinstance(together, RankingBatch) and together.num_items == 6
     found = model(together).signal
     for i, item in enumerate(items):
         alone = model(batch(view, [item])).signal.values[0]
@@ -174,7 +174,7 @@ def test_a_teacher_trained_first_scores_each_pair_once(recipe, tmp_path, monkeyp
     assert computed == [len(pairs)]
     prepared = get_task("ranking").prepare(make(values))
     teacher = get_task("ranking").model(make(values).teacher, prepared, tmp_path / "run" / "teacher" / "student").eval()
-    b = Batch.from_dict(prepared.collate(prepared.train.rows[:3]))
+    b = Batch.from_dict(prepared.collate(prepared.train.records[:3]))
     said = teacher(b).signal.values[0].tolist()
     assert [found[0].pos_score, found[0].neg_score] == pytest.approx(said, rel=1e-5)
     # the same recipe started from the stored scores computes nothing again
@@ -283,7 +283,7 @@ def test_it_learns_the_embedded_world(tmp_path):
         trainer=trainer,
     )
     found = result.metrics
-    grades = torch.tensor([r["labels"] for r in load_rankings({"name": "world", "candidates": 20}).test.rows])
+    grades = torch.tensor([r["labels"] for r in load_rankings({"name": "world", "candidates": 20}).test.records])
     chance = ndcg(torch.zeros_like(grades), grades, torch.ones_like(grades, dtype=torch.bool)).mean()
     assert found["ndcg_10"] > chance + 0.08 and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
     assert {"retrieval_ndcg_10", "retrieval_mrr_10", "retrieval_recall_100"} <= found.keys()
@@ -293,6 +293,6 @@ def test_it_learns_the_embedded_world(tmp_path):
 def test_judgements_of_a_folder(data_folder):
     splits = get_task("ranking").prepare(make({"task": "ranking", "method": "margin-mse", "data": {"name": "ranking"}}))
     assert any("2 documents without text" in n for n in splits.notes)
-    row = splits.test.rows[0]
+    row = splits.test.records[0]
     assert len(row["documents"]) == 50 and max(row["ideal"]) > 1 and len(splits.test.collection) == 1398
-    assert all(r["labels"] == [1.0, 0.0] for r in splits.train.rows)
+    assert all(r["labels"] == [1.0, 0.0] for r in splits.train.records)

@@ -12,7 +12,7 @@ from engine_cases import weights
 from two_ranks import two_ranks
 from understudy import distill
 from understudy.errors import InputError
-from understudy.recipe import make
+from understudy.runs.recipe import make
 from understudy.training import zero
 from understudy.training.order import EpochShuffle, Share
 

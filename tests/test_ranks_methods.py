@@ -15,7 +15,7 @@ from understudy.methods.dhkd import DHKD
 from understudy.methods.lelp import LELP
 from understudy.models.sharding import fill, outline
 from understudy.training.checkpoint import load_tree
-from understudy.training.ranks import foresee
+from understudy.training.ranks import check_sharding
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.xdist_group("ranks_methods")  # its fixture takes a minute: one process makes it
@@ -90,16 +90,16 @@ def test_a_method_that_cannot_be_sharded_is_refused_before_its_teacher_is_traine
 
 
 def test_launchers_and_deepspeed_are_heard_before_a_model_is_loaded(monkeypatch):
-    foresee(LELP(), {"fsdp": True})
+    check_sharding(LELP(), {"fsdp": True})
     with pytest.raises(InputError, match=r"'lelp' changes the head .* trainer\.fsdp=true"):
-        foresee(LELP(), {"deepspeed": "zero3.json"})
-    foresee(DHKD(align="all"), {})
+        check_sharding(LELP(), {"deepspeed": "zero3.json"})
+    check_sharding(DHKD(align="all"), {})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="'dhkd' merges"):
-        foresee(DHKD(align="all"), {})
+        check_sharding(DHKD(align="all"), {})
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(InputError, match="cpu_ram_efficient_loading"):
-        foresee(METHODS["sft"], {})
+        check_sharding(METHODS["sft"], {})
 
 
 def test_quantised_weights_without_adapters_are_refused(tmp_path):

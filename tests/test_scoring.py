@@ -15,13 +15,13 @@ from scoring_server import Scorer
 from served_cases import asking, made, opened, recipe, sides
 from understudy import InputError
 from understudy.generation import BudgetSpent, Endpoint, FailedRequests, SourceError
-from understudy.models import CausalLMRows, load_tokenizer
+from understudy.models import CausalLMAdapter, load_tokenizer
 from understudy.streaming import project
 from understudy.targets import top_k
 from understudy.teachers import CachedTeacher, LocalTeacher, ServedTeacher
-from understudy.teachers.scores import Asked, Position, Score, echoed, kept, target
-from understudy.teachers.scoring import ScoringClient
-from understudy.teachers.store import ShardStore, content_key
+from understudy.teachers.cache.store import ShardStore, content_key
+from understudy.teachers.server.client import ScoringClient
+from understudy.teachers.server.scores import Asked, Position, Score, echoed, kept, target
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def world(home):
 def live(world, batch):
     """The teacher in this process: its log-probabilities."""
     model, tokenizer = world
-    signal = LocalTeacher(CausalLMRows(model, len(tokenizer)), "live").rows(batch).signal
+    signal = LocalTeacher(CausalLMAdapter(model, len(tokenizer)), "live")(batch).signal
     return torch.log_softmax(project(signal), -1)
 
 
@@ -52,11 +52,11 @@ def same(found, exact):
 def test_top_k_is_that_of_the_live_teacher(way, score, k, home, world, tmp_path):
     with Scorer(*world, way=way) as server:
         teacher, batch = opened(recipe(home, server.url, score), tmp_path / "store")
-        found = teacher.rows(batch).signal
+        found = teacher(batch).signal
         same(found, top_k(live(world, batch), k))
         before = server.requests
-        assert torch.equal(teacher.rows(batch).signal.log_probs, found.log_probs) and server.requests == before
-    again = CachedTeacher(tmp_path / "store").rows(batch).signal  # an ordinary cache, without the server
+        assert torch.equal(teacher(batch).signal.log_probs, found.log_probs) and server.requests == before
+    again = CachedTeacher(tmp_path / "store")(batch).signal  # an ordinary cache, without the server
     assert torch.equal(again.ids, found.ids) and torch.equal(again.log_tail, found.log_tail)
     assert teacher.store.identity["score"] == score and teacher.store.identity["teacher"] == "served toy"
 
@@ -65,7 +65,7 @@ def test_top_k_is_that_of_the_live_teacher(way, score, k, home, world, tmp_path)
 def test_the_sampled_token_alone(way, home, world, tmp_path):
     with Scorer(*world, way=way) as server:
         teacher, batch = opened(recipe(home, server.url, "sampled"), tmp_path / "store")
-        found = teacher.rows(batch).signal
+        found = teacher(batch).signal
     own = live(world, batch).gather(-1, batch.row_labels[:, None])
     assert torch.equal(found.ids, batch.row_labels[:, None])
     torch.testing.assert_close(found.log_probs, own, atol=2e-5, rtol=0)
@@ -75,19 +75,19 @@ def test_the_sampled_token_alone(way, home, world, tmp_path):
 def test_the_students_own_ids_and_the_fall_back(home, world, tmp_path):
     torch.manual_seed(3)
     model, tokenizer = world
-    student = CausalLMRows(type(model)(model.config), len(tokenizer))
+    student = CausalLMAdapter(type(model)(model.config), len(tokenizer))
     with Scorer(*world, way="ids") as server:
         teacher, batch = opened(recipe(home, server.url, "ids:7"), tmp_path / "store", student)
-        found = teacher.rows(batch).signal
+        found = teacher(batch).signal
         paid = sum(server.paid.values())
-        teacher.rows(batch)
+        teacher(batch)
         assert sum(server.paid.values()) == paid
     mine = torch.log_softmax(project(student(batch).signal), -1).topk(7).indices.sort(-1).values
     assert (found.ids == mine).float().mean() > 0.99  # but for ties
     torch.testing.assert_close(found.log_probs, live(world, batch).gather(-1, found.ids), atol=2e-5, rtol=0)
     with Scorer(*world, way="vllm") as server:
         teacher, batch = opened(recipe(home, server.url, "ids:7"), tmp_path / "other", student)
-        same(teacher.rows(batch).signal, top_k(live(world, batch), 7))
+        same(teacher(batch).signal, top_k(live(world, batch), 7))
         teacher, batch = opened(recipe(home, server.url, "ids:7"), tmp_path / "other", student)  # and again
     assert "score=ids:7 became top_k:7" in " ".join(teacher.notes)
 
@@ -98,7 +98,7 @@ def test_each_fault_is_mended(kind, home, world, tmp_path, monkeypatch):
     with Scorer(*world) as server, Proxy(server, share=0.4, kinds=(kind,)) as proxy:
         values = recipe(home, proxy.url, key=True, endpoint={"scoring_tokens": 128, "concurrency": 2})
         teacher, batch = opened(values, tmp_path / "store", number=40)
-        same(teacher.rows(batch).signal, top_k(live(world, batch), 20))
+        same(teacher(batch).signal, top_k(live(world, batch), 20))
     assert proxy.met[kind] > 2
     for file in (tmp_path / "store").rglob("*"):
         assert KEY.encode() not in file.read_bytes()
@@ -109,19 +109,19 @@ def test_requests_are_bounded_and_halved_where_the_server_cannot(home, world, tm
         values = recipe(home, server.url, endpoint={"scoring_tokens": 4096, "concurrency": 2})
         teacher, batch = opened(values, tmp_path / "store")
         assert teacher.client.bound == 4096
-        same(teacher.rows(batch).signal, top_k(live(world, batch), 20))
+        same(teacher(batch).signal, top_k(live(world, batch), 20))
         assert max(server.sizes) <= 100 and max(server.paid.values()) == 1 + 1  # the probe is one of the examples
         assert teacher.client.bound <= 1024  # what was too large is not tried again
     with Scorer(*world) as server:
         values = recipe(home, server.url, endpoint={"scoring_tokens": 128, "concurrency": 2})
         teacher, batch = opened(values, tmp_path / "small")
-        teacher.rows(batch)
+        teacher(batch)
         assert max(server.sizes) <= 64 and server.most_in_flight <= 2
     with Scorer(*world) as server:
         teacher, batch = opened(recipe(home, server.url), tmp_path / "none")
         server.most = 20
         with pytest.raises(FailedRequests, match=r"one sequence of 32 tokens is too much .* Lower data.max_length"):
-            teacher.rows(batch)
+            teacher(batch)
 
 
 def test_the_bound_is_computed_from_the_vocabulary(home, world, tmp_path):
@@ -137,11 +137,11 @@ def test_budgets_hold_and_what_was_paid_is_kept(home, world, tmp_path):
         few = {"scoring_tokens": 64, "concurrency": 2, "token_budget": 1000}
         teacher, batch = opened(recipe(home, server.url, endpoint=few), tmp_path / "store")
         with pytest.raises(BudgetSpent, match="token budget of 1000"):
-            teacher.rows(batch)
+            teacher(batch)
         spent = ShardStore(tmp_path / "store").spent
         assert 800 < spent["prompt_tokens"] + spent["tokens"] <= 1000
         teacher, batch = opened(recipe(home, server.url), tmp_path / "store")
-        teacher.rows(batch)
+        teacher(batch)
         assert teacher.store.spent["prompt_tokens"] == int(batch.inputs["attention_mask"].sum())
 
 
@@ -165,11 +165,11 @@ def test_killed_at_twenty_random_points_nothing_is_lost_or_doubled(home, world, 
             kills += child.exitcode == -signal.SIGKILL
         asking(server.url, home, tmp_path / "cut", batch, small)
         asked = Counter(server.paid)
-    found = CachedTeacher(tmp_path / "cut").rows(batch).signal
+    found = CachedTeacher(tmp_path / "cut")(batch).signal
     same(found, top_k(live(world, batch), 20))
     store = ShardStore(tmp_path / "cut")
-    assert len(store) == len(batch.labels) and store.rows == batch.rows
-    assert sum(len(shard["arrays"]["ids"]) for shard in store.shards) == batch.rows  # on disk too, each once
+    assert len(store) == len(batch.labels) and store.rows == batch.num_items
+    assert sum(len(shard["arrays"]["ids"]) for shard in store.shards) == batch.num_items  # on disk too, each once
     assert kills >= 15 and sum(asked.values()) <= len(batch.labels) + kills * crew  # those in flight alone
 
 

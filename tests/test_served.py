@@ -211,7 +211,7 @@ def test_a_real_server(tmp_path):
     from understudy.data import train_tokenizer
     from understudy.generation import LocalSource, source_from
     from understudy.models import load_causal_lm
-    from understudy.recipe import ModelSpec
+    from understudy.runs.recipe import ModelSpec
 
     words = train_tokenizer(["the cat sat on the mat and the dog ran away. " * 40], 300)
     words.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}<s>assistant:"

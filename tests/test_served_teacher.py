@@ -11,11 +11,11 @@ from engine_cases import killed_run, weights
 from scoring_server import Scorer
 from served_cases import DATA, made, opened, recipe, sides
 from understudy import InputError, distill
-from understudy.caching import capture_recipe, describe, verify_recipe
-from understudy.check import check_recipe, evaluate_run
 from understudy.cli.main import app
 from understudy.data import train_tokenizer
-from understudy.recipe import make
+from understudy.runs.capture import capture_recipe, describe, verify_recipe
+from understudy.runs.check import check_recipe, evaluate_run
+from understudy.runs.recipe import make
 
 
 @pytest.fixture(scope="module")

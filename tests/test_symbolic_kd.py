@@ -14,7 +14,7 @@ from understudy.data.knowledge import load_relations
 from understudy.data.knowledge_world import TAILS, EventsWorld
 from understudy.data.text import write_records
 from understudy.methods import symbolic_kd
-from understudy.recipe import make
+from understudy.runs.recipe import make
 from understudy.tasks import get
 from understudy.tasks.text_generation import TextGeneration
 

@@ -11,8 +11,8 @@ from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.geometry import class_means, class_sums, triangle_features
 from understudy.methods.kd import KD
 from understudy.methods.tgeo_kd import TGeoKD
-from understudy.models import ClassifierRows
-from understudy.training import Live, Shapes
+from understudy.models import ClassifierAdapter
+from understudy.training import Shapes, TrainState
 
 
 def linear(weight, bias):
@@ -29,22 +29,22 @@ def test_golden():
     means = class_means(*class_sums(g["teacher_logits_full"], g["labels_full"], classes))
     close(means, g["tbar"], **close_to)
     train, validation = batch_of(g["x_train"], g["y_train"]), batch_of(g["x_val"], g["y_val"])
-    student = ClassifierRows(nn.Sequential(nn.Flatten(), linear(g["student_W"], g["student_b"])), classes)
+    student = ClassifierAdapter(nn.Sequential(nn.Flatten(), linear(g["student_W"], g["student_b"])), classes)
     teacher = Told(g["teacher_logits"])
     parts = [linear(g[f"ctrl_W{i}"], g[f"ctrl_b{i}"]) for i in (1, 2, 3)]
     leaky = nn.LeakyReLU(float(g["leaky_slope"]))
     ratio = nn.Sequential(parts[0], leaky, parts[1], leaky, parts[2])
     method = TGeoKD(temperature=tau, virtual_rate=float(g["inner_lr"]))
-    live = Live(modules={"ratio": ratio}, tables={"means": means}, student=student)
-    rows, taught = student(train), teacher.rows(train)
+    state = TrainState(modules={"ratio": ratio}, tables={"means": means}, student=student)
+    rows, taught = student(train), teacher(train)
     logits = rows.signal.logits
     close(triangle_features(logits, teacher.logits, train.labels, means), g["state"], **close_to)
-    alpha = method._alpha(rows, taught, train, live)
+    alpha = method._alpha(rows, taught, train, state)
     close(alpha, g["alpha"], **close_to)
     close(forward_kl(logits, teacher.logits, temperature=tau), g["kd_per_sample"], **close_to)
     close(cross_entropy(logits, train.labels), g["ce_per_sample"], **close_to)
     close(cross_entropy(logits.softmax(-1), train.labels), g["ce_per_sample_released_code"], **close_to)
-    terms = method.loss(rows, taught, train, live)
+    terms = method.loss(rows, taught, train, state)
     lower = sum(t.weight * t.values.mean() for t in terms.values())
     close(lower, g["lower_loss"], **close_to)
     for found, name in zip(torch.autograd.grad(lower, student.parameters()), ("W", "b"), strict=True):
@@ -54,8 +54,8 @@ def test_golden():
         found, outer = slopes(student, method, teacher, batches, validation, alpha, rate=method.virtual_rate)
         close(outer, g["outer_loss"], **close_to)
         close(found, g["grad_alpha"], **close_to)
-        scene = scene_of(student, teacher, batches, validation)
-        total = sum(t["outer"].values.sum() for t in method.play("ratio", scene, live)) / scene.count
+        context = scene_of(student, teacher, batches, validation)
+        total = sum(t["outer"].values.sum() for t in method.auxiliary_loss("ratio", context, state)) / context.count
         for i, layer in enumerate(parts, 1):
             weight, bias = torch.autograd.grad(total, (layer.weight, layer.bias), retain_graph=True)
             close(weight, g[f"grad_ctrl_W{i}"], **close_to)
@@ -64,10 +64,10 @@ def test_golden():
 
 def test_the_students_step_does_not_differentiate_alpha():
     world = World()
-    world.live.modules["ratio"].requires_grad_(True)
-    terms = world.method.loss(world.student(world.batch), world.teacher.rows(world.batch), world.batch, world.live)
+    world.train_state.modules["ratio"].requires_grad_(True)
+    terms = world.method.loss(world.student(world.batch), world.teacher(world.batch), world.batch, world.train_state)
     sum(t.weight * t.values.sum() for t in terms.values()).backward()
-    assert all(p.grad is None for p in world.live.modules["ratio"].parameters())
+    assert all(p.grad is None for p in world.train_state.modules["ratio"].parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in world.student.model[-1].parameters())
 
 
@@ -75,13 +75,13 @@ def test_the_students_step_does_not_differentiate_alpha():
 def test_a_constant_weight_is_classical_distillation(bias):
     world = World(temperature=2.0)
     with torch.no_grad():
-        for p in world.live.modules["ratio"].parameters():
+        for p in world.train_state.modules["ratio"].parameters():
             p.zero_()
-        world.live.modules["ratio"][-1].bias.fill_(bias)
+        world.train_state.modules["ratio"][-1].bias.fill_(bias)
     alpha = float(torch.sigmoid(torch.tensor(bias).double()))
-    rows = world.student.eval()(world.batch), world.teacher.rows(world.batch), world.batch
-    mine = world.method.loss(*rows, world.live)
-    fixed = KD(temperature=2.0, kd_weight=alpha, ce_weight=1 - alpha).loss(*rows, Live())
+    rows = world.student.eval()(world.batch), world.teacher(world.batch), world.batch
+    mine = world.method.loss(*rows, world.train_state)
+    fixed = KD(temperature=2.0, kd_weight=alpha, ce_weight=1 - alpha).loss(*rows, TrainState())
     totals = [sum(t.weight * t.values for t in terms.values()) for terms in (mine, fixed)]
     close(totals[0], totals[1], atol=1e-12)
     world.move()  # a saturated weight has a gradient of 0, not nan
@@ -111,7 +111,7 @@ def test_the_side_that_helps_validation_gains_weight():
 
 def test_order_and_constants_change_nothing():
     world = World()
-    labels, means = world.batch.labels, world.live.tables["means"]
+    labels, means = world.batch.labels, world.train_state.tables["means"]
     s, t = torch.randn(8, 3).double(), world.teacher.logits
     order = torch.randperm(8)
     found = triangle_features(s, t, labels, means, angles=True)
@@ -162,10 +162,10 @@ def test_extreme_teachers_stay_finite():
 
 def test_mixed_precision_does_not_round_the_weights():
     world = World(dtype=torch.float32)
-    rows = world.student.eval()(world.batch), world.teacher.rows(world.batch), world.batch
-    wanted = world.method.loss(*rows, world.live)
+    rows = world.student.eval()(world.batch), world.teacher(world.batch), world.batch
+    wanted = world.method.loss(*rows, world.train_state)
     with torch.autocast("cpu", torch.bfloat16):
-        found = world.method.loss(*rows, world.live)
+        found = world.method.loss(*rows, world.train_state)
     assert all(torch.equal(found[name].values, wanted[name].values) for name in wanted)
 
 

@@ -21,7 +21,7 @@ from understudy.losses.relations import (
     self_similarity,
 )
 from understudy.methods.trg import TRG
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.targets import Dense
 from understudy.training.schedules import anneal
 from understudy.training.shapes import Shapes
@@ -211,16 +211,16 @@ def test_neighbours_in_common_by_hand():
 
 
 def test_a_student_that_is_its_teacher_has_the_same_graph():
-    from understudy.models import ClassifierRows, load_classifier
-    from understudy.training import Stage
+    from understudy.models import ClassifierAdapter, load_classifier
+    from understudy.training import SetupContext
 
-    net = ClassifierRows(load_classifier("convnet:4", classes=10, input_shape=(1, 8, 8)), 10)
+    net = ClassifierAdapter(load_classifier("convnet:4", classes=10, input_shape=(1, 8, 8)), 10)
     examples = [(torch.rand(1, 8, 8), 0, i) for i in range(35)]  # two groups, and three images
-    work = Stage(net, net, {"test": examples}, collate_images, 10, Path("nowhere"), "key")
-    found = TRG(group=16).finish(SimpleNamespace(student=net), work)["metrics"]
+    context = SetupContext(net, net, {"test": examples}, collate_images, 10, Path("nowhere"), "key")
+    found = TRG(group=16).finish(SimpleNamespace(student=net), context)["metrics"]
     assert found == {"affinity_kl": 0.0, "neighbour_overlap": 1.0}
-    assert TRG(group=1, k=3).finish(SimpleNamespace(student=net), work)["metrics"]["neighbour_overlap"] == 1.0
-    assert TRG(group=1, beta=0.0, grid=1).finish(SimpleNamespace(student=net), work)["metrics"] == {}
+    assert TRG(group=1, k=3).finish(SimpleNamespace(student=net), context)["metrics"]["neighbour_overlap"] == 1.0
+    assert TRG(group=1, beta=0.0, grid=1).finish(SimpleNamespace(student=net), context)["metrics"] == {}
 
 
 def test_without_its_own_terms_it_is_kd_to_the_bit(tmp_path):
@@ -267,7 +267,9 @@ def test_relations_are_computed_in_float32_at_least(dtype):
     found = []
     for cast in (False, True):
         batch = SimpleNamespace(mask=torch.ones(8, dtype=torch.bool), ids=torch.arange(8), row_labels=torch.arange(8))
-        rows = [Rows(Dense(torch.randn(8, 8)), taps={"tokens": x.float() if not cast else x}) for x in (ours, theirs)]
+        rows = [
+            ModelOutput(Dense(torch.randn(8, 8)), taps={"tokens": x.float() if not cast else x}) for x in (ours, theirs)
+        ]
         live = SimpleNamespace(step=0, total=9, modules={"projector": projector}, seed=0)
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             found.append(method.loss(rows[0], rows[1], batch, live))

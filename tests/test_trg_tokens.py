@@ -9,7 +9,7 @@ from understudy import InputError
 from understudy.data import Batch
 from understudy.losses.relations import grid_tokens
 from understudy.methods.trg import TRG
-from understudy.models import ClassifierRows
+from understudy.models import ClassifierAdapter
 from understudy.training.shapes import look
 
 
@@ -17,7 +17,9 @@ def test_the_pooled_features_of_a_windowed_transformer_are_no_tokens():
     from transformers import SwinConfig, SwinForImageClassification
 
     sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
-    rows = ClassifierRows(SwinForImageClassification(SwinConfig(image_size=64, patch_size=4, num_labels=3, **sizes)), 3)
+    rows = ClassifierAdapter(
+        SwinForImageClassification(SwinConfig(image_size=64, patch_size=4, num_labels=3, **sizes)), 3
+    )
     batch = Batch({"pixel_values": torch.rand(2, 3, 64, 64)}, torch.zeros(2, dtype=torch.long), torch.arange(2))
     found = look(rows, batch, taps=TRG().taps("student", rows, batch)).taps["tokens"]
     assert found.shape == (2, 64, 16)
@@ -28,7 +30,7 @@ def test_registers_before_the_patches_are_dropped():
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_register_tokens": 4}
     config = Dinov2WithRegistersConfig(image_size=32, patch_size=8, num_labels=3, **sizes)
-    rows = ClassifierRows(Dinov2WithRegistersForImageClassification(config), 3)
+    rows = ClassifierAdapter(Dinov2WithRegistersForImageClassification(config), 3)
     batch = Batch({"pixel_values": torch.rand(2, 3, 32, 32)}, torch.zeros(2, dtype=torch.long), torch.arange(2))
     tokens = look(rows, batch, taps=TRG().taps("teacher", rows, batch)).taps["tokens"]
     assert tokens.shape == (2, 1 + 4 + 16, 8)

@@ -7,7 +7,7 @@ import torch
 
 from engine_cases import DIGITS, killed_run, weights
 from understudy import InputError, distill
-from understudy.check import evaluate_run
+from understudy.runs.check import evaluate_run
 
 LOOK = {"eval_strategy": "steps", "eval_steps": 2}
 BEST = {**LOOK, "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_steps": 10}

@@ -7,11 +7,11 @@ from understudy.data import Batch
 from understudy.losses import cross_entropy
 from understudy.losses.geometry import class_means, class_sums
 from understudy.methods.tgeo_kd import TGeoKD
-from understudy.models import ClassifierRows, Rows, evaluating
+from understudy.models import ClassifierAdapter, ModelOutput, evaluating
 from understudy.targets import Dense
-from understudy.training import Live, Scene, Shapes
+from understudy.training import AuxiliaryContext, Shapes, TrainState
+from understudy.training.auxiliary import AuxiliaryOptimizers
 from understudy.training.bilevel import weight_gradients
-from understudy.training.players import Players
 
 
 class Told:
@@ -20,8 +20,8 @@ class Told:
     def __init__(self, logits):
         self.logits = logits
 
-    def rows(self, batch):
-        return Rows(Dense(self.logits[batch.ids]))
+    def __call__(self, batch):
+        return ModelOutput(Dense(self.logits[batch.ids]))
 
 
 def batch_of(x, y, ids=None):
@@ -37,8 +37,8 @@ def cut(batch, size):
 
 
 def scene_of(student, teacher, batches, validation):
-    count = float(sum(b.rows for b in batches))
-    return Scene(student, teacher, batches, count, lambda number: validation, list)
+    count = float(sum(b.num_items for b in batches))
+    return AuxiliaryContext(student, teacher, batches, count, lambda number: validation, list)
 
 
 def slopes(student, method, teacher, batches, validation, alpha, **options):
@@ -46,7 +46,7 @@ def slopes(student, method, teacher, batches, validation, alpha, **options):
     gradients, outer = weight_gradients(
         student,
         batches,
-        lambda rows, i: torch.stack(method._losses(rows, teacher.rows(batches[i]), batches[i]), -1),
+        lambda rows, i: torch.stack(method._losses(rows, teacher(batches[i]), batches[i]), -1),
         [torch.stack([a, 1 - a], -1) for a in alpha.split([len(b.ids) for b in batches])],
         lambda ask: cross_entropy(ask(validation).signal.logits, validation.labels).mean(),
         count=len(alpha),
@@ -66,24 +66,26 @@ class World:
         self.validation = batch_of(torch.randn(11, 4, dtype=dtype), torch.randint(0, classes, (11,)))
         middle = body or [nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(6)]
         net = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), *middle, nn.Linear(6, classes))
-        self.student = ClassifierRows(net.to(dtype), classes).train()
+        self.student = ClassifierAdapter(net.to(dtype), classes).train()
         self.method = TGeoKD(**options)
         modules = nn.ModuleDict(self.method.modules(Shapes(classes))).to(dtype)
         means = class_means(*class_sums(self.teacher.logits, y, classes))
-        self.live = Live(modules=dict(modules.items()), tables={"means": means}, student=self.student)
-        self.players = Players(self.method.players(), self.live.modules)
+        self.train_state = TrainState(modules=dict(modules.items()), tables={"means": means}, student=self.student)
+        self.auxiliary = AuxiliaryOptimizers(self.method.auxiliary_optimizers(), self.train_state.modules)
 
-    def scene(self, size=100):
+    def context(self, size=100):
         return scene_of(self.student, self.teacher, cut(self.batch, size), self.validation)
 
     def move(self, size=100):
-        scene = self.scene(size)
-        return self.players.move("ratio", lambda: self.method.play("ratio", scene, self.live), scene)
+        context = self.scene(size)
+        return self.auxiliary.move(
+            "ratio", lambda: self.method.auxiliary_loss("ratio", context, self.train_state), context
+        )
 
     def alpha(self):
         with torch.no_grad(), evaluating(self.student):
-            rows = self.student(self.batch), self.teacher.rows(self.batch)
-            return self.method._alpha(*rows, self.batch, self.live)
+            rows = self.student(self.batch), self.teacher(self.batch)
+            return self.method._alpha(*rows, self.batch, self.train_state)
 
     def slopes(self, size=100, **options):
         """∂J/∂α and J."""
@@ -93,4 +95,4 @@ class World:
         )
 
     def ratio(self):
-        return torch.cat([p.detach().flatten() for p in self.live.modules["ratio"].parameters()])
+        return torch.cat([p.detach().flatten() for p in self.train_state.modules["ratio"].parameters()])

@@ -10,8 +10,8 @@ __version__ = "0.2.0"
 __all__ = ["InputError", "Method", "Term", "compare", "distill", "plan"]
 
 _LAZY = {
-    "distill": "understudy.run",
-    "compare": "understudy.comparison",
+    "distill": "understudy.runs.run",
+    "compare": "understudy.runs.comparison",
     "plan": "understudy.planning",
     "Method": "understudy.training",
     "Term": "understudy.training",

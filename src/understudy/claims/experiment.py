@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.table import Table
 
-from understudy.comparison import run_all
 from understudy.errors import InputError
-from understudy.recipe import Recipe, make
 from understudy.reporting import interval, paired, verdict
+from understudy.runs.comparison import run_all
+from understudy.runs.recipe import Recipe, make
 
 Overrides = Mapping[str, Any]
 
@@ -127,7 +127,7 @@ def _file(label: str) -> str:
     return label.replace("/", "-")
 
 
-def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, judge: str) -> Recipe:
+def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, eval_split: str) -> Recipe:
     arm = claim.arms[label]
     over = arm.candidates[candidate]
     base = {**claim.recipe, **arm.recipe}
@@ -142,7 +142,7 @@ def _plan(claim: Claim, label: str, candidate: int, seed: int, output: Path, jud
             "data": {**base.get("data", {}), **over.get("data", {})},
             "seed": seed,
             "output": str(output),
-            "judge": judge,
+            "eval_split": eval_split,
         }
     )
 

@@ -35,7 +35,7 @@ def capture(
     """Capture what the recipe's teacher says. Started again it goes on; other data are appended."""
     from dataclasses import asdict
 
-    from understudy.caching import capture_recipe
+    from understudy.runs.capture import capture_recipe
 
     asked = load_recipe(recipe, overrides)
     console = Console(stderr=True)
@@ -62,7 +62,7 @@ def capture(
 @app.command(epilog="Example: understudy cache info caches/qwen --json")
 def info(folder: Annotated[Path, typer.Argument(help="A cache.")], as_json: AsJson = False) -> None:
     """Show whose answers a cache holds, of what kind and size."""
-    from understudy.caching import describe
+    from understudy.runs.capture import describe
 
     found = describe(folder)
     if as_json:
@@ -81,7 +81,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Score a sample again with the recipe's teacher and compare; another teacher's cache is refused."""
-    from understudy.caching import verify_recipe
+    from understudy.runs.capture import verify_recipe
 
     found = verify_recipe(load_recipe(recipe, overrides), folder, sample=sample)
     if as_json:

@@ -86,8 +86,8 @@ def _carry_out(
     requests: list[Request], spec: dict[str, Any], limits: dict[str, Any], output: Path, progress: bool
 ) -> dict[str, Any]:
     """Generate, write what is answered whatever stopped it, and count."""
-    from understudy.recipe import validated
-    from understudy.specs import ModelSpec
+    from understudy.runs.recipe import validated
+    from understudy.runs.specs import ModelSpec
 
     bounds: Limits = validated(Limits, limits, "limit")
     source = source_from(validated(ModelSpec, spec, "model"), batch=bounds.concurrency)

@@ -42,8 +42,8 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/demo"),
 ) -> None:
     """Compare methods on an embedded image and text task, and write a report."""
-    from understudy.demo import demo as run_demo
     from understudy.reporting import comparison_table
+    from understudy.runs.demo import demo as run_demo
 
     report = run_demo(output, seeds, lambda c: out.print(comparison_table(c.data)))
     out.print(f"Report: {report}")
@@ -91,7 +91,7 @@ def check(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
     """Check a recipe before it costs anything: data, tokenizers, masks, teacher; print one batch with its mask."""
     from dataclasses import asdict
 
-    from understudy.check import check_recipe
+    from understudy.runs.check import check_recipe
 
     findings, sample = check_recipe(load_recipe(recipe, overrides))
     if as_json:
@@ -110,7 +110,7 @@ def check(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
 @app.command(epilog="Example: understudy train recipe.yaml method=taid seed=1 output=runs/taid")
 def train(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a student as a recipe says, evaluate it, write its report. Started again, it resumes."""
-    from understudy.run import run
+    from understudy.runs.run import run
 
     result = run(load_recipe(recipe, overrides), progress=True)
     if result.interrupted:
@@ -135,8 +135,8 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here too.")] = None,
 ) -> None:
     """Compare methods over seeds on equal budgets."""
-    from understudy.comparison import compare as run_compare
     from understudy.reporting import comparison_table
+    from understudy.runs.comparison import compare as run_compare
 
     result = run_compare(load_recipe(recipe, overrides), methods.split(","), seeds, progress=True)
     out.print(comparison_table(result.data))
@@ -175,7 +175,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the student of a finished run again, from its saved weights."""
-    from understudy.check import evaluate_run
+    from understudy.runs.check import evaluate_run
 
     result = evaluate_run(run, split)
     if as_json:

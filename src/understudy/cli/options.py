@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def load_recipe(recipe: Path | None, overrides: list[str] | None) -> Any:
     """The recipe of a command: a file with overrides, or overrides alone."""
-    from understudy.recipe import load
+    from understudy.runs.recipe import load
 
     items = list(overrides or [])
     if recipe is not None and "=" in str(recipe):  # no recipe, overrides alone

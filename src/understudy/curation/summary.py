@@ -16,14 +16,14 @@ def softened(text: str) -> str:
     return " ".join(w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words if w not in ("a", "an", "the", "to"))
 
 
-def precision(judged: Sequence[bool | None]) -> float | None:
+def precision(verdicts: Sequence[bool | None]) -> float | None:
     """Share of good ones among those that were judged; `None` where none was."""
-    known = [bool(j) for j in judged if j is not None]
+    known = [bool(j) for j in verdicts if j is not None]
     return sum(known) / len(known) if known else None
 
 
 def summary(
-    texts: Sequence[str], groups: Sequence[str], judge: Callable[[int], bool | None] | None = None
+    texts: Sequence[str], groups: Sequence[str], is_valid: Callable[[int], bool | None] | None = None
 ) -> dict[str, Any]:
     """Size, diversity and precision of a corpus.
 
@@ -41,5 +41,5 @@ def summary(
         "unique": len(counts),
         "soft_unique": len({softened(text) for text in texts}),
         "most_common": max(counts.values()) / len(texts) if texts else 0.0,
-        "precision": precision([judge(i) for i in range(len(texts))]) if judge is not None else None,
+        "precision": precision([is_valid(i) for i in range(len(texts))]) if is_valid is not None else None,
     }

@@ -66,7 +66,7 @@ class Batch:
         return labels != IGNORE
 
     @cached_property
-    def rows(self) -> int:
+    def num_items(self) -> int:
         return int(self.mask.sum())
 
     @cached_property
@@ -94,7 +94,7 @@ class Batch:
         """`[rows]` from the values of those with a label: 0 for the others, which an update divides by all the same."""
         if self._labelled is None:
             return values
-        return values.new_zeros(self.rows).masked_scatter(self._labelled, values)
+        return values.new_zeros(self.num_items).masked_scatter(self._labelled, values)
 
     @cached_property
     def _labelled(self) -> Tensor | None:
@@ -127,7 +127,7 @@ class WholeExamples:
         return torch.ones_like(self.ids, dtype=torch.bool)
 
     @cached_property
-    def rows(self) -> int:
+    def num_items(self) -> int:
         """The number of examples."""
         return len(self.ids)
 

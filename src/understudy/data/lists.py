@@ -164,7 +164,7 @@ def mismatched(examples: TextSet) -> TextSet:
     """
 
     halves = []
-    for row in examples.rows:
+    for row in examples.records:
         ids, labels = row["sequences"][0]
         start = int((labels != IGNORE).nonzero()[0, 0])
         halves.append((ids[:start], ids[start:], labels[start:]))
@@ -173,11 +173,11 @@ def mismatched(examples: TextSet) -> TextSet:
     for i in [*range(number), *range(number)]:  # twice, as the first ones look back to the last
         if keys[i] == keys[i - 1]:
             partner[i] = partner[i - 1]
-    longest = max((len(row["sequences"][0][0]) for row in examples.rows), default=0)
+    longest = max((len(row["sequences"][0][0]) for row in examples.records), default=0)
     rows = []
     for i, (prompt, *_) in enumerate(halves):
         _, said, labels = halves[partner[i]]
         asked = prompt[max(0, len(prompt) + len(said) - longest) :]
         both = torch.cat([asked, said]), torch.cat([torch.full_like(asked, IGNORE), labels])
-        rows.append({"id": examples.rows[i]["id"], "scores": [0.0], "sequences": [both]})
+        rows.append({"id": examples.records[i]["id"], "scores": [0.0], "sequences": [both]})
     return TextSet(rows)

@@ -81,9 +81,9 @@ def _rows(
             for other in range(len(chosen))
             if other != labelled
         ]
-    judged = {int(d): float(g) for d, g in zip(chosen, grades, strict=True)}
+    grades = {int(d): float(g) for d, g in zip(chosen, grades, strict=True)}
     documents = [texts[d] for d in chosen]
-    return [{"documents": documents, "labels": [float(g) for g in grades], "members": [scores], "judged": judged}]
+    return [{"documents": documents, "labels": [float(g) for g in grades], "members": [scores], "grades": grades}]
 
 
 def _names(rng: np.random.Generator) -> list[str]:

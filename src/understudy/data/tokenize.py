@@ -40,14 +40,14 @@ class Counts:
 class TextSet(Dataset[dict[str, Any]]):
     """Encoded rows: `input_ids`, `labels` (unshifted, −100 ignored), `id` and `bytes` of the counted text."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        self.records = records
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+        return self.records[index]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -2,8 +2,8 @@
 
 from understudy.evaluation.calibration import expected_calibration_error, fit_temperature, reliability
 from understudy.evaluation.cost import CostMeter, matmul_peak
+from understudy.evaluation.evaluate import evaluate
 from understudy.evaluation.fidelity import by_confidence
-from understudy.evaluation.judge import evaluate
 from understudy.evaluation.rows import RowStatistics, row_statistics
 
 __all__ = [

@@ -102,8 +102,8 @@ def corpus_report(
 
 
 def _summary(items: Sequence[Mapping[str, Any]], good: Sequence[bool | None], known: bool) -> dict[str, Any]:
-    judge = good.__getitem__ if known else None  # a critic's verdict on what it chose itself says nothing
-    return summary([t["tail"] for t in items], [t["head"] for t in items], judge)
+    is_valid = good.__getitem__ if known else None  # a critic's verdict on what it chose itself says nothing
+    return summary([t["tail"] for t in items], [t["head"] for t in items], is_valid)
 
 
 def _verdict(good: bool | None) -> str:

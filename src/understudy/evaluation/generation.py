@@ -25,7 +25,7 @@ ENTRIES = 1 << 16
 """Numbers of a sample times samples, in one call of a model."""
 
 
-class Judge:
+class SampleEvaluator:
     """Measures samples against a reference: Fréchet distance of a classifier's features for images with classes,
     energy distance otherwise."""
 
@@ -119,22 +119,22 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
             examples, classes = draw(teacher, loader, reference.many, APART["reference"]), None
         else:
             raise InputError("data=noise has nothing to judge samples by without a teacher: set `teacher` or `data`.")
-    judge = Judge(reference, examples, classes)
-    metrics: dict[str, Any] = {"distance": judge.distance(samples)}
-    metrics[judge.name] = metrics["distance"]
+    evaluator = SampleEvaluator(reference, examples, classes)
+    metrics: dict[str, Any] = {"distance": evaluator.distance(samples)}
+    metrics[evaluator.name] = metrics["distance"]
     metrics["nfe"] = float(student.calls)
-    if judge.expected is not None:
-        metrics["coverage"] = judge.coverage(samples)
+    if evaluator.expected is not None:
+        metrics["coverage"] = evaluator.coverage(samples)
     if taught:
         best = taught[reference.many]
         metrics["rmse"] = float((samples - best).square().mean().sqrt())
         metrics["teacher_distance"], metrics["teacher_nfe"] = (
-            judge.distance(best),
+            evaluator.distance(best),
             float(teacher.calls_for(reference.many)),
         )
-        if judge.expected is not None:
-            metrics["teacher_coverage"] = judge.coverage(best)
-        metrics |= {f"teacher_{n}_distance": judge.distance(taught[n]) for n in sorted(taught)}
+        if evaluator.expected is not None:
+            metrics["teacher_coverage"] = evaluator.coverage(best)
+        metrics |= {f"teacher_{n}_distance": evaluator.distance(taught[n]) for n in sorted(taught)}
     shown = {f"Student: samples of {student.calls} call(s)": samples, "Real examples": examples}
     if taught:
         shown |= {f"Teacher: {n} steps from the same noise": taught[n] for n in sorted(taught)}

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 
 from understudy.data import Batch, GraphBatch
 from understudy.losses.edges import high_frequency_cosine
-from understudy.models import RowModel, evaluating
+from understudy.models import ModelAdapter, evaluating
 
 
 @torch.no_grad()
-def neighbour_cosine(student: RowModel, teacher: RowModel, loader: DataLoader[Any]) -> dict[str, float]:
+def neighbour_cosine(student: ModelAdapter, teacher: ModelAdapter, loader: DataLoader[Any]) -> dict[str, float]:
     """`high_frequency_cosine`: the mean over all edges of the graph, at the paper's temperature 1.5; none, no metric."""
     total, edges = 0.0, 0
     with evaluating(student, teacher):

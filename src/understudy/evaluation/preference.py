@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
-from understudy.models import RowModel, evaluating
+from understudy.models import ModelAdapter, evaluating
 
 
 @torch.no_grad()
-def evaluate_preferences(model: RowModel, loader: DataLoader[Any]) -> dict[str, Any]:
+def evaluate_preferences(model: ModelAdapter, loader: DataLoader[Any]) -> dict[str, Any]:
     """Metrics over lists.
 
     `accuracy`: share of ordered pairs of candidates that mean log-probability a token orders as the scores do.

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from understudy.data import Batch
-from understudy.data.ranking import RankingBatch, RankingSet
+from understudy.data.retrieval_batches import RankingBatch, RankingSet
 from understudy.errors import InputError
-from understudy.models import RowModel, evaluating
-from understudy.models.ranking import TowerRows
+from understudy.models import ModelAdapter, evaluating
+from understudy.models.rankers import BiEncoderAdapter
 
 Gain = Literal["linear", "exponential"]
 
@@ -121,7 +121,7 @@ def search(queries: Tensor, documents: Tensor, k: int, *, tile: int = 65536) -> 
 
 
 @torch.no_grad()
-def evaluate_ranking(student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+def evaluate_ranking(student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
     """Metrics of re-ranking the candidates, and of exact retrieval from the whole collection where a student can.
 
     `ndcg_10` (graded, linear gain), `mrr_10`, `recall_10`; of the teacher with `teacher_` before them (a model, or scores
@@ -146,7 +146,12 @@ def evaluate_ranking(student: RowModel, teacher: RowModel | None, loader: DataLo
             raise InputError("The split has no query to evaluate.")
         metrics = {name: float(v.mean()) for name, v in joined.items() if len(v)}
         data = loader.dataset
-        if isinstance(data, RankingSet) and data.collection and isinstance(student, TowerRows) and student.searches:
+        if (
+            isinstance(data, RankingSet)
+            and data.collection
+            and isinstance(student, BiEncoderAdapter)
+            and student.searches
+        ):
             metrics |= retrieved(student, data)
     return {"rows": len(joined["ndcg_10"]), "metrics": metrics}
 
@@ -168,19 +173,19 @@ def _agreement(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def retrieved(student: TowerRows, data: RankingSet, batch: int = 64) -> dict[str, float]:
+def retrieved(student: BiEncoderAdapter, data: RankingSet, batch: int = 64) -> dict[str, float]:
     """Metrics of exact search through the whole collection; a document without judgement is not relevant."""
     texts = data.collection
     documents = torch.cat([student.embed(texts[i : i + batch], "document") for i in range(0, len(texts), batch)])
-    asked = [row["query"] for row in data.rows]
+    asked = [row["query"] for row in data.records]
     queries = torch.cat([student.embed(asked[i : i + batch], "query") for i in range(0, len(asked), batch)])
     deep = 1000 if len(texts) > 10_000 else 100
     scores, indices = (x.cpu() for x in search(queries, documents, min(deep, len(texts))))
     grades = torch.tensor(
-        [[r["judged"].get(i, 0.0) for i in where] for r, where in zip(data.rows, indices.tolist(), strict=True)]
+        [[r["grades"].get(i, 0.0) for i in where] for r, where in zip(data.records, indices.tolist(), strict=True)]
     )
-    ideal = torch.tensor([r["ideal"] for r in data.rows])
-    total = torch.tensor([r["total"] for r in data.rows])
+    ideal = torch.tensor([r["ideal"] for r in data.records])
+    total = torch.tensor([r["total"] for r in data.records])
     mask, relevant = torch.ones_like(grades, dtype=torch.bool), grades >= data.relevant
     return {
         "retrieval_ndcg_10": float(ndcg(scores, grades, mask, ideal=ideal).mean()),

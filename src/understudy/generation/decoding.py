@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from understudy.data.noise import uniform
-from understudy.models import RowModel, evaluating
+from understudy.models import ModelAdapter, evaluating
 
 
 def choose(
@@ -67,7 +67,7 @@ def written(
     return found[:, longest:]
 
 
-def writer(rows: RowModel) -> Any:
+def writer(rows: ModelAdapter) -> Any:
     """The model that writes: of one with adapters the base, which has them inside."""
     model: Any = rows.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model

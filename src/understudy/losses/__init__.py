@@ -14,7 +14,7 @@ from understudy.losses.divergences import (
 )
 from understudy.losses.interpolation import interpolate_logits, interpolated_kl
 from understudy.losses.logits import binary_kl, binary_kl_norm
-from understudy.losses.ranking import (
+from understudy.losses.plackett_luce import (
     plackett_luce,
     plackett_luce_distillation,
     position_weights,

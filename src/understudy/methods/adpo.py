@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
 from understudy.losses import anchored
-from understudy.models import RowModel, Rows
-from understudy.teachers.stored import ScoreStore, score_lists
-from understudy.training import Live, Method, Stage, Term
+from understudy.models import ModelAdapter, ModelOutput
+from understudy.teachers.cache.scores import ScoreStore, score_lists
+from understudy.training import Method, SetupContext, Term, TrainState
 
 SAYS = {"reference": "reference", "taught": "teacher"}
 
@@ -73,34 +73,34 @@ class ADPO(Method):
     def _from_teacher(self) -> bool:
         return self.target in ("teacher", "exact_teacher")
 
-    def companions(self, student: RowModel) -> dict[str, nn.Module]:
+    def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         return {"anchor": copy.deepcopy(student)} if self.anchor in ("dynamic", "ema") else {}
 
-    def stage(self, work: Stage) -> dict[str, Tensor]:
-        if (self._from_teacher or self.anchor == "teacher") and work.teacher is None:
+    def setup(self, context: SetupContext) -> dict[str, Tensor]:
+        if (self._from_teacher or self.anchor == "teacher") and context.teacher is None:
             raise InputError(
                 f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
             )
-        self._check(work)
-        scorers = {"reference": work.student} if self.anchor == "fixed" else {}
-        if work.teacher is not None and self.anchor == "teacher":
-            scorers["reference"] = work.teacher
-        if work.teacher is not None and self._from_teacher:
-            scorers["taught"] = work.teacher
-        attach(work, scorers)
+        self._check(context)
+        scorers = {"reference": context.student} if self.anchor == "fixed" else {}
+        if context.teacher is not None and self.anchor == "teacher":
+            scorers["reference"] = context.teacher
+        if context.teacher is not None and self._from_teacher:
+            scorers["taught"] = context.teacher
+        attach(context, scorers)
         if self.anchor == "recorded":
-            recorded(work)
+            recorded(context)
         return {}
 
-    def _check(self, work: Stage) -> None:
+    def _check(self, context: SetupContext) -> None:
         """What the data must be like for this target."""
-        if all(len(row["scores"]) < 2 for row in work.splits["train"].rows):
+        if all(len(row["scores"]) < 2 for row in context.splits["train"].records):
             raise InputError(
                 "adpo: every training example has one candidate, so there is nothing to prefer. Give lists or pairs; for "
                 "single labelled answers there is dpo with loss_type=kto."
             )
-        for split, examples in work.splits.items():
-            for row in examples.rows:
+        for split, examples in context.splits.items():
+            for row in examples.records:
                 scores, where = row["scores"], f"{split} example {row['id']}"
                 if self.target == "bradley_terry" and len(scores) != 2:
                     raise InputError(
@@ -113,12 +113,14 @@ class ADPO(Method):
                         "≥ 0 and sum to 1. For rewards choose softmax_advantage."
                     )
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert isinstance(batch, ListBatch)
         ours = self._scale(finite(student.signal.values, batch), batch)
-        reference = self._anchor(ours, batch, live)
+        reference = self._anchor(ours, batch, state)
         anchor = self._scale(reference, batch)
-        started_at_zero(self.anchor == "fixed", student.signal.values, batch, live)
+        check_starts_at_zero(self.anchor == "fixed", student.signal.values, batch, state)
         kl = {}
         if self.target == "plackett_luce":
             values = anchored.anchored_plackett_luce(
@@ -139,12 +141,12 @@ class ADPO(Method):
     def _scale(self, log_probs: Tensor, batch: ListBatch) -> Tensor:
         return log_probs / batch.lengths.clamp(min=1) if self.length == "mean" else log_probs
 
-    def _anchor(self, ours: Tensor, batch: ListBatch, live: Live) -> Tensor:
+    def _anchor(self, ours: Tensor, batch: ListBatch, state: TrainState) -> Tensor:
         if self.anchor == "uniform":
             return torch.zeros_like(ours)
-        if "anchor" in live.companions:
+        if "anchor" in state.companions:
             with torch.no_grad():
-                return live.companions["anchor"](batch).signal.values
+                return state.companions["anchor"](batch).signal.values
         assert batch.reference is not None  # the data stage computed it
         return batch.reference.to(ours.dtype)
 
@@ -167,23 +169,23 @@ class ADPO(Method):
         p = anchored.bradley_terry(scores[:, 0], scores[:, 1], beta=self.beta_reward)
         return torch.stack([p, 1 - p], 1)
 
-    def stepped(self, live: Live) -> None:
-        if "anchor" not in live.companions or (self.anchor == "dynamic" and live.step % self.every):
+    def on_step_end(self, state: TrainState) -> None:
+        if "anchor" not in state.companions or (self.anchor == "dynamic" and state.step % self.every):
             return
         keep = self.decay if self.anchor == "ema" else 0.0
-        assert live.student is not None
+        assert state.student is not None
         with torch.no_grad():
-            for old, new in zip(live.companions["anchor"].parameters(), live.student.parameters(), strict=True):
+            for old, new in zip(state.companions["anchor"].parameters(), state.student.parameters(), strict=True):
                 old.lerp_(new, 1 - keep)
 
 
-def attach(work: Stage, scorers: dict[str, RowModel]) -> None:
+def attach(context: SetupContext, scorers: dict[str, ModelAdapter]) -> None:
     """Compute what each model says of every candidate, once, into the column of its name."""
     for column, model in scorers.items():
-        store = ScoreStore(work.store / "scores")
-        for split, examples in work.splits.items():
-            score_lists(model, examples, work.collate, store, column=column)
-            for row in examples.rows:
+        store = ScoreStore(context.store / "scores")
+        for split, examples in context.splits.items():
+            score_lists(model, examples, context.collate, store, column=column)
+            for row in examples.records:
                 for i, value in enumerate(row[column]):
                     if not math.isfinite(value):
                         raise InputError(
@@ -192,10 +194,10 @@ def attach(work: Stage, scorers: dict[str, RowModel]) -> None:
                         )
 
 
-def recorded(work: Stage) -> None:
+def recorded(context: SetupContext) -> None:
     """Take the log-probabilities recorded with the data as reference."""
-    for split, examples in work.splits.items():
-        for row in examples.rows:
+    for split, examples in context.splits.items():
+        for row in examples.records:
             if row["log_probs"] is None or len(row["log_probs"]) != len(row["sequences"]):
                 raise InputError(
                     f"anchor='recorded' needs log_probs, one for each candidate; {split} example {row['id']} has none."
@@ -223,9 +225,9 @@ def finite(log_probs: Tensor, batch: ListBatch) -> Tensor:
     return log_probs
 
 
-def started_at_zero(own: bool, log_probs: Tensor, batch: ListBatch, live: Live) -> None:
+def check_starts_at_zero(own: bool, log_probs: Tensor, batch: ListBatch, state: TrainState) -> None:
     """At the first step the student is its own reference: any log-ratio but 0 is a defect, and said so."""
-    if not own or live.step or batch.reference is None:
+    if not own or state.step or batch.reference is None:
         return
     ratio = ((log_probs - batch.reference).detach() / batch.reference.abs().clamp(min=1)).abs().max()
     if float(ratio) > 2e-2:

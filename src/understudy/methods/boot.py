@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from understudy.data import Batch, NoiseBatch
 from understudy.data.noise import normal, uniform
 from understudy.errors import InputError
-from understudy.evaluation.generation import Judge, draw
+from understudy.evaluation.generation import SampleEvaluator, draw
 from understudy.losses import diffusion
-from understudy.models import DenoiserRows, RowModel, Rows, evaluating
+from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evaluating
 from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
-from understudy.training import Live, Method, Stage, Term
+from understudy.training import Method, SetupContext, Term, TrainState
 from understudy.training.averages import follow, take
 
 
@@ -81,8 +81,8 @@ class BOOT(Method):
             raise ValueError(f"refine_from is {self.refine_from:g} and must lie above t_min ({self.t_min:g})")
         return self
 
-    def student(self, student: RowModel, work: Stage) -> RowModel:
-        teacher = _denoiser(work.live_teacher())
+    def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
+        teacher = _denoiser(context.live_teacher())
         if _denoiser(student).shape != teacher.shape:
             raise InputError(f"The student makes examples of {student.shape} and the teacher of {teacher.shape}.")
         if not any(p.requires_grad for p in student.parameters()):
@@ -91,68 +91,70 @@ class BOOT(Method):
             raise InputError(f"options.delta is {self.delta:g}, less than a step of the teacher's schedule: raise it.")
         return _denoiser(student).one_call(self.t_max if self.target == "boundary" else self.t_min, self.t_max)
 
-    def companions(self, student: RowModel) -> dict[str, nn.Module]:
+    def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         return {"average": copy.deepcopy(student)} if self.ema else {}
 
-    def stage(self, work: Stage) -> Mapping[str, Tensor]:
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         """For `target=regression`: the teacher's outputs for the noise of every id, once and stored."""
         if self.target != "regression":
             return {}
-        settings = {"seed": work.seed, **self.model_dump(include={"t_min", "t_max", "steps"})}
-        settings["guidance"] = _denoiser(work.live_teacher()).sampler.guidance
-        return work.once("pairs", lambda: {"outputs": self._outputs(work)}, **settings)
+        settings = {"seed": context.seed, **self.model_dump(include={"t_min", "t_max", "steps"})}
+        settings["guidance"] = _denoiser(context.live_teacher()).sampler.guidance
+        return context.once("pairs", lambda: {"outputs": self._outputs(context)}, **settings)
 
     @torch.no_grad()
-    def _outputs(self, work: Stage) -> Tensor:
-        teacher = _denoiser(work.live_teacher())
+    def _outputs(self, context: SetupContext) -> Tensor:
+        teacher = _denoiser(context.live_teacher())
         home, parts = next(teacher.parameters()), []
         times = torch.linspace(self.t_max, self.t_min, self.steps + 1, dtype=torch.float64)
         with evaluating(teacher):
-            for batch in work.batches("train", 256):
+            for batch in context.batches("train", 256):
                 assert isinstance(batch, NoiseBatch)
-                eps = _noise(teacher, batch, work.seed, 0).to(home)
+                eps = _noise(teacher, batch, context.seed, 0).to(home)
                 parts.append(trajectory(teacher.denoise, teacher.levels, batch.to(home.device), eps, times).cpu())
         return torch.cat(parts)
 
-    def shown(self, batch: Batch, live: Live) -> Batch:
+    def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
         """ε at the time the student learns: s of a random step for the bootstrap."""
-        assert isinstance(batch, NoiseBatch) and live.student is not None
-        levels = _levels(live)
+        assert isinstance(batch, NoiseBatch) and state.student is not None
+        levels = _levels(state)
         stored = self.target == "regression"  # the noise of a stored pair is always the same
-        eps = _noise(live.student, batch, live.seed, 0 if stored else live.step).to(next(live.student.parameters()))
+        eps = _noise(state.student, batch, state.seed, 0 if stored else state.step).to(next(state.student.parameters()))
         if self.target == "bootstrap":
-            u = uniform(batch.ids, (), seed=live.seed, step=live.step, stream=1)
+            u = uniform(batch.ids, (), seed=state.seed, step=state.step, stream=1)
             t = levels.snap(self.t_min + self.delta + u * (self.t_max - self.t_min - self.delta))
             return batch.at(eps, t - self._step(levels))
         return batch.at(eps, levels.snap(torch.tensor(self.t_min if stored else self.t_max)))
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
-        assert isinstance(batch, NoiseBatch) and live.student is not None
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
+        assert isinstance(batch, NoiseBatch) and state.student is not None
         y_s, eps = student.signal.values, batch.inputs["x"]
         if self.target == "regression":
-            outputs = live.tables["outputs"][batch.ids.cpu()].to(y_s)
+            outputs = state.tables["outputs"][batch.ids.cpu()].to(y_s)
             return {"regression": Term(diffusion.squared_error(y_s, outputs))}
-        first = batch.at(eps, _levels(live).snap(torch.tensor(self.t_max)))
-        begun = _ask(live)(first).to(y_s.dtype)
+        first = batch.at(eps, _levels(state).snap(torch.tensor(self.t_max)))
+        begun = _ask(state)(first).to(y_s.dtype)
         if self.target == "boundary":
             return {"boundary": Term(diffusion.boundary(y_s, begun))}
-        target, weight = self._target(batch, live)
+        target, weight = self._target(batch, state)
         terms = {"bootstrap": Term(diffusion.bootstrapping(y_s, target.to(y_s.dtype), weight))}
         if self.beta:
-            y_first = live.student(first).signal.values
+            y_first = state.student(first).signal.values
             terms["boundary"] = Term(diffusion.boundary(y_first, begun), self.beta)
         return terms
 
     @torch.no_grad()
-    def _target(self, batch: NoiseBatch, live: Live) -> tuple[Tensor, Tensor]:
+    def _target(self, batch: NoiseBatch, state: TrainState) -> tuple[Tensor, Tensor]:
         """The student's signal at t after one teacher step to s, and the weight of each row."""
-        assert live.student is not None
-        levels, ask = _levels(live), _ask(live)
+        assert state.student is not None
+        levels, ask = _levels(state), _ask(state)
         eps, s = batch.inputs["x"], batch.inputs["t"]
         t = s + self._step(levels)
         now, then = levels.at(t), levels.at(s)
-        with evaluating(live.student):
-            y_t = live.student(batch.at(eps, t)).signal.values
+        with evaluating(state.student):
+            y_t = state.student(batch.at(eps, t)).signal.values
         f = ask(batch.at(diffusion.noised(y_t, eps, *now), t))
         c = diffusion.ddim_coefficient(*now, *then)
         target = diffusion.bootstrap_target(y_t, f, c)
@@ -170,32 +172,32 @@ class BOOT(Method):
     def _step(self, levels: NoiseLevels) -> Tensor:
         return levels.snap(torch.tensor(self.delta, dtype=torch.float64))
 
-    def stepped(self, live: Live) -> None:
+    def on_step_end(self, state: TrainState) -> None:
         if not self.ema:
             return
-        assert live.student is not None
-        follow(live.companions["average"], live.student, self.ema, live.step)
-        if live.step == live.total:  # the average is what is saved and judged
-            take(live.student, live.companions["average"])
+        assert state.student is not None
+        follow(state.companions["average"], state.student, self.ema, state.step)
+        if state.step == state.total:  # the average is what is saved and judged
+            take(state.student, state.companions["average"])
 
-    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
+    def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """The teacher's calls for stored pairs, and samples refined by a few teacher steps, where asked for."""
         metrics: dict[str, float] = {}
         if self.target == "regression":
-            metrics["stored_teacher_calls"] = float(len(live.tables["outputs"]) * self.steps)
+            metrics["stored_teacher_calls"] = float(len(state.tables["outputs"]) * self.steps)
         if self.refine:
-            metrics |= self._refined(_denoiser(live.student), _denoiser(work.live_teacher()), work)
+            metrics |= self._refined(_denoiser(state.student), _denoiser(context.live_teacher()), context)
         return {"metrics": metrics}
 
     @torch.no_grad()
-    def _refined(self, student: DenoiserRows, teacher: DenoiserRows, work: Stage) -> dict[str, float]:
+    def _refined(self, student: DenoiserAdapter, teacher: DenoiserAdapter, context: SetupContext) -> dict[str, float]:
         """From the student's own state at `refine_from`, down to t_min along the teacher: on the test split."""
-        examples = work.splits["test"]
+        examples = context.splits["test"]
         reference = examples.reference
         times = torch.linspace(self.refine_from, self.t_min, self.refine + 1, dtype=torch.float64)
         parts, home = [], next(student.parameters())
         with evaluating(student, teacher):
-            for batch in work.batches("test", 256):
+            for batch in context.batches("test", 256):
                 assert isinstance(batch, NoiseBatch)
                 eps = _noise(student, batch, 0, 0).to(home)
                 t = teacher.levels.snap(times[:1].to(home.device)).expand(len(eps))
@@ -204,14 +206,14 @@ class BOOT(Method):
                 teacher.to(home.device)
                 parts.append(trajectory(teacher.denoise, teacher.levels, batch, x, times, eps).cpu().float())
             samples = torch.cat(parts)
-            loader = torch.utils.data.DataLoader(examples, batch_size=256, collate_fn=work.collate)
+            loader = torch.utils.data.DataLoader(examples, batch_size=256, collate_fn=context.collate)
             best = draw(teacher, loader, reference.many)
         found = {
             "refined_nfe": 1.0 + teacher.calls_for(self.refine),
             "refined_rmse": float((samples - best).square().mean().sqrt()),
         }
         if reference.examples is not None:
-            found["refined_distance"] = Judge(reference, *reference.examples()).distance(samples)
+            found["refined_distance"] = SampleEvaluator(reference, *reference.examples()).distance(samples)
         return found
 
 
@@ -219,17 +221,17 @@ def _noise(model: Any, batch: NoiseBatch, seed: int, step: int) -> Tensor:
     return normal(batch.ids, model.shape, seed=seed, step=step)
 
 
-def _denoiser(model: Any) -> DenoiserRows:
-    if not isinstance(model, DenoiserRows):
+def _denoiser(model: Any) -> DenoiserAdapter:
+    if not isinstance(model, DenoiserAdapter):
         raise InputError("Method 'boot' distils a denoiser into a denoiser: use task=image_generation.")
     return model
 
 
-def _ask(live: Live) -> Callable[[NoiseBatch], Tensor]:
+def _ask(state: TrainState) -> Callable[[NoiseBatch], Tensor]:
     """The teacher's x_0 for a batch, detached, guided as its own sampler is."""
-    teacher: Any = live.teacher
-    return lambda batch: _denoiser(teacher.model).guide(lambda b: teacher.rows(b).signal.values, batch)
+    teacher: Any = state.teacher
+    return lambda batch: _denoiser(teacher.model).guide(lambda b: teacher(b).signal.values, batch)
 
 
-def _levels(live: Live) -> NoiseLevels:
-    return _denoiser(live.teacher.model).levels  # type: ignore[union-attr]
+def _levels(state: TrainState) -> NoiseLevels:
+    return _denoiser(state.teacher.model).levels  # type: ignore[union-attr]

@@ -18,8 +18,8 @@ from understudy.data import Batch, NoiseBatch
 from understudy.data.noise import normal, uniform
 from understudy.errors import InputError
 from understudy.losses.diffusion import denoising_loss, noised
-from understudy.models import DenoiserRows, RowModel, Rows
-from understudy.training import Live, Method, Term
+from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
+from understudy.training import Method, Term, TrainState
 from understudy.training.averages import follow, take
 
 
@@ -43,34 +43,36 @@ class Denoise(Method):
         0.1, ge=0, le=1, description="How often a class is hidden, for classifier-free guidance."
     )
 
-    def companions(self, student: RowModel) -> dict[str, nn.Module]:
+    def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         return {"average": copy.deepcopy(student)} if self.ema else {}
 
-    def shown(self, batch: Batch, live: Live) -> Batch:
+    def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
         assert isinstance(batch, NoiseBatch)
         if "clean" not in batch.inputs:
             raise InputError("Method 'denoise' learns from examples, and this batch holds noise alone.")
-        clean, levels, where = batch.inputs["clean"], _rows(live).levels, {"seed": live.seed, "step": live.step}
+        clean, levels, where = batch.inputs["clean"], _rows(state).levels, {"seed": state.seed, "step": state.step}
         t = levels.snap(uniform(batch.ids, (), stream=1, **where))
         eps = normal(batch.ids, clean.shape[1:], **where).to(clean.dtype)
         hidden = uniform(batch.ids, (), stream=2, **where) < self.drop_condition
         return batch.at(noised(clean, eps, *levels.at(t)), t, torch.where(hidden, -1, batch.condition))
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
-        rows = _rows(live)
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
+        rows = _rows(state)
         alpha, sigma = rows.levels.at(batch.inputs["t"])
         clean = batch.inputs["clean"]
         return {"denoise": Term(denoising_loss(student.signal.values, clean, alpha, sigma, rows.prediction))}
 
-    def stepped(self, live: Live) -> None:
+    def on_step_end(self, state: TrainState) -> None:
         if not self.ema:
             return
-        follow(live.companions["average"], _rows(live), self.ema, live.step)
-        if live.step == live.total:  # the average is what is saved and judged
-            take(_rows(live), live.companions["average"])
+        follow(state.companions["average"], _rows(state), self.ema, state.step)
+        if state.step == state.total:  # the average is what is saved and judged
+            take(_rows(state), state.companions["average"])
 
 
-def _rows(live: Live) -> DenoiserRows:
-    if not isinstance(live.student, DenoiserRows):
+def _rows(state: TrainState) -> DenoiserAdapter:
+    if not isinstance(state.student, DenoiserAdapter):
         raise InputError("Method 'denoise' trains denoisers: use task=image_generation.")
-    return live.student
+    return state.student

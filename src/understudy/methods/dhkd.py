@@ -18,10 +18,10 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.losses import binary_kl_norm, cross_entropy
 from understudy.losses.gradients import align
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.streaming import rowwise
 from understudy.targets import Dense
-from understudy.training import Live, Method, Shapes, Term
+from understudy.training import Method, Shapes, Term, TrainState
 
 
 class DHKD(Method):
@@ -68,19 +68,21 @@ class DHKD(Method):
             )
         }
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert teacher is not None
         if self.head == "shared":
             auxiliary = student.signal
         else:
             features = student.features
             assert features is not None  # the engine gives what `needs` asks for
-            if self.head == "nonlinear" and len(features) == 1 and live.modules["auxiliary"].training:
+            if self.head == "nonlinear" and len(features) == 1 and state.modules["auxiliary"].training:
                 raise InputError(
                     "The non-linear auxiliary head normalises over the batch, and this batch has one row: "
                     "choose another batch size, set trainer.dataloader_drop_last=true, or options.head=linear."
                 )
-            auxiliary = Dense(live.modules["auxiliary"](features))
+            auxiliary = Dense(state.modules["auxiliary"](features))
         return {
             "ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.gamma),
             "kd": Term(rowwise(binary_kl_norm, auxiliary, teacher.signal, temperature=self.tau), self.alpha),

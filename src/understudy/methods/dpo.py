@@ -20,9 +20,9 @@ from understudy.data import Batch, ListBatch, mismatched
 from understudy.data.noise import uniform
 from understudy.errors import InputError
 from understudy.losses import preference
-from understudy.methods.adpo import attach, finite, monitors, recorded, started_at_zero
-from understudy.models import Rows
-from understudy.training import Live, Method, Stage, Term
+from understudy.methods.adpo import attach, check_starts_at_zero, finite, monitors, recorded
+from understudy.models import ModelOutput
+from understudy.training import Method, SetupContext, Term, TrainState
 
 WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo"})
 WITH_NLL = frozenset({"cpo", "cpo_simpo", "orpo"})
@@ -99,10 +99,10 @@ class DPO(Method):
     def _smoothing(self) -> float:
         return 0.1 if self.label_smoothing is None else self.label_smoothing
 
-    def stage(self, work: Stage) -> dict[str, Tensor]:
-        unpaired = self.loss_type == "kto" and _unpaired(work)
+    def setup(self, context: SetupContext) -> dict[str, Tensor]:
+        unpaired = self.loss_type == "kto" and _unpaired(context)
         if not unpaired:
-            _need_order(work)
+            _need_order(context)
         if self.loss_type in WITHOUT_REFERENCE:
             if self.reference != "start":
                 log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
@@ -113,17 +113,17 @@ class DPO(Method):
                     "dpo: kto on single answers also asks the reference about prompts with other answers, which recorded "
                     "log_probs do not hold. Set options.reference to start or teacher."
                 )
-            recorded(work)
+            recorded(context)
             return {}
-        if self.reference == "teacher" and work.teacher is None:
+        if self.reference == "teacher" and context.teacher is None:
             raise InputError("dpo with reference='teacher' needs a teacher as its reference: set `teacher`.")
-        scorer = work.teacher if self.reference == "teacher" else work.student
+        scorer = context.teacher if self.reference == "teacher" else context.student
         assert scorer is not None
-        attach(work, {"reference": scorer})
+        attach(context, {"reference": scorer})
         if unpaired:
-            train, strays = work.splits["train"], mismatched(work.splits["train"])
-            attach(replace(work, splits={"mismatched": strays}), {"reference": scorer})
-            for row, stray in zip(train.rows, strays.rows, strict=True):
+            train, strays = context.splits["train"], mismatched(context.splits["train"])
+            attach(replace(context, splits={"mismatched": strays}), {"reference": scorer})
+            for row, stray in zip(train.records, strays.records, strict=True):
                 row["stray"] = stray
         return {}
 
@@ -133,14 +133,16 @@ class DPO(Method):
             return {}
         return {"nll": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert isinstance(batch, ListBatch)
         values = finite(student.signal.values, batch)
-        started_at_zero(self.reference == "start", values, batch, live)
+        check_starts_at_zero(self.reference == "start", values, batch, state)
         if self.loss_type == "kto":
             assert batch.reference is not None  # the data stage computed it
             ratio = values - batch.reference.to(values.dtype)
-            return {"kto": Term(self._kto(ratio, batch, live)), **monitors(values, batch.reference, batch)}
+            return {"kto": Term(self._kto(ratio, batch, state)), **monitors(values, batch.reference, batch)}
         row, *sides = self._pairs(batch)
         lengths = [batch.lengths[row, i] for i in sides]
         chosen, rejected = (values[row, i] for i in sides)
@@ -162,7 +164,7 @@ class DPO(Method):
     def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
         """List, better and worse candidate of each pair."""
         if self.pairs == "extremes":
-            return torch.arange(batch.rows, device=batch.ids.device), batch.best, batch.worst
+            return torch.arange(batch.num_items, device=batch.ids.device), batch.best, batch.worst
         both = batch.candidates[:, :, None] & batch.candidates[:, None, :]
         ordered = (batch.scores[:, :, None] > batch.scores[:, None, :]) & both
         if self.pairs == "random":
@@ -180,14 +182,14 @@ class DPO(Method):
             return {"cpo": Term(preference.cpo(chosen, rejected, beta=self._beta))}
         return {"simpo": Term(preference.simpo(chosen, rejected, nw, nl, beta=self._beta, gamma=self.gamma))}
 
-    def _kto(self, ratio: Tensor, batch: ListBatch, live: Live) -> Tensor:
+    def _kto(self, ratio: Tensor, batch: ListBatch, state: TrainState) -> Tensor:
         """Mean over the list's candidates. In pairs each is judged against the KL of those on the other side; single
         answers against the KL of prompts with the answers of others."""
         single = batch.slots.shape[1] == 1
         middle = ratio.new_full((1, 1), 0.5) if single else _mean(batch.scores, batch)
         good, bad = ((side & batch.candidates) for side in (batch.scores > middle, batch.scores <= middle))
         if single:
-            kl = _stray_kl(batch, live).expand_as(ratio)
+            kl = _stray_kl(batch, state).expand_as(ratio)
         else:
             kl = torch.where(good, preference.kto_kl(ratio[bad]), preference.kto_kl(ratio[good]))
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
@@ -199,24 +201,24 @@ def _mean(values: Tensor, batch: ListBatch) -> Tensor:
     return values.masked_fill(~batch.candidates, 0.0).sum(1, keepdim=True) / batch.candidates.sum(1, keepdim=True)
 
 
-def _stray_kl(batch: ListBatch, live: Live) -> Tensor:
+def _stray_kl(batch: ListBatch, state: TrainState) -> Tensor:
     """KTO's z of a micro-batch: the log-ratios of its prompts with the answers of other examples. No gradient."""
     strays = batch.strays
-    assert strays is not None and strays.reference is not None and live.student is not None  # the data stage made them
+    assert strays is not None and strays.reference is not None and state.student is not None  # the data stage made them
     with torch.no_grad():
-        said = finite(live.student(strays).signal.values, strays)
+        said = finite(state.student(strays).signal.values, strays)
     return preference.kto_kl(said - strays.reference.to(said.dtype))
 
 
 def _by_list(values: Tensor, row: Tensor, batch: ListBatch) -> Tensor:
     """The mean over each list's pairs, `[lists]`."""
-    number = torch.bincount(row, minlength=batch.rows).clamp(min=1)
-    return values.new_zeros(batch.rows).index_add(0, row, values) / number
+    number = torch.bincount(row, minlength=batch.num_items).clamp(min=1)
+    return values.new_zeros(batch.num_items).index_add(0, row, values) / number
 
 
-def _unpaired(work: Stage) -> bool:
+def _unpaired(context: SetupContext) -> bool:
     """Whether the data are single answers; lists beside them are refused."""
-    rows = [(split, row) for split, examples in work.splits.items() for row in examples.rows]
+    rows = [(split, row) for split, examples in context.splits.items() for row in examples.records]
     lists = [(split, row) for split, row in rows if len(row["scores"]) > 1]
     if lists and len(lists) < len(rows):
         (split, row), number = lists[0], len(rows) - len(lists)
@@ -227,9 +229,9 @@ def _unpaired(work: Stage) -> bool:
     return not lists
 
 
-def _need_order(work: Stage) -> None:
-    for split, examples in work.splits.items():
-        for row in examples.rows:
+def _need_order(context: SetupContext) -> None:
+    for split, examples in context.splits.items():
+        for row in examples.records:
             if max(row["scores"]) == min(row["scores"]):
                 raise InputError(
                     f"dpo: {split} list {row['id']} has one candidate or equal scores, no better and worse. Use "

@@ -20,10 +20,10 @@ from understudy.data import Batch, GraphBatch
 from understudy.errors import InputError
 from understudy.losses import cross_entropy
 from understudy.losses.edges import high_frequency, low_frequency
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.streaming import rowwise
 from understudy.teachers import LocalTeacher
-from understudy.training import Live, Method, Stage, Term
+from understudy.training import Method, SetupContext, Term, TrainState
 
 
 class FFG2M(Method):
@@ -63,13 +63,13 @@ class FFG2M(Method):
         """Nothing: the data stage has the teacher's answer for the whole graph."""
         return frozenset()
 
-    def stage(self, work: Stage) -> dict[str, Tensor]:
-        (batch,) = work.batches("train")
+    def setup(self, context: SetupContext) -> dict[str, Tensor]:
+        (batch,) = context.batches("train")
         assert isinstance(batch, GraphBatch)
         if self.lam and not batch.labelled:
             raise InputError(f"No node of the training split has a label and lam is {self.lam}: set options.lam=0.")
-        teacher = LocalTeacher(work.live_teacher(), "teacher", freeze=False)
-        logits = work.once("node-logits", lambda: {"logits": teacher.rows(batch).signal.logits})["logits"]
+        teacher = LocalTeacher(context.live_teacher(), "teacher", freeze=False)
+        logits = context.once("node-logits", lambda: {"logits": teacher(batch).signal.logits})["logits"]
         bad = (~torch.isfinite(logits)).any(1).nonzero()
         if len(bad):
             node = int(batch.ids[int(bad[0, 0])])
@@ -82,10 +82,12 @@ class FFG2M(Method):
         assert isinstance(batch, GraphBatch)
         return {"ce": float(batch.labelled), "low": float(batch.loops.shape[1]), "high": float(batch.edges.shape[1])}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert isinstance(batch, GraphBatch)
         z = student.signal.logits
-        h, terms = live.tables["logits"].to(z.device), {}
+        h, terms = state.tables["logits"].to(z.device), {}
         if self.lam:
             signal, labels = batch.with_labels(student.signal)
             terms["ce"] = Term(rowwise(cross_entropy, signal, None, labels), self.lam)

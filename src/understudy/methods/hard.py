@@ -26,13 +26,13 @@ from understudy.errors import InputError
 from understudy.evaluation.pictures import picture_grid
 from understudy.losses import forward_kl
 from understudy.losses.consistency import two_sided_kl
-from understudy.models import RowModel, Rows
+from understudy.models import ModelAdapter, ModelOutput
 from understudy.models.augmentors import Affine, Augmentor, Border, Latent, Mix, Shift1d
 from understudy.models.autoencoders import Autoencoder, load_autoencoder
 from understudy.streaming import rowwise
 from understudy.teachers import LocalTeacher
-from understudy.training import Live, Method, Player, Scene, Shapes, Stage, Term
-from understudy.training.alternation import Alternation
+from understudy.training import AuxiliaryContext, AuxiliaryOptimizer, Method, SetupContext, Shapes, Term, TrainState
+from understudy.training.update_schedule import AlternatingSchedule
 
 _SPREAD = {"shift1d": 0.5, "affine": 0.02, "mix": 0.1, "latent": 0.1}
 _RATE = {"shift1d": 0.1, "affine": 0.01, "mix": 0.1, "latent": 0.01}
@@ -103,11 +103,11 @@ class HARD(Method):
             raise ValueError("of augmentor 'mix' it is a share and must be below 1")
         return value
 
-    def stage(self, work: Stage) -> Mapping[str, Tensor]:
-        example = next(work.batches("train", 16))
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
+        example = next(context.batches("train", 16))
         if "pixel_values" not in example.inputs:
             raise InputError("Method 'hard' augments images or signals, and the examples have no pixel_values.")
-        _check_repeats(work.live_teacher(), example)
+        _check_repeats(context.live_teacher(), example)
         if self.augmentor != "latent":
             return {}
         shape = tuple(example.inputs["pixel_values"].shape[1:])
@@ -117,12 +117,12 @@ class HARD(Method):
 
         def fitted() -> Mapping[str, Tensor]:
             with torch.random.fork_rng():  # a run that finds it in the store goes on with the same random numbers
-                torch.manual_seed(work.seed)
-                pixels = torch.cat([b.inputs["pixel_values"][b.mask] for b in work.batches("train")])
+                torch.manual_seed(context.seed)
+                pixels = torch.cat([b.inputs["pixel_values"][b.mask] for b in context.batches("train")])
                 return Autoencoder(shape, self.latent).to(pixels).fit(pixels, steps=self.autoencoder_steps).state_dict()
 
-        settings = {"latent": self.latent, "steps": self.autoencoder_steps, "seed": work.seed}
-        return work.once("autoencoder", fitted, **settings)
+        settings = {"latent": self.latent, "steps": self.autoencoder_steps, "seed": context.seed}
+        return context.once("autoencoder", fitted, **settings)
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         spread = _SPREAD[self.augmentor] if self.spread is None else self.spread
@@ -140,85 +140,89 @@ class HARD(Method):
             coder.load_state_dict(shapes.tables)
         return {"augmentor": Latent(coder, shape, spread)}
 
-    def state(self, total: int) -> Alternation | None:
+    def init_state(self, total: int) -> AlternatingSchedule | None:
         if not self.learn:
             return None
-        return Alternation(self.l_min, self.l_max, self.max_augmentor_steps, self.mean_decay, self.augmentor_memory)
+        return AlternatingSchedule(
+            self.l_min, self.l_max, self.max_augmentor_steps, self.mean_decay, self.augmentor_memory
+        )
 
-    def players(self) -> Mapping[str, Player]:
+    def auxiliary_optimizers(self) -> Mapping[str, AuxiliaryOptimizer]:
         rate = _RATE[self.augmentor] if self.augmentor_rate is None else self.augmentor_rate
-        return {"augmentor": Player(("augmentor",), rate)}
+        return {"augmentor": AuxiliaryOptimizer(("augmentor",), rate)}
 
-    def turn(self, live: Live) -> Sequence[str]:
-        return ("augmentor",) if self.learn and live.state.player else ("student",)
+    def update_schedule(self, state: TrainState) -> Sequence[str]:
+        return ("augmentor",) if self.learn and state.method_state.auxiliary else ("student",)
 
-    def play(self, player: str, scene: Scene, live: Live) -> Iterator[dict[str, Term]]:
-        assert scene.teacher is not None
-        for batch in scene.batches:
-            shown = self._shown(batch, live, None)
+    def auxiliary_loss(self, name: str, context: AuxiliaryContext, state: TrainState) -> Iterator[dict[str, Term]]:
+        assert context.teacher is not None
+        for batch in context.batches:
+            shown = self._augmented(batch, state, None)
             if not shown.inputs["pixel_values"].requires_grad:
                 raise InputError(
                     "The augmented inputs have no gradient to the augmentor's parameters: whole-number or image-library "
                     "operations cannot be learned. Build it from differentiable ones, or set options.learn=false."
                 )
-            ours, theirs = (m(shown).signal.logits for m in (scene.student, scene.teacher.through))
+            ours, theirs = (m(shown).signal.logits for m in (context.student, context.teacher.through))
             if not theirs.requires_grad:
                 raise InputError(
                     "The teacher passes no gradient to its inputs, which method 'hard' climbs: run it here."
                 )
-            clean = scene.teacher.rows(batch).signal.logits
+            clean = context.teacher(batch).signal.logits
             options: dict[str, Any] = {"temperature": self.temperature, "tau_squared": True}
             yield {
                 "augmented": Term(two_sided_kl(ours, theirs, **options), -self.lambda_s),
                 "consistency": Term(two_sided_kl(theirs, clean, **options), self.lambda_t),
             }
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
-        assert teacher is not None and live.student is not None and live.teacher is not None
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
+        assert teacher is not None and state.student is not None and state.teacher is not None
         with torch.no_grad():
-            shown = self._shown(batch, live, self._remembered(live))
-        ours, theirs = live.student(shown), live.teacher.rows(shown)
+            shown = self._augmented(batch, state, self._remembered(state))
+        ours, theirs = state.student(shown), state.teacher(shown)
         pairs = {"augmented": (ours, theirs), "clean": (student, teacher)}
         options: dict[str, Any] = {"temperature": self.temperature, "tau_squared": True}
         return {name: Term(rowwise(forward_kl, s.signal, t.signal, **options), 0.5) for name, (s, t) in pairs.items()}
 
-    def _shown(self, batch: Batch, live: Live, copy: Mapping[str, Tensor] | None) -> Batch:
+    def _augmented(self, batch: Batch, state: TrainState, copy: Mapping[str, Tensor] | None) -> Batch:
         """The batch as the augmentor makes it; the noise hangs on example, step and seed alone."""
-        module = live.modules["augmentor"]
+        module = state.modules["augmentor"]
         assert isinstance(module, Augmentor)
         # Examples that do not count may hold anything, and 0 · nan would reach the augmentor's gradient.
         pixels = batch.inputs["pixel_values"].masked_fill(~batch.mask[:, None, None, None], 0.0)
         draw = normal if self.noise == "normal" else uniform
-        noise = draw(batch.ids, module.noise_shape, seed=live.seed, step=live.step)
+        noise = draw(batch.ids, module.noise_shape, seed=state.seed, step=state.step)
         noise = (noise if self.noise == "normal" else 2 * noise - 1).to(pixels.dtype)
         with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 has not the digits for where a pixel is
             augmented = module(pixels, noise) if copy is None else functional_call(module, dict(copy), (pixels, noise))
         return dataclasses.replace(batch, inputs={**batch.inputs, "pixel_values": augmented})
 
-    def _remembered(self, live: Live) -> Mapping[str, Tensor] | None:
+    def _remembered(self, state: TrainState) -> Mapping[str, Tensor] | None:
         """The augmentor of this step: the present one or one of those remembered, all equally likely."""
-        copies = live.state.copies if self.learn else []
+        copies = state.method_state.copies if self.learn else []
         if not copies:
             return None
-        place = uniform(torch.zeros(1, dtype=torch.long), (), seed=live.seed, step=live.step, stream=_COPY)
-        device = next(live.modules["augmentor"].parameters()).device
+        place = uniform(torch.zeros(1, dtype=torch.long), (), seed=state.seed, step=state.step, stream=_COPY)
+        device = next(state.modules["augmentor"].parameters()).device
         return {k: v.to(device) for k, v in copies[int(place * len(copies))].items()}
 
-    def updated(self, live: Live, means: Mapping[str, float]) -> None:
-        if self.learn and live.state.update(means["augmented"]):
-            live.state.remember(dict(live.modules["augmentor"].named_parameters()))
+    def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
+        if self.learn and state.method_state.update(means["augmented"]):
+            state.method_state.remember(dict(state.modules["augmentor"].named_parameters()))
 
-    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
-        module = live.modules["augmentor"]
+    def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
+        module = state.modules["augmentor"]
         assert isinstance(module, Augmentor)
         metrics = {f"augmentor_{name}": value for name, value in module.facts().items()}
         if self.learn:
-            steps = live.state.steps
-            metrics |= {"student_steps": float(steps["student"]), "augmentor_steps": float(steps["player"])}
-            metrics["saturated"] = float(live.state.saturated)
-        batch = next(work.batches(work.judge, 8))
+            steps = state.method_state.steps
+            metrics |= {"student_steps": float(steps["student"]), "augmentor_steps": float(steps["auxiliary"])}
+            metrics["saturated"] = float(state.method_state.saturated)
+        batch = next(context.batches(context.eval_split, 8))
         with torch.no_grad():
-            rows = [b.inputs["pixel_values"] for b in (batch, self._shown(batch, live, None))]
+            rows = [b.inputs["pixel_values"] for b in (batch, self._augmented(batch, state, None))]
         return {
             "metrics": metrics,
             "pictures": {"Augmented inputs: above as they are, below augmented.": picture_grid(rows)},
@@ -226,9 +230,9 @@ class HARD(Method):
 
 
 @torch.no_grad()
-def _check_repeats(teacher: RowModel, batch: Batch) -> None:
+def _check_repeats(teacher: ModelAdapter, batch: Batch) -> None:
     """Refuse a teacher that answers the same question in two ways: its own change would not be 0 without augmentation."""
-    first, second = (LocalTeacher(teacher, "teacher", freeze=False).rows(batch).signal.logits for _ in range(2))
+    first, second = (LocalTeacher(teacher, "teacher", freeze=False)(batch).signal.logits for _ in range(2))
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise InputError(
             "The teacher answers the same inputs differently the second time, even in evaluation mode: dropout or another "

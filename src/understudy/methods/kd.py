@@ -11,9 +11,9 @@ from pydantic import Field
 
 from understudy import losses
 from understudy.data import Batch, GraphBatch
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Live, Method, Term
+from understudy.training import Method, Term, TrainState
 
 
 class KD(Method):
@@ -43,7 +43,9 @@ class KD(Method):
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"ce": float(batch.labelled)} if isinstance(batch, GraphBatch) else {}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert teacher is not None
         divergence = getattr(losses, self.divergence)
         options: dict[str, Any] = {"temperature": self.temperature, "tau_squared": self.tau_squared}

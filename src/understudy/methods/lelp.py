@@ -30,7 +30,15 @@ from understudy.losses.subclasses import (
     split_log_targets,
     two_class_head,
 )
-from understudy.models import ClassifierRows, MarginalRows, RowModel, Rows, evaluating, find_head, replace_head
+from understudy.models import (
+    ClassifierAdapter,
+    MarginalAdapter,
+    ModelAdapter,
+    ModelOutput,
+    evaluating,
+    find_head,
+    replace_head,
+)
 from understudy.models.heads import linear_readout, sum_subclasses
 from understudy.models.taps import layer
 from understudy.streaming import rowwise
@@ -38,7 +46,7 @@ from understudy.streaming.plain import dense
 from understudy.targets import Dense
 from understudy.teachers import LocalTeacher
 from understudy.teachers.splitters import SPLITTERS, Known, Shape, lookup
-from understudy.training import Live, Method, Stage, Term
+from understudy.training import Method, SetupContext, Term, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -107,32 +115,32 @@ class LELP(Method):
             return frozenset()
         return frozenset({"teacher"}) if self.teacher_layer is not None else self.needs
 
-    def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
+    def taps(self, side: Literal["student", "teacher"], rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         if side == "student" or self.teacher_layer is None:
             return {}
         return {"embedding": layer(rows.model, self.teacher_layer)}
 
     # -- before training: read the teacher, split the classes ---------------------------------------------------------
 
-    def stage(self, work: Stage) -> Mapping[str, Tensor]:
-        facts = {**self.model_dump(exclude={"alpha", "head"}), "teacher_and_data": work.key}
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
+        facts = {**self.model_dump(exclude={"alpha", "head"}), "teacher_and_data": context.key}
         said = torch.tensor(list(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
-        found = work.once("lelp", lambda: {**self._fit(work), "facts": said}, **facts)
+        found = context.once("lelp", lambda: {**self._fit(context), "facts": said}, **facts)
         if not torch.equal(found.pop("facts"), said):
             raise InputError(
-                f"A stored split in {work.store} was fitted to another teacher, other data or options: delete lelp-* there."
+                f"A stored split in {context.store} was fitted to another teacher, other data or options: delete lelp-* there."
             )
         return found
 
-    def _fit(self, work: Stage) -> dict[str, Tensor]:
+    def _fit(self, context: SetupContext) -> dict[str, Tensor]:
         """The split's tables, the projector, and the targets where they are to be cached."""
-        model = work.live_teacher()
-        taps = self.taps("teacher", model, next(work.batches("train", 2)))
+        model = context.live_teacher()
+        taps = self.taps("teacher", model, next(context.batches("train", 2)))
         features = self.teacher_layer is None
         teacher = LocalTeacher(model, "teacher", freeze=False, features=features, taps=taps)
         read = [
-            (*self._read(teacher.rows(batch), batch), batch.row_labels, _ids(batch))
-            for batch in work.batches(self.fit_on)
+            (*self._read(teacher(batch), batch), batch.row_labels, _ids(batch))
+            for batch in context.batches(self.fit_on)
         ]
         embeddings, logits, labels, ids = (torch.cat(column) for column in zip(*read, strict=True))
         broken = ~embeddings.isfinite().all(1)
@@ -144,7 +152,7 @@ class LELP(Method):
         projector = self._projector(model, embeddings, logits)
         by_teacher = torch.ones_like(labels, dtype=torch.bool) if self.assign == "teacher" else labels < 0
         chosen = torch.where(by_teacher, logits.argmax(1), labels)
-        known = Known(embeddings, chosen, ids, _parts(work.examples(self.fit_on), ids))
+        known = Known(embeddings, chosen, ids, _parts(context.examples(self.fit_on), ids))
         classes = logits.shape[1]
         shape = Shape(classes, self.subclasses, self.rotation_seed, projector, self.strict, self.rotate, self.normalise)
         tables = {k: v.cpu() for k, v in SPLITTERS[self.split].fit(known, shape).items()}
@@ -153,10 +161,10 @@ class LELP(Method):
         if projector is not None:
             tables["projector"] = projector.cpu()
         if self.cache:
-            tables |= self._cached(work, teacher, tables)
+            tables |= self._cached(context, teacher, tables)
         return tables
 
-    def _projector(self, teacher: RowModel, embeddings: Tensor, logits: Tensor) -> Tensor | None:
+    def _projector(self, teacher: ModelAdapter, embeddings: Tensor, logits: Tensor) -> Tensor | None:
         """P, or `None` where it is not asked for or the head sees all of the embedding."""
         if not self.null_space:
             return None
@@ -180,15 +188,15 @@ class LELP(Method):
             return None
         return null_projector(weight)
 
-    def _cached(self, work: Stage, teacher: LocalTeacher, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = [(_ids(batch), self._targets(teacher.rows(batch), batch, tables)) for batch in work.batches("train")]
+    def _cached(self, context: SetupContext, teacher: LocalTeacher, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = [(_ids(batch), self._targets(teacher(batch), batch, tables)) for batch in context.batches("train")]
         ids, targets = (torch.cat([pair[i] for pair in found]).cpu() for i in (0, 1))
         order = ids.argsort()
         return {"cached_ids": ids[order], "cached": targets[order]}
 
     # -- the targets and the loss -------------------------------------------------------------------------------------
 
-    def _read(self, teacher: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _read(self, teacher: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embedding and logits of the rows."""
         embedding = teacher.features
         if self.teacher_layer is not None:
@@ -197,7 +205,7 @@ class LELP(Method):
         assert embedding is not None and isinstance(signal, Dense)
         return embedding, signal.logits
 
-    def _targets(self, teacher: Rows, batch: Batch, tables: Mapping[str, Tensor]) -> Tensor:
+    def _targets(self, teacher: ModelOutput, batch: Batch, tables: Mapping[str, Tensor]) -> Tensor:
         """log p̃ `[rows, classes · subclasses]`, float64."""
         embedding, logits = self._read(teacher, batch)
         tables = {k: v.to(logits.device) for k, v in tables.items()}
@@ -205,58 +213,60 @@ class LELP(Method):
         parts = SPLITTERS[self.split].assign(x, _ids(batch), tables, self.beta)
         return split_log_targets(logits, parts, temperature=self.tau)
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         if self.cache:
             ids = _ids(batch)
-            place = lookup(ids, live.tables["cached_ids"].to(ids.device))
-            targets = live.tables["cached"].to(ids.device)[place]
+            place = lookup(ids, state.tables["cached_ids"].to(ids.device))
+            targets = state.tables["cached"].to(ids.device)[place]
         else:
             assert teacher is not None
-            targets = self._targets(teacher, batch, live.tables)
+            targets = self._targets(teacher, batch, state.tables)
         dtype = torch.promote_types(student.signal.logits.dtype, torch.float32)
         logits = Dense(self.tau * targets.to(dtype))  # the loss divides by τ again
         values = rowwise(cross_entropy_soft, student.signal, logits, temperature=self.tau, tau_squared=True)
         terms = {"lelp": Term(values, 1 - self.alpha)}
         if self.alpha:
-            classes = targets.shape[1] // int(live.tables["subclasses"])
+            classes = targets.shape[1] // int(state.tables["subclasses"])
             ce = rowwise(marginal_cross_entropy, student.signal, None, batch.row_labels, classes=classes)
             terms["ce"] = Term(ce, self.alpha)
         return terms
 
     # -- the student: a wide head while it learns, an ordinary model afterwards ------------------------------------------
 
-    def student(self, student: RowModel, work: Stage) -> RowModel:
-        assert isinstance(student, ClassifierRows)
+    def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
+        assert isinstance(student, ClassifierAdapter)
         if self.head == "exact" and not hasattr(student.model, "understudy"):
             raise InputError(
                 f"head='exact' is for the small networks and the student is a {type(student.model).__name__}: its format "
                 "has no head that sums over subclasses. Set options.head=linear."
             )
-        replace_head(student, work.classes * int(self.stage(work)["subclasses"]), seed=work.seed)
+        replace_head(student, context.classes * int(self.setup(context)["subclasses"]), seed=context.seed)
         return student
 
-    def judged(self, student: RowModel, live: Live) -> RowModel:
-        assert isinstance(student, ClassifierRows)
-        return MarginalRows(student, student.classes // int(live.tables["subclasses"]))
+    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
+        assert isinstance(student, ClassifierAdapter)
+        return MarginalAdapter(student, student.classes // int(state.tables["subclasses"]))
 
-    def export(self, student: RowModel, work: Stage) -> RowModel:
-        assert isinstance(student, ClassifierRows)
-        if student.classes == work.classes:  # one subclass: the head is ordinary already
+    def export(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
+        assert isinstance(student, ClassifierAdapter)
+        if student.classes == context.classes:  # one subclass: the head is ordinary already
             return student
         if self.head == "exact" or (self.head == "auto" and hasattr(student.model, "understudy")):
-            sum_subclasses(student, work.classes)
+            sum_subclasses(student, context.classes)
             return student
-        (x, exact), (seen, wanted) = (_exact(student, work, split) for split in ("train", "validation"))
-        head = replace_head(student, work.classes)
+        (x, exact), (seen, wanted) = (_exact(student, context, split) for split in ("train", "validation"))
+        head = replace_head(student, context.classes)
         fitted = linear_readout(x, torch.softmax(exact, -1), bias=head.bias is not None)
         found = fitted(seen.double()).argmax(-1)
         head.load_state_dict(fitted.state_dict())
         head.merge_agreement = float((found == wanted.argmax(-1)).double().mean())  # type: ignore[assignment]
         return student
 
-    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
-        assert live.student is not None
-        agreement = getattr(find_head(live.student), "merge_agreement", None)
+    def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
+        assert state.student is not None
+        agreement = getattr(find_head(state.student), "merge_agreement", None)
         return {"metrics": {"merge_agreement": agreement}} if agreement is not None else {}
 
 
@@ -275,9 +285,9 @@ def _parts(examples: Any, ids: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _exact(student: ClassifierRows, work: Stage, split: str) -> tuple[Tensor, Tensor]:
+def _exact(student: ClassifierAdapter, context: SetupContext, split: str) -> tuple[Tensor, Tensor]:
     """The student's features and exact class scores on a split, without augmentation."""
     with evaluating(student):
-        rows = [student(batch, features=True) for batch in work.batches(split)]
+        rows = [student(batch, features=True) for batch in context.batches(split)]
     features = torch.cat([r.features for r in rows if r.features is not None])
-    return features, marginal_logits(torch.cat([r.signal.logits for r in rows]).double(), work.classes)
+    return features, marginal_logits(torch.cat([r.signal.logits for r in rows]).double(), context.classes)

@@ -20,15 +20,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from understudy.data import Batch
-from understudy.data.ranking import RankingBatch, RankingSet
+from understudy.data.retrieval_batches import RankingBatch, RankingSet
 from understudy.data.scored_triples import Triple, write_triples
 from understudy.errors import InputError
 from understudy.losses import margins
-from understudy.losses.margins import PairLoss
-from understudy.models import Rows
-from understudy.models.ranking import EnsembleRows, RankerRows
-from understudy.teachers.stored import ScoreStore, score_lists
-from understudy.training import Live, Method, Stage, Term
+from understudy.losses.retrieval import PairLoss
+from understudy.models import ModelOutput
+from understudy.models.rankers import RankerAdapter, RankerEnsemble
+from understudy.teachers.cache.scores import ScoreStore, score_lists
+from understudy.training import Method, SetupContext, Term, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +88,21 @@ class MarginMSE(Method):
         """The teacher, where new pairs come up at every step; otherwise the data stage has its scores."""
         return frozenset({"teacher"} if self.scores == "live" or self.negatives == "in_batch" else ())
 
-    def stage(self, work: Stage) -> Mapping[str, Tensor]:
-        train: RankingSet = work.splits["train"]
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
+        train: RankingSet = context.splits["train"]
         if self.asks:
-            for row in train.rows:
+            for row in train.records:
                 row["crossed"] = self.negatives == "in_batch"
             return {}
-        if self.scores == "teacher" and work.teacher is None:
+        if self.scores == "teacher" and context.teacher is None:
             raise InputError("margin-mse with scores='teacher' needs a teacher: set `teacher`.")
-        if work.teacher is not None and self.scores != "recorded":
-            columns = score(work, train)
+        if context.teacher is not None and self.scores != "recorded":
+            columns = score(context, train)
             taught = {"train": columns}
-        elif all("members" in row for row in train.rows):
-            taught = {s: [row["members"] for row in x.rows] for s, x in work.splits.items() if "members" in x.rows[0]}
+        elif all("members" in row for row in train.records):
+            taught = {
+                s: [row["members"] for row in x.records] for s, x in context.splits.items() if "members" in x.records[0]
+            }
         elif self.loss_type == "ranknet":
             return {}
         else:
@@ -112,9 +114,9 @@ class MarginMSE(Method):
         for split, members in taught.items():
             flat = torch.cat([torch.tensor(scores, dtype=torch.float64) for scores in members], 1)
             means = margins.ensemble(flat, spreads=spreads).split([len(scores[0]) for scores in members])
-            for row, values in zip(work.splits[split].rows, means, strict=True):
+            for row, values in zip(context.splits[split].records, means, strict=True):
                 row["taught"] = values.tolist()
-        if work.teacher is not None:
+        if context.teacher is not None:
             _look(train)
         if self.write_scores is not None:
             write_triples(self.write_scores, triples(train))
@@ -131,11 +133,13 @@ class MarginMSE(Method):
         assert isinstance(batch, RankingBatch)
         return {self.loss_type: float(self._valid(batch).sum())}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert isinstance(batch, RankingBatch)
         ours, valid = student.signal.values, self._valid(batch)
         if not bool(valid.any()):
-            log.warning("A batch of %d queries has no positive with a negative: it teaches nothing.", batch.rows)
+            log.warning("A batch of %d queries has no positive with a negative: it teaches nothing.", batch.num_items)
         theirs = ours.detach()  # of RankNet, which asks no teacher
         if teacher is not None:
             theirs = teacher.signal.values
@@ -153,22 +157,22 @@ class MarginMSE(Method):
 Members = list[list[float]]
 
 
-def score(work: Stage, train: RankingSet) -> list[Members]:
+def score(context: SetupContext, train: RankingSet) -> list[Members]:
     """`[rows][teachers][documents]`: what each teacher says, each pair of query and document computed once and stored."""
-    teacher = work.teacher
-    assert isinstance(teacher, RankerRows)
-    members = teacher.members if isinstance(teacher, EnsembleRows) else [teacher]
-    columns: list[Members] = [[] for _ in train.rows]
-    distinct, store = train.distinct(), ScoreStore(work.store / "scores")
+    teacher = context.teacher
+    assert isinstance(teacher, RankerAdapter)
+    members = teacher.members if isinstance(teacher, RankerEnsemble) else [teacher]
+    columns: list[Members] = [[] for _ in train.records]
+    distinct, store = train.distinct(), ScoreStore(context.store / "scores")
     for member in members:
         name = member.identity()
 
         def contents(row: Mapping[str, Any], name: str = name) -> list[bytes]:
             return [f"{name}\0{row['query']}\0{d}".encode() for d in row["documents"]]
 
-        score_lists(member, distinct, work.collate, store, column="found", contents=contents)
-        known = {(r["query"], d): v for r in distinct.rows for d, v in zip(r["documents"], r["found"], strict=True)}
-        for row, column in zip(train.rows, columns, strict=True):
+        score_lists(member, distinct, context.collate, store, column="found", contents=contents)
+        known = {(r["query"], d): v for r in distinct.records for d, v in zip(r["documents"], r["found"], strict=True)}
+        for row, column in zip(train.records, columns, strict=True):
             column.append([known[row["query"], d] for d in row["documents"]])
     return columns
 
@@ -176,7 +180,7 @@ def score(work: Stage, train: RankingSet) -> list[Members]:
 def deviations(train: RankingSet, members: list[Members]) -> Tensor:
     """`[teachers]`, the standard deviation of each teacher's margins over all pairs of a positive and a negative."""
     found = []
-    for row, scores in zip(train.rows, members, strict=True):
+    for row, scores in zip(train.records, members, strict=True):
         values, positive = torch.tensor(scores, dtype=torch.float64), torch.tensor(row["labels"]) > 0
         found.append((values[:, positive][:, :, None] - values[:, ~positive][:, None, :]).flatten(1))
     return torch.cat(found, 1).std(1)
@@ -186,7 +190,7 @@ def triples(train: RankingSet) -> list[Triple]:
     """Each positive with each negative of its row, and the scores of both."""
     return [
         Triple(row["taught"][i], row["taught"][j], row["query"], row["documents"][i], row["documents"][j])
-        for row in train.rows
+        for row in train.records
         for i, better in enumerate(row["labels"])
         for j, worse in enumerate(row["labels"])
         if better > 0 >= worse
@@ -194,8 +198,8 @@ def triples(train: RankingSet) -> list[Triple]:
 
 
 def _look(train: RankingSet) -> None:
-    scores = [v for row in train.rows for v in row["taught"]]
-    bad = next((row for row in train.rows if not torch.tensor(row["taught"]).isfinite().all()), None)
+    scores = [v for row in train.records for v in row["taught"]]
+    bad = next((row for row in train.records if not torch.tensor(row["taught"]).isfinite().all()), None)
     if bad is not None:
         raise InputError(f"The teacher's score for the query {bad['query'][:60]!r} is not finite. Load it in float32.")
     if min(scores) >= 0 and max(scores) <= 1:

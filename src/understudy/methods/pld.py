@@ -16,9 +16,9 @@ from pydantic import Field
 
 from understudy.data import Batch
 from understudy.losses import plackett_luce_distillation
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Live, Method, Term
+from understudy.training import Method, Term, TrainState
 
 
 class PLD(Method):
@@ -40,7 +40,9 @@ class PLD(Method):
         "teacher", description="teacher: PLD; uniform: ListMLE / C; position: p-ListMLE; first: cross-entropy."
     )
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert teacher is not None
         values = rowwise(
             plackett_luce_distillation,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from understudy.data import Batch, GraphBatch, ListBatch
-from understudy.data.ranking import RankingBatch
+from understudy.data.retrieval_batches import RankingBatch
 from understudy.losses import cross_entropy
-from understudy.losses.margins import ordered_pairs, over_pairs, ranknet
-from understudy.models import Rows
+from understudy.losses.retrieval import ordered_pairs, over_pairs, ranknet
+from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Live, Method, Term
+from understudy.training import Method, Term, TrainState
 
 
 class SFT(Method):
@@ -35,7 +35,9 @@ class SFT(Method):
             return {}
         return {"ce": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         if isinstance(batch, RankingBatch):  # every pair whose grades differ, divided by how many there are
             scores, valid = student.signal.values, ordered_pairs(batch.labels, batch.candidates)
             return {"ranknet": Term(over_pairs(lambda a, b, *_: ranknet(a, b), scores, scores, valid).sums)}

@@ -32,14 +32,14 @@ from understudy.evaluation.corpus import corpus_report
 from understudy.generation import LocalSource, Prompt, Request, limits_from, source_from
 from understudy.models import is_new_causal_lm, load_tokenizer
 from understudy.tasks import get as get_task
-from understudy.training import Bench, Procedure
+from understudy.training import Pipeline, PipelineContext
 from understudy.training.critic import CriticOptions, Critics, fit_critics
 
 SPLITS = ("train", "validation", "test")
 _COST = "Cost is that of the student's training; what the teacher wrote is in the request log, with its tokens."
 
 
-class SymbolicKD(Procedure):
+class SymbolicKD(Pipeline):
     """A teacher writes a knowledge graph as text, a critic filters it, a small model learns what is left."""
 
     name = "symbolic-kd"
@@ -95,42 +95,44 @@ class SymbolicKD(Procedure):
             raise ValueError(f"shares {self.shares} must be above 0 and sum to 1")
         return self
 
-    def carry_out(self, bench: Bench) -> dict[str, Any]:
-        task: Any = get_task(bench.recipe["task"])
-        material = task.material(bench.recipe)
-        self._check(bench, material)
-        heads = bench.once("heads", lambda: self._heads(bench, material))
-        written = bench.once("tails", lambda: self._tails(bench, material, heads["heads"]))
+    def run(self, context: PipelineContext) -> dict[str, Any]:
+        task: Any = get_task(context.recipe["task"])
+        material = task.material(context.recipe)
+        self._check(context, material)
+        heads = context.once("heads", lambda: self._heads(context, material))
+        written = context.once("tails", lambda: self._tails(context, material, heads["heads"]))
         triples: list[Triple] = written["triples"]
         found: dict[str, Any] = {"funnel": heads["funnel"] + written["funnel"]}
         if self._asks_critic:
-            labels = bench.once("labels", lambda: self._labels(bench, material, triples))
-            found["fits"] = bench.once("critic", lambda: self._fit(bench, material, labels))
-            found["scores"] = bench.once("scores", lambda: self._scores(bench, material, triples, labels))
-            found |= bench.once("cutoff", lambda: self._cutoff(labels, found["scores"]))
+            labels = context.once("labels", lambda: self._labels(context, material, triples))
+            found["fits"] = context.once("critic", lambda: self._fit(context, material, labels))
+            found["scores"] = context.once("scores", lambda: self._scores(context, material, triples, labels))
+            found |= context.once("cutoff", lambda: self._cutoff(labels, found["scores"]))
             for triple, score in zip(triples, found["scores"]["corpus"], strict=True):
                 triple["score"] = score
-        kept = bench.once("filter", lambda: self._filter(bench, material, triples, found.get("cutoff")))
+        kept = context.once("filter", lambda: self._filter(context, material, triples, found.get("cutoff")))
         found["funnel"] += kept["funnel"]
-        self._write(bench, material, triples, set(kept["kept"]))
-        student = bench.train("training", self._student(bench, triples))
-        answers = bench.once("answers", lambda: self._answers(bench, material, triples, student))
-        good = bench.once("judged", lambda: self._judged(bench, material, triples, answers, found.get("cutoff")))
-        report = corpus_report(triples, answers, good, found, bench.recipe["judge"], known=material.judge is not None)
+        self._write(context, material, triples, set(kept["kept"]))
+        student = context.train("training", self._student(context, triples))
+        answers = context.once("answers", lambda: self._answers(context, material, triples, student))
+        good = context.once("judged", lambda: self._judged(context, material, triples, answers, found.get("cutoff")))
+        report = corpus_report(
+            triples, answers, good, found, context.recipe["eval_split"], known=material.is_valid is not None
+        )
         cost = json.loads((student.folder / "evaluation.json").read_text())["cost"]
-        return {"split": bench.recipe["judge"], "cost": cost, **report, "notes": [*material.notes, _COST]}
+        return {"split": context.recipe["eval_split"], "cost": cost, **report, "notes": [*material.notes, _COST]}
 
     @property
     def _asks_critic(self) -> bool:
         return self.filter in ("critic", "random")
 
-    def _check(self, bench: Bench, material: Any) -> None:
+    def _check(self, context: PipelineContext, material: Any) -> None:
         """What can be known to fail before anything is written and paid for."""
-        if self.filter == "oracle" and material.judge is None:
+        if self.filter == "oracle" and material.is_valid is None:
             raise InputError(
                 "options.filter=oracle needs data whose truth is known (events_world): use critic or none."
             )
-        if self._asks_critic and material.judge is None and material.labels is None:
+        if self._asks_critic and material.is_valid is None and material.labels is None:
             raise InputError(
                 f"options.filter={self.filter} needs labels for the critic: set data.labels to a file of head, relation, "
                 "tail and label. To get triples to label, run with options.filter=none first (to_label.jsonl), and set "
@@ -141,23 +143,23 @@ class SymbolicKD(Procedure):
         relation = next(iter(material.relations.values()))
         knowledge.head_requests(Prompt.load(self.head_prompt), material.seeds, 1, 1, 0)
         knowledge.tail_requests(Prompt.load(self.tail_prompt), material.seeds[0], relation, 1, 0, "check")
-        student = bench.recipe["student"]
+        student = context.recipe["student"]
         if not is_new_causal_lm(student["model"]):
             load_tokenizer(student.get("tokenizer", student["model"]))
 
     # -- 1, 2: what the teacher writes ----------------------------------------------------------------------------
 
-    def _ask(self, bench: Bench, material: Any, requests: Sequence[Request]) -> list[Any]:
-        limits = limits_from(bench.teacher) if material.source is None else {}
-        source = material.source or source_from(bench.teacher)
-        return bench.ask(source, requests, "teacher", Path(self.log) if self.log else None, **limits)
+    def _ask(self, context: PipelineContext, material: Any, requests: Sequence[Request]) -> list[Any]:
+        limits = limits_from(context.teacher) if material.source is None else {}
+        source = material.source or source_from(context.teacher)
+        return context.ask(source, requests, "teacher", Path(self.log) if self.log else None, **limits)
 
-    def _heads(self, bench: Bench, material: Any) -> dict[str, Any]:
+    def _heads(self, context: PipelineContext, material: Any) -> dict[str, Any]:
         how = {"top_p": self.head_top_p, "max_tokens": self.max_tokens, "log_probs": self.head_keep < 1}
         how |= {"presence_penalty": 0.5, "frequency_penalty": 0.5}
-        item, seed, funnel = Prompt.load(self.head_prompt), bench.recipe["seed"], Funnel()
+        item, seed, funnel = Prompt.load(self.head_prompt), context.recipe["seed"], Funnel()
         requests = knowledge.head_requests(item, material.seeds, self.head_samples, self.per_prompt, seed, **how)
-        answers = self._ask(bench, material, requests)
+        answers = self._ask(context, material, requests)
         heads = knowledge.sift_heads(answers, self.head_keep, self.per_token, self.shortest, funnel)
         if len(heads) < len(SPLITS):
             raise InputError(
@@ -167,9 +169,9 @@ class SymbolicKD(Procedure):
             )
         return {"heads": heads, "funnel": funnel.rows}
 
-    def _tails(self, bench: Bench, material: Any, heads: list[str]) -> dict[str, Any]:
+    def _tails(self, context: PipelineContext, material: Any, heads: list[str]) -> dict[str, Any]:
         """Triples, each with the split of its head."""
-        item, seed, funnel = Prompt.load(self.tail_prompt), bench.recipe["seed"], Funnel()
+        item, seed, funnel = Prompt.load(self.tail_prompt), context.recipe["seed"], Funnel()
         requests: list[Request] = []
         asked = []
         for i, head in enumerate(heads):
@@ -179,17 +181,17 @@ class SymbolicKD(Procedure):
                 new, names = knowledge.tail_requests(item, head, relation, self.tail_samples, seed, place, **how)
                 requests += new
                 asked += [(head, name, names, r.id) for r in new]
-        triples = knowledge.sift_tails(asked, self._ask(bench, material, requests), funnel)
+        triples = knowledge.sift_tails(asked, self._ask(context, material, requests), funnel)
         parts = split_by_group(heads, dict(zip(SPLITS, self.shares, strict=True)), seed)
         split = {heads[i]: name for name, part in parts.items() for i in part}
         return {"triples": [{**t, "split": split[t["head"]]} for t in triples], "funnel": funnel.rows}
 
     # -- 3, 4: the critic and its cutoff --------------------------------------------------------------------------
 
-    def _labels(self, bench: Bench, material: Any, triples: list[Triple]) -> dict[str, list[Triple]]:
+    def _labels(self, context: PipelineContext, material: Any, triples: list[Triple]) -> dict[str, list[Triple]]:
         """Labelled triples of heads that no student is judged on, split by head: for the critic, for its cutoff, and
         for the official script's second cutoff."""
-        seed, sizes = bench.recipe["seed"], [self.labels, *[self.threshold_labels] * (1 + self.legacy_mean)]
+        seed, sizes = context.recipe["seed"], [self.labels, *[self.threshold_labels] * (1 + self.legacy_mean)]
         if material.labels is not None:
             held = {t["head"] for t in triples if t["split"] != "train"}
             pool = [t for t in material.labels if t["head"] not in held]
@@ -197,21 +199,23 @@ class SymbolicKD(Procedure):
             good = binary_labels([t["label"] for t in pool])
         else:
             pool = knowledge.draw(triples, "train", sum(sizes), seed, "labels")
-            good = [int(material.judge(*key(t))) for t in pool]
+            good = [int(material.is_valid(*key(t))) for t in pool]
         parts = dict(zip(SPLITS, [n / sum(sizes) for n in sizes], strict=False))
         chosen = split_by_group([t["head"] for t in pool], parts, seed)
         names = ("head", "relation", "tail")
         return {s: [{**{k: pool[i][k] for k in names}, "good": good[i]} for i in chosen[s]] for s in parts}
 
-    def _fit(self, bench: Bench, material: Any, labels: dict[str, list[Triple]]) -> list[dict[str, Any]]:
+    def _fit(self, context: PipelineContext, material: Any, labels: dict[str, list[Triple]]) -> list[dict[str, Any]]:
         pairs = knowledge.text_pairs(labels, material.relations)
         good = {s: [t["good"] for t in part] for s, part in labels.items()}
-        return fit_critics(self.critic, pairs, good, knowledge.naming, bench.folder / "critic", bench.recipe["seed"])
+        return fit_critics(
+            self.critic, pairs, good, knowledge.naming, context.folder / "critic", context.recipe["seed"]
+        )
 
     def _scores(
-        self, bench: Bench, material: Any, triples: list[Triple], labels: dict[str, list[Triple]]
+        self, context: PipelineContext, material: Any, triples: list[Triple], labels: dict[str, list[Triple]]
     ) -> dict[str, list[float]]:
-        critics = Critics(self.critic, bench.folder / "critic", knowledge.naming)
+        critics = Critics(self.critic, context.folder / "critic", knowledge.naming)
         pairs = knowledge.text_pairs({"corpus": triples, **labels}, material.relations)
         return {s: critics(part) for s, part in pairs.items()}
 
@@ -227,15 +231,17 @@ class SymbolicKD(Procedure):
 
     # -- 5: what stays, and who learns it -------------------------------------------------------------------------
 
-    def _filter(self, bench: Bench, material: Any, triples: list[Triple], cutoff: float | None) -> dict[str, Any]:
+    def _filter(
+        self, context: PipelineContext, material: Any, triples: list[Triple], cutoff: float | None
+    ) -> dict[str, Any]:
         kept = list(range(len(triples)))
         if self.filter == "oracle":
-            kept = [i for i in kept if material.judge(*key(triples[i]))]
+            kept = [i for i in kept if material.is_valid(*key(triples[i]))]
         elif cutoff is not None:
             kept = above([t["score"] for t in triples], cutoff)
         if self.filter == "random":  # as many of each split as the critic would keep
             numbers = {s: sum(triples[i]["split"] == s for i in kept) for s in SPLITS}
-            seed = bench.recipe["seed"]
+            seed = context.recipe["seed"]
             chosen = {key(t) for s, n in numbers.items() for t in knowledge.draw(triples, s, n, seed, "random")}
             kept = [i for i, t in enumerate(triples) if key(t) in chosen]
         stays, funnel = set(kept), Funnel()
@@ -249,31 +255,33 @@ class SymbolicKD(Procedure):
                 )
         return {"kept": kept, "funnel": funnel.rows}
 
-    def _write(self, bench: Bench, material: Any, triples: list[Triple], kept: set[int]) -> None:
+    def _write(self, context: PipelineContext, material: Any, triples: list[Triple], kept: set[int]) -> None:
         """The corpus as files: all triples with their provenance, the student's text, and what people could label."""
         for i, triple in enumerate(triples):
             triple["kept"] = i in kept
-        knowledge.write_corpus(bench.folder, triples, SPLITS)
-        if material.judge is None and material.labels is None:
-            some = knowledge.draw(triples, "train", self.labels + self.threshold_labels, bench.recipe["seed"], "labels")
-            knowledge.write_to_label(bench.folder / "to_label.jsonl", some)
+        knowledge.write_corpus(context.folder, triples, SPLITS)
+        if material.is_valid is None and material.labels is None:
+            some = knowledge.draw(
+                triples, "train", self.labels + self.threshold_labels, context.recipe["seed"], "labels"
+            )
+            knowledge.write_to_label(context.folder / "to_label.jsonl", some)
 
-    def _student(self, bench: Bench, triples: list[Triple]) -> dict[str, Any]:
+    def _student(self, context: PipelineContext, triples: list[Triple]) -> dict[str, Any]:
         """The student's own run: language modelling on the kept triples. A new model gets a tokenizer of their words."""
-        recipe, data = bench.recipe, {"vocab_size": 1024, **bench.recipe["data"]}
+        recipe, data = context.recipe, {"vocab_size": 1024, **context.recipe["data"]}
         if is_new_causal_lm(recipe["student"]["model"]) and "tokenizer" not in data:
-            data["tokenizer"] = str(bench.folder / "tokenizer")
-            knowledge.save_tokenizer(bench.folder / "tokenizer", triples, data["vocab_size"])
+            data["tokenizer"] = str(context.folder / "tokenizer")
+            knowledge.save_tokenizer(context.folder / "tokenizer", triples, data["vocab_size"])
         passed = {k: data[k] for k in ("max_length", "vocab_size", "tokenizer") if k in data}
-        passed |= {"name": str(bench.folder / "corpus"), "pack": False}
-        own = {k: recipe[k] for k in ("student", "trainer", "seed", "reduction", "judge")}
+        passed |= {"name": str(context.folder / "corpus"), "pack": False}
+        own = {k: recipe[k] for k in ("student", "trainer", "seed", "reduction", "eval_split")}
         return {"task": "language_modeling", "method": "sft", "data": passed, **own}
 
-    def _answers(self, bench: Bench, material: Any, triples: list[Triple], student: Any) -> list[Triple]:
+    def _answers(self, context: PipelineContext, material: Any, triples: list[Triple], student: Any) -> list[Triple]:
         """What the student says about held-out heads: one greedy tail and several samples for each question."""
         tokenizer = load_tokenizer(str(student.folder / "student"))
         source = LocalSource(student.student, tokenizer, "student", batch=64)
-        heads = dict.fromkeys(t["head"] for t in triples if t["split"] == bench.recipe["judge"])
+        heads = dict.fromkeys(t["head"] for t in triples if t["split"] == context.recipe["eval_split"])
         requests, asked = [], []
         for i, head in enumerate(heads):
             for relation in material.relations:
@@ -283,17 +291,22 @@ class SymbolicKD(Procedure):
                     prompt, most = bracketed(head, relation), self.max_tokens
                     requests.append(Request(prompt, name, draw, max_tokens=most, stop=(".", "\n"), **how))  # type: ignore[arg-type]
                     asked.append({"head": head, "relation": relation, "greedy": draw == 0})
-        texts = [a.text for a in bench.ask(source, requests, "student", concurrency=64)]
+        texts = [a.text for a in context.ask(source, requests, "student", concurrency=64)]
         return [{**a, "tail": knowledge.tidy(text)} for a, text in zip(asked, texts, strict=True)]
 
     def _judged(
-        self, bench: Bench, material: Any, triples: list[Triple], answers: list[Triple], cutoff: float | None
+        self,
+        context: PipelineContext,
+        material: Any,
+        triples: list[Triple],
+        answers: list[Triple],
+        cutoff: float | None,
     ) -> dict[str, list[bool | None]]:
         """Whether triples and answers are good: by the known truth, else by the critic, else nobody knows."""
-        if material.judge is not None:
-            return {n: [material.judge(*key(t)) for t in x] for n, x in (("triples", triples), ("answers", answers))}
+        if material.is_valid is not None:
+            return {n: [material.is_valid(*key(t)) for t in x] for n, x in (("triples", triples), ("answers", answers))}
         if cutoff is None:
             return {"triples": [None] * len(triples), "answers": [None] * len(answers)}
-        critics = Critics(self.critic, bench.folder / "critic", knowledge.naming)
+        critics = Critics(self.critic, context.folder / "critic", knowledge.naming)
         scores = critics(knowledge.text_pairs({"answers": answers}, material.relations)["answers"])
         return {"triples": [t["score"] > cutoff for t in triples], "answers": [s > cutoff for s in scores]}

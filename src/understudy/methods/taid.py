@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 
 from understudy.data import Batch
 from understudy.losses import cross_entropy, interpolated_kl
-from understudy.models import Rows
+from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Live, Method, Term
+from understudy.training import Method, Term, TrainState
 from understudy.training.schedules import ProgressSchedule
 
 
@@ -51,12 +51,14 @@ class TAID(Method):
             raise ValueError(f"t_end ({self.t_end}) is below t_start ({self.t_start}); give t_start <= t_end")
         return self
 
-    def state(self, total: int) -> ProgressSchedule:
+    def init_state(self, total: int) -> ProgressSchedule:
         return ProgressSchedule(self.t_start, self.t_end, self.alpha, self.beta, self.adaptive)
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert teacher is not None
-        values = rowwise(interpolated_kl, student.signal, teacher.signal, t=live.state.value, value=self.drive)
+        values = rowwise(interpolated_kl, student.signal, teacher.signal, t=state.method_state.value, value=self.drive)
         terms = {"taid": Term(values, self.distil_ratio)}
         if self.distil_ratio < 1:
             signal, labels = batch.with_labels(student.signal)
@@ -64,5 +66,5 @@ class TAID(Method):
             terms["ce"] = Term(ce, 1 - self.distil_ratio)
         return terms
 
-    def updated(self, live: Live, means: Mapping[str, Any]) -> None:
-        live.state.update(means["taid"], live.step, live.total)
+    def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, Any]) -> None:
+        state.method_state.update(means["taid"], state.step, state.total)

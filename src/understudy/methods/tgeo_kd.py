@@ -24,11 +24,11 @@ from understudy.data import IGNORE, Batch
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.geometry import class_means, class_sums, triangle_features
-from understudy.models import Rows, evaluating
+from understudy.models import ModelOutput, evaluating
 from understudy.streaming import rowwise
 from understudy.targets import Target
 from understudy.teachers import LocalTeacher
-from understudy.training import Live, Method, Player, Scene, Shapes, Stage, Term
+from understudy.training import AuxiliaryContext, AuxiliaryOptimizer, Method, SetupContext, Shapes, Term, TrainState
 from understudy.training.bilevel import weight_gradients
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,14 @@ class TGeoKD(Method):
         256, ge=1, description="Validation examples of a move, best ten a class; all with null."
     )
 
-    def stage(self, work: Stage) -> Mapping[str, Tensor]:
-        if work.classes < 2:
-            raise InputError(f"Method 'tgeo-kd' weighs teacher against label, and the data has {work.classes} class.")
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
+        if context.classes < 2:
+            raise InputError(
+                f"Method 'tgeo-kd' weighs teacher against label, and the data has {context.classes} class."
+            )
         if self.every:
-            self._check_validation(work)
-        tables = work.once("class-means", lambda: _class_means(work))
+            self._check_validation(context)
+        tables = context.once("class-means", lambda: _class_means(context))
         absent = (tables["counts"] == 0).nonzero()[:, 0].tolist()
         if absent:
             log.warning("No training example has label %s: its class average is uniform.", ", ".join(map(str, absent)))
@@ -91,14 +93,14 @@ class TGeoKD(Method):
             )
         return {"means": tables["means"]}
 
-    def _check_validation(self, work: Stage) -> None:
+    def _check_validation(self, context: SetupContext) -> None:
         """Refuse a split that the weights cannot be judged on, and say where a move sees too little of it."""
-        if not len(work.splits["validation"]):
+        if not len(context.splits["validation"]):
             raise InputError("Method 'tgeo-kd' learns from a validation split, and the data has none: add one.")
-        held = [(batch.ids.cpu(), batch.labels.cpu()) for batch in work.batches("validation")]
+        held = [(batch.ids.cpu(), batch.labels.cpu()) for batch in context.batches("validation")]
         ids, labels = (torch.cat(part) for part in zip(*held, strict=True))
         _need_labels("validation", ids, labels != IGNORE)
-        least, rarest = (int(v) for v in torch.bincount(labels, minlength=work.classes).min(0))
+        least, rarest = (int(v) for v in torch.bincount(labels, minlength=context.classes).min(0))
         seen = least * min(1.0, (self.validation or len(labels)) / len(labels))
         if seen < 10:
             log.warning(
@@ -116,48 +118,50 @@ class TGeoKD(Method):
         hidden = (nn.Linear(width, 32), nn.LeakyReLU(0.01), nn.Linear(32, 16), nn.LeakyReLU(0.01))
         return {"ratio": nn.Sequential(*hidden, nn.Linear(16, 1))}
 
-    def players(self) -> Mapping[str, Player]:
-        return {"ratio": Player(("ratio",), self.ratio_learning_rate, weight_decay=self.ratio_weight_decay)}
+    def auxiliary_optimizers(self) -> Mapping[str, AuxiliaryOptimizer]:
+        return {"ratio": AuxiliaryOptimizer(("ratio",), self.ratio_learning_rate, weight_decay=self.ratio_weight_decay)}
 
-    def turn(self, live: Live) -> Sequence[str]:
-        return ("ratio", "student") if self.every and live.step % self.every == 0 else ("student",)
+    def update_schedule(self, state: TrainState) -> Sequence[str]:
+        return ("ratio", "student") if self.every and state.step % self.every == 0 else ("student",)
 
-    def play(self, player: str, scene: Scene, live: Live) -> Iterator[dict[str, Term]]:
+    def auxiliary_loss(self, name: str, context: AuxiliaryContext, state: TrainState) -> Iterator[dict[str, Term]]:
         """Σ_i (∂J/∂α_i) α_i(ω), whose gradient in ω is that of J. J itself goes along with weight 0, for the log."""
-        assert scene.teacher is not None
-        teachers = [scene.teacher.rows(batch) for batch in scene.batches]
+        assert context.teacher is not None
+        teachers = [context.teacher(batch) for batch in context.batches]
         with torch.no_grad():
-            students = [scene.student(batch) for batch in scene.batches]
-            alphas = [self._alpha(*side, live) for side in zip(students, teachers, scene.batches, strict=True)]
-        validation = scene.validation(self.validation)
+            students = [context.student(batch) for batch in context.batches]
+            alphas = [self._alpha(*side, state) for side in zip(students, teachers, context.batches, strict=True)]
+        validation = context.validation(self.validation)
 
-        def losses(rows: Rows, i: int) -> Tensor:
-            return torch.stack(self._losses(rows, teachers[i], scene.batches[i]), -1)
+        def losses(rows: ModelOutput, i: int) -> Tensor:
+            return torch.stack(self._losses(rows, teachers[i], context.batches[i]), -1)
 
         gradients, outer = weight_gradients(
-            scene.student,
-            scene.batches,
+            context.student,
+            context.batches,
             losses,
             [torch.stack([a, 1 - a], -1) for a in alphas],
             lambda ask: rowwise(cross_entropy, ask(validation).signal, None, validation.row_labels).mean(),
             rate=self.virtual_rate,
-            count=scene.count,
-            total=scene.total,
+            count=context.count,
+            total=context.total,
             part=self.virtual,
         )
-        for student, teacher, batch, gradient in zip(students, teachers, scene.batches, gradients, strict=True):
-            alpha = self._alpha(student, teacher, batch, live)
+        for student, teacher, batch, gradient in zip(students, teachers, context.batches, gradients, strict=True):
+            alpha = self._alpha(student, teacher, batch, state)
             slope = gradient[:, 0] - gradient[:, 1]
-            yield {"outer": Term(scene.count * slope * alpha), "validation_ce": Term(outer.expand(len(alpha)), 0.0)}
+            yield {"outer": Term(context.count * slope * alpha), "validation_ce": Term(outer.expand(len(alpha)), 0.0)}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert teacher is not None
         kd, ce = self._losses(student, teacher, batch)
         with torch.no_grad():
-            alpha = self._alpha(student, teacher, batch, live)
+            alpha = self._alpha(student, teacher, batch, state)
         return {"kd": Term(alpha * kd), "ce": Term((1 - alpha) * ce), "alpha": Term(alpha, 0.0)}
 
-    def _losses(self, student: Rows, teacher: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _losses(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
         """τ² KL and CE, `[rows]` each."""
         kd = rowwise(forward_kl, student.signal, teacher.signal, temperature=self.temperature, tau_squared=True)
         return kd, rowwise(cross_entropy, student.signal, None, batch.row_labels)
@@ -166,27 +170,27 @@ class TGeoKD(Method):
         shown = {"vertices": self.features != "edges", "edges": self.features != "vertices"}
         return triangle_features(student, teacher, labels, means, angles=self.angles, inter=self.inter, **shown)
 
-    def _alpha(self, student: Rows, teacher: Rows, batch: Batch, live: Live) -> Tensor:
+    def _alpha(self, student: ModelOutput, teacher: ModelOutput, batch: Batch, state: TrainState) -> Tensor:
         """The teacher's weight, `[rows]`, with gradient to the ratio network alone."""
-        network = live.modules["ratio"]
-        seen = self._read(student.signal.logits, teacher.signal, batch.row_labels, live.tables["means"])
+        network = state.modules["ratio"]
+        seen = self._read(student.signal.logits, teacher.signal, batch.row_labels, state.tables["means"])
         with torch.autocast(seen.device.type, enabled=False):  # the student's step weighs as the player's was judged
             return torch.sigmoid(network(seen.to(next(network.parameters()).dtype))[:, 0])
 
-    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
+    def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """Mean α over the training set, and where the teacher's top class is the label and where not. Where the data
         knows the labels before noise, also where one of teacher and label is right and the other wrong."""
-        assert live.student is not None and live.teacher is not None
+        assert state.student is not None and state.teacher is not None
         alphas, tops, labels = [], [], []
-        with torch.no_grad(), evaluating(live.student):
-            for batch in work.batches("train"):
-                teacher = live.teacher.rows(batch)
-                alphas.append(self._alpha(live.student(batch), teacher, batch, live).double().cpu())
+        with torch.no_grad(), evaluating(state.student):
+            for batch in context.batches("train"):
+                teacher = state.teacher(batch)
+                alphas.append(self._alpha(state.student(batch), teacher, batch, state).double().cpu())
                 tops.append(teacher.signal.logits.argmax(-1).cpu())
                 labels.append(batch.row_labels.cpu())
         alpha, top, label = torch.cat(alphas), torch.cat(tops), torch.cat(labels)
         groups = {"alpha_agreed": top == label, "alpha_disputed": top != label}
-        truth = getattr(work.splits["train"], "clean", None)
+        truth = getattr(context.splits["train"], "clean", None)
         if truth is not None:
             groups["alpha_teacher_right"] = (top == truth) & (label != truth)
             groups["alpha_label_right"] = (top != truth) & (label == truth)
@@ -203,17 +207,17 @@ class TGeoKD(Method):
         return {"metrics": metrics}
 
 
-def _class_means(work: Stage) -> dict[str, Tensor]:
+def _class_means(context: SetupContext) -> dict[str, Tensor]:
     """The teacher's average for each label, examples of each label, and examples that both splits hold."""
-    teacher = LocalTeacher(work.live_teacher(), "teacher")
-    sums, counts = torch.zeros(work.classes, work.classes).double(), torch.zeros(work.classes).double()
+    teacher = LocalTeacher(context.live_teacher(), "teacher")
+    sums, counts = torch.zeros(context.classes, context.classes).double(), torch.zeros(context.classes).double()
     seen: set[bytes] = set()
-    for batch in work.batches("train"):
+    for batch in context.batches("train"):
         _need_labels("training", batch.ids, batch.mask)
-        part = class_sums(teacher.rows(batch).signal, batch.row_labels, work.classes)
+        part = class_sums(teacher(batch).signal, batch.row_labels, context.classes)
         sums, counts = sums + part[0].cpu(), counts + part[1].cpu()
         seen.update(_prints(batch))
-    shared = sum(mark in seen for batch in work.batches("validation") for mark in _prints(batch))
+    shared = sum(mark in seen for batch in context.batches("validation") for mark in _prints(batch))
     return {"means": class_means(sums, counts), "counts": counts, "shared": torch.tensor(shared)}
 
 

@@ -30,10 +30,10 @@ from understudy.losses.relations import (
     neighbour_overlap,
     paired_info_nce,
 )
-from understudy.models import RowModel, Rows
+from understudy.models import ModelAdapter, ModelOutput
 from understudy.models.taps import called_layers, layer
 from understudy.streaming import rowwise
-from understudy.training import Live, Method, Shapes, Stage, Term
+from understudy.training import Method, SetupContext, Shapes, Term, TrainState
 from understudy.training.schedules import anneal
 from understudy.training.shapes import look
 
@@ -96,7 +96,7 @@ class TRG(Method):
             raise ValueError(f"k is {self.k} and a group has {number} tokens: k must be less than that")
         return self
 
-    def taps(self, side: Side, rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
+    def taps(self, side: Side, rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer
         if name is not None:
             return {"tokens": layer(rows.model, name)}
@@ -129,7 +129,9 @@ class TRG(Method):
                 f"Method 'trg' reads tokens of the {side} at layer {name!r}: {error} (options.{side}_layer, {side}_prefix)"
             ) from error
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         assert teacher is not None
         kd = rowwise(forward_kl, student.signal, teacher.signal, temperature=self.temperature, tau_squared=True)
         terms = {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
@@ -141,7 +143,7 @@ class TRG(Method):
         with torch.autocast(ours.device.type, enabled=False):
             terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
             parts = [
-                self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], live)
+                self._group(ours[i : i + self.group], theirs[i : i + self.group], ids[i : i + self.group], state)
                 for i in range(0, len(ids), self.group)
             ]
         for name, weight in (("local", self.beta), ("global", self.gamma)):
@@ -149,13 +151,13 @@ class TRG(Method):
                 terms[name] = Term(torch.cat([p[name] for p in parts]) if parts else ours.sum((1, 2)), weight)
         return terms
 
-    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
+    def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """How near the student's graph is to the teacher's on the images it is judged on, each by its own distances."""
-        assert work.teacher is not None and live.student is not None
-        sides: dict[Side, RowModel] = {"student": live.student, "teacher": work.teacher}
-        taps = {side: self.taps(side, m, next(work.batches(work.judge, 1))) for side, m in sides.items()}
+        assert context.teacher is not None and state.student is not None
+        sides: dict[Side, ModelAdapter] = {"student": state.student, "teacher": context.teacher}
+        taps = {side: self.taps(side, m, next(context.batches(context.eval_split, 1))) for side, m in sides.items()}
         found: dict[str, list[Tensor]] = {"affinity_kl": [], "neighbour_overlap": []}
-        for batch in islice(work.batches(work.judge, self.group), max(1, HELD_OUT // self.group)):
+        for batch in islice(context.batches(context.eval_split, self.group), max(1, HELD_OUT // self.group)):
             maps = {side: look(m, batch, taps=taps[side]).taps["tokens"] for side, m in sides.items()}
             both = [self._patches(m, side).flatten(0, 1).to(maps["student"].device) for side, m in maps.items()]
             if k := min(self.k, len(both[0]) - 1):
@@ -164,12 +166,12 @@ class TRG(Method):
                 found["neighbour_overlap"].append(neighbour_overlap(both[0], both[1], k=k))
         return {"metrics": {name: float(torch.cat(rows).mean()) for name, rows in found.items() if rows}}
 
-    def _group(self, ours: Tensor, theirs: Tensor, ids: Tensor, live: Live) -> dict[str, Tensor]:
+    def _group(self, ours: Tensor, theirs: Tensor, ids: Tensor, state: TrainState) -> dict[str, Tensor]:
         """Relations across the images of one group; one value an image."""
         images, patches = ours.shape[:2]
         each = min(patches, self.tokens // images)
         # Which tokens are drawn hangs on the image, the step and the seed alone, not on how the batch is cut.
-        draw = uniform(ids, (patches,), seed=live.seed, step=live.step)
+        draw = uniform(ids, (patches,), seed=state.seed, step=state.step)
         chosen = draw.argsort(-1)[:, :each].sort(-1).values
         s, t = (x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1) for x in (ours, theirs))
         found = {}
@@ -183,8 +185,8 @@ class TRG(Method):
             near = [knn_affinity(x, k=k, sigma=sigma) for x in (s, t)]
             found["local"] = affinity_kl(near[0], near[1], direction=self.direction, scale=self.affinity_scale)
         if self.gamma:
-            tau = anneal(self.tau_start, self.tau_end, live.step / live.total, self.tau_pace)
-            projector = live.modules["projector"]
+            tau = anneal(self.tau_start, self.tau_end, state.step / state.total, self.tau_pace)
+            projector = state.modules["projector"]
             projected = projector(s.to(next(projector.parameters()).dtype)).to(s.dtype)
             found["global"] = paired_info_nce(projected, t, temperature=tau)
         factor = images if self.tokens_reduction == "sum" else 1 / each

@@ -1,33 +1,33 @@
 """Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
 
-from understudy.models.diffusion import DenoiserRows, Sampler
-from understudy.models.heads import SubclassHead, replace_head
-from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
-from understudy.models.nodes import NodeRows, load_nodes
-from understudy.models.rows import (
-    CausalLMRows,
-    ClassifierRows,
-    MarginalRows,
-    RowModel,
-    Rows,
+from understudy.models.adapters import (
+    CausalLMAdapter,
+    ClassifierAdapter,
+    MarginalAdapter,
+    ModelAdapter,
+    ModelOutput,
     evaluating,
     find_head,
     state_hash,
 )
-from understudy.models.sequences import SequenceRows
+from understudy.models.diffusion import DenoiserAdapter, Sampler
+from understudy.models.heads import SubclassHead, replace_head
+from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
+from understudy.models.nodes import NodeAdapter, load_nodes
+from understudy.models.sequences import SequenceAdapter
 from understudy.models.small import load_small, normalisation, save_small
 from understudy.models.tokenizers import compare_tokenizers, load_tokenizer, tokenizer_hashes
 
 __all__ = [
-    "CausalLMRows",
-    "ClassifierRows",
-    "DenoiserRows",
-    "MarginalRows",
-    "NodeRows",
-    "RowModel",
-    "Rows",
+    "CausalLMAdapter",
+    "ClassifierAdapter",
+    "DenoiserAdapter",
+    "MarginalAdapter",
+    "ModelAdapter",
+    "ModelOutput",
+    "NodeAdapter",
     "Sampler",
-    "SequenceRows",
+    "SequenceAdapter",
     "SubclassHead",
     "compare_tokenizers",
     "evaluating",

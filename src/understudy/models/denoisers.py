@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from understudy.data.folders import find
 from understudy.data.noise_sets import DEVIATION
 from understudy.errors import InputError
-from understudy.models.diffusion import SAMPLER, DenoiserRows, MixtureDenoiser, PointDenoiser, Sampler
+from understudy.models.diffusion import SAMPLER, DenoiserAdapter, MixtureDenoiser, PointDenoiser, Sampler
 from understudy.models.noise_levels import Cosine, levels_of
 from understudy.models.small import load_weights
 
@@ -29,21 +29,21 @@ def load_denoiser(
     sampler: Sampler | None = None,
     prediction: str | None = None,
     null: bool = False,
-) -> DenoiserRows:
+) -> DenoiserAdapter:
     """A denoiser.
 
     Args:
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
-            a folder, a Hub id, or a `DenoiserRows`.
+            a folder, a Hub id, or a `DenoiserAdapter`.
         shape: of an example; a model from a folder knows its own. classes: to be asked for, 0 for none.
         centres: of the world. sampler, null, prediction: of models whose folder has no `sampler.json`. `null`
             means that the last class of a model stands for none; `prediction` goes over what its scheduler says.
     """
-    if isinstance(name, DenoiserRows):
+    if isinstance(name, DenoiserAdapter):
         return name
     if isinstance(name, nn.Module):
         raise InputError(
-            "A denoiser handed over as a module needs its schedule: wrap it in understudy.models.DenoiserRows."
+            "A denoiser handed over as a module needs its schedule: wrap it in understudy.models.DenoiserAdapter."
         )
     text = str(name)
     if text == "exact":
@@ -51,7 +51,7 @@ def load_denoiser(
             raise InputError("Model 'exact' is the closed form of a world with known modes: use data=ring8.")
         levels = Cosine()
         mixture = MixtureDenoiser(centres.float(), DEVIATION, levels)
-        return DenoiserRows(mixture, levels, "sample", shape, classes=classes, sampler=sampler)
+        return DenoiserAdapter(mixture, levels, "sample", shape, classes=classes, sampler=sampler)
     new = NEW.fullmatch(text)
     if new is not None and not shape:
         raise InputError(f"{text} is a new network, and data=noise does not say what shape an example has.")
@@ -63,11 +63,11 @@ def load_denoiser(
     return _load(text, sampler, prediction, null)
 
 
-def _points(name: str, shape: tuple[int, ...], classes: int) -> DenoiserRows:
+def _points(name: str, shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
     hidden = [int(v) for v in name.partition(":")[2].split(",")]
     model = PointDenoiser(torch.Size(shape).numel(), hidden, classes)
     model.understudy = {"understudy_model": name, "classes": classes, "shape": list(shape)}  # type: ignore[assignment]
-    return DenoiserRows(model, Cosine(), "sample", shape, classes=classes)
+    return DenoiserAdapter(model, Cosine(), "sample", shape, classes=classes)
 
 
 def _diffusers() -> Any:
@@ -79,7 +79,7 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def _unet(widths: list[int], shape: tuple[int, ...], classes: int) -> DenoiserRows:
+def _unet(widths: list[int], shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
     """A UNet2DModel with a v-prediction cosine schedule of 1,000 entries, which is well read at any noise."""
     diffusers = _diffusers()
     if len(shape) != 3 or shape[-1] % 2 ** (len(widths) - 1):
@@ -102,12 +102,14 @@ def _unet(widths: list[int], shape: tuple[int, ...], classes: int) -> DenoiserRo
     return _wrapped(model, scheduler, null=True)
 
 
-def _wrapped(model: Any, scheduler: Any, *, null: bool, prediction: str | None = None, **options: Any) -> DenoiserRows:
+def _wrapped(
+    model: Any, scheduler: Any, *, null: bool, prediction: str | None = None, **options: Any
+) -> DenoiserAdapter:
     config = model.config
     size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
     embeds = config.num_class_embeds or 0
     clip = float(scheduler.config.clip_sample_range) if scheduler.config.get("clip_sample") else None
-    return DenoiserRows(
+    return DenoiserAdapter(
         model,
         levels_of(scheduler),
         prediction or scheduler.config.prediction_type,
@@ -119,7 +121,7 @@ def _wrapped(model: Any, scheduler: Any, *, null: bool, prediction: str | None =
     )
 
 
-def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool) -> DenoiserRows:
+def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool) -> DenoiserAdapter:
     path = find(name)
     facts = _json(path / SAMPLER) if path is not None else {}
     options: dict[str, Any] = {"sampler": sampler}

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from understudy.data.noise_sets import NoiseBatch
 from understudy.errors import InputError
 from understudy.losses.diffusion import check_prediction, ddim_step, guided, signal_of, x0_from
+from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.noise_levels import NoiseLevels
-from understudy.models.rows import RowModel, Rows
 from understudy.models.small import save_small
 from understudy.targets import Clean
 
@@ -42,7 +42,7 @@ class Sampler:
     guidance: float | None = None
 
 
-class DenoiserRows(RowModel):
+class DenoiserAdapter(ModelAdapter):
     """A denoiser on `NoiseBatch`es that show `x` and `t`.
 
     Args:
@@ -74,7 +74,7 @@ class DenoiserRows(RowModel):
         self.read_at: float | None = None
         self.padding = 0
 
-    def answer(self, batch: Any, features: bool) -> Rows:
+    def answer(self, batch: Any, features: bool) -> ModelOutput:
         if features:
             raise InputError("A denoiser has no features before a head.")
         x, t = batch.inputs["x"], batch.inputs["t"]
@@ -92,7 +92,7 @@ class DenoiserRows(RowModel):
                 "gives back its input's shape, or twice the channels with a learned variance."
             )
         clean = x0_from(_wide(output), _wide(x), alpha, sigma, self.prediction)
-        return Rows(Clean(clean if self.clip is None else clean.clamp(-self.clip, self.clip)))
+        return ModelOutput(Clean(clean if self.clip is None else clean.clamp(-self.clip, self.clip)))
 
     def _asked(self, condition: Tensor) -> Tensor | None:
         if not self.classes:
@@ -107,7 +107,7 @@ class DenoiserRows(RowModel):
             raise InputError(f"Class {int(condition.max())} was asked of a denoiser that has {self.classes}.")
         return condition.masked_fill(absent, self.classes)
 
-    def one_call(self, t: float, begin: float) -> DenoiserRows:
+    def one_call(self, t: float, begin: float) -> DenoiserAdapter:
         """This model, drawing in one call at time `t` from noise that is the state at `begin`.
 
         It always sees that noise, so its output is read as at `begin`, whatever time it is told: read at a small t, the

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
 from understudy.data.folders import find
-from understudy.data.ranking import View
+from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
 from understudy.models.small import load_weights

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from understudy.errors import InputError
 
 if TYPE_CHECKING:
-    from understudy.models.rows import ClassifierRows
+    from understudy.models.adapters import ClassifierAdapter
 
 
 class SubclassHead(nn.Linear):
@@ -49,7 +49,7 @@ def put_head(model: nn.Module, name: str, head: nn.Module) -> None:
     setattr(model.get_submodule(parent), own, head.to(weight.device, weight.dtype).train(old.training))
 
 
-def replace_head(rows: ClassifierRows, outputs: int, *, seed: int = 0) -> nn.Linear:
+def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.Linear:
     """Give an image classifier a new linear head of `outputs` classes, in place, and return it.
 
     The new weights hang on `seed` alone. The model's own count of classes follows (`rows.classes`, a small network's
@@ -74,7 +74,7 @@ def replace_head(rows: ClassifierRows, outputs: int, *, seed: int = 0) -> nn.Lin
     return head
 
 
-def set_classes(rows: ClassifierRows, classes: int) -> None:
+def set_classes(rows: ClassifierAdapter, classes: int) -> None:
     """Tell a classifier that its head has another number of classes."""
     rows.classes = classes
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
@@ -94,7 +94,7 @@ def set_classes(rows: ClassifierRows, classes: int) -> None:
         rows.model.num_labels = classes
 
 
-def sum_subclasses(rows: ClassifierRows, classes: int) -> None:
+def sum_subclasses(rows: ClassifierAdapter, classes: int) -> None:
     """Turn a small network's wide head into one of `classes` that sums over subclasses: the same function, exactly."""
     name = head_name(rows.model, rows.classes)
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from understudy.data import Batch, GraphBatch
 from understudy.data.folders import find
 from understudy.errors import InputError
+from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.loading import small_folder
-from understudy.models.rows import RowModel, Rows
 from understudy.models.small import build_small, load_small
 from understudy.targets import Dense
 
 
-class NodeRows(RowModel):
+class NodeAdapter(ModelAdapter):
     """A classifier of nodes.
 
     Args:
@@ -32,7 +32,7 @@ class NodeRows(RowModel):
         self.model, self.classes = model, classes
         self.reads_edges = reads_edges(model)
 
-    def answer(self, batch: Batch, features: bool) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, GraphBatch)
         if features:
             raise InputError(f"{type(self.model).__name__} shows no features before its classifier on graphs.")
@@ -44,7 +44,7 @@ class NodeRows(RowModel):
                 f"{type(self.model).__name__} gives {tuple(logits.shape)} for {len(shown)} nodes of {self.classes} classes: "
                 "one row of logits a node is expected."
             )
-        return Rows(Dense(batch.select(logits) if self.reads_edges else logits))
+        return ModelOutput(Dense(batch.select(logits) if self.reads_edges else logits))
 
 
 def reads_edges(model: nn.Module) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from understudy.data.folders import find
-from understudy.data.ranking import View
+from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.encoders import is_new_encoder, load_cross, load_encoder, located
-from understudy.models.ranking import FACTS, CrossRows, RankerRows, TowerRows, Towers
+from understudy.models.rankers import FACTS, BiEncoderAdapter, CrossEncoderAdapter, RankerAdapter, Towers
 
 OPTIONS = {"scorer", "pooling", "towers", "normalize", "scale", "members"}
 SCORERS = ("dot", "late", "cross")
@@ -27,7 +27,7 @@ def load_ranker(
     dtype: str = "auto",
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-) -> RankerRows:
+) -> RankerAdapter:
     """A ranker: a saved one, or an encoder with a scorer.
 
     Args:
@@ -44,7 +44,7 @@ def load_ranker(
     if scorer not in SCORERS:
         raise InputError(f"options.scorer is {scorer!r}; known: {', '.join(SCORERS)}.")
     if scorer == "cross":
-        return CrossRows(load_cross(name, view, dtype, trust_remote_code, quantization), view)
+        return CrossEncoderAdapter(load_cross(name, view, dtype, trust_remote_code, quantization), view)
     towers = options.get("towers", 1)
     if towers not in (1, 2):
         raise InputError(f"options.towers is {towers!r} and must be 1 (shared) or 2.")
@@ -53,7 +53,7 @@ def load_ranker(
     if scorer == "late" and not encoders[0].special:
         raise InputError(f"{name} has one vector a word without context; scorer=late needs an encoder such as bert:...")
     scale, learn = _scale(options, encoders[0].normalize)
-    return TowerRows(Towers(encoders, scale, learn), view, scorer)
+    return BiEncoderAdapter(Towers(encoders, scale, learn), view, scorer)
 
 
 def _scale(options: Mapping[str, Any], normalised: bool) -> tuple[float, bool]:

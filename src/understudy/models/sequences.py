@@ -6,13 +6,13 @@ import torch
 
 from understudy.data import Batch, ListBatch
 from understudy.losses import cross_entropy
+from understudy.models.adapters import CausalLMAdapter, ModelOutput
 from understudy.models.layouts import Packing
-from understudy.models.rows import CausalLMRows, Rows
 from understudy.streaming import rowwise
 from understudy.targets import Scores
 
 
-class SequenceRows(CausalLMRows):
+class SequenceAdapter(CausalLMAdapter):
     """Answers with `Scores`: log π(y | x) of each candidate, summed over its completion tokens with EOS.
 
     The head is streamed over the tokens that count, so no `[tokens, vocabulary]` tensor exists, forward or backward.
@@ -26,10 +26,10 @@ class SequenceRows(CausalLMRows):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
 
-    def answer(self, batch: Batch, features: bool) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, ListBatch)  # the task's collator makes nothing else
         tokens = batch.tokens
         rows = self.token_rows(tokens, groups=batch.groups)
         log_probs = -rowwise(cross_entropy, rows.signal, None, tokens.row_labels)
         sums = log_probs.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, log_probs)
-        return Rows(Scores(batch.by_candidate(sums), batch.candidates))
+        return ModelOutput(Scores(batch.by_candidate(sums), batch.candidates))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from understudy.data import Batch, ListBatch
 from understudy.data.worlds import Chains, ChoiceBatch
 from understudy.errors import InputError
-from understudy.models.rows import RowModel, Rows
+from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.small import load_weights
 from understudy.targets import Scores
 
@@ -58,21 +58,21 @@ class Bigram(_Saved):
         return torch.log_softmax(self.out(self.into(ids)).float(), -1)
 
 
-class ChoiceRows(RowModel):
+class ChoiceAdapter(ModelAdapter):
     """Answers with `Scores`: the log-probability with which the policy picks each item."""
 
     def __init__(self, model: ChoicePolicy) -> None:
         super().__init__()
         self.model, self.padding = model, 0
 
-    def answer(self, batch: Batch, features: bool) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, ChoiceBatch)
         scores = self.model(batch.features.to(next(self.model.parameters()).dtype))
         log_p = torch.log_softmax(scores.masked_fill(~batch.candidates, -torch.inf), -1)
-        return Rows(Scores(log_p.masked_fill(~batch.candidates, 0.0), batch.candidates))
+        return ModelOutput(Scores(log_p.masked_fill(~batch.candidates, 0.0), batch.candidates))
 
 
-class BigramRows(RowModel):
+class BigramAdapter(ModelAdapter):
     """Answers with `Scores`: the log-probability of each candidate's transitions.
 
     Args:
@@ -83,16 +83,16 @@ class BigramRows(RowModel):
         super().__init__()
         self.model, self.padding, self.world = model, 0, world
 
-    def answer(self, batch: Batch, features: bool) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, ListBatch)
         tokens = batch.tokens
         log_p = self.model(batch.inputs["input_ids"][:, :-1])[tokens.mask]
         values = log_p.gather(-1, tokens.row_labels[:, None])[:, 0]
         sums = values.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, values)
-        return Rows(Scores(batch.by_candidate(sums), batch.candidates))
+        return ModelOutput(Scores(batch.by_candidate(sums), batch.candidates))
 
 
-def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Chains | None = None) -> RowModel:
+def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Chains | None = None) -> ModelAdapter:
     """Rows of a policy by its name, from a folder, or around a module; `size` is the feature width or token count."""
     if isinstance(source, nn.Module):
         model = source
@@ -107,7 +107,7 @@ def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Ch
         if source is not None:
             load_weights(model, source / "model.safetensors")
     if isinstance(model, Bigram):
-        return BigramRows(model, world)
+        return BigramAdapter(model, world)
     if isinstance(model, ChoicePolicy):
-        return ChoiceRows(model)
+        return ChoiceAdapter(model)
     raise InputError(f"{type(model).__name__} is no policy of these worlds: give a ChoicePolicy or a Bigram.")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from understudy.errors import InputError
+from understudy.planning.cost_trace import Answer, Seen, evaluation, head_calls, step
 from understudy.planning.machine import CONTEXT, Machine, machine, resident
-from understudy.planning.rehearsal import Answer, Seen, evaluation, head_calls, step
 from understudy.planning.setting import Setting, answer_of, outlines, setting
 from understudy.planning.sizes import Side, optimizer_bytes, side
-from understudy.recipe import Recipe, load, make, own_training
-from understudy.teachers.codecs import DEFAULT, Support, row_bytes
-from understudy.training import Procedure
+from understudy.runs.recipe import Recipe, load, make, own_training
+from understudy.teachers.cache.codecs import DEFAULT, Support, row_bytes
+from understudy.training import Pipeline
 
 Shard = Literal["none", "student", "both"]
 DISK = 1e9
@@ -139,7 +139,7 @@ def _plan(
     recipe: Recipe, device: Machine, gpus: int, shard: str | None, rows: float | None, support: str, generate: int
 ) -> Plan:
     method = recipe.build_method()
-    if isinstance(method, Procedure):
+    if isinstance(method, Pipeline):
         raise InputError(
             f"Method {recipe.method!r} is a procedure of several runs: plan the runs it makes, one by one."
         )

@@ -11,15 +11,15 @@ import torch
 from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models import is_new_causal_lm, load_tokenizer
-from understudy.models.rows import RowModel
+from understudy.models.adapters import ModelAdapter
+from understudy.planning.cost_trace import Answer
 from understudy.planning.machine import Machine
-from understudy.planning.rehearsal import Answer
 from understudy.planning.sizes import config_of, outline_classifier, outline_lm
-from understudy.recipe import Recipe
-from understudy.specs import ModelSpec
+from understudy.runs.recipe import Recipe
+from understudy.runs.specs import ModelSpec
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
-from understudy.teachers.codecs import Support, row_bytes
+from understudy.teachers.cache.codecs import Support, row_bytes
 
 BATCH = 8
 """Examples a device, where a recipe names none (the Trainer's default)."""
@@ -67,7 +67,7 @@ class Setting:
         """Of the inputs of so many examples."""
         return (number, *self.one)
 
-    def as_computed(self, student: RowModel) -> RowModel:
+    def as_computed(self, student: ModelAdapter) -> ModelAdapter:
         """The student in the dtype and with the checkpointing that its activations have. It is changed."""
         if self.mixed:
             student.bfloat16()
@@ -151,14 +151,14 @@ def _vocabulary(recipe: Recipe) -> int:
     return len(load_tokenizer(own)) if own is not None else int(recipe.data.get("vocab_size", 1024))
 
 
-def outlines(recipe: Recipe, found: Setting) -> tuple[RowModel, RowModel | None]:
+def outlines(recipe: Recipe, found: Setting) -> tuple[ModelAdapter, ModelAdapter | None]:
     """Both sides on `meta`; no teacher where a method asks for none."""
     method = recipe.build_method()
     asks = "teacher" in method.asks
     if asks and recipe.teacher is None:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
 
-    def outline(spec: ModelSpec) -> RowModel:
+    def outline(spec: ModelSpec) -> ModelAdapter:
         if len(found.one) == 1:
             return outline_lm(spec, found.classes, found.gpu)
         return outline_classifier(spec, found.classes, found.one)
@@ -177,7 +177,7 @@ def outlines(recipe: Recipe, found: Setting) -> tuple[RowModel, RowModel | None]
     return outline(recipe.student), teacher
 
 
-def answer_of(recipe: Recipe, found: Setting, teacher: RowModel | None, support: str) -> Answer:
+def answer_of(recipe: Recipe, found: Setting, teacher: ModelAdapter | None, support: str) -> Answer:
     """What there is of the teacher while the student trains: itself, its cache, or nothing."""
     if recipe.teacher is None or teacher is None or recipe.teacher.cache is None:
         return Answer(teacher)

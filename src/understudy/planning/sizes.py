@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models import is_new_causal_lm, load_causal_lm
-from understudy.models.rows import CausalLMRows, ClassifierRows, RowModel
+from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, ModelAdapter
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
-from understudy.specs import ModelSpec
+from understudy.runs.specs import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIMIZERS = {  # bytes of state a parameter, from those of the parameter itself (p)
@@ -43,7 +43,7 @@ def config_of(spec: ModelSpec) -> Any:
         raise InputError(f"The configuration of {spec.model!r} cannot be read: {reason}") from error
 
 
-def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMRows:
+def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAdapter:
     """A causal LM on `meta`, in the dtype it would be loaded in; `vocabulary` is for a new one."""
     with torch.device("meta"):
         if is_new_causal_lm(spec.model):
@@ -59,7 +59,7 @@ def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMRo
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
             except (ValueError, KeyError) as error:
                 raise InputError(f"{spec.model!r} is no causal LM: {str(error).splitlines()[0]}") from error
-        rows = CausalLMRows(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+        rows = CausalLMAdapter(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
         _even_experts(model)
         if spec.peft is not None:
             rows.add_adapters(spec.peft)
@@ -76,7 +76,7 @@ class _Tokens(SimpleNamespace):
         return int(self.number)
 
 
-def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) -> ClassifierRows:
+def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) -> ClassifierAdapter:
     """An image classifier on `meta`."""
     path, weights = find(spec.model), find(f"{spec.model}.safetensors")
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) ->
             model = AutoModelForImageClassification.from_config(config_of(spec))
         if spec.dtype in DTYPES:
             model = model.to(DTYPES[spec.dtype])
-        rows = ClassifierRows(model, classes, normalise=normalisation(model))
+        rows = ClassifierAdapter(model, classes, normalise=normalisation(model))
         if spec.peft is not None:
             rows.add_adapters(spec.peft)
     return rows
@@ -147,7 +147,7 @@ class Side:
     matrices: int
 
 
-def side(rows: RowModel, quantization: dict[str, Any] | None = None) -> Side:
+def side(rows: ModelAdapter, quantization: dict[str, Any] | None = None) -> Side:
     """Count a model."""
     parameters = list(rows.parameters())  # each once, also where two layers share it
     config = getattr(rows.model, "config", None)
@@ -178,7 +178,7 @@ def side(rows: RowModel, quantization: dict[str, Any] | None = None) -> Side:
     )
 
 
-def quantised(rows: RowModel, config: dict[str, Any]) -> int:
+def quantised(rows: ModelAdapter, config: dict[str, Any]) -> int:
     """Bytes of a quantised model: the layers' matrices by their bits, embeddings, head and the rest as they are."""
     if config.get("load_in_4bit"):  # bitsandbytes: 4 bits, a float32 scale for 64 or, quantised itself, 8.5 bits for 64
         bits = 4 + ((8 + 32 / 256) if config.get("bnb_4bit_use_double_quant") else 32) / 64
@@ -200,7 +200,7 @@ def quantised(rows: RowModel, config: dict[str, Any]) -> int:
     return rest + math.ceil(sum(p.numel() for p in small.values()) * bits / 8)
 
 
-def optimizer_bytes(name: str, rows: RowModel, notes: list[str]) -> int:
+def optimizer_bytes(name: str, rows: ModelAdapter, notes: list[str]) -> int:
     """State of an optimiser of transformers' Trainer over what is trained."""
     trained = [p for p in rows.parameters() if p.requires_grad]
     if name == "adafactor":  # a row's and a column's means of each matrix, float32, without momentum

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from understudy.data import Batch
 from understudy.evaluation import evaluate
-from understudy.models import RowModel
+from understudy.models import ModelAdapter
 
 MODULE = "module:"
 """Begins the name of a model that was handed over as a module."""
@@ -93,11 +93,11 @@ class Task(Protocol):
         """Read the data, and for text agree on the tokenizer."""
         ...
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         """Build or load a model for this data; `source` stands in for the recipe's name: a folder, or a module."""
         ...
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """`{"rows": …, "metrics": {…}, …}` of one split, deterministic, with every module left in its mode."""
         ...
 
@@ -112,13 +112,13 @@ class TaskDefaults:
     mixes = False
 
 
-class RowTask(TaskDefaults):
+class LabelledTask(TaskDefaults):
     """Tasks whose rows are classes with labels are judged alike."""
 
     kind: str
     mixes = True
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Accuracy, NLL, calibration; fidelity beside a teacher."""
         return evaluate(student, teacher, loader, kind=self.kind)
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from understudy.data import collate_images, load_images
 from understudy.data.image_sources import EMBEDDED
-from understudy.models import ClassifierRows, RowModel, load_classifier, normalisation
-from understudy.tasks.base import Prepared, RowTask, merged
+from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation
+from understudy.tasks.base import LabelledTask, Prepared, merged
 
 _SMALL = {
     "max_steps": 1000,
@@ -33,7 +33,7 @@ _REAL = {
 _TEACHER = {"max_steps": 1500, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
 
 
-class ImageClassification(RowTask):
+class ImageClassification(LabelledTask):
     """Predict the class of an image."""
 
     name = "image_classification"
@@ -94,7 +94,7 @@ class ImageClassification(RowTask):
             hashes={"data": splits.hash},
         )
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         model = load_classifier(
             spec.model if source is None else source,
             classes=prepared.classes,
@@ -103,4 +103,4 @@ class ImageClassification(RowTask):
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
         )
-        return ClassifierRows(model, prepared.classes, normalise=normalisation(model))
+        return ClassifierAdapter(model, prepared.classes, normalise=normalisation(model))

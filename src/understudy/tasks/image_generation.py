@@ -16,7 +16,7 @@ from understudy.data.noise_sets import WORLDS, ExampleSet, NoiseSet, Reference, 
 from understudy.errors import InputError, nearest
 from understudy.evaluation.generation import evaluate_generation
 from understudy.losses.diffusion import check_prediction
-from understudy.models import RowModel
+from understudy.models import ModelAdapter
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import Sampler
 from understudy.tasks.base import Prepared, TaskDefaults, merged
@@ -133,7 +133,7 @@ class ImageGeneration(TaskDefaults):
             stored=keep,
         )
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         facts = prepared.facts
         rows = load_denoiser(
             spec.model if source is None else source,
@@ -160,7 +160,7 @@ class ImageGeneration(TaskDefaults):
             )
         return rows
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Distance from the real examples at one call, beside the teacher's at several budgets."""
         examples: Any = loader.dataset
         while not isinstance(examples, NoiseSet):  # a subset of one

@@ -11,10 +11,17 @@ from torch import nn
 
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
 from understudy.errors import InputError, nearest
-from understudy.models import CausalLMRows, RowModel, is_new_causal_lm, load_causal_lm, load_tokenizer, tokenizer_hashes
+from understudy.models import (
+    CausalLMAdapter,
+    ModelAdapter,
+    is_new_causal_lm,
+    load_causal_lm,
+    load_tokenizer,
+    tokenizer_hashes,
+)
 from understudy.models.layouts import Packing
 from understudy.models.tokenizers import compare_tokenizers
-from understudy.tasks.base import COPY, MODULE, Prepared, RowTask, merged
+from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
 from understudy.tasks.padding import checked_packing, padding_notes
 from understudy.teachers import Aligner
 
@@ -72,7 +79,7 @@ def _same_ends(first: str, one: Any, name: str, other: Any, records: Sequence[An
         raise InputError(f"{differ}: name the tokenizer whose way both are to use (data.tokenizer=FOLDER or Hub id).")
 
 
-class LanguageModeling(RowTask):
+class LanguageModeling(LabelledTask):
     """Predict the next token of a text, a conversation or a completion."""
 
     name = "language_modeling"
@@ -176,10 +183,10 @@ class LanguageModeling(RowTask):
                 _same_ends(first, chosen, name, other, splits.train)
         return chosen, theirs
 
-    def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMRows:
-        return CausalLMRows(model, vocabulary, packing)
+    def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMAdapter:
+        return CausalLMAdapter(model, vocabulary, packing)
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         model = load_causal_lm(
             spec.model if source is None else source,
             tokenizer=prepared.tokenizer,

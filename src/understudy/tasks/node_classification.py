@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from understudy.data import collate_graph, load_graph
 from understudy.evaluation.graphs import neighbour_cosine
-from understudy.models import NodeRows, RowModel, load_nodes
-from understudy.tasks.base import Prepared, RowTask, merged
+from understudy.models import ModelAdapter, NodeAdapter, load_nodes
+from understudy.tasks.base import LabelledTask, Prepared, merged
 
 _TRAINER = {
     "max_steps": 500,
@@ -27,7 +27,7 @@ _PATIENCE = 50
 _TEACHER = {"metric_for_best_model": "nll", "greater_is_better": False}
 
 
-class NodeClassification(RowTask):
+class NodeClassification(LabelledTask):
     """Predict the class of a node. One step is one epoch: the whole graph."""
 
     name = "node_classification"
@@ -67,14 +67,14 @@ class NodeClassification(RowTask):
             hashes={"data": splits.hash},
         )
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         name = spec.model if source is None else source
         model = load_nodes(name, classes=prepared.classes, features=prepared.input_shape[0])
-        return NodeRows(model, prepared.classes)
+        return NodeAdapter(model, prepared.classes)
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """As for images; beside a teacher also how alike the differences between neighbours are."""
-        found = super().judge(student, teacher, loader)
+        found = super().evaluate(student, teacher, loader)
         if teacher is not None:
             found["metrics"] |= neighbour_cosine(student, teacher, loader)
         return found

@@ -16,8 +16,8 @@ from understudy.data import Batch, collate_lists
 from understudy.data.worlds import ChoiceBatch, bandit, chains, collate_choices
 from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
-from understudy.models import RowModel, evaluating
-from understudy.models.worlds import BigramRows, load_policy
+from understudy.models import ModelAdapter, evaluating
+from understudy.models.worlds import BigramAdapter, load_policy
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _OPTIONS = {
@@ -72,7 +72,7 @@ class PreferenceWorld(TaskDefaults):
         world = chains(data["seed"], data["start"]) if name == "chains" else None
         splits = world.splits if world is not None else bandit(data["noise"], data["seed"])
         train = splits["clean" if data.get("for_teacher") else "train"]
-        train.rows = train.rows[: data.get("limit")]
+        train.records = train.records[: data.get("limit")]
         return Prepared(
             train=train,
             validation=splits["validation"],
@@ -83,13 +83,13 @@ class PreferenceWorld(TaskDefaults):
             facts={"world": world},
         )
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         return load_policy(spec.model, source, prepared.classes, prepared.facts["world"])
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """`value`: the mean probability of the truly best item (bandit), or return minus KL to the chain (exact)."""
         found = evaluate_preferences(student, loader)
-        if isinstance(student, BigramRows):
+        if isinstance(student, BigramAdapter):
             assert student.world is not None  # `model` gave it
             tokens = torch.arange(student.model.into.num_embeddings)
             with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from understudy.data import collate_lists, encode_lists, load_preferences, show_batch
 from understudy.evaluation.preference import evaluate_preferences
-from understudy.models import CausalLMRows, RowModel, SequenceRows, tokenizer_hashes
+from understudy.models import CausalLMAdapter, ModelAdapter, SequenceAdapter, tokenizer_hashes
 from understudy.models.layouts import Packing
 from understudy.tasks.base import Prepared, merged
 from understudy.tasks.language_modeling import LanguageModeling
@@ -71,9 +71,9 @@ class Preferences(LanguageModeling):
             facts={"packing": packing, "chosen": own_tokenizer is not None},
         )
 
-    def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMRows:
-        return SequenceRows(model, vocabulary, packing)
+    def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMAdapter:
+        return SequenceAdapter(model, vocabulary, packing)
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Order of candidates, and distance from the reference where the data stage computed it."""
         return evaluate_preferences(student, loader)

@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from understudy.data import Batch
-from understudy.data.ranking import RankingBatch, RankingCollator, View, train_encoder_tokenizer
-from understudy.data.rankings import RankingSplits, load_rankings
+from understudy.data.retrieval_batches import RankingBatch, RankingCollator, View, train_encoder_tokenizer
+from understudy.data.retrieval_sources import RankingSplits, load_rankings
 from understudy.errors import InputError
 from understudy.evaluation.ranking import evaluate_ranking
-from understudy.models import RowModel, load_tokenizer, tokenizer_hashes
+from understudy.models import ModelAdapter, load_tokenizer, tokenizer_hashes
 from understudy.models.encoders import is_new_encoder, located
 from understudy.models.ranker_loading import OPTIONS, load_ranker
-from understudy.models.ranking import EnsembleRows, TowerRows
+from understudy.models.rankers import BiEncoderAdapter, RankerEnsemble
 from understudy.tasks.base import MODULE, Prepared, TaskDefaults, merged
 
 _WORLD = {"max_steps": 2500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
@@ -120,7 +120,7 @@ class Ranking(TaskDefaults):
             raise InputError(f"The tokenizer of {name!r} is not a fast one, which the ranking task needs.")
         return found
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         assert isinstance(prepared, _RankingData) and not isinstance(source, nn.Module)
         options = {k: v for k, v in (spec.options or {}).items() if k != "members"}
         kept = {"dtype": spec.dtype, "quantization": spec.quantization, "trust_remote_code": spec.trust_remote_code}
@@ -132,9 +132,9 @@ class Ranking(TaskDefaults):
             if note and note not in prepared.notes:
                 prepared.notes.append(note)
             rankers.append(ranker)
-        return rankers[0] if len(rankers) == 1 else EnsembleRows(rankers)
+        return rankers[0] if len(rankers) == 1 else RankerEnsemble(rankers)
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """Re-ranking of the candidates and, for dot products, retrieval from the whole collection."""
         return evaluate_ranking(student, teacher, loader)
 
@@ -146,8 +146,8 @@ def _names(spec: Any) -> Iterator[str]:
         yield from (spec.options or {}).get("members") or []
 
 
-def _warning(name: str, ranker: RowModel) -> str | None:
-    if not isinstance(ranker, TowerRows) or not ranker.model.encoders[0].normalize:
+def _warning(name: str, ranker: ModelAdapter) -> str | None:
+    if not isinstance(ranker, BiEncoderAdapter) or not ranker.model.encoders[0].normalize:
         return None
     if ranker.model.learns:
         return f"{name} gives vectors of length 1, whose products cannot reach a teacher's margins: a scale is learned."

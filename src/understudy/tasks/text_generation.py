@@ -17,7 +17,7 @@ from understudy.data.knowledge import Relation, load_events, load_labels, load_r
 from understudy.data.knowledge_world import EventsWorld
 from understudy.errors import InputError, nearest
 from understudy.generation import Completion, OracleSource, Request, Source
-from understudy.models import RowModel
+from understudy.models import ModelAdapter
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 ORACLE = "oracle"
@@ -45,7 +45,7 @@ class Material:
     seeds: list[str]
     relations: dict[str, Relation]
     labels: list[dict[str, Any]] | None = None
-    judge: Callable[[str, str, str], bool] | None = None
+    is_valid: Callable[[str, str, str], bool] | None = None
     source: Source | None = None
     notes: list[str] = field(default_factory=list)
     hash: str = ""
@@ -104,7 +104,7 @@ class TextGeneration(TaskDefaults):
         seeds = list(dict.fromkeys(head for relation in relations.values() for head, _ in relation.examples))
         source = _oracle(world, f"events_world {number} {seed}") if oracle else None
         note = f"World {number}: {len(world.heads)} events, {len(relations)} relations; its truth is known."
-        return Material(seeds, relations, judge=world.valid, source=source, notes=[note])
+        return Material(seeds, relations, is_valid=world.valid, source=source, notes=[note])
 
     def _events(self, data: Mapping[str, Any]) -> Material:
         if "world_seed" in data:
@@ -123,11 +123,11 @@ class TextGeneration(TaskDefaults):
         seeds = found.seeds
         return Prepared(seeds, seeds, seeds, empty, 0, notes=found.notes, hashes={"data": found.hash})
 
-    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> RowModel:
+    def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         """No model is trained on this task itself: a procedure trains one on what was generated."""
         raise InputError("Models of text_generation are trained by its methods, in runs below the run folder.")
 
-    def judge(self, student: RowModel, teacher: RowModel | None, loader: DataLoader[Any]) -> dict[str, Any]:
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """As `model`."""
         raise InputError("Runs of text_generation are judged by their methods; read evaluation.json of the run folder.")
 

@@ -1,10 +1,10 @@
-"""Teachers: each answers `rows(batch)`; a method never asks where the answer came from."""
+"""Teachers: each answers `teacher(batch)`; a method never asks where the answer came from."""
 
 from understudy.teachers.alignment import Aligner
-from understudy.teachers.cached import CachedTeacher
+from understudy.teachers.cache.teacher import CachedTeacher
 from understudy.teachers.ensemble import Ensemble
 from understudy.teachers.local import LocalTeacher, Teacher
 from understudy.teachers.other_tokenizer import OtherTokenizer
-from understudy.teachers.served import ServedTeacher
+from understudy.teachers.server.teacher import ServedTeacher
 
 __all__ = ["Aligner", "CachedTeacher", "Ensemble", "LocalTeacher", "OtherTokenizer", "ServedTeacher", "Teacher"]

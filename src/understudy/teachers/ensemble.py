@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
-from understudy.models import RowModel, Rows
+from understudy.models import ModelAdapter, ModelOutput
 from understudy.streaming import logits_of
 from understudy.targets import Dense, Mixture, Projected, Sampled, Target, TopK
-from understudy.teachers.cached import CachedTeacher
+from understudy.teachers.cache.teacher import CachedTeacher
 from understudy.teachers.local import LocalTeacher, Teacher
 
 
-class Ensemble(RowModel):
+class Ensemble(ModelAdapter):
     """Members that answer together.
 
     Without `domains` every member reads every example, and the answer is their mixture p = Σ w_m p_m (or, `geometric`,
@@ -39,7 +39,7 @@ class Ensemble(RowModel):
 
     def __init__(
         self,
-        members: Mapping[str, RowModel | Teacher],
+        members: Mapping[str, ModelAdapter | Teacher],
         *,
         weights: Mapping[str, float] | None = None,
         geometric: bool = False,
@@ -50,8 +50,8 @@ class Ensemble(RowModel):
         if not members:
             raise InputError("An ensemble needs at least one member.")
         self.names, self.devices, self.geometric = tuple(members), dict(devices or {}), geometric
-        self.model = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, RowModel)})
-        self.elsewhere = {n: m for n, m in members.items() if not isinstance(m, RowModel)}
+        self.model = nn.ModuleDict({n: m for n, m in members.items() if isinstance(m, ModelAdapter)})
+        self.elsewhere = {n: m for n, m in members.items() if not isinstance(m, ModelAdapter)}
         self.domains = tuple(domains) if domains is not None else None
         if domains is not None and weights:
             raise InputError("A routed ensemble asks one member about each example: leave the weights out.")
@@ -76,7 +76,7 @@ class Ensemble(RowModel):
             model.to(self.devices.get(name, device))
         return self
 
-    def answer(self, batch: Batch, features: bool) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
         """`Dense`, `Mixture`, or what routed members answer from elsewhere."""
         if features:
             raise InputError(
@@ -84,8 +84,8 @@ class Ensemble(RowModel):
                 "from outputs, or one teacher."
             )
         if self.domains is None:
-            place = torch.arange(batch.rows, device=batch.labels.device)[:, None].expand(-1, len(self.names))
-            return Rows(self._mixed([self._ask(name, batch) for name in self.names], place, self.weights))
+            place = torch.arange(batch.num_items, device=batch.labels.device)[:, None].expand(-1, len(self.names))
+            return ModelOutput(self._mixed([self._ask(name, batch) for name in self.names], place, self.weights))
         if batch.domains is None:
             raise InputError("A routed ensemble needs the examples' domains, and this batch has none.")
         member_of = self.setting[1:].to(batch.labels.device)[batch.domains]
@@ -95,25 +95,25 @@ class Ensemble(RowModel):
             here = torch.isin(batch.sequence, mine)
             signals.append(self._ask(self.names[m], batch.take(mine)))
             places.append(torch.where(here, here.cumsum(0) - 1, -1))
-        return Rows(self._mixed(signals, torch.stack(places, -1), self.weights.new_ones(len(signals))))
+        return ModelOutput(self._mixed(signals, torch.stack(places, -1), self.weights.new_ones(len(signals))))
 
-    def imagined(self, batch: Batch) -> Rows:
+    def imagined(self, batch: Batch) -> ModelOutput:
         """An answer in which every member has a part, invented where it would come from elsewhere: for trying a loss."""
         number, signals = len(self.names), []
         for name in self.names:
             kept = self.elsewhere.get(name)
             signals.append(kept.imagined(batch).signal if isinstance(kept, CachedTeacher) else self._ask(name, batch))
-        row = torch.arange(batch.rows, device=batch.labels.device)[:, None].expand(-1, number)
+        row = torch.arange(batch.num_items, device=batch.labels.device)[:, None].expand(-1, number)
         if self.domains is None:
-            return Rows(self._mixed(signals, row, self.weights))
+            return ModelOutput(self._mixed(signals, row, self.weights))
         mine = row % number == torch.arange(number, device=row.device)
-        return Rows(self._mixed(signals, torch.where(mine, row, -1), self.weights.new_ones(number)))
+        return ModelOutput(self._mixed(signals, torch.where(mine, row, -1), self.weights.new_ones(number)))
 
     def _ask(self, name: str, batch: Batch) -> Any:
         home = batch.labels.device
         if name in self.elsewhere:
             teacher = self.elsewhere[name]
-            ask: Callable[[Batch], Rows] = teacher.through if torch.is_grad_enabled() else teacher.rows
+            ask: Callable[[Batch], ModelOutput] = teacher.through if torch.is_grad_enabled() else teacher
             return ask(batch).signal
         return LocalTeacher(self.model[name], name, freeze=False).through(batch).to(home).signal
 

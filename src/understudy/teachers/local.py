@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from understudy.data import Batch
-from understudy.models import RowModel, Rows, evaluating
+from understudy.models import ModelAdapter, ModelOutput, evaluating
 from understudy.models.sharding import ranks, shard
 
 
@@ -18,11 +18,11 @@ class Teacher(Protocol):
 
     name: str
 
-    def rows(self, batch: Batch) -> Rows:
+    def __call__(self, batch: Batch) -> ModelOutput:
         """What the teacher says about the batch's rows, detached and on the batch's device."""
         ...
 
-    def through(self, batch: Batch) -> Rows:
+    def through(self, batch: Batch) -> ModelOutput:
         """The same with gradient to the inputs; a teacher that cannot give it refuses."""
         ...
 
@@ -44,7 +44,7 @@ class LocalTeacher:
 
     def __init__(
         self,
-        model: RowModel,
+        model: ModelAdapter,
         name: str,
         device: torch.device | str | None = None,
         freeze: bool = True,
@@ -62,17 +62,17 @@ class LocalTeacher:
             model.to(device)
 
     @torch.no_grad()
-    def rows(self, batch: Batch) -> Rows:
+    def __call__(self, batch: Batch) -> ModelOutput:
         """`Dense` or `Projected` rows of the batch, detached.
 
         Half-precision teachers compute in their own dtype; the head product is left to the loss, in float32.
         """
         return self.through(batch).detach()
 
-    def through(self, batch: Batch) -> Rows:
+    def through(self, batch: Batch) -> ModelOutput:
         """The same with gradient to the batch's inputs, for a player that makes them."""
         home = batch.labels.device
         device = next((p.device for p in self.model.parameters()), home)  # some answer from elsewhere
         with evaluating(self.model), torch.autocast(home.type, enabled=False):
-            rows: Rows = self.model(batch if device == home else batch.to(device), self.features, self.taps)
+            rows: ModelOutput = self.model(batch if device == home else batch.to(device), self.features, self.taps)
         return rows if device == home else rows.to(home)

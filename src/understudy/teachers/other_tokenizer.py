@@ -28,7 +28,7 @@ from torch import Tensor
 
 from understudy.data import IGNORE, Batch, collate_text
 from understudy.errors import InputError
-from understudy.models import RowModel, Rows
+from understudy.models import ModelAdapter, ModelOutput
 from understudy.streaming import logits_of
 from understudy.targets import TopK
 from understudy.teachers.alignment import Aligned, Aligner
@@ -53,7 +53,7 @@ class _Plan:
     lengths: Tensor
 
 
-class OtherTokenizer(RowModel):
+class OtherTokenizer(ModelAdapter):
     """Answers for rows of the student's tokens with a model of other tokens.
 
     Args:
@@ -63,7 +63,7 @@ class OtherTokenizer(RowModel):
         limit: longest sequence that the model reads; `None` for no limit.
     """
 
-    def __init__(self, model: RowModel, aligner: Aligner, support: int = 64, limit: int | None = None) -> None:
+    def __init__(self, model: ModelAdapter, aligner: Aligner, support: int = 64, limit: int | None = None) -> None:
         super().__init__()
         self.model, self.aligner, self.limit = model, aligner, limit
         mine, theirs = zip(*sorted(aligner.partner.items()), strict=True) if aligner.partner else ((), ())
@@ -77,7 +77,7 @@ class OtherTokenizer(RowModel):
     mine: Tensor
     theirs: Tensor
 
-    def answer(self, batch: Batch, features: bool) -> Rows:
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
         """`TopK` over the student's tokens at temperature 1, `support` classes wide, padded with −1."""
         if features:
             raise InputError(
@@ -85,15 +85,15 @@ class OtherTokenizer(RowModel):
                 "from outputs, or a teacher of the student's tokenizer."
             )
         device, labels = batch.labels.device, batch.row_labels
-        ids = torch.full((batch.rows, self.support), -1, device=device)
-        log_probs = torch.full((batch.rows, self.support), -torch.inf, device=device)
-        log_tail = torch.zeros(batch.rows, 1, device=device)
+        ids = torch.full((batch.num_items, self.support), -1, device=device)
+        log_probs = torch.full((batch.num_items, self.support), -torch.inf, device=device)
+        log_tail = torch.zeros(batch.num_items, 1, device=device)
         plan = self._plan(batch)
         if plan is None:
-            return Rows(TopK(ids, log_probs, log_tail))
+            return ModelOutput(TopK(ids, log_probs, log_tail))
         with torch.no_grad():
             self._tell(plan, labels, ids, log_probs, log_tail)
-        return Rows(TopK(ids, log_probs, log_tail))
+        return ModelOutput(TopK(ids, log_probs, log_tail))
 
     def _tell(self, plan: _Plan, labels: Tensor, ids: Tensor, log_probs: Tensor, log_tail: Tensor) -> None:
         """Write the targets, a tile of the teacher's rows after the other."""
@@ -120,7 +120,7 @@ class OtherTokenizer(RowModel):
         """The teacher's batch of these texts, and what its rows are for; `None` where no row has a group."""
         lengths = batch.inputs["attention_mask"].sum(-1).tolist()
         numbers = torch.full_like(batch.labels, -1)
-        numbers[:, 1:][batch.mask] = torch.arange(batch.rows, device=batch.labels.device)
+        numbers[:, 1:][batch.mask] = torch.arange(batch.num_items, device=batch.labels.device)
         items, direct, spread, parts = [], [], [], []
         sizes: list[int] = []
         for row, (ids, length) in enumerate(zip(batch.inputs["input_ids"].tolist(), lengths, strict=True)):
@@ -146,7 +146,7 @@ class OtherTokenizer(RowModel):
         device = batch.labels.device
         made = Batch.from_dict(collate_text(items)).to(device)
         order = torch.zeros_like(made.labels)
-        order[:, 1:][made.mask] = torch.arange(made.rows, device=device)
+        order[:, 1:][made.mask] = torch.arange(made.num_items, device=device)
         return _Plan(
             made,
             _columns([(n, int(order[place])) for n, place in direct], device),

@@ -1,30 +1,30 @@
 """Training: the method interface, the one trainer, checkpoints that resume exactly."""
 
-from understudy.training.apprentice import Apprentice
+from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete
-from understudy.training.method import Live, Method, State, Term
+from understudy.training.method import Method, MethodState, Term, TrainState
 from understudy.training.on_policy import OnPolicy
-from understudy.training.players import Player, Scene
-from understudy.training.procedure import Bench, Procedure
+from understudy.training.pipeline import Pipeline, PipelineContext
 from understudy.training.rollouts import Rollouts
+from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
-from understudy.training.stage import Stage
+from understudy.training.train_module import TrainModule
 from understudy.training.trainer import DistillationTrainer
 
 __all__ = [
-    "Apprentice",
-    "Bench",
+    "AuxiliaryContext",
+    "AuxiliaryOptimizer",
     "DistillationTrainer",
-    "Live",
     "Method",
+    "MethodState",
     "OnPolicy",
-    "Player",
-    "Procedure",
+    "Pipeline",
+    "PipelineContext",
     "Rollouts",
-    "Scene",
+    "SetupContext",
     "Shapes",
-    "Stage",
-    "State",
     "Term",
+    "TrainModule",
+    "TrainState",
     "last_complete",
 ]

@@ -22,19 +22,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.models import RowModel, Rows, evaluating, find_head
+from understudy.models import ModelAdapter, ModelOutput, evaluating, find_head
 
 log = logging.getLogger(__name__)
 
 Parameters = Mapping[str, Tensor]
-Ask = Callable[[Batch], Rows]
+Ask = Callable[[Batch], ModelOutput]
 Part = Literal["all", "head"]
 
 
 def weight_gradients(
-    student: RowModel,
+    student: ModelAdapter,
     batches: Sequence[Batch],
-    losses: Callable[[Rows, int], Tensor],
+    losses: Callable[[ModelOutput, int], Tensor],
     weights: Sequence[Tensor],
     outer: Callable[[Ask], Tensor],
     *,
@@ -58,9 +58,9 @@ def weight_gradients(
     """
     moved, still = _stand_ins(student, part)
 
-    def ask(parameters: Parameters, batch: Batch) -> Rows:
+    def ask(parameters: Parameters, batch: Batch) -> ModelOutput:
         with torch.autocast(batch.labels.device.type, enabled=False):
-            rows: Rows = functional_call(student, {**still, **parameters}, (batch,))
+            rows: ModelOutput = functional_call(student, {**still, **parameters}, (batch,))
         return rows
 
     with evaluating(student):
@@ -114,7 +114,7 @@ def _differences(function: Callable[[Parameters], Tensor], at: Parameters, direc
     return (up - down) / (2 * step)
 
 
-def _stand_ins(student: RowModel, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _stand_ins(student: ModelAdapter, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of the parameters that move, with gradient, and of all else; both in float32 at least."""
     named = dict(student.named_parameters())
     chosen = [name for name, p in named.items() if p.requires_grad]  # a list: all ranks must sum in one order

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from understudy.curation import base_rate_bias, cutoff_at_recall, recall_curve, score
 from understudy.errors import InputError
 from understudy.losses import binary_cross_entropy
+from understudy.models.adapters import evaluating
 from understudy.models.pairs import Pair, PairClassifier, is_new_pairs, load_pairs, new_pairs
-from understudy.models.rows import evaluating
 from understudy.training.order import EpochShuffle
 
 View = Callable[[int, Pair], Pair]

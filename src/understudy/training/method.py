@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from understudy.data import Batch
-from understudy.models import RowModel, Rows
+from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers import Teacher
-from understudy.training.players import Player, Scene
+from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
+from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
-from understudy.training.stage import Stage
 
 
 class Term(NamedTuple):
@@ -33,16 +33,16 @@ class Term(NamedTuple):
     weight: float = 1.0
 
 
-class State(Protocol):
+class MethodState(Protocol):
     """What a method carries from step to step and a checkpoint must hold (a schedule, a running mean)."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, method_state: Mapping[str, Any]) -> None: ...
     def logs(self) -> dict[str, float]: ...
 
 
 @dataclass
-class Live:
+class TrainState:
     """What is alive during a run.
 
     Args:
@@ -54,9 +54,9 @@ class Live:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     companions: Mapping[str, nn.Module] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
-    student: RowModel | None = None
+    student: ModelAdapter | None = None
     teacher: Teacher | None = None
-    state: Any = None
+    method_state: Any = None
     step: int = 0
     total: int = 1
     seed: int = 0
@@ -67,7 +67,7 @@ class Method(BaseModel):
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `needs`
     (of `"teacher"`, `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step),
-    `queries` (it asks `live.teacher` itself, about other inputs than the student's; `loss` is then given no teacher's rows).
+    `queries` (it asks `state.teacher` itself, about other inputs than the student's; `loss` is then given no teacher's rows).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,7 +85,7 @@ class Method(BaseModel):
         """What each step asks for with these options: `needs`, less what the data stage has answered for good."""
         return self.needs
 
-    def taps(self, side: Literal["student", "teacher"], rows: RowModel, batch: Batch) -> Mapping[str, nn.Module]:
+    def taps(self, side: Literal["student", "teacher"], rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         """Inner layers of one side to read, by a name of the method's own. `batch` is an example to find them with."""
         return {}
 
@@ -93,49 +93,49 @@ class Method(BaseModel):
         """Own trainable modules. They are optimised and checkpointed with the student, and stay behind at export."""
         return {}
 
-    def state(self, total: int) -> State | None:
+    def init_state(self, total: int) -> MethodState | None:
         """State for a run of `total` optimizer steps, or `None`."""
         return None
 
-    def companions(self, student: RowModel) -> dict[str, nn.Module]:
+    def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         """Frozen modules that a checkpoint must hold (a moving anchor). They stay in evaluation mode and behind."""
         return {}
 
-    def stage(self, work: Stage) -> Mapping[str, Tensor]:
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         """Work on the data before training: read the models, add columns to the examples. It is called again on resume,
-        so what is dear goes through `work.once`. The tensors it returns are `live.tables`."""
+        so what is dear goes through `context.once`. The tensors it returns are `state.tables`."""
         return {}
 
-    def student(self, student: RowModel, work: Stage) -> RowModel:
+    def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
         """The student as it is trained, for example with another head; called after `stage`."""
         return student
 
-    def judged(self, student: RowModel, live: Live) -> RowModel:
+    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
         """The student, with the weights it has, as it is judged during training: an ordinary model of the task."""
         return student
 
-    def export(self, student: RowModel, work: Stage) -> RowModel:
+    def export(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
         """The trained student as it is saved and judged: an ordinary model of the task again."""
         return student
 
-    def finish(self, live: Live, work: Stage) -> Mapping[str, Any]:
+    def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """What to report beside the task's metrics, once trained: `metrics` (name to number) and `pictures` (caption to
         an array `[height, width, 3]` of uint8)."""
         return {}
 
-    def players(self) -> Mapping[str, Player]:
+    def auxiliary_optimizers(self) -> Mapping[str, AuxiliaryOptimizer]:
         """Parts with an optimiser of their own, by name."""
         return {}
 
-    def turn(self, live: Live) -> Sequence[str]:
-        """Who moves in this update, in order: players, and `"student"` last or not at all. It may read `live.state`."""
+    def update_schedule(self, state: TrainState) -> Sequence[str]:
+        """Who moves in this update, in order: players, and `"student"` last or not at all. It may read `state.state`."""
         return ("student",)
 
-    def play(self, player: str, scene: Scene, live: Live) -> Iterator[dict[str, Term]]:
+    def auxiliary_loss(self, name: str, context: AuxiliaryContext, state: TrainState) -> Iterator[dict[str, Term]]:
         """Terms of a player's objective, to be minimised, for each micro-batch of `scene.batches`."""
         raise NotImplementedError
 
-    def shown(self, batch: Batch, live: Live) -> Batch:
+    def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
         """The batch as both sides see it, at each step: with noise added, a part left out. Rows and ids stay."""
         return batch
 
@@ -143,15 +143,17 @@ class Method(BaseModel):
         """What terms are divided by, where that is not the number of rows: by the term's name, for this batch."""
         return {}
 
-    def loss(self, student: Rows, teacher: Rows | None, batch: Batch, live: Live) -> dict[str, Term]:
+    def loss(
+        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
+    ) -> dict[str, Term]:
         """Named terms, each with one value per row and no reduction."""
         raise NotImplementedError
 
-    def updated(self, live: Live, means: Mapping[str, float]) -> None:
+    def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
         """Called once per optimizer step that has rows, on every rank, with each term's mean over the whole update."""
 
-    def stepped(self, live: Live) -> None:
-        """Called after each optimizer step, when `live.step` counts it already."""
+    def on_step_end(self, state: TrainState) -> None:
+        """Called after each optimizer step, when `state.step` counts it already."""
 
     @property
     def merges_gradients(self) -> bool:

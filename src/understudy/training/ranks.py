@@ -19,12 +19,12 @@ from transformers.training_args import ParallelMode
 from understudy.data import Batch
 from understudy.data.batch import IGNORE
 from understudy.errors import InputError
-from understudy.models import RowModel
+from understudy.models import ModelAdapter
 from understudy.models.sharding import fill, outline, unwrap
 from understudy.training import zero
-from understudy.training.apprentice import Apprentice
 from understudy.training.method import Method
 from understudy.training.order import COUNTS, Share, Shared
+from understudy.training.train_module import TrainModule
 
 LAUNCHED = "ACCELERATE_USE_FSDP"
 """Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
@@ -38,7 +38,7 @@ class OnRanks(Trainer):
     rollouts: Any = None
     _outline: Any = None
 
-    def __init__(self, model: Apprentice, args: TrainingArguments, **rest: Any) -> None:
+    def __init__(self, model: TrainModule, args: TrainingArguments, **rest: Any) -> None:
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(
                 "trainer.fsdp shards over processes and there is one: start with `torchrun --nproc_per_node N -m understudy`, "
@@ -55,7 +55,9 @@ class OnRanks(Trainer):
             zero.share_head(model)
         if self.is_fsdp_enabled:
             _refuse_what_cannot_be_sharded(model.method, model.student, self.accelerator.state.fsdp_plugin)
-            own_end = type(model.method).export is not Method.export or type(model.student).save is not RowModel.save
+            own_end = (
+                type(model.method).export is not Method.export or type(model.student).save is not ModelAdapter.save
+            )
             self._outline = outline(model.student) if own_end else None
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -105,7 +107,7 @@ class OnRanks(Trainer):
             unwrap(self.model)
         if self._outline is not None:
             fill(self._outline, self.model.student)
-            self.model.student = self.model.live.student = self._outline
+            self.model.student = self.model.train_state.student = self._outline
 
     def _take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
         """The micro-batches of an update, and which of them count on this rank."""
@@ -119,7 +121,7 @@ class OnRanks(Trainer):
         """Those that count, and the others without a row that does: a teacher that is spread over the ranks waits for all."""
         pairs = zip(batches, counting, strict=True)
         kept = [b if counts else replace(b, labels=torch.full_like(b.labels, IGNORE)) for b, counts in pairs]
-        return [b for b, counts in zip(kept, counting, strict=True) if counts or not b.rows]
+        return [b for b, counts in zip(kept, counting, strict=True) if counts or not b.num_items]
 
     def _of_all(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """A player's sums, and 0 for those of other ranks alone: one that nothing is left for has none of its own, and all
@@ -129,7 +131,7 @@ class OnRanks(Trainer):
         return {name: sums.get(name, torch.zeros((), device=self.args.device)) for name in gather_object(list(sums))}
 
 
-def foresee(method: Method, options: Mapping[str, Any]) -> None:
+def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
     """Refuse a method that cannot be sharded, by the trainer's options and the launcher alone: before a model is loaded.
 
     Raises:
@@ -147,7 +149,9 @@ def foresee(method: Method, options: Mapping[str, Any]) -> None:
         _refuse_empty_weights(bool(str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))))
 
 
-def _refuse_what_cannot_be_sharded(method: Method, student: RowModel, plugin: FullyShardedDataParallelPlugin) -> None:
+def _refuse_what_cannot_be_sharded(
+    method: Method, student: ModelAdapter, plugin: FullyShardedDataParallelPlugin
+) -> None:
     """One line for whatever needs whole weights or gradients outside of a forward and backward pass."""
     if plugin.fsdp_version != 2:
         raise InputError("FSDP 1 is not supported: set fsdp_version: 2 (trainer.fsdp_config.version=2).")
@@ -174,7 +178,7 @@ def _refuse_empty_weights(asked: bool) -> None:
 
 def _refuse_what_needs_whole_weights(method: Method, option: str) -> None:
     reasons = {
-        "has players with optimisers of their own": bool(method.players()),
+        "has players with optimisers of their own": bool(method.auxiliary_optimizers()),
         "merges gradients of whole weights": method.merges_gradients,
     }
     for reason, holds in reasons.items():

@@ -27,7 +27,7 @@ from understudy.data.samples import Sample, pack, prompt_length, sampled_row, to
 from understudy.errors import InputError
 from understudy.generation.continuous import sample_continuously
 from understudy.generation.decoding import end_tokens, sample, writer
-from understudy.models import RowModel
+from understudy.models import ModelAdapter
 from understudy.training.on_policy import OnPolicy
 from understudy.training.order import COUNTS
 
@@ -54,7 +54,7 @@ class Rollouts:
     def __init__(
         self,
         policy: OnPolicy,
-        student: RowModel,
+        student: ModelAdapter,
         tokenizer: Any,
         collate: Callable[[list[Any]], dict[str, Tensor]],
         *,
@@ -204,7 +204,7 @@ class Rollouts:
         }
         return {"on_policy": found, "time_share": self.meter.shares() if self.meter is not None else {}}
 
-    def judged(self, metrics: Mapping[str, float]) -> None:
+    def on_evaluate(self, metrics: Mapping[str, float]) -> None:
         """Told of each evaluation; `adaptive` reads its `nll`."""
         adaptive, loss = self.policy.adaptive, metrics.get("nll")
         if adaptive is None:

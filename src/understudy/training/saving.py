@@ -30,7 +30,7 @@ class ExactCheckpoints(OnRanks):
     """
 
     meter: Any
-    players: Any
+    auxiliary: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         keep, self.args.save_total_limit = self.args.save_total_limit, None
@@ -85,11 +85,11 @@ class ExactCheckpoints(OnRanks):
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        state = self.model.live.state
+        state = self.model.train_state.method_state
         tree = {
             "rng": ck.rng_state(),
             "method": state.state_dict() if state is not None else None,
-            "players": self.players.state_dict(),
+            "players": self.auxiliary.state_dict(),
             "meter": self.meter.state_dict() if self.meter is not None else None,
             "rollouts": self.rollouts.state_dict() if self.rollouts is not None else None,
         }
@@ -108,7 +108,7 @@ class ExactCheckpoints(OnRanks):
         tree = ck.load_tree(file)
         ck.set_rng_state(tree["rng"])
         if tree["method"] is not None:
-            self.model.live.state.load_state_dict(tree["method"])
-        self.players.load_state_dict(tree["players"])
+            self.model.train_state.method_state.load_state_dict(tree["method"])
+        self.auxiliary.load_state_dict(tree["players"])
         if self.meter is not None and tree["meter"] is not None:
             self.meter.load_state_dict(tree["meter"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.models import RowModel, Rows
+from understudy.models import ModelAdapter, ModelOutput
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Shapes:
 
 
 @torch.no_grad()
-def look(model: RowModel, batch: Batch, *, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> Rows:
+def look(
+    model: ModelAdapter, batch: Batch, *, features: bool = False, taps: Mapping[str, nn.Module] | None = None
+) -> ModelOutput:
     """One forward pass in evaluation mode that leaves every module in the mode it was in."""
     training = [m for m in model.modules() if m.training]
     for module in training:
@@ -50,7 +52,7 @@ def look(model: RowModel, batch: Batch, *, features: bool = False, taps: Mapping
 def probe(
     method: Any,
     classes: int,
-    sides: Mapping[str, RowModel | None],
+    sides: Mapping[str, ModelAdapter | None],
     taps: Mapping[str, Mapping[str, nn.Module]],
     batch: Batch,
     tables: Mapping[str, Tensor] | None = None,

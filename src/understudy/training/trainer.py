@@ -23,10 +23,10 @@ from understudy.data import Batch, augment
 from understudy.errors import InputError
 from understudy.losses.reduction import row_weights
 from understudy.teachers import Teacher
-from understudy.training.apprentice import Apprentice
+from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizers
 from understudy.training.order import EpochShuffle, draw
-from understudy.training.players import Players, Scene
 from understudy.training.rollouts import Rollouts
+from understudy.training.train_module import TrainModule
 from understudy.training.validation import Validate, Validating
 
 
@@ -40,13 +40,13 @@ class _Follow(TrainerCallback):
         self.trainer.begin_epoch(int((state.epoch or 0) + 1e-9))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        live = self.trainer.model.live
-        live.step = state.global_step
-        self.trainer.model.method.stepped(live)
+        train_state = self.trainer.model.train_state
+        train_state.step = state.global_step
+        self.trainer.model.method.on_step_end(train_state)
 
 
 class DistillationTrainer(Validating):
-    """Trains an `Apprentice` against a teacher.
+    """Trains an `TrainModule` against a teacher.
 
     Args:
         apprentice: student and method.
@@ -60,11 +60,11 @@ class DistillationTrainer(Validating):
         metrics_file: JSON lines, one per log. rollouts: puts the student's own samples into the batches, or `None`.
     """
 
-    model: Apprentice
+    model: TrainModule
 
     def __init__(
         self,
-        apprentice: Apprentice,
+        train_module: TrainModule,
         args: TrainingArguments,
         train_dataset: Dataset[Any],
         collate: Any,
@@ -79,11 +79,11 @@ class DistillationTrainer(Validating):
         callbacks: list[TrainerCallback] | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
-        if "teacher" in apprentice.method.asks and teacher is None:
-            raise InputError(f"Method {apprentice.method.name!r} needs a teacher and none was given: set `teacher`.")
+        if "teacher" in train_module.method.asks and teacher is None:
+            raise InputError(f"Method {train_module.method.name!r} needs a teacher and none was given: set `teacher`.")
         args.remove_unused_columns = False
         super().__init__(
-            model=apprentice,
+            model=train_module,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=validation,
@@ -103,16 +103,18 @@ class DistillationTrainer(Validating):
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, float] = {}
         self._term_gradients: dict[str, list[Tensor | None]] = {}
-        self._turn: Sequence[str] = ("student",)
+        self._update_schedule: Sequence[str] = ("student",)
         self.validation = validation
-        apprentice.live.teacher = teacher
-        self.players = Players(apprentice.method.players(), apprentice.live.modules)
-        if (apprentice.method.merges_gradients or self.players.optimizers) and args.fp16:
+        train_module.train_state.teacher = teacher
+        self.auxiliary = AuxiliaryOptimizers(
+            train_module.method.auxiliary_optimizers(), train_module.train_state.modules
+        )
+        if (train_module.method.merges_gradients or self.auxiliary.optimizers) and args.fp16:
             raise InputError(
-                f"Method {apprentice.method.name!r} makes gradients of its own and cannot scale them: use bf16."
+                f"Method {train_module.method.name!r} makes gradients of its own and cannot scale them: use bf16."
             )
         if meter is not None:
-            meter.watch("student", apprentice.student)
+            meter.watch("student", train_module.student)
             if teacher is not None:
                 meter.watch("teacher", getattr(teacher, "model", None))
 
@@ -144,8 +146,8 @@ class DistillationTrainer(Validating):
     def _units(self, batch: Batch) -> dict[str, float]:
         """What a micro-batch adds to each count; a sum adds nothing, and nothing divides by 1, but for the means."""
         _, unit = row_weights(self.model.reduction, batch.sequence)
-        units = {"rows": batch.rows, "sequences": batch.sequence.unique().numel(), "none": 0}[unit]
-        return {"": units, "/rows": batch.rows, **self.model.method.counts(batch)}
+        units = {"rows": batch.num_items, "sequences": batch.sequence.unique().numel(), "none": 0}[unit]
+        return {"": units, "/rows": batch.num_items, **self.model.method.counts(batch)}
 
     def _count(self, term: str) -> Tensor:
         """What a term of this update is divided by: its own count, or that of the rows."""
@@ -168,7 +170,7 @@ class DistillationTrainer(Validating):
             batch.inputs["pixel_values"] = augment(
                 batch.inputs["pixel_values"], batch.ids, seed=self.args.seed, epoch=self._epoch, **self.augmentation
             )
-        return self.model.method.shown(batch, self.model.live)
+        return self.model.method.transform_batch(batch, self.model.train_state)
 
     def _terms(self, model: Any, inputs: Any) -> dict[str, Tensor]:
         batch = self._batch(inputs)
@@ -178,7 +180,7 @@ class DistillationTrainer(Validating):
         target = None
         if self.teacher is not None and not self.model.method.queries:
             with meter.teacher() if meter is not None else nullcontext():
-                target = self.teacher.rows(batch)
+                target = self.teacher(batch)
         sums: dict[str, Tensor] = model(batch, target)
         if not self._counting[-self._left]:  # another rank has the last examples; this one only keeps it company
             sums = {name: value * 0 for name, value in sums.items()}
@@ -187,17 +189,17 @@ class DistillationTrainer(Validating):
                 key = name.removesuffix("/value")
                 self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
         if meter is not None:
-            meter.rows += batch.rows
+            meter.rows += batch.num_items
         return sums
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if not self._moved:
-            self.model.live.step = self.state.global_step
-            self._turn = tuple(self.model.method.turn(self.model.live))
-        with self.meter.step("+".join(self._turn)) if self.meter is not None else nullcontext():
+            self.model.train_state.step = self.state.global_step
+            self._update_schedule = tuple(self.model.method.update_schedule(self.model.train_state))
+        with self.meter.step("+".join(self._update_schedule)) if self.meter is not None else nullcontext():
             if not self._moved:
                 self._players_move()
-            if "student" not in self._turn:
+            if "student" not in self._update_schedule:
                 loss = torch.zeros((), device=self.args.device)
             elif self.model.method.merges_gradients:
                 loss = self._apart_step(model, inputs)
@@ -211,24 +213,26 @@ class DistillationTrainer(Validating):
     def _players_move(self) -> None:
         """The moves of an update before the student's own; a turn without the student leaves its weights alone."""
         self._moved = True
-        method, live = self.model.method, self.model.live
-        movers = [name for name in self._turn if name != "student"]
+        method, train_state = self.model.method, self.model.train_state
+        movers = [name for name in self._update_schedule if name != "student"]
         if not movers:
             return
 
         def validation(number: int | None) -> Batch:
             if self.validation is None:
                 raise InputError(f"Method {method.name!r} asks for validation examples and the run has none.")
-            chosen = draw(len(self.validation), number, self.args.seed, live.step)  # type: ignore[arg-type]
+            chosen = draw(len(self.validation), number, self.args.seed, train_state.step)  # type: ignore[arg-type]
             return Batch.from_dict(self.data_collator([self.validation[i] for i in chosen])).to(self.args.device)
 
         def total(values: Sequence[Tensor]) -> list[Tensor]:
             return [self.accelerator.reduce(v, "sum") if self.args.world_size > 1 else v for v in values]
 
         batches = self._company([self._batch(s) for s in self._samples], self._counting)
-        scene = Scene(live.student, self.teacher, batches, float(self._counts[""]), validation, total)  # type: ignore[arg-type]
+        context = AuxiliaryContext(
+            train_state.student, self.teacher, batches, float(self._counts[""]), validation, total
+        )  # type: ignore[arg-type]
         for name in movers:
-            sums = self.players.move(name, partial(method.play, name, scene, live), scene)
+            sums = self.auxiliary.move(name, partial(method.auxiliary_loss, name, context, train_state), context)
             for term, value in self._of_all(sums).items():
                 self._sums[term] = self._sums.get(term, torch.zeros_like(value)) + value
 
@@ -245,7 +249,7 @@ class DistillationTrainer(Validating):
         if self._term_gradients:
             self._merge()
         if not self._empty:
-            self.model.method.updated(self.model.live, self._means)
+            self.model.method.on_pre_optimizer_step(self.model.train_state, self._means)
 
     def _apart_step(self, model: Any, inputs: Any) -> Tensor:
         """Backward of each term apart, accumulated over the update; `merge` then writes the gradients."""
@@ -284,7 +288,7 @@ class DistillationTrainer(Validating):
         super().log(logs, start_time)
         if self.metrics_file is None or not self.args.should_save or "loss" not in logs:
             return
-        state = self.model.live.state
+        state = self.model.train_state.method_state
         line = {
             "step": self.state.global_step,
             "epoch": round(self.state.epoch or 0.0, 6),

@@ -11,12 +11,12 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from understudy.models import RowModel
+from understudy.models import ModelAdapter
 from understudy.models.sharding import agreed, usable
 from understudy.training import checkpoint as ck
 from understudy.training.saving import ExactCheckpoints
 
-Validate = Callable[[RowModel], Mapping[str, float]]
+Validate = Callable[[ModelAdapter], Mapping[str, float]]
 
 
 class Validating(ExactCheckpoints):
@@ -41,7 +41,7 @@ class Validating(ExactCheckpoints):
             if self.settled or self.state.global_step >= self.state.max_steps:
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self._load_rng_state(resume_from_checkpoint)
-                self.model.live.step = self.state.global_step
+                self.model.train_state.step = self.state.global_step
                 if self.args.load_best_model_at_end and self._best_folder().is_dir():
                     self._load_best_model()
                 return None
@@ -54,11 +54,11 @@ class Validating(ExactCheckpoints):
         assert self.validate is not None
         before = ck.rng_state()
         with usable(self.model):
-            student = self.model.method.judged(self.model.student, self.model.live)
+            student = self.model.method.eval_model(self.model.student, self.model.train_state)
             found = agreed(dict(self.validate(student)))
         ck.set_rng_state(before)
         if self.rollouts is not None:
-            self.rollouts.judged(found)
+            self.rollouts.on_evaluate(found)
         if self.metrics_file is not None and self.args.should_save:
             line = {"step": self.state.global_step, **found}
             with self.metrics_file.with_name("validation.jsonl").open("a") as file:

@@ -10,7 +10,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from understudy.errors import InputError
 from understudy.models import find_head
-from understudy.training.apprentice import Apprentice
+from understudy.training.train_module import TrainModule
 
 
 def stage_of(accelerator: Any) -> int:
@@ -36,13 +36,13 @@ def check(args: Any) -> None:
             )
 
 
-def share_head(apprentice: Apprentice) -> None:
+def share_head(train_module: TrainModule) -> None:
     """Gather the head for the whole of the apprentice's forward and backward pass, not for the head's own call alone."""
     import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
-    head = find_head(apprentice.student)
+    head = find_head(train_module.student)
     for parameter in head.parameters() if head is not None else ():
-        deepspeed.zero.register_external_parameter(apprentice, parameter)
+        deepspeed.zero.register_external_parameter(train_module, parameter)
 
 
 def whole_again(engine: Any, model: nn.Module) -> None:

@@ -1,0 +1,256 @@
+"""The rows of a model: from a batch to logits, or hidden states and a head, of the rows that count."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.losses.subclasses import marginal_logits
+from understudy.models.heads import head_name
+from understudy.models.layouts import Layouts, Packing
+from understudy.models.sharding import is_sharded, whole, whole_state
+from understudy.models.small import save_small
+from understudy.models.taps import tapped
+from understudy.targets import Dense, Projected
+
+
+class ModelOutput(NamedTuple):
+    """What a model says about the rows of a batch.
+
+    Args:
+        signal: `Dense` logits or `Projected` hidden states, `[rows, …]`; of a teacher any target.
+        features: `[rows, width]` before the head, if asked for.
+        taps: outputs of tapped layers by name, `[examples, …]`, as the layer gave them.
+    """
+
+    signal: Any
+    features: Tensor | None = None
+    taps: Mapping[str, Tensor] = MappingProxyType({})
+
+    def detach(self) -> ModelOutput:
+        """The same without gradient."""
+        features = self.features.detach() if self.features is not None else None
+        return ModelOutput(self.signal.detach(), features, {k: v.detach() for k, v in self.taps.items()})
+
+    def to(self, device: torch.device | str) -> ModelOutput:
+        """The same on another device."""
+        features = self.features.to(device) if self.features is not None else None
+        return ModelOutput(self.signal.to(device), features, {k: v.to(device) for k, v in self.taps.items()})
+
+
+class ModelAdapter(nn.Module):
+    """Base of the adapters. Subclasses write `answer`; `forward` adds the taps."""
+
+    model: Any
+
+    def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> ModelOutput:
+        """What the model says about the batch's rows, with features and tapped layers if asked for."""
+        if not taps:
+            return self.answer(batch, features)
+        with tapped(taps) as seen:
+            rows = self.answer(batch, features)
+        return rows._replace(taps=seen)
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        """Signal and, if asked for, features of the rows."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """`save_pretrained`, or the small networks' own format. Adapters of PEFT are saved as adapters.
+
+        A model that is sharded is gathered first: every rank must call, and the first one writes.
+        """
+        state = whole_state(self.model) if is_sharded(self.model) else None
+        if state is not None and dist.get_rank() > 0:
+            return
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
+        elif hasattr(self.model, "understudy"):
+            save_small(self.model, folder, state)
+        else:
+            raise InputError(
+                f"{type(self.model).__name__} has no save_pretrained: give your module one, or use a model that has."
+            )
+
+    def add_adapters(self, options: dict[str, Any]) -> None:
+        """Train LoRA adapters instead of the model; `options` are those of `peft.LoraConfig`."""
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise InputError("student.peft needs the extra: pip install understudy[peft].") from None
+        try:
+            self.model = get_peft_model(self.model, LoraConfig(**options))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Bad student.peft options: {str(error).splitlines()[0]}") from error
+
+
+class ClassifierAdapter(ModelAdapter):
+    """An image classifier.
+
+    Args:
+        model: takes `[images, channels, height, width]`, returns logits or an output with `logits`.
+        classes: number of classes.
+        normalise: mean and standard deviation of the channels, applied to pixels in [0, 1].
+    """
+
+    def __init__(
+        self, model: nn.Module, classes: int, normalise: tuple[list[float], list[float]] | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.classes, self.normalise = model, classes, normalise
+        self.padding = 0
+        self.class_names: tuple[dict[int, str], dict[str, int]] | None = None  # while another head is in place
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        pixels = batch.inputs["pixel_values"]
+        if self.normalise is not None:
+            mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in self.normalise)
+            pixels = (pixels - mean) / deviation
+        dtype = next(self.model.parameters()).dtype
+        if not features:
+            return ModelOutput(Dense(batch.select(self._logits(pixels.to(dtype)))))
+        head = find_head(self)
+        if head is None:
+            raise InputError(
+                f"{type(self.model).__name__} has no linear head of {self.classes} classes to read features at."
+            )
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            logits = self._logits(pixels.to(dtype))
+        finally:
+            hook.remove()
+        if not seen:
+            raise InputError(f"The head of {type(self.model).__name__} was never called: its features cannot be read.")
+        return ModelOutput(Dense(batch.select(logits)), batch.select(seen[-1]))
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        output = self.model(pixels)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
+            return torch.cat([torch.zeros_like(logits), logits], -1)
+        if logits.shape != (len(pixels), self.classes):
+            raise InputError(
+                f"{type(self.model).__name__} gives {tuple(logits.shape)} for {len(pixels)} images of {self.classes} classes: "
+                "one row of logits an image is expected. Choose a model of these classes, or data of its."
+            )
+        return logits
+
+
+class MarginalAdapter(ModelAdapter):
+    """A classifier with several outputs a class, read as one of `classes`: their log-sum-exp is the class's logit."""
+
+    def __init__(self, wide: ModelAdapter, classes: int) -> None:
+        super().__init__()
+        self.wide, self.classes = wide, classes
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        rows: ModelOutput = self.wide(batch, features)
+        return rows._replace(signal=Dense(marginal_logits(rows.signal.logits, self.classes)))
+
+
+class CausalLMAdapter(ModelAdapter):
+    """A causal language model. Its head is left to the loss, so that no `[tokens, vocabulary]` tensor exists.
+
+    Args:
+        model: a causal LM of transformers, or one wrapped by PEFT.
+        vocabulary: number of tokens; rows of the head beyond it (padding) are left out.
+        packing: how batches are laid out, as in `understudy.models.layouts`: an equivalence, not another objective.
+
+    A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`.
+    """
+
+    def __init__(self, model: Any, vocabulary: int, packing: Packing = "none") -> None:
+        super().__init__()
+        self.model, self.vocabulary = model, vocabulary
+        head = model.get_output_embeddings()
+        if head is None:
+            raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
+        self.padding = max(0, head.weight.shape[0] - vocabulary)
+        self.layouts, self.as_collated = Layouts(packing, self._inner), Layouts("none", self._inner)
+
+    @property
+    def _inner(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> ModelOutput:
+        """As for every model; layers that are tapped see the batch as it was collated."""
+        if not taps:
+            return self.answer(batch, features)
+        layouts, self.layouts = self.layouts, self.as_collated
+        try:
+            return super().forward(batch, features, taps)
+        finally:
+            self.layouts = layouts
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        return self.token_rows(batch, features)
+
+    def token_rows(
+        self, tokens: Batch, features: bool = False, groups: Sequence[Sequence[int]] | None = None
+    ) -> ModelOutput:
+        """The rows of a batch of tokens; sequences of one of `groups` may share the computation of their beginning."""
+        inner = self._inner
+        laid = self.layouts.lay(inner, tokens, groups)
+        hidden = laid.rows(inner.base_model(**laid.inputs, use_cache=False).last_hidden_state, tokens)
+        return ModelOutput(self._signal(inner, hidden), hidden if features else None)
+
+    def _signal(self, inner: Any, hidden: Tensor) -> Dense | Projected:
+        head = inner.get_output_embeddings()
+        config = inner.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        if type(head) is nn.Linear:
+            bias = head.bias[: self.vocabulary] if head.bias is not None else None
+            weight = head.weight if self.padding == 0 else head.weight[: self.vocabulary]
+            return Projected(hidden, weight, bias, scale, softcap)
+        logits = head(hidden)[..., : self.vocabulary].float() * scale
+        return Dense(softcap * torch.tanh(logits / softcap) if softcap is not None else logits)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode it was in, whatever happened."""
+    training = [m for model in models for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def find_head(rows: ModelAdapter) -> nn.Module | None:
+    """The classifier or output head of a model: an LM's output embeddings, or the last linear layer of its classes."""
+    if isinstance(rows, ClassifierAdapter):
+        name = head_name(rows.model, rows.classes)
+        return rows.model.get_submodule(name) if name is not None else None
+    getter = getattr(rows.model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def state_hash(model: nn.Module) -> str:
+    """SHA-256 of all weights, by name. Of a sharded model every rank must ask."""
+    digest = hashlib.sha256()
+    for name, held in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        value = whole(held)
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().tobytes()
+            if value.dim()
+            else str(value.item()).encode()
+        )
+    return digest.hexdigest()

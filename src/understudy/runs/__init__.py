@@ -1,0 +1,1 @@
+"""Configuration in, run folder out."""

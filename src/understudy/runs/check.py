@@ -1,0 +1,71 @@
+"""Looking without training: a recipe before its run, a run folder after it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import set_seed
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.runs.preflight import Findings
+from understudy.runs.preflight import check as preflight
+from understudy.runs.recipe import Recipe, make
+from understudy.runs.run import evaluate_split
+from understudy.runs.teachers import served, standing
+from understudy.tasks import get as get_task
+from understudy.tasks.base import COPY
+from understudy.training import Pipeline
+
+
+def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
+    """The pre-flight check alone, and one batch as text with its mask (text tasks).
+
+    A teacher that is to be trained first does not exist yet and is left out.
+    """
+    task = get_task(recipe.task)
+    prepared = task.prepare(recipe)
+    method = recipe.build_method()
+    if isinstance(method, Pipeline):  # its models and data are made on the way
+        return Findings(notes=prepared.notes), None
+    set_seed(recipe.seed)
+    assert recipe.student is not None
+    copied = recipe.teacher is not None and recipe.student.model == COPY
+    student = task.model(recipe.teacher if copied else recipe.student, prepared)
+    if recipe.student.peft is not None:
+        student.add_adapters(recipe.student.peft)
+    teacher = standing(recipe, prepared)
+    findings = preflight(task, prepared, student, teacher)
+    if recipe.teacher is not None and recipe.teacher.served:
+        with tempfile.TemporaryDirectory() as scratch:
+            findings.notes.extend(served(recipe, prepared, Path(scratch), student).notes)
+    for part in recipe.teacher.parts("teacher").values() if recipe.teacher is not None else ():
+        if part.train is not None:
+            findings.notes.append(f"The teacher {part.model} will be trained first; it is not checked here.")
+    batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
+    return findings, prepared.show(batch) if prepared.show is not None else None
+
+
+def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
+    """The metrics of a finished run's saved student, computed again."""
+    if split not in ("test", "validation"):
+        raise InputError(f"Split {split!r} is not test or validation.")
+    try:
+        recipe = make(yaml.safe_load((folder / "recipe.yaml").read_text()))
+        status = json.loads((folder / "run.json").read_text())["status"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{folder} is not a run folder: {Path(error.filename).name} is missing.") from None
+    except (json.JSONDecodeError, KeyError, yaml.YAMLError) as error:
+        raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}.") from error
+    if status == "done" and isinstance(recipe.build_method(), Pipeline):
+        raise InputError(f"{folder} is a procedure's; its evaluation.json is final, its models are in the runs below.")
+    if status != "done" or not (folder / "student").is_dir():
+        raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
+    task = get_task(recipe.task)
+    prepared = task.prepare(recipe)
+    student = task.model(recipe.student, prepared, folder / "student")
+    return evaluate_split(task, prepared, student, standing(recipe, prepared, folder), split)

@@ -1,0 +1,108 @@
+"""What a recipe says of one model: its name, where it lives, and how it answers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from understudy.generation.limits import Endpoint
+from understudy.teachers.server.scores import Score
+
+SHARDED = "sharded"
+"""As the device of a teacher: its weights are spread over all ranks."""
+
+
+def said_no(values: Any) -> Any:
+    """Arguments of Trainer as meant: YAML reads `no` as false, and a strategy (`eval_strategy`) is a word."""
+    if not isinstance(values, dict):
+        return values
+    return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
+
+
+class ModelSpec(BaseModel):
+    """A model: a name, folder or Hub id, and how to hold it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = Field(
+        None,
+        description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given.",
+    )
+    quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
+    trust_remote_code: bool = False
+    tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
+    peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
+    cache: str | None = Field(None, description="Folder of `understudy cache`: answer from it, without the model.")
+    options: dict[str, Any] | None = Field(None, description="What the task's own models take.")
+    train: dict[str, Any] | None = Field(
+        None, description="Train this model first on the task's labels, with these trainer options."
+    )
+    endpoint: Endpoint | None = Field(
+        None, description="An OpenAI-compatible server that writes, or scores tokens; `model` is its name."
+    )
+    score: str | None = Field(
+        None, description="What a teacher behind an endpoint is asked about each token: top_k:N, ids:N or sampled."
+    )
+
+    members: dict[str, ModelSpec] | None = Field(None, description="Several teachers in one, by name.")
+    weights: dict[str, float] | None = Field(None, description="Of the members in their mixture; equal if not given.")
+    mix: Literal["probabilities", "logits"] = Field("probabilities", description="What of the members is averaged.")
+    route: str | None = Field(None, description="A column of the data that names the member for each example.")
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.device == SHARDED and self.quantization is not None:
+            raise ValueError("quantised weights cannot be sharded: leave device or quantization out")
+        if self.device is not None and self.device != SHARDED:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device {self.device!r} is not cpu, cuda:N or {SHARDED}") from None
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_members(cls, values: Any) -> Any:
+        members = values.get("members") if isinstance(values, dict) else None
+        if not isinstance(members, dict) or not members:
+            return values
+        named = {n: {"model": m} if isinstance(m, str) else m for n, m in members.items()}
+        return {"model": " + ".join(map(str, members)), **values, "members": named}
+
+    def parts(self, where: str) -> dict[str, ModelSpec]:
+        """The models that this names: itself, or its members, by their place in the recipe."""
+        if not self.members:
+            return {where: self}
+        return {f"{where}.members.{name}": member for name, member in self.members.items()}
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return said_no(value)
+
+    @field_validator("endpoint", mode="before")
+    @classmethod
+    def _url_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @field_validator("score")
+    @classmethod
+    def _a_score(cls, value: str | None) -> str | None:
+        return str(Score.parse(value)) if value is not None else None
+
+    @model_validator(mode="after")
+    def _score_of_a_server(self) -> Self:
+        if self.score is not None and self.endpoint is None:
+            raise ValueError("score is what a server is asked for: name it with endpoint, or leave score out")
+        if self.score is not None and self.train is not None:
+            raise ValueError("a model behind an endpoint is not trained here: leave train or score out")
+        return self
+
+    @property
+    def served(self) -> bool:
+        """Whether a server scores tokens in the model's place."""
+        return self.score is not None and self.cache is None

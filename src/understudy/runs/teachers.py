@@ -1,0 +1,197 @@
+"""The recipe's teacher, of whatever kind: a model, a cache, a server, several of them, or one with another tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from understudy.data import Batch, find
+from understudy.errors import InputError
+from understudy.models import ModelAdapter
+from understudy.runs.recipe import Recipe
+from understudy.runs.specs import ModelSpec
+from understudy.tasks import Prepared
+from understudy.tasks import get as get_task
+from understudy.tasks.base import COPY
+from understudy.teachers import CachedTeacher, Ensemble, OtherTokenizer, ServedTeacher, Teacher
+from understudy.teachers.server.scores import Score
+from understudy.training import Method
+
+MEMBERS = "members"
+Load = Callable[[str, Recipe], ModelAdapter | Teacher | None]
+
+
+def teacher_of(
+    recipe: Recipe, prepared: Prepared, method: Method, model: ModelAdapter | None, student: ModelAdapter, home: Path
+) -> Teacher | None:
+    """The teacher where it is no model of its own: a cache or a server. `None` where `model` is to answer.
+
+    Args:
+        model: the loaded teacher, if there is one; refused where the method asks more of it than it can say.
+        home: where the scores of a server are kept and shared.
+    """
+    if "teacher" not in method.asks or recipe.teacher is None:
+        return None
+    if isinstance(model, Ensemble):
+        _outputs_alone(method, "an ensemble has no inner layer of its own")
+    elif isinstance(model, OtherTokenizer):
+        _outputs_alone(method, "its tokens are not the student's")
+        if getattr(method, "temperature", 1.0) != 1.0:
+            raise InputError(
+                "Teacher and student have different tokenizers, and the likelihood of a text is taken at temperature 1: "
+                f"set options.temperature=1 (it is {method.temperature})."  # type: ignore[attr-defined]
+            )
+    if recipe.teacher.cache is not None:
+        return _cached(recipe.teacher.cache, method, prepared)
+    if recipe.teacher.served:
+        return served(recipe, prepared, home / "store" / "served", student)
+    return None
+
+
+def member_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """For each member of the recipe's teacher the recipe with it alone: a routed one learns its own domain alone."""
+    members = recipe.teacher.members if recipe.teacher is not None else None
+    found = {}
+    for name, spec in (members or {}).items():
+        assert recipe.teacher is not None
+        own = {"only": name} if recipe.teacher.route is not None else {}
+        found[name] = recipe.model_copy(update={"teacher": spec, "data": {**recipe.data, **own}})
+    return found
+
+
+def ensemble(recipe: Recipe, prepared: Prepared, load: Load) -> Ensemble | None:
+    """The recipe's teacher of several members; `None` where `load` has one of them not yet.
+
+    Args:
+        load: gives a member, by its name and the recipe with it alone; it is not asked for those that are captured.
+    """
+    spec = recipe.teacher
+    assert spec is not None
+    members: dict[str, ModelAdapter | Teacher] = {}
+    devices: dict[str, str] = {}
+    for name, own in member_recipes(recipe).items():
+        member: ModelSpec | None = own.teacher
+        assert member is not None
+        found = _cached(member.cache, recipe.build_method(), prepared) if member.cache is not None else load(name, own)
+        if found is None:
+            return None
+        members[name] = found
+        if member.device is not None:
+            devices[name] = member.device
+    domains = prepared.domains if spec.route is not None else None
+    idle = [n for n in members if domains is not None and n not in domains]
+    if idle:
+        prepared.warnings.append(f"No example names teacher.members.{idle[0]} in column {spec.route!r}.")
+    geometric = spec.mix == "logits"
+    return Ensemble(members, weights=spec.weights, geometric=geometric, domains=domains, devices=devices)
+
+
+def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> ModelAdapter | None:
+    """The recipe's teacher without training anything: `None` where it is not there yet, or cannot be asked about all.
+
+    Args:
+        folder: of a run that may have trained it.
+    """
+    task = get_task(recipe.task)
+
+    def load(own: Recipe, home: Path | None) -> ModelAdapter | None:
+        assert own.teacher is not None
+        if own.teacher.endpoint is not None:
+            return None
+        trained = home / "teacher" / "student" if home is not None else None
+        if own.teacher.train is None:
+            return task.model(own.teacher, prepared)
+        return task.model(own.teacher, prepared, trained) if trained is not None and trained.is_dir() else None
+
+    if recipe.teacher is None or prepared.aligner is not None:
+        return None
+    if not recipe.teacher.members:
+        return load(recipe, folder)
+    below = folder / MEMBERS if folder is not None else None
+    return comparable(
+        ensemble(recipe, prepared, lambda name, own: load(own, below / name if below is not None else None))
+    )
+
+
+def comparable(teacher: ModelAdapter | None) -> ModelAdapter | None:
+    """The teacher, where it gives whole distributions about any example: to be judged and read beside the student."""
+    if isinstance(teacher, OtherTokenizer) or (isinstance(teacher, Ensemble) and not teacher.complete):
+        return None
+    return teacher
+
+
+def copy_of(teacher: ModelAdapter | None) -> ModelAdapter:
+    """A student that begins as its teacher."""
+    if isinstance(teacher, (Ensemble, OtherTokenizer)):
+        raise InputError(
+            f"student={COPY} begins as a copy of one model of its tokens; this teacher is none: name a student."
+        )
+    if teacher is None:
+        raise InputError(f"student={COPY} begins as a copy of the teacher, and there is none: set `teacher`.")
+    return copy.deepcopy(teacher)
+
+
+def other_side(prepared: Prepared) -> Prepared:
+    """The data as a teacher with another tokenizer is loaded for it."""
+    tokenizer = prepared.aligner.teacher.tokenizer
+    return dataclasses.replace(prepared, tokenizer=tokenizer, classes=len(tokenizer))
+
+
+def other_tokenizer(model: ModelAdapter, prepared: Prepared) -> OtherTokenizer:
+    """The teacher behind the alignment of both tokenizers."""
+    limit = getattr(getattr(model.model, "config", None), "max_position_embeddings", None)
+    return OtherTokenizer(model, prepared.aligner, limit=limit)
+
+
+def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
+    """The teacher's cache, if the method can do with stored signals and the run has the tokens it was captured with."""
+    path = find(folder)
+    if path is None:
+        raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
+    _outputs_alone(method, "a cache keeps its outputs alone")
+    return CachedTeacher(path, {**_tokens(prepared), "classes": prepared.classes})
+
+
+def _outputs_alone(method: Method, reason: str) -> None:
+    if "teacher_features" in method.asks or type(method).taps is not Method.taps:
+        raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
+
+
+def _tokens(prepared: Prepared) -> dict[str, Any]:
+    """What a teacher's answers depend on beside the teacher."""
+    return {key: prepared.hashes[key] for key in ("tokenizer", "template", "ends") if key in prepared.hashes}
+
+
+def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapter | None = None) -> ServedTeacher:
+    """The recipe's teacher behind its server, compared with the run's tokenizer and data; scores are kept in `folder`."""
+    spec, method = recipe.teacher, recipe.build_method()
+    assert spec is not None and spec.endpoint is not None and spec.score is not None
+    if prepared.aligner is not None:
+        raise InputError(
+            "teacher.tokenizer is not the student's, and a server scores the student's tokens: serve a teacher of the "
+            "student's family, or give this one as a live model."
+        )
+    if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
+        raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
+    _outputs_alone(method, "a server gives scores of tokens alone")
+    asked = getattr(method, "temperature", 1.0)
+    if asked != 1.0:
+        raise InputError(
+            f"A server scores at temperature 1 and method {method.name!r} asks for {asked}: set options.temperature=1.0."
+        )
+    identity = {"format": 1, "task": recipe.task, "teacher_name": spec.model, "classes": prepared.classes}
+    teacher = ServedTeacher(
+        spec.model,
+        spec.endpoint,
+        Score.parse(spec.score),
+        folder,
+        identity | _tokens(prepared),
+        prepared.tokenizer,
+        student,
+    )
+    example = Batch.from_dict(prepared.collate([prepared.train[0]]))
+    teacher.start(example, conversations=bool(prepared.facts.get("conversations")))
+    return teacher

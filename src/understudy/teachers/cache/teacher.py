@@ -1,0 +1,246 @@
+"""A teacher that answered before: captured once, read through a memory map, refused where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.models import ModelAdapter, ModelOutput, evaluating, state_hash
+from understudy.streaming import logits_of
+from understudy.targets import Dense, Mixture, Projected, Sampled, Target
+from understudy.teachers.cache.codecs import Support, decode, encode
+from understudy.teachers.cache.store import ShardStore, content_key
+
+HEAD = "head.safetensors"
+
+
+def example_keys(batch: Batch) -> list[bytes]:
+    """The key of each example of a batch: its inputs without padding, and its labels."""
+    if batch.kind == "text":
+        kept = batch.inputs["attention_mask"].bool()
+        return [
+            content_key(ids[m], labels[m])
+            for ids, labels, m in zip(batch.inputs["input_ids"], batch.labels, kept, strict=True)
+        ]
+    return [content_key(*(v[i] for v in batch.inputs.values())) for i in range(len(batch.labels))]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a capture did: examples and rows that are in the cache now, and how many of them are new."""
+
+    examples: int
+    rows: int
+    new: int
+    bytes: int
+
+
+class CachedTeacher:
+    """Answers from a cache what the teacher said about these very examples.
+
+    Args:
+        folder: of the cache. expected: identity that must hold (tokenizer, template, …), by key; others are not compared.
+    """
+
+    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None) -> None:
+        self._open(ShardStore(folder), expected)
+        self.name = f"cache:{folder}"
+
+    def _open(self, store: ShardStore, expected: Mapping[str, Any] | None) -> None:
+        self.store, held, folder = store, store.identity, store.folder
+        for key, value in (expected or {}).items():
+            if held.get(key) != value:
+                raise InputError(
+                    f"Cache {folder} was captured with {key} {_short(held.get(key))} and the run has {_short(value)}. "
+                    "Capture again with this recipe (understudy cache capture), or change the recipe to fit the cache."
+                )
+        self.support = Support.parse(held["support"])
+        version = held.get("support_version", 1)
+        if version != self.support.codec:
+            raise InputError(
+                f"Cache {folder} is in version {version} of the {self.support.kind} code, which is read in "
+                f"version {self.support.codec}: capture it again (understudy cache capture)."
+            )
+        self.temperature, self.classes = float(held["temperature"]), int(held["classes"])
+        self.head = _load_head(folder / HEAD) if self.support.kind == "hidden" else None
+
+    def __call__(self, batch: Batch) -> ModelOutput:
+        """The stored targets of the batch's rows, on its device."""
+        return self.recall(example_keys(batch), batch)
+
+    def recall(self, keys: Sequence[bytes], batch: Batch) -> ModelOutput:
+        """What is stored under these keys, one of each example of the batch."""
+        arrays = self.store.read(keys)
+        number = len(next(iter(arrays.values())))
+        if number != batch.num_items:
+            raise InputError(
+                f"Cache {self.store.folder} holds {number} rows for a batch of {batch.num_items}: its labels are masked otherwise."
+            )
+        return self._decoded(arrays, [self.store.length(key) for key in keys], batch)
+
+    def _decoded(self, arrays: dict[str, Tensor], counts: list[int], batch: Batch) -> ModelOutput:
+        found = decode(arrays, self.support, self.temperature, self.classes, self.head, counts)
+        return ModelOutput(found.to(batch.labels.device))
+
+    def imagined(self, batch: Batch) -> ModelOutput:
+        """An even answer of the kind that is kept, the same for every row: what a loss makes of it costs nothing to try."""
+        if self.head is not None:
+            width = self.head["weight"].shape[-1]
+            arrays = {"hidden": torch.zeros(1, width, dtype=torch.bfloat16)}
+        else:
+            arrays = encode(Dense(torch.zeros(1, self.classes)), self.support, self.temperature, 0)
+        repeated = {
+            name: array.expand(batch.num_items, *array.shape[1:]).contiguous() for name, array in arrays.items()
+        }
+        return self._decoded(repeated, [1] * batch.num_items, batch)
+
+    def through(self, batch: Batch) -> ModelOutput:
+        """A cache has no gradient: methods that ask for one are refused."""
+        raise InputError(f"{self.name} cannot answer for inputs that a method makes: give a live teacher instead.")
+
+
+def capture(
+    teacher: ModelAdapter,
+    batches: Iterator[Batch],
+    folder: Path,
+    *,
+    support: Support,
+    temperature: float,
+    identity: Mapping[str, Any],
+    shard: int = 2048,
+    tick: Callable[[int], None] | None = None,
+) -> Captured:
+    """Run the teacher over examples that the cache does not hold yet, and keep what it says.
+
+    Args:
+        identity: of teacher and data; a folder that was captured under another one is refused. shard: rows a file; a kill
+            costs at most one. tick: told how many examples are done.
+    """
+    facts = {**identity, "support": str(support), "temperature": temperature, "teacher": state_hash(teacher)}
+    if support.codec > 1:
+        facts["support_version"] = support.codec
+    store = ShardStore(folder, facts)
+    new, waiting = 0, _Waiting(store, shard)
+    with torch.no_grad(), evaluating(teacher):
+        for batch in batches:
+            keys = example_keys(batch)
+            if all(k in store or k in waiting.seen for k in keys):
+                if tick:
+                    tick(len(keys))
+                continue
+            signal = teacher(batch).signal
+            _keep_head(signal, support, folder)
+            counts = torch.bincount(batch.sequence.cpu(), minlength=len(keys)).tolist()
+            start = 0
+            for key, count in zip(keys, counts, strict=True):
+                rows = signal.select(slice(start, start + count))
+                start += count
+                if key in store or key in waiting.seen:
+                    continue
+                waiting.add(key, count, encode(rows, support, temperature, int.from_bytes(key[:7], "big")))
+                new += 1
+            if tick:
+                tick(len(keys))
+    waiting.write()
+    return Captured(len(store), store.rows, new, store.size)
+
+
+class _Waiting:
+    """Examples on their way to a shard."""
+
+    def __init__(self, store: ShardStore, size: int) -> None:
+        self.store, self.size, self.seen = store, size, set[bytes]()
+        self.keys: list[bytes] = []
+        self.counts: list[int] = []
+        self.arrays: dict[str, list[Tensor]] = {}
+
+    def add(self, key: bytes, count: int, arrays: Mapping[str, Tensor]) -> None:
+        if self.arrays and any(v.dtype != self.arrays[n][0].dtype for n, v in arrays.items()):
+            self.write()  # arrays of one shard have one dtype
+        self.seen.add(key)
+        self.keys.append(key)
+        self.counts.append(count)
+        for name, value in arrays.items():
+            self.arrays.setdefault(name, []).append(value.cpu())
+        if sum(self.counts) >= self.size:
+            self.write()
+
+    def write(self) -> None:
+        if self.keys:
+            self.store.append(self.keys, self.counts, {n: torch.cat(v) for n, v in self.arrays.items()})
+        self.keys, self.counts, self.arrays = [], [], {}
+
+
+def verify(teacher: ModelAdapter, batches: Iterator[Batch], folder: Path) -> dict[str, float]:
+    """Score examples again and compare: KL between fresh and stored targets, and the largest difference, over rows.
+
+    Raises:
+        InputError: the teacher's weights are not those that were captured.
+    """
+    cached = CachedTeacher(folder, {"teacher": state_hash(teacher)})
+    rows, kl, worst = 0, 0.0, 0.0
+    with torch.no_grad(), evaluating(teacher):
+        for batch in batches:
+            signal = teacher(batch).signal
+            log_p = torch.log_softmax(logits_of(signal).float() / cached.temperature, -1)
+            divergence, largest = _compare(log_p, cached(batch).signal, cached.temperature)
+            rows, kl, worst = rows + batch.num_items, kl + float(divergence.sum()), max(worst, float(largest))
+    return {"rows": rows, "mean_difference": kl / max(rows, 1), "largest_difference": worst}
+
+
+def _compare(log_p: Tensor, stored: Target, temperature: float) -> tuple[Tensor, Tensor]:
+    """Per row: KL(fresh ‖ stored) where all classes are stored, else the mean |difference| of stored log-probabilities. Of a
+    class that was drawn it is known that it lies below its weight: only what it lies above counts."""
+    if isinstance(stored, (Dense, Projected, Mixture)):
+        log_q = torch.log_softmax(logits_of(stored).float() / temperature, -1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.exp() - log_q.exp()).abs().max()
+    fresh = log_p.gather(-1, stored.ids).clamp(min=-24.0)
+    if isinstance(stored, Sampled):
+        log_w, here = stored.weights.log(), stored.weights > 0
+        drawn = (fresh - log_w).clamp(min=0)
+        kept = (log_w - stored.log_probs).abs() < 1e-4
+        difference = torch.where(kept, (fresh - stored.log_probs).abs(), drawn).where(here, 0.0)
+        return difference.sum(-1) / here.sum(-1), difference.max()
+    difference = (fresh - stored.log_probs).abs()
+    return difference.mean(-1), difference.max()
+
+
+def _keep_head(signal: Any, support: Support, folder: Path) -> None:
+    if support.kind != "hidden" or (folder / HEAD).exists() or not isinstance(signal, Projected):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"weight": signal.weight} | ({"bias": signal.bias} if signal.bias is not None else {})
+    facts = {"scale": str(signal.scale), "softcap": str(signal.softcap or 0)}
+    temporary = folder / "head.tmp"
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(temporary), metadata=facts)
+    temporary.rename(folder / HEAD)
+
+
+def _load_head(file: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise InputError(f"Cache {file.parent} keeps hidden states and lacks their head ({HEAD}): capture again.")
+    with safe_open(str(file), "pt") as opened:
+        facts = opened.metadata()
+    tensors = load_file(str(file))
+    softcap = float(facts["softcap"]) or None
+    return {
+        "weight": tensors["weight"],
+        "bias": tensors.get("bias"),
+        "scale": float(facts["scale"]),
+        "softcap": softcap,
+    }
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 40 else repr(value)

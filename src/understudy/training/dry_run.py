@@ -1,0 +1,112 @@
+"""Whether a run can learn from what it will be given, found out on a few examples before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.data import IGNORE, Batch
+from understudy.data.samples import Sample, prompt_length, sampled_row
+from understudy.errors import InputError
+from understudy.generation.continuous import sample_continuously
+from understudy.generation.decoding import writer
+from understudy.models import ModelOutput, evaluating
+from understudy.teachers import CachedTeacher, Ensemble, Teacher
+from understudy.training import checkpoint as ck
+from understudy.training.on_policy import OnPolicy
+from understudy.training.train_module import TrainModule
+
+TOKENS = 16
+
+
+def dry_run(
+    policy: OnPolicy,
+    train_module: TrainModule,
+    teacher: Teacher,
+    examples: Any,
+    tokenizer: Any,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+) -> None:
+    """Have the method judge two short texts as if the student had written them, and leave everything as it was. Where
+    the engine is `continuous`, have it write a little first: not every model can.
+
+    Raises:
+        InputError: the student cannot write, the texts would be too long for a model, or the method needs labels.
+    """
+    student, method = train_module.student, train_module.method
+    if not hasattr(student.model, "generate"):
+        raise InputError(f"{type(student.model).__name__} has no generate and cannot write: leave out on_policy.")
+    if "labels" not in examples[0] or examples[0]["labels"].dim() != 1:
+        raise InputError("on_policy writes the completion of a token row, and these examples are none: leave it out.")
+    _check_room(policy, {"student": student, "teacher": getattr(teacher, "model", None)}, examples)
+    rows = []
+    for example in (examples[i] for i in range(min(2, len(examples)))):
+        start = prompt_length(example["labels"], policy.cut, 0.5)
+        ids = example["input_ids"][max(0, start - TOKENS) : start + TOKENS].tolist()
+        rows.append(sampled_row(Sample(int(example["id"]), 0, min(start, TOKENS), tuple(ids)), tokenizer))
+    if policy.engine == "continuous":
+        texts = [row["input_ids"].tolist() for row in rows]
+        keys, known = torch.arange(len(rows)), len(tokenizer)
+        sample_continuously(writer(student), texts, keys, most=2, vocabulary=known, ends=set(), temperature=0.0)
+    mark = {"source": torch.ones(len(rows), dtype=torch.long), "sampled": torch.zeros(len(rows), dtype=torch.long)}
+    batch = Batch.from_dict({**collate(rows), **mark}).to(next(student.parameters()).device)
+    try:
+        _try(train_module, batch, None if method.queries else teacher(batch))
+    except InputError as error:
+        raise InputError(
+            f"Method {method.name!r} cannot learn from the student's own samples, which have no labels: {error} Choose "
+            "kd or taid, or leave out on_policy."
+        ) from None
+
+
+def dry_run_stored(train_module: TrainModule, teacher: CachedTeacher | Ensemble, example: Batch) -> None:
+    """Have the method judge an example by an invented answer of the kind that the teacher keeps, or its members.
+
+    Raises:
+        InputError: the method's losses are not defined for that kind, or the members' kinds do not go together.
+    """
+    batch = _beginning(example).to(next(train_module.student.parameters()).device)
+    try:
+        _try(train_module, batch, teacher.imagined(batch))
+    except InputError as error:
+        whose = "this ensemble" if isinstance(teacher, Ensemble) else f"{teacher.name}, which keeps {teacher.support}"
+        raise InputError(f"Method {train_module.method.name!r} cannot learn from {whose}: {error}") from None
+
+
+def _beginning(batch: Batch) -> Batch:
+    """Of texts a few tokens around the first label: the student may be large and not on its device yet."""
+    if type(batch) is not Batch or batch.kind != "text":
+        return batch
+    first = int((batch.labels != IGNORE).any(0).int().argmax())
+    cut = slice(max(0, first - TOKENS), first + TOKENS)
+    inputs = {k: v[:, cut] if v.shape[:2] == batch.labels.shape else v for k, v in batch.inputs.items()}
+    return replace(batch, inputs=inputs, labels=batch.labels[:, cut])
+
+
+def _try(train_module: TrainModule, batch: Batch, rows: ModelOutput | None) -> None:
+    """The losses of a batch, everything left as it was."""
+    state, random = train_module.train_state.method_state, ck.rng_state()
+    before = state.state_dict() if state is not None else None
+    try:
+        with evaluating(train_module):
+            train_module(batch, rows)
+    finally:
+        ck.set_rng_state(random)
+        if state is not None and before is not None:
+            state.load_state_dict(before)
+
+
+def _check_room(policy: OnPolicy, sides: dict[str, Any], examples: Any) -> None:
+    longest = max(prompt_length(examples[i]["labels"], policy.cut, 1.0) for i in range(len(examples)))
+    for side, rows in sides.items():
+        config = getattr(getattr(rows, "model", None), "config", None)
+        most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        if most is not None and longest + policy.max_new_tokens > most:
+            raise InputError(
+                f"A prompt of {longest} tokens and on_policy.max_new_tokens={policy.max_new_tokens} are more than the "
+                f"{most} positions of the {side}. Lower on_policy.max_new_tokens or data.max_length."
+            )

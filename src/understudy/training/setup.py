@@ -1,0 +1,79 @@
+"""What a method may use outside the training loop: before the first step and after the last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.models import ModelAdapter
+from understudy.training.checkpoint import load_tree, save_tree
+
+
+@dataclass(frozen=True)
+class SetupContext:
+    """Both sides, the data, and a place to keep what was computed.
+
+    Args:
+        student, teacher: as they are at the time. splits: examples of `train`, `validation` and `test`.
+        collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
+        teacher_train: what a teacher that is trained first may see.
+        judge: the split that the run is judged on. store: a folder that comparisons share. key: hash of teacher and data.
+        seed: of the run.
+    """
+
+    student: ModelAdapter
+    teacher: ModelAdapter | None
+    splits: Mapping[str, Any]
+    collate: Callable[[list[Any]], Any]
+    classes: int
+    store: Path
+    key: str
+    seed: int = 0
+    teacher_train: Any = None
+    eval_split: str = "test"
+
+    def live_teacher(self) -> ModelAdapter:
+        """The teacher's own model, for a stage that reads it.
+
+        Raises:
+            InputError: a cache, a server or a route to several models stands in its place.
+        """
+        if self.teacher is None:
+            raise InputError(
+                "This method reads the teacher's own model before training, about every example: give a live teacher, "
+                "without teacher.cache, teacher.endpoint or teacher.route."
+            )
+        return self.teacher
+
+    def examples(self, split: str) -> Any:
+        """A split, or `teacher_train`."""
+        return self.teacher_train if split == "teacher_train" else self.splits[split]
+
+    def batches(self, split: str, size: int = 64) -> Iterator[Batch]:
+        """A split in order, as it is without augmentation, on the student's device."""
+        examples = self.examples(split)
+        device = next(self.student.parameters()).device
+        for start in range(0, len(examples), size):
+            chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]
+            yield Batch.from_dict(self.collate(chosen)).to(device)
+
+    def once(self, name: str, make: Callable[[], Mapping[str, Tensor]], **settings: Any) -> dict[str, Tensor]:
+        """`make()`, or what it gave before for the same teacher, data and settings: computed once, kept whole or not."""
+        asked = hashlib.sha256(json.dumps([self.key, settings], sort_keys=True, default=str).encode()).hexdigest()
+        file = self.store / f"{name}-{asked[:16]}.safetensors"
+        if not file.is_file():
+            self.store.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            save_tree(dict(make()), temporary)
+            temporary.rename(file)
+        found: dict[str, Tensor] = load_tree(file)
+        return found

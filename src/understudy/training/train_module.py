@@ -1,0 +1,121 @@
+"""The student and the method's own modules as the one module that is trained, wrapped and checkpointed.
+
+The loss is computed inside `forward`, so that whatever wraps the module (DDP, FSDP, autocast, compile) sees the
+whole of it, the head product included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from understudy.data import Batch
+from understudy.errors import InputError
+from understudy.losses.reduction import row_weights
+from understudy.models import ModelAdapter, ModelOutput, find_head
+from understudy.models.sharding import block_names
+from understudy.training.method import Method, TrainState
+from understudy.training.shapes import Shapes
+
+
+class TrainModule(nn.Module):
+    """A student with its method.
+
+    Args:
+        student: gives the rows of a batch.
+        method: what is minimised.
+        shapes: class count and feature width, for the method's own modules.
+        total: optimizer steps of the run.
+        reduction: what an update divides by, as in `understudy.losses.reduction`.
+        taps: inner layers of the student that the method reads.
+        tables: what the method's data stage returned. seed: of the run.
+    """
+
+    def __init__(
+        self,
+        student: ModelAdapter,
+        method: Method,
+        shapes: Shapes,
+        total: int,
+        reduction: str = "token_mean",
+        taps: Mapping[str, nn.Module] | None = None,
+        tables: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.own = nn.ModuleDict(method.modules(shapes))
+        self.method = method
+        self.reduction = reduction
+        self._taps = dict(taps or {})  # a plain dict: the layers belong to the student already
+        self.companions = nn.ModuleDict(method.companions(student)).requires_grad_(False).eval()
+        self.train_state = TrainState(
+            modules=dict(self.own.items()),
+            companions=dict(self.companions.items()),
+            tables=dict(tables or {}),
+            student=student,
+            state=method.init_state(total),
+            total=total,
+            seed=seed,
+        )
+        self.head_timer: Any = nullcontext
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The blocks that FSDP2 shards apart; the rest, the head with it, is one group: whole while `forward` runs."""
+        return block_names(self.student)
+
+    def train(self, mode: bool = True) -> TrainModule:
+        """Companions never leave evaluation mode."""
+        super().train(mode)
+        self.companions.eval()
+        return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        """`trainer.gradient_checkpointing` is the student's to carry out."""
+        inner = self.student.model
+        if not hasattr(inner, "gradient_checkpointing_enable"):
+            raise InputError(
+                f"{type(inner).__name__} has no gradient checkpointing: leave trainer.gradient_checkpointing out."
+            )
+        # The re-entrant kind loses gradients where the embeddings are frozen, as they are under adapters.
+        inner.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **more
+        )
+
+    def forward(self, batch: Batch, teacher: ModelOutput | None) -> dict[str, Tensor]:
+        """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""
+        rows = self.student(batch, "features" in self.method.asks, self._taps)
+        timer: AbstractContextManager[Any] = self.head_timer()
+        with timer:
+            terms = self.method.loss(rows, teacher, batch, self.train_state)
+        sums: dict[str, Tensor] = {}
+        own_count = self.method.counts(batch)
+        for name, term in terms.items():
+            if name in own_count:
+                total = term.values.sum()
+            else:
+                weights, _ = row_weights(self.reduction, batch.sequence, term.values.dtype)
+                total = (term.values * weights).sum()
+            sums[name] = term.weight * total
+            sums[f"{name}/value"] = total.detach()
+        return sums
+
+    def owners(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters with the part each belongs to: `backbone`, `head`, or an own module's name."""
+        head = find_head(self.student)
+        in_head = set(map(id, head.parameters())) if head is not None else set()
+        named: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.startswith("own."):
+                named.append((name.split(".")[1], parameter))
+            else:
+                named.append(("head" if id(parameter) in in_head else "backbone", parameter))
+        return named

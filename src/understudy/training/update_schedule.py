@@ -1,0 +1,71 @@
+"""Taking turns between a student and a player, as the student's loss says."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class AlternatingSchedule:
+    """Whose turn it is, by two thresholds, and copies of what the player had reached.
+
+    The student moves until its loss falls below `low`, then the player until the loss is above `high`, and so on. Both
+    tests are strict and read the loss of the step just made. A player that does not get there in `longest` steps hands
+    over anyway, and `saturated` counts it. A loss that is not finite decides nothing.
+
+    Args:
+        decay: of an exponential mean of the loss, which then decides in its place; 0 for none.
+        memory: how many earlier states of the player are kept beside its present one, each from the end of a turn.
+    """
+
+    def __init__(self, low: float, high: float, longest: int, decay: float = 0.0, memory: int = 0) -> None:
+        self.low, self.high, self.longest, self.decay, self.memory = low, high, longest, decay, memory
+        self.auxiliary = False
+        self.mean: float | None = None
+        self.steps = {"student": 0, "auxiliary": 0}
+        self.turn = self.saturated = 0
+        self.copies: list[dict[str, Tensor]] = []
+
+    def update(self, loss: float) -> bool:
+        """Take in the loss of the step just made. True if a turn of the player ended with it."""
+        self.steps["player" if self.auxiliary else "student"] += 1
+        self.turn += 1
+        if math.isfinite(loss):
+            self.mean = loss if self.mean is None else self.decay * self.mean + (1 - self.decay) * loss
+        decides = self.mean if math.isfinite(loss) else None
+        if not self.auxiliary:
+            if decides is not None and decides < self.low:
+                self.auxiliary, self.turn = True, 0
+            return False
+        reached = decides is not None and decides > self.high
+        if not reached and self.turn < self.longest:
+            return False
+        if not reached:
+            self.saturated += 1
+            if self.saturated == 1:
+                log.warning("The player did not raise the loss above %g in %d steps.", self.high, self.longest)
+        self.auxiliary, self.turn = False, 0
+        return True
+
+    def remember(self, parameters: Mapping[str, Tensor]) -> None:
+        """Keep a copy of the player as its turn ends. `copies` has the newest, which is the present one, at the end."""
+        if self.memory:
+            self.copies.append({name: value.detach().clone() for name, value in parameters.items()})
+            self.copies = self.copies[-self.memory - 1 :]
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = ("player", "mean", "steps", "turn", "saturated", "copies")
+        return {name: getattr(self, name) for name in kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def logs(self) -> dict[str, float]:
+        return {"player's turn": float(self.auxiliary), "saturated": float(self.saturated)}

@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+
+from understudy.training.reduction import Counts, Term, sum_terms
 
 FOLDER = Path(os.environ.get("UNDERSTUDY_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -17,3 +20,11 @@ def golden(name):
 
 def close(actual, expected, rtol=1e-8, atol=1e-10):
     torch.testing.assert_close(actual.detach().to(expected), expected, rtol=rtol, atol=atol)
+
+
+def reduce(values, how, sequence=None, count=None):
+    """One number from row values by the engine's own sum and division; `count` stands for that of a whole update."""
+    sequence = torch.zeros(len(values), dtype=torch.long) if sequence is None else sequence
+    batch = SimpleNamespace(num_items=len(values), sequence=sequence)
+    counts = Counts.of(batch, how, {}) if count is None else Counts(count, count)
+    return counts.divide("loss", sum_terms({"loss": Term(values)}, batch, how).losses["loss"])

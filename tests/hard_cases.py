@@ -8,6 +8,7 @@ from understudy.models.small import build_small
 from understudy.teachers import LocalTeacher
 from understudy.training import AuxiliaryContext, DistillationTrainer, TrainModule, TrainState
 from understudy.training.arguments import training_arguments
+from understudy.training.reduction import Counts
 from understudy.training.shapes import probe
 
 SIGNAL = (1, 1, 40)
@@ -30,7 +31,7 @@ def played(method, student, teacher, batch, module=None):
     module = module or method.modules(shapes)["augmentor"].double()
     local = LocalTeacher(teacher, "t")
     state = TrainState({"augmentor": module}, student=student, teacher=local, method_state=method.init_state(9))
-    context = AuxiliaryContext(student, local, [batch], batch.num_items, lambda n: batch, list)
+    context = AuxiliaryContext(student, local, [batch], Counts(batch.num_items, batch.num_items), lambda n: batch, list)
     (terms,) = method.auxiliary_loss("augmentor", context, state)
     loss = sum(t.weight * t.values.sum() for t in terms.values())
     grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)

@@ -7,18 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golden_vectors import close, golden
+from golden_vectors import close, golden, reduce
 from understudy import InputError
 from understudy.data import GraphBatch
 from understudy.losses import cross_entropy, forward_kl
 from understudy.losses.edges import check_edges, high_frequency, high_frequency_cosine, low_frequency
-from understudy.losses.reduction import reduce
 from understudy.methods.ff_g2m import FFG2M
 from understudy.methods.kd import KD
 from understudy.methods.sft import SFT
 from understudy.models import ModelOutput
 from understudy.targets import Dense
 from understudy.training import TrainState
+from understudy.training.reduction import Counts, sum_terms
 
 
 @pytest.mark.golden
@@ -63,9 +63,10 @@ def graph(nodes, edges, labelled=None):
 
 
 def loss(method, z, h, batch):
-    rows, counts = ModelOutput(Dense(z)), {"": batch.num_items, **method.counts(batch)}
-    terms = method.loss(rows, ModelOutput(Dense(h)), batch, TrainState(tables={"logits": h}))
-    return sum(t.weight * t.values.sum() / max(1, counts.get(n, counts[""])) for n, t in terms.items())
+    counts = Counts.of(batch, "token_mean", method.counts(batch))
+    terms = method.loss(ModelOutput(Dense(z)), ModelOutput(Dense(h)), batch, TrainState(tables={"logits": h}))
+    sums = sum_terms(terms, batch, "token_mean", counts.own)
+    return sum(counts.divide(n, v) for n, v in sums.losses.items())
 
 
 def both(pairs):

@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 
-from golden_vectors import close, golden
+from golden_vectors import close, golden, reduce
 from understudy import losses
-from understudy.losses.reduction import reduce
 from understudy.targets import top_k
 
 pytestmark = pytest.mark.golden

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from golden_vectors import close, golden
+from golden_vectors import close, golden, reduce
 from understudy import losses
-from understudy.losses.reduction import reduce
 from understudy.methods.dhkd import DHKD
 from understudy.training.schedules import ProgressSchedule
 

@@ -119,10 +119,10 @@ def test_constants_on_logits_change_nothing():
 
 @given(st.lists(st.floats(0.1, 0.5), max_size=40))
 def test_between_the_thresholds_nobody_hands_over(losses):
-    for player in (False, True):
+    for auxiliary in (False, True):
         turns = AlternatingSchedule(0.1, 0.5, 100)
-        turns.auxiliary = player
-        assert not any(turns.update(loss) for loss in losses) and turns.auxiliary == player
+        turns.auxiliary = auxiliary
+        assert not any(turns.update(loss) for loss in losses) and turns.auxiliary == auxiliary
 
 
 def test_turns_end_at_the_latest_and_nan_decides_nothing():
@@ -227,7 +227,7 @@ def test_the_mean_of_the_examples_that_count_decides(reduction, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_does_not_reach_the_augmented_inputs(family):
-    """Both players see the same ones: the student's turn is under autocast, and the augmentor's is not."""
+    """The student and the augmentor see the same ones: the student's update is under autocast, and the augmentor's is not."""
     batch = signals(shape=(1, 56, 56))
     batch.inputs["pixel_values"] = batch.inputs["pixel_values"].float()
     method = HARD(augmentor=family)

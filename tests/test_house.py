@@ -19,8 +19,8 @@ from understudy.pages import drawing, findings, page, rooms, table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
-    "errors targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue reporting specs recipe "
-    "planning teaching preflight progress folder fitting run caching comparison check pages demo claims cli"
+    "errors targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue pages "
+    "reporting runs planning claims cli"
 ).split()
 
 TAXONOMY = {

@@ -14,7 +14,7 @@ from understudy import distill
 from understudy.errors import InputError
 from understudy.runs.recipe import make
 from understudy.training import zero
-from understudy.training.order import EpochShuffle, Share
+from understudy.training.order import EpochSampler, Share
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.xdist_group("ranks")  # its fixture takes a minute: one process makes it
@@ -112,8 +112,8 @@ def test_a_stop_that_one_rank_hears_of_stops_all_and_changes_nothing(folder):
 
 @pytest.mark.parametrize("examples,micro,ranks", [(13, 4, 2), (9, 4, 2), (8, 4, 2), (3, 4, 4), (1, 1, 3), (10, 3, 3)])
 def test_shares_are_even_and_hold_each_example_once(examples, micro, ranks):
-    shares = [list(Share(EpochShuffle(examples, 0), micro, ranks, rank)) for rank in range(ranks)]
-    sampler = EpochShuffle(examples, 0)
+    shares = [list(Share(EpochSampler(examples, 0), micro, ranks, rank)) for rank in range(ranks)]
+    sampler = EpochSampler(examples, 0)
     assert {len(s) for s in shares} == {len(Share(sampler, micro, ranks, 0))} == {-(-examples // (micro * ranks))}
     order = list(sampler)
     for i, blocks in enumerate(zip(*shares, strict=True)):

@@ -12,6 +12,7 @@ from understudy.targets import Dense
 from understudy.training import AuxiliaryContext, Shapes, TrainState
 from understudy.training.auxiliary import AuxiliaryOptimizers
 from understudy.training.bilevel import weight_gradients
+from understudy.training.reduction import Counts
 
 
 class Told:
@@ -38,7 +39,7 @@ def cut(batch, size):
 
 def scene_of(student, teacher, batches, validation):
     count = float(sum(b.num_items for b in batches))
-    return AuxiliaryContext(student, teacher, batches, count, lambda number: validation, list)
+    return AuxiliaryContext(student, teacher, batches, Counts(count, count), lambda number: validation, list)
 
 
 def slopes(student, method, teacher, batches, validation, alpha, **options):
@@ -77,8 +78,8 @@ class World:
         return scene_of(self.student, self.teacher, cut(self.batch, size), self.validation)
 
     def move(self, size=100):
-        context = self.scene(size)
-        return self.auxiliary.move(
+        context = self.context(size)
+        return self.auxiliary.step(
             "ratio", lambda: self.method.auxiliary_loss("ratio", context, self.train_state), context
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from understudy.errors import InputError, nearest
 from understudy.methods import all_methods
-from understudy.training import Method
+from understudy.training import Method, Requirements
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _paper(row: dict[str, str], method: type[Method] | None) -> Entry:
         algorithm=tuple(row["algorithm"].split(";")),
         skill=tuple(row["skill"].split(";")),
         access=row["access"],
-        needs=tuple(sorted(method.needs)) if method else (),
+        needs=requirements(method).names if method else (),
         cost=method.cost if method else "",
     )
 
@@ -86,10 +86,15 @@ def _other(method: type[Method]) -> Entry:
         (),
         (),
         (),
-        "white" if method.needs else "any",
-        tuple(sorted(method.needs)),
+        "white" if requirements(method).needs_teacher else "any",
+        requirements(method).names,
         method.cost,
     )
+
+
+def requirements(method: type[Method]) -> Requirements:
+    """What a method needs of a run with its default options."""
+    return method.model_construct().requires
 
 
 def find(name: str) -> Entry:

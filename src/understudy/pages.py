@@ -7,7 +7,7 @@ import json
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from understudy.catalogue import Entry, catalogue
+from understudy.catalogue import Entry, catalogue, requirements
 from understudy.methods import all_methods
 
 
@@ -26,7 +26,7 @@ def page(entry: Entry) -> str:
                 lines += [f"**{title}.** {facts[key]}", ""]
         lines += [f"**Cost.** {method.cost}.", ""]
         lines += [
-            f"**Needs.** {', '.join(sorted(method.needs)) or 'labels alone'}; "
+            f"**Needs.** {', '.join(requirements(method).names) or 'labels alone'}; "
             f"works on {' and '.join(sorted(method.kinds))} tasks.",
             "",
         ]

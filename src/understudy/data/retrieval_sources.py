@@ -176,11 +176,11 @@ def judged_folder(
     generator = random.Random(int(spec.get("seed", 0)))
     for split, chosen in parts.items():
         rows: list[dict[str, Any]] = []
-        for query, grades, first in chosen:
+        for query, graded, first in chosen:
             made = (
-                _sampled(query, grades, first, texts, int(spec.get("negatives", 8)), generator)
+                _sampled(query, graded, first, texts, int(spec.get("negatives", 8)), generator)
                 if split == "train"
-                else [_judged_row(query, grades, first, texts)]
+                else [_graded_row(query, graded, first, texts)]
             )
             for row in made:
                 rows.append({"id": number, **row})
@@ -211,7 +211,7 @@ def _sampled(
     return rows
 
 
-def _judged_row(query: str, grades: Mapping[int, float], first: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:
+def _graded_row(query: str, grades: Mapping[int, float], first: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:
     best = sorted(grades.values(), reverse=True)
     return {
         "query": query,

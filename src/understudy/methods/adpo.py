@@ -22,7 +22,7 @@ from understudy.errors import InputError
 from understudy.losses import anchored
 from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers.cache.scores import ScoreStore, score_lists
-from understudy.training import Method, SetupContext, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 
 SAYS = {"reference": "reference", "taught": "teacher"}
 
@@ -32,7 +32,6 @@ class ADPO(Method):
 
     name = "adpo"
     paper = 2
-    needs = frozenset()
     kinds = frozenset({"preference"})
     cost = "one student forward and backward a candidate; a fixed anchor costs one forward a candidate, once and stored"
     page: ClassVar[dict[str, str]] = {
@@ -72,6 +71,10 @@ class ADPO(Method):
     @property
     def _from_teacher(self) -> bool:
         return self.target in ("teacher", "exact_teacher")
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(teacher="setup" if self._from_teacher or self.anchor == "teacher" else "none")
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         return {"anchor": copy.deepcopy(student)} if self.anchor in ("dynamic", "ema") else {}

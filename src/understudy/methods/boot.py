@@ -27,7 +27,7 @@ from understudy.losses import diffusion
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evaluating
 from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
-from understudy.training import Method, SetupContext, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 from understudy.training.averages import follow, take
 
 
@@ -37,7 +37,6 @@ class BOOT(Method):
     name = "boot"
     paper = 25
     kinds = frozenset({"noise"})
-    queries = True  # the teacher is shown the student's own states
     cost = (
         "three student forwards (two with backward) and two teacher calls a row; `solver=heun` one teacher call more, "
         "guidance twice the teacher's calls"
@@ -80,6 +79,11 @@ class BOOT(Method):
         if self.refine and self.refine_from <= self.t_min:
             raise ValueError(f"refine_from is {self.refine_from:g} and must lie above t_min ({self.t_min:g})")
         return self
+
+    @property
+    def requires(self) -> Requirements:
+        """The student's own states are shown to the teacher."""
+        return Requirements(teacher="calls")
 
     def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
         teacher = _denoiser(context.live_teacher())

@@ -19,7 +19,7 @@ from understudy.data.noise import normal, uniform
 from understudy.errors import InputError
 from understudy.losses.diffusion import denoising_loss, noised
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
-from understudy.training import Method, Term, TrainState
+from understudy.training import Method, Requirements, Term, TrainState
 from understudy.training.averages import follow, take
 
 
@@ -27,7 +27,6 @@ class Denoise(Method):
     """The denoising loss of diffusion models, on real examples."""
 
     name = "denoise"
-    needs = frozenset()
     kinds = frozenset({"noise"})
     cost = "one student forward and backward a row; no teacher; a copy of the student for the average"
     page: ClassVar[dict[str, str]] = {
@@ -42,6 +41,10 @@ class Denoise(Method):
     drop_condition: float = Field(
         0.1, ge=0, le=1, description="How often a class is hidden, for classifier-free guidance."
     )
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(teacher="none")
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         return {"average": copy.deepcopy(student)} if self.ema else {}

@@ -21,7 +21,7 @@ from understudy.losses.gradients import align
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
 from understudy.targets import Dense
-from understudy.training import Method, Shapes, Term, TrainState
+from understudy.training import Method, Requirements, Shapes, Term, TrainState
 
 
 class DHKD(Method):
@@ -29,7 +29,6 @@ class DHKD(Method):
 
     name = "dhkd"
     paper = 40
-    needs = frozenset({"teacher", "features"})
     kinds = frozenset({"image"})
     cost = "as kd, and one small head; aligning gradients adds a second backward pass"
     page: ClassVar[dict[str, str]] = {
@@ -49,6 +48,10 @@ class DHKD(Method):
     align: Literal["none", "all", "shared"] = Field(
         "none", description="Project the logit loss's gradient off a conflicting CE gradient, over which parameters."
     )
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(features=self.head != "shared")
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         if self.head == "shared":

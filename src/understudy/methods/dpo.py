@@ -22,7 +22,7 @@ from understudy.errors import InputError
 from understudy.losses import preference
 from understudy.methods.adpo import attach, check_starts_at_zero, finite, monitors, recorded
 from understudy.models import ModelOutput
-from understudy.training import Method, SetupContext, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 
 WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo"})
 WITH_NLL = frozenset({"cpo", "cpo_simpo", "orpo"})
@@ -45,7 +45,6 @@ class DPO(Method):
 
     name = "dpo"
     paper = 39
-    needs = frozenset()
     kinds = frozenset({"preference"})
     cost = (
         "two student forwards and backwards a pair; the reference costs two forwards a pair, once and stored; kto on single "
@@ -98,6 +97,10 @@ class DPO(Method):
     @property
     def _smoothing(self) -> float:
         return 0.1 if self.label_smoothing is None else self.label_smoothing
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(teacher="setup" if self.reference == "teacher" else "none")
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
         unpaired = self.loss_type == "kto" and _unpaired(context)

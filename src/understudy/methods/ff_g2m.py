@@ -23,7 +23,7 @@ from understudy.losses.edges import high_frequency, low_frequency
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
 from understudy.teachers import LocalTeacher
-from understudy.training import Method, SetupContext, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 
 
 class FFG2M(Method):
@@ -31,7 +31,6 @@ class FFG2M(Method):
 
     name = "ff-g2m"
     paper = 30
-    needs = frozenset({"teacher"})
     kinds = frozenset({"graph"})
     cost = "one teacher forward a run, stored; a step is one student forward and backward a node, and classes operations an edge"
     page: ClassVar[dict[str, str]] = {
@@ -59,9 +58,9 @@ class FFG2M(Method):
         return self
 
     @property
-    def asks(self) -> frozenset[str]:
-        """Nothing: the data stage has the teacher's answer for the whole graph."""
-        return frozenset()
+    def requires(self) -> Requirements:
+        """The teacher answers once for the whole graph."""
+        return Requirements(teacher="setup")
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
         (batch,) = context.batches("train")

@@ -31,7 +31,16 @@ from understudy.models.augmentors import Affine, Augmentor, Border, Latent, Mix,
 from understudy.models.autoencoders import Autoencoder, load_autoencoder
 from understudy.streaming import rowwise
 from understudy.teachers import LocalTeacher
-from understudy.training import AuxiliaryContext, AuxiliaryOptimizer, Method, SetupContext, Shapes, Term, TrainState
+from understudy.training import (
+    AuxiliaryContext,
+    AuxiliaryOptimizer,
+    Method,
+    Requirements,
+    SetupContext,
+    Shapes,
+    Term,
+    TrainState,
+)
 from understudy.training.update_schedule import AlternatingSchedule
 
 _SPREAD = {"shift1d": 0.5, "affine": 0.02, "mix": 0.1, "latent": 0.1}
@@ -102,6 +111,10 @@ class HARD(Method):
         if value is not None and value >= 1 and info.data.get("augmentor") == "mix":
             raise ValueError("of augmentor 'mix' it is a share and must be below 1")
         return value
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(temperature=self.temperature)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         example = next(context.batches("train", 16))

@@ -13,7 +13,7 @@ from understudy import losses
 from understudy.data import Batch, GraphBatch
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Method, Term, TrainState
+from understudy.training import Method, Requirements, Term, TrainState
 
 
 class KD(Method):
@@ -39,6 +39,10 @@ class KD(Method):
     kd_weight: float = Field(0.9, ge=0, description="Weight of the divergence.")
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of `jsd`.")
     alpha: float = Field(0.1, ge=0, lt=1, description="Share of the other side in the mixture of the skew divergences.")
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(temperature=self.temperature)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         return {"ce": float(batch.labelled)} if isinstance(batch, GraphBatch) else {}

@@ -46,7 +46,7 @@ from understudy.streaming.plain import dense
 from understudy.targets import Dense
 from understudy.teachers import LocalTeacher
 from understudy.teachers.splitters import SPLITTERS, Known, Shape, lookup
-from understudy.training import Method, SetupContext, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, TeacherUse, Term, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,6 @@ class LELP(Method):
 
     name = "lelp"
     paper = 6
-    needs = frozenset({"teacher", "teacher_features"})
     kinds = frozenset({"image"})
     cost = "as kd; once, a teacher forward an example and a singular value decomposition a class (embeddings in memory)"
     page: ClassVar[dict[str, str]] = {
@@ -110,10 +109,10 @@ class LELP(Method):
         return self
 
     @property
-    def asks(self) -> frozenset[str]:
-        if self.cache:
-            return frozenset()
-        return frozenset({"teacher"}) if self.teacher_layer is not None else self.needs
+    def requires(self) -> Requirements:
+        layer = self.teacher_layer is not None
+        use: TeacherUse = "setup" if self.cache else "outputs"
+        return Requirements(teacher=use, teacher_features=not self.cache and not layer, teacher_layers=layer)
 
     def taps(self, side: Literal["student", "teacher"], rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         if side == "student" or self.teacher_layer is None:

@@ -23,12 +23,12 @@ from understudy.data import Batch
 from understudy.data.retrieval_batches import RankingBatch, RankingSet
 from understudy.data.scored_triples import Triple, write_triples
 from understudy.errors import InputError
-from understudy.losses import margins
+from understudy.losses import retrieval
 from understudy.losses.retrieval import PairLoss
 from understudy.models import ModelOutput
 from understudy.models.rankers import RankerAdapter, RankerEnsemble
 from understudy.teachers.cache.scores import ScoreStore, score_lists
-from understudy.training import Method, SetupContext, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ class MarginMSE(Method):
 
     name = "margin-mse"
     paper = 41
-    needs = frozenset()
     kinds = frozenset({"ranking"})
     cost = "one student forward and backward a query and document; the teacher scores each pair once and is stored"
     page: ClassVar[dict[str, str]] = {
@@ -79,18 +78,22 @@ class MarginMSE(Method):
     def _options_have_effect(self) -> Self:
         if self.clamp and self.loss_type != "weighted_ranknet":
             raise ValueError(f"clamp has no effect on {self.loss_type}; it belongs to weighted_ranknet")
-        if self.asks and (self.scores == "recorded" or self.write_scores or self.ensemble != "mean"):
+        if self.requires.in_steps and (self.scores == "recorded" or self.write_scores or self.ensemble != "mean"):
             raise ValueError("scores of a teacher that is asked live are neither recorded, written nor standardised")
         return self
 
     @property
-    def asks(self) -> frozenset[str]:
-        """The teacher, where new pairs come up at every step; otherwise the data stage has its scores."""
-        return frozenset({"teacher"} if self.scores == "live" or self.negatives == "in_batch" else ())
+    def requires(self) -> Requirements:
+        """The teacher in every step where new pairs come up in each; otherwise its scores are computed once."""
+        if self.scores == "live" or self.negatives == "in_batch":
+            return Requirements(teacher="outputs")
+        if self.scores == "recorded":
+            return Requirements(teacher="none")
+        return Requirements(teacher="setup" if self.scores == "teacher" else "optional")
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         train: RankingSet = context.splits["train"]
-        if self.asks:
+        if self.requires.in_steps:
             for row in train.records:
                 row["crossed"] = self.negatives == "in_batch"
             return {}
@@ -113,7 +116,7 @@ class MarginMSE(Method):
         spreads = deviations(train, taught["train"]) if self.ensemble == "standardise" else None
         for split, members in taught.items():
             flat = torch.cat([torch.tensor(scores, dtype=torch.float64) for scores in members], 1)
-            means = margins.ensemble(flat, spreads=spreads).split([len(scores[0]) for scores in members])
+            means = retrieval.ensemble(flat, spreads=spreads).split([len(scores[0]) for scores in members])
             for row, values in zip(context.splits[split].records, means, strict=True):
                 row["taught"] = values.tolist()
         if context.teacher is not None:
@@ -146,12 +149,12 @@ class MarginMSE(Method):
         elif batch.taught is not None:
             theirs = batch.taught
         pairs: dict[str, PairLoss] = {
-            "margin_mse": margins.margin_mse,
-            "pointwise_mse": margins.pointwise_mse,
-            "weighted_ranknet": lambda *s: margins.weighted_ranknet(*s, clamp=self.clamp),
-            "ranknet": lambda better, worse, *_: margins.ranknet(better, worse),
+            "margin_mse": retrieval.margin_mse,
+            "pointwise_mse": retrieval.pointwise_mse,
+            "weighted_ranknet": lambda *s: retrieval.weighted_ranknet(*s, clamp=self.clamp),
+            "ranknet": lambda better, worse, *_: retrieval.ranknet(better, worse),
         }
-        return {self.loss_type: Term(margins.over_pairs(pairs[self.loss_type], ours, theirs, valid).sums)}
+        return {self.loss_type: Term(retrieval.over_pairs(pairs[self.loss_type], ours, theirs, valid).sums)}
 
 
 Members = list[list[float]]

@@ -18,7 +18,7 @@ from understudy.data import Batch
 from understudy.losses import plackett_luce_distillation
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Method, Term, TrainState
+from understudy.training import Method, Requirements, Term, TrainState
 
 
 class PLD(Method):
@@ -39,6 +39,10 @@ class PLD(Method):
     weights: Literal["teacher", "uniform", "position", "first"] = Field(
         "teacher", description="teacher: PLD; uniform: ListMLE / C; position: p-ListMLE; first: cross-entropy."
     )
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(temperature=self.temperature)
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState

@@ -10,14 +10,13 @@ from understudy.losses import cross_entropy
 from understudy.losses.retrieval import ordered_pairs, over_pairs, ranknet
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
-from understudy.training import Method, Term, TrainState
+from understudy.training import Method, Requirements, Term, TrainState
 
 
 class SFT(Method):
     """Cross-entropy with the labels; RankNet on rankings."""
 
     name = "sft"
-    needs = frozenset()
     kinds = frozenset({"image", "text", "preference", "graph", "ranking"})
     cost = "one student forward and backward a row; no teacher"
     page: ClassVar[dict[str, str]] = {
@@ -25,6 +24,10 @@ class SFT(Method):
         "not": "When a good teacher exists and labels are few: it ignores the teacher.",
         "deviations": "None: this is the plain objective.",
     }
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(teacher="none")
 
     def counts(self, batch: Batch) -> dict[str, float]:
         if isinstance(batch, GraphBatch):

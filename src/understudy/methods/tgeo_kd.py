@@ -28,7 +28,16 @@ from understudy.models import ModelOutput, evaluating
 from understudy.streaming import rowwise
 from understudy.targets import Target
 from understudy.teachers import LocalTeacher
-from understudy.training import AuxiliaryContext, AuxiliaryOptimizer, Method, SetupContext, Shapes, Term, TrainState
+from understudy.training import (
+    AuxiliaryContext,
+    AuxiliaryOptimizer,
+    Method,
+    Requirements,
+    SetupContext,
+    Shapes,
+    Term,
+    TrainState,
+)
 from understudy.training.bilevel import weight_gradients
 
 log = logging.getLogger(__name__)
@@ -74,6 +83,10 @@ class TGeoKD(Method):
     validation: int | None = Field(
         256, ge=1, description="Validation examples of a move, best ten a class; all with null."
     )
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(temperature=self.temperature)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         if context.classes < 2:

@@ -33,7 +33,7 @@ from understudy.losses.relations import (
 from understudy.models import ModelAdapter, ModelOutput
 from understudy.models.taps import called_layers, layer
 from understudy.streaming import rowwise
-from understudy.training import Method, SetupContext, Shapes, Term, TrainState
+from understudy.training import Method, Requirements, SetupContext, Shapes, Term, TrainState
 from understudy.training.schedules import anneal
 from understudy.training.shapes import look
 
@@ -95,6 +95,10 @@ class TRG(Method):
         if self.beta and self.k >= number:
             raise ValueError(f"k is {self.k} and a group has {number} tokens: k must be less than that")
         return self
+
+    @property
+    def requires(self) -> Requirements:
+        return Requirements(teacher_layers=True, temperature=self.temperature)
 
     def taps(self, side: Side, rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer

@@ -1,12 +1,14 @@
-"""Taps: what inner layers say during one forward pass. Every hook is gone afterwards."""
+"""Inner layers of a model during a forward pass: read them (`tapped`), edit them (`edited`), or run the model from one on
+(`entered`). Every hook is gone afterwards, also after an exception."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from understudy.errors import InputError, nearest
@@ -28,15 +30,99 @@ def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
     for name, module in modules.items():
         if name not in seen:
-            raise InputError(
-                f"Tap {name!r} sits on a {type(module).__name__} that this forward pass never called. Choose a layer "
-                "that the model runs."
-            )
+            raise _never_called(name, module)
+
+
+def _never_called(name: str, module: nn.Module) -> InputError:
+    return InputError(
+        f"Tap {name!r} sits on a {type(module).__name__} that this forward pass never called. Choose a layer that the model "
+        "runs."
+    )
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    first = output if isinstance(output, Tensor) else output[0]
-    seen[name] = first
+    seen[name] = _first(output)
+
+
+def _replaced(output: Any, value: Tensor) -> Any:
+    """The output of a layer with its tensor (the first, of a tuple) replaced."""
+    if not isinstance(output, tuple):
+        return value
+    rest = output[1:]
+    return type(output)(value, *rest) if hasattr(output, "_fields") else (value, *rest)
+
+
+@contextmanager
+def edited(edits: Mapping[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+    """Change what inner layers give to the layers after them during the block.
+
+    Args:
+        edits: by name, a module and a function from its output to a tensor of the same shape (the first of several
+            outputs). Gradients flow through it.
+
+    Raises:
+        InputError: a module was not called, or an edit changes the shape.
+    """
+    called: set[str] = set()
+
+    def edit(name: str, change: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any, output: Any) -> Any:
+        before = _first(output)
+        after = change(before)
+        if after.shape != before.shape:
+            raise InputError(
+                f"Edit {name!r} turns the output {tuple(before.shape)} of a {type(module).__name__} into "
+                f"{tuple(after.shape)}: the layers after it expect the same shape."
+            )
+        called.add(name)
+        return _replaced(output, after)
+
+    hooks = [module.register_forward_hook(partial(edit, name, change)) for name, (module, change) in edits.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, (module, _) in edits.items():
+        if name not in called:
+            raise _never_called(name, module)
+
+
+@contextmanager
+def entered(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """Run a model from an inner layer on: during the block the output of `module` is `value`, with gradient to it.
+
+    What the model computes before `module` runs without gradient and is thrown away, so the caller's forward pass takes its
+    ordinary inputs. Parameters after `module` should be frozen where only `value` is to get a gradient.
+
+    Raises:
+        InputError: the module was not called, or `value` has another shape than its output.
+    """
+    grad, called = torch.is_grad_enabled(), False
+
+    def enter(module: nn.Module, inputs: Any, output: Any) -> Any:
+        nonlocal called
+        called = True
+        if _first(output).shape != value.shape:
+            raise InputError(
+                f"A {type(module).__name__} gives {tuple(_first(output).shape)} here and {tuple(value.shape)} is to take its "
+                "place: give a value of that shape."
+            )
+        torch.set_grad_enabled(grad)
+        return _replaced(output, value)
+
+    hook = module.register_forward_hook(enter)
+    torch.set_grad_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        hook.remove()
+    if not called:
+        raise _never_called("entered", module)
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:
@@ -52,9 +138,8 @@ def called_layers(model: nn.Module, run: Any) -> list[tuple[nn.Module, Tensor]]:
     calls: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, Tensor):
-            calls.append((module, first))
+        if isinstance(_first(output), Tensor):
+            calls.append((module, _first(output)))
 
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     try:

@@ -154,7 +154,7 @@ def _vocabulary(recipe: Recipe) -> int:
 def outlines(recipe: Recipe, found: Setting) -> tuple[ModelAdapter, ModelAdapter | None]:
     """Both sides on `meta`; no teacher where a method asks for none."""
     method = recipe.build_method()
-    asks = "teacher" in method.asks
+    asks = method.requires.in_steps
     if asks and recipe.teacher is None:
         raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
 

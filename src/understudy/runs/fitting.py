@@ -26,10 +26,11 @@ from understudy.runs.teachers import teacher_of
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
-from understudy.training import DistillationTrainer, Rollouts, TrainModule, last_complete
-from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
+from understudy.training import DistillationTrainer, Rollouts, SetupContext, TrainModule, last_complete
+from understudy.training.arguments import StopOnSignal, epoch_length, total_steps, training_arguments
 from understudy.training.dry_run import dry_run, dry_run_stored
 from understudy.training.shapes import probe
+from understudy.training.validation import Validation
 
 
 def trainer_for(
@@ -38,6 +39,7 @@ def trainer_for(
     student: ModelAdapter,
     teacher: ModelAdapter | None,
     tables: Mapping[str, Tensor],
+    context: SetupContext,
     folder: Path,
     meter: CostMeter,
     progress: bool,
@@ -50,29 +52,37 @@ def trainer_for(
     """
     task = get_task(recipe.task)
     args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
-    total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
+    total = total_steps(args, epoch_length(method, args) or len(prepared.train))
     asked = teacher_of(recipe, prepared, method, teacher, student, home or folder)
     example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    sides = {"student": student, "teacher": teacher if "teacher" in method.asks else None}
+    sides = {"student": student, "teacher": teacher if method.requires.in_steps else None}
     taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
     shapes = probe(method, prepared.classes, sides, taps, example, tables)
     train_module = TrainModule(
-        student, method, shapes, total, recipe.reduction, taps["student"], tables=tables, seed=recipe.seed
+        student,
+        method,
+        shapes,
+        total,
+        recipe.reduction,
+        taps["student"],
+        tables=tables,
+        seed=recipe.seed,
+        context=context,
     )
     callbacks: list[TrainerCallback] = [StopOnSignal()]
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
-    if asked is None and teacher is not None and "teacher" in method.asks:
+    if asked is None and teacher is not None and method.requires.in_steps:
         place = (recipe.teacher.device if recipe.teacher else None) or args.device
         name = recipe.teacher.model if recipe.teacher else "teacher"
-        features, sharded = "teacher_features" in method.asks, place == SHARDED
+        features, sharded = method.requires.teacher_features, place == SHARDED
         device = args.device if sharded else place
         asked = LocalTeacher(teacher, name, device, features=features, taps=taps["teacher"], sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
-    kept = teacher if isinstance(teacher, Ensemble) and "teacher" in method.asks else asked
-    if isinstance(kept, (CachedTeacher, Ensemble)) and not method.queries:
+    kept = teacher if isinstance(teacher, Ensemble) and method.requires.in_steps else asked
+    if isinstance(kept, (CachedTeacher, Ensemble)) and method.requires.teacher == "outputs":
         dry_run_stored(train_module, kept, example)
     rollouts = _rollouts(recipe, train_module, asked, prepared, args, folder, meter)
     return DistillationTrainer(
@@ -81,9 +91,8 @@ def trainer_for(
         prepared.train,
         prepared.collate,
         teacher=asked,
-        validation=prepared.validation,
-        validate=partial(_validation, task, prepared, recipe.evaluation_batch),
-        patience=recipe.patience,
+        validation_dataset=prepared.validation,
+        validation=Validation(partial(_validation, task, prepared, recipe.evaluation_batch), recipe.patience),
         augmentation=prepared.augmentation,
         meter=meter,
         metrics_file=folder / "metrics.jsonl",
@@ -162,7 +171,7 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
     together()
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-    trainer.make_whole()
+    trainer.ranks.make_whole()
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start
     return trainer.state.global_step < trainer.state.max_steps and not trainer.settled

@@ -228,7 +228,7 @@ def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
         return
     if kind != "text":
         raise InputError(f"on_policy lets the student write text and {recipe.task!r} is a {kind} task: leave it out.")
-    if recipe.teacher is None or "teacher" not in method.asks:
+    if recipe.teacher is None or not method.requires.in_steps:
         raise InputError(
             f"on_policy has a teacher judge the student's own samples and method {recipe.method!r} asks none: choose a "
             "method with a teacher (kd, taid), or leave it out."

@@ -147,7 +147,7 @@ def _fit(
     context = _setup_context(recipe, prepared, student, shown, home, hashes)
     tables = method.setup(context)
     student = method.student(student, context)
-    trainer = trainer_for(recipe, prepared, student, teacher, tables, folder, meter, progress, home)
+    trainer = trainer_for(recipe, prepared, student, teacher, tables, context, folder, meter, progress, home)
     findings.notes.extend(getattr(trainer.teacher, "notes", []))
     if train(trainer, folder):
         record("interrupted")
@@ -240,7 +240,7 @@ def load_teacher(
     """The recipe's teacher, trained first if the recipe says so; `None` where a cache or server answers in its place."""
     spec, method = recipe.teacher, recipe.build_method()
     if spec is None:
-        if "teacher" in method.needs | method.asks:
+        if method.requires.needs_teacher:
             raise InputError(f"Method {recipe.method!r} needs a teacher and the recipe names none: set `teacher`.")
         return None
     if spec.members:

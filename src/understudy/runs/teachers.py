@@ -33,16 +33,16 @@ def teacher_of(
         model: the loaded teacher, if there is one; refused where the method asks more of it than it can say.
         home: where the scores of a server are kept and shared.
     """
-    if "teacher" not in method.asks or recipe.teacher is None:
+    if not method.requires.in_steps or recipe.teacher is None:
         return None
     if isinstance(model, Ensemble):
         _outputs_alone(method, "an ensemble has no inner layer of its own")
     elif isinstance(model, OtherTokenizer):
         _outputs_alone(method, "its tokens are not the student's")
-        if getattr(method, "temperature", 1.0) != 1.0:
+        if method.requires.temperature != 1.0:
             raise InputError(
                 "Teacher and student have different tokenizers, and the likelihood of a text is taken at temperature 1: "
-                f"set options.temperature=1 (it is {method.temperature})."  # type: ignore[attr-defined]
+                f"set options.temperature=1 (it is {method.requires.temperature})."
             )
     if recipe.teacher.cache is not None:
         return _cached(recipe.teacher.cache, method, prepared)
@@ -156,7 +156,7 @@ def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
 
 
 def _outputs_alone(method: Method, reason: str) -> None:
-    if "teacher_features" in method.asks or type(method).taps is not Method.taps:
+    if method.requires.teacher_features or method.requires.teacher_layers:
         raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
 
 
@@ -177,7 +177,7 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapt
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
     _outputs_alone(method, "a server gives scores of tokens alone")
-    asked = getattr(method, "temperature", 1.0)
+    asked = method.requires.temperature
     if asked != 1.0:
         raise InputError(
             f"A server scores at temperature 1 and method {method.name!r} asks for {asked}: set options.temperature=1.0."

@@ -109,7 +109,7 @@ class ImageGeneration(TaskDefaults):
         references = {s: _reference(source, s, own, many) for s in ("validation", "test")}
         samples = own["samples"] or (4000 if world else 600)
         sets: dict[str, Any] = {s: NoiseSet(samples, s, classes, references[s]) for s in ("validation", "test")}
-        if "teacher" in recipe.build_method().needs:
+        if recipe.build_method().requires.needs_teacher:
             sets["train"] = NoiseSet(own["size"], "train", classes)
         else:  # a method without a teacher learns from the examples
             sets["train"] = _examples(source, bool(classes))

@@ -11,7 +11,7 @@ from torch import Tensor
 from understudy.data.packing import Tree, waste
 from understudy.errors import InputError, nearest
 from understudy.models.layouts import PACKING, Packing
-from understudy.training.order import EpochShuffle
+from understudy.training.order import EpochSampler
 
 BATCHES = 16
 """How many batches of the first epoch are looked at."""
@@ -33,7 +33,7 @@ def padding_notes(
 ) -> list[str]:
     """What packing saves on the first batches of a run; nothing where there is nothing to save."""
     size = int(recipe.trainer.get("per_device_train_batch_size", 8))
-    order = islice(EpochShuffle(len(examples), recipe.seed), BATCHES * size)
+    order = islice(EpochSampler(len(examples), recipe.seed), BATCHES * size)
     chosen = [sequences(examples[i]) for i in order]
     batches = []
     for start in range(0, len(chosen), size):

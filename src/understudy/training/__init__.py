@@ -2,9 +2,10 @@
 
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete
-from understudy.training.method import Method, MethodState, Term, TrainState
+from understudy.training.method import Method, MethodState, Requirements, TeacherUse, TrainState
 from understudy.training.on_policy import OnPolicy
 from understudy.training.pipeline import Pipeline, PipelineContext
+from understudy.training.reduction import Term
 from understudy.training.rollouts import Rollouts
 from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
@@ -20,9 +21,11 @@ __all__ = [
     "OnPolicy",
     "Pipeline",
     "PipelineContext",
+    "Requirements",
     "Rollouts",
     "SetupContext",
     "Shapes",
+    "TeacherUse",
     "Term",
     "TrainModule",
     "TrainState",

@@ -34,12 +34,21 @@ def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> Tr
         raise InputError(f"Bad trainer options: {' '.join(str(error).split())}") from error
 
 
+def update_size(args: TrainingArguments) -> int:
+    """Examples of one update, over all micro-batches and ranks."""
+    return int(args.train_batch_size * max(1, args.world_size) * args.gradient_accumulation_steps)
+
+
+def epoch_length(method: Any, args: TrainingArguments) -> int | None:
+    """Examples that an epoch draws where the method sets its length, else `None`: each example once."""
+    return method.epoch_steps * update_size(args) if method.epoch_steps is not None else None
+
+
 def total_steps(args: TrainingArguments, examples: int) -> int:
-    """Optimizer steps of a run over `examples`."""
+    """Optimizer steps of a run whose epochs have `examples`."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    batch = args.train_batch_size * max(1, args.world_size) * args.gradient_accumulation_steps
-    return int(-(-examples // batch) * args.num_train_epochs)
+    return int(-(-examples // update_size(args)) * args.num_train_epochs)
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,7 +1,7 @@
-"""Players: parts of a method with an objective and an optimiser of their own (bilevel weights, an adversary).
+"""Auxiliary optimisers: parts of a method with an objective of their own (bilevel weights, an adversary, a critic).
 
-A player moves before the student in an update, or instead of it. Its gradient is taken with respect to its own
-parameters alone, so neither student nor teacher can be touched by its move.
+In an update they step before the student, or instead of it, as the method's `update_schedule` says. The gradient of an
+auxiliary loss is taken with respect to its own parameters alone, so neither student nor teacher can be touched by it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter, evaluating
 from understudy.teachers import Teacher
+from understudy.training.reduction import Counts, Term, sum_terms
 
-PATIENCE = 10
-"""Moves in a row that may fail for a gradient that is not finite; each halves the step size."""
+MOST_FAILURES = 10
+"""Steps in a row whose gradient may be not finite; each halves the learning rate."""
 
 
 @dataclass(frozen=True)
 class AuxiliaryOptimizer:
-    """Which own modules a player moves, and how.
+    """Which of the method's modules an optimiser trains, and how.
 
     Args:
         modules: names from `Method.modules`. They leave the student's optimiser.
@@ -43,11 +44,12 @@ class AuxiliaryOptimizer:
 
 @dataclass
 class AuxiliaryContext:
-    """What a player sees of one update.
+    """What an auxiliary loss sees of one update.
 
     Args:
-        student: in evaluation mode. teacher: answers `teacher(batch)`, and `through(batch)` with gradient to the inputs.
-        batches: the micro-batches of the update on this rank. count: rows over all micro-batches and ranks.
+        student: in evaluation mode. teacher: called with a batch, and `through(batch)` with gradient to the inputs.
+        batches: the micro-batches of the update on this rank. counts: what the update divides by, over all ranks.
+        reduction: how rows weigh.
         validation: `validation(n)` gives n validation examples that depend on seed and step alone (all if there are
             fewer, or if n is `None`), the same on every rank.
         total: sums each tensor over the ranks.
@@ -56,60 +58,75 @@ class AuxiliaryContext:
     student: ModelAdapter
     teacher: Teacher | None
     batches: Sequence[Batch]
-    count: float
+    counts: Counts
     validation: Callable[[int | None], Batch]
     total: Callable[[Sequence[Tensor]], list[Tensor]]
+    reduction: str = "token_mean"
+
+    @property
+    def count(self) -> float:
+        """What a term without a count of its own is divided by."""
+        return max(1.0, self.counts.units)
 
 
 class AuxiliaryOptimizers:
-    """The optimisers of all players, and their moves.
+    """The auxiliary optimisers of a method, and their steps.
 
     Args:
-        players: by name. modules: the method's own modules.
+        auxiliary: by name. modules: the method's own modules.
     """
 
     def __init__(self, auxiliary: Mapping[str, AuxiliaryOptimizer], modules: Mapping[str, nn.Module]) -> None:
         self.parameters = {
-            name: [p for m in name.modules for p in modules[m].parameters()] for name, name in auxiliary.items()
+            name: [p for m in part.modules for p in modules[m].parameters()] for name, part in auxiliary.items()
         }
-        self.optimizers = {name: name.build(self.parameters[name]) for name, name in auxiliary.items()}
+        self.optimizers = {name: part.build(self.parameters[name]) for name, part in auxiliary.items()}
         self.failed = dict.fromkeys(auxiliary, 0)
         for parameters in self.parameters.values():
             for parameter in parameters:
                 parameter.requires_grad_(False)  # the student's optimiser and DDP are not to know of them
 
-    def move(
-        self, name: str, terms: Callable[[], Iterator[Mapping[str, Any]]], context: AuxiliaryContext
+    def step(
+        self, name: str, terms: Callable[[], Iterator[Mapping[str, Term]]], context: AuxiliaryContext
     ) -> dict[str, Tensor]:
-        """One step of a player on the sum of its terms over the update's count; the sums of each term's values."""
+        """One step of an optimiser on its loss over the whole update.
+
+        Args:
+            terms: gives the loss's terms for each micro-batch of `context.batches`, in order. Rows weigh and terms are
+                divided as in the student's loss.
+
+        Returns:
+            The sum of each term's values over this rank's rows.
+        """
         own = self.parameters[name]
         grads = [torch.zeros_like(p) for p in own]
-        sums: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for parameter in own:
             parameter.requires_grad_(True)
         try:
             with evaluating(context.student):
-                for found in terms():
-                    loss = sum((t.weight * t.values.sum() for t in found.values()), torch.zeros(()))
-                    parts = torch.autograd.grad(loss / context.count, own, allow_unused=True)
+                for batch, found in zip(context.batches, terms(), strict=True):
+                    sums = sum_terms(found, batch, context.reduction, context.counts.own)
+                    loss: Any = sum(context.counts.divide(n, v) for n, v in sums.losses.items())
+                    parts = torch.autograd.grad(loss, own, allow_unused=True)
                     for grad, part in zip(grads, parts, strict=True):
                         if part is not None:
                             grad.add_(part)
-                    for term, values in found.items():
-                        sums[term] = sums.get(term, 0.0) + values.values.detach().sum()
+                    for term, value in sums.values.items():
+                        values[term] = values.get(term, 0.0) + value
         finally:
             for parameter in own:
                 parameter.requires_grad_(False)
-        self._step(name, context.total(grads))
-        return sums
+        self._apply(name, context.total(grads))
+        return values
 
-    def _step(self, name: str, grads: Sequence[Tensor]) -> None:
+    def _apply(self, name: str, grads: Sequence[Tensor]) -> None:
         optimizer = self.optimizers[name]
         if not all(bool(g.isfinite().all()) for g in grads):
             self.failed[name] += 1
-            if self.failed[name] >= PATIENCE:
+            if self.failed[name] >= MOST_FAILURES:
                 raise InputError(
-                    f"The gradient of {name!r} was not finite {PATIENCE} times in a row: lower its learning rate, or "
+                    f"The gradient of {name!r} was not finite {MOST_FAILURES} times in a row: lower its learning rate, or "
                     "look at what it is fed."
                 )
             for group in optimizer.param_groups:

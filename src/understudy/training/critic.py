@@ -17,7 +17,7 @@ from understudy.errors import InputError
 from understudy.losses import binary_cross_entropy
 from understudy.models.adapters import evaluating
 from understudy.models.pairs import Pair, PairClassifier, is_new_pairs, load_pairs, new_pairs
-from understudy.training.order import EpochShuffle
+from understudy.training.order import EpochSampler
 
 View = Callable[[int, Pair], Pair]
 
@@ -67,7 +67,7 @@ def fit_critic(
     with torch.no_grad():
         model.output().bias.fill_(base_rate_bias(sum(labels) / len(labels)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=fit.weight_decay)
-    order = EpochShuffle(len(pairs), fit.seed)
+    order = EpochSampler(len(pairs), fit.seed)
     history: list[float] = []
     best_state, step, rate, waiting = model.state_dict(), 0, fit.lr, 0
     torch.manual_seed(fit.seed)

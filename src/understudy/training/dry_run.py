@@ -55,7 +55,7 @@ def dry_run(
     mark = {"source": torch.ones(len(rows), dtype=torch.long), "sampled": torch.zeros(len(rows), dtype=torch.long)}
     batch = Batch.from_dict({**collate(rows), **mark}).to(next(student.parameters()).device)
     try:
-        _try(train_module, batch, None if method.queries else teacher(batch))
+        _try(train_module, batch, teacher(batch) if method.requires.teacher == "outputs" else None)
     except InputError as error:
         raise InputError(
             f"Method {method.name!r} cannot learn from the student's own samples, which have no labels: {error} Choose "

@@ -2,28 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from understudy.errors import InputError
 
-class EpochShuffle(Sampler[int]):
-    """A permutation of the data set that depends on seed and epoch alone, so a resumed run sees the same order."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+@dataclass(frozen=True)
+class Sampling:
+    """Which examples an epoch draws, in place of each one once.
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    Args:
+        indices: `[n]`, the examples to draw from; all if not given.
+        weights: `[n]`, draw with replacement in proportion to these; without them each once, again and again where the
+            epoch is longer.
+        streams: parts of every micro-batch in place of `indices`: pairs of indices and how many of them a micro-batch has.
+            Each stream is shuffled and begins again when it is at its end.
+    """
+
+    indices: Tensor | None = None
+    weights: Tensor | None = None
+    streams: Sequence[tuple[Tensor, int]] = ()
+
+
+class EpochSampler(Sampler[int]):
+    """The order of an epoch's examples. It depends on seed, epoch and the epoch's `Sampling` alone, so a resumed run sees
+    the same.
+
+    Args:
+        examples: of the data set. length: draws an epoch; the data set's size if not given.
+    """
+
+    def __init__(self, examples: int, seed: int, length: int | None = None) -> None:
+        self.examples, self.seed, self.epoch = examples, seed, 0
+        self.length = examples if length is None else length
+        self.sampling: Sampling | None = None
+
+    def set_epoch(self, epoch: int, sampling: Sampling | None = None) -> None:
+        """Begin an epoch, with what it draws from.
+
+        Raises:
+            InputError: there is nothing to draw from, or an index or weight that cannot be drawn.
+        """
+        self.epoch, self.sampling = epoch, sampling
+        if sampling is not None:
+            parts: list[Tensor | None] = [indices for indices, _ in sampling.streams] or [sampling.indices]
+            for part in (p for p in parts if p is not None):
+                if not len(part) or int(part.min()) < 0 or int(part.max()) >= self.examples:
+                    raise InputError(f"An epoch draws from {len(part)} of {self.examples} examples: give some of them.")
+            w, n = sampling.weights, self.examples if sampling.indices is None else len(sampling.indices)
+            if w is not None and (len(w) != n or not bool((w >= 0).all()) or not 0 < float(w.sum()) < float("inf")):
+                raise InputError(f"Sampling weights are one number of at least 0 for each of {n} examples, not all 0.")
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
+        chosen = self.sampling or Sampling()
+        if chosen.streams:
+            rounds = -(-self.length // sum(number for _, number in chosen.streams))
+            columns = [_shuffled(i, rounds * number, generator).view(rounds, number) for i, number in chosen.streams]
+            return iter(torch.cat(columns, 1).flatten()[: self.length].tolist())
+        every = torch.arange(self.examples) if chosen.indices is None else chosen.indices
+        if chosen.weights is not None:
+            drawn = torch.multinomial(chosen.weights.double(), self.length, replacement=True, generator=generator)
+            return iter(every[drawn].tolist())
+        return iter(_shuffled(every, self.length, generator).tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and what it draws from, which a method may have chosen by weights that have changed since."""
+        chosen = self.sampling
+        held = None
+        if chosen is not None:
+            held = {"indices": chosen.indices, "weights": chosen.weights, "streams": [list(s) for s in chosen.streams]}
+        return {"epoch": self.epoch, "sampling": held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        held = state["sampling"]
+        chosen = None
+        if held is not None:
+            chosen = Sampling(held["indices"], held["weights"], [(i, int(n)) for i, n in held["streams"]])
+        self.set_epoch(state["epoch"], chosen)
+
+
+def _shuffled(indices: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """`number` draws: permutations of `indices` one after the other."""
+    parts, left = [], number
+    while left > 0:
+        part = indices[torch.randperm(len(indices), generator=generator)][:left]
+        parts.append(part)
+        left -= len(part)
+    return torch.cat(parts) if parts else indices[:0]
 
 
 class Share(Sampler[list[int]]):

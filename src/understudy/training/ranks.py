@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from understudy.data import Batch
@@ -30,15 +31,35 @@ LAUNCHED = "ACCELERATE_USE_FSDP"
 """Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
 
 
-class OnRanks(Trainer):
-    """`Trainer` whose result does not depend on how many processes share the work, or on how its weights are held."""
+class Ranks:
+    """The processes of a run: each rank's share of the data, sums over ranks, and a sharded student in one piece again.
 
-    model: Any
-    data_collator: Any
-    rollouts: Any = None
-    _outline: Any = None
+    Args:
+        trainer: whose accelerator, arguments and rollouts are used. train_module: student and method.
+    """
 
-    def __init__(self, model: TrainModule, args: TrainingArguments, **rest: Any) -> None:
+    def __init__(self, trainer: Any, train_module: TrainModule) -> None:
+        self.trainer, self.accelerator, self.args = trainer, trainer.accelerator, trainer.args
+        self.model = train_module
+        self.several = self.args.world_size > 1
+        self._outline: Any = None
+        method, student = train_module.method, train_module.student
+        self.zero_stage = zero.stage_of(self.accelerator)
+        if trainer.is_deepspeed_enabled:
+            zero.check(self.args)
+            _refuse_what_needs_whole_weights(method, "trainer.deepspeed")
+        if self.zero_stage == 3:
+            zero.share_head(train_module)
+        if trainer.is_fsdp_enabled:
+            _refuse_what_cannot_be_sharded(method, student, self.accelerator.state.fsdp_plugin)
+            own_end = type(method).export is not Method.export or type(student).save is not ModelAdapter.save
+            self._outline = outline(student) if own_end else None
+
+    # -- setting up ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_arguments(args: TrainingArguments) -> None:
+        """Refuse to shard over one process; use one GPU of several that a single process sees."""
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(
                 "trainer.fsdp shards over processes and there is one: start with `torchrun --nproc_per_node N -m understudy`, "
@@ -46,89 +67,106 @@ class OnRanks(Trainer):
             )
         if args.n_gpu > 1:
             args._n_gpu = 1  # replicas in threads copy weights at each step; several GPUs are for several processes
-        super().__init__(model=model, args=args, **rest)
-        self.zero_stage = zero.stage_of(self.accelerator)
-        if self.is_deepspeed_enabled:
-            zero.check(args)
-            _refuse_what_needs_whole_weights(model.method, "trainer.deepspeed")
-        if self.zero_stage == 3:
-            zero.share_head(model)
-        if self.is_fsdp_enabled:
-            _refuse_what_cannot_be_sharded(model.method, model.student, self.accelerator.state.fsdp_plugin)
-            own_end = (
-                type(model.method).export is not Method.export or type(model.student).save is not ModelAdapter.save
-            )
-            self._outline = outline(model.student) if own_end else None
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """FSDP2 works on CPUs too, where accelerate would leave the plugin aside without a word and run DDP."""
+    @staticmethod
+    @contextmanager
+    def own_environment() -> Iterator[str | None]:
+        """Gives what the launcher says of FSDP; what a run's arguments put there is not for the next run."""
         launched = os.environ.get(LAUNCHED)
-        super().create_accelerator_and_postprocess()
-        os.environ.pop(LAUNCHED, None)  # what this run's arguments put there is not for the next run in this process
-        if launched is not None:
-            os.environ[LAUNCHED] = launched
-        state, wanted = self.accelerator.state, self.args.fsdp_plugin_args
+        try:
+            yield launched
+        finally:
+            os.environ.pop(LAUNCHED, None)
+            if launched is not None:
+                os.environ[LAUNCHED] = launched
+
+    @staticmethod
+    def apply_fsdp(accelerator: Any, args: TrainingArguments, launched: str | None) -> bool:
+        """FSDP2 on CPUs too, where accelerate would leave the plugin aside without a word and run DDP. True if so."""
+        state, wanted, changed = accelerator.state, args.fsdp_plugin_args, False
         if state.distributed_type == DistributedType.MULTI_CPU and (wanted or str_to_bool(launched or "false")):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**(wanted or {}))
-            if self.accelerator.mixed_precision != "no":
-                state.fsdp_plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            if accelerator.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
             state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
+            changed = True
         plugin: Any = getattr(state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if isinstance(policy, MixedPrecisionPolicy):
             # Half precision is for the products, not for sums of losses or gradients.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, reduce_dtype=torch.float32)
+        return changed
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """One process: as transformers makes it. Several: each rank's share, without the examples that are repeated
-        elsewhere to make the last round even."""
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def dataloader(self, order: Any, data: Any, collate: Any) -> DataLoader[Any]:
+        """This rank's share of every round, without the examples that are repeated elsewhere to make the last one even."""
         args = self.args
-        if args.world_size == 1:
-            return super().get_train_dataloader()
-        order = self._get_train_sampler(self.train_dataset)
-        assert order is not None
         share = Share(order, args.train_batch_size, args.world_size, args.process_index, args.dataloader_drop_last)
-        data = Shared(self.train_dataset, self.data_collator)
+        shared = Shared(data, collate)
         return DataLoader(
-            data,
+            shared,
             batch_sampler=share,
-            collate_fn=data.collate,
+            collate_fn=shared.collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
 
-    def make_whole(self) -> None:
-        """After training: a student that DeepSpeed partitioned, or that a method or its kind ends in a way of its own, is
-        an ordinary model again, on every rank."""
-        if self.is_deepspeed_enabled:
-            zero.whole_again(self.model_wrapped, self.model)
-        if self.is_fsdp_enabled:
-            unwrap(self.model)
-        if self._outline is not None:
-            fill(self._outline, self.model.student)
-            self.model.student = self.model.train_state.student = self._outline
-
-    def _take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
+    def take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
         """The micro-batches of an update, and which of them count on this rank."""
-        if self.rollouts is not None:
-            samples = self.rollouts.take(epoch_iterator, number, self.state.global_step, self.accelerator.autocast)
+        rollouts = self.trainer.rollouts
+        if rollouts is not None:
+            step = self.trainer.state.global_step
+            samples = rollouts.take(epoch_iterator, number, step, self.accelerator.autocast)
         else:
             samples = list(itertools.islice(epoch_iterator, number))
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
 
-    def _company(self, batches: Sequence[Batch], counting: Sequence[bool]) -> list[Batch]:
-        """Those that count, and the others without a row that does: a teacher that is spread over the ranks waits for all."""
+    def companions(self, batches: Sequence[Batch], counting: Sequence[bool]) -> list[Batch]:
+        """The batches with the labels of those that do not count here ignored, or without them where no row would be left
+        to ignore."""
         pairs = zip(batches, counting, strict=True)
         kept = [b if counts else replace(b, labels=torch.full_like(b.labels, IGNORE)) for b, counts in pairs]
         return [b for b, counts in zip(kept, counting, strict=True) if counts or not b.num_items]
 
-    def _of_all(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A player's sums, and 0 for those of other ranks alone: one that nothing is left for has none of its own, and all
-        are to reduce the same."""
-        if self.args.world_size == 1:
+    # -- sums ---------------------------------------------------------------------------------------------------
+
+    def sum_numbers(self, values: list[float]) -> list[float]:
+        """Each number summed over the ranks."""
+        if not self.several:
+            return values
+        found: list[float] = self.sum_tensors([torch.tensor(values, device=self.args.device)])[0].tolist()
+        return found
+
+    def sum_tensors(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the ranks."""
+        return [self.accelerator.reduce(v, "sum") if self.several else v for v in values]
+
+    def sum_gradients(self, gradients: list[Tensor | None], named: Sequence[tuple[str, Tensor]]) -> list[Tensor | None]:
+        """Gradients of `named` parameters summed over the ranks; one that a rank lacks counts as 0."""
+        if not self.several:
+            return gradients
+        pairs = zip(gradients, named, strict=True)
+        return list(self.sum_tensors([g if g is not None else torch.zeros_like(p) for g, (_, p) in pairs]))
+
+    def same_names(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums of an auxiliary loss, and 0 for those that other ranks have alone: all ranks are to reduce the same."""
+        if not self.several:
             return sums
         return {name: sums.get(name, torch.zeros((), device=self.args.device)) for name in gather_object(list(sums))}
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def make_whole(self) -> None:
+        """After training: a student that was partitioned, or that a method or its kind ends in a way of its own, is an
+        ordinary model again, on every rank."""
+        if self.trainer.is_deepspeed_enabled:
+            zero.whole_again(self.trainer.model_wrapped, self.model)
+        if self.trainer.is_fsdp_enabled:
+            unwrap(self.model)
+        if self._outline is not None:
+            fill(self._outline, self.model.student)
+            self.model.student = self.model.train_state.student = self._outline
 
 
 def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
@@ -178,7 +216,7 @@ def _refuse_empty_weights(asked: bool) -> None:
 
 def _refuse_what_needs_whole_weights(method: Method, option: str) -> None:
     reasons = {
-        "has players with optimisers of their own": bool(method.auxiliary_optimizers()),
+        "has auxiliary optimisers": bool(method.auxiliary_optimizers()),
         "merges gradients of whole weights": method.merges_gradients,
     }
     for reason, holds in reasons.items():

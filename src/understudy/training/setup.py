@@ -6,13 +6,14 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from understudy.data import Batch
+from understudy.data.columns import Column
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
 from understudy.training.checkpoint import load_tree, save_tree
@@ -40,6 +41,17 @@ class SetupContext:
     seed: int = 0
     teacher_train: Any = None
     eval_split: str = "test"
+    columns: dict[str, Column] = field(default_factory=dict)
+
+    def add_column(self, column: Column) -> None:
+        """Give a number to every example or token of the training data, for the loss to read as `state.columns[name]`.
+
+        Raises:
+            InputError: there is a column of this name.
+        """
+        if column.name in self.columns:
+            raise InputError(f"There is a column {column.name!r} already: choose another name.")
+        self.columns[column.name] = column
 
     def live_teacher(self) -> ModelAdapter:
         """The teacher's own model, for a stage that reads it.

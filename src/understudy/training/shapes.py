@@ -60,7 +60,7 @@ def probe(
     """The shapes a method sees on `batch`: each side shows what the method asks of it and taps."""
     found: dict[str, Any] = {}
     for side, prefix in (("student", ""), ("teacher", "teacher_")):
-        model, asks = sides[side], f"{prefix}features" in method.asks
+        model, asks = sides[side], getattr(method.requires, f"{prefix}features")
         if model is None or not (asks or taps[side]):
             continue
         rows = look(model, batch, features=asks, taps=taps[side])

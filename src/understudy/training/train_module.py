@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.losses.reduction import row_weights
 from understudy.models import ModelAdapter, ModelOutput, find_head
 from understudy.models.sharding import block_names
 from understudy.training.method import Method, TrainState
+from understudy.training.reduction import TermSums, sum_terms
+from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
 
 
@@ -31,7 +32,7 @@ class TrainModule(nn.Module):
         total: optimizer steps of the run.
         reduction: what an update divides by, as in `understudy.losses.reduction`.
         taps: inner layers of the student that the method reads.
-        tables: what the method's data stage returned. seed: of the run.
+        tables: what the method's `setup` returned. context: what it was given. seed: of the run.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TrainModule(nn.Module):
         taps: Mapping[str, nn.Module] | None = None,
         tables: Mapping[str, Tensor] | None = None,
         seed: int = 0,
+        context: SetupContext | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -56,8 +58,10 @@ class TrainModule(nn.Module):
             modules=dict(self.own.items()),
             companions=dict(self.companions.items()),
             tables=dict(tables or {}),
+            columns=context.columns if context is not None else {},
+            context=context,
             student=student,
-            state=method.init_state(total),
+            method_state=method.init_state(total),
             total=total,
             seed=seed,
         )
@@ -88,23 +92,13 @@ class TrainModule(nn.Module):
             gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, **more
         )
 
-    def forward(self, batch: Batch, teacher: ModelOutput | None) -> dict[str, Tensor]:
-        """Sum of each term over the batch's rows, times its weight: `{name: scalar}`; `{name}/value` is detached."""
-        rows = self.student(batch, "features" in self.method.asks, self._taps)
+    def forward(self, batch: Batch, teacher: ModelOutput | None) -> TermSums:
+        """The sum of each term over the batch's rows."""
+        output = self.student(batch, self.method.requires.features, self._taps)
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
-            terms = self.method.loss(rows, teacher, batch, self.train_state)
-        sums: dict[str, Tensor] = {}
-        own_count = self.method.counts(batch)
-        for name, term in terms.items():
-            if name in own_count:
-                total = term.values.sum()
-            else:
-                weights, _ = row_weights(self.reduction, batch.sequence, term.values.dtype)
-                total = (term.values * weights).sum()
-            sums[name] = term.weight * total
-            sums[f"{name}/value"] = total.detach()
-        return sums
+            terms = self.method.loss(output, teacher, batch, self.train_state)
+        return sum_terms(terms, batch, self.reduction, self.method.counts(batch))
 
     def owners(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters with the part each belongs to: `backbone`, `head`, or an own module's name."""

@@ -1,37 +1,46 @@
 """One trainer for every method, on `transformers.Trainer`.
 
-What it adds: the teacher's targets, the one division (by the count over the whole update and all ranks), term means
-for the method's state, gradients of terms apart where a method merges them, and checkpoints that resume exactly.
+What it adds: the teacher's targets, one division by the count over the whole update and all ranks, term means for the
+method's state, gradients of single terms where a method merges them, steps of auxiliary optimisers, validation with the
+task's own metrics, and checkpoints that resume exactly. The parts are `ranks`, `saving`, `validation` and `auxiliary`;
+this class calls them from the places that `transformers.Trainer` gives.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from understudy.data import Batch, augment
 from understudy.errors import InputError
-from understudy.losses.reduction import row_weights
+from understudy.models.sharding import agreed, is_sharded, load_optimizer, load_state, together, usable, whole_state
 from understudy.teachers import Teacher
+from understudy.training import checkpoint as ck
+from understudy.training import saving
+from understudy.training.arguments import epoch_length
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizers
-from understudy.training.order import EpochShuffle, draw
+from understudy.training.order import EpochSampler, draw
+from understudy.training.ranks import Ranks
+from understudy.training.reduction import Counts, TermSums
 from understudy.training.rollouts import Rollouts
 from understudy.training.train_module import TrainModule
-from understudy.training.validation import Validate, Validating
+from understudy.training.validation import Validation
 
 
-class _Follow(TrainerCallback):
-    """Tells the trainer which epoch begins; at its first call it is also the place a resumed run lands in."""
+class _FollowSteps(TrainerCallback):
+    """Tells the trainer which epoch begins (also where a resumed run starts), and the method that a step has ended."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
@@ -40,27 +49,54 @@ class _Follow(TrainerCallback):
         self.trainer.begin_epoch(int((state.epoch or 0) + 1e-9))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        train_state = self.trainer.model.train_state
-        train_state.step = state.global_step
-        self.trainer.model.method.on_step_end(train_state)
+        module = self.trainer.model
+        module.train_state.step = state.global_step
+        module.method.on_step_end(module.train_state)
 
 
-class DistillationTrainer(Validating):
-    """Trains an `TrainModule` against a teacher.
+@dataclass
+class _Update:
+    """One optimizer step in progress.
 
     Args:
-        apprentice: student and method.
-        teacher: gives targets, or `None` for a method that needs none.
+        samples, counting: its micro-batches on this rank, and which of them count here. counts: what it divides by.
+        roles: whose parameters it moves: auxiliary optimisers by name, and `"student"`.
+        done: micro-batches done. values: sums of terms so far. gradients: of each term, where the method merges them.
+    """
+
+    samples: Sequence[Any]
+    counting: Sequence[bool]
+    counts: Counts
+    roles: Sequence[str] | None = None
+    done: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add sums of terms to those so far."""
+        for name, value in values.items():
+            held = self.values.get(name)
+            self.values[name] = value if held is None else held + value
+
+
+class DistillationTrainer(Trainer):
+    """Trains a `TrainModule` against a teacher. The result does not depend on how many processes share the work.
+
+    Args:
+        train_module: student and method.
         args: the training arguments of `transformers`.
         train_dataset, collate: examples, and how they become the tensors of a `Batch`.
-        validation: examples that players may draw from. validate: the validation metrics of a student, for evaluation on
-            the way (`eval_strategy`). patience: evaluations without gain after which training ends.
+        teacher: gives targets, or `None` for a method that needs none.
+        validation_dataset: examples that auxiliary losses may draw from.
+        validation: the task's metrics during training (`eval_strategy`), or `None`.
         augmentation: keyword options of `understudy.data.augment`, or `None`.
         meter: a cost meter with contexts `teacher()`, `student()`, `head()` and `step()`, or `None`.
         metrics_file: JSON lines, one per log. rollouts: puts the student's own samples into the batches, or `None`.
     """
 
     model: TrainModule
+    data_collator: Any
+    control: Any
 
     def __init__(
         self,
@@ -70,101 +106,95 @@ class DistillationTrainer(Validating):
         collate: Any,
         *,
         teacher: Teacher | None = None,
-        validation: Dataset[Any] | None = None,
-        validate: Validate | None = None,
-        patience: int | None = None,
+        validation_dataset: Dataset[Any] | None = None,
+        validation: Validation | None = None,
         augmentation: Mapping[str, Any] | None = None,
         meter: Any = None,
         metrics_file: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
-        if "teacher" in train_module.method.asks and teacher is None:
-            raise InputError(f"Method {train_module.method.name!r} needs a teacher and none was given: set `teacher`.")
+        method = train_module.method
+        if method.requires.in_steps and teacher is None:
+            raise InputError(f"Method {method.name!r} needs a teacher and none was given: set `teacher`.")
         args.remove_unused_columns = False
+        Ranks.check_arguments(args)
         super().__init__(
             model=train_module,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=validation,
+            eval_dataset=validation_dataset,
             data_collator=collate,
             callbacks=callbacks,
         )
+        self.ranks = Ranks(self, train_module)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(_Follow(self))
+        self.add_callback(_FollowSteps(self))
         self.loss_is_scaled_for_ga = True  # `compute_loss` already divides by the count of the whole update
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
-        self.augmentation, self.validate, self.patience = augmentation, validate, patience
-        self.rollouts = rollouts
+        self.augmentation, self.validation, self.rollouts = augmentation, validation, rollouts
+        self.validation_dataset = validation_dataset
         self._epoch = 0
-        self._counts: dict[str, Tensor] = {}
-        self._left = 0
-        self._sums: dict[str, Tensor] = {}
+        self._resumed_epoch: int | None = None
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        data: Any = train_dataset
+        self.sampler = EpochSampler(len(data), seed, epoch_length(method, args))
         self._means: dict[str, float] = {}
-        self._term_gradients: dict[str, list[Tensor | None]] = {}
-        self._update_schedule: Sequence[str] = ("student",)
-        self.validation = validation
+        self._update = _Update((), (), Counts())
         train_module.train_state.teacher = teacher
-        self.auxiliary = AuxiliaryOptimizers(
-            train_module.method.auxiliary_optimizers(), train_module.train_state.modules
-        )
-        if (train_module.method.merges_gradients or self.auxiliary.optimizers) and args.fp16:
-            raise InputError(
-                f"Method {train_module.method.name!r} makes gradients of its own and cannot scale them: use bf16."
-            )
+        self.auxiliary = AuxiliaryOptimizers(method.auxiliary_optimizers(), train_module.train_state.modules)
+        if (method.merges_gradients or self.auxiliary.optimizers) and args.fp16:
+            raise InputError(f"Method {method.name!r} makes gradients of its own and cannot scale them: use bf16.")
         if meter is not None:
             meter.watch("student", train_module.student)
+            train_module.head_timer = meter.head
             if teacher is not None:
                 meter.watch("teacher", getattr(teacher, "model", None))
 
-    # -- data ---------------------------------------------------------------------------------------------------
+    # -- processes and data -------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers does it, and FSDP2 on CPUs too."""
+        with Ranks.own_environment() as launched:
+            super().create_accelerator_and_postprocess()
+        if Ranks.apply_fsdp(self.accelerator, self.args, launched):
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """One process: as transformers makes it. Several: each rank's share of every round."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        return self.ranks.dataloader(self._get_train_sampler(), self.train_dataset, self.data_collator)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._sampler = EpochShuffle(len(self.train_dataset), seed)
-        return self._sampler
+        return self.sampler
 
     def begin_epoch(self, epoch: int) -> None:
+        """Set the epoch that order and augmentation depend on, and what the method draws from in it.
+
+        A run that is resumed inside an epoch goes on with the choice that was made as it began.
+        """
         self._epoch = epoch
-        self._sampler.set_epoch(epoch)
+        if self._resumed_epoch != epoch:
+            self.model.train_state.step = self.state.global_step
+            self.sampler.set_epoch(epoch, self.model.method.sampling(self.model.train_state))
+        self._resumed_epoch = None
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Collect the micro-batches of one update and count what the update divides by, over all ranks."""
-        samples, self._counting = self._take(epoch_iterator, num_batches)
-        found: dict[str, float] = {}
-        for sample, counts in zip(samples, self._counting, strict=True):
-            for name, number in self._units(Batch.from_dict(sample)).items():
-                found[name] = found.get(name, 0.0) + counts * number
-        total = torch.tensor(list(found.values()), device=self.args.device, dtype=torch.float32)
-        total = self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
-        self._counts, self._left = dict(zip(found, total.clamp(min=1.0), strict=True)), len(samples)
-        whole = dict(zip(found, total, strict=True))
-        self._samples, self._moved, self._empty = samples, False, not bool(whole["/rows"])
-        return samples, whole[""]
+        samples, counting = self.ranks.take(epoch_iterator, num_batches)
+        parts = [self._counts(s).scaled(float(c)) for s, c in zip(samples, counting, strict=True)]
+        counts = Counts.total(parts, self.ranks.sum_numbers) if parts else Counts()
+        self._update = _Update(samples, counting, counts)
+        return samples, torch.tensor(counts.units, device=self.args.device)
 
-    def _units(self, batch: Batch) -> dict[str, float]:
-        """What a micro-batch adds to each count; a sum adds nothing, and nothing divides by 1, but for the means."""
-        _, unit = row_weights(self.model.reduction, batch.sequence)
-        units = {"rows": batch.num_items, "sequences": batch.sequence.unique().numel(), "none": 0}[unit]
-        return {"": units, "/rows": batch.num_items, **self.model.method.counts(batch)}
+    def _counts(self, sample: Mapping[str, Any]) -> Counts:
+        batch = Batch.from_dict(sample)
+        return Counts.of(batch, self.model.reduction, self.model.method.counts(batch))
 
-    def _count(self, term: str) -> Tensor:
-        """What a term of this update is divided by: its own count, or that of the rows."""
-        return self._counts.get(term, self._counts[""])
-
-    # -- the step -----------------------------------------------------------------------------------------------
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of one micro-batch: this is the one place that divides."""
-        self._sums_of_batch = self._terms(model, inputs)
-        # DDP averages gradients over ranks; the count is already global, so the average is undone here.
-        sums = ((k, v) for k, v in self._sums_of_batch.items() if not k.endswith("/value"))
-        return sum(v * (self.accelerator.num_processes / self._count(k)) for k, v in sums)
-
-    def _batch(self, inputs: Any) -> Batch:
+    def batch(self, inputs: Mapping[str, Any]) -> Batch:
+        """A micro-batch as both sides see it: on the device, augmented, and as the method transforms it."""
         batch = Batch.from_dict(inputs).to(self.args.device)
         if self.augmentation is not None:
             batch.inputs["pixel_values"] = augment(
@@ -172,119 +202,254 @@ class DistillationTrainer(Validating):
             )
         return self.model.method.transform_batch(batch, self.model.train_state)
 
-    def _terms(self, model: Any, inputs: Any) -> dict[str, Tensor]:
-        batch = self._batch(inputs)
-        meter = self.meter
-        if meter is not None:
-            self.model.head_timer = meter.head
-        target = None
-        if self.teacher is not None and not self.model.method.queries:
-            with meter.teacher() if meter is not None else nullcontext():
-                target = self.teacher(batch)
-        sums: dict[str, Tensor] = model(batch, target)
-        if not self._counting[-self._left]:  # another rank has the last examples; this one only keeps it company
-            sums = {name: value * 0 for name, value in sums.items()}
-        for name, value in sums.items():
-            if name.endswith("/value"):
-                key = name.removesuffix("/value")
-                self._sums[key] = self._sums.get(key, torch.zeros_like(value)) + value
-        if meter is not None:
-            meter.rows += batch.num_items
-        return sums
+    # -- the step -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if not self._moved:
-            self.model.train_state.step = self.state.global_step
-            self._update_schedule = tuple(self.model.method.update_schedule(self.model.train_state))
-        with self.meter.step("+".join(self._update_schedule)) if self.meter is not None else nullcontext():
-            if not self._moved:
-                self._players_move()
-            if "student" not in self._update_schedule:
+        """Forward and backward of one micro-batch; auxiliary optimisers step before an update's first one."""
+        update, train_state = self._update, self.model.train_state
+        if update.roles is None:
+            train_state.step = self.state.global_step
+            update.roles = tuple(self.model.method.update_schedule(train_state))
+        with self.meter.step("+".join(update.roles)) if self.meter is not None else nullcontext():
+            if update.done == 0:
+                self._step_auxiliary()
+            if "student" not in update.roles:
                 loss = torch.zeros((), device=self.args.device)
             elif self.model.method.merges_gradients:
-                loss = self._apart_step(model, inputs)
+                loss = self._backward_by_term(model, inputs)
             else:
                 loss = super().training_step(model, inputs, num_items_in_batch)
-        self._left -= 1
-        if self._left == 0:
-            self._close_update()
+        update.done += 1
+        if update.done == len(update.samples):
+            self._end_update()
         return loss
 
-    def _players_move(self) -> None:
-        """The moves of an update before the student's own; a turn without the student leaves its weights alone."""
-        self._moved = True
-        method, train_state = self.model.method, self.model.train_state
-        movers = [name for name in self._update_schedule if name != "student"]
-        if not movers:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one micro-batch, divided by the count of the whole update."""
+        sums = self.term_sums(model, inputs)
+        # DDP averages gradients over ranks; the count is already global, so the average is undone here.
+        factor = self.accelerator.num_processes
+        return sum(self._update.counts.divide(name, value) * factor for name, value in sums.losses.items())
+
+    def term_sums(self, model: Any, inputs: Any) -> TermSums:
+        """The teacher's and student's forward pass on one micro-batch, and the sum of each term over its rows."""
+        batch, target = self.batch(inputs), None
+        if self.teacher is not None and self.model.method.requires.teacher == "outputs":
+            with self.meter.teacher() if self.meter is not None else nullcontext():
+                target = self.teacher(batch)
+        sums: TermSums = model(batch, target)
+        if not self._update.counting[self._update.done]:
+            # Another rank has the last examples; this one runs the same collectives and adds nothing.
+            sums = TermSums(*({name: value * 0 for name, value in part.items()} for part in sums))
+        self._update.add(sums.values)
+        if self.meter is not None:
+            self.meter.rows += batch.num_items
+        return sums
+
+    def _step_auxiliary(self) -> None:
+        """The steps of auxiliary optimisers that the method's schedule has in this update, before the student's."""
+        update, method, train_state = self._update, self.model.method, self.model.train_state
+        names = [name for name in update.roles or () if name != "student"]
+        if not names:
             return
-
-        def validation(number: int | None) -> Batch:
-            if self.validation is None:
-                raise InputError(f"Method {method.name!r} asks for validation examples and the run has none.")
-            chosen = draw(len(self.validation), number, self.args.seed, train_state.step)  # type: ignore[arg-type]
-            return Batch.from_dict(self.data_collator([self.validation[i] for i in chosen])).to(self.args.device)
-
-        def total(values: Sequence[Tensor]) -> list[Tensor]:
-            return [self.accelerator.reduce(v, "sum") if self.args.world_size > 1 else v for v in values]
-
-        batches = self._company([self._batch(s) for s in self._samples], self._counting)
+        assert train_state.student is not None
         context = AuxiliaryContext(
-            train_state.student, self.teacher, batches, float(self._counts[""]), validation, total
-        )  # type: ignore[arg-type]
-        for name in movers:
-            sums = self.auxiliary.move(name, partial(method.auxiliary_loss, name, context, train_state), context)
-            for term, value in self._of_all(sums).items():
-                self._sums[term] = self._sums.get(term, torch.zeros_like(value)) + value
+            student=train_state.student,
+            teacher=self.teacher,
+            batches=self.ranks.companions([self.batch(s) for s in update.samples], update.counting),
+            counts=update.counts,
+            reduction=self.model.reduction,
+            validation=self._draw_validation,
+            total=self.ranks.sum_tensors,
+        )
+        for name in names:
+            sums = self.auxiliary.step(name, partial(method.auxiliary_loss, name, context, train_state), context)
+            update.add(self.ranks.same_names(sums))
 
-    def _close_update(self) -> None:
-        names = sorted(self._sums)
-        if names:
-            sums = torch.stack([self._sums[n].float() for n in names])
-            if self.args.world_size > 1:
-                sums = self.accelerator.reduce(sums, "sum")
-            unit = "/rows" if self.model.reduction == "sum" else ""
-            counts = torch.stack([self._counts.get(n, self._counts[unit]) for n in names])
-            self._means = dict(zip(names, (sums / counts).tolist(), strict=True))
-        self._sums = {}
-        if self._term_gradients:
-            self._merge()
-        if not self._empty:
-            self.model.method.on_pre_optimizer_step(self.model.train_state, self._means)
+    def _draw_validation(self, number: int | None) -> Batch:
+        if self.validation_dataset is None:
+            raise InputError(
+                f"Method {self.model.method.name!r} asks for validation examples and the run has none: set data with a "
+                "validation split."
+            )
+        data: Any = self.validation_dataset
+        chosen = draw(len(data), number, self.args.seed, self.model.train_state.step)
+        return Batch.from_dict(self.data_collator([data[i] for i in chosen])).to(self.args.device)
 
-    def _apart_step(self, model: Any, inputs: Any) -> Tensor:
-        """Backward of each term apart, accumulated over the update; `merge` then writes the gradients."""
+    def _backward_by_term(self, model: Any, inputs: Any) -> Tensor:
+        """Backward of each term apart, accumulated over the update; `Method.merge` then writes the gradients."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            sums = self._terms(self.model, inputs)
+            losses = self.term_sums(self.model, inputs).losses
         owners = [p for _, p in self.model.owners()]
-        names = [n for n in sums if not n.endswith("/value")]
         total = torch.zeros((), device=self.args.device)
-        for i, name in enumerate(names):
-            loss = sums[name] / self._count(name)
+        for i, (name, value) in enumerate(losses.items()):
+            loss = self._update.counts.divide(name, value)
             total = total + loss.detach()
-            grads = torch.autograd.grad(loss, owners, retain_graph=i + 1 < len(names), allow_unused=True)
-            held = self._term_gradients.setdefault(name, [None] * len(owners))
+            grads = torch.autograd.grad(loss, owners, retain_graph=i + 1 < len(losses), allow_unused=True)
+            held = self._update.gradients.setdefault(name, [None] * len(owners))
             for j, grad in enumerate(grads):
                 if grad is not None:
-                    held[j] = grad if held[j] is None else held[j] + grad  # type: ignore[operator]
+                    before = held[j]
+                    held[j] = grad if before is None else before + grad
         return total * self.accelerator.num_processes
 
-    def _merge(self) -> None:
-        named = self.model.owners()
-        if self.args.world_size > 1:
-            for grads in self._term_gradients.values():
-                for i, (_, parameter) in enumerate(named):
-                    grad = grads[i] if grads[i] is not None else torch.zeros_like(parameter)
-                    grads[i] = self.accelerator.reduce(grad, "sum")
-        merged = self.model.method.merge(self._term_gradients, [owner for owner, _ in named])
-        for (_, parameter), gradient in zip(named, merged, strict=True):
-            parameter.grad = gradient
-        self._term_gradients = {}
+    def _end_update(self) -> None:
+        """After the last backward pass: merged gradients, term means, and the method's own state."""
+        update, method = self._update, self.model.method
+        if update.values:
+            names = sorted(update.values)
+            (sums,) = self.ranks.sum_tensors([torch.stack([update.values[n].float() for n in names])])
+            means = torch.stack([update.counts.mean(n, v) for n, v in zip(names, sums, strict=True)])
+            self._means = dict(zip(names, means.tolist(), strict=True))
+        if update.gradients:
+            named = self.model.owners()
+            gradients = {name: self.ranks.sum_gradients(held, named) for name, held in update.gradients.items()}
+            merged = method.merge(gradients, [owner for owner, _ in named])
+            for (_, parameter), gradient in zip(named, merged, strict=True):
+                parameter.grad = gradient
+        if update.counts.items:
+            method.on_pre_optimizer_step(self.model.train_state, self._means)
+
+    # -- validation ---------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. From a checkpoint that training had ended in, its state is loaded and no further step is taken."""
+        if resume_from_checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            if self.settled or self.state.global_step >= self.state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self._load_rng_state(resume_from_checkpoint)
+                self.model.train_state.step = self.state.global_step
+                if self.args.load_best_model_at_end and self._best_folder.is_dir():
+                    self._load_best_model()
+                return None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def settled(self) -> bool:
+        """Whether `patience` evaluations in a row brought no gain, which ends training."""
+        return self.validation is not None and self.validation.settled(self.state.log_history, self.args)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation metrics of the student as it is now; logged, and written to `validation.jsonl`.
+
+        Evaluating changes nothing: random numbers are put back as they were.
+        """
+        assert self.validation is not None
+        before = ck.rng_state()
+        with usable(self.model):
+            student = self.model.method.eval_model(self.model.student, self.model.train_state)
+            found = agreed(dict(self.validation.metrics(student)))
+        ck.set_rng_state(before)
+        if self.rollouts is not None:
+            self.rollouts.on_evaluate(found)
+        if self.metrics_file is not None and self.args.should_save:
+            line = {"step": self.state.global_step, **found}
+            with self.metrics_file.with_name("validation.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        named = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(named))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Every new best is saved at once, so the weights that are loaded in the end are those of the best evaluation."""
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        if self.settled:
+            self.control.should_training_stop = True
+        return best
+
+    @property
+    def _best_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+
+    def _finalize_training(self, *args: Any) -> Any:
+        if self._best_folder.is_dir():  # also where the run folder was moved since
+            self.state.best_model_checkpoint = str(self._best_folder)
+        with self._no_deletion():  # old checkpoints went when the newest was sealed
+            return super()._finalize_training(*args)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self._best_folder))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _no_deletion(self) -> Iterator[int | None]:
+        """Keep transformers from deleting old checkpoints before the newest is sealed; gives the limit it would obey."""
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield keep
+        finally:
+            self.args.save_total_limit = keep
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._no_deletion() as keep:
+            super()._save_checkpoint(model, trial)
+        together()  # the seal covers the files of all ranks
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            ck.seal(folder / f"checkpoint-{self.state.global_step}")
+            saving.delete_old(folder, keep or 2)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights of student and method; sharded ones are gathered, and the first rank writes."""
+        state = whole_state(self.model) if is_sharded(self.model) else self.model.state_dict()
+        if self.args.should_save:
+            saving.save_weights(Path(output_dir or self.args.output_dir), state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_state(self.model, saving.load_weights(Path(resume_from_checkpoint)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        saving.save_optimizer(
+            Path(output_dir), self.optimizer, self.lr_scheduler, is_sharded(self.model), self.args.should_save
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        early = ck.load_tree(self._state_file(checkpoint))  # the first batches are taken before the rest is read
+        if self.rollouts is not None:
+            self.rollouts.load_state_dict(early["rollouts"])
+        self.sampler.load_state_dict(early["sampler"])
+        self._resumed_epoch = self.sampler.epoch
+        tree = saving.load_optimizer_tree(Path(checkpoint))
+        load_optimizer(self.optimizer, tree["optimizer"])
+        self.lr_scheduler.load_state_dict(tree["scheduler"])
+
+    def _state_file(self, folder: str) -> Path:
+        return saving.state_file(Path(folder), self.args.world_size, self.args.process_index)
+
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights, optimiser and random numbers, by name."""
+        state = self.model.train_state.method_state
+        parts = {"method": state, "auxiliary": self.auxiliary, "meter": self.meter}
+        return {**parts, "rollouts": self.rollouts, "sampler": self.sampler}
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        saving.save_state(self._state_file(output_dir), self._stateful())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            parts = self._stateful() | {
+                "rollouts": None,
+                "sampler": None,
+            }  # already there, see `_load_optimizer_and_scheduler`
+            saving.load_state(self._state_file(checkpoint), parts, self.args.world_size)
 
     # -- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers logs, and a line with every term's mean in `metrics.jsonl`."""
         super().log(logs, start_time)
         if self.metrics_file is None or not self.args.should_save or "loss" not in logs:
             return

@@ -1,4 +1,4 @@
-"""Taking turns between a student and a player, as the student's loss says."""
+"""Whether the student or an auxiliary optimiser takes the next updates, as the student's loss says."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ log = logging.getLogger(__name__)
 
 
 class AlternatingSchedule:
-    """Whose turn it is, by two thresholds, and copies of what the player had reached.
+    """Alternates between the student and an auxiliary optimiser by two thresholds, and keeps copies of what the latter
+    had reached.
 
-    The student moves until its loss falls below `low`, then the player until the loss is above `high`, and so on. Both
-    tests are strict and read the loss of the step just made. A player that does not get there in `longest` steps hands
-    over anyway, and `saturated` counts it. A loss that is not finite decides nothing.
+    The student is updated until its loss falls below `low`, then the auxiliary modules until the loss is above `high`, and
+    so on. Both tests are strict and read the loss of the update just made. An auxiliary period that does not get there in
+    `longest` updates ends anyway, and `saturated` counts it. A loss that is not finite decides nothing.
 
     Args:
         decay: of an exponential mean of the loss, which then decides in its place; 0 for none.
-        memory: how many earlier states of the player are kept beside its present one, each from the end of a turn.
+        memory: how many earlier states of the auxiliary modules are kept beside the present one, each from the end of a
+            period.
     """
 
     def __init__(self, low: float, high: float, longest: int, decay: float = 0.0, memory: int = 0) -> None:
@@ -29,43 +31,46 @@ class AlternatingSchedule:
         self.auxiliary = False
         self.mean: float | None = None
         self.steps = {"student": 0, "auxiliary": 0}
-        self.turn = self.saturated = 0
+        self.period = self.saturated = 0
         self.copies: list[dict[str, Tensor]] = []
 
     def update(self, loss: float) -> bool:
-        """Take in the loss of the step just made. True if a turn of the player ended with it."""
-        self.steps["player" if self.auxiliary else "student"] += 1
-        self.turn += 1
+        """Take in the loss of the update just made. True if an auxiliary period ended with it."""
+        self.steps["auxiliary" if self.auxiliary else "student"] += 1
+        self.period += 1
         if math.isfinite(loss):
             self.mean = loss if self.mean is None else self.decay * self.mean + (1 - self.decay) * loss
         decides = self.mean if math.isfinite(loss) else None
         if not self.auxiliary:
             if decides is not None and decides < self.low:
-                self.auxiliary, self.turn = True, 0
+                self.auxiliary, self.period = True, 0
             return False
         reached = decides is not None and decides > self.high
-        if not reached and self.turn < self.longest:
+        if not reached and self.period < self.longest:
             return False
         if not reached:
             self.saturated += 1
             if self.saturated == 1:
-                log.warning("The player did not raise the loss above %g in %d steps.", self.high, self.longest)
-        self.auxiliary, self.turn = False, 0
+                log.warning("The auxiliary loss did not raise the loss above %g in %d steps.", self.high, self.longest)
+        self.auxiliary, self.period = False, 0
         return True
 
     def remember(self, parameters: Mapping[str, Tensor]) -> None:
-        """Keep a copy of the player as its turn ends. `copies` has the newest, which is the present one, at the end."""
+        """Keep a copy of the auxiliary modules as their period ends. `copies` has the newest, the present one, last."""
         if self.memory:
             self.copies.append({name: value.detach().clone() for name, value in parameters.items()})
             self.copies = self.copies[-self.memory - 1 :]
 
     def state_dict(self) -> dict[str, Any]:
-        kept = ("player", "mean", "steps", "turn", "saturated", "copies")
+        """What a checkpoint holds."""
+        kept = ("auxiliary", "mean", "steps", "period", "saturated", "copies")
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
         for name, value in state.items():
             setattr(self, name, value)
 
     def logs(self) -> dict[str, float]:
-        return {"player's turn": float(self.auxiliary), "saturated": float(self.saturated)}
+        """For the step log: 1 in an auxiliary period, and how often one ended without reaching `high`."""
+        return {"auxiliary period": float(self.auxiliary), "saturated": float(self.saturated)}

@@ -22,11 +22,12 @@ def http(status, body, headers=()):
 
 
 class Server:
-    """A loopback server in a thread; `answer(path, headers, body)` returns bytes, or `None` to hang up."""
+    """A loopback server in a thread; `answer(path, headers, body)` returns bytes, or `None` to hang up, or an asynchronous
+    iterator of parts after which it hangs up."""
 
     def __init__(self):
         self.loop = asyncio.new_event_loop()
-        self.requests = 0
+        self.requests = self.sent = 0
         self.in_flight = self.most_in_flight = 0
 
     def __enter__(self):
@@ -66,6 +67,12 @@ class Server:
                     answer = await self.answer(head[0].split()[1], headers, json.loads(body))
                 finally:
                     self.in_flight -= 1
+                if hasattr(answer, "__aiter__"):
+                    async for part in answer:
+                        writer.write(part)
+                        await writer.drain()
+                        self.sent += len(part)
+                    return
                 data, whole = answer if isinstance(answer, tuple) else (answer, True)
                 if data:
                     writer.write(data)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, load_recipe, out, shard_of
+from understudy.generation.progress import counting
 
 app = typer.Typer(no_args_is_help=True, help="Capture a teacher once and train from disk.")
 
@@ -38,9 +37,7 @@ def capture(
     from understudy.runs.capture import capture_recipe
 
     asked = load_recipe(recipe, overrides)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("examples", total=None)
+    with counting("examples") as tick:
         found = capture_recipe(
             asked,
             output,
@@ -48,7 +45,7 @@ def capture(
             temperature=temperature,
             splits=splits.split(","),
             shard=shard_of(shard),
-            tick=lambda n: bar.advance(task, n),
+            tick=tick,
         )
     if as_json:
         sys.stdout.write(json.dumps(asdict(found)) + "\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import email.utils
+import hashlib
 import json
 import math
 import os
+import sys
 import threading
 import time
 import uuid
@@ -15,10 +17,14 @@ from typing import Any, Literal
 from understudy.errors import InputError
 from understudy.generation.limits import Endpoint
 from understudy.generation.request import Completion, RefusedRequest, Request, SourceError, cut
+from understudy.generation.transport import Transport
 
 PASSING = {408, 409, 425, 429}  # and 5xx
 OF_THE_REQUEST = {400, 413, 414, 422}
 MARK = "understudy-"
+ANSWER_BYTES = 2**20  # that an answer may have beside its tokens
+TOKEN_BYTES = 2**12  # that an answer may have for each token, with the log-probabilities of others beside it
+MOST_TOKENS = 10**9  # that one answer can have cost; what is beyond is no count
 SAME = 16  # equal replies under one id, and no other id seen, after which a server's ids are taken to mean nothing
 
 
@@ -42,17 +48,20 @@ class Client:
         self.name = f"{endpoint.url} {model}" + (
             f" {json.dumps(endpoint.extra, sort_keys=True)}" if endpoint.extra else ""
         )
-        self._client, self._headers = _client(endpoint)
+        self._transport = Transport(endpoint)
         self._lock = threading.Lock()
-        self._seen: set[str] = set()
-        self._first = ""
+        self._seen: set[bytes] = set()
+        self._first = b""
         self._repeats = 0
 
-    def post(self, path: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    def post(
+        self, path: str, body: Mapping[str, Any], most: int = ANSWER_BYTES
+    ) -> tuple[dict[str, Any], Callable[[], None]]:
         """Send a body; returns the answer, and a check to call once it was found whole: that it is this request's own.
 
         Args:
             path: `/completions`, `/chat/completions`, or a whole URL of the server.
+            most: bytes of the longest answer.
 
         Raises:
             SourceError: worth another attempt. RefusedRequest: this body never will be answered. InputError: none will.
@@ -61,8 +70,8 @@ class Client:
 
         mark = MARK + uuid.uuid4().hex
         try:
-            text, header = self._send(path, dict(body), {**self._headers, "X-Request-ID": mark})
-        except openai.APITimeoutError:
+            data, headers = self._transport.post(path, body, {"X-Request-ID": mark}, most)
+        except (TimeoutError, openai.APITimeoutError):
             raise SourceError(self._say(f"no answer within {self.endpoint.timeout:g} s")) from None
         except openai.APIStatusError as error:
             raise self._status(error) from None
@@ -71,39 +80,31 @@ class Client:
         except openai.OpenAIError as error:
             raise SourceError(self._say(f"unreadable answer ({error})")) from None
         try:
-            reply = json.loads(text)
+            reply = json.loads(data)
         except (ValueError, RecursionError):
             raise SourceError(self._say("the answer is not JSON")) from None
         if not isinstance(reply, dict):
             raise SourceError(self._say("the answer is not a JSON object"))
-        return reply, lambda: self._own(mark, header, reply.get("id"), text)
+        return reply, lambda: self._own(mark, headers.get("x-request-id"), reply.get("id"), data)
 
-    def _send(self, path: str, body: dict[str, Any], headers: dict[str, Any]) -> tuple[str, str | None]:
-        """The answer's text and the id in its header."""
-        known = {"/completions": self._client.completions, "/chat/completions": self._client.chat.completions}
-        if path not in known:
-            return json.dumps(self._client.post(path, cast_to=object, body=body, options={"headers": headers})), None
-        named = {k: body.pop(k) for k in ("model", "prompt", "messages") if k in body}
-        raw = known[path].with_raw_response.create(extra_body=body, extra_headers=headers, **named)
-        return raw.text, raw.headers.get("x-request-id")
-
-    def _own(self, mark: str, header: str | None, name: Any, text: str) -> None:
+    def _own(self, mark: str, header: str | None, name: Any, data: bytes) -> None:
         """Refuse a reply that belongs to another attempt."""
         for given in (header, name):
             if isinstance(given, str) and MARK in given and mark not in given:
                 raise SourceError(self._say("the answer belongs to another request"))
         if not isinstance(name, str) or not name:
             return
+        short = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # a name can be as long as an answer
         with self._lock:
-            if name in self._seen:
+            if short in self._seen:
                 # A server that gives all replies one id never shows a second one, and soon another text under it.
-                one_for_all = len(self._seen) == 1 and (text != self._first or self._repeats >= SAME)
+                one_for_all = len(self._seen) == 1 and (data != self._first or self._repeats >= SAME)
                 if not one_for_all:
                     self._repeats += 1
                     raise SourceError(self._say("the answer repeats an earlier one"))
             elif not self._seen:
-                self._first = text
-            self._seen.add(name)
+                self._first = data
+            self._seen.add(short)
 
     def _status(self, error: Any) -> Exception:
         """What an HTTP status means for the request."""
@@ -114,8 +115,11 @@ class Client:
             key = f"the key in {env} was refused" if env else "a key is needed: name its variable with api_key_env"
             return InputError(self._say(f"{reason}, {key}"))
         said = f"{reason}, {said}" if said else reason
-        if status == 429 and "insufficient_quota" in json.dumps(error.body, default=str):
+        if status == 429 and "insufficient_quota" in error.response.text:
             return InputError(self._say(said))
+        if 300 <= status < 400:
+            place = error.response.headers.get("location", "nowhere")
+            return InputError(self._say(f"{reason}, the server sends elsewhere ({place}): give the URL that answers"))
         if status in PASSING or status >= 500:
             return SourceError(self._say(said), _wait(error.response.headers))
         if status in OF_THE_REQUEST:
@@ -140,7 +144,8 @@ class EndpointSource(Client):
         """Write one completion. Raises `SourceError`, `RefusedRequest`, or `InputError` where no request can succeed."""
         chat = not isinstance(request.prompt, str)
         path = "/chat/completions" if chat else "/completions"
-        reply, check_own = self.post(path, {**self._prompt(request), **self._body(request)})
+        most = ANSWER_BYTES + TOKEN_BYTES * request.max_tokens
+        reply, check_own = self.post(path, {**self._prompt(request), **self._body(request)}, most)
         completion = self._read(request, reply, chat)
         check_own()
         return completion
@@ -178,62 +183,82 @@ class EndpointSource(Client):
             text = ""  # a model that spent all its tokens on reasoning
         if not isinstance(text, str) or not isinstance(reason, str):
             raise SourceError(self._say("the answer holds no text or no reason to end"))
+        log_prob = self._log_prob(choice, chat, text) if request.log_probs else None
         text, stopped = cut(text, request.stop)
         finish: Literal["stop", "length"] = "length" if reason == "length" and not stopped else "stop"
-        prompt_tokens, tokens = self._usage(request, reply)
-        return Completion(
-            text, finish, self._log_prob(choice, chat) if request.log_probs else None, prompt_tokens, tokens
-        )
+        return Completion(text, finish, log_prob, *self._usage(request, reply))
 
     def _usage(self, request: Request, reply: Mapping[str, Any]) -> tuple[int, int]:
-        usage = reply.get("usage")
-        if not isinstance(usage, Mapping):
+        if not isinstance(reply.get("usage"), Mapping):
             return request.most_tokens()
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-        if not all(isinstance(n, int) and n >= 0 for n in counts):
+        counts = spent(reply)
+        if counts is None:
             raise SourceError(self._say("the answer's usage holds no counts of tokens"))
-        return counts  # type: ignore[return-value]
+        return counts
 
-    def _log_prob(self, choice: Mapping[str, Any], chat: bool) -> float | None:
+    def _log_prob(self, choice: Mapping[str, Any], chat: bool, text: str) -> float | None:
         given = choice.get("logprobs")
         if given is None:
             return None
         try:
             values = [t["logprob"] for t in given["content"]] if chat else given["token_logprobs"]
-            total = math.fsum(v for v in values if v is not None)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            total = math.nan
-        if not math.isfinite(total):
-            raise SourceError(self._say("the answer's log-probabilities cannot be read"))
+            tokens = [t.get("token") for t in given["content"]] if chat else given.get("tokens")
+            total = math.fsum(_log_probability(v) for v in values if v is not None)
+            others = bool(text) and (not values or not _spell(tokens, len(values), text))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise SourceError(self._say("the answer's log-probabilities cannot be read")) from None
+        if others:
+            raise SourceError(self._say("the answer's log-probabilities are of other tokens than its text"))
         return total
 
 
-def _client(endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
-    """The client, and the headers that it must leave out."""
-    try:
-        import openai
-    except ImportError:
-        raise InputError("A served model needs the extra: pip install understudy[served].") from None
-    key = "none"
-    if endpoint.api_key_env is not None:
-        key = os.environ.get(endpoint.api_key_env, "").strip()
-        if not key:
-            raise InputError(
-                f"{endpoint.url}: environment variable {endpoint.api_key_env} is not set; it holds the key."
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise InputError(f"{endpoint.url}: {endpoint.api_key_env} holds characters that no key has.")
-    client = openai.OpenAI(base_url=endpoint.url, api_key=key, max_retries=0, timeout=endpoint.timeout)
-    # The client would take these from the environment and send them anywhere.
-    names = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (endpoint.api_key_env is None)
-    return client, {name: openai.Omit() for name in names}
+def spent(reply: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The (prompt, written) tokens that a server counts, or `None` where it holds no such counts."""
+    usage = reply.get("usage")
+    if not isinstance(usage, Mapping):
+        return None
+    prompt, written = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS for n in (prompt, written)):
+        return None
+    return prompt, written  # type: ignore[return-value]
+
+
+def number(value: Any) -> float:
+    """A finite number of a JSON answer. Raises `ValueError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"no finite number: {type(value).__name__}")
+    return float(value)
+
+
+def _log_probability(value: Any) -> float:
+    found = number(value)
+    if found > 1e-3:  # what a server may be off by in rounding
+        raise ValueError("a probability above 1")
+    return found
+
+
+def _spell(tokens: Any, count: int, text: str) -> bool:
+    """Whether tokens can be those of a text, by its ASCII letters and digits: servers spell blanks and bytes as they like."""
+    if tokens is None or None in tokens:
+        return True  # a server that does not say
+    if len(tokens) != count:
+        return False
+    joined = "".join(tokens)
+    return any(mark in joined for mark in ("token_id:", "bytes:", "\\x")) or _letters(text) in _letters(joined)
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text if c.isascii() and c.isalnum())
 
 
 def _message(body: Any) -> str:
     """The reason inside an error's body, in the shapes that servers use."""
     while isinstance(body, Mapping):
         body = next((body[k] for k in ("message", "error", "detail") if body.get(k)), "")
-    return body if isinstance(body, str) else json.dumps(body, default=str) if body else ""
+    try:
+        return body if isinstance(body, str) else json.dumps(body) if body else ""
+    except RecursionError:
+        return ""
 
 
 def _wait(headers: Any) -> float | None:
@@ -246,6 +271,6 @@ def _wait(headers: Any) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None

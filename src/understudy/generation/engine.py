@@ -11,17 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from understudy.errors import InputError, nearest
-from understudy.generation.limits import Limits
+from understudy.generation.limits import LONGEST_WAIT, Limits
 from understudy.generation.log import RequestLog
+from understudy.generation.progress import counting
 from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError
 
 log = logging.getLogger(__name__)
 GIVE_UP = 20  # requests that fail one after the other, without an answer between: the source is down or misconfigured
-LONGEST_WAIT = 600.0  # seconds that a source may ask to wait (a daily quota asks for hours)
 
 
 class FailedRequests(InputError):
@@ -51,7 +49,7 @@ def generate(
 
     Args:
         source: who writes. log: opened for `source.name`.
-        progress: show a bar on stderr, where that is a terminal.
+        progress: show a bar on stderr, or lines where that is no terminal.
         limits: the fields of `Limits`: `concurrency`, `rate`, `retries`, `backoff`, `longest_backoff`, `token_budget`,
             `cost_budget`, `price_in`, `price_out`.
 
@@ -114,12 +112,10 @@ class Crew:
         self.pace = _Pace(limits.rate)
 
     def run(self, progress: bool) -> None:
-        total, console = len(self.todo), Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-            task = bar.add_task("completions", total=total)
+        total = len(self.todo)
+        with counting("completions", total, shown=progress) as advance:
             threads = [
-                threading.Thread(target=self._work, args=(lambda: bar.advance(task),), daemon=True)
+                threading.Thread(target=self._work, args=(lambda: advance(1),), daemon=True)
                 for _ in range(min(self.limits.concurrency, total))
             ]
             try:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+LONGEST_WAIT = 600.0  # seconds that a source may ask to wait (a daily quota asks for hours)
+SECRET = {"apikey", "authorization", "accesstoken", "token", "secret", "password", "key"}
+
 
 class Limits(BaseModel):
     """Bounds on a generation. Budgets count everything in the log, earlier runs too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     concurrency: int = Field(8, ge=1, le=1024, description="Requests in flight at once.")
-    rate: float | None = Field(None, gt=0, description="Most attempts a second.")
+    rate: float | None = Field(None, ge=1e-5, description="Most attempts a second.")
     retries: int = Field(8, ge=0, description="Attempts after the first one, for each request.")
-    backoff: float = Field(0.5, gt=0, description="Seconds before the first retry; each later one waits twice as long.")
-    longest_backoff: float = Field(60.0, gt=0, description="Cap on the back-off, seconds.")
+    backoff: float = Field(
+        0.5, gt=0, le=LONGEST_WAIT, description="Seconds before the first retry; each later one waits twice as long."
+    )
+    longest_backoff: float = Field(60.0, gt=0, le=LONGEST_WAIT, description="Cap on the back-off, seconds.")
     token_budget: int | None = Field(None, ge=1, description="Most tokens, prompts and completions together.")
     cost_budget: float | None = Field(None, gt=0, description="Most money, in the currency of the prices.")
     price_in: float = Field(0.0, ge=0, description="Price of a million prompt tokens.")
@@ -40,7 +47,9 @@ class Endpoint(Limits):
 
     url: str = Field(description="Base URL, for example http://localhost:8000/v1; a bare host gets /v1.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the key; none sends no key.")
-    timeout: float = Field(120.0, gt=0, description="Seconds until an unanswered request counts as failed.")
+    timeout: float = Field(
+        120.0, gt=0, le=86_400.0, description="Seconds until a request whose answer is not whole counts as failed."
+    )
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     seed: bool = Field(True, description="Send a seed made from the request's content; off for servers that refuse it.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
@@ -56,7 +65,7 @@ class Endpoint(Limits):
             known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port >= 0)
         except ValueError:
             known = None
-        if not known:
+        if not known or not value.isprintable():
             raise ValueError("a URL begins with http:// or https:// and names a host")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
@@ -70,6 +79,23 @@ class Endpoint(Limits):
         if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise ValueError("this is the name of an environment variable, never the key itself")
         return value
+
+    @field_validator("extra")
+    @classmethod
+    def _json_without_a_key(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if any(re.sub(r"[^a-z]", "", name.lower()) in SECRET for name in value):
+            raise ValueError("a key is no field of the body, which is kept: name its variable with api_key_env")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("fields of the body are JSON: texts, finite numbers, lists and objects") from None
+        return value
+
+    @classmethod
+    def shown(cls, place: Sequence[int | str]) -> list[int | str]:
+        """A place in a recipe as it is printed: of what is inside an endpoint, known names alone, as keys are put there."""
+        inside = place.index("endpoint") + 1 if "endpoint" in place else len(place)
+        return [*place[:inside], *(p if p in cls.model_fields else "***" for p in place[inside : inside + 1])]
 
     def limits(self) -> dict[str, Any]:
         """The bounds alone, as arguments of `generate`."""

@@ -86,7 +86,7 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"]) or "value"
+        where = ".".join(map(str, Endpoint.shown(first["loc"]))) or "value"
         if first["type"] == "extra_forbidden":
             field = model.model_fields.get(str(first["loc"][0]))
             known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields

@@ -26,6 +26,8 @@ from understudy.errors import InputError
 IDENTITY = "identity.json"
 WHOLE = 65_536
 """Rows from which on a shard is left as it is when small ones are merged."""
+WHOLE_BYTES = 2**26
+"""Bytes from which on it is, too: merging holds a shard in memory."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 
 
@@ -157,18 +159,20 @@ class ShardStore:
     def compact(self, most: int = 1) -> None:
         """Merge small shards, if there are more than `most`. The new file names those it replaces, so that what a kill
         leaves of them is neither read nor counted, and goes the next time."""
-        if sum(_length(shard) < WHOLE for shard in self._alive()) <= most:
+        if sum(not is_whole(shard) for shard in self._alive()) <= most:
             return
         with self._alone() as alone:
             if not alone:
                 return
             self.refresh()
-            small = [shard for shard in self._alive() if _length(shard) < WHOLE]
+            small = [shard for shard in self._alive() if not is_whole(shard)]
+            small.sort(key=lambda shard: sorted(shard["types"].items()))
             while small:
                 group = [small.pop()]
-                while small and sum(map(_length, group)) < WHOLE:
+                while small and small[-1]["types"] == group[0]["types"] and not is_whole(*group):
                     group.append(small.pop())
-                self._merge(group)
+                if len(group) > 1:
+                    self._merge(group)
 
     def _merge(self, group: Sequence[dict[str, Any]]) -> None:
         numbers = {i for i, shard in enumerate(self.shards) if any(shard is old for old in group)}
@@ -238,6 +242,12 @@ class ShardStore:
 
 def _length(shard: Mapping[str, Any]) -> int:
     return len(next(iter(shard["arrays"].values())))
+
+
+def is_whole(*shards: Mapping[str, Any]) -> bool:
+    """Whether shards together are as large as a file should be."""
+    size = sum(array.nbytes for shard in shards for array in shard["arrays"].values())
+    return size >= WHOLE_BYTES or sum(map(_length, shards)) >= WHOLE
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from understudy.models import ModelAdapter, ModelOutput, evaluating, state_hash
 from understudy.streaming import logits_of
 from understudy.targets import Dense, Mixture, Projected, Sampled, Target
 from understudy.teachers.cache.codecs import Support, decode, encode
-from understudy.teachers.cache.store import ShardStore, content_key
+from understudy.teachers.cache.store import WHOLE, WHOLE_BYTES, ShardStore, content_key
 
 HEAD = "head.safetensors"
+SECONDS = 60.0  # of a teacher's work that a kill may cost
 
 
 def example_keys(batch: Batch) -> list[bytes]:
@@ -115,24 +117,26 @@ def capture(
     support: Support,
     temperature: float,
     identity: Mapping[str, Any],
-    shard: int = 2048,
+    shard: int = WHOLE,
     tick: Callable[[int], None] | None = None,
 ) -> Captured:
     """Run the teacher over examples that the cache does not hold yet, and keep what it says.
 
     Args:
-        identity: of teacher and data; a folder that was captured under another one is refused. shard: rows a file; a kill
-            costs at most one. tick: told how many examples are done.
+        identity: of teacher and data; a folder that was captured under another one is refused. shard: rows a file. A file is also
+            written when it has 64 MiB, and once a minute, so that a kill costs no more; these are merged at the end.
+        tick: told how many examples are done.
     """
     facts = {**identity, "support": str(support), "temperature": temperature, "teacher": state_hash(teacher)}
     if support.codec > 1:
         facts["support_version"] = support.codec
     store = ShardStore(folder, facts)
-    new, waiting = 0, _Waiting(store, shard)
+    new, seen = 0, set[bytes]()
+    waiting: dict[tuple[torch.dtype, ...], _Waiting] = {}  # arrays of one file have one dtype
     with torch.no_grad(), evaluating(teacher):
         for batch in batches:
             keys = example_keys(batch)
-            if all(k in store or k in waiting.seen for k in keys):
+            if all(k in store or k in seen for k in keys):
                 if tick:
                     tick(len(keys))
                 continue
@@ -143,40 +147,54 @@ def capture(
             for key, count in zip(keys, counts, strict=True):
                 rows = signal.select(slice(start, start + count))
                 start += count
-                if key in store or key in waiting.seen:
+                if key in store or key in seen:
                     continue
-                waiting.add(key, count, encode(rows, support, temperature, int.from_bytes(key[:7], "big")))
+                arrays = encode(rows, support, temperature, int.from_bytes(key[:7], "big"))
+                dtypes = tuple(v.dtype for v in arrays.values())
+                waiting.setdefault(dtypes, _Waiting(store, shard)).add(key, count, arrays)
+                for some in waiting.values():
+                    if some.due:
+                        some.write()
+                seen.add(key)
                 new += 1
             if tick:
                 tick(len(keys))
-    waiting.write()
+    for some in waiting.values():
+        some.write()
+    store.compact()
     return Captured(len(store), store.rows, new, store.size)
 
 
 class _Waiting:
-    """Examples on their way to a shard."""
+    """Examples on their way to a shard of so many rows."""
 
     def __init__(self, store: ShardStore, size: int) -> None:
-        self.store, self.size, self.seen = store, size, set[bytes]()
+        self.store, self.size = store, size
+        self._empty()
+
+    def _empty(self) -> None:
         self.keys: list[bytes] = []
         self.counts: list[int] = []
         self.arrays: dict[str, list[Tensor]] = {}
+        self.since, self.bytes = time.monotonic(), 0
+
+    @property
+    def due(self) -> bool:
+        """Whether they are enough for a file, or have waited long enough."""
+        late = time.monotonic() - self.since > SECONDS
+        return late or self.bytes >= WHOLE_BYTES or sum(self.counts) >= self.size
 
     def add(self, key: bytes, count: int, arrays: Mapping[str, Tensor]) -> None:
-        if self.arrays and any(v.dtype != self.arrays[n][0].dtype for n, v in arrays.items()):
-            self.write()  # arrays of one shard have one dtype
-        self.seen.add(key)
         self.keys.append(key)
         self.counts.append(count)
         for name, value in arrays.items():
             self.arrays.setdefault(name, []).append(value.cpu())
-        if sum(self.counts) >= self.size:
-            self.write()
+            self.bytes += value.nbytes
 
     def write(self) -> None:
         if self.keys:
             self.store.append(self.keys, self.counts, {n: torch.cat(v) for n, v in self.arrays.items()})
-        self.keys, self.counts, self.arrays = [], [], {}
+        self._empty()
 
 
 def verify(teacher: ModelAdapter, batches: Iterator[Batch], folder: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 
 from understudy.errors import InputError
 from understudy.generation import Endpoint, FailedRequests, RefusedRequest, SourceError
-from understudy.generation.endpoint import Client
+from understudy.generation.endpoint import ANSWER_BYTES, Client, spent
 from understudy.generation.engine import Crew
 from understudy.targets import TopK
 from understudy.teachers.cache.codecs import pack_scored
@@ -32,6 +32,7 @@ from understudy.teachers.server.scores import (
 MEMORY = 4 * 2**30
 """Bytes that a server may need for the log-probabilities of all tokens in flight: float32 logits and their softmax."""
 MOST_TOKENS = 16_384  # in flight, however small the vocabulary: answers of some 20 MB
+SCORE_BYTES = 256  # that an answer may have for each class that is scored at a position
 WAYS = ("prompt_logprobs", "echo with token ids", "echo")
 _TOO_LARGE = re.compile(r"HTTP 413|too large|out of memory|outofmemory", re.IGNORECASE)
 
@@ -142,17 +143,17 @@ class ScoringClient(Client):
 
     def ask(self, piece: Sequence[Asked]) -> tuple[list[Scored], dict[str, int]]:
         """Send sequences; what is said of each, and what it cost."""
-        reply, check_own = self.post("/completions", self._body(piece))
+        scores = sum(len(a.ids) for a in piece) * (min(self.score.k, self.classes) + 2)
+        reply, check_own = self.post("/completions", self._body(piece), ANSWER_BYTES + SCORE_BYTES * scores)
         try:
             choices = sorted(reply["choices"], key=lambda c: c["index"])
-            if len(choices) != len(piece):
+            if [c["index"] for c in choices] != list(range(len(piece))):
                 raise SourceError("the answer holds another number of sequences than were sent")
             found = [self._read(choice, one) for choice, one in zip(choices, piece, strict=True)]
             check_own()
         except (SourceError, InputError) as error:
-            line = str(error).removeprefix(f"{self.endpoint.url}: ")
-            raise type(error)(f"{self.endpoint.url}: {line}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise type(error)(self._say(str(error).removeprefix(f"{self.endpoint.url}: "))) from None
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError):
             raise SourceError(self._say("the answer misses fields, or they cannot be read")) from None
         return found, self._spent(reply, piece)
 
@@ -187,10 +188,7 @@ class ScoringClient(Client):
 
     def _spent(self, reply: Mapping[str, Any], piece: Sequence[Asked]) -> dict[str, int]:
         """As the server counts, or the most that it can have been."""
-        usage = reply.get("usage") or {}
-        prompt, written = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-        if not all(isinstance(n, int) and n >= 0 for n in (prompt, written)):
-            prompt, written = sum(len(a.ids) for a in piece), len(piece)
+        prompt, written = spent(reply) or (sum(len(a.ids) for a in piece), len(piece))
         return {"prompt_tokens": prompt, "tokens": written}
 
     def settle(self, probe: Asked) -> list[float]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from understudy.errors import InputError
 from understudy.generation import RefusedRequest, SourceError
+from understudy.generation.endpoint import number
 from understudy.targets import TopK
 
 UNRESOLVED = 1e-7
@@ -148,17 +149,17 @@ def echoed(
     if not isinstance(given, Mapping) or not given.get("token_logprobs"):
         raise OtherWay("it gives no log-probabilities of an echoed prompt")
     tokens, own, top = given["tokens"], given["token_logprobs"], given.get("top_logprobs") or []
-    number = len(asked.ids)
-    if len(own) not in (number, number + 1) or len(tokens) != len(own):
+    count = len(asked.ids)
+    if len(own) not in (count, count + 1) or len(tokens) != len(own):
         if len(own) <= 1:
             raise OtherWay("it does not echo the prompt")
-        raise SourceError(f"{len(own)} tokens come back of {number}")
-    for token, said in zip(asked.ids, tokens[:number], strict=True):
+        raise SourceError(f"{len(own)} tokens come back of {count}")
+    for token, said in zip(asked.ids, tokens[:count], strict=True):
         wanted = f"token_id:{token}" if said.startswith("token_id:") else name(token)
         if said != wanted and "\ufffd" not in wanted and not said.startswith("bytes:"):
             raise SourceError(f"the answer scores other tokens than were sent ({said!r} for {wanted!r})")
     found = []
-    for place in range(1, number):
+    for place in range(1, count):
         entry = top[place] if others and place < len(top) else None
         values = {ids(text): _number(v) for text, v in (entry or {}).items()}
         found.append(Position(_number(own[place]), values | {asked.ids[place]: _number(own[place])}))
@@ -234,7 +235,9 @@ def same_tokens(choice: Mapping[str, Any], asked: Asked) -> None:
 
 
 def _number(value: Any) -> float:
-    number = float(value)
-    if math.isnan(number) or number == math.inf:
-        raise SourceError("the answer's log-probabilities cannot be read")
-    return number
+    if isinstance(value, float) and value == -math.inf:
+        return value  # of what cannot be
+    try:
+        return number(value)
+    except ValueError:
+        raise SourceError("the answer's log-probabilities cannot be read") from None

@@ -154,9 +154,10 @@ class ServedTeacher(CachedTeacher):
         url = self.client.endpoint.url.removesuffix("/v1") + "/tokenize"
         try:
             reply, _ = self.client.post(url, {"model": self.client.model, **body})
-            return [int(i) for i in reply["tokens"]]
-        except (SourceError, InputError, KeyError, TypeError, ValueError):
+        except (SourceError, InputError):
             return None
+        tokens = reply.get("tokens")
+        return tokens if isinstance(tokens, list) and all(type(i) is int for i in tokens) else None
 
     def _text(self, token: int) -> str:
         """A token as servers spell it that name tokens by text."""

@@ -80,16 +80,16 @@ class ADPO(Method):
         return {"anchor": copy.deepcopy(student)} if self.anchor in ("dynamic", "ema") else {}
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        if (self._from_teacher or self.anchor == "teacher") and context.teacher is None:
+        if (self._from_teacher or self.anchor == "teacher") and context.teacher_model is None:
             raise InputError(
                 f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
             )
         self._check(context)
         scorers = {"reference": context.student} if self.anchor == "fixed" else {}
-        if context.teacher is not None and self.anchor == "teacher":
-            scorers["reference"] = context.teacher
-        if context.teacher is not None and self._from_teacher:
-            scorers["taught"] = context.teacher
+        if context.teacher_model is not None and self.anchor == "teacher":
+            scorers["reference"] = context.teacher_model
+        if context.teacher_model is not None and self._from_teacher:
+            scorers["taught"] = context.teacher_model
         attach(context, scorers)
         if self.anchor == "recorded":
             recorded(context)

@@ -118,9 +118,9 @@ class DPO(Method):
                 )
             recorded(context)
             return {}
-        if self.reference == "teacher" and context.teacher is None:
+        if self.reference == "teacher" and context.teacher_model is None:
             raise InputError("dpo with reference='teacher' needs a teacher as its reference: set `teacher`.")
-        scorer = context.teacher if self.reference == "teacher" else context.student
+        scorer = context.teacher_model if self.reference == "teacher" else context.student
         assert scorer is not None
         attach(context, {"reference": scorer})
         if unpaired:

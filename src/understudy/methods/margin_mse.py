@@ -97,9 +97,9 @@ class MarginMSE(Method):
             for row in train.records:
                 row["crossed"] = self.negatives == "in_batch"
             return {}
-        if self.scores == "teacher" and context.teacher is None:
+        if self.scores == "teacher" and context.teacher_model is None:
             raise InputError("margin-mse with scores='teacher' needs a teacher: set `teacher`.")
-        if context.teacher is not None and self.scores != "recorded":
+        if context.teacher_model is not None and self.scores != "recorded":
             columns = score(context, train)
             taught = {"train": columns}
         elif all("members" in row for row in train.records):
@@ -119,7 +119,7 @@ class MarginMSE(Method):
             means = retrieval.ensemble(flat, spreads=spreads).split([len(scores[0]) for scores in members])
             for row, values in zip(context.splits[split].records, means, strict=True):
                 row["taught"] = values.tolist()
-        if context.teacher is not None:
+        if context.teacher_model is not None:
             _look(train)
         if self.write_scores is not None:
             write_triples(self.write_scores, triples(train))
@@ -162,7 +162,7 @@ Members = list[list[float]]
 
 def score(context: SetupContext, train: RankingSet) -> list[Members]:
     """`[rows][teachers][documents]`: what each teacher says, each pair of query and document computed once and stored."""
-    teacher = context.teacher
+    teacher = context.teacher_model
     assert isinstance(teacher, RankerAdapter)
     members = teacher.members if isinstance(teacher, RankerEnsemble) else [teacher]
     columns: list[Members] = [[] for _ in train.records]

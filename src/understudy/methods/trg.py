@@ -157,8 +157,8 @@ class TRG(Method):
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """How near the student's graph is to the teacher's on the images it is judged on, each by its own distances."""
-        assert context.teacher is not None and state.student is not None
-        sides: dict[Side, ModelAdapter] = {"student": state.student, "teacher": context.teacher}
+        assert context.teacher_model is not None and state.student is not None
+        sides: dict[Side, ModelAdapter] = {"student": state.student, "teacher": context.teacher_model}
         taps = {side: self.taps(side, m, next(context.batches(context.eval_split, 1))) for side, m in sides.items()}
         found: dict[str, list[Tensor]] = {"affinity_kl": [], "neighbour_overlap": []}
         for batch in islice(context.batches(context.eval_split, self.group), max(1, HELD_OUT // self.group)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -26,40 +27,72 @@ from understudy.runs.teachers import teacher_of
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
-from understudy.training import DistillationTrainer, Rollouts, SetupContext, TrainModule, last_complete
+from understudy.training import DistillationTrainer, Method, Phase, Rollouts, SetupContext, TrainModule, last_complete
 from understudy.training.arguments import StopOnSignal, epoch_length, total_steps, training_arguments
 from understudy.training.dry_run import dry_run, dry_run_stored
+from understudy.training.phases import load_phase, save_phase, steps_of
 from understudy.training.shapes import probe
 from understudy.training.validation import Validation
 
 
-def trainer_for(
+def assemble_teacher(
+    recipe: Recipe, prepared: Prepared, method: Method, model: ModelAdapter | None, student: ModelAdapter, home: Path
+) -> Teacher | None:
+    """The recipe's teacher as the method asks it, of whatever kind: a model here, a cache, a server, several of them.
+
+    Args:
+        model: the loaded teacher, where it is one. home: where the scores of a server are kept and shared.
+    """
+    if method.requires.teacher == "none":
+        return None
+    found = teacher_of(recipe, prepared, method, model, student, home)
+    if found is not None or model is None:
+        return found
+    args = training_arguments(recipe.trainer, home, recipe.seed)
+    spec = recipe.teacher
+    place = (spec.device if spec is not None else None) or args.device
+    sharded = place == SHARDED
+    return LocalTeacher(
+        model,
+        spec.model if spec is not None else "teacher",
+        args.device if sharded else place,
+        features=method.requires.teacher_features,
+        taps=method.taps("teacher", model, _example(prepared)) if method.requires.in_steps else {},
+        sharded=sharded,
+    )
+
+
+def _example(prepared: Prepared) -> Batch:
+    return Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
+
+
+def fit(
     recipe: Recipe,
     prepared: Prepared,
     student: ModelAdapter,
-    teacher: ModelAdapter | None,
+    teacher: Teacher | None,
     tables: Mapping[str, Tensor],
     context: SetupContext,
     folder: Path,
     meter: CostMeter,
     progress: bool,
-    home: Path | None = None,
-) -> DistillationTrainer:
-    """The trainer of a run: the method's modules and taps in place, the teacher where it should live.
-
-    Args:
-        home: where the scores of a served teacher are kept and shared; the run's folder if not given.
-    """
-    task = get_task(recipe.task)
-    args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
-    method = recipe.build_method()
+) -> tuple[TrainModule, bool]:
+    """Train the student through all phases, going on where the run was left. The module, and whether it was interrupted."""
+    task, method = get_task(recipe.task), recipe.build_method()
+    values = _with_metric(recipe, task)
+    args = training_arguments(values, folder / "checkpoints", recipe.seed)
     total = total_steps(args, epoch_length(method, args) or len(prepared.train))
-    asked = teacher_of(recipe, prepared, method, teacher, student, home or folder)
-    example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    sides = {"student": student, "teacher": teacher if method.requires.in_steps else None}
-    taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
-    shapes = probe(method, prepared.classes, sides, taps, example, tables)
-    train_module = TrainModule(
+    example = _example(prepared)
+    model = teacher.model if isinstance(teacher, LocalTeacher) else None
+    sides = {"student": student, "teacher": model if method.requires.in_steps else None}
+    taps = {
+        "student": method.taps("student", student, example),
+        "teacher": teacher.taps if isinstance(teacher, LocalTeacher) and teacher.taps else {},
+    }
+    shapes = dataclasses.replace(
+        probe(method, prepared.classes, sides, taps, example, tables), student=student, teacher=context.teacher_model
+    )
+    module = TrainModule(
         student,
         method,
         shapes,
@@ -70,34 +103,77 @@ def trainer_for(
         seed=recipe.seed,
         context=context,
     )
-    callbacks: list[TrainerCallback] = [StopOnSignal()]
-    if progress:
-        callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
-    if asked is None and teacher is not None and method.requires.in_steps:
-        place = (recipe.teacher.device if recipe.teacher else None) or args.device
-        name = recipe.teacher.model if recipe.teacher else "teacher"
-        features, sharded = method.requires.teacher_features, place == SHARDED
-        device = args.device if sharded else place
-        asked = LocalTeacher(teacher, name, device, features=features, taps=taps["teacher"], sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
-    kept = teacher if isinstance(teacher, Ensemble) and method.requires.in_steps else asked
+    kept = model if isinstance(model, Ensemble) else teacher
     if isinstance(kept, (CachedTeacher, Ensemble)) and method.requires.teacher == "outputs":
-        dry_run_stored(train_module, kept, example)
-    rollouts = _rollouts(recipe, train_module, asked, prepared, args, folder, meter)
+        dry_run_stored(module, kept, example)
+    phases: list[Phase | None] = [*method.phases()] or [None]
+    steps = steps_of(method.phases(), total) if method.phases() else [total]
+    trainable = {id(p) for p in module.parameters() if p.requires_grad}
+    finished = 0
+    for number, (phase, count) in enumerate(zip(phases, steps, strict=True)):
+        inner = values if phase is None else {**values, **phase.trainer, "max_steps": count}
+        end = folder / "phases" / f"{number}-{phase.name}.safetensors" if phase is not None else None
+        if end is not None and end.is_file():
+            load_phase(end, module, meter)
+            finished += count
+            continue
+        if phase is not None:
+            module.begin_phase(phase, count, trainable)
+        trainer = trainer_for(
+            recipe, prepared, module, teacher, context, folder, meter, progress, inner, phase, finished
+        )
+        if train(trainer, folder):
+            return module, True
+        finished += count
+        if end is not None and first_rank():
+            save_phase(end, module, meter)
+        together()
+    return module, False
+
+
+def trainer_for(
+    recipe: Recipe,
+    prepared: Prepared,
+    module: TrainModule,
+    teacher: Teacher | None,
+    context: SetupContext,
+    folder: Path,
+    meter: CostMeter,
+    progress: bool,
+    values: Mapping[str, Any],
+    phase: Phase | None = None,
+    steps_before: int = 0,
+) -> DistillationTrainer:
+    """The trainer of a run, or of one of its phases.
+
+    Args:
+        values: training arguments. steps_before: optimizer steps of the phases before, which logs count as well.
+    """
+    task, method = get_task(recipe.task), module.method
+    checkpoints = folder / "checkpoints" / (phase.name if phase is not None else "")
+    args = training_arguments(values, checkpoints, recipe.seed)
+    asked = teacher if method.requires.in_steps else None
+    callbacks: list[TrainerCallback] = [StopOnSignal()]
+    if progress:
+        named = f" ({phase.name})" if phase is not None else ""
+        callbacks.append(RichProgress(f"{recipe.method}{named} on {recipe.data['name']}"))
+    patience = phase.patience if phase is not None and phase.patience is not None else recipe.patience
     return DistillationTrainer(
-        train_module,
+        module,
         args,
-        prepared.train,
+        context.splits[phase.split if phase is not None else "train"],
         prepared.collate,
         teacher=asked,
         validation_dataset=prepared.validation,
-        validation=Validation(partial(_validation, task, prepared, recipe.evaluation_batch), recipe.patience),
+        validation=Validation(partial(_validation, task, prepared, recipe.evaluation_batch), patience),
         augmentation=prepared.augmentation,
         meter=meter,
         metrics_file=folder / "metrics.jsonl",
         callbacks=callbacks,
-        rollouts=rollouts,
+        rollouts=_rollouts(recipe, module, asked, prepared, args, folder, meter),
+        steps_before=steps_before,
     )
 
 
@@ -160,8 +236,8 @@ def _validation(task: Task, prepared: Prepared, batch: int, student: ModelAdapte
 
 def train(trainer: DistillationTrainer, folder: Path) -> bool:
     """Train from the last whole checkpoint, if any. True if the run was stopped early."""
-    last = last_complete(folder / "checkpoints")
-    step = int(last.name.rsplit("-", 1)[1]) if last is not None else 0
+    last = last_complete(Path(trainer.args.output_dir))
+    step = trainer.steps_before + (int(last.name.rsplit("-", 1)[1]) if last is not None else 0)
     for log in (folder / "metrics.jsonl", folder / "validation.jsonl", *folder.glob("samples*.jsonl")):
         if log.exists() and first_rank():  # lines after the checkpoint will be written again
             # A sample is written before the step that it names, everything else after it.

@@ -19,7 +19,7 @@ from understudy.evaluation import CostMeter
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.reporting import render_run
-from understudy.runs.fitting import train, trainer_for
+from understudy.runs.fitting import assemble_teacher, fit
 from understudy.runs.folder import facts, finished, first_rank, open_folder, save_pictures, write_json
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
@@ -144,22 +144,23 @@ def _fit(
 
     record("running")
     method, meter = recipe.build_method(), CostMeter(task.unit)
-    context = _setup_context(recipe, prepared, student, shown, home, hashes)
+    asked = assemble_teacher(recipe, prepared, method, teacher, student, home)
+    context = _setup_context(recipe, prepared, student, shown, asked, home, hashes)
     tables = method.setup(context)
     student = method.student(student, context)
-    trainer = trainer_for(recipe, prepared, student, teacher, tables, context, folder, meter, progress, home)
-    findings.notes.extend(getattr(trainer.teacher, "notes", []))
-    if train(trainer, folder):
+    findings.notes.extend(getattr(asked, "notes", []))
+    module, interrupted = fit(recipe, prepared, student, asked, tables, context, folder, meter, progress)
+    if interrupted:
         record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
-    student = method.export(trainer.model.student, context)
+    student = method.export(module.student, context)
     if first_rank() or is_sharded(student):
         student.save(folder / "student")
     if first_rank() and prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(folder / "student")
-    with usable(trainer.model):
+    with usable(module):
         evaluation = evaluate_split(task, prepared, student, shown, recipe.eval_split, recipe.evaluation_batch)
-        found = method.finish(trainer.model.train_state, context)
+        found = method.finish(module.train_state, context)
     evaluation["metrics"] |= found.get("metrics", {})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
@@ -180,16 +181,26 @@ def _setup_context(
     recipe: Recipe,
     prepared: Prepared,
     student: ModelAdapter,
-    teacher: ModelAdapter | None,
+    model: ModelAdapter | None,
+    teacher: Teacher | None,
     home: Path,
     hashes: Mapping[str, str],
 ) -> SetupContext:
     splits = {name: prepared.split(name) for name in ("train", "validation", "test")}
     key = f"{hashes.get('teacher')} {hashes.get('data')}"
     shared = home / "store"
-    seen = prepared.teacher_train
     return SetupContext(
-        student, teacher, splits, prepared.collate, prepared.classes, shared, key, recipe.seed, seen, recipe.eval_split
+        student,
+        model,
+        splits,
+        prepared.collate,
+        prepared.classes,
+        shared,
+        key,
+        seed=recipe.seed,
+        teacher_train=prepared.teacher_train,
+        eval_split=recipe.eval_split,
+        teacher=teacher,
     )
 
 

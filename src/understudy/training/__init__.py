@@ -4,6 +4,7 @@ from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete
 from understudy.training.method import Method, MethodState, Requirements, TeacherUse, TrainState
 from understudy.training.on_policy import OnPolicy
+from understudy.training.phases import Phase
 from understudy.training.pipeline import Pipeline, PipelineContext
 from understudy.training.reduction import Term
 from understudy.training.rollouts import Rollouts
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "MethodState",
     "OnPolicy",
+    "Phase",
     "Pipeline",
     "PipelineContext",
     "Requirements",

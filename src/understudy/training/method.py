@@ -19,6 +19,7 @@ from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers import Teacher
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.order import Sampling
+from understudy.training.phases import Phase
 from understudy.training.reduction import Term
 from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
@@ -78,6 +79,7 @@ class TrainState:
         modules: the method's own modules. companions: frozen ones that are checkpointed. tables: what `setup` returned.
         columns: numbers by example or token that `setup` added. context: what `setup` was given.
         student: the student, for methods that show it more than the batch. teacher: likewise; `None` without.
+        phase: name of the phase; step and total are then of the phase.
         method_state: as `Method.init_state` made it. step: optimizer steps done. total: of the run. seed: of the run.
     """
 
@@ -89,6 +91,7 @@ class TrainState:
     student: ModelAdapter | None = None
     teacher: Teacher | None = None
     method_state: Any = None
+    phase: str = ""
     step: int = 0
     total: int = 1
     seed: int = 0
@@ -144,6 +147,10 @@ class Method(BaseModel):
     def auxiliary_optimizers(self) -> Mapping[str, AuxiliaryOptimizer]:
         """Optimisers of modules that have an objective of their own, by name."""
         return {}
+
+    def phases(self) -> Sequence[Phase]:
+        """Parts of the run with data, arguments and frozen parts of their own, in order; a single one if empty."""
+        return ()
 
     # -- each epoch ---------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from understudy.data import Batch
 from understudy.data.columns import Column
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
+from understudy.teachers import Teacher
 from understudy.training.checkpoint import load_tree, save_tree
 
 
@@ -24,16 +25,18 @@ class SetupContext:
     """Both sides, the data, and a place to keep what was computed.
 
     Args:
-        student, teacher: as they are at the time. splits: examples of `train`, `validation` and `test`.
+        student: as it is at the time. teacher: answers for a batch, of whatever kind (a model, a cache, a server, several of
+            them); `None` without one. teacher_model: its model, where it runs here and answers about every example.
+        splits: examples of `train`, `validation` and `test`; `setup` may add others, for phases to train on.
         collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
         teacher_train: what a teacher that is trained first may see.
-        judge: the split that the run is judged on. store: a folder that comparisons share. key: hash of teacher and data.
-        seed: of the run.
+        eval_split: the split that the run is evaluated on. store: a folder that comparisons share. key: hash of teacher and
+            data. seed: of the run. columns: numbers by example or token, see `add_column`.
     """
 
     student: ModelAdapter
-    teacher: ModelAdapter | None
-    splits: Mapping[str, Any]
+    teacher_model: ModelAdapter | None
+    splits: dict[str, Any]
     collate: Callable[[list[Any]], Any]
     classes: int
     store: Path
@@ -42,6 +45,7 @@ class SetupContext:
     teacher_train: Any = None
     eval_split: str = "test"
     columns: dict[str, Column] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     def add_column(self, column: Column) -> None:
         """Give a number to every example or token of the training data, for the loss to read as `state.columns[name]`.
@@ -54,17 +58,17 @@ class SetupContext:
         self.columns[column.name] = column
 
     def live_teacher(self) -> ModelAdapter:
-        """The teacher's own model, for a stage that reads it.
+        """The teacher's own model, for a method that reads it.
 
         Raises:
             InputError: a cache, a server or a route to several models stands in its place.
         """
-        if self.teacher is None:
+        if self.teacher_model is None:
             raise InputError(
                 "This method reads the teacher's own model before training, about every example: give a live teacher, "
                 "without teacher.cache, teacher.endpoint or teacher.route."
             )
-        return self.teacher
+        return self.teacher_model
 
     def examples(self, split: str) -> Any:
         """A split, or `teacher_train`."""

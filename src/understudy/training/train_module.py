@@ -17,6 +17,7 @@ from understudy.errors import InputError
 from understudy.models import ModelAdapter, ModelOutput, find_head
 from understudy.models.sharding import block_names
 from understudy.training.method import Method, TrainState
+from understudy.training.phases import Phase, freeze_all_but
 from understudy.training.reduction import TermSums, sum_terms
 from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
@@ -66,16 +67,27 @@ class TrainModule(nn.Module):
             seed=seed,
         )
         self.head_timer: Any = nullcontext
+        self._frozen: list[nn.Module] = []
 
     @property
     def _no_split_modules(self) -> list[str]:
         """The blocks that FSDP2 shards apart; the rest, the head with it, is one group: whole while `forward` runs."""
         return block_names(self.student)
 
+    def begin_phase(self, phase: Phase, steps: int, trainable: set[int]) -> None:
+        """Freeze what the phase does not train, and start to count its steps.
+
+        Args:
+            trainable: ids of the parameters that may be trained at all.
+        """
+        self._frozen = freeze_all_but({"student": self.student, **dict(self.own.items())}, phase.train, trainable)
+        self.train_state.phase, self.train_state.step, self.train_state.total = phase.name, 0, steps
+
     def train(self, mode: bool = True) -> TrainModule:
-        """Companions never leave evaluation mode."""
+        """Companions, and what a phase leaves frozen, stay in evaluation mode."""
         super().train(mode)
-        self.companions.eval()
+        for part in (self.companions, *self._frozen):
+            part.eval()
         return self
 
     def gradient_checkpointing_enable(

@@ -92,6 +92,7 @@ class DistillationTrainer(Trainer):
         augmentation: keyword options of `understudy.data.augment`, or `None`.
         meter: a cost meter with contexts `teacher()`, `student()`, `head()` and `step()`, or `None`.
         metrics_file: JSON lines, one per log. rollouts: puts the student's own samples into the batches, or `None`.
+        steps_before: optimizer steps of the run's phases before this one, which the lines of files count as well.
     """
 
     model: TrainModule
@@ -113,6 +114,7 @@ class DistillationTrainer(Trainer):
         metrics_file: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         rollouts: Rollouts | None = None,
+        steps_before: int = 0,
     ) -> None:
         method = train_module.method
         if method.requires.in_steps and teacher is None:
@@ -135,6 +137,7 @@ class DistillationTrainer(Trainer):
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
         self.augmentation, self.validation, self.rollouts = augmentation, validation, rollouts
         self.validation_dataset = validation_dataset
+        self.steps_before = steps_before
         self._epoch = 0
         self._resumed_epoch: int | None = None
         seed = args.data_seed if args.data_seed is not None else args.seed
@@ -350,7 +353,7 @@ class DistillationTrainer(Trainer):
         if self.rollouts is not None:
             self.rollouts.on_evaluate(found)
         if self.metrics_file is not None and self.args.should_save:
-            line = {"step": self.state.global_step, **found}
+            line = {"step": self.steps_before + self.state.global_step, **found}
             with self.metrics_file.with_name("validation.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         named = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -455,7 +458,7 @@ class DistillationTrainer(Trainer):
             return
         state = self.model.train_state.method_state
         line = {
-            "step": self.state.global_step,
+            "step": self.steps_before + self.state.global_step,
             "epoch": round(self.state.epoch or 0.0, 6),
             "loss": logs["loss"],
             "terms": self._means,
@@ -463,6 +466,8 @@ class DistillationTrainer(Trainer):
             "grad_norm": logs.get("grad_norm"),
             "state": state.logs() if state is not None else {},
         }
+        if self.model.train_state.phase:
+            line["phase"] = self.model.train_state.phase
         if self.rollouts is not None:
             line |= self.rollouts.logs()
         with self.metrics_file.open("a") as file:

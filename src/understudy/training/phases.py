@@ -1,0 +1,106 @@
+"""Phases: a run as an ordered list of trainings of the same parts, each with its own data, arguments and frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from understudy.errors import InputError, nearest
+from understudy.models.sharding import is_sharded, load_state, whole_state
+from understudy.training.checkpoint import load_tree, save_tree
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a run. Every phase has an optimiser, a schedule and checkpoints of its own.
+
+    Args:
+        name: letters, digits, - and _; `state.phase` during the phase.
+        share: of the run's optimizer steps.
+        train: what is trained: `"student"` and names of `Method.modules`. The rest is frozen and in evaluation mode.
+        split: of `SetupContext.splits` to train on, one that `setup` added or `"train"`.
+        trainer: training arguments over those of the recipe (not `max_steps`: that is what `share` says).
+        patience: end the phase after this many evaluations without gain.
+    """
+
+    name: str
+    share: float = 1.0
+    train: tuple[str, ...] | None = None
+    split: str = "train"
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    patience: int | None = None
+
+
+def steps_of(phases: Sequence[Phase], total: int) -> list[int]:
+    """The optimizer steps of each phase: shares of `total`, one at least, that add up to it.
+
+    Raises:
+        InputError: shares that do not sum to 1, two phases of one name, or fewer steps than phases.
+    """
+    names = [p.name for p in phases]
+    if len(set(names)) < len(names):
+        raise InputError(f"Phases have distinct names, and these are {', '.join(names)}.")
+    if any(p.share <= 0 for p in phases) or abs(sum(p.share for p in phases) - 1) > 1e-6:
+        raise InputError(f"Shares of phases are above 0 and sum to 1; these sum to {sum(p.share for p in phases):g}.")
+    if total < len(phases):
+        raise InputError(
+            f"{len(phases)} phases need as many optimizer steps and trainer.max_steps gives {total}: raise it."
+        )
+    ends, passed = [], 0.0
+    for phase in phases:
+        passed += phase.share
+        ends.append(round(passed * total))
+    steps = [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    while min(steps) < 1:  # tiny runs: the longest gives one
+        steps[steps.index(max(steps))] -= 1
+        steps[steps.index(min(steps))] += 1
+    return steps
+
+
+def save_phase(file: Path, module: Any, meter: Any) -> None:
+    """Write weights, the method's state and the cost so far as a phase leaves them; the file is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = module.train_state.method_state
+    held = whole_state(module) if is_sharded(module) else module.state_dict()
+    temporary = file.with_suffix(".tmp")
+    method = state.state_dict() if state is not None else None
+    save_tree({"weights": dict(held), "method": method, "meter": meter.state_dict()}, temporary)
+    temporary.rename(file)
+
+
+def load_phase(file: Path, module: Any, meter: Any) -> None:
+    """Put back what `save_phase` wrote."""
+    tree = load_tree(file)
+    load_state(module, tree["weights"])
+    meter.load_state_dict(tree["meter"])
+    if tree["method"] is not None:
+        module.train_state.method_state.load_state_dict(tree["method"])
+
+
+def freeze_all_but(parts: Mapping[str, nn.Module], train: Sequence[str] | None, trainable: set[int]) -> list[nn.Module]:
+    """Set what a phase trains; the parts that it leaves frozen.
+
+    Args:
+        parts: `"student"` and the method's modules. train: names of those to train, or `None` for all.
+        trainable: ids of the parameters that may be trained at all (adapters alone, where there are adapters).
+
+    Raises:
+        InputError: a name that is no part.
+    """
+    for name in train or ():
+        if name not in parts:
+            raise InputError(
+                f"A phase trains {name!r}, which is no part.{nearest(name, parts)} Parts: {', '.join(parts)}."
+            )
+    frozen = []
+    for name, part in parts.items():
+        active = train is None or name in train
+        if not active:
+            frozen.append(part)
+        for parameter in part.parameters():
+            parameter.requires_grad_(active and id(parameter) in trainable)
+    return frozen

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
@@ -42,25 +43,21 @@ def trainer_for(
     meter: CostMeter,
     progress: bool,
     home: Path | None = None,
+    more_callbacks: Sequence[TrainerCallback] = (),
 ) -> DistillationTrainer:
     """The trainer of a run: the method's modules and taps in place, the teacher where it should live.
 
     Args:
         home: where the scores of a served teacher are kept and shared; the run's folder if not given.
+        more_callbacks: the caller's own.
     """
     task = get_task(recipe.task)
     args = training_arguments(_with_metric(recipe, task), folder / "checkpoints", recipe.seed)
     total = total_steps(args, len(prepared.train))
     method = recipe.build_method()
     asked = teacher_of(recipe, prepared, method, teacher, student, home or folder)
-    example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
-    sides = {"student": student, "teacher": teacher if "teacher" in method.asks else None}
-    taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
-    shapes = probe(method, prepared.classes, sides, taps, example, tables)
-    train_module = TrainModule(
-        student, method, shapes, total, recipe.reduction, taps["student"], tables=tables, seed=recipe.seed
-    )
-    callbacks: list[TrainerCallback] = [StopOnSignal()]
+    train_module, taps, example = apprentice_for(recipe, prepared, student, teacher, tables, total)
+    callbacks: list[TrainerCallback] = [StopOnSignal(), *more_callbacks]
     if progress:
         callbacks.append(RichProgress(f"{recipe.method} on {recipe.data['name']}"))
     if asked is None and teacher is not None and "teacher" in method.asks:
@@ -68,14 +65,14 @@ def trainer_for(
         name = recipe.teacher.model if recipe.teacher else "teacher"
         features, sharded = "teacher_features" in method.asks, place == SHARDED
         device = args.device if sharded else place
-        asked = LocalTeacher(teacher, name, device, features=features, taps=taps["teacher"], sharded=sharded)
+        asked = LocalTeacher(teacher, name, device, features=features, taps=taps, sharded=sharded)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)
     kept = teacher if isinstance(teacher, Ensemble) and "teacher" in method.asks else asked
     if isinstance(kept, (CachedTeacher, Ensemble)) and not method.queries:
         dry_run_stored(train_module, kept, example)
     rollouts = _rollouts(recipe, train_module, asked, prepared, args, folder, meter)
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         train_module,
         args,
         prepared.train,
@@ -90,6 +87,34 @@ def trainer_for(
         callbacks=callbacks,
         rollouts=rollouts,
     )
+    for tracker in trainer.callback_handler.callbacks:
+        if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+            tracker.logging_dir = str(folder / "tensorboard")
+    return trainer
+
+
+def apprentice_for(
+    recipe: Recipe,
+    prepared: Prepared,
+    student: ModelAdapter,
+    teacher: ModelAdapter | None,
+    tables: Mapping[str, Tensor],
+    total: int,
+) -> tuple[TrainModule, Mapping[str, nn.Module], Batch]:
+    """The student with its method, the inner layers of the teacher that the method reads, and two examples.
+
+    Args:
+        tables: what the method's data stage returned. total: optimizer steps of the run.
+    """
+    method = recipe.build_method()
+    example = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
+    sides = {"student": student, "teacher": teacher if "teacher" in method.asks else None}
+    taps = {s: method.taps(s, m, example) if m is not None else {} for s, m in sides.items()}  # type: ignore[arg-type]
+    shapes = probe(method, prepared.classes, sides, taps, example, tables)
+    train_module = TrainModule(
+        student, method, shapes, total, recipe.reduction, taps["student"], tables=tables, seed=recipe.seed
+    )
+    return train_module, taps["teacher"], example
 
 
 def _rollouts(

@@ -152,6 +152,10 @@ class Method(BaseModel):
     def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
         """Called once per optimizer step that has rows, on every rank, with each term's mean over the whole update."""
 
+    def reported(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """The means of an update as they are logged, with what follows from several of them."""
+        return means
+
     def on_step_end(self, state: TrainState) -> None:
         """Called after each optimizer step, when `state.step` counts it already."""
 

@@ -102,6 +102,7 @@ class DistillationTrainer(Validating):
         self._left = 0
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, float] = {}
+        self._absent: set[str] = set()
         self._term_gradients: dict[str, list[Tensor | None]] = {}
         self._update_schedule: Sequence[str] = ("student",)
         self.validation = validation
@@ -140,6 +141,7 @@ class DistillationTrainer(Validating):
         total = self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
         self._counts, self._left = dict(zip(found, total.clamp(min=1.0), strict=True)), len(samples)
         whole = dict(zip(found, total, strict=True))
+        self._absent = {name for name, number in whole.items() if not number}
         self._samples, self._moved, self._empty = samples, False, not bool(whole["/rows"])
         return samples, whole[""]
 
@@ -244,7 +246,8 @@ class DistillationTrainer(Validating):
                 sums = self.accelerator.reduce(sums, "sum")
             unit = "/rows" if self.model.reduction == "sum" else ""
             counts = torch.stack([self._counts.get(n, self._counts[unit]) for n in names])
-            self._means = dict(zip(names, (sums / counts).tolist(), strict=True))
+            means = zip(names, (sums / counts).tolist(), strict=True)
+            self._means = {name: mean for name, mean in means if name not in self._absent}
         self._sums = {}
         if self._term_gradients:
             self._merge()
@@ -285,18 +288,25 @@ class DistillationTrainer(Validating):
     # -- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if self.metrics_file is None or not self.args.should_save or "loss" not in logs:
+        """Log to the trackers and, of training, one line to `metrics.jsonl`: with the loss go all terms of the update, those
+        named after TRL (`rewards/chosen`) as they are, others as `terms/NAME`, and the method's state as `state/NAME`."""
+        if "loss" not in logs:
+            super().log(logs, start_time)
             return
-        state = self.model.train_state.method_state
+        terms = dict(self.model.method.reported(self._means))
+        state = self.model.train_state.method_state.logs() if self.model.train_state.method_state is not None else {}
+        named = {name if "/" in name else f"terms/{name}": value for name, value in terms.items()}
+        super().log({**logs, **named, **{f"state/{name}": value for name, value in state.items()}}, start_time)
+        if self.metrics_file is None or not self.args.should_save:
+            return
         line = {
             "step": self.state.global_step,
             "epoch": round(self.state.epoch or 0.0, 6),
             "loss": logs["loss"],
-            "terms": self._means,
+            "terms": terms,
             "lr": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "state": state.logs() if state is not None else {},
+            "state": state,
         }
         if self.rollouts is not None:
             line |= self.rollouts.logs()

@@ -220,7 +220,7 @@ TINY = {
 def test_images_a_copied_student_and_a_teacher_without_any_data(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     result = distill({**TINY, "output": str(tmp_path / "a")})
-    assert {"fid", "coverage", "teacher_distance"} <= result.metrics.keys()
+    assert {"distance", "coverage", "teacher_distance"} <= result.metrics.keys()
     assert (tmp_path / "a" / "store").is_dir()  # the feature network
     teacher = tmp_path / "a" / "teacher" / "student"
     pipeline = diffusers.DDPMPipeline(
@@ -237,7 +237,7 @@ def test_images_a_copied_student_and_a_teacher_without_any_data(tmp_path):
     free = distill(
         {**TINY, "data": {**TINY["data"], "name": "noise"}, "teacher": str(teacher), "output": str(tmp_path / "b")}
     )
-    assert free.metrics.keys() >= {"energy", "rmse"} and "coverage" not in free.metrics
+    assert free.metrics.keys() >= {"distance", "rmse"} and "coverage" not in free.metrics
 
 
 def test_a_saved_denoiser_draws_as_before_and_a_damaged_one_is_refused(tmp_path):

@@ -240,11 +240,12 @@ def test_info_and_verify(home, tmp_path):
 def test_refusals(home, tmp_path, capsys):
     recipe = teach(TEXT, home / "text", method="kd", output=str(tmp_path / "run"))
     cache = tmp_path / "cache"
-    capture_recipe(make(recipe), cache, "top_k:20")
+    at_one = {**recipe, "options": {"temperature": 1.0}}
+    capture_recipe(make(at_one), cache, "top_k:20")
     with pytest.raises(InputError, match="was made with support 'top_k:20' and 'sampled:12'"):
-        capture_recipe(make(recipe), cache, "sampled:12")
+        capture_recipe(make(at_one), cache, "sampled:12")
     with pytest.raises(InputError, match=r"was made with temperature 1\.0 and 2\.0"):
-        capture_recipe(make(recipe), cache, "top_k:20", temperature=2.0)
+        capture_recipe(make(recipe), cache, "top_k:20")
     other = {**recipe, "teacher": {"model": "llama:hidden=16,layers=1,heads=2"}}
     with pytest.raises(InputError, match="teacher"):
         verify_recipe(make(other), cache)
@@ -281,7 +282,7 @@ def test_methods_that_read_inside_the_teacher_are_refused(home, tmp_path):
     from engine_cases import CONV
 
     recipe = teach(CONV, home / "conv", output=str(tmp_path / "run"), method="trg", options={"group": 4, "k": 3})
-    capture_recipe(make(recipe), tmp_path / "cache", "dense")
+    capture_recipe(make({**recipe, "method": "kd", "options": {}}), tmp_path / "cache", "dense")
     with pytest.raises(InputError, match="reads inside the teacher"):
         distill({**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}})
 
@@ -300,7 +301,7 @@ def test_methods_that_read_the_teacher_before_training_want_its_model(method, tm
 )
 def test_a_loss_that_is_not_defined_for_what_is_kept_is_refused_before_the_first_step(support, kept, home, tmp_path):
     recipe = teach(TEXT, home / "text", output=str(tmp_path / "run"), method="taid", options={})
-    capture_recipe(make(recipe), tmp_path / "cache", support)
+    capture_recipe(make({**recipe, "method": "kd"}), tmp_path / "cache", support)
     with_cache = {**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}}
     if kept is None:
         distill(with_cache)

@@ -91,7 +91,9 @@ def _methods():
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "run"
     with registered(TwoPhases, Steered):
-        distill({**DIGITS, "method": "two-phases", "output": str(folder), "trainer": {**DIGITS["trainer"], "max_steps": 4}})
+        distill(
+            {**DIGITS, "method": "two-phases", "output": str(folder), "trainer": {**DIGITS["trainer"], "max_steps": 4}}
+        )
     return folder / "teacher"
 
 

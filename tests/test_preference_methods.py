@@ -111,7 +111,7 @@ def test_a_moving_anchor_shows_collapse_too():
     state = TrainState(companions={"anchor": lambda batch: rows_of(torch.tensor([[-4.0, -4.0]]).double())}, step=1)
     batch, values = listed([[1.0, 0.0]], [None]), torch.tensor([[-5.0, -6.0]]).double()
     terms = ADPO(anchor="ema").loss(rows_of(values), None, batch, state)
-    assert [terms[f"{side}_log_ratio"].values.item() for side in ("best", "worst")] == [-1.0, -2.0]
+    assert [terms[f"rewards/{side}"].values.item() for side in ("chosen", "rejected")] == [-1.0, -2.0]
 
 
 def rows_of(values):

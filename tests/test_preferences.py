@@ -102,6 +102,7 @@ def test_dpo_gradients_agree_with_trl(tokenizer, tmp_path):
     policy.model.double().eval()
     reference.model.double()
     loss = trainer.compute_loss(policy.model, theirs)
+    said = {k: v[-1] for k, v in trainer._metrics["eval"].items() if k.startswith(("rewards/", "logps/"))}
     loss.backward()
     expected = [p.grad.clone() for p in policy.model.parameters()]
     policy.zero_grad()
@@ -120,6 +121,8 @@ def test_dpo_gradients_agree_with_trl(tokenizer, tmp_path):
 
     terms = DPO(beta=0.3, reference="teacher").loss(policy(batch), None, batch, TrainState(step=1))
     ours = terms["dpo"].values.mean()
+    assert len(said) == 6
+    assert {k: float(terms[k].values.mean()) for k in said} == pytest.approx(said, rel=1e-5, abs=1e-6)
     torch.testing.assert_close(
         ours.double(), loss.double(), rtol=1e-6, atol=0
     )  # TRL takes log-probabilities in float32
@@ -143,8 +146,8 @@ def test_a_run_starts_at_margin_zero_and_ln_two(tmp_path):
     distill({**SMALL, "method": "dpo", "output": str(tmp_path / "run")})
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["terms"]["best_log_ratio"] == pytest.approx(0, abs=1e-4)
-    assert first["terms"]["worst_log_ratio"] == pytest.approx(0, abs=1e-4)
+    assert first["terms"]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert first["terms"]["rewards/rejected"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,7 @@ def test_it_learns_which_completion_is_better(method, options, tmp_path):
         "trainer": {"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "save_strategy": "no"},
     }
     metrics = distill({**recipe, "method": method, "options": options, "output": str(tmp_path / "run")}).metrics
-    assert metrics["reward_accuracy"] > 0.65 and metrics["reward_margin"] > 0
+    assert metrics["rewards/accuracies"] > 0.65 and metrics["rewards/margins"] > 0
 
 
 FORMATS = {
@@ -292,7 +295,7 @@ def test_real_pairs_in_one_command(data_folder, tmp_path):
             "output": str(tmp_path / "run"),
         }
     ).metrics
-    assert 0 <= metrics["reward_accuracy"] <= 1
+    assert 0 <= metrics["rewards/accuracies"] <= 1
 
 
 BAD = {

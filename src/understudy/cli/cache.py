@@ -23,10 +23,14 @@ def capture(
     support: Annotated[
         str | None,
         typer.Option(
-            help="sampled:NB (unbiased, N bytes a row; default sampled:38B), top_k:N with tail, hidden, or dense."
+            help="sampled:NB (unbiased, N bytes a row), top_k:N with tail, hidden, or dense. Default sampled:38B, or dense "
+            "where the recipe's method needs every class."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=1e-3, help="At which probabilities are kept.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="At which probabilities are kept; that of the recipe's method unless given."),
+    ] = None,
     splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
     shard: Shard = None,
     as_json: AsJson = False,

@@ -14,7 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from understudy.data import memory
 from understudy.data.folders import find
+from understudy.data.memory import MEMORY
 from understudy.errors import InputError, nearest
 
 EMBEDDED = ("digits", "clusters", "subclusters", "templates")
@@ -66,6 +68,8 @@ class ImageSet(Dataset[tuple[Any, ...]]):
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
+    if name.startswith(MEMORY):
+        return _columns(name, memory.tables(name), spec)
     if name == "digits":
         return _digits()
     if name == "clusters":
@@ -278,11 +282,16 @@ def _folder(path: Path) -> tuple[dict[str, ImageSet], list[str]]:
 def _hub(name: str, spec: Mapping[str, Any]) -> tuple[dict[str, ImageSet], list[str]]:
     from datasets import load_dataset
 
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
     try:
         loaded = load_dataset(name)
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return _columns(name, loaded, spec)
+
+
+def _columns(name: str, loaded: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[dict[str, ImageSet], list[str]]:
+    """The splits of a set of `datasets`, by its columns."""
+    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
     parts: dict[str, ImageSet] = {}
     for split, rows in loaded.items():
         _need(name, set(rows.column_names), {image, label, *_domain(spec)})

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from understudy.data import memory
 from understudy.data.folders import find
+from understudy.data.memory import MEMORY
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "domains", "limit", "characters", "domain_column"}
@@ -169,6 +171,8 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -> dict[str, list[Record]]:
     """The records of each split, with the columns they have: a built-in set, file, folder or set of the Hub."""
+    if name.startswith(MEMORY):
+        return memory.records(name)
     if name == "stdlib":
         return {"train": stdlib(int(spec.get("characters", 1_200_000)))}
     path = find(name)

@@ -40,6 +40,9 @@ class Counts:
 class TextSet(Dataset[dict[str, Any]]):
     """Encoded rows: `input_ids`, `labels` (unshifted, −100 ignored), `id` and `bytes` of the counted text."""
 
+    reward: Any = None
+    """What an evaluation of preferences reports as rewards (`understudy.evaluation.preference.Reward`)."""
+
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
 

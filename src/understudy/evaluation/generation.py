@@ -41,8 +41,16 @@ class SampleEvaluator:
         self.real = self._features(examples) if self.network is not None else examples
 
     @property
-    def name(self) -> str:
-        return "energy" if self.network is None else "fid"
+    def meaning(self) -> str:
+        """What `distance` is, as a sentence."""
+        if self.network is None:
+            return (
+                "Energy distance of the samples to the reference; 0 where both have one distribution. Lower is better."
+            )
+        return (
+            "Fréchet distance of the samples to real examples in the features of a small classifier of these data (the "
+            "formula of FID, without its Inception network: not to be compared with published FIDs). Lower is better."
+        )
 
     def distance(self, samples: Tensor) -> float:
         """From the real examples."""
@@ -103,7 +111,7 @@ def feature_network(reference: Reference, steps: int = 400) -> nn.Module:
 def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], reference: Reference) -> dict[str, Any]:
     """Metrics of the student's samples, beside the teacher's.
 
-    `distance` (`fid` or `energy`, see `Judge`), `nfe` (network calls a sample), `coverage` of modes; with a teacher
+    `distance` (of which kind, says `explained`), `nfe` (network calls a sample), `coverage` of modes; with a teacher
     `rmse` to its output of `reference.many` calls from the same noise, and `teacher_N_distance` of its sampler at N
     steps. Without data the reference is what the teacher draws in `many` calls from other noise.
     """
@@ -121,7 +129,6 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
             raise InputError("data=noise has nothing to judge samples by without a teacher: set `teacher` or `data`.")
     evaluator = SampleEvaluator(reference, examples, classes)
     metrics: dict[str, Any] = {"distance": evaluator.distance(samples)}
-    metrics[evaluator.name] = metrics["distance"]
     metrics["nfe"] = float(student.calls)
     if evaluator.expected is not None:
         metrics["coverage"] = evaluator.coverage(samples)
@@ -138,7 +145,8 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
     shown = {f"Student: samples of {student.calls} call(s)": samples, "Real examples": examples}
     if taught:
         shown |= {f"Teacher: {n} steps from the same noise": taught[n] for n in sorted(taught)}
-    return {"rows": len(samples), "metrics": metrics, "pictures": pictures(shown)}
+    explained = {"distance": evaluator.meaning}
+    return {"rows": len(samples), "metrics": metrics, "pictures": pictures(shown), "explained": explained}
 
 
 def draw(model: Any, loader: DataLoader[Any], steps: int | None = None, offset: int = 0) -> Tensor:

@@ -2,15 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter, evaluating
+
+NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a method takes as the reward of a candidate, in TRL's terms: beta · (log π − log π_ref).
+
+    Args:
+        beta: as in the method's loss.
+        anchored: whether a reference is taken off; without one the reward is beta · log π.
+        mean: whether log-probabilities are means a token instead of sums.
+    """
+
+    beta: float
+    anchored: bool = True
+    mean: bool = False
+
+    def rows(self, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Values `[lists]` by TRL's names (`NAMES`), each with which lists count.
+
+        The best candidate of a list is the chosen one and the worst the rejected one; a single answer is chosen where its
+        label is 1 and rejected where it is 0, and alone has neither margin nor accuracy.
+
+        Args:
+            log_probs, reference: `[lists, candidates]`, of the student and of the reference.
+        """
+        scale = batch.lengths.clamp(min=1) if self.mean else torch.ones_like(batch.lengths)
+        ours = log_probs.detach() / scale
+        rewards = self.beta * (ours - reference.detach() / scale if self.anchored and reference is not None else ours)
+        several = batch.candidates.sum(1) > 1
+        good = batch.scores[:, 0] > 0.5
+        found, sides = {}, {"chosen": (batch.best, several | good), "rejected": (batch.worst, several | ~good)}
+        for kind, values in (("rewards", rewards), ("logps", ours)):
+            for side, (place, counts) in sides.items():
+                found[f"{kind}/{side}"] = (values.gather(1, place[:, None])[:, 0], counts)
+        margins = found["rewards/chosen"][0] - found["rewards/rejected"][0]
+        found["rewards/margins"] = (margins, several)
+        found["rewards/accuracies"] = ((margins > 0).to(margins.dtype), several)
+        return {name: found[name] for name in NAMES}
+
+
+def with_margin(means: Mapping[str, float]) -> dict[str, float]:
+    """Means of single answers, with the difference of both sides as their margin, as TRL's KTO has it."""
+    if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        return dict(means)
+    return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
 @torch.no_grad()
@@ -18,36 +74,37 @@ def evaluate_preferences(model: ModelAdapter, loader: DataLoader[Any]) -> dict[s
     """Metrics over lists.
 
     `accuracy`: share of ordered pairs of candidates that mean log-probability a token orders as the scores do.
-    `nll`: of the best candidate, nats a token. Where the batch carries a reference: `reward_accuracy` (by log-ratio),
-    `reward_margin` (log-ratio of best minus worst), and the collapse monitors `best_log_ratio` and `worst_log_ratio`:
-    both falling means that probability flows away from what the data holds.
+    `nll`: of the best candidate, nats a token. Where the method's data stage said what a reward is: `rewards/…` and
+    `logps/…` by TRL's names. Both rewards falling means that probability flows away from what the data holds.
     """
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}
+    examples: Any = loader.dataset
+    while isinstance(examples, Subset):
+        examples = examples.dataset
+    reward: Reward | None = getattr(examples, "reward", None)
     with evaluating(model):
         for values in loader:
             batch = Batch.from_dict(values)
             assert isinstance(batch, ListBatch)
-            _score(parts, model(batch.to(device)).signal.values.cpu().double(), batch)
+            _score(parts, model(batch.to(device)).signal.values.cpu().double(), batch, reward)
     joined = {name: torch.cat(found) for name, found in parts.items()}
     if not joined or len(joined["nll"]) == 0:
         raise InputError("The split has no list to evaluate.")
-    return {"rows": len(joined["nll"]), "metrics": {k: float(v.mean()) for k, v in joined.items() if len(v)}}
+    means = {k: float(v.mean()) for k, v in joined.items() if len(v)}
+    return {"rows": len(joined["nll"]), "metrics": with_margin(means)}
 
 
-def _score(parts: dict[str, list[Tensor]], scores: Tensor, batch: ListBatch) -> None:
+def _score(parts: dict[str, list[Tensor]], scores: Tensor, batch: ListBatch, reward: Reward | None) -> None:
     def pick(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.gather(1, batch.best[:, None])[:, 0], x.gather(1, batch.worst[:, None])[:, 0]
 
     _add(parts, "accuracy", _ordered(scores / batch.lengths.clamp(min=1), batch))
     _add(parts, "nll", -pick(scores)[0] / pick(batch.lengths)[0])
-    if batch.reference is None:
+    if reward is None or (reward.anchored and batch.reference is None):
         return
-    ratio = (scores - batch.reference).masked_fill(~batch.candidates, 0.0)
-    best, worst = pick(ratio)
-    _add(parts, "reward_accuracy", _ordered(ratio, batch))
-    for name, value in (("reward_margin", best - worst), ("best_log_ratio", best), ("worst_log_ratio", worst)):
-        _add(parts, name, value)
+    for name, (value, counts) in reward.rows(scores, batch.reference, batch).items():
+        _add(parts, name, value[counts])
 
 
 def _add(parts: dict[str, list[Tensor]], name: str, value: Tensor) -> None:

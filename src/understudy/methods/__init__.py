@@ -29,7 +29,27 @@ def all_methods() -> dict[str, type[Method]]:
         if loaded.name in found:
             raise InputError(f"Two methods are named {loaded.name!r}: the plug-in {point.value} must choose another.")
         found[loaded.name] = loaded
-    return found
+    return {**found, **_adopted}
+
+
+_adopted: dict[str, type[Method]] = {}
+
+
+def adopt(method: type[Method]) -> str:
+    """Make a class of the caller's own known in this process, in the place of an earlier one of its name; returns the name.
+
+    Raises:
+        InputError: it has no name or no loss, or the name is that of a method that comes with the library or a plug-in.
+    """
+    name = getattr(method, "name", None)
+    if not isinstance(name, str) or not name:
+        raise InputError(f'Method class {method.__name__} has no name: set `name = "..."` in its body.')
+    known = _adopted.get(name) or all_methods().get(name)
+    if known is not method and known is not None and name not in _adopted:
+        raise InputError(f"There is a method {name!r} already: give {method.__name__} another name.")
+    if known is not method:
+        _adopted[name] = method
+    return name
 
 
 def get(name: str) -> type[Method]:
@@ -40,4 +60,4 @@ def get(name: str) -> type[Method]:
     return known[name]
 
 
-__all__ = ["all_methods", "built_in", "get"]
+__all__ = ["adopt", "all_methods", "built_in", "get"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
+from understudy.evaluation.preference import Reward, with_margin
 from understudy.losses import anchored
 from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers.cache.scores import ScoreStore, score_lists
@@ -85,6 +87,7 @@ class ADPO(Method):
                 f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
             )
         self._check(context)
+        rewarded(context, self._reward)
         scorers = {"reference": context.student} if self.anchor == "fixed" else {}
         if context.teacher_model is not None and self.anchor == "teacher":
             scorers["reference"] = context.teacher_model
@@ -139,7 +142,18 @@ class ADPO(Method):
             q = self._target(anchor, batch).to(ours.dtype)
             values = anchored.anchored_cross_entropy(ours, anchor, q, tau=self.tau, mask=batch.candidates)
             kl = {"kl": Term(values.detach() + torch.special.xlogy(q, q).sum(-1), 0.0)}
-        return {"adpo": Term(values), **kl, **monitors(student.signal.values, reference, batch)}
+        return {"adpo": Term(values), **kl, **reward_terms(self._reward, student.signal.values, reference, batch)}
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        assert isinstance(batch, ListBatch)
+        return reward_counts(batch)
+
+    def logged(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        return with_margin(means)
+
+    @property
+    def _reward(self) -> Reward:
+        return Reward(1 / self.tau, self.anchor != "uniform", self.length == "mean")
 
     def _scale(self, log_probs: Tensor, batch: ListBatch) -> Tensor:
         return log_probs / batch.lengths.clamp(min=1) if self.length == "mean" else log_probs
@@ -208,11 +222,23 @@ def recorded(context: SetupContext) -> None:
             row["reference"] = row["log_probs"]
 
 
-def monitors(log_probs: Tensor, reference: Tensor, batch: ListBatch) -> dict[str, Term]:
-    """Log-ratios of the best and worst candidates, logged but not trained: both falling is a collapse on its way."""
-    ratio = (log_probs - reference).detach()
-    sides = {"best_log_ratio": batch.best, "worst_log_ratio": batch.worst}
-    return {name: Term(ratio.gather(1, i[:, None])[:, 0], 0.0) for name, i in sides.items()}
+def reward_terms(reward: Reward, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, Term]:
+    """Rewards and log-probabilities of both sides by TRL's names, logged but not trained: both rewards falling is a
+    collapse on its way."""
+    rows = reward.rows(log_probs, reference, batch)
+    return {name: Term(torch.where(counts, values, 0.0), 0.0) for name, (values, counts) in rows.items()}
+
+
+def reward_counts(batch: ListBatch) -> dict[str, float]:
+    """How many lists each of `reward_terms` is the mean of."""
+    blank = torch.zeros_like(batch.scores)
+    return {name: float(counts.sum()) for name, (_, counts) in Reward(1.0).rows(blank, blank, batch).items()}
+
+
+def rewarded(context: SetupContext, reward: Reward) -> None:
+    """Have evaluations of the run's splits report this reward."""
+    for examples in context.splits.values():
+        examples.reward = reward
 
 
 def finite(log_probs: Tensor, batch: ListBatch) -> Tensor:

@@ -83,7 +83,7 @@ class BOOT(Method):
     @property
     def requires(self) -> Requirements:
         """The student's own states are shown to the teacher."""
-        return Requirements(teacher="calls")
+        return Requirements(teacher="calls", teacher_model=True)
 
     def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
         teacher = _denoiser(context.live_teacher())

@@ -9,6 +9,7 @@ One method, `loss` chooses the variant. With h = β (log-ratio of the better −
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,13 +20,24 @@ from torch import Tensor
 from understudy.data import Batch, ListBatch, mismatched
 from understudy.data.noise import uniform
 from understudy.errors import InputError
+from understudy.evaluation.preference import Reward, with_margin
 from understudy.losses import preference
-from understudy.methods.adpo import attach, check_starts_at_zero, finite, monitors, recorded
+from understudy.methods.adpo import (
+    attach,
+    check_starts_at_zero,
+    finite,
+    recorded,
+    reward_counts,
+    reward_terms,
+    rewarded,
+)
 from understudy.models import ModelOutput
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 
 WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo"})
 WITH_NLL = frozenset({"cpo", "cpo_simpo", "orpo"})
+MEAN_REWARD = frozenset({"simpo", "cpo_simpo", "orpo"})
+"""Variants whose reward is of the mean log-probability a token, as in TRL."""
 SMOOTHED = frozenset({"cdpo", "robust"})
 USED_BY = {
     "label_smoothing": SMOOTHED,
@@ -106,6 +118,7 @@ class DPO(Method):
         unpaired = self.loss_type == "kto" and _unpaired(context)
         if not unpaired:
             _need_order(context)
+        rewarded(context, self._reward)
         if self.loss_type in WITHOUT_REFERENCE:
             if self.reference != "start":
                 log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
@@ -132,9 +145,16 @@ class DPO(Method):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         assert isinstance(batch, ListBatch)
-        if self.loss_type not in WITH_NLL:
-            return {}
-        return {"nll": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
+        nll = {"nll": float(batch.lengths.gather(1, batch.best[:, None]).sum())} if self.loss_type in WITH_NLL else {}
+        return {**nll, **reward_counts(batch)}
+
+    def logged(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        return with_margin(means)
+
+    @property
+    def _reward(self) -> Reward:
+        mean = self.loss_type in MEAN_REWARD or self.length == "mean"
+        return Reward(self._beta, self.loss_type not in WITHOUT_REFERENCE, mean)
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
@@ -142,10 +162,11 @@ class DPO(Method):
         assert isinstance(batch, ListBatch)
         values = finite(student.signal.values, batch)
         check_starts_at_zero(self.reference == "start", values, batch, state)
+        seen = reward_terms(self._reward, values, batch.reference, batch)
         if self.loss_type == "kto":
             assert batch.reference is not None  # the data stage computed it
             ratio = values - batch.reference.to(values.dtype)
-            return {"kto": Term(self._kto(ratio, batch, state)), **monitors(values, batch.reference, batch)}
+            return {"kto": Term(self._kto(ratio, batch, state)), **seen}
         row, *sides = self._pairs(batch)
         lengths = [batch.lengths[row, i] for i in sides]
         chosen, rejected = (values[row, i] for i in sides)
@@ -153,7 +174,7 @@ class DPO(Method):
             found = self._without_reference(chosen, rejected, *lengths)
             nll = {"nll": Term(-values.gather(1, batch.best[:, None])[:, 0], self.nll_weight)}
             own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
-            return {**own, **(nll if self.loss_type in WITH_NLL else {})}
+            return {**own, **(nll if self.loss_type in WITH_NLL else {}), **seen}
         assert batch.reference is not None
         ratios = [chosen, rejected, *(batch.reference.to(values.dtype)[row, i] for i in sides)]
         if (self.length or ("mean" if self.loss_type == "ipo" else "sum")) == "mean":
@@ -162,7 +183,7 @@ class DPO(Method):
         variant: Any = function.get(self.loss_type, preference.dpo)
         options = {} if self.loss_type not in SMOOTHED else {"label_smoothing": self._smoothing}
         loss = _by_list(variant(*ratios, beta=self._beta, **options), row, batch)
-        return {self.loss_type: Term(loss), **monitors(values, batch.reference, batch)}
+        return {self.loss_type: Term(loss), **seen}
 
     def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
         """List, better and worse candidate of each pair."""

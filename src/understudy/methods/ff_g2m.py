@@ -60,7 +60,7 @@ class FFG2M(Method):
     @property
     def requires(self) -> Requirements:
         """The teacher answers once for the whole graph."""
-        return Requirements(teacher="setup")
+        return Requirements(teacher="setup", teacher_model=True)
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
         (batch,) = context.batches("train")

@@ -114,7 +114,7 @@ class HARD(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(temperature=self.temperature)
+        return Requirements(teacher_model=True, temperature=self.temperature)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         example = next(context.batches("train", 16))

@@ -112,7 +112,9 @@ class LELP(Method):
     def requires(self) -> Requirements:
         layer = self.teacher_layer is not None
         use: TeacherUse = "setup" if self.cache else "outputs"
-        return Requirements(teacher=use, teacher_features=not self.cache and not layer, teacher_layers=layer)
+        return Requirements(
+            teacher=use, teacher_features=not self.cache and not layer, teacher_layers=layer, teacher_model=True
+        )
 
     def taps(self, side: Literal["student", "teacher"], rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         if side == "student" or self.teacher_layer is None:

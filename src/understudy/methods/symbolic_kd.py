@@ -159,6 +159,8 @@ class SymbolicKD(Pipeline):
         how |= {"presence_penalty": 0.5, "frequency_penalty": 0.5}
         item, seed, funnel = Prompt.load(self.head_prompt), context.recipe["seed"], Funnel()
         requests = knowledge.head_requests(item, material.seeds, self.head_samples, self.per_prompt, seed, **how)
+        if self.head_keep < 1:
+            self._check_log_probs(context, material, requests[:1])
         answers = self._ask(context, material, requests)
         heads = knowledge.sift_heads(answers, self.head_keep, self.per_token, self.shortest, funnel)
         if len(heads) < len(SPLITS):
@@ -168,6 +170,21 @@ class SymbolicKD(Pipeline):
                 "(options.head_samples), or give another prompt or teacher."
             )
         return {"heads": heads, "funnel": funnel.rows}
+
+    def _check_log_probs(self, context: PipelineContext, material: Any, first: Sequence[Request]) -> None:
+        """Ask once before all, for not every server tells log-probabilities; the answer is in the log and not asked again."""
+        says = "gives no log-probabilities"
+        try:
+            missing = self._ask(context, material, first)[0].log_prob is None
+        except InputError as error:
+            if "logprob" not in str(error).lower().replace("-", ""):
+                raise
+            missing, says = True, f"refuses log-probabilities ({error})"
+        if missing:
+            raise InputError(
+                f"options.head_keep={self.head_keep} keeps the likeliest events, and teacher {context.recipe['teacher']['model']!r} {says}: "
+                "set options.head_keep=1 to keep all, or have the server tell them."
+            )
 
     def _tails(self, context: PipelineContext, material: Any, heads: list[str]) -> dict[str, Any]:
         """Triples, each with the split of its head."""

@@ -86,7 +86,7 @@ class TGeoKD(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(temperature=self.temperature)
+        return Requirements(teacher_model=True, temperature=self.temperature)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         if context.classes < 2:

@@ -98,7 +98,7 @@ class TRG(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(teacher_layers=True, temperature=self.temperature)
+        return Requirements(teacher_layers=True, teacher_model=True, temperature=self.temperature)
 
     def taps(self, side: Side, rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer

@@ -13,7 +13,9 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from understudy.reporting import plots
+from understudy.reporting.metrics import meaning
 from understudy.reporting.table import span
+from understudy.tasks import TASKS
 
 Panel = dict[str, Any]
 
@@ -35,23 +37,42 @@ def render_run(folder: Path) -> Path:
     """Write `report.html` of a run folder from what is in it; what is missing is left out."""
     facts, evaluation = _read(folder / "run.json") or {}, _read(folder / "evaluation.json") or {}
     recipe = folder / "recipe.yaml"
-    metrics = evaluation.get("metrics", {})
     out = folder / "report.html"
     out.write_text(
         _render(
             title=f"{facts.get('method', 'run')} on {facts.get('task', '')}",
             subtitle=f"student {facts.get('student')} · teacher {facts.get('teacher')} · seed {facts.get('seed')}",
             facts=facts,
-            headings=["metric", f"on the {evaluation.get('split', '')} split"],
-            rows=[[name, f"{value:.4f}"] for name, value in metrics.items()],
+            **_metrics(facts, evaluation),
             panels=_training(folder) + _panels(evaluation) + _pictures(folder, evaluation.get("pictures", {})),
             sections=[{**table, "panels": [], "recipe": ""} for table in evaluation.get("tables", [])],
-            notes=evaluation.get("notes", []),
+            notes=evaluation.get("notes", []) + _unseen(folder),
             recipe=recipe.read_text() if recipe.is_file() else "",
         ),
         encoding="utf-8",
     )
     return out
+
+
+def _metrics(facts: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The table of metrics: before training where the check measured it, after it, and what each one says."""
+    before = facts.get("preflight", {}).get("scores", {})
+    headings = ["metric", f"on the {evaluation.get('split', '')} split", "meaning"]
+    rows: list[list[str]] = []
+    for name, value in evaluation.get("metrics", {}).items():
+        rows.append([name, f"{value:.4f}", meaning(name, evaluation.get("explained"))])
+        if before:
+            rows[-1].insert(1, f"{before[name]:.4f}" if name in before else "–")
+    if before:
+        headings.insert(1, "before training (validation sample)")
+    return {"headings": headings, "rows": rows}
+
+
+def _unseen(folder: Path) -> list[str]:
+    """A note where training was not watched on the validation split."""
+    if (folder / "validation.jsonl").is_file() or not (folder / "metrics.jsonl").is_file():
+        return []
+    return ["There is no validation curve: trainer.eval_strategy=steps with trainer.eval_steps=N draws one."]
 
 
 def _training(folder: Path) -> list[Panel]:
@@ -60,7 +81,7 @@ def _training(folder: Path) -> list[Panel]:
     if not lines:
         return []
     steps = [x["step"] for x in lines]
-    terms = {name: (steps, [x["terms"].get(name) for x in lines]) for name in lines[-1]["terms"]}
+    terms = _series(lines, "terms")
     panels = [
         _panel(
             "Loss",
@@ -69,20 +90,43 @@ def _training(folder: Path) -> list[Panel]:
         )
     ]
     if len(terms) > 1:
-        panels.append(_panel("Terms", plots.curves(terms, "mean per row"), "Each term before its weight."))
-    looks = folder / "validation.jsonl"
-    seen = [json.loads(x) for x in looks.read_text().splitlines()] if looks.is_file() else []
-    for name in [n for n in (seen[-1] if seen else {}) if n != "step"][:2]:
-        curve = {name: ([x["step"] for x in seen], [x[name] for x in seen])}
-        panels.append(
-            _panel(f"Validation {name}", plots.curves(curve, name), "On the validation split, while training.")
-        )
-    state = {n: (steps, [x["state"].get(n) for x in lines]) for n in lines[-1].get("state", {})}
-    if state:
-        panels.append(
-            _panel("Method state", plots.curves(state, "value"), "What the method carries from step to step.")
-        )
+        panels += [
+            _panel("Terms: " + ", ".join(group), plots.curves(group, "mean per row"), "Each term before its weight.")
+            for group in plots.alike(terms)
+        ]
+    panels += [_looks(folder, name) for name in _watched(folder)]
+    panels += [
+        _panel("Method state", plots.curves(group, "value"), "What the method carries from step to step.")
+        for group in plots.alike(_series(lines, "state"))
+    ]
     return panels + _own_samples(lines)
+
+
+def _series(lines: list[dict[str, Any]], part: str) -> dict[str, tuple[list[int], list[float | None]]]:
+    """What the lines of a log hold under `part`, by name; `None` where a line lacks it."""
+    names = dict.fromkeys(name for line in lines for name in line.get(part, {}))
+    return {n: ([x["step"] for x in lines], [x.get(part, {}).get(n) for x in lines]) for n in names}
+
+
+def _watched(folder: Path, most: int = 3) -> list[str]:
+    """The metrics whose validation curves are shown: the task's own, the likelihood, then others."""
+    seen = _validation(folder)
+    task = (_read(folder / "run.json") or {}).get("task")
+    first = [TASKS[task].metric] if task in TASKS else []
+    names = [n for n in (seen[-1] if seen else {}) if n != "step"]
+    return [n for n in dict.fromkeys([*first, "nll", *names]) if n in names][:most]
+
+
+def _validation(folder: Path) -> list[dict[str, Any]]:
+    looks = folder / "validation.jsonl"
+    return [json.loads(x) for x in looks.read_text().splitlines()] if looks.is_file() else []
+
+
+def _looks(folder: Path, name: str) -> Panel:
+    seen = [x for x in _validation(folder) if name in x]
+    curve = {name: ([x["step"] for x in seen], [x[name] for x in seen])}
+    caption = f"On the validation split, while training. {meaning(name)}"
+    return _panel(f"Validation {name}", plots.curves(curve, name), caption)
 
 
 def _own_samples(lines: list[dict[str, Any]]) -> list[Panel]:
@@ -168,7 +212,6 @@ def render_comparison(folder: Path) -> Path:
 def _comparison(folder: Path) -> dict[str, Any]:
     value = json.loads((folder / "comparison.json").read_text())
     metric, rows = value["metric"], value["table"]
-    percent = metric in ("accuracy", "agreement")
     others = list(dict.fromkeys(k for r in rows for k in r["others"]))
     teacher = (value.get("teacher") or {}).get(metric)
     panels = [
@@ -180,7 +223,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         )
     ]
     panels.append(_panel("Where the time goes", plots.time_bar(_shares(value["runs"])), "First seed of each method."))
-    panels += _first_panels(folder, value["runs"])
+    panels += _first_panels(folder, value["runs"], metric)
     return {
         "title": value["title"],
         "facts": {"versions": value.get("versions", {}), "budget": value.get("budget", {})},
@@ -188,14 +231,15 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "rows": [
             [
                 r["method"],
-                span(r["mean"], r["interval"], percent),
-                span(r["difference"], r["difference_interval"], percent),
+                span(r["mean"], r["interval"]),
+                span(r["difference"], r["difference_interval"]),
                 *(f"{r['others'][k]:.3f}" if k in r["others"] else "–" for k in others),
                 r["seeds"],
             ]
             for r in rows
         ],
         "panels": panels,
+        "notes": [f"{name}: {meaning(name)}" for name in (metric, *others)],
         "recipe": yaml.safe_dump(value.get("recipe", {}), sort_keys=False),
     }
 
@@ -204,14 +248,26 @@ def _shares(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {r["method"]: r["cost"]["time_share"] for r in reversed(runs)}
 
 
-def _first_panels(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Panel]:
-    """Loss curves of the first seed of every method, together."""
-    series = {}
-    for run in reversed(runs):
-        path = folder / run["folder"] / "metrics.jsonl"
+def _first_panels(folder: Path, runs: Sequence[dict[str, Any]], metric: str) -> list[Panel]:
+    """Of the first seed of every method: its loss on an axis of its own, for losses have different scales, and the
+    validation curves of the metric together."""
+    panels: list[Panel] = []
+    seen: dict[str, Any] = {}
+    first: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        first.setdefault(run["method"], run)
+    for run in first.values():
+        home, name = folder / run["folder"], run["method"]
+        path = home / "metrics.jsonl"
         if path.is_file():
             lines = [json.loads(x) for x in path.read_text().splitlines()]
-            series[run["method"]] = ([x["step"] for x in lines], [x["loss"] for x in lines])
-    if not series:
-        return []
-    return [_panel("Loss", plots.curves(series, "loss"), "Losses of different methods have different scales.")]
+            loss = {name: ([x["step"] for x in lines], [x["loss"] for x in lines])}
+            panels.append(
+                _panel(f"Loss of {name}", plots.curves(loss, "loss"), "Losses of methods are not comparable.")
+            )
+        looks = [x for x in _validation(home) if metric in x]
+        if looks:
+            seen[name] = ([x["step"] for x in looks], [x[metric] for x in looks])
+    if seen:
+        panels.insert(0, _panel(f"Validation {metric}", plots.curves(seen, metric), "While training."))
+    return panels

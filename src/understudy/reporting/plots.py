@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,12 +63,30 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel
     with plt.rc_context(_STYLE):
         figure, axes = _figure()
         for i, (name, (steps, values)) in enumerate(series.items()):
+            values = [math.nan if v is None else v for v in values]
             axes.plot(steps, values, color=_SERIES[i % len(_SERIES)], linewidth=1.5, label=name)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(ylabel)
         if len(series) > 1:
             axes.legend()
         return _svg(figure)
+
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[Any]]]
+
+
+def alike(series: Series, factor: float = 5.0) -> list[dict[str, Any]]:
+    """Series put together whose median sizes are within `factor` of the group's first, so that each can be read."""
+    groups: list[tuple[float, dict[str, Any]]] = []
+    for name, (steps, values) in series.items():
+        size = statistics.median([abs(v) for v in values if v is not None] or [0.0])
+        near = (g for first, g in groups if size <= factor * first and first <= factor * size)
+        home = next(near, None)
+        if home is None:
+            groups.append((size, {name: (steps, values)}))
+        else:
+            home[name] = (steps, values)
+    return [group for _, group in groups]
 
 
 def intervals(rows: Sequence[Mapping[str, Any]], metric: str, reference: float | None = None) -> str:

@@ -51,24 +51,21 @@ def summarise(runs: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> 
     return rows
 
 
-def span(mean: float | None, ends: Sequence[float | None], percent: bool) -> str:
-    """`93.1 [92.0, 94.2]`, in percent where asked."""
+def span(mean: float | None, ends: Sequence[float | None]) -> str:
+    """`0.931 [0.920, 0.942]`."""
     if mean is None:
         return "–"
-    factor, digits = (100, 1) if percent else (1, 3)
-    text = f"{mean * factor:.{digits}f}"
     low, high = ends
     if low is None or high is None:
-        return text
-    return f"{text} [{low * factor:.{digits}f}, {high * factor:.{digits}f}]"
+        return f"{mean:.3f}"
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """The comparison for a terminal."""
     metric = comparison["metric"]
-    percent = metric in ("accuracy", "agreement")
     better = "higher" if comparison["higher_is_better"] else "lower"
-    table = Table(title=f"{comparison['title']}: {metric}{' %' if percent else ''} ({better} is better)")
+    table = Table(title=f"{comparison['title']}: {metric} ({better} is better)")
     others = [k for k in _OTHERS if any(k in r["others"] for r in comparison["table"])]
     for heading in ("method", f"{metric} [95 %]", f"against {comparison['baseline']} (paired)", *others, "seeds"):
         table.add_column(
@@ -78,15 +75,13 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         cells = [f"{row['others'][k]:.3f}" if k in row["others"] else "–" for k in others]
         table.add_row(
             row["method"],
-            span(row["mean"], row["interval"], percent),
-            span(row["difference"], row["difference_interval"], percent),
+            span(row["mean"], row["interval"]),
+            span(row["difference"], row["difference_interval"]),
             *cells,
             str(row["seeds"]),
         )
     teacher = comparison.get("teacher")
     if teacher:
         value = teacher.get(metric)
-        table.caption = (
-            f"teacher {teacher['name']}: {span(value, (None, None), percent)}" if value is not None else None
-        )
+        table.caption = f"teacher {teacher['name']}: {span(value, (None, None))}" if value is not None else None
     return table

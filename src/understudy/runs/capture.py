@@ -13,15 +13,20 @@ import torch
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
+from understudy.runs.fitting import module_for
 from understudy.runs.recipe import Recipe
 from understudy.runs.run import load_teacher
-from understudy.runs.teachers import served
+from understudy.runs.teachers import copy_of, outputs_alone, served
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
+from understudy.tasks.base import COPY
+from understudy.teachers import LocalTeacher
 from understudy.teachers.cache.codecs import DEFAULT, Support
 from understudy.teachers.cache.store import ShardStore
-from understudy.teachers.cache.teacher import Captured, capture, verify
+from understudy.teachers.cache.teacher import CachedTeacher, Captured, capture, verify
 from understudy.teachers.server.teacher import capture_served, verify_served
+from understudy.training import Method
+from understudy.training.dry_run import dry_run_stored
 
 
 def capture_recipe(
@@ -29,7 +34,7 @@ def capture_recipe(
     folder: Path,
     support: str | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     splits: Sequence[str] = ("train",),
     progress: bool = False,
     tick: Callable[[int], None] | None = None,
@@ -38,17 +43,20 @@ def capture_recipe(
     """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
 
     Args:
-        support: `sampled:38B` (the default: as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or
-            `dense`; a served teacher has its `score`.
-        temperature: at which probabilities are kept; a loss that asks for another is refused when it reads them.
+        support: `sampled:38B` (as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or `dense`; unless
+            given `sampled:38B`, or `dense` where the recipe's method cannot learn from that. A served teacher has its `score`.
+        temperature: at which probabilities are kept; that of the recipe's method unless given.
         shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose files
             are put together: their union is the whole, to the bit.
+
+    Raises:
+        InputError: the recipe's method could not learn from what would be kept; nothing is captured then.
     """
     for split in splits:
         if split not in ("train", "validation", "test"):
             raise InputError(f"Split {split!r} is not train, validation or test.")
     if recipe.teacher is not None and recipe.teacher.served:
-        if support is not None or temperature != 1.0:
+        if support is not None or temperature not in (None, 1.0):
             raise InputError(
                 f"A served teacher is kept as it was scored (teacher.score={recipe.teacher.score}, temperature 1): leave "
                 "support and temperature out."
@@ -61,15 +69,57 @@ def capture_recipe(
         raise InputError(
             "The data are augmented, so no input comes twice: set data.augment=false, or use a live teacher."
         )
+    kept, taken_at = _learnable(recipe, prepared, teacher, support, temperature)
     return capture(
         teacher,
         (batch for split in splits for batch in _batches(prepared, split, shard=shard)),
         folder,
-        support=Support.parse(support or DEFAULT),
-        temperature=temperature,
+        support=kept,
+        temperature=taken_at,
         identity=_identity(recipe, prepared),
         tick=tick,
     )
+
+
+def _learnable(
+    recipe: Recipe, prepared: Prepared, teacher: ModelAdapter, support: str | None, temperature: float | None
+) -> tuple[Support, float]:
+    """The support and temperature to keep, tried on one example with the recipe's method before all are captured."""
+    method = recipe.build_method()
+    asked = method.requires.temperature
+    at = temperature if temperature is not None else asked
+    # Dense logits know no temperature, but a wrong one is not mended by keeping a hundred times as much.
+    names = [support] if support is not None else [DEFAULT, "dense"] if at == asked else [DEFAULT]
+    choices = [Support.parse(name) for name in names]
+    if not method.requires.in_steps:
+        return choices[0], at
+    outputs_alone(method, "a cache keeps its outputs alone")
+    if method.requires.teacher_model:
+        raise InputError(
+            f"Method {recipe.method!r} reads the teacher's own model before training, and a cache is none: train it with "
+            "the live teacher, or name the method that will read the cache."
+        )
+    if type(method).setup is not Method.setup:
+        return choices[0], at  # what the loss reads is made by a setup that has a cache before it
+    task = get_task(recipe.task)
+    assert recipe.student is not None  # every task fills it
+    copied = recipe.student.model == COPY
+    student = copy_of(teacher) if copied else task.model(recipe.student, prepared)
+    train_module, example = module_for(recipe, prepared, student, LocalTeacher(teacher, "teacher"), 1, {})
+    refused = None
+    for kept in choices:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, first = Path(scratch), _batches(prepared, "train", 1)
+            capture(teacher, first, folder, support=kept, temperature=at, identity=_identity(recipe, prepared))
+            cached = CachedTeacher(folder)
+        cached.name = "such a cache"
+        try:
+            dry_run_stored(train_module, cached, example)
+        except InputError as error:
+            refused = refused or error
+            continue
+        return kept, at
+    raise InputError(f"{refused} Nothing was captured. Change --support or --temperature, or the recipe's method.")
 
 
 def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str, float]:

@@ -12,14 +12,19 @@ from transformers import set_seed
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.models import ModelAdapter
+from understudy.runs.fitting import module_for
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, make
 from understudy.runs.run import evaluate_split
-from understudy.runs.teachers import served, standing
+from understudy.runs.teachers import served, standing, teacher_of
+from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
-from understudy.training import Pipeline
+from understudy.teachers import CachedTeacher
+from understudy.training import Method, Pipeline
+from understudy.training.dry_run import dry_run_stored
 
 
 def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
@@ -43,11 +48,27 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     if recipe.teacher is not None and recipe.teacher.served:
         with tempfile.TemporaryDirectory() as scratch:
             findings.notes.extend(served(recipe, prepared, Path(scratch), student).notes)
+    if recipe.teacher is not None and recipe.teacher.cache is not None and method.requires.in_steps:
+        _compare_cache(recipe, prepared, student, teacher)
     for part in recipe.teacher.parts("teacher").values() if recipe.teacher is not None else ():
         if part.train is not None:
             findings.notes.append(f"The teacher {part.model} will be trained first; it is not checked here.")
     batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     return findings, prepared.show(batch) if prepared.show is not None else None
+
+
+def _compare_cache(recipe: Recipe, prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None) -> None:
+    """Refuse a cache that the run would refuse: other tokens, examples that it lacks, a support or temperature that the
+    method cannot learn from."""
+    method = recipe.build_method()
+    cached = teacher_of(recipe, prepared, method, None, student, recipe.output)
+    assert isinstance(cached, CachedTeacher)
+    if method.requires.teacher == "calls" or method.requires.teacher_model:
+        raise InputError(f"Method {recipe.method!r} asks the teacher's own model: leave teacher.cache out.")
+    if type(method).setup is Method.setup:
+        module, example = module_for(recipe, prepared, student, cached, 1, {})
+        cached(example)
+        dry_run_stored(module, cached, example)
 
 
 def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:

@@ -13,13 +13,18 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from understudy.data.memory import MEMORY
 from understudy.errors import InputError
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
+from understudy.runs.objects import Modules, method_name, named
 from understudy.runs.recipe import Recipe, load, make
 from understudy.runs.run import run, train_first
 from understudy.runs.teachers import MEMBERS, member_recipes
 from understudy.tasks import get as get_task
+from understudy.training import Method
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Comparison:
 
 def compare(
     recipe: Recipe | Mapping[str, Any] | str | Path,
-    methods: Sequence[str],
+    methods: Sequence[str | Method | type[Method]],
     seeds: int | Sequence[int] = 3,
     *,
     baseline: str | None = None,
@@ -44,21 +49,40 @@ def compare(
     All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
 
     Args:
-        methods: names; options of each come from the recipe's `arms`.
+        recipe: as for `distill`: also data in memory, a teacher that is a module, and factories (a student must be one, for
+            every run begins anew). Such objects reach workers that are forked; where a system cannot fork, or has a GPU,
+            the runs follow one another in this process.
+        methods: names, or classes and instances of `Method`; options of those without any come from the recipe's `arms`.
         seeds: how many, or which.
         baseline: what differences are against; the first method unless given.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = make(recipe) if isinstance(recipe, Mapping) else load(recipe)
+    given = Modules({})
+    if isinstance(recipe, Mapping):
+        values, given = named(recipe)
+        if isinstance(given.given.get("student"), nn.Module):
+            raise InputError(
+                "compare trains a student of its own in every run: give a function that makes one (lambda: ...)."
+            )
+        recipe = make(values)
+    elif not isinstance(recipe, Recipe):
+        recipe = load(recipe)
+    own = bool(given) or str(recipe.data["name"]).startswith(MEMORY) or any(not isinstance(m, str) for m in methods)
+    arms = dict(map(method_name, methods))
+    if len(arms) < len(methods):
+        raise InputError(
+            f"Of the methods {', '.join(name for name, _ in map(method_name, methods))} two have one name."
+        )
+    recipe = recipe.model_copy(update={"arms": {**recipe.arms, **{n: o for n, o in arms.items() if o}}})
+    chosen = list(arms)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not numbers or not methods:
+    if not numbers or not chosen:
         raise InputError("A comparison needs at least one method and one seed: --methods a,b --seeds 3.")
-    baseline = baseline or methods[0]
-    if baseline not in methods:
-        raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(methods)}.")
+    baseline = baseline or chosen[0]
+    if baseline not in chosen:
+        raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(chosen)}.")
     folder = recipe.output
-    plans = [_arm(recipe, m, s, folder / "runs" / f"{m}-s{s}") for m in methods for s in numbers]
-    results = run_all(plans, folder / "teacher", progress=progress)
+    plans = [_arm(recipe, m, s, folder / "runs" / f"{m}-s{s}") for m in chosen for s in numbers]
+    results = run_all(plans, folder / "teacher", progress=progress, modules=given if own else None)
     done = [
         {"method": p.method, "seed": p.seed, "folder": os.path.relpath(p.output, folder), **r}
         for p, r in zip(plans, results, strict=True)
@@ -75,15 +99,25 @@ def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
     return make(recipe.dump() | {"method": method, "options": own, "seed": seed, "output": str(output), "arms": {}})
 
 
-def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) -> list[dict[str, Any]]:
+def run_all(
+    plans: Sequence[Recipe], shared: Path, *, progress: bool = False, modules: Modules | None = None
+) -> list[dict[str, Any]]:
     """Carry out runs in parallel, one thread each; results in the order of the plans.
 
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
+
+    Args:
+        modules: models that the caller handed over; given, if only empty, where the plans name objects of this process.
     """
     homes = [_home(p, shared) for p in plans]
-    context = _processes()
+    context = _processes() if modules is None else _forked()
     for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
         _train_ahead(plan, home, progress)
+    if context is None:
+        jobs = zip(plans, homes, strict=True)
+        return [_work(p.dump(), str(home), modules) for p, home in _tracked(list(jobs), progress)]
+    global _modules
+    _modules = modules  # forked workers find it where it is
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
     results: dict[int, dict[str, Any]] = {}
     with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
@@ -113,17 +147,28 @@ def _home(plan: Recipe, folder: Path) -> Path:
     return folder / hashlib.sha256(spec.encode()).hexdigest()[:8]
 
 
-def _tracked(waiting: Mapping[Any, int], progress: bool) -> Iterator[Any]:
+_modules: Modules | None = None
+
+
+def _forked() -> BaseContext | None:
+    """Processes that have the caller's objects, or `None` where there are none: a fork cannot use a GPU."""
+    import torch
+
+    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
+        return None
+    return multiprocessing.get_context("fork")
+
+
+def _tracked(waiting: Mapping[Any, int] | Sequence[Any], progress: bool) -> Iterator[Any]:
+    coming = as_completed(waiting) if isinstance(waiting, Mapping) else iter(waiting)
     if not progress:
-        yield from as_completed(waiting)
+        yield from coming
         return
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(
-        as_completed(waiting), "runs", total=len(waiting), console=console, disable=not console.is_terminal
-    )
+    yield from track(coming, "runs", total=len(waiting), console=console, disable=not console.is_terminal)
 
 
 def _processes() -> BaseContext:
@@ -160,12 +205,13 @@ def _single_threaded() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(recipe: dict[str, Any], home: str) -> dict[str, Any]:
+def _work(recipe: dict[str, Any], home: str, modules: Modules | None = None) -> dict[str, Any]:
     import torch
 
-    torch.set_num_threads(1)
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
     plan = make(recipe)
-    result = run(plan, home=Path(home))
+    result = run(plan, home=Path(home), modules=modules or _modules)
     if result.interrupted:
         raise KeyboardInterrupt
     evaluation = json.loads((plan.output / "evaluation.json").read_text())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
@@ -33,6 +34,20 @@ from understudy.training.dry_run import dry_run, dry_run_stored
 from understudy.training.phases import load_phase, save_phase, steps_of
 from understudy.training.shapes import probe
 from understudy.training.validation import Validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What training leaves.
+
+    Args:
+        module: the student with its method. trainer: of the last phase; `None` if all had been trained before.
+        interrupted: training stopped early.
+    """
+
+    module: TrainModule
+    trainer: DistillationTrainer | None
+    interrupted: bool = False
 
 
 def assemble_teacher(
@@ -76,13 +91,45 @@ def fit(
     folder: Path,
     meter: CostMeter,
     progress: bool,
-) -> tuple[TrainModule, bool]:
-    """Train the student through all phases, going on where the run was left. The module, and whether it was interrupted."""
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fitted:
+    """Train the student through all phases, going on where the run was left.
+
+    Args:
+        teacher: as `assemble_teacher` made it. tables, context: what the method's `setup` returned and was given.
+        callbacks: the caller's own.
+    """
     task, method = get_task(recipe.task), recipe.build_method()
     values = _with_metric(recipe, task)
     args = training_arguments(values, folder / "checkpoints", recipe.seed)
     total = total_steps(args, epoch_length(method, args) or len(prepared.train))
-    example = _example(prepared)
+    module, example = module_for(recipe, prepared, student, teacher, total, tables, context)
+    if args.metric_for_best_model is not None:
+        _check_metric(task, prepared, student, args.metric_for_best_model)
+    model = teacher.model if isinstance(teacher, LocalTeacher) else None
+    kept = model if isinstance(model, Ensemble) else teacher
+    if isinstance(kept, (CachedTeacher, Ensemble)) and method.requires.teacher == "outputs":
+        dry_run_stored(module, kept, example)
+    return _through_phases(
+        recipe, prepared, module, teacher, context, folder, meter, progress, values, total, callbacks
+    )
+
+
+def module_for(
+    recipe: Recipe,
+    prepared: Prepared,
+    student: ModelAdapter,
+    teacher: Teacher | None,
+    total: int,
+    tables: Mapping[str, Tensor],
+    context: SetupContext | None = None,
+) -> tuple[TrainModule, Batch]:
+    """The student with its method, and two examples.
+
+    Args:
+        total: optimizer steps of the run.
+    """
+    method, example = recipe.build_method(), _example(prepared)
     model = teacher.model if isinstance(teacher, LocalTeacher) else None
     sides = {"student": student, "teacher": model if method.requires.in_steps else None}
     taps = {
@@ -90,7 +137,7 @@ def fit(
         "teacher": teacher.taps if isinstance(teacher, LocalTeacher) and teacher.taps else {},
     }
     shapes = dataclasses.replace(
-        probe(method, prepared.classes, sides, taps, example, tables), student=student, teacher=context.teacher_model
+        probe(method, prepared.classes, sides, taps, example, tables), student=student, teacher=model
     )
     module = TrainModule(
         student,
@@ -103,11 +150,23 @@ def fit(
         seed=recipe.seed,
         context=context,
     )
-    if args.metric_for_best_model is not None:
-        _check_metric(task, prepared, student, args.metric_for_best_model)
-    kept = model if isinstance(model, Ensemble) else teacher
-    if isinstance(kept, (CachedTeacher, Ensemble)) and method.requires.teacher == "outputs":
-        dry_run_stored(module, kept, example)
+    return module, example
+
+
+def _through_phases(
+    recipe: Recipe,
+    prepared: Prepared,
+    module: TrainModule,
+    teacher: Teacher | None,
+    context: SetupContext,
+    folder: Path,
+    meter: CostMeter,
+    progress: bool,
+    values: Mapping[str, Any],
+    total: int,
+    callbacks: Sequence[TrainerCallback],
+) -> Fitted:
+    method, trainer = module.method, None
     phases: list[Phase | None] = [*method.phases()] or [None]
     steps = steps_of(method.phases(), total) if method.phases() else [total]
     trainable = {id(p) for p in module.parameters() if p.requires_grad}
@@ -122,15 +181,15 @@ def fit(
         if phase is not None:
             module.begin_phase(phase, count, trainable)
         trainer = trainer_for(
-            recipe, prepared, module, teacher, context, folder, meter, progress, inner, phase, finished
+            recipe, prepared, module, teacher, context, folder, meter, progress, inner, phase, finished, callbacks
         )
         if train(trainer, folder):
-            return module, True
+            return Fitted(module, trainer, interrupted=True)
         finished += count
         if end is not None and first_rank():
             save_phase(end, module, meter)
         together()
-    return module, False
+    return Fitted(module, trainer)
 
 
 def trainer_for(
@@ -145,22 +204,24 @@ def trainer_for(
     values: Mapping[str, Any],
     phase: Phase | None = None,
     steps_before: int = 0,
+    more_callbacks: Sequence[TrainerCallback] = (),
 ) -> DistillationTrainer:
     """The trainer of a run, or of one of its phases.
 
     Args:
         values: training arguments. steps_before: optimizer steps of the phases before, which logs count as well.
+        more_callbacks: the caller's own.
     """
     task, method = get_task(recipe.task), module.method
     checkpoints = folder / "checkpoints" / (phase.name if phase is not None else "")
     args = training_arguments(values, checkpoints, recipe.seed)
     asked = teacher if method.requires.in_steps else None
-    callbacks: list[TrainerCallback] = [StopOnSignal()]
+    callbacks: list[TrainerCallback] = [StopOnSignal(), *more_callbacks]
     if progress:
         named = f" ({phase.name})" if phase is not None else ""
         callbacks.append(RichProgress(f"{recipe.method}{named} on {recipe.data['name']}"))
     patience = phase.patience if phase is not None and phase.patience is not None else recipe.patience
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         module,
         args,
         context.splits[phase.split if phase is not None else "train"],
@@ -175,6 +236,10 @@ def trainer_for(
         rollouts=_rollouts(recipe, module, asked, prepared, args, folder, meter),
         steps_before=steps_before,
     )
+    for tracker in trainer.callback_handler.callbacks:
+        if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+            tracker.logging_dir = str(folder / "tensorboard")
+    return trainer
 
 
 def _rollouts(

@@ -56,9 +56,8 @@ def check(
         found.warnings.append(f"{empty} of {len(rows)} sampled training examples have no row that counts.")
     if prepared.tokenizer is not None and getattr(student.model, "can_generate", lambda: False)():
         _check_ends(prepared, student, teacher, found)
+    found.scores = scores = task.evaluate(student, teacher, loader)["metrics"]
     if teacher is not None:
-        scores = task.evaluate(student, teacher, loader)["metrics"]
-        found.scores = scores
         measure, sign = ("nll", 1) if "nll" in scores else (task.metric, -1 if task.higher_is_better else 1)
         own, taught = scores[measure], scores.get(f"teacher_{measure}")
         if taught is not None and sign * taught > sign * own:  # equal: a copy of the teacher

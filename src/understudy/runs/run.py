@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
+from understudy.evaluation.texts import sample_texts
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.reporting import render_run
 from understudy.runs.fitting import assemble_teacher, fit
 from understudy.runs.folder import facts, finished, first_rank, open_folder, save_pictures, write_json
+from understudy.runs.objects import checked_callbacks, named
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, load, make, own_training
@@ -28,11 +30,13 @@ from understudy.runs.specs import ModelSpec
 from understudy.runs.teachers import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer, served
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
-from understudy.tasks.base import COPY, MODULE
+from understudy.tasks.base import COPY
 from understudy.teachers import Teacher
 from understudy.training import Pipeline, PipelineContext, SetupContext
 from understudy.training.ranks import check_sharding
 
+TRACKED_AS = {"test": "test", "validation": "eval"}
+"""How transformers' trackers begin the names of a split's metrics."""
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
 
@@ -55,14 +59,21 @@ class Result:
 
 
 def distill(
-    recipe: Recipe | Mapping[str, Any] | str | Path | None = None, *, progress: bool = False, **keys: Any
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    progress: bool = False,
+    **keys: Any,
 ) -> Result:
     """Train a student as a recipe says, and evaluate it.
 
     Args:
-        recipe: a recipe, a mapping, or the path of a YAML file; `keys` go on top (`method="taid"`, ...). `teacher` and
-            `student` may also be modules: image classifiers that return logits, or causal LMs (name their tokenizer
-            with `data={"tokenizer": ...}`).
+        recipe: a recipe, a mapping, or the path of a YAML file; `keys` go on top (`method="taid"`, ...). `method` may be a
+            `Method` class or instance of your own. `teacher` and `student` may be modules, or functions without arguments
+            that make one (`model_init` is such a function for the student, called when the seed is set): image classifiers
+            that return logits, or causal LMs (name their tokenizer with `data={"tokenizer": ...}`). `data`, or its `name`,
+            may be a `datasets.Dataset`, a list of records, or either of these by split; they are known by their content.
+        callbacks: of transformers, told of the student's training.
         progress: show a progress bar.
 
     Started again on the same folder it resumes, and a finished run is read rather than repeated.
@@ -73,9 +84,8 @@ def distill(
     if isinstance(recipe, (str, Path)):
         recipe = load(recipe)
     values = {**(recipe.dump() if isinstance(recipe, Recipe) else dict(recipe or {})), **keys}
-    modules = {side: values[side] for side in ("teacher", "student") if isinstance(values.get(side), nn.Module)}
-    named = {side: {"model": f"{MODULE}{type(m).__name__}"} for side, m in modules.items()}
-    return run(make({**values, **named}), progress=progress, modules=modules)
+    values, modules = named(values)
+    return run(make(values), progress=progress, modules=modules, callbacks=checked_callbacks(callbacks))
 
 
 def run(
@@ -84,12 +94,13 @@ def run(
     progress: bool = False,
     home: Path | None = None,
     modules: Mapping[str, nn.Module] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Result:
     """Carry out a validated recipe.
 
     Args:
         home: where models that are trained first and stored scores are kept and shared; the run folder if not given.
-        modules: `teacher` or `student` handed over as a module.
+        modules: `teacher` or `student` handed over as a module. callbacks: of transformers.
     """
     modules = modules or {}
     folder = open_folder(recipe)
@@ -102,23 +113,23 @@ def run(
         model = task.model(recipe.student, prepared, folder / "student")
         return Result(model.model, done["metrics"], folder)
     if isinstance(recipe.build_method(), Pipeline):
-        return _run_pipeline(recipe, folder, progress)
-    return _fit(recipe, task, folder, home or folder, progress, modules)
+        return _run_pipeline(recipe, folder, progress, callbacks)
+    return _fit(recipe, task, folder, home or folder, progress, modules, callbacks)
 
 
 def _fit(
-    recipe: Recipe, task: Task, folder: Path, home: Path, progress: bool, modules: Mapping[str, nn.Module]
+    recipe: Recipe,
+    task: Task,
+    folder: Path,
+    home: Path,
+    progress: bool,
+    modules: Mapping[str, nn.Module],
+    callbacks: Sequence[TrainerCallback],
 ) -> Result:
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
     started = time.time()
     check_sharding(recipe.build_method(), recipe.trainer)
-    for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
-        if spec is not None and spec.endpoint is not None and not (side == "teacher" and spec.score is not None):
-            also = "say what it is asked for with teacher.score (top_k:20), " if side == "teacher" else ""
-            raise InputError(
-                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
-                "a model without endpoint, or a method that learns from text."
-            )
+    _refuse_text_alone(recipe)
     prepared = task.prepare(recipe)
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     shown = comparable(teacher)
@@ -126,10 +137,9 @@ def _fit(
     assert recipe.student is not None  # every task fills it
     if prepared.stored is not None:
         prepared.stored(home / "store")
-    if recipe.student.model == COPY:
-        student = copy_of(teacher)
-    else:
-        student = _model(recipe, "student", task, prepared, home, progress, modules.get("student"))
+    given = modules.get("student")
+    copied = recipe.student.model == COPY
+    student = copy_of(teacher) if copied else _model(recipe, "student", task, prepared, home, progress, given)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
@@ -149,8 +159,9 @@ def _fit(
     tables = method.setup(context)
     student = method.student(student, context)
     findings.notes.extend(getattr(asked, "notes", []))
-    module, interrupted = fit(recipe, prepared, student, asked, tables, context, folder, meter, progress)
-    if interrupted:
+    fitted = fit(recipe, prepared, student, asked, tables, context, folder, meter, progress, callbacks)
+    module = fitted.module
+    if fitted.interrupted:
         record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
     student = method.export(module.student, context)
@@ -161,11 +172,26 @@ def _fit(
     with usable(module):
         evaluation = evaluate_split(task, prepared, student, shown, recipe.eval_split, recipe.evaluation_batch)
         found = method.finish(module.train_state, context)
+        evaluation.setdefault("tables", []).extend(_sample_texts(prepared, student, shown, recipe.eval_split, findings))
     evaluation["metrics"] |= found.get("metrics", {})
+    if fitted.trainer is not None:
+        prefix = TRACKED_AS[recipe.eval_split]
+        fitted.trainer.log({f"{prefix}_{name}": value for name, value in evaluation["metrics"].items()})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
     hashes["student"] = state_hash(student)
     return _finish(folder, evaluation, record, student.model)
+
+
+def _refuse_text_alone(recipe: Recipe) -> None:
+    """Refuse a side that gives text alone where its outputs are needed."""
+    for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if spec is not None and spec.endpoint is not None and not (side == "teacher" and spec.score is not None):
+            also = "say what it is asked for with teacher.score (top_k:20), " if side == "teacher" else ""
+            raise InputError(
+                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
+                "a model without endpoint, or a method that learns from text."
+            )
 
 
 def _finish(folder: Path, evaluation: dict[str, Any], record: Callable[[str], None], student: Any) -> Result:
@@ -204,7 +230,7 @@ def _setup_context(
     )
 
 
-def _run_pipeline(recipe: Recipe, folder: Path, progress: bool) -> Result:
+def _run_pipeline(recipe: Recipe, folder: Path, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
     """A procedure: its stages in order, each a file or a run of its own below the folder."""
     started, method = time.time(), recipe.build_method()
     assert isinstance(method, Pipeline)
@@ -216,7 +242,7 @@ def _run_pipeline(recipe: Recipe, folder: Path, progress: bool) -> Result:
         inner = make({**values, "output": str(folder / name)})
         if values.get("teacher") is None:  # the task's default teacher has no part in it
             inner = inner.model_copy(update={"teacher": None})
-        result = run(inner, progress=progress)
+        result = run(inner, progress=progress, callbacks=callbacks)
         if result.interrupted:
             raise KeyboardInterrupt
         return result
@@ -243,6 +269,20 @@ def evaluate_split(
     for name, data in prepared.more_tests.items() if split == "test" else ():
         found["metrics"] |= {f"{k}_{name.removeprefix('test_')}": v for k, v in on(data)["metrics"].items()}
     return {"split": split, **found}
+
+
+def _sample_texts(
+    prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None, split: str, findings: Findings
+) -> list[dict[str, Any]]:
+    """What the student writes, for the report; nothing for a model that writes no text."""
+    if prepared.tokenizer is None:
+        return []
+    try:
+        table = sample_texts(student, teacher, prepared.split(split), prepared.tokenizer)
+    except Exception as error:  # of a model's own code; the training is paid for and its evaluation stands without
+        findings.notes.append(f"No sample texts: {type(student.model).__name__} cannot write ({type(error).__name__}).")
+        return []
+    return [table] if table is not None else []
 
 
 def load_teacher(

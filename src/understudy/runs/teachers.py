@@ -36,9 +36,9 @@ def teacher_of(
     if not method.requires.in_steps or recipe.teacher is None:
         return None
     if isinstance(model, Ensemble):
-        _outputs_alone(method, "an ensemble has no inner layer of its own")
+        outputs_alone(method, "an ensemble has no inner layer of its own")
     elif isinstance(model, OtherTokenizer):
-        _outputs_alone(method, "its tokens are not the student's")
+        outputs_alone(method, "its tokens are not the student's")
         if method.requires.temperature != 1.0:
             raise InputError(
                 "Teacher and student have different tokenizers, and the likelihood of a text is taken at temperature 1: "
@@ -151,11 +151,12 @@ def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
     path = find(folder)
     if path is None:
         raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
-    _outputs_alone(method, "a cache keeps its outputs alone")
+    outputs_alone(method, "a cache keeps its outputs alone")
     return CachedTeacher(path, {**_tokens(prepared), "classes": prepared.classes})
 
 
-def _outputs_alone(method: Method, reason: str) -> None:
+def outputs_alone(method: Method, reason: str) -> None:
+    """Refuse a method that reads inside the teacher, where the teacher gives its outputs alone."""
     if method.requires.teacher_features or method.requires.teacher_layers:
         raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
 
@@ -176,7 +177,7 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapt
         )
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
-    _outputs_alone(method, "a server gives scores of tokens alone")
+    outputs_alone(method, "a server gives scores of tokens alone")
     asked = method.requires.temperature
     if asked != 1.0:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ _OWN = {
     "teacher_steps": None,
 }
 """Keys of `data` beside those of image sets, with their defaults."""
+LEAST, SHARE = 64, 50
+"""Unless told otherwise an evaluation draws so many samples at least, and one for so many examples trained on: a sample
+costs as many calls of the networks as all samplers take that are compared."""
 
 
 class ImageGeneration(TaskDefaults):
@@ -107,7 +111,14 @@ class ImageGeneration(TaskDefaults):
             raise InputError("data.conditional asks for classes, and data=noise has none. Name data with classes.")
         many = own["teacher_steps"] or (200 if world else 32)
         references = {s: _reference(source, s, own, many) for s in ("validation", "test")}
-        samples = own["samples"] or (4000 if world else 600)
+        samples, notes = own["samples"], list(source.notes)
+        if samples is None:
+            most = 4000 if world else 600
+            samples = min(most, max(LEAST, _drawn(recipe.trainer, own["size"]) // SHARE))
+            if samples < most:
+                notes.append(
+                    f"A run this short is judged on {samples} samples instead of {most}: set data.samples for more."
+                )
         sets: dict[str, Any] = {s: NoiseSet(samples, s, classes, references[s]) for s in ("validation", "test")}
         if recipe.build_method().requires.needs_teacher:
             sets["train"] = NoiseSet(own["size"], "train", classes)
@@ -123,7 +134,7 @@ class ImageGeneration(TaskDefaults):
             collate=collate_noise,
             classes=classes,
             input_shape=source.shape,
-            notes=source.notes,
+            notes=notes,
             hashes={"data": source.key},
             facts={
                 "centres": source.centres,
@@ -187,6 +198,13 @@ def _examples(source: Source, conditional: bool) -> ExampleSet:
         raise InputError("A denoiser learns from examples, and data=noise has none. Name data.")
     clean, labels = source.examples("train")
     return ExampleSet(clean, labels if conditional else labels.new_full(labels.shape, -1))
+
+
+def _drawn(trainer: Mapping[str, Any], size: int) -> int:
+    """About how many examples a run trains on, by its trainer options."""
+    batch = int(trainer.get("per_device_train_batch_size", 8)) * int(trainer.get("gradient_accumulation_steps", 1))
+    steps = int(trainer.get("max_steps", 0))
+    return steps * batch if steps > 0 else int(size * float(trainer.get("num_train_epochs", 3)))
 
 
 def _positive(key: str, value: Any, optional: bool = False) -> None:

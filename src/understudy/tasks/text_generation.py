@@ -61,9 +61,11 @@ class TextGeneration(TaskDefaults):
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The embedded world with its oracle as teacher and a small Llama, unless the recipe names others."""
+        """The embedded world with its oracle as teacher and a small Llama, unless the recipe names others. Another teacher
+        knows nothing of that world: it is asked about the relations' own examples."""
         data = recipe.get("data") or {}
-        data.setdefault("name", "events_world")
+        teacher = recipe.get("teacher")
+        data.setdefault("name", "events_world" if teacher is None or teacher["model"] == ORACLE else "events")
         data.setdefault("max_length", 64)
         if recipe.get("teacher") is None and data["name"] == "events_world":
             recipe["teacher"] = {"model": ORACLE}
@@ -103,8 +105,10 @@ class TextGeneration(TaskDefaults):
         relations = world.relations()
         seeds = list(dict.fromkeys(head for relation in relations.values() for head, _ in relation.examples))
         source = _oracle(world, f"events_world {number} {seed}") if oracle else None
-        note = f"World {number}: {len(world.heads)} events, {len(relations)} relations; its truth is known."
-        return Material(seeds, relations, is_valid=world.valid, source=source, notes=[note])
+        note = f"World {number}: {len(world.heads)} events, {len(relations)} relations; " + (
+            "its truth is known." if oracle else "its made-up truth says nothing of what this teacher writes."
+        )
+        return Material(seeds, relations, is_valid=world.valid if oracle else None, source=source, notes=[note])
 
     def _events(self, data: Mapping[str, Any]) -> Material:
         if "world_seed" in data:

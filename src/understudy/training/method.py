@@ -37,6 +37,7 @@ class Requirements:
             itself in every step, with inputs of its own, and `loss` is given no outputs.
         features, teacher_features: the hidden state before the head, of either side.
         teacher_layers: `taps` reads inner layers of the teacher, so its model must run here.
+        teacher_model: `setup` asks the teacher's own model about every example, which a cache or server cannot stand in for.
         temperature: at which the teacher's probabilities are taken; a cache or server must hold them at this one.
     """
 
@@ -44,6 +45,7 @@ class Requirements:
     features: bool = False
     teacher_features: bool = False
     teacher_layers: bool = False
+    teacher_model: bool = False
     temperature: float = 1.0
 
     @property
@@ -204,6 +206,10 @@ class Method(BaseModel):
     def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
         """Called once per optimizer step that has rows, on every rank, after the backward pass, with each term's mean over
         the whole update."""
+
+    def logged(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """The means of an update as they are logged, with what follows from several of them."""
+        return means
 
     def on_step_end(self, state: TrainState) -> None:
         """Called after each optimizer step, when `state.step` counts it already."""

@@ -307,7 +307,8 @@ class DistillationTrainer(Trainer):
             names = sorted(update.values)
             (sums,) = self.ranks.sum_tensors([torch.stack([update.values[n].float() for n in names])])
             means = torch.stack([update.counts.mean(n, v) for n, v in zip(names, sums, strict=True)])
-            self._means = dict(zip(names, means.tolist(), strict=True))
+            found = zip(names, means.tolist(), strict=True)
+            self._means = {name: mean for name, mean in found if update.counts.own.get(name, 1.0)}
         if update.gradients:
             named = self.model.owners()
             gradients = {name: self.ranks.sum_gradients(held, named) for name, held in update.gradients.items()}
@@ -452,19 +453,25 @@ class DistillationTrainer(Trainer):
     # -- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers logs, and a line with every term's mean in `metrics.jsonl`."""
-        super().log(logs, start_time)
-        if self.metrics_file is None or not self.args.should_save or "loss" not in logs:
+        """Log to the trackers and, of training, one line to `metrics.jsonl`: with the loss go all terms of the update, those
+        named after TRL (`rewards/chosen`) as they are, others as `terms/NAME`, and the method's state as `state/NAME`."""
+        if "loss" not in logs:
+            super().log(logs, start_time)
             return
-        state = self.model.train_state.method_state
+        terms = dict(self.model.method.logged(self._means))
+        state = self.model.train_state.method_state.logs() if self.model.train_state.method_state is not None else {}
+        named = {name if "/" in name else f"terms/{name}": value for name, value in terms.items()}
+        super().log({**logs, **named, **{f"state/{name}": value for name, value in state.items()}}, start_time)
+        if self.metrics_file is None or not self.args.should_save:
+            return
         line = {
             "step": self.steps_before + self.state.global_step,
             "epoch": round(self.state.epoch or 0.0, 6),
             "loss": logs["loss"],
-            "terms": self._means,
+            "terms": terms,
             "lr": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "state": state.logs() if state is not None else {},
+            "state": state,
         }
         if self.model.train_state.phase:
             line["phase"] = self.model.train_state.phase

@@ -37,7 +37,7 @@ def check(args: Any) -> None:
 
 
 def share_head(train_module: TrainModule) -> None:
-    """Gather the head for the whole of the apprentice's forward and backward pass, not for the head's own call alone."""
+    """Gather the head for the whole of the module's forward and backward pass, not for the head's own call alone."""
     import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
     head = find_head(train_module.student)

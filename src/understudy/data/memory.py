@@ -1,0 +1,105 @@
+"""Data that the caller holds in memory: lists of records and sets of `datasets`, under a name made of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset, IterableDatasetDict
+from PIL import Image
+
+from understudy.errors import InputError
+
+MEMORY = "memory:"
+"""Begins the name of a data set that is in memory."""
+SPLITS = ("train", "validation", "test")
+_held: dict[str, Mapping[str, Any]] = {}
+
+
+def is_data(value: Any) -> bool:
+    """Whether `value` is a data set itself: a `Dataset`, a list of records, or a mapping of splits to these."""
+    if isinstance(value, Mapping) and value and all(isinstance(v, (Dataset, list)) for v in value.values()):
+        return set(value) <= set(SPLITS) or all(isinstance(v, Dataset) for v in value.values())
+    return isinstance(value, (Dataset, IterableDataset, IterableDatasetDict, list))
+
+
+def keep(data: Any) -> str:
+    """Keep a data set for the recipes of this process, and name it by its content.
+
+    Args:
+        data: as `is_data` says; one without splits is the train split.
+
+    Raises:
+        InputError: a record is no mapping, there is none, or the set is read as a stream.
+    """
+    if isinstance(data, (IterableDataset, IterableDatasetDict)):
+        raise InputError(f"data is an {type(data).__name__}, which has no length: give a Dataset or a list of records.")
+    splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    digest = hashlib.sha256()
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise InputError(f"data: the {split} split is empty.")
+        digest.update(f"\n{split}\n".encode())
+        for i, record in enumerate(_plain(rows)):
+            if not isinstance(record, Mapping):
+                raise InputError(f"data, {split} record {i} is {type(record).__name__}, not a mapping of columns.")
+            digest.update(json.dumps(record, sort_keys=True, default=_content).encode() + b"\n")
+    name = f"{MEMORY}{digest.hexdigest()[:16]}"
+    _held[name] = splits
+    return name
+
+
+def held(name: str) -> Mapping[str, Any]:
+    """The splits that were kept under a name."""
+    if name not in _held:
+        raise InputError(
+            f"Data {name} were handed over in Python and this process has others or none: call again with the same data."
+        )
+    return _held[name]
+
+
+def records(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The records of each split, free to be changed."""
+    return {split: [dict(row) for row in _plain(rows)] for split, rows in held(name).items()}
+
+
+def tables(name: str) -> dict[str, Dataset]:
+    """Each split as a `Dataset`; arrays of lists become images."""
+
+    def cell(value: Any) -> Any:
+        return Image.fromarray(value) if isinstance(value, np.ndarray) and value.dtype == np.uint8 else value
+
+    return {
+        split: Dataset.from_list([{k: cell(v) for k, v in row.items()} for row in rows])
+        if isinstance(rows, list)
+        else rows
+        for split, rows in held(name).items()
+    }
+
+
+def _plain(rows: Any) -> Iterator[Any]:
+    """The records as they are stored: images of a `Dataset` stay encoded."""
+    if isinstance(rows, list):
+        yield from rows
+        return
+    for part in rows.with_format("arrow").iter(batch_size=1000):
+        yield from part.to_pylist()
+
+
+def _content(value: Any) -> Any:
+    """What stands for a value that JSON lacks."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Image.Image):
+        return [value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    return str(value)

@@ -1,0 +1,68 @@
+"""What a language model writes, beside what was to be written: a table for the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from understudy.data.samples import prompt_length
+from understudy.models import ModelAdapter, evaluating
+
+PROMPT, WRITTEN = 64, 40
+"""Tokens that are shown of a prompt, and written after it, at most."""
+
+
+@torch.no_grad()
+def sample_texts(
+    student: ModelAdapter, teacher: ModelAdapter | None, examples: Any, tokenizer: Any, number: int = 4
+) -> dict[str, Any] | None:
+    """A table of greedy completions of a split's first prompts; `None` where the student cannot write.
+
+    Args:
+        teacher: beside the student, where it can write too.
+        examples: token rows, or lists of candidates, of which the best is what was to be written.
+    """
+    sides = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    writers = {n: s for n, s in sides.items() if getattr(getattr(s, "model", None), "can_generate", lambda: False)()}
+    if "student" not in writers:
+        return None
+    most = min(filter(None, map(_positions, writers.values())), default=PROMPT + WRITTEN)
+    new = min(WRITTEN, most // 2)
+    asked, wanted = [], []
+    for row in (examples[i] for i in range(min(number, len(examples)))):
+        ids, labels = _tokens(row)
+        start = prompt_length(labels, 0.5, 0.5)
+        asked.append(ids[max(0, start - min(PROMPT, most - new)) : start])
+        wanted.append(ids[start : start + new])
+    found = {name: _written(side, asked, tokenizer, new) for name, side in writers.items()}
+    read = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in part] for part in (asked, wanted)]
+    return {
+        "title": "Sample texts, greedy",
+        "headings": ["prompt (its end)", "in the data", *found],
+        "rows": [list(row) for row in zip(*read, *found.values(), strict=True)],
+    }
+
+
+def _tokens(row: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if "sequences" in row:
+        return row["sequences"][max(range(len(row["scores"])), key=lambda i: row["scores"][i])]
+    return row["input_ids"], row["labels"]
+
+
+def _positions(side: ModelAdapter) -> int | None:
+    config = getattr(side.model, "config", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+
+
+def _written(side: ModelAdapter, prompts: list[torch.Tensor], tokenizer: Any, new: int) -> list[str]:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    width, home = max(map(len, prompts)), next(side.parameters()).device
+    ids, mask = (torch.full((len(prompts), width), value) for value in (pad, 0))
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    with evaluating(side):
+        out = side.model.generate(  # type: ignore[operator, union-attr]
+            input_ids=ids.to(home), attention_mask=mask.to(home), max_new_tokens=new, do_sample=False, pad_token_id=pad
+        )
+    return [tokenizer.decode(text, skip_special_tokens=True) for text in out[:, width:].tolist()]

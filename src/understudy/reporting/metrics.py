@@ -1,0 +1,93 @@
+"""What each metric says, in a sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+MEANINGS = {
+    "accuracy": "Share that is right: top class, next token, node, or order of two candidates. 1 is perfect.",
+    "nll": "Mean negative log-likelihood of the labels, in nats. Lower is better.",
+    "ece": "Expected calibration error: mean gap between confidence and accuracy over 15 bins. 0 is perfect.",
+    "bits_per_byte": "Negative log-likelihood in bits for each byte of text; comparable between tokenizers. Lower is better.",
+    "agreement": "Share of rows (or pairs, for rankings) where student and teacher choose alike. 1 is a perfect copy.",
+    "kl": "Mean KL divergence from the teacher's distribution to the student's, in nats. 0 is a perfect copy.",
+    "rewards/chosen": "Mean implicit reward of the better candidates: beta times the log-ratio to the reference, as in TRL.",
+    "rewards/rejected": "The same of the worse candidates. Both falling together is a collapse.",
+    "rewards/margins": "Mean reward of the better candidate less that of the worse one. Higher is better.",
+    "rewards/accuracies": "Share of pairs whose better candidate has the higher reward. 1 is perfect.",
+    "logps/chosen": "Mean log-probability of the better candidates under the student, in nats.",
+    "logps/rejected": "Mean log-probability of the worse candidates under the student, in nats.",
+    "value": "Worth of the policy in a world of known truth: probability of the best item, or return less KL. Higher is better.",
+    "return": "Exact expected return of the policy in its world. Higher is better.",
+    "kl_to_reference": "Exact KL divergence of the policy from the world's reference chain, in nats.",
+    "ndcg_10": "Normalised discounted gain of the first ten documents, graded. 1 is the ideal order.",
+    "mrr_10": "Mean of 1 / rank of the first relevant document, 0 if it is not among the first ten. 1 is perfect.",
+    "recall_10": "Share of the relevant documents among the first ten. 1 is perfect.",
+    "high_frequency_cosine": "Cosine between student's and teacher's differences along edges of the graph. 1 is a perfect copy.",
+    "distance": "Distance of the samples from the reference's. Lower is better.",
+    "nfe": "Network calls for one sample.",
+    "coverage": "Share of the modes or classes that samples reach at least a quarter as often as real ones. 1 is all.",
+    "rmse": "Root mean square difference to the teacher's sample from the same noise. 0 is a perfect copy.",
+    "refined_distance": "`distance` after a few steps of the teacher from the student's sample. Lower is better.",
+    "refined_rmse": "`rmse` after a few steps of the teacher from the student's sample.",
+    "refined_nfe": "Network calls for one refined sample.",
+    "stored_teacher_calls": "Teacher calls that the stored pairs cost.",
+    "affinity_kl": "KL divergence between student's and teacher's graphs of neighbouring patches. 0 is a perfect copy.",
+    "neighbour_overlap": "Share of each patch's nearest neighbours that student and teacher have in common.",
+    "merge_agreement": "Share of examples on which the merged head chooses the class that the subclasses' sum does.",
+    "alpha": "Mean weight of the teacher, by the learned ratio; the rest is the label's.",
+    "alpha_agreed": "The same where teacher and label agree.",
+    "alpha_disputed": "The same where teacher and label differ.",
+    "alpha_teacher_right": "The same where the teacher is right and the label wrong.",
+    "alpha_label_right": "The same where the label is right and the teacher wrong.",
+    "alpha_gap": "alpha_teacher_right less alpha_label_right: above 0, the ratio trusts the side that is right.",
+    "student_steps": "Updates in which the student moved.",
+    "augmentor_steps": "Updates in which the augmentor moved.",
+    "saturated": "Whether the augmentor reached its bound (1) or not (0).",
+    "augmentor_shift": "Mean move that the augmentor learned.",
+    "augmentor_spread": "Size of the random moves that the augmentor learned.",
+    "augmentor_spread_moves": "The same of translations alone.",
+    "student_valid": "Share of the student's sampled answers that are true. 1 is perfect.",
+    "student_greedy_valid": "Share of the student's greedy answers that are true. 1 is perfect.",
+    "student_accepted": "Share of the student's sampled answers that the critic accepts.",
+    "student_greedy_accepted": "Share of the student's greedy answers that the critic accepts.",
+    "teacher_valid": "Share of what the teacher wrote about held-out events that is true.",
+    "teacher_accepted": "Share of what the teacher wrote about held-out events that the critic accepts.",
+    "kept_share": "Share of the corpus that the filter kept.",
+    "corpus_precision": "Share of the written corpus that is true.",
+    "kept_precision": "Share of the kept corpus that is true.",
+    "cutoff": "Critic's score above which a triple is kept.",
+    "labels_precision": "Precision at the cutoff on the critic's validation labels.",
+    "labels_recall": "Recall at the cutoff on the critic's validation labels.",
+    "labels_strict_precision": "The same precision of scores strictly above the cutoff, as filtering does.",
+    "labels_strict_recall": "The same recall of scores strictly above the cutoff, as filtering does.",
+}
+_CORPORA = {"corpus": "the written corpus", "kept": "the kept corpus", "student": "the student's answers"}
+_SIZES = {"size": "Triples", "unique": "Different tails", "soft_unique": "Different tails, near-copies taken together,"}
+
+
+def meaning(name: str, explained: Mapping[str, str] | None = None) -> str:
+    """The sentence of a metric.
+
+    Args:
+        explained: sentences of the run's own, which go first.
+    """
+    known = {**MEANINGS, **(explained or {})}
+    if name in known:
+        return known[name]
+    if found := re.fullmatch(r"teacher_(\d+)_distance", name):
+        return f"`distance` of the teacher's samples at {found[1]} steps."
+    if name.startswith("teacher_"):
+        return f"Of the teacher: {meaning(name.removeprefix('teacher_'), explained)}"
+    if found := re.fullmatch(r"retrieval_(\w+?)_(\d+)", name):
+        first = known.get(f"{found[1]}_10", "").replace("ten", found[2])
+        return f"In exact search through all documents: {first}"
+    if name.startswith("augmentor_share_"):
+        return "Share of this operation in the augmentor's mixture."
+    if found := re.fullmatch(rf"({'|'.join(_CORPORA)})_({'|'.join(_SIZES)})", name):
+        return f"{_SIZES[found[2]]} in {_CORPORA[found[1]]}."
+    for other in sorted(known, key=len, reverse=True):
+        if name.startswith(f"{other}_"):
+            return f"On the further test set {name.removeprefix(f'{other}_')!r}: {known[other]}"
+    return "A measure of the method's own: see its page (`understudy show`)."

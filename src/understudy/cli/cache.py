@@ -11,12 +11,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, load_recipe, out, shard_of
+from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, finite, load_recipe, out, shard_of
 
 app = typer.Typer(no_args_is_help=True, help="Capture a teacher once and train from disk.")
 
 
-@app.command(epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:38B")
+@app.command(
+    epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:38B",
+    no_args_is_help=True,
+)
 def capture(
     recipe: RecipePath = None,
     overrides: Overrides = None,
@@ -27,7 +30,9 @@ def capture(
             help="sampled:NB (unbiased, N bytes a row; default sampled:38B), top_k:N with tail, hidden, or dense."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=1e-3, help="At which probabilities are kept.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(callback=finite, min=1e-3, help="At which probabilities are kept.")
+    ] = 1.0,
     splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
     shard: Shard = None,
     as_json: AsJson = False,
@@ -39,7 +44,7 @@ def capture(
 
     asked = load_recipe(recipe, overrides)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with Progress(console=console, disable=out.quiet or not console.is_terminal) as bar:
         task = bar.add_task("examples", total=None)
         found = capture_recipe(
             asked,

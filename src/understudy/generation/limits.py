@@ -41,7 +41,9 @@ class Endpoint(Limits):
     url: str = Field(description="Base URL, for example http://localhost:8000/v1; a bare host gets /v1.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the key; none sends no key.")
     timeout: float = Field(120.0, gt=0, description="Seconds until an unanswered request counts as failed.")
-    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="The request's field that bounds the length."
+    )
     seed: bool = Field(True, description="Send a seed made from the request's content; off for servers that refuse it.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
     scoring_tokens: int | None = Field(

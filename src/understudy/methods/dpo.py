@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from understudy.data import Batch, ListBatch, mismatched
@@ -47,6 +47,7 @@ class DPO(Method):
     paper = 39
     needs = frozenset()
     kinds = frozenset({"preference"})
+    variants = "loss_type"
     cost = (
         "two student forwards and backwards a pair; the reference costs two forwards a pair, once and stored; kto on single "
         "answers: one more forward of both"
@@ -80,6 +81,11 @@ class DPO(Method):
     reference: Literal["start", "teacher", "recorded"] = Field(
         "start", description="The student at its start, the recipe's teacher, or the data's `log_probs`."
     )
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _name_in_trl(cls, value: Any) -> Any:
+        return "dpo" if value == "sigmoid" else value
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Self:

@@ -67,6 +67,7 @@ class Method(BaseModel):
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `needs`
     (of `"teacher"`, `"features"`, `"teacher_features"`), `kinds` (batch kinds it can train on), `cost` (one line, per step),
+    `variants` (the option whose values are methods under names of their own: `method=kto` is `dpo` with it),
     `queries` (it asks `state.teacher` itself, about other inputs than the student's; `loss` is then given no teacher's rows).
     """
 
@@ -78,6 +79,7 @@ class Method(BaseModel):
     kinds: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
+    variants: ClassVar[str | None] = None
     queries: ClassVar[bool] = False
 
     @property

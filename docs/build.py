@@ -6,6 +6,7 @@ from pathlib import Path
 
 from understudy.catalogue import catalogue
 from understudy.claims import claims
+from understudy.keys import page as keys_page
 from understudy.pages import drawing, findings, page, table
 
 
@@ -13,6 +14,7 @@ def build(folder: Path) -> None:
     """Write `catalogue.md` and `methods/NAME.md` below `folder`."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     (folder / "catalogue.md").write_text(f"# Catalogue\n\n{table()}\n", encoding="utf-8")
+    (folder / "keys.md").write_text(keys_page() + "\n", encoding="utf-8")
     for entry in catalogue():
         if entry.status == "works":
             (folder / "methods" / f"{entry.name}.md").write_text(page(entry) + "\n", encoding="utf-8")

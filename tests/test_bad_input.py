@@ -69,7 +69,10 @@ CASES = {
         lambda t: image(method="taid", options={"t_start": 0.8, "t_end": 0.2}),
         "below t_start",
     ),
-    "trainer value of a bad type": (lambda t: image(trainer={"lr_scheduler_type": "zigzag"}), "trainer options"),
+    "trainer value of a bad type": (
+        lambda t: image(trainer={"lr_scheduler_type": "zigzag"}),
+        "trainer.lr_scheduler_type = 'zigzag'",
+    ),
     "a number that is none": (lambda t: image(trainer={"learning_rate": float("nan")}), "trainer.learning_rate is nan"),
     "a number without end": (lambda t: image(data={"name": "digits", "limit": float("inf")}), "data.limit is inf"),
     "negative seed": (lambda t: image(seed=-1), "seed = -1"),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from understudy.errors import InputError
+
+if TYPE_CHECKING:
+    from understudy.planning.plan import plan
+    from understudy.runs.comparison import compare
+    from understudy.runs.run import distill
+    from understudy.training import Method, Term
 
 __version__ = "0.2.0"
 __all__ = ["InputError", "Method", "Term", "compare", "distill", "plan"]
@@ -25,3 +31,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'understudy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, those that are not imported yet too."""
+    return [*__all__, "__version__"]

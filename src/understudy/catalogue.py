@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from understudy.errors import InputError, nearest
-from understudy.methods import all_methods
+from understudy.methods import all_methods, variants
 from understudy.training import Method, Requirements
 
 
@@ -98,11 +98,12 @@ def requirements(method: type[Method]) -> Requirements:
 
 
 def find(name: str) -> Entry:
-    """The entry with this name or number."""
-    entries = catalogue()
+    """The entry with this name, number, or name of a variant."""
+    entries, others = catalogue(), variants()
+    asked = others[name][0] if name in others else name
     for entry in entries:
-        if name in (entry.name, str(entry.number)):
+        if asked in (entry.name, str(entry.number)):
             return entry
     raise InputError(
-        f"No method or paper {name!r}.{nearest(name, [e.name for e in entries])} See `understudy methods`."
+        f"No method or paper {name!r}.{nearest(name, [*(e.name for e in entries), *others])} See `understudy methods`."
     )

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from understudy.masking import masked_text
+
+_ENDLESS = re.compile(r"(\S{200})\S{300,}")
 
 
 class InputError(ValueError):
-    """Bad input. The command line prints it as one line and exits with code 2; it is never a traceback."""
+    """Bad input. The command line prints it as one line and exits with code 2; it is never a traceback.
+
+    Secrets that the message would repeat are masked in it, and words of no reasonable length are cut.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_ENDLESS.sub(r"\1…", masked_text(message)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

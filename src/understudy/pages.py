@@ -8,7 +8,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from understudy.catalogue import Entry, catalogue, requirements
-from understudy.methods import all_methods
+from understudy.claims import claims
+from understudy.keys import of_model
+from understudy.methods import all_methods, variants
 
 
 def page(entry: Entry) -> str:
@@ -31,10 +33,17 @@ def page(entry: Entry) -> str:
             "",
         ]
         if method.model_fields:
-            lines += ["| option | default | what |", "|---|---|---|"]
-            lines += [f"| `{n}` | `{f.default}` | {f.description or ''} |" for n, f in method.model_fields.items()]
+            lines += ["| option | values | default | what |", "|---|---|---|---|"]
+            lines += [
+                f"| `{k.name.removeprefix('options.')}` | {k.type} | `{k.default}` | {k.meaning} |"
+                for k in of_model(method, "options.")
+            ]
             lines.append("")
-        lines += [f"`understudy train method={entry.name}` · `understudy reproduce {entry.name}`", ""]
+        others = [f"`method={other}`" for other, (name, _) in variants().items() if name == entry.name]
+        if others:
+            lines += [f"Variants have names of their own: {', '.join(others)}.", ""]
+        claimed = f" · `understudy reproduce {entry.name}`" if entry.name in claims() else ""
+        lines += [f"`understudy train method={entry.name}`{claimed}", ""]
     if entry.number:
         lines.append(
             f"Taxonomy: knowledge by {', '.join(entry.elicitation)}; algorithm {', '.join(entry.algorithm)}; "

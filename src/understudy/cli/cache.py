@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
-from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, load_recipe, out, shard_of
+from understudy.cli.options import AsJson, Overrides, RecipePath, Shard, finite, load_recipe, out, shard_of
 from understudy.generation.progress import counting
 
 app = typer.Typer(no_args_is_help=True, help="Capture a teacher once and train from disk.")
 
 
-@app.command(epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:38B")
+@app.command(
+    epilog="Example: understudy cache capture recipe.yaml --output caches/qwen --support sampled:38B",
+    no_args_is_help=True,
+)
 def capture(
     recipe: RecipePath = None,
     overrides: Overrides = None,
@@ -29,7 +32,9 @@ def capture(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=1e-3, help="At which probabilities are kept; that of the recipe's method unless given."),
+        typer.Option(
+            callback=finite, min=1e-3, help="At which probabilities are kept; that of the recipe's method unless given."
+        ),
     ] = None,
     splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
     shard: Shard = None,

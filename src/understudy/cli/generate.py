@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from understudy.cli.options import Shard, shard_of
+from understudy.cli.options import Shard, finite, shard_of
 from understudy.errors import InputError, nearest
 from understudy.generation import Limits, Prompt, Request, RequestLog, generate, source_from
 
@@ -44,18 +44,20 @@ def generate_command(
     chat: Annotated[bool, typer.Option(help="Send text prompts as a user's message.")] = False,
     draws: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    temperature: Annotated[float, typer.Option(callback=finite, min=0)] = 1.0,
+    top_p: Annotated[float, typer.Option(callback=finite, min=0, max=1)] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be repeated; \\n is a newline.")] = None,
     log_probs: Annotated[bool, typer.Option(help="Ask for summed log-probabilities.")] = False,
     concurrency: Annotated[int, typer.Option(min=1, max=1024)] = 8,
-    rate: Annotated[float | None, typer.Option(help="Most attempts a second.")] = None,
+    rate: Annotated[float | None, typer.Option(callback=finite, help="Most attempts a second.")] = None,
     retries: Annotated[int, typer.Option(min=0)] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds until an unanswered request counts as failed.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(callback=finite, help="Seconds until an unanswered request counts as failed.")
+    ] = 120.0,
     token_budget: Budget = None,
-    cost_budget: Annotated[float | None, typer.Option(help="Most money, by the two prices.")] = None,
-    price_in: Annotated[float, typer.Option(min=0, help="Price of a million prompt tokens.")] = 0.0,
-    price_out: Annotated[float, typer.Option(min=0, help="Price of a million written tokens.")] = 0.0,
+    cost_budget: Annotated[float | None, typer.Option(callback=finite, help="Most money, by the two prices.")] = None,
+    price_in: Annotated[float, typer.Option(callback=finite, min=0, help="Price of a million prompt tokens.")] = 0.0,
+    price_out: Annotated[float, typer.Option(callback=finite, min=0, help="Price of a million written tokens.")] = 0.0,
     shard: Shard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -13,23 +13,52 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from understudy import __version__
 from understudy.cli import cache as cache_commands
 from understudy.cli.generate import EPILOG, generate_command
-from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
+from understudy.cli.options import AsJson, Overrides, RecipePath, keep_traceback, load_recipe, out, works_in
 from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
 from understudy.errors import InputError
+from understudy.masking import masked_text
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Teach small models from large ones, and show that it worked.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"understudy {__version__}\n")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors and JSON alone; no tables, no progress.")
+    ] = False,
+) -> None:
+    """Teach small models from large ones, and show that it worked."""
+    out.quiet = out.quiet or quiet
+    logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
+
+
 app.add_typer(cache_commands.app, name="cache")
 app.command("generate", epilog=EPILOG)(generate_command)
-app.command("plan", epilog=PLAN_EPILOG)(plan_command)
+app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
+
+
+def _names(incomplete: str) -> list[str]:
+    """Names of methods, for the shell's completion."""
+    from understudy.methods import all_methods, variants
+
+    return [name for name in (*all_methods(), *variants()) if name.startswith(incomplete)]
 
 
 def _print_json(value: Any) -> None:
@@ -72,7 +101,7 @@ def methods(
 
 
 @app.command(epilog="Example: understudy show taid")
-def show(name: str, as_json: AsJson = False) -> None:
+def show(name: Annotated[str, typer.Argument(autocompletion=_names)], as_json: AsJson = False) -> None:
     """Show a method's page: when to use it, options, cost, deviations."""
     from understudy.catalogue import find
     from understudy.pages import page
@@ -86,7 +115,27 @@ def show(name: str, as_json: AsJson = False) -> None:
         out.print(Markdown(page(entry)))
 
 
-@app.command(epilog="Example: understudy check recipe.yaml data.max_length=256")
+@app.command(epilog="Example: understudy keys trainer.lr")
+def keys(
+    prefix: Annotated[str, typer.Argument(help="Only keys that begin so: data, options.dpo, trainer.save.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List every key of a recipe: type, default, meaning."""
+    from dataclasses import asdict
+
+    from understudy.keys import matching
+
+    found = matching(prefix)
+    if as_json:
+        _print_json([asdict(key) for key in found])
+        return
+    table = Table("key", "type", "default", "meaning", *(["where"] if any(k.where for k in found) else []))
+    for key in found:
+        table.add_row(key.name, key.type, key.default, key.meaning, *([key.where] if key.where else []))
+    out.print(table)
+
+
+@app.command(epilog="Example: understudy check recipe.yaml data.max_length=256", no_args_is_help=True)
 def check(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe before it costs anything: data, tokenizers, masks, teacher; print one batch with its mask."""
     from dataclasses import asdict
@@ -97,22 +146,25 @@ def check(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
     if as_json:
         _print_json(asdict(findings))
         return
+    width = max(map(len, findings.overview), default=0)
+    for topic, said in findings.overview.items():
+        out.print(f"{topic:<{width}}  {said}", highlight=False)
     for note in findings.notes:
         out.print(f"• {note}", highlight=False)
     for warning in findings.warnings:
-        out.print(f"[yellow]! {warning}[/yellow]", highlight=False)
+        out.print(f"! {warning}", style="yellow", highlight=False)
     if findings.scores:
         out.print({k: round(v, 4) for k, v in findings.scores.items()})
     if sample is not None:
         out.print(sample)
 
 
-@app.command(epilog="Example: understudy train recipe.yaml method=taid seed=1 output=runs/taid")
+@app.command(epilog="Example: understudy train recipe.yaml method=taid seed=1 output=runs/taid", no_args_is_help=True)
 def train(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train a student as a recipe says, evaluate it, write its report. Started again, it resumes."""
     from understudy.runs.run import run
 
-    result = run(load_recipe(recipe, overrides), progress=True)
+    result = run(load_recipe(recipe, overrides), progress=not out.quiet)
     if result.interrupted:
         sys.stderr.write(f"Stopped after a checkpoint; the same command resumes {result.folder}.\n")
         raise typer.Exit(130)
@@ -126,7 +178,10 @@ def train(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
     out.print(f"Run folder: {result.folder} (report.html inside)")
 
 
-@app.command(epilog="Example: understudy compare recipe.yaml --methods sft,kd,pld --seeds 3 --json out.json")
+@app.command(
+    epilog="Example: understudy compare recipe.yaml --methods sft,kd,pld --seeds 3 --json out.json",
+    no_args_is_help=True,
+)
 def compare(
     recipe: RecipePath = None,
     overrides: Overrides = None,
@@ -138,7 +193,7 @@ def compare(
     from understudy.reporting import comparison_table
     from understudy.runs.comparison import compare as run_compare
 
-    result = run_compare(load_recipe(recipe, overrides), methods.split(","), seeds, progress=True)
+    result = run_compare(load_recipe(recipe, overrides), methods.split(","), seeds, progress=not out.quiet)
     out.print(comparison_table(result.data))
     if json_file is not None:
         json_file.write_text(json.dumps(result.data, indent=1))
@@ -147,7 +202,7 @@ def compare(
 
 @app.command(epilog="Example: understudy reproduce pld --seeds 3 --json pld.json")
 def reproduce(
-    name: Annotated[str, typer.Argument(help="The method whose claim is tried.")],
+    name: Annotated[str, typer.Argument(help="The method whose claim is tried.", autocompletion=_names)],
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     data: Annotated[Path | None, typer.Option(help="Data folder, as UNDERSTUDY_DATA.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
@@ -161,11 +216,11 @@ def reproduce(
     from understudy.claims import reproduce as run_claim
     from understudy.claims import result_table
 
-    result = run_claim(name, seeds, output or Path("runs/claims") / name, progress=True)
+    result = run_claim(name, seeds, output or Path("runs/claims") / name, progress=not out.quiet)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1))
     out.print(result_table(result))
-    out.print(f"[bold]{result['verdict']}[/bold]: {result['claim']}")
+    out.print(f"{result['verdict']}: {result['claim']}", style="bold")
 
 
 @app.command(epilog="Example: understudy evaluate runs/taid --json")
@@ -177,6 +232,7 @@ def evaluate(
     """Evaluate the student of a finished run again, from its saved weights."""
     from understudy.runs.check import evaluate_run
 
+    works_in(run)
     result = evaluate_run(run, split)
     if as_json:
         _print_json(result)
@@ -192,6 +248,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, or one of 
     """Write report.html again from what a folder holds."""
     from understudy.reporting import render_comparison, render_run
 
+    works_in(folder)
     if (folder / "run.json").is_file():
         out.print(f"Report: {render_run(folder)}")
     elif (folder / "comparison.json").is_file() or list(folder.glob("*/comparison.json")):
@@ -213,12 +270,18 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}: free space, change permissions or choose another output.", 2)
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, EOFError, typer.Abort):
         _fail("Stopped. The same command resumes from the last checkpoint.", 130)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # only the command parser's own errors have it
-            raise
-        _fail(" ".join(error.format_message().split()) + " See --help.", 2)
+        if hasattr(error, "format_message"):  # the command parser's own
+            said = " ".join(error.format_message().split())
+            _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help is shown already
+        said = " ".join(str(error).split()) or "no message"
+        _fail(
+            f"unforeseen {type(error).__name__}: {masked_text(said)[:300]}. This is a fault in understudy; the traceback is in "
+            f"{keep_traceback()}.",
+            1,
+        )
     finally:
         _leave_ranks()
     sys.exit(code if isinstance(code, int) else 0)

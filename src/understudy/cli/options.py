@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +14,17 @@ import typer
 from rich.console import Console
 
 from understudy.errors import InputError
+from understudy.masking import masked_text
 
-# Under torchrun only the first rank speaks.
-out = Console(width=None if sys.stdout.isatty() else 150, quiet=os.environ.get("RANK", "0") != "0")
+# Under torchrun only the first rank speaks. Names and paths may hold brackets and colons: nothing printed is markup.
+out = Console(
+    width=None if sys.stdout.isatty() else 150,
+    quiet=os.environ.get("RANK", "0") != "0",
+    markup=False,
+    emoji=False,
+)
+
+_folders: list[Path] = []
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots reach inside: trainer.max_steps=100")]
@@ -27,10 +38,46 @@ def load_recipe(recipe: Path | None, overrides: list[str] | None) -> Any:
     """The recipe of a command: a file with overrides, or overrides alone."""
     from understudy.runs.recipe import load
 
+    if recipe is None and not overrides:
+        raise InputError(
+            "Usage: give a YAML recipe, keys with values, or both, for example `recipe.yaml seed=1` or "
+            "`task=language_modeling method=kd`. See --help."
+        )
     items = list(overrides or [])
     if recipe is not None and "=" in str(recipe):  # no recipe, overrides alone
         items, recipe = [str(recipe), *items], None
-    return load(recipe, items)
+    found = load(recipe, items)
+    works_in(found.output)
+    return found
+
+
+def works_in(folder: Path) -> None:
+    """Note the folder that a command works in: a traceback is left there if it is a run's or a comparison's."""
+    _folders.append(folder)
+
+
+def keep_traceback() -> Path:
+    """Write the traceback of the exception at hand to a file, without secrets; in the run folder if there is one."""
+    ours = ("recipe.yaml", "run.json", "comparison.json")
+    text = masked_text(traceback.format_exc())
+    rank = os.environ.get("RANK", "0")
+    for folder in reversed(_folders):
+        if any((folder / name).is_file() for name in ours) and os.access(folder, os.W_OK):
+            path = folder / ("error.log" if rank == "0" else f"error-rank{rank}.log")
+            break
+    else:
+        handle, name = tempfile.mkstemp(prefix="understudy-", suffix=".log")
+        os.close(handle)
+        path = Path(name)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+def finite(value: float | None) -> float | None:
+    """An option's number, unless it is nan or endless."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 def shard_of(text: str | None) -> tuple[int, int]:

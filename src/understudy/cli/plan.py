@@ -7,10 +7,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from understudy.cli.options import AsJson, Overrides, RecipePath, load_recipe, out
+from understudy.cli.options import AsJson, Overrides, RecipePath, finite, load_recipe, out
 
 EPILOG = "Example: understudy plan recipe.yaml --gpu h100 --gpus 8 --shard both --rows 1e9"
 
@@ -20,11 +20,13 @@ def plan_command(
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="A card: t4, a100, h100, …; this machine's CPU without.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices; each sees its own batch.")] = 1,
-    peak: Annotated[float | None, typer.Option(help="TFLOP/s of a device, over the card's.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(help="TB/s of its memory.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GiB of its memory.")] = None,
+    peak: Annotated[float | None, typer.Option(callback=finite, help="TFLOP/s of a device, over the card's.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(callback=finite, help="TB/s of its memory.")] = None,
+    memory: Annotated[float | None, typer.Option(callback=finite, help="GiB of its memory.")] = None,
     shard: Annotated[str | None, typer.Option(help="What FSDP2 divides: none, student or both.")] = None,
-    rows: Annotated[float | None, typer.Option(help="Tokens or images to train on, in place of max_steps.")] = None,
+    rows: Annotated[
+        float | None, typer.Option(callback=finite, help="Tokens or images to train on, in place of max_steps.")
+    ] = None,
     support: Annotated[
         str | None, typer.Option(help="Of a cache that is not captured yet; as `cache capture` by default.")
     ] = None,
@@ -57,15 +59,14 @@ def show(found: Any) -> None:
     from understudy.planning import lines
 
     if found.first is not None:
-        out.print("[bold]First, the teacher's own training[/bold]")
+        out.print("First, the teacher's own training", style="bold")
         show(found.first)
-        out.print("[bold]Then[/bold]")
+        out.print("Then", style="bold")
     for title, head, body in lines(found):
         table = Table(*head, title=title, title_justify="left")
         for row in body:
-            table.add_row(*(f"[bold]{c[2:-2]}[/bold]" if c.startswith("**") else escape(c) for c in row))
+            table.add_row(*(Text(c[2:-2], style="bold") if c.startswith("**") else c for c in row))
         out.print(table)
-    colour = "green" if found.fits else "red"
-    out.print(f"[{colour}]{escape(found.verdict)}[/{colour}]", highlight=False)
+    out.print(found.verdict, style="green" if found.fits else "red", highlight=False)
     for note in found.notes:
-        out.print(f"• {escape(note)}", highlight=False)
+        out.print(f"• {note}", highlight=False)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from understudy.errors import InputError
+from understudy.reading import at_home
 
 
 def data_folder() -> Path | None:
@@ -21,7 +22,7 @@ def data_folder() -> Path | None:
 
 def find(name: str) -> Path | None:
     """`name` as a path, or inside the data folder; `None` if it is neither."""
-    path = Path(name).expanduser()
+    path = at_home(Path(name))
     if path.exists():
         return path
     folder = data_folder()

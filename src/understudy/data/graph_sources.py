@@ -16,6 +16,7 @@ from understudy.data.batch import IGNORE
 from understudy.data.folders import find
 from understudy.errors import InputError, nearest
 from understudy.losses.edges import check_edges
+from understudy.reading import at_home
 
 EMBEDDED = ("topics",)
 COLUMNS = {
@@ -242,7 +243,7 @@ def _planetoid(name: str, root: Any) -> dict[str, Any]:
     known = ("Cora", "CiteSeer", "PubMed")
     if name not in known:
         raise InputError(f"Unknown graph planetoid:{name}.{nearest(name, known)} Known: {', '.join(known)}.")
-    folder = Path(root).expanduser() if root else Path.home() / ".cache" / "understudy" / "planetoid"
+    folder = at_home(Path(root)) if root else Path.home() / ".cache" / "understudy" / "planetoid"
     try:
         data = Planetoid(str(folder), name)[0]
     except Exception as error:  # downloads and unpickling raise a dozen kinds; each means that the set is not to be had

@@ -50,7 +50,9 @@ class Endpoint(Limits):
     timeout: float = Field(
         120.0, gt=0, le=86_400.0, description="Seconds until a request whose answer is not whole counts as failed."
     )
-    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="The request's field that bounds the length."
+    )
     seed: bool = Field(True, description="Send a seed made from the request's content; off for servers that refuse it.")
     extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
     scoring_tokens: int | None = Field(

@@ -6,6 +6,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from typing import get_args
 
 from understudy.errors import InputError, nearest
 from understudy.training import Method
@@ -52,12 +53,38 @@ def adopt(method: type[Method]) -> str:
     return name
 
 
-def get(name: str) -> type[Method]:
-    """The method called `name`; an unknown name is an `InputError` with the nearest known one."""
+def variants() -> dict[str, tuple[str, dict[str, str]]]:
+    """Names that stand for a method with one option: `kto` for `dpo` with `loss_type=kto`."""
     known = all_methods()
-    if name not in known:
-        raise InputError(f"Unknown method {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}.")
-    return known[name]
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    for method in known.values():
+        if method.variants is not None:
+            for value in get_args(method.model_fields[method.variants].annotation):
+                if value not in known:
+                    found.setdefault(value, (method.name, {method.variants: value}))
+    return found
 
 
-__all__ = ["adopt", "all_methods", "built_in", "get"]
+def resolve(name: str) -> tuple[str, dict[str, str]]:
+    """The method that `name` stands for, and the options that make it so.
+
+    Raises:
+        InputError: an unknown name, with the nearest known one.
+    """
+    known, others = all_methods(), variants()
+    if name in known:
+        return name, {}
+    if name not in others:
+        raise InputError(
+            f"Unknown method {name!r}.{nearest(name, [*known, *others])} Known: {', '.join(sorted(known))}; variants: "
+            f"{', '.join(sorted(others))}."
+        )
+    return others[name]
+
+
+def get(name: str) -> type[Method]:
+    """The method that `name` stands for; an unknown name is an `InputError` with the nearest known one."""
+    return all_methods()[resolve(name)[0]]
+
+
+__all__ = ["adopt", "all_methods", "built_in", "get", "resolve", "variants"]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from understudy.data import Batch, ListBatch, mismatched
@@ -58,6 +58,7 @@ class DPO(Method):
     name = "dpo"
     paper = 39
     kinds = frozenset({"preference"})
+    variants = "loss_type"
     cost = (
         "two student forwards and backwards a pair; the reference costs two forwards a pair, once and stored; kto on single "
         "answers: one more forward of both"
@@ -91,6 +92,11 @@ class DPO(Method):
     reference: Literal["start", "teacher", "recorded"] = Field(
         "start", description="The student at its start, the recipe's teacher, or the data's `log_probs`."
     )
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _name_in_trl(cls, value: Any) -> Any:
+        return "dpo" if value == "sigmoid" else value
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Self:

@@ -21,6 +21,7 @@ class KD(Method):
 
     name = "kd"
     kinds = frozenset({"image", "text", "graph"})
+    variants = "divergence"
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "
         "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD.",
@@ -30,8 +31,8 @@ class KD(Method):
         "A student's own samples have no labels: their cross-entropy is 0.",
     }
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
-        "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = Field(
+        "forward_kl", description="Between the softened distributions, teacher first."
     )
     temperature: float = Field(2.0, gt=0, description="Divides both sides' logits before the softmax.")
     tau_squared: bool = Field(True, description="Multiply the divergence by temperature².")

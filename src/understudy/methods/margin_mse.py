@@ -52,6 +52,8 @@ class MarginMSE(Method):
         "nDCG is not there: runs have a fixed number of steps.",
     }
 
+    variants: ClassVar[str | None] = "loss_type"
+
     loss_type: Literal["margin_mse", "pointwise_mse", "weighted_ranknet", "ranknet"] = Field(
         "margin_mse", description="The paper's loss, or one of those it compares with."
     )

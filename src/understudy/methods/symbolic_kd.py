@@ -63,14 +63,14 @@ class SymbolicKD(Pipeline):
 
     head_samples: int = Field(1000, ge=1, description="Completions that are asked for events.")
     per_prompt: int = Field(100, ge=1, description="Of these, from one draw of ten seed events.")
-    head_top_p: float = Field(0.9, gt=0, le=1)
+    head_top_p: float = Field(0.9, gt=0, le=1, description="Nucleus of the events' sampling.")
     head_keep: float = Field(0.8, gt=0, le=1, description="Share of distinct events kept by log-probability.")
     per_token: bool = Field(
         False, description="Log-probability as a mean a token; the official sum prefers short events."
     )
     shortest: int = Field(7, ge=1, description="Least characters of an event.")
     tail_samples: int = Field(10, ge=1, description="Completions for each event and relation.")
-    tail_top_p: float = Field(0.5, gt=0, le=1)
+    tail_top_p: float = Field(0.5, gt=0, le=1, description="Nucleus of the tails' sampling.")
     max_tokens: int = Field(12, ge=1, description="Of an event and of a tail.")
     head_prompt: str = Field("event", description="File of one numbered example, with slots `number` and `event`.")
     tail_prompt: str = Field("inference", description="File of one, with `number`, `head`, `ask` and `tail`.")
@@ -86,7 +86,7 @@ class SymbolicKD(Pipeline):
         CriticOptions(), description="Its model, fit, members and views; see `understudy.training.critic`."
     )
     student_samples: int = Field(10, ge=1, description="Tails the trained student writes for each held-out question.")
-    student_top_p: float = Field(1.0, gt=0, le=1)
+    student_top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling when it is judged.")
     log: str | None = Field(None, description="Folder of the teacher's request log, to share it between runs.")
 
     @model_validator(mode="after")

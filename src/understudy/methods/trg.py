@@ -73,17 +73,19 @@ class TRG(Method):
     k: int = Field(5, ge=1, description="Neighbours of a token.")
     sigma: float | Literal["median"] = Field("median", description="Width of the affinity, in squared distance.")
     affinity_scale: float = Field(1.0, gt=0, description="Multiplies affinities before the softmax.")
-    direction: Literal["student_teacher", "teacher_student"] = "student_teacher"
+    direction: Literal["student_teacher", "teacher_student"] = Field(
+        "student_teacher", description="Of the divergence between affinities: student ‖ teacher, or the reverse."
+    )
     tau_start: float = Field(1.0, gt=0, description="Temperature of the contrast at the first step.")
     tau_end: float = Field(0.1, gt=0, description="And at the last.")
-    tau_pace: Literal["cosine", "linear", "constant"] = "cosine"
-    tokens_reduction: Literal["mean", "sum"] = "mean"
+    tau_pace: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the temperature falls.")
+    tokens_reduction: Literal["mean", "sum"] = Field("mean", description="Of a text's tokens.")
     student_layer: str | None = Field(None, description="Layer to read; the last with a fine enough map if not given.")
-    teacher_layer: str | None = None
+    teacher_layer: str | None = Field(None, description="Likewise, of the teacher.")
     student_prefix: int | None = Field(
         None, ge=0, description="Tokens in front of the patches (class, registers); none, or one if not given."
     )
-    teacher_prefix: int | None = Field(None, ge=0)
+    teacher_prefix: int | None = Field(None, ge=0, description="Likewise, of the teacher.")
 
     @model_validator(mode="after")
     def _a_group_fills_its_graph(self) -> Self:

@@ -15,7 +15,20 @@ from understudy.errors import InputError
 from understudy.models.encoders import is_new_encoder, load_cross, load_encoder, located
 from understudy.models.rankers import FACTS, BiEncoderAdapter, CrossEncoderAdapter, RankerAdapter, Towers
 
-OPTIONS = {"scorer", "pooling", "towers", "normalize", "scale", "members"}
+MEANINGS = {
+    "scorer": (
+        "dot or late or cross",
+        "dot",
+        "How a query and a document are compared; that of the folder, if it says.",
+    ),
+    "pooling": ("mean or cls", "mean", "How the vectors of tokens become one."),
+    "towers": ("1 or 2", "1", "One encoder for both sides, or two."),
+    "normalize": ("true or false", "–", "Vectors of length 1; as the folder says if not given."),
+    "scale": ("number > 0 or learn", "1", "Factor of the scores; learned where vectors are normalised."),
+    "members": ("list", "–", "Further models whose scores are averaged with the first."),
+}
+OPTIONS = set(MEANINGS)
+"""Keys of `options`; `MEANINGS` has the type, default and meaning of each."""
 SCORERS = ("dot", "late", "cross")
 
 

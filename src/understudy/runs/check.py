@@ -14,6 +14,7 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
 from understudy.runs.fitting import module_for
+from understudy.runs.overview import overview
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, make
@@ -25,6 +26,7 @@ from understudy.tasks.base import COPY
 from understudy.teachers import CachedTeacher
 from understudy.training import Method, Pipeline
 from understudy.training.dry_run import dry_run_stored
+from understudy.training.ranks import check_sharding
 
 
 def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
@@ -36,7 +38,9 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     prepared = task.prepare(recipe)
     method = recipe.build_method()
     if isinstance(method, Pipeline):  # its models and data are made on the way
-        return Findings(notes=prepared.notes), None
+        seen = overview(recipe, prepared, method, None, None)
+        return Findings(notes=prepared.notes, warnings=prepared.warnings, overview=seen), None
+    check_sharding(method, recipe.trainer)
     set_seed(recipe.seed)
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
@@ -45,6 +49,7 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
         student.add_adapters(recipe.student.peft)
     teacher = standing(recipe, prepared)
     findings = preflight(task, prepared, student, teacher)
+    findings.overview = overview(recipe, prepared, method, student, teacher)
     if recipe.teacher is not None and recipe.teacher.served:
         with tempfile.TemporaryDirectory() as scratch:
             findings.notes.extend(served(recipe, prepared, Path(scratch), student).notes)

@@ -17,6 +17,7 @@ from torch import nn
 
 from understudy.data.memory import MEMORY
 from understudy.errors import InputError
+from understudy.masking import masked
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
 from understudy.runs.objects import Modules, method_name, named
@@ -88,7 +89,7 @@ def compare(
         for p, r in zip(plans, results, strict=True)
     ]
     data = _collect(recipe, done, baseline, numbers)
-    (folder / "comparison.json").write_text(json.dumps(data, indent=1))
+    (folder / "comparison.json").write_text(json.dumps(masked(data), indent=1))
     render_comparison(folder)
     return Comparison(data["table"], data, folder)
 
@@ -240,5 +241,5 @@ def _collect(recipe: Recipe, done: list[dict[str, Any]], baseline: str, seeds: l
             "forwards": {d["method"]: d["cost"]["forwards"] for d in done},
         },
         "versions": facts["versions"],
-        "recipe": recipe.dump(),
+        "recipe": recipe.shown(),
     }

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from understudy.errors import InputError
+from understudy.masking import masked
 from understudy.runs.recipe import Recipe
 
 
@@ -24,7 +25,7 @@ def open_folder(recipe: Recipe) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "recipe.yaml"
-        text = yaml.safe_dump(recipe.dump(), sort_keys=False)
+        text = yaml.safe_dump(recipe.shown(), sort_keys=False)
         if written.exists():
             before = yaml.safe_load(written.read_text()) or {}
             now = yaml.safe_load(text)
@@ -88,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
     if not first_rank():
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(json.dumps(masked(value), indent=1))
     temporary.rename(path)
 
 

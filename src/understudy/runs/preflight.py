@@ -15,11 +15,16 @@ from understudy.tasks import Prepared, Task
 
 @dataclass
 class Findings:
-    """What the check found: facts worth reading, and warnings that do not stop the run."""
+    """What the check found: facts worth reading, and warnings that do not stop the run.
+
+    Args:
+        overview: what was read, and what the teacher is asked, by topic.
+    """
 
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     scores: dict[str, Any] = field(default_factory=dict)
+    overview: dict[str, str] = field(default_factory=dict)
 
 
 def check(

@@ -13,7 +13,12 @@ class RichProgress(TrainerCallback):
     """One bar on stderr with the last logged loss; silent where stderr is no terminal."""
 
     def __init__(self, title: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         console = Console(stderr=True)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.title = title

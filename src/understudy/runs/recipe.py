@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from transformers import TrainingArguments
 
 from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
+from understudy.masking import masked, remember
 from understudy.methods import get as get_method
+from understudy.methods import resolve
+from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
 from understudy.runs.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
+from understudy.tasks.data_keys import check_data_keys
 from understudy.training import Method, OnPolicy
+from understudy.training.arguments import checked_arguments
+from understudy.training.arguments import fields as training_fields
 
 
 class Recipe(BaseModel):
@@ -26,13 +28,13 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = "kd"
-    task: str = "image_classification"
-    teacher: ModelSpec | None = None
-    student: ModelSpec | None = None
-    data: dict[str, Any] = Field(default_factory=dict)
-    output: Path = Path("runs/run")
-    seed: int = Field(0, ge=0)
+    method: str = Field("kd", description="What the student learns by: `understudy methods` lists them.")
+    task: str = Field("image_classification", description="The kind of problem, with its data, models and metric.")
+    teacher: ModelSpec | None = Field(None, description="The model to learn from; keys below.")
+    student: ModelSpec | None = Field(None, description="The model that is trained; keys below.")
+    data: dict[str, Any] = Field(default_factory=dict, description="What to train on; keys below.")
+    output: Path = Field(Path("runs/run"), description="The run folder.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation and noise.")
     options: dict[str, Any] = Field(default_factory=dict, description="The method's own options.")
     arms: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="For comparisons: options of each method by its name."
@@ -41,7 +43,9 @@ class Recipe(BaseModel):
     patience: int | None = Field(
         None, ge=1, description="End training after this many evaluations without gain; needs `trainer.eval_strategy`."
     )
-    reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = "token_mean"
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum", "sum"] = Field(
+        "token_mean", description="What an update divides its loss by."
+    )
     on_policy: OnPolicy | None = Field(None, description="Let the student write a share of the texts it is trained on.")
     eval_split: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
 
@@ -60,6 +64,11 @@ class Recipe(BaseModel):
     def _words(cls, value: Any) -> Any:
         return said_no(value)
 
+    @field_validator("output")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return at_home(value)
+
     @property
     def evaluation_batch(self) -> int:
         """Examples that an evaluation looks at together: `trainer.per_device_eval_batch_size`, 64 if not given."""
@@ -70,8 +79,13 @@ class Recipe(BaseModel):
         return validated(get_method(self.method), self.options, f"option of method {self.method!r}")
 
     def dump(self) -> dict[str, Any]:
-        """Plain values, as written to `recipe.yaml`."""
+        """Plain values, from which `make` makes this recipe again."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    def shown(self) -> dict[str, Any]:
+        """Plain values as they are stored and shown: with secrets masked."""
+        found: dict[str, Any] = masked(self.dump())
+        return found
 
 
 def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
@@ -79,7 +93,7 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
     unknown = [k for k in values if k not in model.model_fields]
     if unknown:
         raise InputError(
-            f"Unknown {what}: {unknown[0]!r}.{nearest(unknown[0], model.model_fields)} "
+            f"Unknown {what}: {unknown[0]!r}.{nearest(str(unknown[0]), model.model_fields)} "
             f"Known: {', '.join(model.model_fields) or 'none'}."
         )
     try:
@@ -93,40 +107,25 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
             known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
             known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
         # A key that was put where it does not belong is not printed either.
-        shown = where if "endpoint" in first["loc"] else f"{where} = {first['input']!r}"
+        shown = where if "endpoint" in first["loc"] else f"{where} = {brief(masked(first['input']))}"
         raise InputError(f"Bad {what}: {shown}: {message}.") from None
-
-
-def training_fields() -> set[str]:
-    """The keys that `trainer` may hold."""
-    own = {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
-    return {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - own
-
-
-def check_trainer_keys(values: Mapping[str, Any], where: str = "trainer") -> None:
-    """Refuse a key that transformers' Trainer does not know, with the nearest one."""
-    known = training_fields()
-    for key in values:
-        if key not in known:
-            raise InputError(f"Unknown key {where}.{key}.{nearest(key, known)} Keys are those of TrainingArguments.")
 
 
 def make(values: Mapping[str, Any]) -> Recipe:
     """A validated recipe with its task's defaults filled in."""
     if not isinstance(values, Mapping):
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
-    _refuse_endless(values, "")
-    recipe: Recipe = validated(Recipe, dict(values), "recipe key")
+    check_plain(values)
+    remember(values)
+    values = _placed(resolved(values))
+    recipe: Recipe = validated(Recipe, values, "recipe key")
     task = get_task(recipe.task)
+    check_data_keys(recipe.task, recipe.data)
     check_members(recipe, task)
     filled = task.fill(_with_domains(recipe))
-    recipe = validated(Recipe, filled, "recipe key")
-    check_trainer_keys(recipe.trainer)
-    for where, one in recipe.teacher.parts("teacher").items() if recipe.teacher is not None else ():
-        if one.train is not None:
-            check_trainer_keys(one.train, f"{where}.train")
+    recipe = validated(Recipe, _with_arguments(filled), "recipe key")
     if recipe.patience is not None and recipe.trainer.get("eval_strategy", "no") == "no":
         raise InputError(
             "patience counts evaluations and there are none: set trainer.eval_strategy=steps, or leave it."
@@ -149,13 +148,48 @@ def make(values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _refuse_endless(values: Any, where: str) -> None:
-    """Refuse nan and infinity, which no recipe file could hold: they would be read again as no value at all."""
-    if isinstance(values, float) and not math.isfinite(values):
-        raise InputError(f"Recipe key {where} is {values}: give a finite number, or leave it out.")
-    inside = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in inside:
-        _refuse_endless(value, f"{where}.{key}" if where else str(key))
+def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the name of a variant (`kto`, `simpo`) as its method and options."""
+    found = dict(values)
+    if isinstance(found.get("method"), str):
+        found["method"], options = resolve(found["method"])
+        given = found.get("options")
+        if options and isinstance(given, Mapping | None):
+            other = next((k for k in options if k in (given or {}) and (given or {})[k] != options[k]), None)
+            if other is not None:
+                raise InputError(
+                    f"method={values['method']} is method={found['method']} with options.{other}={options[other]}, and "
+                    f"options.{other} is {brief((given or {})[other])}: leave one of them out."
+                )
+            found["options"] = {**(given or {}), **options}
+    return found
+
+
+def _placed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, unless a key stands at the top that belongs to the method or the trainer: its place is named."""
+    for key in values:
+        if key in Recipe.model_fields:
+            continue
+        name = values.get("method", Recipe.model_fields["method"].default)
+        options = get_method(name).model_fields if isinstance(name, str) else {}
+        place = f"options.{key}" if key in options else f"trainer.{key}" if key in training_fields() else None
+        if place is not None:
+            owner = f"an option of method {name!r}" if key in options else "an argument of transformers' Trainer"
+            raise InputError(f"Unknown recipe key: {key!r} is {owner}: write {place}.")
+    return values
+
+
+def _with_arguments(filled: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's values with all arguments of Trainer checked and read: those of the run, and of what is trained first."""
+    filled["trainer"] = checked_arguments(filled.get("trainer") or {}, "trainer")
+    for side in ("teacher", "student"):
+        spec = filled.get(side)
+        if isinstance(spec, dict):
+            members = {f"{side}.members.{n}": m for n, m in (spec.get("members") or {}).items()}
+            for where, part in {side: spec, **members}.items():
+                if part.get("train") is not None:
+                    part["train"] = checked_arguments(part["train"], f"{where}.train")
+    return filled
 
 
 def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
@@ -248,21 +282,17 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     if path is not None:
         file = Path(path)
         if not file.is_file():
-            raise InputError(f"Recipe {file} does not exist. Give a YAML file, or overrides alone: task=... method=...")
-        try:
-            values = yaml.safe_load(file.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"Recipe {file} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise InputError(
+                f"Recipe {file} does not exist or is no file. Give a YAML file, or overrides alone: task=... method=..."
+            )
+        values = read_yaml(file, "Recipe") or {}
         if not isinstance(values, dict):
             raise InputError(f"Recipe {file} must be a mapping of keys to values, not a {type(values).__name__}.")
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise InputError(f"Override {item!r} is not of the form key=value (for example trainer.max_steps=100).")
-        try:
-            _assign(values, key.split("."), yaml.safe_load(text) if text else None)
-        except yaml.YAMLError as error:
-            raise InputError(f"Override {item!r}: the value is not valid YAML.") from error
+        _assign(values, key.split("."), parse_yaml(text, f"Override {item!r}") if text else None)
     return make(values)
 
 
@@ -275,7 +305,7 @@ def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
         elif inner is None:
             inner = {}
         elif not isinstance(inner, dict):
-            raise InputError(f"Override {'.'.join(path)}: {key!r} holds {inner!r} and has no keys inside.")
+            raise InputError(f"Override {'.'.join(path)}: {key!r} holds {brief(masked(inner))} and has no keys inside.")
         values[key] = inner
         values = inner
     values[path[-1]] = value

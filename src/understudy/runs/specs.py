@@ -26,14 +26,14 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    model: str = Field(description="Folder, Hub id, or a new small model such as `llama:hidden=64,layers=2,heads=4`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of the weights as loaded.")
     device: str | None = Field(
         None,
         description="Where a teacher lives: cpu, cuda:1, or `sharded` over the ranks; the student's device if not given.",
     )
     quantization: dict[str, Any] | None = Field(None, description="A quantisation config of transformers.")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     tokenizer: str | None = Field(None, description="Folder or Hub id, where the model's own does not hold it.")
     peft: dict[str, Any] | None = Field(None, description="LoraConfig options; the student trains adapters only.")
     cache: str | None = Field(None, description="Folder of `understudy cache`: answer from it, without the model.")

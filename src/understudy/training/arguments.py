@@ -1,37 +1,283 @@
-"""Arguments of transformers' Trainer with this project's defaults, and a stop that can be resumed from."""
+"""Arguments of transformers' Trainer with this project's defaults, checked before anything starts, and a stop that can be
+resumed from."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import signal
+import typing
 from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import UnionType
+from typing import Annotated, Any, Literal, Union
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from pydantic import Field, TypeAdapter, ValidationError
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
-from understudy.errors import InputError
+from understudy.errors import InputError, nearest
 from understudy.models.sharding import anywhere
+
+RUN = frozenset(
+    {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
+)
+"""Arguments that are the run's own affair."""
+
+UNSUPPORTED = {
+    "neftune_noise_alpha": "noise on the student's embeddings is not added here",
+    "label_smoothing_factor": "losses are the methods' own here; dpo has options.label_smoothing",
+    "use_liger_kernel": "losses are computed chunk by chunk without it here",
+    "parallelism_config": "several devices are used by DDP, trainer.fsdp or trainer.deepspeed here",
+}
+"""Arguments of transformers that would have no effect, and why."""
+
+DEFAULTS: dict[str, Any] = {
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "log_level": "error",
+}
+"""Where they are not transformers' own. A task has further ones, which it writes into the recipe."""
+
+_COUNT = Annotated[int, Field(ge=1, lt=2**31)]
+_AMOUNT = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_STEPS = Annotated[float, Field(gt=0, lt=2**31)]
+_MOMENTUM = Annotated[float, Field(ge=0, lt=1)]
+_RANGES: dict[str, Any] = {
+    "max_steps": Annotated[int, Field(ge=-1, lt=2**31)],
+    "num_train_epochs": Annotated[float, Field(gt=0, lt=2**31)],
+    "learning_rate": _AMOUNT,
+    "weight_decay": _AMOUNT,
+    "max_grad_norm": _AMOUNT,
+    "adam_epsilon": _AMOUNT,
+    "adam_beta1": _MOMENTUM,
+    "adam_beta2": _MOMENTUM,
+    "warmup_steps": Annotated[float, Field(ge=0, lt=2**31)],
+    "eval_delay": Annotated[float, Field(ge=0, lt=2**31)],
+    "logging_steps": _STEPS,
+    "save_steps": _STEPS,
+    "eval_steps": _STEPS | None,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "ddp_timeout": _COUNT,
+    "save_total_limit": _COUNT | None,
+    "eval_accumulation_steps": _COUNT | None,
+    "torch_empty_cache_steps": _COUNT | None,
+    "dataloader_prefetch_factor": _COUNT | None,
+    "ddp_bucket_cap_mb": _COUNT | None,
+    "dataloader_num_workers": Annotated[int, Field(ge=0, le=1024)],
+    "fsdp": bool | str | list[str] | None,
+    "data_seed": Annotated[int, Field(ge=0, lt=2**32)] | None,
+    "log_level": Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
+    "log_level_replica": Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
+    "ddp_backend": Literal["nccl", "mpi", "xccl", "gloo", "hccl"] | None,
+    "torch_compile_mode": Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None,
+    "dataloader_multiprocessing_context": Literal["fork", "forkserver", "spawn"] | None,
+}
+_MODEL_BOUND = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
+"""Optimisers that are built over a model's own layers, and their packages."""
+
+
+@cache
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """The arguments that a recipe may set, by name."""
+    return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in RUN}
+
+
+def checked_arguments(values: Any, where: str) -> dict[str, Any]:
+    """The values of Trainer's arguments, text that is a number read as one.
+
+    Args:
+        where: `trainer`, or the key in the recipe that holds them (`teacher.train`).
+
+    Raises:
+        InputError: an unknown argument, a wrong type, sign, range or choice, or an argument that has no effect here.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"{where} = {values!r}: it holds arguments of transformers' Trainer, for example max_steps: 100."
+        )
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields():
+            raise InputError(
+                f"Unknown key {where}.{key}.{nearest(str(key), fields())} Keys are those of TrainingArguments; list them "
+                "with `understudy keys trainer`."
+            )
+        found[key] = _checked(key, value, f"{where}.{key}")
+    return found
+
+
+def _checked(key: str, value: Any, name: str) -> Any:
+    if key in UNSUPPORTED and value not in (None, 0, False):
+        raise InputError(f"{name} is not supported: {UNSUPPORTED[key]}. Leave it out.")
+    if key == "report_to":
+        return _trackers(value, name)
+    number = kind(key) in ("int", "float")
+    if number and isinstance(value, bool):
+        raise InputError(f"{name} = {value!r}: it is a number, not true or false.")
+    try:
+        read = _adapter(key).validate_python(value)
+    except ValidationError as error:
+        known = choices(key)
+        if known:
+            raise InputError(f"{name} = {value!r}.{nearest(str(value), known)} Known: {', '.join(known)}.") from None
+        raise InputError(f"{name} = {value!r}: {error.errors()[0]['msg']}.") from None
+    if isinstance(read, float) and read.is_integer() and not isinstance(value, float) and key.endswith(_COUNTED):
+        return int(read)
+    return read
+
+
+_COUNTED = ("_steps", "_delay", "_epochs")
+
+
+def choices(key: str) -> list[str]:
+    """The words that an argument may hold, where it is one of a few."""
+    parts = typing.get_args(_type(key)) if _is_union(_type(key)) else (_type(key),)
+    return [str(c) for part in parts if typing.get_origin(part) is Literal for c in typing.get_args(part)]
+
+
+def kind(key: str) -> str:
+    """The type of an argument, in a word or two."""
+    if choices(key):
+        return "text"
+    parts = typing.get_args(_type(key)) if _is_union(_type(key)) else (_type(key),)
+    plain = [typing.get_args(p)[0] if typing.get_origin(p) is Annotated else typing.get_origin(p) or p for p in parts]
+    return " or ".join(dict.fromkeys(p.__name__ for p in plain if p is not type(None)))
+
+
+def default(key: str) -> str:
+    """The value where a recipe names none, in words: this project's, else transformers'."""
+    value = fields()[key].default if key not in DEFAULTS else DEFAULTS[key]
+    if value is None or value is dataclasses.MISSING:
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))
+
+
+def meaning(key: str) -> str:
+    """The first sentence of what transformers says of an argument."""
+    text = " ".join(str(fields()[key].metadata.get("help", "")).split())
+    return text.split(". ")[0].rstrip(".") + "." if text else ""
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (Union, UnionType)
+
+
+@cache
+def _type(key: str) -> Any:
+    """The type of an argument, with its range; an enumeration or text is one of the enumeration's words."""
+    if key in _RANGES:
+        return _RANGES[key]
+    found = _hints()[key]
+    words = [p for p in typing.get_args(found) if isinstance(p, type) and issubclass(p, Enum)]
+    named = words or ([found] if isinstance(found, type) and issubclass(found, Enum) else [])
+    return Literal[tuple(str(m.value) for m in named[0])] if named else found
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainingArguments)
+
+
+@cache
+def _adapter(key: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_type(key), config={"arbitrary_types_allowed": True})
+
+
+def _trackers(value: Any, name: str) -> Any:
+    """`none`, `all`, or names of trackers; YAML reads `no` as false."""
+    if value is None or value is False:
+        return "none"
+    names = value if isinstance(value, list) else [value]
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    for one in names:
+        if one not in known:
+            raise InputError(f"{name} = {value!r}.{nearest(str(one), known)} Known: {', '.join(known)}.")
+    return value
 
 
 def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:
     """Transformers' arguments with this project's defaults; a bad value is one line."""
     defaults: dict[str, Any] = {
-        "save_steps": 200,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "report_to": "none",
+        **DEFAULTS,
         # DeepSpeed finds its device by itself, a CPU too, and is left aside without a word where one is asked for.
         "use_cpu": not torch.cuda.is_available() and not values.get("deepspeed"),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "log_level": "error",
     }
     try:
         return TrainingArguments(output_dir=str(output), seed=seed, **{**defaults, **copy.deepcopy(dict(values))})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Bad trainer options: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever it is, it follows from the values alone
+        raise InputError(f"Bad trainer options: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def rehearse_arguments(values: Mapping[str, Any]) -> None:
+    """Build what the arguments ask for around a single weight: optimiser, schedule and trackers, on this machine.
+
+    Raises:
+        InputError: values that contradict each other, or a package that is not installed.
+    """
+    if values.get("deepspeed") and find_spec("deepspeed") is None:
+        raise InputError(
+            "trainer.deepspeed needs the package deepspeed, which is not installed: pip install deepspeed."
+        )
+    if values.get("deepspeed") or values.get("fsdp"):
+        return  # these take hold of the whole process, so they are set up once, with the model
+    with TemporaryDirectory() as scratch:
+        args = training_arguments(values, Path(scratch), 0)
+    _rehearse_trackers(args)
+    name = str(args.optim.value)
+    package = next((p for part, p in _MODEL_BOUND.items() if part in name), None)
+    if package is not None:
+        if find_spec(package) is None:
+            raise InputError(f"trainer.optim={name} needs the package {package}, which is not installed.")
+        return
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+    except Exception as error:  # of many packages, each with errors of its own
+        raise InputError(f"trainer.optim={name} cannot be used: {_said(error)}.") from error
+    total = args.max_steps if args.max_steps > 0 else 100
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            args.get_warmup_steps(total),
+            total,
+            scheduler_specific_kwargs=copy.deepcopy(args.lr_scheduler_kwargs),
+        )
+    except Exception as error:
+        raise InputError(
+            f"trainer.lr_scheduler_type={args.lr_scheduler_type.value} cannot be used: {_said(error)}. Check "
+            "trainer.lr_scheduler_kwargs and trainer.warmup_steps."
+        ) from error
+
+
+def _rehearse_trackers(args: TrainingArguments) -> None:
+    for name in args.report_to:
+        if name not in get_available_reporting_integrations():
+            raise InputError(
+                f"trainer.report_to={name}: {name} is not installed. Install it (pip install {name.removesuffix('_ml')}), or "
+                "leave report_to out: metrics.jsonl holds the same values."
+            )
+    get_reporting_integration_callbacks(args.report_to)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def update_size(args: TrainingArguments) -> int:

@@ -103,7 +103,8 @@ class Method(BaseModel):
     """Base of all methods. Subclass it in one file, state the facts below, and write `loss`.
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (batch kinds it
-    can train on), `cost` (one line, per step), `page` (when to use it, when not, deviations from the paper).
+    can train on), `cost` (one line, per step), `page` (when to use it, when not, deviations from the paper),
+    `variants` (the option whose values are methods under names of their own: `method=kto` is `dpo` with it).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,6 +114,7 @@ class Method(BaseModel):
     kinds: ClassVar[frozenset[str]] = frozenset({"image", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
+    variants: ClassVar[str | None] = None
 
     @property
     def requires(self) -> Requirements:

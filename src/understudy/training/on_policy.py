@@ -18,8 +18,10 @@ class Replay(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int = Field(1000, ge=1)
-    probability: Annotated[float, Field(ge=0, le=1)] | Literal["linear"] = "linear"
+    size: int = Field(1000, ge=1, description="Samples that are kept; the oldest leave.")
+    probability: Annotated[float, Field(ge=0, le=1)] | Literal["linear"] = Field(
+        "linear", description="Of a replay in the place of a fresh sample; linear rises from 0 to 1 over the run."
+    )
 
     def at(self, progress: float) -> float:
         """The probability at a share of the run."""
@@ -32,8 +34,8 @@ class Adaptive(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    by: float = Field(0.1, gt=0, le=1)
-    tolerance: float = Field(0.1, ge=0)
+    by: float = Field(0.1, gt=0, le=1, description="How much the share rises.")
+    tolerance: float = Field(0.1, ge=0, description="Nats of validation loss above the last that make it rise.")
 
 
 class OnPolicy(BaseModel):
@@ -62,17 +64,21 @@ class OnPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    fraction: float = Field(0.5, ge=0, le=1)
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    steps: int = Field(8, ge=1)
-    in_flight: int = Field(64, ge=1)
-    engine: Literal["padded", "continuous"] = "padded"
-    cut: Annotated[float, Field(gt=0, lt=1)] | Literal["random"] = "random"
-    replay: Replay | None = None
-    adaptive: Adaptive | None = None
+    fraction: float = Field(0.5, ge=0, le=1, description="Probability that an example's completion is replaced.")
+    max_new_tokens: int = Field(128, ge=1, description="Tokens of a sample at most.")
+    temperature: float = Field(1.0, ge=0, description="Of the sampling; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the sampling; 1 leaves all tokens.")
+    top_k: int = Field(0, ge=0, description="Most likely tokens that are sampled from; 0 leaves all.")
+    steps: int = Field(8, ge=1, description="Optimizer steps whose samples are written at once.")
+    in_flight: int = Field(64, ge=1, description="Sequences that are written side by side, at most.")
+    engine: Literal["padded", "continuous"] = Field(
+        "padded", description="Batch after batch, or the next prompt in the place of a text that ends."
+    )
+    cut: Annotated[float, Field(gt=0, lt=1)] | Literal["random"] = Field(
+        "random", description="Where plain text is cut into prompt and completion: a share of its length, or random."
+    )
+    replay: Replay | None = Field(None, description="Use samples again; keys below.")
+    adaptive: Adaptive | None = Field(None, description="Raise the share when validation loss rises; keys below.")
 
     @classmethod
     def known(cls, path: Sequence[Any]) -> list[str]:

@@ -23,6 +23,7 @@ from understudy.errors import InputError
 from understudy.models import ModelAdapter
 from understudy.models.sharding import fill, outline, unwrap
 from understudy.training import zero
+from understudy.training.arguments import rehearse_arguments
 from understudy.training.method import Method
 from understudy.training.order import COUNTS, Share, Shared
 from understudy.training.train_module import TrainModule
@@ -170,10 +171,11 @@ class Ranks:
 
 
 def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
-    """Refuse a method that cannot be sharded, by the trainer's options and the launcher alone: before a model is loaded.
+    """Refuse a method that cannot be sharded, and trainer options that this machine cannot carry out: before a model is
+    loaded, by the options and the launcher alone.
 
     Raises:
-        InputError: the run is to be sharded and the method cannot be.
+        InputError: the run is to be sharded and the method cannot be, or the options cannot be used.
     """
     if options.get("deepspeed"):
         _refuse_what_needs_whole_weights(method, "trainer.deepspeed")
@@ -185,6 +187,8 @@ def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
     elif options.get("fsdp") or str_to_bool(os.environ.get(LAUNCHED, "false")):
         _refuse_what_needs_whole_weights(method, "trainer.fsdp")
         _refuse_empty_weights(bool(str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))))
+        return
+    rehearse_arguments(options)
 
 
 def _refuse_what_cannot_be_sharded(

@@ -1,0 +1,177 @@
+"""The keys of `data` of each task: type, range, default and meaning. What a recipe says is checked against them first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from understudy.data.worlds import Noise
+from understudy.errors import InputError, nearest
+
+_Count = Annotated[int, Field(ge=1, strict=True)]
+_Number = Annotated[int, Field(ge=0, strict=True)]
+_Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+_Flag = Annotated[bool, Field(strict=True)]
+_Packing = Literal["auto", "free", "none"]
+
+
+class _Images(BaseModel):
+    name: str = Field("digits", description="digits, clusters, subclusters, templates, a set, folder, file or Hub id.")
+    limit: _Count | None = Field(None, description="Most training examples of the student; 200 of digits.")
+    teacher_limit: _Count | None = Field(None, description="Most training examples of a teacher that is trained first.")
+    image_column: str | None = Field(None, description="Column of a table that holds the images.")
+    label_column: str | None = Field(None, description="Column of a table that holds the classes.")
+    augment: _Flag | None = Field(None, description="Random crops and flips; on for CIFAR, off for others.")
+    validation_size: _Count | None = Field(None, description="Examples set aside where there is no validation split.")
+    with_validation: _Flag = Field(False, description="The student trains on the validation examples too.")
+    imbalance: Annotated[float, Field(strict=True)] | None = Field(
+        None, description="Examples of the first class for one of the last, falling by a constant factor between."
+    )
+    label_noise: _Share | None = Field(None, description="Share of the student's labels that become random.")
+    teacher_random_classes: list[int] | None = Field(
+        None, description="Classes whose examples have random labels where the teacher is trained."
+    )
+    modulo: Annotated[int, Field(strict=True)] | None = Field(None, description="Coarser classes: label modulo this.")
+    label_map: list[int] | None = Field(None, description="Coarser classes: the new class of each class.")
+    unlabelled: _Flag = Field(False, description="Hide the student's training labels.")
+    domain_column: str | None = Field(None, description="Column that names each example's domain.")
+    only: str | None = Field(None, description="The one domain that is used.")
+    for_teacher: _Flag = Field(
+        False, description="Train on the teacher's part; set for a teacher that is trained first."
+    )
+    seed: _Number | None = Field(None, description="Of label noise and of made data.")
+
+
+class _Text(BaseModel):
+    name: str = Field("stdlib", description="stdlib, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
+    max_length: _Count = Field(128, description="Tokens of a row; what is longer is cut.")
+    pack: _Flag = Field(True, description="Join documents into rows of max_length.")
+    packing: _Packing = Field(
+        "auto", description="How batches are computed without padding: always, where cheaper, never."
+    )
+    truncation: Literal["end", "start", "error"] = Field("end", description="Which end of a row that is too long goes.")
+    limit: _Count | None = Field(None, description="Most training records.")
+    tokenizer: str | None = Field(None, description="Folder or Hub id whose way both sides use.")
+    vocab_size: _Count = Field(1024, description="Of the tokenizer that is trained where no model brings one.")
+    characters: _Count | None = Field(None, description="Most characters of stdlib.")
+    domains: list[str] | None = Field(None, description="Domains of lm_domains that are read.")
+    domain_column: str | None = Field(None, description="Column that names each record's domain.")
+    only: str | None = Field(None, description="The one domain that is used.")
+
+
+class _Preferences(BaseModel):
+    name: str = Field("word_order", description="word_order, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
+    max_length: _Count = Field(128, description="Tokens of prompt and completion; what is longer is cut.")
+    packing: _Packing = Field(
+        "auto", description="How batches are computed without padding: always, where cheaper, never."
+    )
+    limit: _Count | None = Field(None, description="Most training records.")
+    tokenizer: str | None = Field(None, description="Folder or Hub id whose way both sides use.")
+    vocab_size: _Count = Field(1024, description="Of the tokenizer that is trained where no model brings one.")
+    characters: _Count = Field(300_000, description="Most characters of word_order.")
+    candidates: _Count = Field(2, description="Candidates of each prompt of word_order.")
+
+
+class _World(BaseModel):
+    name: str = Field("bandit", description="bandit or chains.")
+    seed: _Number | None = Field(None, description="Of the world; the run's seed if not given.")
+    noise: Noise = Field("heavy", description="Of the bandit's rewards.")
+    start: Literal["own", "mixture"] = Field("own", description="Whose samples the chains' pairs are.")
+    limit: _Count | None = Field(None, description="Most training contexts.")
+    for_teacher: _Flag = Field(False, description="Train on the clean part; set for a policy that is trained first.")
+
+
+class _Graph(BaseModel):
+    name: str = Field("topics", description="topics, a set in UNDERSTUDY_DATA, an .npz file or planetoid:Cora.")
+    split: Literal["transductive", "inductive"] = Field(
+        "transductive", description="Inductive: a fifth of the test nodes is left out of training and judged."
+    )
+    fold: _Number = Field(0, description="Of several published splits.")
+    seed: _Number = Field(0, description="Of what is drawn: hidden nodes, a split where there is none.")
+    normalize: _Flag = Field(True, description="Divide each node's features by the sum of their magnitudes.")
+    root: str | None = Field(None, description="Where Planetoid is downloaded to.")
+
+
+class _Generation(_Images):
+    name: str = Field(
+        "digits", description="digits, ring8, noise (no data: the teacher alone), a set, folder or Hub id."
+    )
+    size: _Count = Field(64_000, description="Noises in an epoch.")
+    samples: _Count | None = Field(None, description="Samples that are judged; 4,000 points or 600 images.")
+    conditional: _Flag = Field(False, description="Generate by class.")
+    guidance: float | None = Field(None, description="Weight of classifier-free guidance, with conditional.")
+    null_class: _Flag = Field(False, description="The model has a further class that stands for none.")
+    prediction: str | None = Field(None, description="What the model predicts: epsilon, sample or v_prediction.")
+    compare_steps: list[int] = Field([1, 2, 4, 16], description="Steps of the sampler that are compared.")
+    teacher_steps: _Count | None = Field(
+        None, description="Steps of the teacher's sampler; 200 for points, 32 for images."
+    )
+
+
+class _Ranking(BaseModel):
+    name: str = Field("world", description="world, a file of scored triples, or a folder of docs, queries and qrels.")
+    query_length: _Count = Field(30, description="Most tokens of a query.")
+    document_length: _Count = Field(200, description="Most tokens of a document.")
+    queries: str | None = Field(None, description="File with the texts of query ids.")
+    collection: str | None = Field(None, description="File with the texts of document ids.")
+    members: list[str] | None = Field(None, description="Files that score the same triples by other teachers.")
+    candidates: _Count | None = Field(None, description="Of the first stage, for each query.")
+    negatives: _Count | None = Field(None, description="For each relevant document of a folder.")
+    limit: _Count | None = Field(None, description="Most training rows.")
+    seed: _Number | None = Field(None, description="Of the world and of the choice of negatives.")
+    foreign: _Flag | None = Field(None, description="The world's teacher has a scale of its own and an offset a query.")
+    tokenizer: str | None = Field(None, description="Folder or Hub id, for new models.")
+    vocab_size: _Count = Field(4000, description="Of the tokenizer that is trained where no model brings one.")
+
+
+class _Corpus(BaseModel):
+    name: str = Field("events_world", description="events_world, events, or a file of seed events.")
+    relations: str | None = Field(
+        None, description="File of relations with their prompts; the built-in ones if not given."
+    )
+    labels: str | None = Field(None, description="File of triples that people judged, for the critic.")
+    world_seed: _Number | None = Field(None, description="Of events_world; the run's seed if not given.")
+    max_length: _Count = Field(64, description="Tokens of a training row.")
+    vocab_size: _Count | None = Field(None, description="Of the tokenizer that is trained where no model brings one.")
+    tokenizer: str | None = Field(None, description="Folder or Hub id, for a new student.")
+
+
+KEYS: dict[str, type[BaseModel]] = {
+    "image_classification": _Images,
+    "language_modeling": _Text,
+    "preferences": _Preferences,
+    "preference_world": _World,
+    "node_classification": _Graph,
+    "image_generation": _Generation,
+    "ranking": _Ranking,
+    "text_generation": _Corpus,
+}
+"""By task."""
+
+
+def check_data_keys(task: str, values: Mapping[str, Any]) -> None:
+    """Refuse an unknown key of `data`, and a value of the wrong type or range.
+
+    Raises:
+        InputError: with the nearest known key and all of them, or with the value and what it must be.
+    """
+    known = KEYS[task].model_fields
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(
+                f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))} (`understudy keys data`)."
+            )
+        try:
+            _adapter(task, key).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"data.{key} is {value!r}: {error.errors()[0]['msg']}.") from None
+
+
+@cache
+def _adapter(task: str, key: str) -> TypeAdapter[Any]:
+    field = KEYS[task].model_fields[key]
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    return TypeAdapter(kind)

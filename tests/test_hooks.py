@@ -9,7 +9,7 @@ from torch import nn
 from engine_cases import DIGITS, killed_run, weights
 from understudy import distill
 from understudy.data import Batch
-from understudy.data.columns import Column
+from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
 from understudy.methods import registered

@@ -87,9 +87,6 @@ def test_tokens_and_masks_are_those_of_trl(name, tmp_path, tokenizer):
     examples, counts = encode_lists([loaded(tmp_path, record).train[0]], tokenizer, max_length=200)
     assert counts.truncated == counts.dropped == 0
     for (ids, labels), side in zip(examples.records[0]["sequences"], ("chosen_ids", "rejected_ids"), strict=True):
-        if "text" in name:  # text begins with BOS here; TRL leaves that to the tokenizer
-            assert ids[0] == tokenizer.bos_token_id
-            ids, labels = ids[1:], labels[1:]
         assert ids[labels == -100].tolist() == wanted["prompt_ids"]
         assert ids[labels != -100].tolist() == wanted[side]
     assert sum(int((x != -100).sum()) for _, x in examples.records[0]["sequences"]) == counts.trained
@@ -195,7 +192,9 @@ def test_a_completion_is_encoded_after_its_prompt():
     model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"])
     model.train_from_iterator(["the capital of France is Paris", "a:b"] * 9, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True
+    )
     for prompt, completion in [("the capital of France is", " Paris"), ("the capital of France is:", "Paris")]:
         ids, labels = completion_tokens(prompt, completion, tokenizer)
         assert ids[1:-1] == tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]

@@ -1,98 +1,299 @@
-"""Columns of numbers that a method adds to the examples before training and a loss reads: one number an example, or one a
-token."""
+"""Columns under the names that are used here: what the recipe maps, what other tools call them, what messages may hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import reprlib
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
-import torch
-from torch import Tensor
+from understudy.data.records import Record, place, printable
+from understudy.errors import InputError, nearest
 
-from understudy.data.batch import Batch
-from understudy.errors import InputError
+Format = Set[str]
+CONVERSATIONS = ("conversations", "conversation")
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Roles of ShareGPT by those of chat templates; others keep their name."""
+LISTS = {"messages", "completions", "scores", "log_probs", "tools"}
+"""Columns that hold a list; files without lists, such as CSV, hold it as JSON text."""
 
 
-class Column:
-    """Numbers filed under example ids, so that they find their example in any order, batch or split.
-
-    Make one with `by_example` or `by_token`.
+def arrange(
+    name: str,
+    splits: Mapping[str, list[Record]],
+    formats: Sequence[Format],
+    optional: Collection[str],
+    columns: Any = None,
+) -> list[str]:
+    """Give every record the columns of one format, in place, and take the others out.
 
     Args:
-        name: for messages. ids: `[examples]`. values: `[examples, …]`; or `[tokens]`, those of all examples one after the
-            other, where `lengths`, `[examples]`, says how many each has.
+        formats: names of columns, the first choice first. optional: further columns that are kept.
+        columns: the recipe's `data.columns`, `{ours: theirs}`.
+
+    Besides the formats' own names, ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` (or
+    `response`) are recognised.
+
+    Returns:
+        Notes: what was recognised, and every column that is not used.
+
+    Raises:
+        InputError: the columns of a record are those of no format.
     """
+    mapping = _checked(columns, formats, optional)
+    unused: set[str] = set()
+    made: dict[str, None] = {}
+    for split, records in splits.items():
+        for i, record in enumerate(records):
+            where = place(f"{name}, {split} record {i}", record)
+            _rename(where, record, mapping)
+            wanted = _format(where, record, formats, made)
+            used = set(wanted) | {c for c in optional if record.get(c) not in (None, "")}
+            for column in LISTS & used:
+                record[column] = _parsed(where, column, record[column])
+            for extra in record.keys() - used:
+                if record[extra] is not None and extra not in optional:
+                    unused.add(extra)
+                del record[extra]
+    notes = [f"{name}: {text}." for text in made]
+    if unused:
+        notes.append(f"{name}: not used: {'column' if len(unused) == 1 else 'columns'} {names(unused)}.")
+    return notes
 
-    def __init__(self, name: str, ids: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:
-        order = ids.argsort(stable=True)
-        self.name, self.ids = name, ids[order]
-        if len(ids) > 1 and bool((self.ids[1:] == self.ids[:-1]).any()):
-            raise InputError(f"Column {name!r} has two entries for one example: ids must be distinct.")
-        held = len(values) if lengths is None else int(lengths.sum())
-        counted = len(ids) if lengths is None else len(values)
-        if held != counted:
-            raise InputError(f"Column {name!r} has {len(values)} values for {counted if lengths is None else held}.")
-        if not bool(torch.isfinite(values).all()):
-            raise InputError(f"Column {name!r} has a value that is not finite.")
-        self.lengths = lengths[order] if lengths is not None else None
-        if lengths is None:
-            self.values = values[order]
-        else:
-            ends = lengths.cumsum(0)
-            parts = [values[int(ends[i] - lengths[i]) : int(ends[i])] for i in order.tolist()]
-            self.values = torch.cat(parts) if parts else values
-            self.starts = self.lengths.cumsum(0) - self.lengths  # type: ignore[union-attr,operator]
 
-    @classmethod
-    def by_example(cls, name: str, ids: Tensor, values: Tensor) -> Column:
-        """One entry an example: `values` is `[examples, …]`."""
-        return cls(name, ids, values)
+def names(columns: Collection[str]) -> str:
+    """Column names for a message, in one line."""
+    shown = [printable(str(c))[:40] for c in sorted(columns, key=str)]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
-    @classmethod
-    def by_token(cls, name: str, ids: Tensor, values: Sequence[Tensor]) -> Column:
-        """One number for each row (counted token) of an example: `values` holds a `[rows]` tensor an example."""
-        lengths = torch.tensor([len(v) for v in values], dtype=torch.long)
-        return cls(name, ids, torch.cat(list(values)) if values else torch.empty(0), lengths)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As tensors that can be stored (`SetupContext.once`); `from_tensors` reads them."""
-        lengths = {"lengths": self.lengths} if self.lengths is not None else {}
-        return {"ids": self.ids, "values": self.values, **lengths}
+def checked_text(where: str, what: str, value: str) -> str:
+    """`value`, if it is text that can be encoded."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {what} holds {value[error.start]!r}, half of a character. Write the whole character, or remove it."
+        ) from None
+    return value
 
-    @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> Column:
-        """What `tensors` gave."""
-        return cls(name, tensors["ids"], tensors["values"], tensors.get("lengths"))
 
-    def of_examples(self, batch: Batch) -> Tensor:
-        """The entries of a batch's examples, `[examples, …]`, on the batch's device."""
-        if self.lengths is not None:
-            raise InputError(f"Column {self.name!r} has numbers by token: read it with `of_rows`.")
-        return self.values[self._place(batch)].to(batch.ids.device)
+def readable(where: str, what: str, value: Any) -> Any:
+    """Text, or messages with role and content.
 
-    def of_rows(self, batch: Batch) -> Tensor:
-        """The numbers of a batch's rows, `[rows, …]`: by token, or that of each row's example."""
-        if self.lengths is None:
-            return self.of_examples(batch)[batch.sequence]
-        place = self._place(batch)
-        counts = torch.bincount(batch.sequence.cpu(), minlength=len(batch.ids))
-        wrong = (counts != self.lengths[place]).nonzero()
-        if len(wrong):
-            i = int(wrong[0, 0])
+    A single message is a list of one; ShareGPT's `from` and `value` become role and content; a content of text parts
+    becomes one text.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(value, str):
+        return checked_text(where, what, value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise InputError(f"{where}: {what} is {type(value).__name__}, not text or messages.")
+    return [_message(where, what, message) for message in value]
+
+
+def conversation(where: str, what: str, value: Any) -> list[dict[str, Any]]:
+    """Messages, at least one; as `readable`."""
+    if not isinstance(value, list):
+        raise InputError(f"{where}: {what} is {type(value).__name__}, not messages.")
+    if not value:
+        raise InputError(f"{where}: {what} is empty. Leave the record out.")
+    found: list[dict[str, Any]] = readable(where, what, value)
+    return found
+
+
+def tools(where: str, value: Any) -> list[dict[str, Any]] | None:
+    """The tools that a chat template is given, or `None` where there are none."""
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise InputError(f"{where}: tools must be a list of JSON schemas of functions.")
+    try:
+        found = _without_nulls(value)
+        checked_text(where, "tools", json.dumps(found, ensure_ascii=False, default=str))
+    except RecursionError:
+        raise InputError(f"{where}: tools are nested too deeply. Flatten them.") from None
+    return found or None
+
+
+def without_prompt(prompt: Any, answers: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+    """Prompt and answers where every answer repeats the prompt at its beginning, without the repetition; else `None`.
+
+    Messages are compared by role and content, and system messages may stand before the prompt. Text counts as repeated
+    where a prompt of at least two words ends at the end of a word.
+    """
+    if all(isinstance(a, list) for a in answers):
+        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        for spoken in (asked, [m for m in asked if m["role"] != "system"]):
+            found = _without_messages(spoken, answers) if spoken else None
+            if found is not None:
+                held, said = found
+                return held if len(held) > len(asked) else asked, said
+        return None
+    if not isinstance(prompt, str) or not all(isinstance(a, str) for a in answers):
+        return None
+    text = prompt.rstrip()
+    if len(text.split()) < 2 or not all(a.startswith(text) for a in answers):
+        return None
+    rests = [a[len(text) :] for a in answers]
+    if text[-1].isalnum() and any(r[:1].isalnum() for r in rests):
+        return None
+    return text, rests
+
+
+def _without_messages(asked: Sequence[Any], answers: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+    systems = next((i for i, m in enumerate(answers[0]) if m["role"] != "system"), len(answers[0]))
+    lead = 0 if asked[0]["role"] == "system" else systems
+    length = lead + len(asked)
+    same = [(m["role"], m["content"].strip()) for m in [*answers[0][:lead], *asked]]
+    if not all([(m["role"], m["content"].strip()) for m in a[:length]] == same for a in answers):
+        return None
+    return answers[0][:length], [a[length:] for a in answers]
+
+
+def _checked(columns: Any, formats: Sequence[Format], optional: Collection[str]) -> dict[str, str]:
+    """`data.columns`, if it maps names that are used here to names of text."""
+    if columns is None:
+        return {}
+    known = set(optional).union(*formats)
+    if not isinstance(columns, Mapping) or not all(isinstance(c, str) for pair in columns.items() for c in pair):
+        raise InputError("data.columns must map names of columns, as in data.columns={prompt: question}.")
+    for ours in columns:
+        if ours not in known:
+            raise InputError(f"Unknown key data.columns.{ours}.{nearest(ours, known)} Known: {names(known)}.")
+    return dict(columns)
+
+
+def _rename(where: str, record: Record, mapping: Mapping[str, str]) -> None:
+    values = {}
+    for ours, theirs in mapping.items():
+        if theirs not in record:
             raise InputError(
-                f"Column {self.name!r} has {int(self.lengths[place[i]])} numbers for example {int(batch.ids[i])}, which has "
-                f"{int(counts[i])} rows: compute the column on the data as they are trained on."
+                f"{where} has no column {theirs!r}, which data.columns.{ours} names.{nearest(theirs, record)} Its columns "
+                f"are {names(record)}."
             )
-        parts = [self.values[int(self.starts[p]) : int(self.starts[p] + self.lengths[p])] for p in place.tolist()]
-        return torch.cat(parts).to(batch.ids.device) if parts else self.values[:0]
+        values[ours] = record[theirs]
+    for theirs in mapping.values():
+        record.pop(theirs, None)
+    record.update(values)
 
-    def _place(self, batch: Batch) -> Tensor:
-        ids: Any = batch.ids.cpu()
-        place = torch.searchsorted(self.ids, ids).clamp(max=max(0, len(self.ids) - 1))
-        missing = (self.ids[place] != ids).nonzero() if len(self.ids) else torch.zeros(1, 1, dtype=torch.long)
-        if len(missing):
-            raise InputError(
-                f"Column {self.name!r} has nothing for example {int(ids[int(missing[0, 0])])}: it covers "
-                f"{len(self.ids)} examples. Texts that the student writes during training have no columns."
-            )
-        return place
+
+def _format(where: str, record: Record, formats: Sequence[Format], made: dict[str, None]) -> Format:
+    """The first format that the record has, under its own names or those of other tools."""
+    other = _recognised(record)
+    for wanted in formats:
+        if wanted <= record.keys() | other.keys():
+            taken = {column: other[column] for column in sorted(wanted & other.keys())}
+            values = {column: value(where) for column, (_, value) in taken.items()}
+            for column, (sources, _) in taken.items():
+                made.setdefault(f"{column} was made of {' and '.join(sources)}")
+                for source in sources:
+                    record.pop(source, None)
+            record.update(values)
+            return wanted
+    accepted = "; ".join(" + ".join(sorted(f)) for f in formats)
+    raise InputError(
+        f"{where} has columns {names(record) or 'none'}; expected one of: {accepted}. Columns under other names are named "
+        "in data.columns, as in data.columns={prompt: question, completion: answer}."
+    )
+
+
+def _recognised(record: Record) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Columns that can be made of those of other tools: of which, and how."""
+    found: dict[str, tuple[tuple[str, ...], Any]] = {}
+    chat = next((c for c in CONVERSATIONS if c in record), None)
+    if chat is not None:
+        sources = (chat, "system") if record.get("system") else (chat,)
+        found["messages"] = sources, lambda where: _sharegpt(where, chat, record)
+    if isinstance(record.get("instruction"), str):
+        sources = ("instruction", "input") if "input" in record else ("instruction",)
+        found["prompt"] = sources, lambda where: _instruction(where, record)
+    elif chat is not None and "chosen" in record:
+        found["prompt"] = found["messages"]
+    answer = next((c for c in ("response", "output") if c in record), None)
+    if answer is not None:
+        found["completion"] = (answer,), lambda where: record[answer]
+    if "messages" in record and "label" in record:  # single answers, as LLaMA-Factory writes them
+        found |= {
+            "completion": (("messages",), lambda where: _last(where, record, True)),
+            "prompt": (("messages",), lambda where: _last(where, record, False)),
+        }
+    return {column: how for column, how in found.items() if column not in record}
+
+
+def _sharegpt(where: str, column: str, record: Record) -> list[Any]:
+    turns = conversation(where, column, _parsed(where, column, record[column]))
+    system = record.get("system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _instruction(where: str, record: Record) -> str:
+    """Instruction and input, each on lines of their own, as LLaMA-Factory joins them."""
+    parts = [record["instruction"], record.get("input") or ""]
+    if not isinstance(parts[1], str):
+        raise InputError(f"{where}: input is {type(parts[1]).__name__}, not text.")
+    return "".join(f"{part}\n" for part in parts if part)
+
+
+def _last(where: str, record: Record, last: bool) -> list[Any]:
+    turns = conversation(where, "messages", _parsed(where, "messages", record["messages"]))
+    return turns[-1:] if last else turns[:-1]
+
+
+def _parsed(where: str, column: str, value: Any) -> Any:
+    """A list, also where it is written as JSON text."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: {column} holds text that is no JSON list. Mend it.") from None
+
+
+def _message(where: str, what: str, message: Any) -> dict[str, Any]:
+    if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
+        role = message["from"]
+        message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": message["value"]}
+    if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
+        raise InputError(f"{where}: {what} holds {reprlib.repr(message)}, not a message with role and content.")
+    role, content = message["role"], message.get("content")
+    if not isinstance(role, str):
+        raise InputError(f"{where}: {what} holds a message whose role is {type(role).__name__}, not text.")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        content = "".join(_part(where, what, part) for part in content)
+    if not isinstance(content, str):
+        raise InputError(f"{where}: {what} holds a message whose content is {type(content).__name__}, not text.")
+    try:
+        more = _without_nulls({k: v for k, v in message.items() if k not in ("role", "content")})
+        if more:
+            checked_text(where, what, json.dumps(more, ensure_ascii=False, default=str))
+    except RecursionError:
+        raise InputError(f"{where}: {what} holds a message that is nested too deeply. Flatten it.") from None
+    return {"role": checked_text(where, what, role), "content": checked_text(where, what, content), **more}
+
+
+def _part(where: str, what: str, part: Any) -> str:
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise InputError(
+        f"{where}: {what} holds a part of a message that is no text ({reprlib.repr(kind)}): only text is read."
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every object the keys of all of them, with nothing in most."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,8 +12,9 @@ from typing import Any
 import yaml
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from understudy.data.columns import arrange, checked_text
 from understudy.data.folders import find
-from understudy.data.text import read_records
+from understudy.data.records import place, read_records
 from understudy.data.tokenize import train_tokenizer
 from understudy.errors import InputError
 
@@ -84,13 +86,24 @@ def _relation(name: str, value: Any, file: str | None) -> Relation:
     return Relation(name, str(value["text"]), str(value["ask"]), tuple((str(h), str(t)) for h, t in examples))
 
 
-def load_events(name: str) -> list[str]:
-    """Seed events: one a line of a text file, or the column `event` (or `text`) of any file of records."""
+def load_events(name: str, columns: Any = None) -> list[str]:
+    """Seed events: one a line of a text file, or the column `event` (or `text`) of any file of records.
+
+    Args:
+        columns: the recipe's `data.columns`, `{ours: theirs}`.
+    """
     path = _file("data.name", name)
     if path.suffix == ".txt":
-        events = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [{"text": line} for record in read_records(path) for line in record["text"].splitlines()]
     else:
-        events = [str(row.get("event", row.get("text")) or "").strip() for row in read_records(path)]
+        records = read_records(path)
+        arrange(name, {"events": records}, ({"event"}, {"text"}), (), columns)
+    events = []
+    for i, record in enumerate(records):
+        (value,) = record.values()
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{place(f'{path}, record {i}', record)}: the event is {type(value).__name__}, not text.")
+        events.append(checked_text(str(path), "an event", (value or "").strip()))
     events = list(dict.fromkeys(e for e in events if e))
     if not events:
         raise InputError(f"{path} holds no event: give one a line, or records with a column event or text.")
@@ -102,17 +115,21 @@ def load_labels(name: str, relations: Mapping[str, Relation]) -> list[dict[str, 
     path = _file("data.labels", name)
     rows = read_records(path)
     for i, row in enumerate(rows):
-        missing = [k for k in ("head", "relation", "tail", "label") if row.get(k) is None]
-        if missing:
-            raise InputError(
-                f"{path}, record {i}: {missing[0]} is missing; labels have head, relation, tail and label."
-            )
+        where = place(f"{path}, record {i}", row)
+        for key in ("head", "relation", "tail", "label"):
+            if row.get(key) is None:
+                raise InputError(f"{where}: {key} is missing; labels have head, relation, tail and label.")
+            if key != "label" and not isinstance(row[key], str):
+                raise InputError(f"{where}: {key} is {type(row[key]).__name__}, not text.")
         if row["relation"] not in relations:
-            raise InputError(f"{path}, record {i}: relation {row['relation']!r} is none of {', '.join(relations)}.")
+            raise InputError(f"{where}: relation {reprlib.repr(row['relation'])} is none of {', '.join(relations)}.")
         try:
-            row["label"] = int(row["label"])
-        except (TypeError, ValueError):
-            raise InputError(f"{path}, record {i}: label {row['label']!r} is not a whole number.") from None
+            label = float(row["label"])
+            row["label"] = int(label)
+        except (TypeError, ValueError, OverflowError):
+            label = float("nan")
+        if label != row["label"]:
+            raise InputError(f"{where}: label {reprlib.repr(row['label'])} is not a whole number.")
     if not rows:
         raise InputError(f"{path} holds no labelled triple.")
     return rows

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from understudy.data.batch import IGNORE, Batch, WholeExamples
-from understudy.data.text import Record
-from understudy.data.tokenize import Counts, TextSet, collate_text, completion_tokens
+from understudy.data.ends import Ends
+from understudy.data.records import Record, place
+from understudy.data.tokenize import Counts, TextSet, check_length, collate_text, completion_tokens, is_endless
 from understudy.errors import InputError
 
 STRAY = "stray/"
@@ -96,11 +97,15 @@ def encode_lists(
     A sequence that is too long loses tokens at the start of its prompt, as many for every candidate of the list; a list
     whose longest completion leaves no room for a prompt token is dropped. Both are counted.
     """
-    if not isinstance(max_length, int) or max_length < 2:
-        raise InputError(f"data.max_length is {max_length!r} and must be a whole number of at least 2.")
-    counts, rows = Counts(records=len(records)), []
+    check_length(max_length)
+    counts, rows, ends = Counts(records=len(records)), [], Ends.of(tokenizer)
     for record in records:
-        encoded = [completion_tokens(record["prompt"], said, tokenizer) for said in record["completions"]]
+        asked, answers = record["prompt"], record["completions"]
+        try:
+            encoded = [completion_tokens(asked, said, tokenizer, record.get("tools"), ends) for said in answers]
+        except InputError as error:
+            raise InputError(f"{place('Record ' + str(record['id']), record)}: {error}") from error
+        counts.endless += any(is_endless(asked, s, e[1], tokenizer) for s, e in zip(answers, encoded, strict=True))
         starts = [next((i for i, t in enumerate(labels) if t != IGNORE), len(labels)) for _, labels in encoded]
         over = max(len(ids) for ids, _ in encoded) - max_length
         if over > 0:
@@ -115,6 +120,7 @@ def encode_lists(
         row = {"id": record["id"], "scores": record["scores"], "log_probs": record.get("log_probs")}
         rows.append(row | {"sequences": [(torch.tensor(i), torch.tensor(t)) for i, t in encoded]})
         counts.tokens += sum(len(i) for i, _ in encoded)
+        counts.longest = max(counts.longest, *(len(i) for i, _ in encoded))
         counts.trained += sum(sum(t != IGNORE for t in labels[1:]) for _, labels in encoded)
     if not rows:
         raise InputError(

@@ -7,21 +7,35 @@
 | `prompt`, `completions`, `scores` | as many candidates, of any number |
 | `prompt`, `completion`, `label` | one candidate with score 1 or 0 (unpaired) |
 
-A record may carry `log_probs`, one per candidate, as recorded when they were sampled.
+Messages may also be ShareGPT's (`from`, `value`), the columns LLaMA-Factory's (`conversations` or `instruction` and `input`
+beside `chosen` and `rejected`; `messages` and `label`). A record may carry `log_probs`, one per candidate, as recorded
+when they were sampled, and `tools` for the chat template.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import random
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from understudy.data.text import Record, TextSplits, read_source, shared_length, split_off, stdlib
-from understudy.errors import InputError, nearest
+from understudy.data.columns import arrange, readable, without_prompt
+from understudy.data.records import Record, Row, place
+from understudy.data.text import (
+    TextSplits,
+    check_keys,
+    finish,
+    keep_tools,
+    read_source,
+    repetition,
+    shared_length,
+    stdlib,
+    whole,
+)
+from understudy.errors import InputError
 
-OPTIONS = {"name", "limit", "characters", "candidates"}
+OPTIONS = {"name", "limit", "characters", "candidates", "columns"}
 FORMATS = (
     {"prompt", "chosen", "rejected"},
     {"chosen", "rejected"},
@@ -31,115 +45,135 @@ FORMATS = (
 
 
 def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
-    """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs`.
+    """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs` and `tools`.
 
     Args:
         spec: `name` (`word_order`, a set in `UNDERSTUDY_DATA`, a file, folder or Hub id), `limit` (most training
-            records), `characters` and `candidates` (of `word_order`).
+            records), `characters` and `candidates` (of `word_order`), `columns` (names of columns, `{ours: theirs}`).
     """
-    for key in spec:
-        if key not in OPTIONS:
-            raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
-    name, notes = str(spec["name"]), []
+    check_keys(spec, OPTIONS)
+    name = str(spec["name"])
     if name == "word_order":
-        raw = {"train": word_order(int(spec.get("characters", 300_000)), int(spec.get("candidates", 2)))}
+        raw = {"train": word_order(whole(spec, "characters", 300_000), whole(spec, "candidates", 2, 2))}
     else:
         raw = read_source(name, spec, ("word_order",))
-    splits: dict[str, list[Record]] = {}
-    for split, records in raw.items():
-        kept = [x for x in (candidates(name, split, i, r) for i, r in enumerate(records)) if x is not None]
-        if len(kept) < len(records):
-            notes.append(
-                f"{name}, {split}: {len(records) - len(kept)} records were left out: without a prompt column, nothing "
-                "tells where the prompt of two equal texts ends."
-            )
-        splits[split] = kept
-        alike = sum(len(r["completions"]) > 1 and all(c == r["completions"][0] for c in r["completions"]) for r in kept)
-        if alike:
-            notes.append(f"{name}, {split}: {alike} records have candidates that are all alike: they teach no order.")
-    split_off(name, splits, notes)
-    limit = spec.get("limit")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise InputError(f"data.limit is {limit!r} and must be a whole number of at least 1.")
-    splits["train"] = splits["train"][:limit]
-    for number, record in enumerate(r for records in splits.values() for r in records):
-        record["id"] = number
-    digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()
-    return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest)
+    notes = arrange(name, raw, FORMATS, {"log_probs", "tools"}, spec.get("columns"))
+    splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
+    return finish(name, spec, splits, notes)
+
+
+def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> list[Record]:
+    """The records of a split in the common form, without those that teach nothing; what was done goes to the notes."""
+    kept: list[Record] = []
+    left: dict[str, list[int]] = {}
+    repeated = 0
+    for i, record in enumerate(records):
+        found = candidates(name, split, i, record)
+        if found is None:
+            left.setdefault(_EQUAL, []).append(i)
+            continue
+        bare = without_prompt(found["prompt"], found["completions"]) if all(found["completions"]) else None
+        if bare is not None:
+            found["prompt"], found["completions"] = bare
+            repeated += 1
+        if all(found["completions"]):
+            kept.append(found)
+        else:
+            left.setdefault(_EMPTY, []).append(i)
+    for why, numbers in left.items():
+        more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+        which = f"record {', '.join(map(str, numbers[:5]))}{more}"
+        if not kept:
+            raise InputError(f"{name}, {split}: no record is left: {why} ({which}). Mend the records.")
+        notes.append(f"{name}, {split}: {len(numbers)} records were left out: {why} ({which}).")
+    if repeated:
+        notes.append(repetition(name, split, repeated))
+    alike = sum(len(r["completions"]) > 1 and all(c == r["completions"][0] for c in r["completions"]) for r in kept)
+    if alike:
+        notes.append(f"{name}, {split}: {alike} records have candidates that are all alike: they teach no order.")
+    return kept
+
+
+_EQUAL = "without a prompt column, nothing tells where the prompt of two equal texts ends"
+_EMPTY = "a completion is empty"
 
 
 def candidates(name: str, split: str, index: int, record: Record) -> Record | None:
-    """One record in the common form; `None` for two equal texts without a prompt column."""
-    where = f"{name}, {split} record {index}"
-    wanted = next((f for f in FORMATS if f <= record.keys()), None)
-    if wanted is None:
-        accepted = "; ".join(" + ".join(sorted(f)) for f in FORMATS)
-        raise InputError(f"{where} has columns {', '.join(sorted(record))}; expected one of: {accepted}.")
-    if "chosen" in wanted:
-        if "prompt" not in record and isinstance(record["chosen"], str) and record["chosen"] == record["rejected"]:
-            return None
-        prompt, said = _pair(where, record)
-        scores = [1.0, 0.0]
-    elif "label" in wanted:
-        prompt, said = record["prompt"], [record["completion"]]
-        scores = [_number(where, "label", record["label"])]
-        if scores[0] not in (0.0, 1.0):
-            raise InputError(f"{where}: label is {record['label']!r} and must be true or false (1 or 0).")
-    else:
-        prompt, said = record["prompt"], list(record["completions"])
-        scores = [_number(where, "scores", s) for s in record["scores"]]
+    """One record, with the columns of a format, in the common form; `None` for two equal texts without a prompt column."""
+    where = place(f"{name}, {split} record {index}", record)
+    prompt, said, scores = _sides(where, record)
+    if said is None:
+        return None
     if len(said) != len(scores) or not said:
         raise InputError(f"{where} has {len(said)} completions and {len(scores)} scores: give one score for each.")
-    _readable(where, "the prompt", prompt)
-    for text in said:
-        if not text:
-            raise InputError(f"{where}: a completion is empty, not text or messages. Leave the record out.")
-        _readable(where, "a completion", text)
-    out: Record = {"prompt": prompt, "completions": said, "scores": scores}
-    if record.get("log_probs") is not None:
-        out["log_probs"] = [_number(where, "log_probs", v) for v in record["log_probs"]]
+    out: Record = Row({"prompt": prompt, "completions": said, "scores": scores}, getattr(record, "at", ""))
+    if "log_probs" in record:
+        out["log_probs"] = _numbers(where, "log_probs", record["log_probs"])
+        if len(out["log_probs"]) != len(said):
+            raise InputError(
+                f"{where} has {len(said)} completions and {len(out['log_probs'])} log_probs: give one for each."
+            )
+    if "tools" in record:
+        out["tools"] = record["tools"]
+        keep_tools(where, out, any(isinstance(text, list) for text in (prompt, *said)))
     return out
 
 
-def _readable(where: str, what: str, text: Any) -> None:
-    """Refuse what is neither text nor messages with role and content."""
-    if isinstance(text, str):
-        return
-    if not isinstance(text, list):
-        raise InputError(f"{where}: {what} is {type(text).__name__}, not text or messages.")
-    for message in text:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise InputError(f"{where}: {what} holds {str(message)[:60]!r}, not a message with role and content.")
+def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[float]]:
+    """Prompt, completions (`None` for two equal texts without a prompt column) and scores."""
+    if "chosen" in record:
+        both = [readable(where, side, record[side]) for side in ("chosen", "rejected")]
+        if "prompt" in record:
+            return readable(where, "the prompt", record["prompt"]), both, [1.0, 0.0]
+        if isinstance(both[0], str) and both[0] == both[1]:
+            return None, None, []
+        return *_common_prompt(where, *both), [1.0, 0.0]
+    prompt = readable(where, "the prompt", record["prompt"])
+    if "label" in record:
+        score = _number(where, "label", record["label"])
+        if score not in (0.0, 1.0):
+            raise InputError(f"{where}: label is {reprlib.repr(record['label'])} and must be true or false (1 or 0).")
+        return prompt, [readable(where, "the completion", record["completion"])], [score]
+    said = record["completions"]
+    if not isinstance(said, list):
+        raise InputError(f"{where}: completions is {type(said).__name__}, not a list of them.")
+    return prompt, [readable(where, "a completion", c) for c in said], _numbers(where, "scores", record["scores"])
 
 
-def _pair(where: str, record: Record) -> tuple[Any, list[Any]]:
-    """Prompt and both candidates; without a prompt column what both begin with is the prompt, as in TRL: whole messages,
-    or characters up to the space before the first that differs. A prompt column that only repeats the first message of
-    both is none."""
-    chosen, rejected = record["chosen"], record["rejected"]
-    asked = [{"role": "user", "content": record.get("prompt")}]
-    if "prompt" in record and not (isinstance(chosen, list) and chosen[:1] == rejected[:1] == asked):
-        return record["prompt"], [chosen, rejected]
-    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+def _common_prompt(where: str, chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
+    """Prompt and both candidates where there is no prompt column: what both begin with is the prompt, as in TRL: whole
+    messages, or characters up to the space before the first that differs."""
+    if type(chosen) is not type(rejected):
         raise InputError(
             f"{where} has no prompt; chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}: give both "
             "as text or both as messages, or add a prompt column."
         )
     shared = shared_length(chosen, rejected)
-    if chosen == rejected and isinstance(chosen, list):
+    if chosen == rejected:
         shared = max(0, shared - 1)  # the last turn is the answer, the same twice
     if isinstance(chosen, str) and chosen[:shared].endswith(" "):
         shared -= 1
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
+def _numbers(where: str, column: str, values: Any) -> list[float]:
+    if not isinstance(values, list):
+        raise InputError(f"{where}: {column} is {type(values).__name__}, not a list of numbers.")
+    return [_number(where, column, value) for value in values]
+
+
 def _number(where: str, column: str, value: Any) -> float:
+    """A finite number; files without types write true and false as text."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        value = value.strip().lower() == "true"
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise InputError(f"{where}: {column} holds {value!r}, which is not a number.") from None
-    if number != number or abs(number) == float("inf"):
-        raise InputError(f"{where}: {column} holds {number}, which is not a finite number.")
+        raise InputError(f"{where}: {column} holds {reprlib.repr(value)}, which is not a number.") from None
+    except OverflowError:
+        number = float("inf")
+    if not math.isfinite(number):
+        raise InputError(f"{where}: {column} holds {reprlib.repr(value)}, which is not a finite number.")
     return number
 
 
@@ -148,8 +182,6 @@ def word_order(characters: int, number: int) -> list[Record]:
 
     Candidate k has k thirds of its words displaced (at least two), and the share of words in their place as score.
     """
-    if number < 2:
-        raise InputError(f"data.candidates is {number} and must be at least 2.")
     records: list[Record] = []
     chance = random.Random(0)
     for passage in stdlib(characters):
@@ -161,8 +193,8 @@ def word_order(characters: int, number: int) -> list[Record]:
                 moved = list(rest)
                 places = chance.sample(range(len(rest)), max(2, round(len(rest) * k / (number - 1))))
                 taken = [moved[p] for p in places]
-                for place, word in zip(places, taken[1:] + taken[:1], strict=True):
-                    moved[place] = word
+                for spot, word in zip(places, taken[1:] + taken[:1], strict=True):
+                    moved[spot] = word
                 made.append(moved)
             scores = [sum(a == b for a, b in zip(m, rest, strict=True)) / len(rest) for m in made]
             order = chance.sample(range(number), number)  # the best is not always first

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import sysconfig
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from understudy.data import memory
+from understudy.data.columns import arrange, checked_text, conversation, names, readable, tools, without_prompt
 from understudy.data.folders import find
 from understudy.data.memory import MEMORY
+from understudy.data.records import METADATA, READERS, Record, place, read_records, reason
 from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "domains", "limit", "characters", "domain_column"}
+OPTIONS = {"name", "domains", "limit", "characters", "domain_column", "columns"}
 FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"})
-READERS = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
 # Modules whose sources every CPython 3.11+ carries, chosen for prose-like documentation strings.
 MODULES = (
     "argparse ast asyncio/base_events asyncio/events bdb calendar cmd code codecs collections/__init__ configparser "
@@ -31,8 +33,6 @@ MODULES = (
     "ssl statistics string subprocess tarfile tempfile textwrap threading timeit tokenize traceback turtle typing "
     "unittest/case unittest/mock urllib/parse urllib/request uuid warnings wave weakref xml/dom/minidom zipfile"
 ).split()
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -59,7 +59,7 @@ def _plain(record: Record) -> str:
 def _flat(part: Any) -> str:
     if isinstance(part, str):
         return part
-    return "\n".join(str(m["content"]) if isinstance(m, dict) else _flat(m) for m in part)
+    return "\n".join(m["content"] if isinstance(m, dict) else _flat(m) for m in part)
 
 
 def load_text(spec: Mapping[str, Any]) -> TextSplits:
@@ -68,57 +68,98 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
     Args:
         spec: `name` (`stdlib`, a set in `UNDERSTUDY_DATA`, a file or folder, a Hub id), `domains` (of `lm_domains`),
             `limit` (most training records), `characters` (most characters of `stdlib`), `domain_column` (a column that
-            names each record's domain; it becomes the record's `domain`).
+            names each record's domain; it becomes the record's `domain`), `columns` (names of columns, `{ours: theirs}`).
 
-    A source without validation or test split gives up a tenth of its records for each, by a hash of their content.
+    A source without validation or test split gives up a tenth of its records for each, by a hash of their content. A
+    column `tools` beside messages is kept for the chat template.
     """
-    for key in spec:
-        if key not in OPTIONS:
-            raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
-    name = str(spec["name"])
-    notes: list[str] = []
+    check_keys(spec, OPTIONS)
+    name, column = str(spec["name"]), spec.get("domain_column")
     splits = read_source(name, spec, ("stdlib",))
-    column = spec.get("domain_column")
     for split, records in splits.items():
-        _check(name, split, records, column)
+        if not records:
+            raise InputError(f"{name}: the {split} split is empty.")
+    notes = arrange(name, splits, FORMATS, {"tools"} | ({column} if column is not None else set()), spec.get("columns"))
+    for split, records in splits.items():
+        repeated = sum([_check(place(f"{name}, {split} record {i}", r), r, column) for i, r in enumerate(records)])
+        if repeated:
+            notes.append(repetition(name, split, repeated))
+    return finish(name, spec, splits, notes, column)
+
+
+def check_keys(spec: Mapping[str, Any], options: Collection[str]) -> None:
+    """Refuse a key of `data` that is not known."""
+    for key in spec:
+        if key not in options:
+            raise InputError(
+                f"Unknown key data.{key}.{nearest(str(key), options)} Known: {', '.join(sorted(options))}."
+            )
+
+
+def whole(spec: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
+    """A whole number of the recipe's `data`, if it is one of at least `least`."""
+    value = spec.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"data.{key} is {value!r} and must be a whole number of at least {least}.")
+    return value
+
+
+def repetition(name: str, split: str, number: int) -> str:
+    """The note on completions that began with their prompt."""
+    return f"{name}, {split}: {number} records repeat the prompt in front of the completion; it is read once."
+
+
+def finish(
+    name: str, spec: Mapping[str, Any], splits: dict[str, list[Record]], notes: list[str], column: str | None = None
+) -> TextSplits:
+    """Split, limit and number checked records. `column` names their domain, if any."""
     split_off(name, splits, notes)
-    limit = spec.get("limit")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise InputError(f"data.limit is {limit!r} and must be a whole number of at least 1.")
-    splits["train"] = splits["train"][:limit]
-    number = 0
-    for records in splits.values():
-        for record in records:
-            record["id"] = number
-            number += 1
+    splits["train"] = splits["train"][: whole(spec, "limit", sys.maxsize)]
+    for number, record in enumerate(r for records in splits.values() for r in records):
+        record["id"] = number
     digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()
-    domains = tuple(sorted({r["domain"] for records in splits.values() for r in records})) if column else ()
+    domains = tuple(sorted({r["domain"] for records in splits.values() for r in records})) if column is not None else ()
     return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest, domains)
 
 
-def _check(name: str, split: str, records: list[Record], column: str | None = None) -> None:
-    if not records:
-        raise InputError(f"{name}: the {split} split is empty.")
-    columns = set(records[0])
-    wanted = next((f for f in FORMATS if f <= columns), None)
-    if wanted is None:
-        accepted = "; ".join(" + ".join(sorted(f)) for f in FORMATS)
-        raise InputError(f"{name} has columns {', '.join(sorted(columns))}; expected one of: {accepted}.")
-    for i, record in enumerate(records):
-        for key in wanted:
-            value = record.get(key)
-            if not isinstance(value, (str, list)) or (key == "messages" and not isinstance(value, list)):
-                raise InputError(f"{name}, {split} record {i}: {key} is {type(value).__name__}, not text or messages.")
-        domain = record.get(column) if column is not None else None
-        if column is not None and (domain is None or isinstance(domain, (list, dict))):
+def _check(where: str, record: Record, column: str | None) -> bool:
+    """Refuse a record that is no text; whether its completion repeated the prompt."""
+    repeated = False
+    if "text" in record:
+        if not isinstance(record["text"], str):
+            raise InputError(f"{where}: text is {type(record['text']).__name__}, not text.")
+        checked_text(where, "text", record["text"])
+    elif "messages" in record:
+        record["messages"] = conversation(where, "messages", record["messages"])
+    else:
+        prompt, said = (readable(where, key, record[key]) for key in ("prompt", "completion"))
+        found = without_prompt(prompt, [said]) if said else None
+        repeated = found is not None
+        if found is not None:
+            prompt, (said,) = found
+        record |= {"prompt": prompt, "completion": said}
+    keep_tools(where, record, any(isinstance(record.get(k), list) for k in ("messages", "prompt", "completion")))
+    if column is not None:
+        domain = record.get(column)
+        if domain is None or isinstance(domain, (list, dict)):
             raise InputError(
-                f"{name}, {split} record {i} has no {column!r} to name its domain: its columns are "
-                f"{', '.join(sorted(record))}. Choose another column (teacher.route, data.domain_column), or fill it."
+                f"{where} has no {column!r} to name its domain: its columns are {names(record)}. Choose another column "
+                "(teacher.route, data.domain_column), or fill it."
             )
-        for extra in set(record) - wanted:
-            del record[extra]
-        if column is not None:
-            record["domain"] = str(domain)
+        if column not in set().union(*FORMATS):
+            del record[column]
+        record["domain"] = checked_text(where, column, str(domain))
+    return repeated
+
+
+def keep_tools(where: str, record: Record, messages: bool) -> None:
+    """Check a record's tools; plain text has no use for them."""
+    given = record.pop("tools", None)
+    found = tools(where, given) if given is not None and messages else None
+    if found is not None:
+        record["tools"] = found
 
 
 def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> None:
@@ -174,7 +215,7 @@ def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -
     if name.startswith(MEMORY):
         return memory.records(name)
     if name == "stdlib":
-        return {"train": stdlib(int(spec.get("characters", 1_200_000)))}
+        return {"train": stdlib(whole(spec, "characters", 1_200_000))}
     path = find(name)
     if path is None:
         if "/" not in name or name.startswith((".", "/", "~")):
@@ -184,12 +225,14 @@ def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -
         return _hub(name)
     if path.is_file():
         return {"train": read_records(path)}
+    if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        return _saved(path)
     if (path / "chunks.parquet").is_file():
         return _domains(path / "chunks.parquet", spec.get("domains"))
     files = {s: f for s in ("train", "validation", "test") for f in sorted(path.glob(f"{s}.*")) if f.suffix in READERS}
     if files:
         return {split: read_records(file) for split, file in files.items()}
-    every = [f for f in sorted(path.iterdir()) if f.suffix in READERS]
+    every = [f for f in sorted(path.iterdir()) if f.suffix in READERS and f.name not in METADATA]
     if not every:
         raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
     return {"train": [record for file in every for record in read_records(file)]}
@@ -213,38 +256,6 @@ def stdlib(characters: int) -> list[Record]:
     return records
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of one file: .txt (pieces of 4,000 characters), .jsonl, .json, .parquet or .csv."""
-    try:
-        if path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8")
-            return [{"text": text[i : i + 4000]} for i in range(0, len(text), 4000)]
-        if path.suffix == ".jsonl":
-            return [
-                _record(path, json.loads(line))
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list):
-                raise InputError(f"{path} must hold a JSON list of records, not a {type(rows).__name__}.")
-            return [_record(path, row) for row in rows]
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(path).to_pylist()
-        if path.suffix == ".csv":
-            import pyarrow.csv
-
-            return pyarrow.csv.read_csv(path).to_pylist()
-    except InputError:
-        raise
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    raise InputError(f"{path} is not a text set: give one of {', '.join(sorted(READERS))}.")
-
-
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Records as JSON lines: the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,17 +264,13 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def _record(path: Path, row: Any) -> Record:
-    if not isinstance(row, dict):
-        raise InputError(f"{path}: a record is {type(row).__name__}, not an object with columns.")
-    return row
-
-
 def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path).to_pylist()
     known = {r["domain"] for r in rows}
+    if chosen is not None and not isinstance(chosen, list):
+        raise InputError(f"data.domains is {chosen!r} and must be a list of names. Known: {', '.join(sorted(known))}.")
     for domain in chosen or ():
         if domain not in known:
             raise InputError(f"Unknown domain {domain!r}.{nearest(domain, known)} Known: {', '.join(sorted(known))}.")
@@ -274,11 +281,22 @@ def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:
     return splits
 
 
+def _saved(path: Path) -> dict[str, list[Record]]:
+    """What `save_to_disk` of `datasets` wrote: one set, or one of several splits."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+        parts = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return {str(split): rows.to_list() for split, rows in parts.items()}
+    except Exception as error:  # readers raise a dozen kinds; each means that the folder is damaged
+        raise InputError(f"Data set {path} cannot be loaded: {reason(error)}") from error
+
+
 def _hub(name: str) -> dict[str, list[Record]]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name)
+        return {split: rows.to_list() for split, rows in load_dataset(name).items()}
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
-        raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return {split: rows.to_list() for split, rows in loaded.items()}
+        raise InputError(f"Data set {name!r} cannot be loaded: {reason(error)}") from error

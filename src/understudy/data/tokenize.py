@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -15,7 +14,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from understudy.data.batch import IGNORE, Batch
-from understudy.data.text import Record, shared_length
+from understudy.data.chat import conversation_tokens
+from understudy.data.ends import Ends, token_ids
+from understudy.data.records import Record, place
 from understudy.errors import InputError
 
 
@@ -29,6 +30,25 @@ class Counts:
     trained: int = 0
     truncated: int = 0
     dropped: int = 0
+    endless: int = 0
+    """Conversations none of whose special tokens is trained on."""
+    longest: int = 0
+    """Tokens of the longest row."""
+
+    def warnings(self, split: str, max_length: int) -> list[str]:
+        """What a reader should mend before a run: many records cut, or answers that never end."""
+        found = []
+        if self.truncated > 0.05 * self.records:
+            found.append(
+                f"{split}: {self.truncated} of {self.records} records ({self.truncated / self.records:.0%}) are longer than "
+                f"data.max_length ({max_length} tokens) and were truncated: raise it, or shorten them."
+            )
+        if self.endless:
+            found.append(
+                f"{split}: in {self.endless} of {self.records} records the chat template ends no answer with a special token, "
+                "so the student may not learn to stop: choose a template with one (data.tokenizer)."
+            )
+        return found
 
     def __str__(self) -> str:
         return (
@@ -67,7 +87,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", add_bos_token=True
+    )
+
+
+def check_length(max_length: Any) -> None:
+    """Refuse a `data.max_length` that is none."""
+    if not isinstance(max_length, int) or max_length < 2:
+        raise InputError(f"data.max_length is {max_length!r} and must be a whole number of at least 2.")
 
 
 def encode(
@@ -77,19 +105,21 @@ def encode(
 
     `text` is packed into rows of `max_length` (documents end with EOS) or kept one a row. `prompt` + `completion` and
     `messages` are one a row; only completion and assistant tokens are trained on, and a completion ends with one EOS.
+    A text begins as the tokenizer itself would begin it.
 
     Args:
         truncation: which end of a row that is too long goes: `end`, `start`, or `error`.
     """
-    if not isinstance(max_length, int) or max_length < 2:
-        raise InputError(f"data.max_length is {max_length!r} and must be a whole number of at least 2.")
+    check_length(max_length)
     if truncation not in ("end", "start", "error"):
         raise InputError(f"data.truncation is {truncation!r}; known: end, start, error.")
     counts = Counts(records=len(records))
     if "text" in records[0] and pack:
         rows = _packed_apart(records, tokenizer, max_length)
     else:
-        rows = [r for r in (_single(x, tokenizer, max_length, truncation, counts) for x in records) if r is not None]
+        ends = Ends.of(tokenizer)
+        found = (_single(x, tokenizer, ends, max_length, truncation, counts) for x in records)
+        rows = [row for row in found if row is not None]
     if not rows:
         raise InputError(
             "Every record has zero tokens to train on after truncation: the prompts fill data.max_length "
@@ -97,11 +127,8 @@ def encode(
         )
     counts.rows, counts.tokens = len(rows), sum(len(r["input_ids"]) for r in rows)
     counts.trained = sum(int((r["labels"][1:] != IGNORE).sum()) for r in rows)
+    counts.longest = max(len(r["input_ids"]) for r in rows)
     return TextSet(rows), counts
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _packed_apart(records: list[Record], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
@@ -120,11 +147,9 @@ def _packed_apart(records: list[Record], tokenizer: PreTrainedTokenizerBase, len
 
 def _packed(records: list[Record], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
     stream: list[int] = []
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = Ends.of(tokenizer)
     for record in records:
-        stream += (
-            ([bos] if bos is not None else []) + _ids(tokenizer, record["text"]) + ([eos] if eos is not None else [])
-        )
+        stream += ends.behind(ends.before(token_ids(tokenizer, record["text"])))
     starts = range(0, max(1, len(stream) - 1), length)
     pieces = [stream[s : s + length] for s in starts]
     return [_row(p, p, i, tokenizer) for i, p in enumerate(p for p in pieces if len(p) > 1)]
@@ -150,13 +175,28 @@ def byte_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _single(
-    record: Record, tokenizer: PreTrainedTokenizerBase, length: int, truncation: str, counts: Counts
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Ends,
+    length: int,
+    truncation: str,
+    counts: Counts,
 ) -> dict[str, Any] | None:
-    ids, labels = _tokens(record, tokenizer)
+    what = place(f"Record {record['id']}", record)
+    if "text" in record:
+        ids = ends.behind(ends.before(token_ids(tokenizer, record["text"])))
+        labels = list(ids)
+    else:
+        asked, said = record.get("prompt", []), record.get("completion", record.get("messages"))
+        try:
+            ids, labels = completion_tokens(asked, said, tokenizer, record.get("tools"), ends)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
+        counts.endless += is_endless(asked, said, labels, tokenizer)
     if len(ids) > length:
         if truncation == "error":
             raise InputError(
-                f"Record {record['id']} has {len(ids)} tokens and data.max_length is {length}. Raise it, or allow "
+                f"{what} has {len(ids)} tokens and data.max_length is {length}. Raise it, or allow "
                 "data.truncation=end or start."
             )
         counts.truncated += 1
@@ -169,99 +209,45 @@ def _single(
     return {**_row(ids, labels, record["id"], tokenizer), **named}
 
 
-def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if "text" in record:
-        ids = bos + _ids(tokenizer, record["text"]) + eos
-        return ids, list(ids)
-    if "messages" in record:
-        return _conversation(record["messages"], tokenizer)
-    return completion_tokens(record["prompt"], record["completion"], tokenizer)
+def completion_tokens(
+    prompt: Any,
+    completion: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | None = None,
+    ends: Ends | None = None,
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a prompt with its completion, text or messages; the prompt is masked, one EOS ends it.
 
-
-def completion_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids and labels of a prompt with its completion, text or messages; the prompt is masked, one EOS ends it."""
+    Args:
+        tools: for the chat template, where there are messages. ends: of the tokenizer, where they are known.
+    """
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return _conversation(asked + said, tokenizer, len(asked))
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    first, second = bos + _ids(tokenizer, prompt), _after(tokenizer, prompt, completion)
-    if not second:
-        return first, [IGNORE] * len(first)
-    second = second if eos and second[-1] == eos[0] else second + eos
+        return conversation_tokens(asked + said, tokenizer, len(asked), tools)
+    ends = Ends.of(tokenizer) if ends is None else ends
+    first, second = ends.before(token_ids(tokenizer, prompt)), _after(tokenizer, prompt, completion)
+    second = ends.behind(second) if second else []
     return first + second, [IGNORE] * len(first) + second
+
+
+def is_endless(prompt: Any, completion: Any, labels: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a conversation has trained tokens and no special one among them, so that nothing says where to stop."""
+    if not (isinstance(prompt, list) or isinstance(completion, list)):
+        return False
+    trained = {label for label in labels if label != IGNORE}
+    added = tokenizer.added_tokens_decoder
+    return bool(trained) and not any(i in added and added[i].special for i in trained)
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
     """The completion's ids as they follow the prompt's: alone, SentencePiece would begin them with a space. Where a token
     reaches over the end of the prompt they follow another text, as a model that is given the prompt would write them."""
     for before in (prompt, "\n", ":", "."):
-        asked, both = _ids(tokenizer, before), _ids(tokenizer, before + completion)
+        asked, both = token_ids(tokenizer, before), token_ids(tokenizer, before + completion)
         if both[: len(asked)] == asked:
             return both[len(asked) :]
-    return _ids(tokenizer, completion)
-
-
-def _conversation(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, first: int = 0
-) -> tuple[list[int], list[int]]:
-    """Render through the chat template; trained on are the assistant's turns from message `first` on, each with what the
-    template ends it with, and without the generation prompt."""
-    if not tokenizer.chat_template:
-        raise InputError(
-            "The data holds messages and the tokenizer has no chat template. Use a tokenizer with one "
-            "(data.tokenizer=...), or prompt + completion columns."
-        )
-
-    def render(part: list[dict[str, Any]], ask: bool) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask))
-        except TemplateError as error:
-            if not part:  # many templates look at the first message
-                return ""
-            roles = ", ".join(str(m.get("role")) for m in part)
-            raise InputError(
-                f"The tokenizer's chat template refuses a conversation of {roles}: {str(error).splitlines()[0]} Mend the "
-                "messages, or choose another template (data.tokenizer)."
-            ) from error
-
-    text = render(messages, False)
-    trained = [
-        _turn(text, render(messages[:i], True), render(messages[: i + 1], False), str(message.get("content") or ""), i)
-        for i, message in enumerate(messages)
-        if i >= first and message.get("role") == "assistant"
-    ]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = encoded["input_ids"]
-    inside = [any(a <= s and e <= b and e > s for a, b in trained) for s, e in encoded["offset_mapping"]]
-    return ids, [t if keep else IGNORE for t, keep in zip(ids, inside, strict=True)]
-
-
-def _turn(text: str, before: str, after: str, content: str, number: int) -> tuple[int, int]:
-    """Where an assistant's turn begins and ends in a rendered conversation.
-
-    Args:
-        before: the messages before it, with the generation prompt. after: those up to it. number: of the message.
-
-    Some templates write the last turn otherwise than earlier ones (an empty thought, for example), so that `after` need
-    not be a beginning of `text`; the turn is then found by its content, and ends as it does in `after`.
-    """
-    start = shared_length(text, before)
-    if text.startswith(after):
-        return start, len(after)
-    content = content.strip()
-    own, found = after.rfind(content), text.find(content, start)
-    if not content or own < 0 or found < 0:
-        raise InputError(
-            f"The chat template changes message {number} ({content[:40]!r}) when others follow, so its tokens cannot be "
-            "told from the rest. Use a template without such changes (data.tokenizer), or prompt + completion columns."
-        )
-    ending = after[own + len(content) :]
-    end = found + len(content)
-    return start, end + shared_length(text[end:], ending)
+    return token_ids(tokenizer, completion)
 
 
 def collate_text(

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
+from understudy.data.chat import render
+from understudy.data.ends import Ends, token_ids
+from understudy.errors import InputError
 from understudy.generation.decoding import choose, end_tokens, written
 from understudy.generation.request import Completion, RefusedRequest, Request, cut
 from understudy.models import load_causal_lm, load_tokenizer, state_hash, tokenizer_hashes
@@ -22,7 +25,7 @@ GATHER = 0.005  # seconds for the requests of other threads to join a batch
 class LocalSource:
     """A model that writes here.
 
-    A text prompt is continued (after BOS, where the tokenizer has one, as in training); messages go through the chat
+    A text prompt is continued (after what the tokenizer begins a text with, as in training); messages go through the chat
     template. Requests that arrive from several threads at once are written in one batch. A draw depends on the content
     of its request alone, so the same request gets the same text in any batch, up to the rounding of batched products.
 
@@ -38,6 +41,7 @@ class LocalSource:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, *, batch: int = 8) -> None:
         self.model: Any = model
         self.tokenizer, self.batch = tokenizer, batch
+        self._ends = Ends.of(tokenizer)
         hashes = tokenizer_hashes(tokenizer)
         self.name = f"{name} {state_hash(model)[:16]} {hashes['tokenizer'][:8]} {hashes['template'][:8]}".rstrip()
         self._pending: list[tuple[Request, Future[Completion]]] = []
@@ -110,19 +114,14 @@ class LocalSource:
         """The ids of a prompt."""
         tokenizer = self.tokenizer
         if isinstance(request.prompt, str):
-            text = request.prompt
-            start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-        elif not tokenizer.chat_template:
-            raise RefusedRequest(
-                f"Request {request.id} holds messages and the tokenizer of {self.name} has no chat template. "
-                "Use a model with one, or a text prompt."
-            )
+            ids = self._ends.before(token_ids(tokenizer, request.prompt))
+            if not ids and tokenizer.bos_token_id is not None:  # something has to be there to continue
+                ids = [tokenizer.bos_token_id]
         else:
-            text = tokenizer.apply_chat_template(
-                [dict(m) for m in request.prompt], tokenize=False, add_generation_prompt=True
-            )
-            start = []
-        ids: list[int] = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            try:
+                ids = token_ids(tokenizer, render(request.prompt, tokenizer, ask=True))
+            except InputError as error:
+                raise RefusedRequest(f"Request {request.id}, to {self.name}: {error}") from error
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if request.max_tokens < 1:
             raise RefusedRequest(f"Request {request.id}: max_tokens is {request.max_tokens} and must be at least 1.")

@@ -137,11 +137,11 @@ def _numbers(values: Any) -> str:
 def _teacher(recipe: Recipe, method: Method, teacher: ModelAdapter | None) -> str:
     """Who answers, what is asked of it, and whether it was looked at here."""
     spec = recipe.teacher
-    if spec is None or not method.asks & {"teacher", "teacher_features"}:
+    if spec is None or not method.requires.in_steps:
         named = f"; {spec.model} is judged beside the student" if spec is not None and teacher is not None else ""
         return f"nothing: method {recipe.method} asks for no teacher's answers in training{named}"
     what = "rows of every training batch" if recipe.on_policy is None else "training rows and the student's own samples"
-    if "teacher_features" in method.asks:
+    if method.requires.teacher_features:
         what += ", with inner layers"
     if spec.cache is not None:
         return f"{what}, answered from the cache {spec.cache}"

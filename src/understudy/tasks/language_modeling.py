@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
+from understudy.data.packing import MULTIPLE
 from understudy.errors import InputError, nearest
 from understudy.models import (
     CausalLMAdapter,
@@ -79,6 +80,17 @@ def _same_ends(first: str, one: Any, name: str, other: Any, records: Sequence[An
         raise InputError(f"{differ}: name the tokenizer whose way both are to use (data.tokenizer=FOLDER or Hub id).")
 
 
+def _check_positions(name: str, model: nn.Module, longest: int) -> None:
+    """Refuse a model with fewer positions than the longest row has tokens, with the padding of batches."""
+    config = getattr(model, "config", None)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    if most is not None and 0 < most < -(-longest // MULTIPLE) * MULTIPLE:
+        raise InputError(
+            f"{name} has {most} positions and the longest row has {longest} tokens (rows are padded to a multiple of "
+            f"{MULTIPLE}): set data.max_length={most // MULTIPLE * MULTIPLE}, or choose a model with more positions."
+        )
+
+
 class LanguageModeling(LabelledTask):
     """Predict the next token of a text, a conversation or a completion."""
 
@@ -103,6 +115,7 @@ class LanguageModeling(LabelledTask):
         if recipe.get("student") is None:
             recipe["student"] = {"model": "llama:hidden=48,layers=2,heads=4"}
         data.setdefault("max_length", 128)
+        data.setdefault("truncation", "end")
         data.setdefault("pack", True)
         data.setdefault("packing", "auto")
         recipe["data"] = data
@@ -112,18 +125,21 @@ class LanguageModeling(LabelledTask):
     def prepare(self, recipe: Any) -> Prepared:
         data = dict(recipe.data)
         length, pack, packing = data.pop("max_length"), data.pop("pack"), checked_packing(data.pop("packing"))
-        truncation, vocabulary = data.pop("truncation", "end"), data.pop("vocab_size", 1024)
+        truncation, vocabulary = data.pop("truncation"), data.pop("vocab_size", 1024)
         own_tokenizer, only = data.pop("tokenizer", None), data.pop("only", None)
         splits = load_text(data)
         notes = list(splits.notes)
         tokenizer, other = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
+        warnings, longest = [], 0
         for name in ("train", "validation", "test"):
             records = _only(getattr(splits, name), only, splits.domains, name)
             sets[name], counts = encode(records, tokenizer, max_length=length, pack=pack, truncation=truncation)
             notes.append(f"{name}: {counts}")
+            warnings += counts.warnings(name, length)
+            longest = max(longest, counts.longest)
         notes += padding_notes(recipe, sets["train"], lambda row: [row["input_ids"]], packing)
-        aligner, warnings = None, []
+        aligner = None
         if other is not None:
             aligner = Aligner(tokenizer, other)
             warnings.append(_alignment(aligner, sets["validation"]))
@@ -143,6 +159,7 @@ class LanguageModeling(LabelledTask):
                 "conversations": any("messages" in record for record in splits.train[:1]),
                 "packing": packing,
                 "chosen": own_tokenizer is not None,
+                "longest": longest,
             },
         )
 
@@ -194,6 +211,8 @@ class LanguageModeling(LabelledTask):
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
         )
+        if prepared.aligner is None or prepared.tokenizer is not prepared.aligner.teacher.tokenizer:
+            _check_positions(spec.model, model, prepared.facts["longest"])
         packing = prepared.facts["packing"]
         rows = self._rows(model, prepared.classes, packing)
         notes = []

@@ -55,9 +55,12 @@ class Preferences(LanguageModeling):
         notes = list(splits.notes)
         tokenizer, _ = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
+        warnings, longest = [], 0
         for name in ("train", "validation", "test"):
             sets[name], counts = encode_lists(getattr(splits, name), tokenizer, max_length=length)
             notes.append(f"{name}: {counts}")
+            warnings += counts.warnings(name, length)
+            longest = max(longest, counts.longest)
         notes += padding_notes(recipe, sets["train"], lambda row: [ids for ids, _ in row["sequences"]], packing)
         return Prepared(
             **sets,
@@ -66,9 +69,10 @@ class Preferences(LanguageModeling):
             classes=len(tokenizer),
             tokenizer=tokenizer,
             notes=notes,
+            warnings=warnings,
             hashes={"data": splits.hash, **tokenizer_hashes(tokenizer)},
             show=lambda batch: show_batch(batch, tokenizer),
-            facts={"packing": packing, "chosen": own_tokenizer is not None},
+            facts={"packing": packing, "chosen": own_tokenizer is not None, "longest": longest},
         )
 
     def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMAdapter:

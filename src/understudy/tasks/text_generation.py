@@ -21,7 +21,7 @@ from understudy.models import ModelAdapter
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 ORACLE = "oracle"
-_OPTIONS = ("name", "relations", "labels", "world_seed", "max_length", "vocab_size", "tokenizer")
+_OPTIONS = ("name", "relations", "labels", "world_seed", "max_length", "vocab_size", "tokenizer", "columns")
 _TRAINER = {
     "max_steps": 1500,
     "per_device_train_batch_size": 32,
@@ -117,7 +117,7 @@ class TextGeneration(TaskDefaults):
         if data["name"] == "events":  # those of the relations' own examples
             seeds = list(dict.fromkeys(head for relation in relations.values() for head, _ in relation.examples))
         else:
-            seeds = load_events(str(data["name"]))
+            seeds = load_events(str(data["name"]), data.get("columns"))
         return Material(seeds, relations, notes=[f"{len(seeds)} seed events, {len(relations)} relations."])
 
     def prepare(self, recipe: Any) -> Prepared:

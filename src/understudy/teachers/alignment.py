@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from understudy.data.ends import Ends
 from understudy.errors import InputError
 from understudy.models.tokenizers import token_bytes
 
@@ -52,6 +53,7 @@ class Reader:
         self.tokenizer = tokenizer
         self.bytes, self.lossless = token_bytes(tokenizer)
         alone, spaced = (self._join(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("a", " a"))
+        self.begins = bool(Ends.of(tokenizer).begin)  # by its own rule, whatever tokens it has
         self.prepends, self.always = alone == b" a", spaced == b"  a"  # a space before a text, also before one more
 
     def first(self) -> dict[bytes, int]:
@@ -202,7 +204,8 @@ class Aligner:
         out = Aligned()
         theirs, mine = self.teacher.tokenizer, self.student.tokenizer
         begin, end = mine.bos_token_id, mine.eos_token_id
-        if begin is None and theirs.bos_token_id is not None:
+        bare = begin is None or (self.teacher.begins and ids[0] != begin)
+        if bare and theirs.bos_token_id is not None:
             out.ids.append(theirs.bos_token_id)
         at = 0
         while at < len(ids):
@@ -210,7 +213,7 @@ class Aligner:
             while stop < len(ids) and self.student.bytes[ids[stop]] is not None:
                 stop += 1
             if stop > at:
-                self._segment(out, ids, at, stop, within=at == 0 and begin is not None)
+                self._segment(out, ids, at, stop, within=at == 0 and self.student.begins)
                 at = stop
                 continue
             partner = self.marks.get(ids[at])

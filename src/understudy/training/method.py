@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from understudy.data import Batch
-from understudy.data.columns import Column
+from understudy.data.numeric_columns import Column
 from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers import Teacher
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from understudy.data import Batch
-from understudy.data.columns import Column
+from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
 from understudy.teachers import Teacher

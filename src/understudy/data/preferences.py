@@ -40,11 +40,12 @@ def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
     for key in spec:
         if key not in OPTIONS:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
-    name, notes = str(spec["name"]), []
+    name = str(spec["name"])
+    notes: list[str] = []
     if name == "word_order":
         raw = {"train": word_order(int(spec.get("characters", 300_000)), int(spec.get("candidates", 2)))}
     else:
-        raw = read_source(name, spec, ("word_order",))
+        raw = read_source(name, spec, ("word_order",), notes)
     splits: dict[str, list[Record]] = {}
     for split, records in raw.items():
         kept = [x for x in (candidates(name, split, i, r) for i, r in enumerate(records)) if x is not None]

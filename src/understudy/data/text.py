@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from understudy.data.folders import find
+from understudy.data.folders import find, own_names, split_files
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "domains", "limit", "characters", "domain_column"}
@@ -75,7 +75,7 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
             raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
     name = str(spec["name"])
     notes: list[str] = []
-    splits = read_source(name, spec, ("stdlib",))
+    splits = read_source(name, spec, ("stdlib",), notes)
     column = spec.get("domain_column")
     for split, records in splits.items():
         _check(name, split, records, column)
@@ -167,7 +167,9 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return length
 
 
-def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -> dict[str, list[Record]]:
+def read_source(
+    name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str]
+) -> dict[str, list[Record]]:
     """The records of each split, with the columns they have: a built-in set, file, folder or set of the Hub."""
     if name == "stdlib":
         return {"train": stdlib(int(spec.get("characters", 1_200_000)))}
@@ -182,13 +184,10 @@ def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -
         return {"train": read_records(path)}
     if (path / "chunks.parquet").is_file():
         return _domains(path / "chunks.parquet", spec.get("domains"))
-    files = {s: f for s in ("train", "validation", "test") for f in sorted(path.glob(f"{s}.*")) if f.suffix in READERS}
-    if files:
-        return {split: read_records(file) for split, file in files.items()}
-    every = [f for f in sorted(path.iterdir()) if f.suffix in READERS]
-    if not every:
+    files = split_files(path, READERS, notes)
+    if not files:
         raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
-    return {"train": [record for file in every for record in read_records(file)]}
+    return {split: [record for file in shards for record in read_records(file)] for split, shards in files.items()}
 
 
 def stdlib(characters: int) -> list[Record]:
@@ -277,4 +276,4 @@ def _hub(name: str) -> dict[str, list[Record]]:
         loaded = load_dataset(name)
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return {split: rows.to_list() for split, rows in loaded.items()}
+    return {split: loaded[own].to_list() for split, own in own_names(name, loaded).items()}

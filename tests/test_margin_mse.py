@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from golden_vectors import close, golden
 from understudy import InputError
-from understudy.data.retrieval_sources import bm25, load_rankings
+from understudy.data.judgements import bm25
+from understudy.data.retrieval_sources import load_rankings
 from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import mrr, ndcg, recall, search
 from understudy.losses.retrieval import (

@@ -4,7 +4,7 @@ from understudy.data.augment import augment
 from understudy.data.batch import IGNORE, UNLABELLED, Batch
 from understudy.data.folders import data_folder, find
 from understudy.data.graphs import GraphBatch, GraphSet, GraphSplits, collate_graph, load_graph
-from understudy.data.image_sources import ImageSet
+from understudy.data.image_set import ImageSet
 from understudy.data.images import Splits, collate_images, load_images
 from understudy.data.lists import ListBatch, collate_lists, encode_lists, mismatched
 from understudy.data.noise_sets import NoiseBatch, NoiseSet

@@ -1,12 +1,27 @@
-"""Where data lies: the folder that `UNDERSTUDY_DATA` names, or a path."""
+"""Where data lies: the folder that `UNDERSTUDY_DATA` names, or a path; and which split a file's or folder's name says."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from understudy.errors import InputError
-from understudy.reading import at_home
+
+SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
+    "test": {"test", "testing"},
+}
+"""The words that name a split, as in `datasets`; `eval` is taken as validation."""
+
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""Files that `datasets` writes beside the records."""
+
+SHARD = re.compile(r"[-._]?(\d+)-of-(\d+)$")
+T = TypeVar("T")
 
 
 def data_folder() -> Path | None:
@@ -21,9 +36,163 @@ def data_folder() -> Path | None:
 
 
 def find(name: str) -> Path | None:
-    """`name` as a path, or inside the data folder; `None` if it is neither."""
-    path = at_home(Path(name))
-    if path.exists():
-        return path
-    folder = data_folder()
-    return folder / name if folder is not None and (folder / name).exists() else None
+    """`name` as a path, or inside the data folder; `None` if it is neither.
+
+    Raises:
+        InputError: no path can have this name.
+    """
+    if not name:
+        return None
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+        folder = data_folder()
+        return folder / name if folder is not None and (folder / name).exists() else None
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, lone surrogates, a user that does not exist
+        raise InputError(f"{name[:100]!r} is not a path that can be read: {str(error).splitlines()[0]}") from None
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted by name, without what tools hide there (`.ipynb_checkpoints`, `__MACOSX`)."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The visible files of a folder and of the folders in it; links to folders are not followed."""
+    for entry in visible(folder):
+        if entry.is_file():
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink():
+            yield from files_below(entry)
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a name: what stands between `-`, `.`, `_`, spaces and digits; without the `of` of shards."""
+    return set(re.split(r"[-._ \d]+", name.lower())) - {"", "of"}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's or folder's name says (`train-00000-of-00002`, `my_val`), or `None`.
+
+    Raises:
+        InputError: it says two.
+    """
+    found = [split for split, known in SPLITS.items() if words_of(name) & known]
+    if len(found) > 1:
+        raise InputError(f"{name} names two splits, {' and '.join(found)}. Rename it after one.")
+    return found[0] if found else None
+
+
+def own_names(source: str, names: Iterable[str]) -> dict[str, str]:
+    """A source's own names of its splits by ours: `val` is the validation split; other names stay.
+
+    Raises:
+        InputError: two names of one split.
+    """
+    return _once(source, [(next((s for s, known in SPLITS.items() if n.lower() in known), n), n) for n in names])
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders of each split, of which `test_NAME` is one of its own; empty where the folders are no splits.
+
+    They are splits if one has a split in its name and folders in it, or if two have the names of splits.
+
+    Raises:
+        InputError: two folders of one split.
+    """
+    inside = [entry for entry in visible(folder) if entry.is_dir()]
+    nested = [f for f in inside if any(e.is_dir() for e in visible(f)) and split_of(f.name)]
+    found = [(_further(f.name) or split_of(f.name) or "", f.name) for f in inside if f in nested or _plain(f.name)]
+    if not nested and len(found) < 2:
+        return {}
+    return {split: folder / name for split, name in _with_test(_once(str(folder), found)).items()}
+
+
+def _plain(name: str) -> bool:
+    """Whether a name says a split and nothing else."""
+    return len(words_of(name)) == 1 and split_of(name) is not None
+
+
+def _further(name: str) -> str | None:
+    """A test set of its own, `test_NAME`, without the number of a shard."""
+    name = SHARD.sub("", name)
+    return name if name.startswith("test_") and words_of(name) != {"test"} else None
+
+
+def _once(source: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for split, name in pairs:
+        if split in found:
+            raise InputError(f"{source} has {found[split]} and {name}, both the {split} split. Keep one.")
+        found[split] = name
+    return found
+
+
+def _with_test(found: dict[str, T]) -> dict[str, T]:
+    """A single `test_NAME` is the test split where there is no other."""
+    more = [split for split in found if split.startswith("test_")]
+    return found if "test" in found or len(more) != 1 else {("test" if s in more else s): v for s, v in found.items()}
+
+
+def split_files(
+    folder: Path, suffixes: Collection[str], notes: list[str], *, further: bool = False
+) -> dict[str, list[Path]]:
+    """The files of each split: those of a folder, and those below `data` or a folder that is named after a split.
+
+    A folder's name counts before a file's. Files that are named after a split and nothing else are its files, and what
+    they leave out is noted; where there are none, every file with the split's word in its name is. The files of one
+    split are its shards. Where no name says a split, all files are the training split.
+
+    Args:
+        suffixes: of the files to look at. further: whether `test_NAME` is a split of its own.
+
+    Raises:
+        InputError: two names or formats for one split, a shard that is missing.
+    """
+    groups: dict[str, list[Path]] = {}
+    unnamed = []
+    for entry in visible(folder):
+        inside = split_of(entry.name) if entry.is_dir() else None
+        files = [entry] if entry.is_file() else list(files_below(entry)) if inside or entry.name == "data" else []
+        for file in (f for f in files if f.suffix.lower() in suffixes and f.name not in METADATA):
+            split = inside or (_further(file.stem) if further else None) or split_of(file.stem)
+            groups.setdefault(split, []).append(file) if split else unnamed.append(file)
+    if not groups:
+        return {"train": unnamed} if unnamed else {}
+    groups, left = _with_test(groups), unnamed
+    for split, files in groups.items():
+        plain = [f for f in files if _plain(f.stem)] or files
+        left += [f for f in files if f not in plain]
+        groups[split] = _one_of_a_kind(folder, split, plain)
+    if left:
+        names = ", ".join(f.name for f in left[:5]) + (", …" if len(left) > 5 else "")
+        notes.append(f"{folder.name}: {len(left)} files that no split is named after were left out: {names}.")
+    return groups
+
+
+def _one_of_a_kind(folder: Path, split: str, files: list[Path]) -> list[Path]:
+    """The files of one split, if they are alike: one word, one format, either shards or not, and no shard missing."""
+    shards = {f: SHARD.search(f.stem) for f in files}
+    kinds: dict[tuple[object, ...], Path] = {}
+    for file in files:
+        word = next(iter(words_of(file.stem) & SPLITS.get(split, set())), "")
+        kinds.setdefault((word, file.suffix.lower(), shards[file] is not None), file)
+    if len(kinds) > 1:
+        first, second, *_ = (f.relative_to(folder) for f in kinds.values())
+        raise InputError(
+            f"{folder} has {first} and {second}, both the {split} split. Keep one, or name shards {split}-00000-of-00002."
+        )
+    numbers = sorted((int(m[1]), int(m[2])) for m in shards.values() if m)
+    for number, of in numbers:
+        if sum(n[1] == of for n in numbers) % of:
+            missing = next((i for i in range(of) if (i, of) not in numbers), number)
+            raise InputError(
+                f"{folder}: shard {missing} of the {of} shards of the {split} split is not there, or another is there twice."
+            )
+    return files

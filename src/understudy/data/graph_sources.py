@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +12,15 @@ import torch
 from torch import Tensor
 
 from understudy.data.batch import IGNORE
-from understudy.data.folders import find
+from understudy.data.folders import SPLITS, find, split_files
+from understudy.data.graph_files import graph_file
+from understudy.data.planetoid import read_planetoid
+from understudy.data.tables import class_numbers
 from understudy.errors import InputError, nearest
 from understudy.losses.edges import check_edges
-from understudy.reading import at_home
 
 EMBEDDED = ("topics",)
-COLUMNS = {
-    "train": ("train_idx", "train_mask"),
-    "validation": ("val_idx", "val_mask"),
-    "test": ("test_idx", "test_mask"),
-}
+COLUMNS = {"train": "train_idx or train_mask", "validation": "val_idx or val_mask", "test": "test_idx or test_mask"}
 
 
 @dataclass
@@ -48,30 +45,46 @@ class Graph:
         return int(self.labels.max()) + 1
 
 
+def _path(name: str, notes: list[str]) -> Path:
+    """The file of a graph: as a path or a set in the data folder, with or without its ending, or the only one of a folder."""
+    places = [p for p in map(find, (name, f"{name}.npz", f"graphs/{name}.npz")) if p]
+    path = next((p for p in places if p.is_file()), None) or next(iter(places), None)
+    if path is None:
+        raise InputError(
+            f"Graph {name!r} is neither built in ({', '.join(EMBEDDED)}), nor an .npz or .pt file, nor in UNDERSTUDY_DATA, nor "
+            f"planetoid:NAME.{nearest(name, EMBEDDED)}"
+        )
+    if path.is_file():
+        return path
+    files = split_files(path, (".npz", ".pt", ".pth"), notes)
+    every = [file for part in files.values() for file in part]
+    if len(every) != 1:
+        raise InputError(
+            f"{path} holds {len(every)} graphs (.npz, .pt), and one is needed: name the file. A graph's splits are columns of "
+            f"its file, {', '.join(COLUMNS.values())}."
+        )
+    return every[0]
+
+
 def read_graph(spec: Mapping[str, Any]) -> Graph:
     """Find a graph by name, check it and clean its edges."""
     name = str(spec["name"])
-    path = next((p for p in map(find, (name, f"{name}.npz", f"graphs/{name}.npz")) if p and p.is_file()), None)
+    notes: list[str] = []
     if name == "topics":
         values = topics(int(spec.get("seed", 0)))
     elif name.startswith("planetoid:"):
-        values = _planetoid(name.partition(":")[2], spec.get("root"))
-    elif path is not None:
-        values = _npz(path)
+        values = read_planetoid(name.partition(":")[2], spec.get("root"))
     else:
-        raise InputError(
-            f"Graph {name!r} is neither built in ({', '.join(EMBEDDED)}), nor an .npz file, nor in UNDERSTUDY_DATA, nor "
-            f"planetoid:NAME.{nearest(name, EMBEDDED)}"
-        )
+        values = graph_file(_path(name, notes))
     nodes, labels = _features(name, values["x"]), _labels(name, values["y"])
-    if nodes.dim() != 2 or len(nodes) != len(labels) or not nodes.shape[1]:
+    if nodes.dim() != 2 or len(nodes) != len(labels) or 0 in nodes.shape:
         raise InputError(
             f"{name}: features are {tuple(nodes.shape)} and there are {len(labels)} labels: give a row of numbers a node."
         )
     if not bool(torch.isfinite(nodes).all()):
         node = int((~torch.isfinite(nodes)).any(1).nonzero()[0, 0])
         raise InputError(f"{name}: the features of node {node} are not finite.")
-    graph = Graph(name, nodes, labels, torch.empty(2, 0, dtype=torch.int64), {})
+    graph = Graph(name, nodes, labels, torch.empty(2, 0, dtype=torch.int64), {}, notes)
     if graph.classes < 2:
         raise InputError(f"{name}: there is {max(0, graph.classes)} class; at least 2 are needed.")
     graph.edges = clean_edges(name, values["edges"], len(labels), graph.notes, graph.warnings)
@@ -123,7 +136,7 @@ def _labels(name: str, values: Any) -> Tensor:
     raw = np.asarray(values)
     if raw.ndim != 1 or raw.dtype.kind not in "iu":
         raise InputError(f"{name}: labels are {raw.dtype} {raw.shape}; give one class number a node, −1 for none.")
-    labels = torch.from_numpy(raw.astype(np.int64))
+    labels = torch.from_numpy(class_numbers(name, raw, "node"))
     if bool((labels < -1).any()):
         node = int((labels < -1).nonzero()[0, 0])
         raise InputError(f"{name}: the label of node {node} is {int(labels[node])}; classes begin at 0, −1 means none.")
@@ -133,13 +146,13 @@ def _labels(name: str, values: Any) -> Tensor:
 def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> dict[str, Tensor]:
     """The published split, or 20 labels a class for training, then 500 and 1,000 nodes (at most a third each)."""
     number = len(graph.labels)
-    given = {s: next((c for c in names if c in values), None) for s, names in COLUMNS.items()}
+    given = {split: _column(graph.name, split, values) for split in COLUMNS}
     if not any(given.values()):
         return _drawn(graph, seed)
     parts: dict[str, Tensor] = {}
     for split, column in given.items():
         if column is None:
-            raise InputError(f"{graph.name} has a split without {' or '.join(COLUMNS[split])}.")
+            raise InputError(f"{graph.name} has a split without {COLUMNS[split]}.")
         index = _chosen(graph.name, column, np.asarray(values[column]), number, fold)
         if len(index) and (int(index[0]) < 0 or int(index[-1]) >= number):
             raise InputError(f"{graph.name}: {column} names a node outside 0 … {number - 1}.")
@@ -150,10 +163,19 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
     return _apart(graph.name, parts)
 
 
+def _column(name: str, split: str, values: Mapping[str, Any]) -> str | None:
+    """The column that names a split's nodes, by any of the split's words."""
+    found = [f"{word}_{end}" for word in sorted(SPLITS[split]) for end in ("idx", "mask") if f"{word}_{end}" in values]
+    if len(found) > 1:
+        raise InputError(f"{name} has {found[0]} and {found[1]}, both the {split} split. Keep one.")
+    return found[0] if found else None
+
+
 def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
     """Node ids of a column: of a mask, booleans or 0 and 1, one row a fold; or of a list of ids."""
     if raw.dtype == bool or column.endswith("_mask"):
         masks = np.atleast_2d(raw)
+        masks = masks.T if masks.shape[0] == number != masks.shape[-1] else masks  # torch-geometric's: a column a fold
         if masks.ndim != 2 or masks.shape[1] != number or fold >= len(masks):
             raise InputError(f"{name}: {column} is {raw.shape} and there are {number} nodes; data.fold is {fold}.")
         if raw.dtype != bool and not np.isin(raw, (0, 1)).all():
@@ -209,45 +231,3 @@ def topics(seed: int, nodes: int = 1000, classes: int = 5, words: int = 300) -> 
     train = np.concatenate([order[y[order] == c][:20] for c in range(classes)])
     rest = order[~np.isin(order, train)]
     return {"x": x, "y": y, "edges": edges, "train_idx": train, "val_idx": rest[:300], "test_idx": rest[300:800]}
-
-
-def _npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            values = {k: file[k] for k in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{path} is not a readable .npz file: {str(error).splitlines()[0]}") from error
-    sparse = {"x_indptr", "x_indices", "x_data", "x_shape"}
-    missing = sorted({"y", "edges"} - values.keys())
-    if "x" not in values and not sparse <= values.keys():
-        missing = [*missing, "x (or " + ", ".join(sorted(sparse)) + ")"]
-    if missing:
-        raise InputError(f"{path} has columns {', '.join(sorted(values)) or 'none'} and lacks {', '.join(missing)}.")
-    if "x" not in values:
-        from scipy.sparse import csr_matrix
-
-        try:
-            parts = (values["x_data"], values["x_indices"], values["x_indptr"])
-            values["x"] = csr_matrix(parts, shape=tuple(values["x_shape"])).toarray()
-        except (ValueError, IndexError, TypeError) as error:
-            raise InputError(f"{path}: x_indptr, x_indices, x_data and x_shape make no matrix: {error}.") from error
-    return values
-
-
-def _planetoid(name: str, root: Any) -> dict[str, Any]:
-    """Planetoid through torch-geometric: read from `root`, or downloaded into it."""
-    try:
-        from torch_geometric.datasets import Planetoid
-    except ImportError:
-        raise InputError(f"planetoid:{name} needs the extra: pip install understudy[graph].") from None
-    known = ("Cora", "CiteSeer", "PubMed")
-    if name not in known:
-        raise InputError(f"Unknown graph planetoid:{name}.{nearest(name, known)} Known: {', '.join(known)}.")
-    folder = at_home(Path(root)) if root else Path.home() / ".cache" / "understudy" / "planetoid"
-    try:
-        data = Planetoid(str(folder), name)[0]
-    except Exception as error:  # downloads and unpickling raise a dozen kinds; each means that the set is not to be had
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"planetoid:{name} cannot be read from or downloaded to {folder}: {reason}") from error
-    masks = {f"{s}_mask": getattr(data, f"{s}_mask").numpy() for s in ("train", "val", "test")}
-    return {"x": data.x.numpy(), "y": data.y.numpy(), "edges": data.edge_index.T.numpy(), **masks}

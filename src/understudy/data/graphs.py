@@ -117,7 +117,7 @@ def load_graph(spec: Mapping[str, Any]) -> GraphSplits:
     """Read a graph.
 
     Args:
-        spec: `name` (`topics`, a set in `UNDERSTUDY_DATA`, an .npz file, `planetoid:Cora`), `split` (`transductive`, or
+        spec: `name` (`topics`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split` (`transductive`, or
             `inductive`: a fifth of the test nodes is left out of training, edges and all, and judged), `fold` (of
             several published splits), `seed` (of what is drawn: hidden nodes, a split where there is none), `normalize`
             (divide each node's features by the sum of their magnitudes), `root` (where Planetoid is downloaded to).

@@ -2,106 +2,112 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from understudy.data import memory
-from understudy.data.folders import find
+from understudy.data.folders import find, own_names, split_files
+from understudy.data.image_files import (
+    class_folders,
+    decode,
+    domain_column,
+    image_table,
+    need_columns,
+    resized,
+    wanted_size,
+)
+from understudy.data.image_set import ImageSet
 from understudy.data.memory import MEMORY
+from understudy.data.tables import class_numbers
 from understudy.errors import InputError, nearest
 
 EMBEDDED = ("digits", "clusters", "subclusters", "templates")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-class ImageSet(Dataset[tuple[Any, ...]]):
-    """Images with labels and ids, held in memory.
-
-    Args:
-        pixels: `[images, channels, height, width]`, uint8 (0 … 255) or float features.
-        labels: `[images]`, int64.
-        ids: `[images]`, int64.
-        clean: `[images]`, the labels before noise was added to them, if it was.
-        parts: `[images, 2]`, int64, the true class and subclass of each, where subclasses are known.
-        domains: `[images]`, the name of each one's domain, where the data have a column of them.
-    """
-
-    def __init__(
-        self,
-        pixels: Tensor,
-        labels: Tensor,
-        ids: Tensor,
-        clean: Tensor | None = None,
-        parts: Tensor | None = None,
-        domains: np.ndarray[Any, Any] | None = None,
-    ) -> None:
-        self.pixels, self.labels, self.ids, self.clean, self.parts = pixels, labels, ids, clean, parts
-        self.domains = domains
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        found = self.pixels[index], int(self.labels[index]), int(self.ids[index])
-        return found if self.domains is None else (*found, str(self.domains[index]))
-
-    def select(self, index: Tensor | slice) -> ImageSet:
-        clean, parts = (v[index] if v is not None else None for v in (self.clean, self.parts))
-        domains = (
-            self.domains[index if isinstance(index, slice) else index.numpy()] if self.domains is not None else None
-        )
-        return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean, parts, domains)
-
-    def relabelled(self, labels: Tensor, clean: Tensor | None = None) -> ImageSet:
-        """The same images under other labels."""
-        clean = clean if clean is not None else self.clean
-        return ImageSet(self.pixels, labels, self.ids, clean, self.parts, self.domains)
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
+    """The sets of each split and the names of the classes; what was changed or left out is noted."""
+    counts: Counter[str] = Counter()
+    path = None if name in EMBEDDED or name.startswith(MEMORY) else find(name)
     if name.startswith(MEMORY):
-        return _columns(name, memory.tables(name), spec)
+        pools, classes = _columns(name, memory.tables(name), spec, counts)
+    elif name in EMBEDDED:
+        pools, classes = _embedded(name, int(spec.get("seed", 0)))
+    elif path is not None:
+        pools, classes = _path(path, spec, counts, notes)
+    elif "/" not in name or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"Data {name!r} is neither built in ({', '.join(EMBEDDED)}), nor a path, nor in UNDERSTUDY_DATA."
+            f"{nearest(name, EMBEDDED)}"
+        )
+    else:
+        pools, classes = _hub(name, spec, counts)
+    pools = _alike(name, pools, spec, counts)
+    notes += [f"{name}: {number} {what}." for what, number in counts.items() if number]
+    return pools, classes
+
+
+def _embedded(name: str, seed: int) -> tuple[dict[str, ImageSet], list[str]]:
     if name == "digits":
         return _digits()
     if name == "clusters":
-        return _clusters(int(spec.get("seed", 0)))
-    if name == "templates":
-        return _templates(int(spec.get("seed", 0)))
-    if name == "subclusters":
-        return _subclusters(int(spec.get("seed", 0)))
-    path = find(name)
-    if path is None:
-        if "/" not in name or name.startswith((".", "/", "~")):
+        return _clusters(seed)
+    return _templates(seed) if name == "templates" else _subclusters(seed)
+
+
+def _alike(name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any], counts: Counter[str]) -> dict[str, ImageSet]:
+    """Splits of one size and type: resized to `size`, gray ones in three equal channels where another is coloured."""
+    into = wanted_size(spec.get("size"))
+    pixels = {split: part.pixels for split, part in pools.items()}
+    if into is not None:
+        pixels = {split: resized(p, into, counts) for split, p in pixels.items()}
+    if {p.shape[1] for p in pixels.values()} == {1, 3}:
+        counts["gray images beside coloured ones were given three equal channels"] += sum(
+            len(p) for p in pixels.values() if p.shape[1] == 1
+        )
+        pixels = {split: p if p.shape[1] == 3 else p.expand(-1, 3, -1, -1).contiguous() for split, p in pixels.items()}
+    train = pixels["train"]
+    for split, p in pixels.items():
+        if (p.shape[1:], p.dtype) != (train.shape[1:], train.dtype):
             raise InputError(
-                f"Data {name!r} is neither built in ({', '.join(EMBEDDED)}), nor a path, nor in UNDERSTUDY_DATA."
-                f"{nearest(name, EMBEDDED)}"
+                f"{name}: the {split} split has images of {p.dtype} {tuple(p.shape[1:])} and the train split of {train.dtype} "
+                f"{tuple(train.shape[1:])} (channels, height, width): set data.size, or convert them."
             )
-        return _hub(name, spec)
+    return {s: ImageSet(pixels[s], p.labels, p.ids, p.clean, p.parts, p.domains) for s, p in pools.items()}
+
+
+def _path(
+    path: Path, spec: Mapping[str, Any], counts: Counter[str], notes: list[str]
+) -> tuple[dict[str, ImageSet], list[str]]:
     if path.is_file():
-        part = _table(path, spec)
+        part = image_table([path], spec, counts)
         return {"train": part}, _names(part)
-    tables = {
-        file.stem: file
-        for end in (".parquet", ".npz")
-        for file in sorted(path.glob(f"*{end}"))
-        if file.stem in ("train", "validation", "test") or file.stem.startswith("test_")
-    }
-    if tables:
-        if "train" not in tables:
-            raise InputError(f"{path} has {', '.join(sorted(tables))} but no train file.")
-        parts = {split: _table(file, spec) for split, file in tables.items()}
-        classes = json.loads((path / "classes.json").read_text()) if (path / "classes.json").exists() else None
-        return parts, classes or _names(parts["train"])
-    return _folder(path)
+    left: list[str] = []
+    tables = split_files(path, (".parquet", ".npz"), left, further=True)
+    if not tables:
+        return class_folders(path, spec, counts)
+    notes += left
+    if "train" not in tables:
+        raise InputError(f"{path} has {', '.join(sorted(tables))} but no train file.")
+    parts = {split: image_table(files, spec, counts) for split, files in tables.items()}
+    return parts, _class_names(path / "classes.json") or _names(parts["train"])
+
+
+def _class_names(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise InputError(f"{path} must hold a JSON list of the classes' names, in the order of their numbers.")
+    return names
 
 
 def _names(part: ImageSet) -> list[str]:
@@ -178,125 +184,28 @@ def _subclusters(seed: int, parts: int = 5, width: int = 20) -> tuple[dict[str, 
     return {"train": every.select(slice(4000, None)), "test": every.select(slice(0, 4000))}, ["0", "1"]
 
 
-def _table(path: Path, spec: Mapping[str, Any]) -> ImageSet:
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            have = set(file.files)
-            image, label = ("images" if "images" in have else image), ("labels" if "labels" in have else label)
-            _need(path, have, {image, label, *_domain(spec)})
-            pixels, labels = torch.from_numpy(file[image]), file[label]
-            domains = [file[column].astype(str) for column in _domain(spec)]
-        if pixels.dim() == 3:
-            pixels = pixels[:, None]
-        return ImageSet(pixels, _labels(path, labels), torch.arange(len(pixels)), None, None, *domains)
-    if path.suffix != ".parquet":
-        raise InputError(f"{path} is not an image set: give a folder class/image, a .parquet or an .npz file.")
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
-    _need(path, set(table.column_names), {image, label, *_domain(spec)})
-    cells = table.column(image).to_pylist()
-    return ImageSet(
-        decode([c["bytes"] if isinstance(c, dict) else c for c in cells], str(path)),
-        _labels(path, table.column(label).to_numpy()),
-        torch.arange(len(cells)),
-        None,
-        None,
-        *(np.asarray([str(v) for v in table.column(column).to_pylist()]) for column in _domain(spec)),
-    )
-
-
-def _domain(spec: Mapping[str, Any]) -> list[str]:
-    """The column of domains, if one is asked for."""
-    return [str(spec["domain_column"])] if spec.get("domain_column") is not None else []
-
-
-def _need(path: Path | str, have: set[str], want: set[str]) -> None:
-    if not want <= have:
-        raise InputError(
-            f"{path} has columns {', '.join(sorted(have))}; expected {', '.join(sorted(want))}. "
-            "Name yours with data.image_column, data.label_column and data.domain_column."
-        )
-
-
-def _labels(path: Path | str, labels: Any) -> Tensor:
-    values = np.asarray(labels)
-    if values.dtype.kind in "OfSU":
-        try:
-            floats = values.astype(float)
-        except (TypeError, ValueError):
-            raise InputError(f"{path}: labels must be class numbers, found {str(values[0])!r}.") from None
-        wrong = np.flatnonzero(~np.isfinite(floats) | (floats != np.round(floats)))
-        if len(wrong):
-            raise InputError(f"{path}: the label of row {wrong[0]} is {floats[wrong[0]]}, not a class number.")
-        values = floats
-    return torch.from_numpy(values.astype(np.int64))
-
-
-def decode(cells: Iterable[Any], source: str) -> Tensor:
-    """Encoded images (bytes, paths or PIL images) as uint8 `[images, channels, height, width]`."""
-    out: list[np.ndarray[Any, Any]] = []
-    for i, cell in enumerate(cells):
-        where = str(cell) if isinstance(cell, Path) else f"{source}, row {i}"
-        try:
-            opened = (
-                cell
-                if isinstance(cell, Image.Image)
-                else Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell)
-            )
-            gray = opened.mode in ("L", "1", "I;16")
-            out.append(np.asarray(opened.convert("L" if gray else "RGB")))
-        except (UnidentifiedImageError, OSError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} is not a readable image ({type(error).__name__}).") from None
-        if out[-1].shape != out[0].shape:
-            raise InputError(f"{where} is {out[-1].shape} and the first image {out[0].shape}: resize them to one size.")
-    if not out:
-        raise InputError(f"{source} holds no images.")
-    stacked = torch.from_numpy(np.stack(out))
-    return stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
-
-
-def _folder(path: Path) -> tuple[dict[str, ImageSet], list[str]]:
-    """`class/image.png`, optionally below train, validation and test."""
-    roots = {s: path / s for s in ("train", "validation", "test") if (path / s).is_dir()} or {"train": path}
-    if "train" not in roots:
-        raise InputError(f"{path} has {', '.join(sorted(roots))} but no train folder.")
-    classes = sorted(p.name for p in roots["train"].iterdir() if p.is_dir())
-    parts = {}
-    for split, root in roots.items():
-        files = [
-            (f, i) for i, c in enumerate(classes) for f in sorted((root / c).glob("*")) if f.suffix.lower() in SUFFIXES
-        ]
-        if not files:
-            raise InputError(f"{root} holds no images. Expected {root}/CLASS/IMAGE with {', '.join(sorted(SUFFIXES))}.")
-        pixels = decode([f for f, _ in files], str(root))
-        parts[split] = ImageSet(pixels, torch.tensor([i for _, i in files]), torch.arange(len(files)))
-    return parts, classes
-
-
-def _hub(name: str, spec: Mapping[str, Any]) -> tuple[dict[str, ImageSet], list[str]]:
+def _hub(name: str, spec: Mapping[str, Any], counts: Counter[str]) -> tuple[dict[str, ImageSet], list[str]]:
     from datasets import load_dataset
 
     try:
         loaded = load_dataset(name)
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return _columns(name, loaded, spec)
+    return _columns(name, loaded, spec, counts)
 
 
-def _columns(name: str, loaded: Mapping[str, Any], spec: Mapping[str, Any]) -> tuple[dict[str, ImageSet], list[str]]:
+def _columns(
+    name: str, loaded: Mapping[str, Any], spec: Mapping[str, Any], counts: Counter[str]
+) -> tuple[dict[str, ImageSet], list[str]]:
     """The splits of a set of `datasets`, by its columns."""
     image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
     parts: dict[str, ImageSet] = {}
-    for split, rows in loaded.items():
-        _need(name, set(rows.column_names), {image, label, *_domain(spec)})
-        domains = [np.asarray([str(v) for v in rows[column]]) for column in _domain(spec)]
-        pixels, labels = decode(rows[image], name), _labels(name, rows[label])
+    for split, own in own_names(name, loaded).items():
+        rows = loaded[own]
+        need_columns(name, set(rows.column_names), {image, label, *domain_column(spec)})
+        domains = [np.asarray([str(v) for v in rows[column]]) for column in domain_column(spec)]
+        pixels = decode(rows[image], name, counts, spec.get("size"))
+        labels = torch.from_numpy(class_numbers(name, rows[label], "image"))
         parts[split] = ImageSet(pixels, labels, torch.arange(len(rows)), None, None, *domains)
     if "train" not in parts:
         raise InputError(f"{name} has splits {', '.join(parts)} but no train split.")

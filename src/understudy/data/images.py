@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from understudy.data.batch import IGNORE, UNLABELLED
-from understudy.data.image_sources import ImageSet, read_source
+from understudy.data.image_set import ImageSet
+from understudy.data.image_sources import read_source
 from understudy.data.noise import uniform
 from understudy.errors import InputError, nearest
 
 OPTIONS = {
     *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
     *("validation_size", "with_validation", "label_noise", "teacher_random_classes"),
-    *("modulo", "label_map", "unlabelled", "domain_column", "only"),
+    *("modulo", "label_map", "unlabelled", "domain_column", "only", "size", "input_data_format"),
 }
 
 
@@ -72,14 +73,14 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
             labels where the teacher is trained), `seed` (of such noise, and of `clusters`), `modulo` or `label_map` (coarser
             classes: the label modulo a number, or a new class for each; the old labels stay known as subclasses),
-            `unlabelled` (hide the student's training labels), `domain_column` (names each domain), `only` (drop the others).
+            `unlabelled` (hide the student's training labels), `domain_column` (names each domain), `only` (drop the others),
+            `size` (a side in pixels, or [height, width]: every image is resized to it),
+            `input_data_format` (`channels_first` or `channels_last`, of arrays whose shape does not tell).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.
     """
-    for key in spec:
-        if key not in OPTIONS:
-            raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
+    _check_keys(spec)
     name = str(spec["name"])
     notes: list[str] = []
     pools, classes = _coarser(*read_source(name, spec, notes), spec)
@@ -121,6 +122,14 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more, domains)
 
 
+def _check_keys(spec: Mapping[str, Any]) -> None:
+    for key in spec:
+        if key not in OPTIONS:
+            raise InputError(f"Unknown key data.{key}.{nearest(key, OPTIONS)} Known: {', '.join(sorted(OPTIONS))}.")
+    if type(spec.get("seed", 0)) is not int or not 0 <= spec.get("seed", 0) < 2**32:
+        raise InputError(f"data.seed is {spec['seed']!r} and must be a whole number from 0 to {2**32 - 1}.")
+
+
 def _of_domains(
     name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any]
 ) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
@@ -155,7 +164,12 @@ def _coarser(
     if modulo is not None and not (type(modulo) is int and 2 <= modulo <= len(classes)):
         raise InputError(f"data.modulo is {modulo!r} and must be a whole number from 2 to the {len(classes)} classes.")
     new = [i % modulo for i in range(len(classes))] if modulo is not None else chosen
-    if not isinstance(new, list) or len(new) != len(classes) or set(new) != set(range(len(set(new)))):
+    if (
+        not isinstance(new, list)
+        or len(new) != len(classes)
+        or any(type(c) is not int for c in new)
+        or set(new) != set(range(len(set(new))))
+    ):
         raise InputError(
             f"data.label_map must be a list of a new class for each of the {len(classes)} classes, numbered from 0 without gaps."
         )
@@ -173,7 +187,7 @@ def _coarser(
 
 def _long_tailed(pool: ImageSet, ratio: Any, classes: int, notes: list[str]) -> ImageSet:
     """Keep of class c the share ratio^(−c / (classes − 1)) of the first class's examples, the first of each in order."""
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or ratio < 1:
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not ratio >= 1:
         raise InputError(f"data.imbalance is {ratio!r} and must be a number of at least 1.")
     most = int((pool.labels == 0).sum())
     keep = torch.zeros(len(pool), dtype=torch.bool)

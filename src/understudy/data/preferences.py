@@ -53,11 +53,12 @@ def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
     """
     check_keys(spec, OPTIONS)
     name = str(spec["name"])
+    notes: list[str] = []
     if name == "word_order":
         raw = {"train": word_order(whole(spec, "characters", 300_000), whole(spec, "candidates", 2, 2))}
     else:
-        raw = read_source(name, spec, ("word_order",))
-    notes = arrange(name, raw, FORMATS, {"log_probs", "tools"}, spec.get("columns"))
+        raw = read_source(name, spec, ("word_order",), notes)
+    notes += arrange(name, raw, FORMATS, {"log_probs", "tools"}, spec.get("columns"))
     splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
     return finish(name, spec, splits, notes)
 

@@ -12,7 +12,6 @@ from typing import Any
 from understudy.errors import InputError
 
 READERS = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
-METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that `datasets` writes beside the records."""
 
 Record = dict[str, Any]

@@ -1,35 +1,38 @@
-"""Files of training triples with teacher scores, as published with Hofstätter et al. 2020.
+"""Files of training triples with teacher scores, as published with Hofstätter et al. 2020, or without scores.
 
-A line holds `pos_score  neg_score  query_id  pos_id  neg_id`, separated by tabs, or texts in place of the ids; a parquet
-file has columns of these names (`query`, `positive`, `negative` for texts). Ids are joined with the files `queries` and
-`collection` (id and text, tab-separated or parquet).
+A line holds `pos_score  neg_score  query_id  pos_id  neg_id`, separated by tabs, or texts in place of the ids; parquet
+and JSON Lines have columns of these names (`query`, `positive`, `negative` for texts). Where no line has scores, a teacher
+scores the triples. Ids are joined with the files `queries` and `collection` (id and text, of the same three formats).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from understudy.data.folders import find
+from understudy.data.tables import read_parquet
 from understudy.errors import InputError
 
 log = logging.getLogger(__name__)
 NUMBERS = ("pos_score", "neg_score")
+COLUMNAR = (".parquet", ".jsonl")
 IDS, TEXTS = ("query_id", "pos_id", "neg_id"), ("query", "positive", "negative")
 
 
 @dataclass(frozen=True)
 class Triple:
-    """A query with a relevant and another document, as texts, and what a teacher says of each."""
+    """A query with a relevant and another document, as texts, and what a teacher says of each, `None` where none does."""
 
-    pos_score: float
-    neg_score: float
+    pos_score: float | None
+    neg_score: float | None
     query: str
     positive: str
     negative: str
@@ -49,8 +52,8 @@ def read_triples(
         notes: gets a sentence for whatever was skipped or looks wrong.
 
     Raises:
-        InputError: a line of fewer than five columns, a score that is no finite number, an empty text (each with its
-            line), or a file none of whose ids is known.
+        InputError: a line of another number of columns than five or three, a score that is no finite number, a text that
+            is empty or no text (each with its line), or a file none of whose ids is known.
     """
     path = located(path)
     if (queries is None) != (collection is None):
@@ -58,9 +61,11 @@ def read_triples(
     names = None if queries is None or collection is None else (read_texts(queries), read_texts(collection))
     triples: list[Triple] = []
     skipped = same = 0
-    for where, row in _rows(path, TEXTS if names is None else IDS):
-        pos_score, neg_score = (_number(where, name, value) for name, value in zip(NUMBERS, row[:2], strict=True))
-        words = [str(v) for v in row[2:5]]
+    for where, said, named in _rows(path, TEXTS if names is None else IDS):
+        pos_score, neg_score = (
+            (_number(where, name, v) for name, v in zip(NUMBERS, said, strict=True)) if said else (None,) * 2
+        )
+        words = [_text(where, name, v) for name, v in zip(TEXTS, named, strict=True)]
         same += words[1] == words[2]
         if names is not None:
             texts = [names[0].get(words[0]), names[1].get(words[1]), names[1].get(words[2])]
@@ -68,9 +73,7 @@ def read_triples(
                 skipped += 1
                 continue
             words = [str(t) for t in texts]
-        for name, text in zip(TEXTS, words, strict=True):
-            if not text.strip():
-                raise InputError(f"{where}: the {name} is empty. Remove the line, or mend its text.")
+            words = [_text(where, name, text) for name, text in zip(TEXTS, words, strict=True)]
         triples.append(Triple(pos_score, neg_score, *words))
     if not triples and skipped:
         raise InputError(
@@ -88,8 +91,10 @@ def _remark(path: Path, triples: Sequence[Triple], skipped: int, same: int, note
         said.append(f"{path.name}: {skipped} of {skipped + len(triples)} triples have unknown ids and were skipped.")
     if same:
         said.append(f"{path.name}: {same} triples have one document as positive and negative; they teach nothing.")
-    scores = [s for t in triples for s in (t.pos_score, t.neg_score)]
-    if min(scores) >= 0 and max(scores) <= 1:
+    scores = [s for t in triples for s in (t.pos_score, t.neg_score) if s is not None]
+    if not scores:
+        said.append(f"{path.name}: the triples have no scores: they are a teacher's to give.")
+    elif min(scores) >= 0 and max(scores) <= 1:
         said.append(
             f"{path.name}: all scores lie in [0, 1], like probabilities; their margins are squeezed into [-1, 1]. Give "
             "the teacher's logits."
@@ -100,7 +105,7 @@ def _remark(path: Path, triples: Sequence[Triple], skipped: int, same: int, note
 
 
 def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
-    """Write scored triples with their texts: tab-separated, or parquet by the name; whole or not at all.
+    """Write scored triples with their texts: tab-separated, or parquet or JSON Lines by the name; whole or not at all.
 
     Raises:
         InputError: a text has a tab or line break and the file is tab-separated.
@@ -114,41 +119,53 @@ def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
 
         columns = (*NUMBERS, *TEXTS)
         pq.write_table(pa.table({c: [getattr(t, c) for t in every] for c in columns}), temporary)
+    elif path.suffix == ".jsonl":
+        lines = (json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in every)
+        temporary.write_text("".join(lines), encoding="utf-8")
     else:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for number, t in enumerate(every):
                 texts = (t.query, t.positive, t.negative)
                 if any(c in text for text in texts for c in "\t\n\r"):
-                    raise InputError(f"Triple {number} has a tab or a line break in a text: write a .parquet file.")
+                    raise InputError(
+                        f"Triple {number} has a tab or a line break in a text: write a .parquet or .jsonl file."
+                    )
                 file.write("\t".join([repr(t.pos_score), repr(t.neg_score), *texts]) + "\n")
     os.replace(temporary, path)
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
-    """Id → text, of a tab-separated or parquet file; parquet columns end with `id` and are called `text`."""
+    """Id → text, of a tab-separated file or one with columns, an id (`id`, `_id`, `doc_id`, `query_id`) and `text`."""
     path = located(path)
-    if path.suffix == ".parquet":
-        rows = read_parquet(path)
-        names = list(rows[0]) if rows else []
-        key = next((n for n in names if n == "id" or n in ("doc_id", "query_id", "_id")), None)
-        if key is None or "text" not in names:
-            raise InputError(f"{path} has columns {', '.join(names)}; expected an id (id, doc_id, query_id) and text.")
-        return {str(r[key]): str(r["text"] or "") for r in rows}
-    found = {}
-    for where, row in _lines(path, 2, "id and text"):
-        if not row[1].strip():
-            raise InputError(f"{where}: the text of {row[0]!r} is empty. Remove the line, or mend its text.")
-        found[row[0]] = row[1]
+    found: dict[str, str] = {}
+    for where, name, text in _texts(path):
+        if name in found:
+            raise InputError(f"{where}: the id {name[:60]!r} is there twice. Keep one of its texts.")
+        # A document without text is refused where a triple uses it; on a line of its own it is a mistake.
+        found[name] = "" if text is None else _text(where, f"text of {name[:60]!r}", text)
     return found
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """All rows; a damaged file is one line."""
-    import pyarrow.parquet as pq
+def _texts(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """Where each text stands, its id and the text, `None` for a record without."""
+    if path.suffix not in COLUMNAR:
+        yield from ((where, row[0], row[1]) for where, row in _lines(path, {2: "id text"}))
+        return
+    for where, record in _records(path):
+        key = next((n for n in record if n in ("id", "doc_id", "query_id", "_id")), None)
+        if key is None or "text" not in record:
+            raise InputError(
+                f"{where} has columns {', '.join(record)}; expected an id (id, doc_id, query_id) and text."
+            )
+        yield where, str(record[key]), record["text"] or None
 
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a parquet file; a damaged file is one line."""
+    table = read_parquet(path)
     try:
-        return pq.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
+        return list(table.to_pylist())
+    except ValueError as error:  # text that is not UTF-8, times out of range
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -160,40 +177,84 @@ def located(path: str | Path) -> Path:
     return found
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[Any]]]:
-    if path.suffix != ".parquet":
-        yield from _lines(path, 5, " ".join((*NUMBERS, *columns)))
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[Any] | None, Sequence[Any]]]:
+    """Where each triple stands, its scores, `None` in a file without, and its texts or ids."""
+    if path.suffix not in COLUMNAR:
+        shown = {5: " ".join((*NUMBERS, *columns)), 3: " ".join(columns)}
+        for where, row in _lines(path, shown):
+            yield where, row[:-3] or None, row[-3:]
         return
-    rows = read_parquet(path)
-    missing = [c for c in (*NUMBERS, *columns) if rows and c not in rows[0]]
-    if missing:
-        raise InputError(
-            f"{path} has no column {missing[0]!r} (it has {', '.join(rows[0])}); expected {', '.join((*NUMBERS, *columns))}"
-            + (". For ids give data.queries and data.collection." if columns == TEXTS else ".")
-        )
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", [row[c] for c in (*NUMBERS, *columns)]
+    scored: bool | None = None
+    for where, record in _records(path):
+        scored = any(n in record for n in NUMBERS) if scored is None else scored
+        missing = [c for c in (*(NUMBERS if scored else ()), *columns) if c not in record]
+        if missing:
+            raise InputError(
+                f"{where} has no column {missing[0]!r} (it has {', '.join(record)}); expected {', '.join((*NUMBERS, *columns))}"
+                + (". For ids give data.queries and data.collection." if columns == TEXTS else ".")
+            )
+        if not scored and any(n in record for n in NUMBERS):
+            raise InputError(f"{where} has scores, and the first record has none. Score every triple, or none.")
+        yield where, [record[c] for c in NUMBERS] if scored else None, [record[c] for c in columns]
 
 
-def _lines(path: Path, columns: int, names: str) -> Iterator[tuple[str, list[str]]]:
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each record of a file with columns stands, and the record."""
+    if path.suffix == ".parquet":
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(read_rows(path)))
+        return
+    for where, line in _text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {str(error).splitlines()[0]}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is {type(row).__name__}, not an object with columns.")
+        yield where, row
+
+
+def _lines(path: Path, shown: Mapping[int, str]) -> Iterator[tuple[str, list[str]]]:
+    """The columns of each line; each has as many as the first, one of the numbers of `shown`. A line of names is skipped."""
+    first = None
+    for where, line in _text_lines(path):
+        row = line.split("\t")
+        known = shown if first is None else {first: shown[first]}
+        if len(row) not in known:
+            raise InputError(
+                f"{where}: {len(row)} columns where {' or '.join(map(str, known))} are expected, tab-separated: "
+                f"{'; or '.join(known.values())}. Texts with tabs belong into a .parquet or .jsonl file."
+            )
+        header = first is None and " ".join(row) in shown.values()
+        first = len(row)
+        if not header:
+            yield where, row
+
+
+def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                row = line.rstrip("\r\n").split("\t")
-                if len(row) < columns:
-                    raise InputError(
-                        f"{path}, line {number}: {len(row)} columns where {columns} are expected, tab-separated: {names}."
-                    )
-                yield f"{path}, line {number}", row
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason}.") from error
+                yield f"{path}, line {number}", line.rstrip("\r\n")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} is not UTF-8 text: {getattr(error, 'reason', error)}.") from error
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    """A text that is not empty; of ids also a whole number."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise InputError(f"{where}: the {name} is {type(value).__name__}, not text.")
+    if not str(value).strip():
+        raise InputError(f"{where}: the {name} is empty. Remove the line, or mend its text.")
+    return str(value)
 
 
 def _number(where: str, name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: {name} is {value!r} and must be a number.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where}: {name} is {str(value)[:60]!r} and must be a number.") from None
     if not math.isfinite(number):
         raise InputError(f"{where}: {name} is {number}. Score that pair again, or remove the line.")
     return number

@@ -15,9 +15,9 @@ from typing import Any
 
 from understudy.data import memory
 from understudy.data.columns import arrange, checked_text, conversation, names, readable, tools, without_prompt
-from understudy.data.folders import find
+from understudy.data.folders import find, own_names, split_files
 from understudy.data.memory import MEMORY
-from understudy.data.records import METADATA, READERS, Record, place, read_records, reason
+from understudy.data.records import READERS, Record, place, read_records, reason
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "domains", "limit", "characters", "domain_column", "columns"}
@@ -75,11 +75,14 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
     """
     check_keys(spec, OPTIONS)
     name, column = str(spec["name"]), spec.get("domain_column")
-    splits = read_source(name, spec, ("stdlib",))
+    notes: list[str] = []
+    splits = read_source(name, spec, ("stdlib",), notes)
     for split, records in splits.items():
         if not records:
             raise InputError(f"{name}: the {split} split is empty.")
-    notes = arrange(name, splits, FORMATS, {"tools"} | ({column} if column is not None else set()), spec.get("columns"))
+    notes += arrange(
+        name, splits, FORMATS, {"tools"} | ({column} if column is not None else set()), spec.get("columns")
+    )
     for split, records in splits.items():
         repeated = sum([_check(place(f"{name}, {split} record {i}", r), r, column) for i, r in enumerate(records)])
         if repeated:
@@ -210,7 +213,9 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return length
 
 
-def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -> dict[str, list[Record]]:
+def read_source(
+    name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str]
+) -> dict[str, list[Record]]:
     """The records of each split, with the columns they have: a built-in set, file, folder or set of the Hub."""
     if name.startswith(MEMORY):
         return memory.records(name)
@@ -229,13 +234,10 @@ def read_source(name: str, spec: Mapping[str, Any], embedded: tuple[str, ...]) -
         return _saved(path)
     if (path / "chunks.parquet").is_file():
         return _domains(path / "chunks.parquet", spec.get("domains"))
-    files = {s: f for s in ("train", "validation", "test") for f in sorted(path.glob(f"{s}.*")) if f.suffix in READERS}
-    if files:
-        return {split: read_records(file) for split, file in files.items()}
-    every = [f for f in sorted(path.iterdir()) if f.suffix in READERS and f.name not in METADATA]
-    if not every:
+    files = split_files(path, READERS, notes)
+    if not files:
         raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
-    return {"train": [record for file in every for record in read_records(file)]}
+    return {split: [record for file in shards for record in read_records(file)] for split, shards in files.items()}
 
 
 def stdlib(characters: int) -> list[Record]:
@@ -297,6 +299,7 @@ def _hub(name: str) -> dict[str, list[Record]]:
     from datasets import load_dataset
 
     try:
-        return {split: rows.to_list() for split, rows in load_dataset(name).items()}
+        loaded = load_dataset(name)
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
         raise InputError(f"Data set {name!r} cannot be loaded: {reason(error)}") from error
+    return {split: loaded[own].to_list() for split, own in own_names(name, loaded).items()}

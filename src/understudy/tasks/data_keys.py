@@ -43,6 +43,10 @@ class _Images(BaseModel):
         False, description="Train on the teacher's part; set for a teacher that is trained first."
     )
     seed: _Number | None = Field(None, description="Of label noise and of made data.")
+    size: Any = Field(None, description="Pixels that images are resized to: one number, or [height, width].")
+    input_data_format: Literal["channels_first", "channels_last"] | None = Field(
+        None, description="Where the channels of arrays are; asked for where their shape does not tell."
+    )
 
 
 class _Text(BaseModel):
@@ -60,6 +64,7 @@ class _Text(BaseModel):
     domains: list[str] | None = Field(None, description="Domains of lm_domains that are read.")
     domain_column: str | None = Field(None, description="Column that names each record's domain.")
     only: str | None = Field(None, description="The one domain that is used.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {prompt: question}.")
 
 
 class _Preferences(BaseModel):
@@ -73,6 +78,7 @@ class _Preferences(BaseModel):
     vocab_size: _Count = Field(1024, description="Of the tokenizer that is trained where no model brings one.")
     characters: _Count = Field(300_000, description="Most characters of word_order.")
     candidates: _Count = Field(2, description="Candidates of each prompt of word_order.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {prompt: question}.")
 
 
 class _World(BaseModel):
@@ -137,6 +143,7 @@ class _Corpus(BaseModel):
     max_length: _Count = Field(64, description="Tokens of a training row.")
     vocab_size: _Count | None = Field(None, description="Of the tokenizer that is trained where no model brings one.")
     tokenizer: str | None = Field(None, description="Folder or Hub id, for a new student.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {event: text}.")
 
 
 KEYS: dict[str, type[BaseModel]] = {

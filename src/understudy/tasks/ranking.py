@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from understudy.data import Batch
+from understudy.data import Batch, find
+from understudy.data.judgements import is_judged
 from understudy.data.retrieval_batches import RankingBatch, RankingCollator, View, train_encoder_tokenizer
 from understudy.data.retrieval_sources import RankingSplits, load_rankings
 from understudy.errors import InputError
@@ -52,8 +53,8 @@ class Ranking(TaskDefaults):
         data.setdefault("query_length", 30)
         data.setdefault("document_length", 200)
         recipe["data"] = data
-        files = str(data["name"]).endswith((".tsv", ".parquet", ".txt", ".csv"))
-        if recipe.get("teacher") is None and not small and not files:
+        path = None if small else find(str(data["name"]))
+        if recipe.get("teacher") is None and path is not None and is_judged(path):
             cross = {"scorer": "cross"}
             recipe["teacher"] = {"model": "bert:hidden=64,layers=2,heads=4", "options": cross, "train": dict(_TEACHER)}
         if recipe.get("student") is None:

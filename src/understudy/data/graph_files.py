@@ -1,0 +1,87 @@
+"""Files of one graph: .npz archives, and what torch-geometric saves as .pt, read without running what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from understudy.data.planetoid import dense
+from understudy.data.tables import read_npz
+from understudy.errors import InputError
+
+
+def graph_file(path: Path) -> dict[str, Any]:
+    """The columns of a graph: of an .npz archive, or of what torch-geometric or a dictionary of tensors saved as .pt."""
+    values: dict[str, Any] = dict(_saved(path) if path.suffix in (".pt", ".pth") else read_npz(path))
+    if "edges" not in values and "edge_index" in values:
+        edges = np.asarray(values["edge_index"])
+        if edges.ndim != 2 or edges.shape[0] != 2:
+            raise InputError(f"{path}: edge_index is {edges.shape}; give (2, edges).")
+        values["edges"] = edges.T
+    sparse = {"x_indptr", "x_indices", "x_data", "x_shape"}
+    missing = [c for c in ("y", "edges") if c not in values]
+    if "x" not in values and not sparse <= values.keys():
+        missing = [*missing, "x (or " + ", ".join(sorted(sparse)) + ")"]
+    if missing:
+        raise InputError(
+            f"{path} has columns {', '.join(sorted(values)) or 'none'} and lacks {', '.join(missing)}; edges are (edges, 2), "
+            "or edge_index (2, edges)."
+        )
+    if "x" not in values:
+        values["x"] = _dense(path, values)
+    return values
+
+
+def _dense(path: Path, values: Mapping[str, Any]) -> Any:
+    from scipy.sparse import csr_matrix
+
+    try:
+        parts = (values["x_data"], values["x_indices"], values["x_indptr"])
+        return dense(str(path), csr_matrix(parts, shape=tuple(int(n) for n in values["x_shape"])))
+    except InputError:
+        raise
+    except Exception as error:  # scipy raises a dozen kinds; each means that they make no matrix
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: x_indptr, x_indices, x_data and x_shape make no matrix: {reason}.") from error
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """Tensors by name, without running code that the file may hold."""
+    try:
+        with torch.serialization.safe_globals(_plain()):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds; each means that the file is no graph that can be read
+        raise InputError(
+            f"{path} is damaged or holds more than tensors and a torch-geometric Data object, and pickles are not run. Save "
+            "its x, y, edge_index and masks with numpy.savez."
+        ) from error
+    if isinstance(found, tuple) and len(found) > 1 and found[1] is None:  # as a data set of one graph is saved
+        found = found[0]
+    if hasattr(found, "to_dict"):
+        found = found.to_dict()
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}; give one graph: x, y, edge_index and masks by name.")
+    return {str(k): _numpy(path, str(k), v) for k, v in found.items() if isinstance(v, torch.Tensor)}
+
+
+def _plain() -> list[Any]:
+    """The classes of a `Data` object and its parts, which hold values and do nothing when they are made."""
+    try:
+        from torch_geometric.data.data import Data, DataEdgeAttr, DataTensorAttr
+        from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
+    except ImportError:
+        return []
+    return [Data, DataEdgeAttr, DataTensorAttr, BaseStorage, EdgeStorage, GlobalStorage, NodeStorage]
+
+
+def _numpy(path: Path, name: str, value: Tensor) -> Any:
+    if value.layout != torch.strided or value.is_quantized:
+        raise InputError(f"{path}: {name} is {value.layout} and must be dense: convert it with to_dense().")
+    plain = value.detach().resolve_conj().resolve_neg()
+    # bfloat16 and its like have no counterpart in numpy
+    return (plain.float() if plain.is_floating_point() else plain).numpy()

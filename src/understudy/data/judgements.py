@@ -1,0 +1,201 @@
+"""Folders of documents, queries and graded judgements as rows of queries with candidates, which BM25 finds."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from understudy.data.folders import split_of, visible, words_of
+from understudy.data.retrieval_batches import IDEAL
+from understudy.data.scored_triples import read_rows
+from understudy.errors import InputError
+
+COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}
+
+
+def is_judged(path: Path) -> bool:
+    """Whether a path is a folder with documents and judgements; a folder without is one of triples."""
+    return path.is_dir() and any(_says(f, kind) for f in visible(path) for kind in ("docs", "qrels"))
+
+
+def split_queries(queries: Sequence[Any], named: Sequence[str | None], notes: list[str]) -> dict[str, list[Any]]:
+    """Whole queries to splits: to those they are named for, and of every ten training queries the first to test and the
+    sixth to validation, where those are not named."""
+    out: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
+    kind = {place: split for split, place in (("test", 0), ("validation", 5)) if split not in named}
+    seen = 0
+    for query, split in zip(queries, named, strict=True):
+        if split in (None, "train"):
+            split = kind.get(seen % 10, "train")
+            seen += 1
+        out[split].append(query)
+    notes.append(
+        f"{len(queries)} queries, {'split by query' if kind else 'split as their files are named'}: "
+        + ", ".join(f"{len(v)} {k}" for k, v in out.items())
+        + "."
+    )
+    return out
+
+
+def judged_folder(
+    path: Path, spec: Mapping[str, Any], notes: list[str]
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Rows of a folder with documents, queries and graded judgements; candidates come from BM25."""
+    (docs,), (asked_in,) = (_tables(path, kind) for kind in ("docs", "queries"))
+    documents, queries = _texts(docs, "docs", "doc_id"), _texts(asked_in, "queries", "query_id")
+    kept = {name: text for name, text in documents.items() if text.strip()}
+    if len(kept) < len(documents):
+        notes.append(f"{path.name}: {len(documents) - len(kept)} documents without text were left out.")
+    empty = next((name for name, text in queries.items() if not text.strip()), None)
+    if empty is not None:
+        raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or mend its text.")
+    place = {name: i for i, name in enumerate(kept)}
+    grades, named = _judged(path, place, notes)
+    asked = [q for q in queries if any(g > 0 for g in grades.get(q, {}).values())]
+    if len(asked) < len(queries):
+        notes.append(f"{path.name}: {len(queries) - len(asked)} queries without a relevant document were left out.")
+    if not asked:
+        raise InputError(
+            f"{path}: no query has a relevant document. Check that qrels, queries and docs belong together."
+        )
+    texts = list(kept.values())
+    ranks = bm25([queries[q] for q in asked], texts, min(int(spec.get("candidates", 50)), len(texts)))
+    lists = [(queries[q], grades[q], list(map(int, r))) for q, r in zip(asked, ranks, strict=True)]
+    said: list[str] = []
+    parts, number, out = split_queries(lists, [named[q] for q in asked], said), 0, {}
+    generator = random.Random(int(spec.get("seed", 0)))
+    for split, chosen in parts.items():
+        rows: list[dict[str, Any]] = []
+        for query, judged, first in chosen:
+            made = (
+                _sampled(query, judged, first, texts, int(spec.get("negatives", 8)), generator)
+                if split == "train"
+                else [_judged_row(query, judged, first, texts)]
+            )
+            for row in made:
+                rows.append({"id": number, **row})
+                number += 1
+        out[split] = rows
+    notes += [f"{path.name}: {said[0]}"]
+    return out, texts
+
+
+def _judged(
+    path: Path, place: Mapping[str, int], notes: list[str]
+) -> tuple[dict[str, dict[int, float]], dict[str, str | None]]:
+    """Of each query the grades of documents, by their place, and the split that its file is named after."""
+    grades: dict[str, dict[int, float]] = {}
+    named: dict[str, str | None] = {}
+    unknown = 0
+    for file in _tables(path, "qrels"):
+        for place_in_file, j in enumerate(_rows(file, "qrels")):
+            query, document, split = str(j["query_id"]), str(j["doc_id"]), split_of(file.stem)
+            grade = _grade(f"{file}, row {place_in_file}", j["grade"])
+            if named.setdefault(query, split) != split:
+                raise InputError(f"{file}: the query {query!r} is judged in another split too. Keep it in one.")
+            if document in place:
+                grades.setdefault(query, {})[place[document]] = grade
+            else:
+                unknown += 1
+    if unknown:
+        notes.append(f"{path.name}: {unknown} judgements of documents that are not there were skipped.")
+    return grades, named
+
+
+def _sampled(
+    query: str,
+    judged: Mapping[int, float],
+    first: Sequence[int],
+    texts: Sequence[str],
+    negatives: int,
+    generator: random.Random,
+) -> list[dict[str, Any]]:
+    """Triples: each relevant document with some candidates of the first stage that nobody judged relevant."""
+    others = [i for i in first if judged.get(i, 0.0) <= 0]
+    rows = []
+    for positive in (i for i, g in judged.items() if g > 0):
+        for negative in generator.sample(others, min(negatives, len(others))):
+            rows.append({"query": query, "documents": [texts[positive], texts[negative]], "labels": [1.0, 0.0]})
+    return rows
+
+
+def _judged_row(query: str, judged: Mapping[int, float], first: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:
+    best = sorted(judged.values(), reverse=True)
+    return {
+        "query": query,
+        "documents": [texts[i] for i in first],
+        "labels": [judged.get(i, 0.0) for i in first],
+        "grades": dict(judged),
+        "ideal": best[:IDEAL],
+        "total": sum(g >= 1 for g in best),
+    }
+
+
+def _says(file: Path, kind: str) -> bool:
+    return file.suffix == ".parquet" and (file.stem.endswith(kind) or kind in words_of(file.stem))
+
+
+def _tables(path: Path, kind: str) -> list[Path]:
+    """The one file of a kind; of judgements one for each split, if their names say which."""
+    files = [f for f in visible(path) if _says(f, kind)]
+    splits = [split_of(f.stem) for f in files]
+    several = kind == "qrels" and "train" in splits and None not in splits and len(set(splits)) == len(files)
+    if len(files) != 1 and not several:
+        raise InputError(
+            f"{path} has {len(files)} files that end in {kind}.parquet; expected one of docs, queries and qrels each (of "
+            "qrels also one for each split, train_qrels and so on)."
+        )
+    return files
+
+
+def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
+    rows = read_rows(file)
+    missing = [c for c in COLUMNS[kind] if not rows or c not in rows[0]]
+    if missing:
+        raise InputError(f"{file} has no column {missing[0]!r}; expected {', '.join(COLUMNS[kind])}.")
+    return rows
+
+
+def _texts(file: Path, kind: str, key: str) -> dict[str, str]:
+    """Id → text; "" where there is none."""
+    found: dict[str, str] = {}
+    for number, row in enumerate(_rows(file, kind)):
+        name, text = str(row[key]), "" if row["text"] is None else row["text"]
+        if name in found or row[key] is None or not isinstance(text, str):
+            what = (
+                f"{key} {name[:60]!r} is there twice"
+                if name in found
+                else f"{key} is {name[:60]} and text {text!r:.60}"
+            )
+            raise InputError(f"{file}, row {number}: {what}. Give each {key} once, with its text.")
+        found[name] = text
+    return found
+
+
+def _grade(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{where}: grade is {value!r:.60} and must be a number; relevant ones are above 0.")
+    return float(value)
+
+
+def bm25(queries: Sequence[str], documents: Sequence[str], k: int, *, k1: float = 0.9, b: float = 0.4) -> np.ndarray:
+    """The k best documents of each query by BM25 (Robertson and Zaragoza 2009), best first, ties by index: `[queries, k]`."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(token_pattern=r"(?u)\w+")
+    if not any(map(counter.build_tokenizer(), documents)):
+        raise InputError("No document holds a word, so none can be found by BM25. Check the text column.")
+    counts = counter.fit_transform(documents).tocsr().astype(np.float64)
+    length = np.asarray(counts.sum(1)).ravel()
+    df = np.asarray((counts > 0).sum(0)).ravel()
+    idf = np.log1p((len(documents) - df + 0.5) / (df + 0.5))
+    rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
+    counts.data = counts.data * (k1 + 1) / (counts.data + norm[rows]) * idf[counts.indices]
+    scores = (counter.transform(queries).astype(np.float64) @ counts.T).toarray()
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -1,0 +1,116 @@
+"""Files of columns: .npz archives and parquet, read without pickle; damage of any kind is one line."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+
+from understudy.errors import InputError
+
+MOST_CLASSES = 1_000_000
+
+
+def columns_of(path: Path) -> set[str]:
+    """The names of an archive's arrays."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+    except Exception as error:  # zipfile raises a dozen kinds; each means that the file cannot be read
+        raise _unreadable(path, "a readable .npz file", error) from error
+
+
+def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays of an archive, of the columns asked for or of all.
+
+    Raises:
+        InputError: no archive, a damaged one, an array of objects, or one that does not fit into memory.
+    """
+    known = columns_of(path)
+    found = {}
+    for name in sorted(known if names is None else names):
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+                head = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if head == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, kind = read(file)
+        except Exception as error:  # as above
+            raise _unreadable(path, f"a readable .npz file ({name})", error) from error
+        if kind.hasobject:
+            raise InputError(
+                f"{path}: {name} holds Python objects, which are never unpickled. Save numbers (or text) of one type."
+            )
+        check_memory(f"{path}: {name} is {kind} {tuple(shape)}", kind.itemsize, shape)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found[name] = arrays[name]
+        except Exception as error:  # as above
+            raise _unreadable(path, f"a readable .npz file ({name})", error) from error
+    return found
+
+
+def check_memory(what: str, itemsize: int, shape: Iterable[int]) -> None:
+    """Refuse an array that is larger than this machine's memory before it is made."""
+    size = itemsize
+    for length in shape:
+        size *= int(length)
+    total = psutil.virtual_memory().total
+    if not 0 <= size <= total:
+        raise InputError(f"{what}: {size / 2**30:.3g} GiB, and this machine has {total / 2**30:.3g} GiB of memory.")
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> Any:
+    """A parquet file as a `pyarrow.Table`."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=columns)
+    except Exception as error:  # pyarrow raises a dozen kinds; each means that the file cannot be read
+        raise _unreadable(path, "a readable parquet file", error) from error
+
+
+def cells(path: Path, table: Any, column: str) -> list[Any]:
+    """The values of a table's column."""
+    try:
+        return list(table.column(column).to_pylist())
+    except ValueError as error:  # text that is not UTF-8, times out of range
+        raise _unreadable(path, f"a readable parquet file ({column})", error) from error
+
+
+def class_numbers(where: str, values: Any, what: str) -> np.ndarray[Any, Any]:
+    """Labels as int64.
+
+    Args:
+        what: what one label belongs to, for the message.
+
+    Raises:
+        InputError: something else than a list of whole numbers, or a number that is no class's.
+    """
+    raw = np.asarray(values)
+    if raw.ndim != 1 or raw.dtype.kind not in "OfSUiub":
+        raise InputError(f"{where}: labels are {raw.dtype} {raw.shape}; give one class number for each {what}.")
+    if raw.dtype.kind not in "iub":
+        for row, value in enumerate(raw.tolist()):
+            try:
+                whole = float(value)
+            except (TypeError, ValueError):
+                raise InputError(f"{where}: labels must be class numbers, found {str(value)[:60]!r}.") from None
+            if not (whole.is_integer() and abs(whole) < 2**53):
+                raise InputError(f"{where}: the label of row {row} is {whole}, not a class number.")
+        raw = raw.astype(float)
+    if len(raw) and raw.max() >= MOST_CLASSES:
+        row = int(raw.argmax())
+        raise InputError(
+            f"{where}: the label of {what} {row} is {int(raw[row])}; classes are numbered from 0, without gaps, and there "
+            f"are at most {MOST_CLASSES}. Number them anew."
+        )
+    return raw.astype(np.int64)
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    return InputError(f"{path} is not {what}: {reason}")

@@ -88,6 +88,11 @@ class MarginMSE(Method):
         """The teacher, where new pairs come up at every step; otherwise the data stage has its scores."""
         return frozenset({"teacher"} if self.scores == "live" or self.negatives == "in_batch" else ())
 
+    @property
+    def takes_teacher(self) -> bool:
+        """Unless the scores are those of the data, or labels are all that is learned from."""
+        return bool(self.asks) or self.scores == "teacher" or (self.scores == "auto" and self.loss_type != "ranknet")
+
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         train: RankingSet = context.splits["train"]
         if self.asks:

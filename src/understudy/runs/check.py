@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.models.own import reload
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, make
@@ -67,5 +68,5 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
         raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
-    student = task.model(recipe.student, prepared, folder / "student")
+    student = task.model(recipe.student, prepared, reload(folder / "student", None))
     return evaluate_split(task, prepared, student, standing(recipe, prepared, folder), split)

@@ -85,6 +85,11 @@ class Method(BaseModel):
         """What each step asks for with these options: `needs`, less what the data stage has answered for good."""
         return self.needs
 
+    @property
+    def takes_teacher(self) -> bool:
+        """Whether a task's default teacher stands in where the recipe names none; it is trained and loaded for no other."""
+        return "teacher" in self.needs | self.asks
+
     def taps(self, side: Literal["student", "teacher"], rows: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         """Inner layers of one side to read, by a name of the method's own. `batch` is an example to find them with."""
         return {}

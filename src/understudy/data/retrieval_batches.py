@@ -70,19 +70,36 @@ class View:
     """One tokenizer's reading of queries and documents.
 
     Args:
-        query_length, document_length: most tokens of each; what is longer loses its end. Special tokens come on top.
+        query_length, document_length: most tokens of each; what is longer loses its end. Special tokens and prompts come on
+            top.
+        query_prompt, document_prompt: what a model is given before each (`query: `, `passage: `).
     """
 
     tokenizer: PreTrainedTokenizerBase
     query_length: int
     document_length: int
+    query_prompt: str = ""
+    document_prompt: str = ""
     _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def key(self) -> str:
-        """A hash of the tokenizer and the lengths."""
+        """A hash of the tokenizer, the lengths and the prompts."""
         content = self.tokenizer.backend_tokenizer.to_str()
-        return hashlib.sha256(f"{content} {self.query_length} {self.document_length}".encode()).hexdigest()[:12]
+        facts = f"{content} {self.query_length} {self.document_length}"
+        if self.query_prompt or self.document_prompt:
+            facts += f" {self.query_prompt!r} {self.document_prompt!r}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    @cached_property
+    def most(self) -> dict[str, int]:
+        """Most tokens of each side, with its prompt."""
+        sides = {
+            "query": (self.query_length, self.query_prompt),
+            "document": (self.document_length, self.document_prompt),
+        }
+        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        return {side: length + (len(encode(prompt)) if prompt else 0) for side, (length, prompt) in sides.items()}
 
     @cached_property
     def template(self) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
@@ -95,15 +112,16 @@ class View:
         return a[:first], a[last + 1 :], b[:start], b[middle + 1 : again], b[end + 1 :]
 
     def ids(self, text: str, side: str) -> list[int]:
-        """Token ids of a query or document, kept for the next time."""
+        """Token ids of a query or document with its prompt, kept for the next time."""
+        text = (self.query_prompt if side == "query" else self.document_prompt) + text
         found = self._known.get(text)
         if found is None:
             if len(self._known) > 200_000:
                 self._known.clear()
-            length = max(self.query_length, self.document_length)
+            length = max(self.most.values())
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length]
             self._known[text] = found
-        return found[: self.query_length if side == "query" else self.document_length]
+        return found[: self.most[side]]
 
     def tensors(self, texts: Sequence[str], side: str) -> dict[str, Tensor]:
         """`{side}_ids` and `{side}_mask` `[texts, length]`, padded on the right."""

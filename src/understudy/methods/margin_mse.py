@@ -89,9 +89,10 @@ class MarginMSE(Method):
         """The teacher in every step where new pairs come up in each; otherwise its scores are computed once."""
         if self.scores == "live" or self.negatives == "in_batch":
             return Requirements(teacher="outputs")
-        if self.scores == "recorded":
-            return Requirements(teacher="none")
-        return Requirements(teacher="setup" if self.scores == "teacher" else "optional")
+        if self.scores == "teacher":
+            return Requirements(teacher="setup", teacher_model=True)
+        own = self.scores == "recorded" or self.loss_type == "ranknet"
+        return Requirements(teacher="none" if own else "optional", teacher_model=not own)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         train: RankingSet = context.splits["train"]

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.losses.subclasses import marginal_logits
+from understudy.models.bodies import body, try_head, watched
 from understudy.models.heads import head_name
-from understudy.models.layouts import Layouts, Packing
+from understudy.models.layouts import Layouts, Packing, needs_gpu
+from understudy.models.own import save_state
+from understudy.models.processors import Processor
 from understudy.models.sharding import is_sharded, whole, whole_state
 from understudy.models.small import save_small
 from understudy.models.taps import tapped
+from understudy.models.weights import reason
 from understudy.targets import Dense, Projected
 
 
@@ -66,21 +70,20 @@ class ModelAdapter(nn.Module):
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """`save_pretrained`, or the small networks' own format. Adapters of PEFT are saved as adapters.
+        """`save_pretrained`, the small networks' own format, or the module's state. Adapters of PEFT are saved as adapters.
 
         A model that is sharded is gathered first: every rank must call, and the first one writes.
         """
         state = whole_state(self.model) if is_sharded(self.model) else None
         if state is not None and dist.get_rank() > 0:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         if hasattr(self.model, "save_pretrained"):
             self.model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
         elif hasattr(self.model, "understudy"):
             save_small(self.model, folder, state)
         else:
-            raise InputError(
-                f"{type(self.model).__name__} has no save_pretrained: give your module one, or use a model that has."
-            )
+            save_state(self.model, folder, state)
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Train LoRA adapters instead of the model; `options` are those of `peft.LoraConfig`."""
@@ -101,21 +104,23 @@ class ClassifierAdapter(ModelAdapter):
         model: takes `[images, channels, height, width]`, returns logits or an output with `logits`.
         classes: number of classes.
         normalise: mean and standard deviation of the channels, applied to pixels in [0, 1].
+        processor: in its place, the steps of a processor of transformers; it is saved with the model.
     """
 
     def __init__(
-        self, model: nn.Module, classes: int, normalise: tuple[list[float], list[float]] | None = None
+        self,
+        model: nn.Module,
+        classes: int,
+        normalise: tuple[list[float], list[float]] | None = None,
+        processor: Processor | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.classes, self.normalise = model, classes, normalise
+        self.model, self.classes, self.normalise, self.processor = model, classes, normalise, processor
         self.padding = 0
         self.class_names: tuple[dict[int, str], dict[str, int]] | None = None  # while another head is in place
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
-        pixels = batch.inputs["pixel_values"]
-        if self.normalise is not None:
-            mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in self.normalise)
-            pixels = (pixels - mean) / deviation
+        pixels = self.shown(batch.inputs["pixel_values"])
         dtype = next(self.model.parameters()).dtype
         if not features:
             return ModelOutput(Dense(batch.select(self._logits(pixels.to(dtype)))))
@@ -134,9 +139,48 @@ class ClassifierAdapter(ModelAdapter):
             raise InputError(f"The head of {type(self.model).__name__} was never called: its features cannot be read.")
         return ModelOutput(Dense(batch.select(logits)), batch.select(seen[-1]))
 
+    def shown(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1] as the model takes them."""
+        if self.processor is not None:
+            return self.processor(pixels)
+        if self.normalise is None:
+            return pixels
+        mean, deviation = (pixels.new_tensor(v)[:, None, None] for v in self.normalise)
+        return (pixels - mean) / deviation
+
+    def save(self, folder: Path) -> None:
+        """As every model; with its processor, so that a pipeline of transformers can read both."""
+        super().save(folder)
+        if self.processor is not None and (not is_sharded(self.model) or dist.get_rank() == 0):
+            self.processor.save(folder)
+
+    @torch.no_grad()
+    def try_on(self, shape: tuple[int, ...]) -> None:
+        """Classify two blank images of `shape`, before anything is built on it.
+
+        Raises:
+            InputError: the model does not take them, or gives no logits for them.
+        """
+        first = next(self.model.parameters(), None)
+        if first is None or first.is_meta or not first.numel():
+            return
+        blank = self.shown(torch.zeros(2, *shape, device=first.device)).to(first.dtype)
+        with evaluating(self.model):
+            try:
+                self._logits(blank)
+            except InputError:
+                raise
+            except Exception as error:  # a model may fail in any way on inputs that it does not know
+                raise InputError(
+                    f"{type(self.model).__name__} cannot read images of {list(shape)}: {reason(error)}. Choose a model for "
+                    "such images, or one with a preprocessor_config.json that makes them its size."
+                ) from error
+
     def _logits(self, pixels: Tensor) -> Tensor:
         output = self.model(pixels)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise InputError(f"{type(self.model).__name__} returns a {type(output).__name__}, not logits.")
         if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
             return torch.cat([torch.zeros_like(logits), logits], -1)
         if logits.shape != (len(pixels), self.classes):
@@ -167,21 +211,36 @@ class CausalLMAdapter(ModelAdapter):
         vocabulary: number of tokens; rows of the head beyond it (padding) are left out.
         packing: how batches are laid out, as in `understudy.models.layouts`: an equivalence, not another objective.
 
-    A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`.
+    A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`. Where that is
+    still not what the model itself says, as a trial shows when it is loaded, its own logits are used (`own_logits`).
     """
 
     def __init__(self, model: Any, vocabulary: int, packing: Packing = "none") -> None:
         super().__init__()
         self.model, self.vocabulary = model, vocabulary
+        if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+            raise InputError(
+                f"{type(model).__name__} is no causal language model of transformers (it has no get_output_embeddings): derive "
+                "it from PreTrainedModel with GenerationMixin, or name one."
+            )
         head = model.get_output_embeddings()
         if head is None:
             raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
         self.padding = max(0, head.weight.shape[0] - vocabulary)
+        self.own_logits: bool | None = None
+        if not needs_gpu(self._inner):
+            self._try_head()
         self.layouts, self.as_collated = Layouts(packing, self._inner), Layouts("none", self._inner)
 
     @property
     def _inner(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _try_head(self) -> None:
+        inner = self._inner
+        if next(inner.parameters()).is_meta or not inner.get_input_embeddings().weight.numel():
+            return  # an outline, or weights that DeepSpeed holds elsewhere
+        self.own_logits = not try_head(inner, lambda hidden: self._logits(inner, hidden), self.vocabulary)
 
     def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> ModelOutput:
         """As for every model; layers that are tapped see the batch as it was collated."""
@@ -202,22 +261,42 @@ class CausalLMAdapter(ModelAdapter):
         """The rows of a batch of tokens; sequences of one of `groups` may share the computation of their beginning."""
         inner = self._inner
         laid = self.layouts.lay(inner, tokens, groups)
-        hidden = laid.rows(inner.base_model(**laid.inputs, use_cache=False).last_hidden_state, tokens)
+        if self.own_logits is None:
+            self._try_head()
+        if self.own_logits:
+            with watched(inner) as seen:
+                logits = laid.rows(inner(**laid.inputs, use_cache=False).logits, tokens)[..., : self.vocabulary]
+            if features and not seen:
+                raise InputError(
+                    f"{type(inner).__name__} does not show its hidden states: choose a method without them."
+                )
+            return ModelOutput(Dense(logits.float()), laid.rows(seen[-1], tokens) if features else None)
+        hidden = laid.rows(body(inner)(**laid.inputs, use_cache=False).last_hidden_state, tokens)
         return ModelOutput(self._signal(inner, hidden), hidden if features else None)
 
     def _signal(self, inner: Any, hidden: Tensor) -> Dense | Projected:
         head = inner.get_output_embeddings()
-        config = inner.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        softcap = getattr(config, "final_logit_softcapping", None)
-        if type(head) is nn.Linear:
-            bias = head.bias[: self.vocabulary] if head.bias is not None else None
-            weight = head.weight if self.padding == 0 else head.weight[: self.vocabulary]
-            return Projected(hidden, weight, bias, scale, softcap)
-        logits = head(hidden)[..., : self.vocabulary].float() * scale
-        return Dense(softcap * torch.tanh(logits / softcap) if softcap is not None else logits)
+        if type(head) is not nn.Linear:
+            return Dense(self._logits(inner, hidden))
+        bias = head.bias[: self.vocabulary] if head.bias is not None else None
+        weight = head.weight if self.padding == 0 else head.weight[: self.vocabulary]
+        return Projected(hidden, weight, bias, *_scaling(inner))
+
+    def _logits(self, inner: Any, hidden: Tensor) -> Tensor:
+        scale, softcap = _scaling(inner)
+        logits = inner.get_output_embeddings()(hidden)[..., : self.vocabulary].float() * scale
+        return softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+
+
+def _scaling(inner: Any) -> tuple[float, float | None]:
+    """The factor of a model's logits, and the bound that is put on them after it."""
+    config = inner.config.get_text_config()
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    found = {name: getattr(config, name, None) or None for name in names}
+    for name, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise InputError(f"{type(inner).__name__}: {name} is {value!r} in its configuration and must be a number.")
+    return (found["logit_scale"] or 1.0) / (found["logits_scaling"] or 1.0), found["final_logit_softcapping"]
 
 
 @contextmanager

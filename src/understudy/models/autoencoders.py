@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.small import load_weights
+from understudy.models.weights import check_complete, read_object, reason
 
 
 class Autoencoder(nn.Module):
@@ -71,17 +72,17 @@ def load_autoencoder(name: str, shape: tuple[int, ...]) -> nn.Module:
     path = find(name)
     if path is None or not (path / "config.json").is_file():
         raise InputError(f"Autoencoder {name!r} is not a folder with a config.json. Leave it out to have one trained.")
-    try:
-        facts = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}/config.json is not valid JSON: {error}.") from error
-    if not isinstance(facts, dict) or ("understudy_autoencoder" in facts and "shape" not in facts):
+    facts = read_object(path / "config.json")
+    if "understudy_autoencoder" in facts and "shape" not in facts:
         raise InputError(
             f"{path}/config.json describes no autoencoder: one of ours has 'understudy_autoencoder' (two sizes) and "
             "'shape', one of diffusers '_class_name'. Leave autoencoder out to have one trained."
         )
     if "understudy_autoencoder" in facts:
-        own = Autoencoder(tuple(facts["shape"]), *facts["understudy_autoencoder"])
+        try:
+            own = Autoencoder(tuple(facts["shape"]), *facts["understudy_autoencoder"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path}/config.json describes no autoencoder: {reason(error)}") from None
         load_weights(own, path / "model.safetensors")
         model: nn.Module = own
     else:
@@ -107,6 +108,10 @@ def _diffusers(path: Path, kind: str) -> nn.Module:
     if not kind.startswith("Autoencoder") or not hasattr(diffusers, kind):
         raise InputError(f"{path} holds a {kind}, not an autoencoder of diffusers nor one of ours.")
     try:
-        return getattr(diffusers, kind).from_pretrained(str(path), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"Autoencoder {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model, found = getattr(diffusers, kind).from_pretrained(
+            str(path), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
+        raise InputError(f"Autoencoder {path} cannot be loaded: {reason(error)}") from error
+    check_complete(str(path), found)
+    return model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from understudy.data.folders import find
@@ -15,9 +16,29 @@ from understudy.data.noise_sets import DEVIATION
 from understudy.errors import InputError
 from understudy.models.diffusion import SAMPLER, DenoiserAdapter, MixtureDenoiser, PointDenoiser, Sampler
 from understudy.models.noise_levels import Cosine, levels_of
-from understudy.models.small import load_weights
+from understudy.models.small import Facts, load_weights
+from understudy.models.weights import check_complete, check_folder, read_object, reason
 
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+"""Schedulers of models that were trained on noise levels of `alphas_cumprod`; they differ in how they sample."""
 NEW = re.compile(r"(unet|denoiser):(\d+(?:,\d+)*)")
+
+
+def is_new_denoiser(name: str) -> bool:
+    """Whether `name` is no folder or Hub id: an untrained network, or the closed form of a world."""
+    return name == "exact" or NEW.fullmatch(name) is not None
 
 
 def load_denoiser(
@@ -121,6 +142,21 @@ def _wrapped(
     )
 
 
+class _Drawn(BaseModel):
+    """What `sampler.json` says, as `DenoiserAdapter.save` writes it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    steps: int = Field(ge=0)
+    t_min: float = Field(ge=0, le=1)
+    t_max: float = Field(ge=0, le=1)
+    guidance: float | None
+    clip: float | None
+    null: bool
+    read_at: float | None
+    prediction: str
+
+
 def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool) -> DenoiserAdapter:
     path = find(name)
     facts = _json(path / SAMPLER) if path is not None else {}
@@ -128,44 +164,84 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
     read_at = None
     if facts:
         try:
-            null, prediction, read_at = (facts.pop(key) for key in ("null", "prediction", "read_at"))
-            options = {"clip": facts.pop("clip"), "sampler": Sampler(**facts)}
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{name}/{SAMPLER} is damaged ({error}): save the model again.") from None
+            saved = _Drawn.model_validate(facts)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InputError(f"{name}/{SAMPLER} is damaged ({where}: {first['msg']}): save the model again.") from None
+        null, prediction, read_at = saved.null, saved.prediction, saved.read_at
+        options = {"clip": saved.clip, "sampler": Sampler(saved.steps, saved.t_min, saved.t_max, saved.guidance)}
     config = _json(path / "config.json") if path is not None else {}
     if "understudy_model" in config:
         assert path is not None
-        rows = _points(config["understudy_model"], tuple(config["shape"]), config["classes"])
+        rows = _saved_points(path / "config.json", config)
         load_weights(rows.model, path / "model.safetensors")
         rows.sampler, rows.read_at = options["sampler"] or rows.sampler, read_at
         return rows
     diffusers = _diffusers()
-    model = _either(diffusers.UNet2DModel, name, path, "unet", use_safetensors=True)
-    scheduler = _either(diffusers.DDPMScheduler, name, path, "scheduler")
-    rows = _wrapped(model, scheduler, null=null, prediction=prediction, **options)
+    scheduler = _scheduler(diffusers, name, path)
+    if path is not None:
+        check_folder(path / "unet" if (path / "unet").is_dir() else path)
+    load = diffusers.UNet2DModel.from_pretrained
+    full = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    model, found = _either(load, "UNet2DModel", name, path, "unet", **full)
+    check_complete(name, found)
+    try:
+        rows = _wrapped(model, scheduler, null=null, prediction=prediction, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{name} has a configuration that cannot be read: {reason(error)}") from None
     rows.read_at = read_at
     return rows
 
 
-def _either(kind: Any, name: str, path: Path | None, part: str, **options: Any) -> Any:
+def _saved_points(file: Path, config: dict[str, Any]) -> DenoiserAdapter:
+    facts = Facts.read(file)  # of one of ours, whose classes may be none
+    if not NEW.fullmatch(facts.understudy_model):
+        raise InputError(f"{file} describes no denoiser: {facts.understudy_model!r}.")
+    try:
+        return _points(facts.understudy_model, tuple(facts.shape), facts.classes)
+    except (RuntimeError, MemoryError) as error:  # sizes that no memory can hold
+        raise InputError(f"{file} describes no denoiser: {reason(error)}") from None
+
+
+def _scheduler(diffusers: Any, name: str, path: Path | None) -> Any:
+    """The scheduler that a folder names, where its noise levels and predictions are understood."""
+    config = _either(diffusers.DDPMScheduler.load_config, "The scheduler", name, path, "scheduler")
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in SCHEDULERS:
+        raise InputError(
+            f"{name} was trained with {kind or 'a scheduler without _class_name'}, which is not supported. Supported are the "
+            f"variance-preserving ones: {', '.join(SCHEDULERS)}."
+        )
+    if config.get("use_flow_sigmas"):
+        raise InputError(
+            f"{name}: {kind} with use_flow_sigmas is a flow, and only variance-preserving schedules are read."
+        )
+    try:
+        return getattr(diffusers, kind).from_config(config)
+    except Exception as error:  # values of every kind go into its arithmetic
+        raise InputError(f"The {kind} of {name!r} cannot be made: {reason(error)}") from error
+
+
+def _either(load: Callable[..., Any], what: str, name: str, path: Path | None, part: str, **options: Any) -> Any:
     """`part` of a pipeline, or the same at the top of a folder."""
-    reason = ""
+    said = ""
     for where in ({"subfolder": part}, {}):
+        if where and path is not None and not (path / part).is_dir():
+            continue
         try:
-            return kind.from_pretrained(str(path or name), **where, **options)
+            return load(str(path or name), **where, **options)
         except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            said = reason(error)
+            if path is not None:
+                break
     raise InputError(
-        f"{kind.__name__} of {name!r} cannot be loaded: {reason} A diffusion model is a folder or Hub id with a "
-        "UNet2DModel and its scheduler."
+        f"{what} of {name!r} cannot be loaded: {said} A diffusion model is a folder or Hub id with a UNet2DModel and its "
+        "scheduler."
     )
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid JSON: {error}.") from error
-    return values if isinstance(values, dict) else {}
+    return read_object(file) if file.is_file() else {}

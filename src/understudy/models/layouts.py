@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.data.packing import Layout, Tree, group_trees, is_padded_right, lay_out, shared_beginnings
 from understudy.errors import InputError
+from understudy.models.bodies import body
 
 Packing = Literal["auto", "free", "none"]
 PACKING = ("auto", "free", "none")
@@ -54,12 +55,12 @@ class Layouts:
 
     def __init__(self, packing: Packing, model: Any) -> None:
         self.packing = packing
-        self.body = sum(p.numel() for p in _of_layers(model.base_model)) if packing == "auto" else 0
+        self.body = sum(p.numel() for p in _of_layers(body(model))) if packing == "auto" else 0
         self.reason: str | None = None
         self.tried = packing == "none"
         if self.tried:
             self.reason = "data.packing is none"
-        elif not (_attention(model).startswith("flash") and next(model.parameters()).device.type == "cpu"):
+        elif not needs_gpu(model):
             self.try_on(model)  # else at the first batch, on the device that has the kernel
 
     def try_on(self, model: Any) -> None:
@@ -201,7 +202,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 def _answers(model: Any, laid: Laid, kept: Tensor) -> Tensor:
     """Hidden states of the tokens that are kept."""
-    hidden = model.base_model(**laid.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = body(model)(**laid.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
     place = torch.arange(kept.numel()).view_as(kept) if laid.place is None else laid.place.cpu()
     found: Tensor = hidden[place[kept].to(hidden.device)]
     return found
@@ -209,6 +210,11 @@ def _answers(model: Any, laid: Laid, kept: Tensor) -> Tensor:
 
 def _attention(model: Any) -> str:
     return str(getattr(model.config.get_text_config(), "_attn_implementation", None) or "")
+
+
+def needs_gpu(model: Any) -> bool:
+    """Whether a model can be tried only where it is not yet: its attention has no kernel for the CPU."""
+    return _attention(model).startswith("flash") and next(model.parameters()).device.type == "cpu"
 
 
 def _window(model: Any) -> int | None:

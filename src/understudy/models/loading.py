@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +20,9 @@ from transformers import (
 
 from understudy.data.folders import find
 from understudy.errors import InputError
+from understudy.models.bodies import check_causal
 from understudy.models.small import IMAGENET, build_small, is_small, load_small, load_weights
+from understudy.models.weights import add_note, check_folder, check_unchanged, check_weights, read_object, reason
 
 ADAPTERS = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,7 +52,9 @@ def load_classifier(
     elif path is not None and small_folder(path):
         model = load_small(path)
     else:
-        model = auto_model(AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code)
+        model = auto_model(
+            AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code, new_head=True
+        )
     found = _classes(model)
     if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output tells two apart
         raise InputError(
@@ -72,15 +76,7 @@ def small_folder(path: Path) -> bool:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if (path / ADAPTERS).is_file():
-        return {}
-    if path.is_file() or not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a model folder: it has no config.json.")
-    try:
-        values = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}/config.json is not valid JSON: {error}.") from error
-    return values if isinstance(values, dict) else {}
+    return {} if (path / ADAPTERS).is_file() else check_folder(path)
 
 
 def auto_model(
@@ -90,36 +86,99 @@ def auto_model(
     dtype: str,
     quantization: dict[str, Any] | None,
     trust_remote_code: bool,
+    *,
+    new_head: bool = False,
     **more: Any,
 ) -> nn.Module:
-    """`kind.from_pretrained`, from safetensors alone, or adapters of PEFT on it; whatever goes wrong is one line."""
+    """`kind.from_pretrained`, from safetensors alone, or adapters of PEFT on it; whatever goes wrong is one line.
+
+    Args:
+        new_head: the head may be new, as in `check_weights`.
+
+    Half-precision weights are widened to float32 under `dtype="auto"` where there is no GPU, and that is noted.
+    """
     if path is not None and (path / ADAPTERS).is_file():
         return _adapted(
-            path, lambda base: auto_model(kind, base, find(base), dtype, quantization, trust_remote_code, **more)
+            path,
+            lambda base: auto_model(
+                kind, base, find(base), dtype, quantization, trust_remote_code, new_head=new_head, **more
+            ),
         )
+    if path is not None:
+        check_folder(path)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **more}
     options["dtype"] = "auto" if dtype == "auto" else _DTYPES[dtype]
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        return kind.from_pretrained(str(path or name), **options)
+        model, found = kind.from_pretrained(str(path or name), output_loading_info=True, **options)
     except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"Model {name!r} cannot be loaded: {reason}") from error
+        raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
+    if found["missing_keys"] and kind is AutoModelForCausalLM:
+        check_causal(model)  # an encoder has no head for this, and another task is what helps
+    if not getattr(model, "is_quantized", False):
+        check_weights(name, model, found, new_head=new_head)
+    return _for_device(name, model, dtype)
+
+
+def _for_device(name: str, model: nn.Module, dtype: str) -> nn.Module:
+    """The model in the dtype to compute in: half precision is several times slower on a CPU than float32."""
+    held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if (
+        held not in (torch.float16, torch.bfloat16)
+        or torch.cuda.is_available()
+        or getattr(model, "is_quantized", False)
+    ):
+        return model
+    kind = str(held).removeprefix("torch.")
+    if dtype == "auto":
+        add_note(
+            model, f"{name} is stored in {kind} and there is no GPU: it is computed in float32 (dtype={kind} keeps it)."
+        )
+        return model.float()
+    add_note(
+        model, f"{name} is computed in {kind}, which is several times slower on a CPU than float32: dtype=float32."
+    )
+    return model
 
 
 def _adapted(folder: Path, load: Callable[[str], nn.Module]) -> nn.Module:
     """The model that a folder of adapters names, with them."""
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError:
         raise InputError(f"{folder} holds adapters, which need the extra: pip install understudy[peft].") from None
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
+    weights = folder / "adapter_model.safetensors"
+    base = read_object(folder / ADAPTERS).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise InputError(
             f"{folder} holds adapters and does not say of which model: set base_model_name_or_path in {ADAPTERS}."
         )
-    return PeftModel.from_pretrained(load(base), str(folder))  # type: ignore[arg-type, no-any-return]
+    if not weights.is_file():
+        raise InputError(f"{folder} is incomplete: it has an {ADAPTERS} and no {weights.name}.")
+    inside = find(base)
+    if inside is not None and (inside / ADAPTERS).is_file():
+        raise InputError(
+            f"{folder} holds adapters of {base}, which are adapters themselves: merge those into their model."
+        )
+    check_unchanged(folder)
+    model = load(base)
+    try:
+        if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+            raise InputError(
+                f"{folder} holds learned prompts, which are no part of the model's layers: use LoRA adapters."
+            )
+        adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+        with safe_open(str(weights), "pt") as file:
+            stored, wanted = set(file.keys()), set(get_peft_model_state_dict(adapted))
+    except InputError:
+        raise
+    except Exception as error:  # as of a model
+        raise InputError(f"Adapters {folder} cannot be loaded: {reason(error)}") from error
+    wrong = sorted(stored ^ wanted)
+    if wrong:
+        raise InputError(f"Adapters {folder} do not fit {base}: {', '.join(wrong[:3])} missing or unexpected.")
+    return adapted  # type: ignore[no-any-return]
 
 
 def is_new_causal_lm(name: str) -> bool:
@@ -146,11 +205,7 @@ def load_causal_lm(
         model: nn.Module = _new_llama(name, tokenizer)
     else:
         path = find(name)
-        if path is not None:
-            _config(path)
         model = auto_model(AutoModelForCausalLM, name, path, dtype, quantization, trust_remote_code)
-        if dtype == "auto" and quantization is None and not torch.cuda.is_available():
-            model = model.float()
     size = getattr(model.config, "vocab_size", None)
     if size is not None and size < len(tokenizer):
         raise InputError(

@@ -16,6 +16,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.small import load_weights
 from understudy.models.tokenizers import load_tokenizer
+from understudy.models.weights import check_folder, check_weights, read_object, reason
 
 Pair = tuple[str, str]
 
@@ -124,23 +125,33 @@ def load_pairs(name: str | Path, dropout: float = 0.1) -> PairClassifier:
     """
     path = find(str(name))
     config = path / "config.json" if path is not None else None
-    facts = json.loads(config.read_text()) if config is not None and config.is_file() else {}
+    facts = read_object(config) if config is not None and config.is_file() else {}
     if path is not None and "understudy_pairs" in facts:
-        model = WordPairs(facts["vocabulary"], **facts["understudy_pairs"])
+        try:
+            model = WordPairs(map(str, facts["vocabulary"]), **facts["understudy_pairs"])
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"{config} describes no classifier of pairs: {reason(error)}") from None
         load_weights(model, path / "model.safetensors")
         return model
+    if path is not None:
+        check_folder(path)
     source = str(path or name)
     try:
         settings = AutoConfig.from_pretrained(source, num_labels=1)
         for key in ("hidden_dropout_prob", "classifier_dropout", "dropout"):
             if isinstance(getattr(settings, key, None), float):
                 setattr(settings, key, dropout)
-        inner = AutoModelForSequenceClassification.from_pretrained(
-            source, config=settings, ignore_mismatched_sizes=True, use_safetensors=True, dtype=torch.float32
+        inner, found = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=settings,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"Critic {str(name)!r} cannot be loaded: {reason}") from error
+        raise InputError(f"Critic {str(name)!r} cannot be loaded: {reason(error)}") from error
+    check_weights(str(name), inner, found, new_head=True)
     tokenizer = load_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.encoders import is_new_encoder, load_cross, load_encoder, located
 from understudy.models.rankers import FACTS, BiEncoderAdapter, CrossEncoderAdapter, RankerAdapter, Towers
+from understudy.models.weights import check_folder, read_object, reason
 
 MEANINGS = {
     "scorer": (
@@ -80,22 +80,22 @@ def _scale(options: Mapping[str, Any], normalised: bool) -> tuple[float, bool]:
     return float(asked), learn
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _saved(folder: Path) -> dict[str, Any]:
     file = folder / FACTS
-    if not file.is_file():
-        return {}
-    try:
-        values: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
-    return values
+    return read_object(file) if file.is_file() else {}
 
 
 def _is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bool:
     if is_new_encoder(name) or (folder is not None and not (folder / "config.json").is_file()):
         return False
+    if folder is not None:
+        check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the model is not to be had
-        raise InputError(f"Model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return any(str(a).endswith("ForSequenceClassification") for a in config.architectures or ())
+        raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
+    return any(str(a).endswith("ForSequenceClassification") for a in _list(config.architectures))

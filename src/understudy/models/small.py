@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from understudy.errors import InputError
 from understudy.models.heads import SubclassHead, head_name, put_head
 from understudy.models.networks import graph_network, has_options, read_options
+from understudy.models.weights import check_unchanged, read_object, reason
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -174,26 +176,71 @@ def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | Non
     (folder / "config.json").write_text(json.dumps(model.understudy, indent=1))
 
 
+class Facts(BaseModel):
+    """What `config.json` says of a small network."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    understudy_model: str
+    classes: int = Field(ge=0)
+    shape: list[PositiveInt] = Field(min_length=1)
+    normalise: tuple[list[FiniteFloat], list[FiniteFloat]] | None = None
+    subclasses: int | None = Field(None, ge=1)
+
+    @classmethod
+    def read(cls, file: Path) -> Facts:
+        """Those of a file; what is wrong in it is one line."""
+        try:
+            return cls.model_validate_json(json.dumps(read_object(file)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(f"{file} describes no network: {where}: {first['msg']}.") from None
+
+
 def load_small(folder: Path) -> nn.Module:
     """Read what `save_small` wrote."""
-    facts = json.loads((folder / "config.json").read_text())
-    model = build_small(facts["understudy_model"], facts["classes"], tuple(facts["shape"]))
-    if "subclasses" in facts:
-        name = head_name(model, facts["classes"])
-        assert name is not None
-        inputs = model.get_submodule(name).in_features
-        put_head(model, name, SubclassHead(inputs, facts["classes"], facts["subclasses"]))  # type: ignore[arg-type]
-        model.understudy["subclasses"] = facts["subclasses"]  # type: ignore[index,operator]
+    facts = Facts.read(folder / "config.json")
+    try:
+        if not is_small(facts.understudy_model):
+            raise InputError(f"no small network is called {facts.understudy_model!r}")
+        model = build_small(facts.understudy_model, facts.classes, tuple(facts.shape))
+        if facts.subclasses is not None:
+            name = head_name(model, facts.classes)
+            assert name is not None
+            inputs = model.get_submodule(name).in_features
+            put_head(model, name, SubclassHead(inputs, facts.classes, facts.subclasses))  # type: ignore[arg-type]
+            model.understudy["subclasses"] = facts.subclasses  # type: ignore[index,operator]
+    except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:
+        # sizes that no network can have, or no memory can hold
+        raise InputError(f"{folder / 'config.json'} describes no network: {reason(error)}") from None
+    if facts.normalise is not None:
+        mean, deviation = facts.normalise
+        if not len(mean) == len(deviation) == facts.shape[0] or not all(d > 0 for d in deviation):
+            raise InputError(
+                f"{folder / 'config.json'}: normalise must hold a mean and a deviation above 0 for each of {facts.shape[0]} "
+                "channels."
+            )
+    model.understudy["normalise"] = list(facts.normalise) if facts.normalise is not None else None  # type: ignore[index,operator,assignment]
     load_weights(model, folder / "model.safetensors")
     return model
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Load a safetensors file; a damaged or foreign one is one clear line."""
+    check_unchanged(file.parent)
     try:
         state = load_file(str(file))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"Weights {file} cannot be read: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last two: of a damaged header
+        raise InputError(f"Weights {file} cannot be read: {reason(error)}") from error
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    other = [k for k in shapes if k in state and tuple(state[k].shape) != shapes[k]]
+    if other:
+        key = other[0]
+        raise InputError(
+            f"Weights {file} do not fit the network: {key} has shape {list(state[key].shape)} in the file and "
+            f"{list(shapes[key])} in the network."
+        )
     wrong = model.load_state_dict(state, strict=False)
     missing = [k for k in wrong.missing_keys if not k.endswith("num_batches_tracked")]
     if missing or wrong.unexpected_keys:

@@ -11,15 +11,28 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from understudy.data.folders import find
 from understudy.errors import InputError
+from understudy.models.weights import reason
+
+FILES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "*.tiktoken", "tekken.json", "tokenizer_config.json", "*.py")
+"""One of these is in the folder of every tokenizer."""
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, a set in `UNDERSTUDY_DATA` or the Hub."""
     path = find(name)
+    if path is not None and not any(file for pattern in FILES for file in path.glob(pattern)):
+        raise InputError(
+            f"No tokenizer can be loaded from {name!r}: the folder has no tokenizer.json or other vocabulary. Save the "
+            "model's tokenizer into it (tokenizer.save_pretrained), or name another."
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(path or name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"No tokenizer can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+        found = AutoTokenizer.from_pretrained(str(path or name), trust_remote_code=trust_remote_code)
+        found("a")  # settings of a wrong type show at the first text
+    except Exception as error:  # readers of vocabularies raise kinds of their own
+        raise InputError(f"No tokenizer can be loaded from {name!r}: {reason(error)}") from error
+    if not len(found):
+        raise InputError(f"The tokenizer of {name!r} has no token: its files are incomplete.")
+    return found
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

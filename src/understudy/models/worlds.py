@@ -14,6 +14,7 @@ from understudy.data.worlds import Chains, ChoiceBatch
 from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.small import load_weights
+from understudy.models.weights import read_object, reason
 from understudy.targets import Scores
 
 
@@ -98,12 +99,15 @@ def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Ch
         model = source
     else:
         if source is not None:
-            name = str(json.loads((source / "config.json").read_text())["policy"])
+            name = str(read_object(source / "config.json").get("policy"))
         kinds = {"policy": ChoicePolicy, "bigram": Bigram}
         kind = kinds.get(name.partition(":")[0])
         if kind is None:
             raise InputError(f"Model {name!r} is no policy of these worlds: give policy:64,64 (bandit) or bigram:16.")
-        model = kind(name, size)
+        try:
+            model = kind(name, size)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise InputError(f"Model {name!r} cannot be made: {reason(error)}") from None
         if source is not None:
             load_weights(model, source / "model.safetensors")
     if isinstance(model, Bigram):

@@ -13,6 +13,7 @@ from understudy.data import Batch
 from understudy.evaluation.rows import TILE_BYTES as EVALUATION_TILE
 from understudy.methods.kd import KD
 from understudy.models.adapters import CausalLMAdapter, ModelAdapter, ModelOutput
+from understudy.models.bodies import body
 from understudy.planning.machine import Machine
 from understudy.planning.tracker import Tracker, Work, flash_attention
 from understudy.streaming.chunked import STRIP_BYTES, bytes_of_tile, rows_of_tile
@@ -195,7 +196,7 @@ def _signal(rows: ModelAdapter, shape: tuple[int, ...]) -> Any:
     inner = rows.model.get_base_model() if hasattr(rows.model, "get_base_model") else rows.model
     ids = torch.zeros(shape, dtype=torch.long)
     whole = torch.ones_like(ids)
-    hidden = inner.base_model(input_ids=ids, attention_mask=whole, use_cache=False).last_hidden_state
+    hidden = body(inner)(input_ids=ids, attention_mask=whole, use_cache=False).last_hidden_state
     width = hidden.shape[-1]
     head = inner.get_output_embeddings()
     chosen = hidden[:, :-1].reshape(-1, width)

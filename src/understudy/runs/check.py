@@ -13,6 +13,7 @@ from transformers import set_seed
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
+from understudy.models.own import reload
 from understudy.runs.fitting import module_for
 from understudy.runs.overview import overview
 from understudy.runs.preflight import Findings
@@ -93,5 +94,5 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
         raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
-    student = task.model(recipe.student, prepared, folder / "student")
+    student = task.model(recipe.student, prepared, reload(folder / "student", None))
     return evaluate_split(task, prepared, student, standing(recipe, prepared, folder), split)

@@ -14,13 +14,18 @@ from understudy.generation.limits import Endpoint
 from understudy.masking import masked, remember
 from understudy.methods import get as get_method
 from understudy.methods import resolve
+from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
 from understudy.runs.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
+from understudy.tasks.base import COPY, MODULE
 from understudy.tasks.data_keys import check_data_keys
 from understudy.training import Method, OnPolicy
 from understudy.training.arguments import checked_arguments
 from understudy.training.arguments import fields as training_fields
+
+NONE = "none"
+"""As the teacher of a recipe: none, not even the task's own."""
 
 
 class Recipe(BaseModel):
@@ -52,6 +57,8 @@ class Recipe(BaseModel):
     @field_validator("teacher", "student", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
+        if value == NONE:
+            return None
         return {"model": value} if isinstance(value, str) else value
 
     @field_validator("data", mode="before")
@@ -79,8 +86,12 @@ class Recipe(BaseModel):
         return validated(get_method(self.method), self.options, f"option of method {self.method!r}")
 
     def dump(self) -> dict[str, Any]:
-        """Plain values, from which `make` makes this recipe again."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """Plain values, as written to `recipe.yaml`. That a method does without the teacher it could have is among them."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        method = self.build_method()
+        if self.teacher is None and method.requires.teacher == "optional":
+            values["teacher"] = NONE
+        return values
 
     def shown(self) -> dict[str, Any]:
         """Plain values as they are stored and shown: with secrets masked."""
@@ -124,7 +135,16 @@ def make(values: Mapping[str, Any]) -> Recipe:
     task = get_task(recipe.task)
     check_data_keys(recipe.task, recipe.data)
     check_members(recipe, task)
+    requires = recipe.build_method().requires
+    alone = recipe.teacher is None and ("teacher" in values or requires.teacher == "none")
+    if alone and requires.needs_teacher:
+        raise InputError(
+            f"Method {recipe.method!r} learns from a teacher and the recipe says there is none: name one, leave `teacher` out "
+            f"for the task's own, or choose a method without (method={task.baseline})."
+        )
     filled = task.fill(_with_domains(recipe))
+    if alone:
+        filled["teacher"] = None
     recipe = validated(Recipe, _with_arguments(filled), "recipe key")
     if recipe.patience is not None and recipe.trainer.get("eval_strategy", "no") == "no":
         raise InputError(
@@ -201,6 +221,11 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
     data = {**recipe.data, **task.start_data}
     if spec.tokenizer is not None:
         data.pop("tokenizer", None)  # its own counts
+    elif task.kind in ("text", "preference") and is_new_causal_lm(spec.model) and "tokenizer" not in data:
+        other: ModelSpec | None = recipe.student if side == "teacher" else recipe.teacher
+        first = next((o for o in other.parts("").values() if _brings_tokenizer(o)), None) if other is not None else None
+        if first is not None:  # a new model takes the tokenizer of the one that it is to train beside
+            data["tokenizer"] = first.tokenizer or first.model
     values = recipe.dump() | {
         "method": task.baseline,
         "options": {},
@@ -215,8 +240,12 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
         "arms": {},
         "on_policy": None,
     }
-    # The defaults of the task would name a teacher again; a teacher's own run has none.
-    return make(values).model_copy(update={"teacher": None})
+    return make(values)
+
+
+def _brings_tokenizer(spec: ModelSpec) -> bool:
+    named = spec.endpoint is None and spec.model != COPY and not spec.model.startswith(MODULE)
+    return spec.tokenizer is not None or (named and not is_new_causal_lm(spec.model))
 
 
 def check_members(recipe: Recipe, task: Any) -> None:
@@ -247,7 +276,10 @@ def check_members(recipe: Recipe, task: Any) -> None:
 
 def _with_domains(recipe: Recipe) -> dict[str, Any]:
     """The recipe's values; the column that routes examples to members becomes that of the data's domains."""
-    values, route = recipe.dump(), recipe.teacher.route if recipe.teacher is not None else None
+    values, route = (
+        recipe.model_dump(mode="json", exclude_none=True),
+        recipe.teacher.route if recipe.teacher is not None else None,
+    )
     named = values["data"].get("domain_column")
     if route is not None and named not in (None, route):
         raise InputError(f"teacher.route is {route!r} and data.domain_column {named!r}: domains are in one column.")

@@ -18,7 +18,9 @@ from understudy.errors import InputError
 from understudy.evaluation import CostMeter
 from understudy.evaluation.texts import sample_texts
 from understudy.models import ModelAdapter, state_hash
+from understudy.models.own import check_saves, reload
 from understudy.models.sharding import is_sharded, together, usable
+from understudy.models.weights import weight_hashes
 from understudy.reporting import render_run
 from understudy.runs.fitting import assemble_teacher, fit
 from understudy.runs.folder import facts, finished, first_rank, open_folder, save_pictures, write_json
@@ -27,7 +29,16 @@ from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, load, make, own_training
 from understudy.runs.specs import ModelSpec
-from understudy.runs.teachers import MEMBERS, comparable, copy_of, ensemble, other_side, other_tokenizer, served
+from understudy.runs.teachers import (
+    MEMBERS,
+    comparable,
+    copy_of,
+    ensemble,
+    other_side,
+    other_tokenizer,
+    served,
+    trained,
+)
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
@@ -110,7 +121,7 @@ def run(
         return Result(None, done["metrics"], folder)  # a procedure: its models are in the runs below
     if done is not None:
         prepared = task.prepare(recipe)
-        model = task.model(recipe.student, prepared, folder / "student")
+        model = task.model(recipe.student, prepared, reload(folder / "student", modules.get("student")))
         return Result(model.model, done["metrics"], folder)
     if isinstance(recipe.build_method(), Pipeline):
         return _run_pipeline(recipe, folder, progress, callbacks)
@@ -140,6 +151,7 @@ def _fit(
     given = modules.get("student")
     copied = recipe.student.model == COPY
     student = copy_of(teacher) if copied else _model(recipe, "student", task, prepared, home, progress, given)
+    check_saves(student.model)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
@@ -179,7 +191,7 @@ def _fit(
         fitted.trainer.log({f"{prefix}_{name}": value for name, value in evaluation["metrics"].items()})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
-    hashes["student"] = state_hash(student)
+    hashes |= {"student": state_hash(student), **(weight_hashes(folder / "student") if first_rank() else {})}
     return _finish(folder, evaluation, record, student.model)
 
 
@@ -240,8 +252,6 @@ def _run_pipeline(recipe: Recipe, folder: Path, progress: bool, callbacks: Seque
 
     def train_inside(name: str, values: Mapping[str, Any]) -> Result:
         inner = make({**values, "output": str(folder / name)})
-        if values.get("teacher") is None:  # the task's default teacher has no part in it
-            inner = inner.model_copy(update={"teacher": None})
         result = run(inner, progress=progress, callbacks=callbacks)
         if result.interrupted:
             raise KeyboardInterrupt
@@ -321,7 +331,8 @@ def _model(
     """Load one side; a model that is to be trained first is trained once and kept in `home`."""
     spec: ModelSpec = getattr(recipe, side)
     if module is not None or spec.train is None:
-        return task.model(spec, prepared, module)
+        model = task.model(spec, prepared, module)
+        return trained(spec, model) if side == "teacher" else model
     folder = home / _FIRST[side]
     if not (folder / "student").is_dir() or finished(folder) is None:
         train_first(recipe, side, home, progress)

@@ -11,6 +11,7 @@ from typing import Any
 from understudy.data import Batch, find
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
+from understudy.models.weights import is_new
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import ModelSpec
 from understudy.tasks import Prepared
@@ -101,10 +102,10 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
         assert own.teacher is not None
         if own.teacher.endpoint is not None:
             return None
-        trained = home / "teacher" / "student" if home is not None else None
+        first = home / "teacher" / "student" if home is not None else None
         if own.teacher.train is None:
-            return task.model(own.teacher, prepared)
-        return task.model(own.teacher, prepared, trained) if trained is not None and trained.is_dir() else None
+            return trained(own.teacher, task.model(own.teacher, prepared))
+        return task.model(own.teacher, prepared, first) if first is not None and first.is_dir() else None
 
     if recipe.teacher is None or prepared.aligner is not None:
         return None
@@ -114,6 +115,20 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
     return comparable(
         ensemble(recipe, prepared, lambda name, own: load(own, below / name if below is not None else None))
     )
+
+
+def trained(spec: ModelSpec, teacher: ModelAdapter) -> ModelAdapter:
+    """The teacher, unless a part of it has no weights yet: what it would say is random.
+
+    Raises:
+        InputError: it is named as it is, and its head is new.
+    """
+    if spec.train is None and is_new(teacher):
+        raise InputError(
+            f"Teacher {spec.model} has no head of its own for this task, and a new one would teach at random: train it first "
+            "(teacher.train={max_steps: 1000}), or name a model that was trained for it."
+        )
+    return teacher
 
 
 def comparable(teacher: ModelAdapter | None) -> ModelAdapter | None:

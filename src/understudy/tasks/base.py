@@ -61,6 +61,10 @@ class Prepared:
     facts: Mapping[str, Any] = field(default_factory=dict)
     stored: Callable[[Path], None] | None = None
 
+    def say(self, notes: Sequence[str]) -> None:
+        """Add notes, each once: a model may be loaded several times."""
+        self.notes.extend(note for note in notes if note not in self.notes)
+
     def split(self, name: str) -> Any:
         """`train`, `validation` or `test`."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]

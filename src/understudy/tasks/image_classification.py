@@ -9,10 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
-from understudy.data import collate_images, load_images
+from understudy.data import collate_images, find, load_images
 from understudy.data.image_sources import EMBEDDED
 from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation
+from understudy.models.processors import Processor, load_processor, plain_processor
+from understudy.models.weights import notes_of
 from understudy.tasks.base import LabelledTask, Prepared, merged
 
 _SMALL = {
@@ -92,6 +95,7 @@ class ImageClassification(LabelledTask):
             notes=list(splits.notes),
             more_tests=splits.more_tests,
             hashes={"data": splits.hash},
+            facts={"names": splits.classes},
         )
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
@@ -103,4 +107,47 @@ class ImageClassification(LabelledTask):
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
         )
-        return ClassifierAdapter(model, prepared.classes, normalise=normalisation(model))
+        prepared.say(notes_of(model))
+        name = str(spec.model if source is None else source) if not isinstance(source, nn.Module) else ""
+        processor = self._processor(name, model, prepared)
+        rows = ClassifierAdapter(model, prepared.classes, normalise=normalisation(model), processor=processor)
+        rows.try_on(prepared.input_shape)
+        _name_classes(model, prepared.facts["names"], prepared, spec.model)
+        return rows
+
+    def _processor(self, name: str, model: nn.Module, prepared: Prepared) -> Processor | None:
+        """That of a model of transformers; a plain one where its folder has none."""
+        config = getattr(model, "config", None)
+        if not isinstance(config, PreTrainedConfig) or len(prepared.input_shape) != 3:
+            return None
+        held = load_processor(name, find(name)) if name else None
+        if held is None and name:
+            prepared.say([f"{name} has no preprocessor_config.json: it is shown pixels in [0, 1] at their size."])
+        channels = getattr(config, "num_channels", prepared.input_shape[0])
+        found = Processor(held or plain_processor(prepared.input_shape), prepared.input_shape, channels)
+        if not found.exact:
+            prepared.say(
+                [
+                    f"{name}: its {type(held).__name__} is called for each image, which is slow and lets no gradient to the pixels."
+                ]
+            )
+        return found
+
+
+def _name_classes(model: nn.Module, names: list[str], prepared: Prepared, name: str) -> None:
+    """Give a model the names of the data's classes, for whoever loads it later; mere numbers do not replace its own."""
+    facts: dict[str, Any] | None = getattr(model, "understudy", None)
+    if facts is not None and len(names) == facts["classes"]:
+        facts["labels"] = list(names)
+    config = getattr(model, "config", None)
+    own: dict[int, str] = getattr(config, "id2label", None) or {}
+    if not isinstance(config, PreTrainedConfig) or len(own) != len(names):
+        return
+    generic = all(label == f"LABEL_{i}" for i, label in own.items())
+    if not generic and all(n.isdigit() for n in names):
+        return
+    here = [own[i].casefold() for i in sorted(own)]
+    there = [n.casefold() for n in names]
+    if here != there and sorted(here) == sorted(there):
+        prepared.warnings.append(f"{name} numbers the classes otherwise than the data: {', '.join(here[:3])}, ...")
+    config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}

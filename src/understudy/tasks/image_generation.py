@@ -18,7 +18,7 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.generation import evaluate_generation
 from understudy.losses.diffusion import check_prediction
 from understudy.models import ModelAdapter
-from understudy.models.denoisers import load_denoiser
+from understudy.models.denoisers import is_new_denoiser, load_denoiser
 from understudy.models.diffusion import Sampler
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
@@ -69,9 +69,13 @@ class ImageGeneration(TaskDefaults):
     preflight_examples = 32
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Digits with a small U-Net trained as teacher and copied into the student; `ring8` with its closed form."""
+        """Digits with a small U-Net trained as teacher and copied into the student; `ring8` with its closed form; a trained
+        teacher that is named without data is all that there is."""
         data = recipe.get("data") or {}
-        data.setdefault("name", "digits")
+        teacher = recipe.get("teacher") or {}
+        knows = "model" in teacher and teacher.get("train") is None and not is_new_denoiser(teacher["model"])
+        # What a trained teacher makes has a shape of its own, and nothing else is asked of data.
+        data.setdefault("name", "noise" if knows and recipe.get("method") != self.baseline else "digits")
         world = data["name"] in WORLDS
         learns = recipe.get("method") == self.baseline
         if recipe.get("teacher") is None and not learns:

@@ -22,6 +22,7 @@ from understudy.models import (
 )
 from understudy.models.layouts import Packing
 from understudy.models.tokenizers import compare_tokenizers
+from understudy.models.weights import notes_of
 from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
 from understudy.tasks.padding import checked_packing, padding_notes
 from understudy.teachers import Aligner
@@ -200,10 +201,21 @@ class LanguageModeling(LabelledTask):
                 _same_ends(first, chosen, name, other, splits.train)
         return chosen, theirs
 
+    def _same_tokens(self, folder: Path, tokenizer: Any) -> None:
+        """Refuse a model of an earlier run whose tokens are others: it would be fed ids that mean something else."""
+        difference = compare_tokenizers(load_tokenizer(str(folder)), tokenizer)
+        if difference is not None:
+            raise InputError(
+                f"The model in {folder} was trained with another tokenizer than this run has: {difference}. Name the one "
+                "tokenizer of both (data.tokenizer), and choose another output."
+            )
+
     def _rows(self, model: Any, vocabulary: int, packing: Packing) -> CausalLMAdapter:
         return CausalLMAdapter(model, vocabulary, packing)
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
+        if isinstance(source, Path):
+            self._same_tokens(source, prepared.tokenizer)
         model = load_causal_lm(
             spec.model if source is None else source,
             tokenizer=prepared.tokenizer,
@@ -215,10 +227,15 @@ class LanguageModeling(LabelledTask):
             _check_positions(spec.model, model, prepared.facts["longest"])
         packing = prepared.facts["packing"]
         rows = self._rows(model, prepared.classes, packing)
-        notes = []
+        notes = notes_of(model)
         if rows.padding:
             notes.append(f"{spec.model}: {rows.padding} padding rows of the head beyond the tokenizer are left out.")
+        if rows.own_logits:
+            notes.append(
+                f"{spec.model}: its hidden states times its head are not its logits ({type(model).__name__} does more), so its "
+                "own are used: the logits of a whole batch are held at once, and a loss is not computed piece by piece."
+            )
         if packing != "none" and rows.layouts.reason is not None:
             notes.append(f"{spec.model}: batches are computed with their padding, for {rows.layouts.reason}.")
-        prepared.notes.extend(note for note in notes if note not in prepared.notes)
+        prepared.say(notes)
         return rows

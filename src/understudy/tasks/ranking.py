@@ -18,9 +18,10 @@ from understudy.data.retrieval_sources import RankingSplits, load_rankings
 from understudy.errors import InputError
 from understudy.evaluation.ranking import evaluate_ranking
 from understudy.models import ModelAdapter, load_tokenizer, tokenizer_hashes
-from understudy.models.encoders import is_new_encoder, located
+from understudy.models.encoders import is_new_encoder, located, prompts_of
 from understudy.models.ranker_loading import OPTIONS, load_ranker
 from understudy.models.rankers import BiEncoderAdapter, RankerEnsemble
+from understudy.models.weights import notes_of
 from understudy.tasks.base import MODULE, Prepared, TaskDefaults, merged
 
 _WORLD = {"max_steps": 2500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
@@ -79,7 +80,7 @@ class Ranking(TaskDefaults):
         for spec in (recipe.student, recipe.teacher):
             for name in _names(spec):
                 tokenizer = self._tokenizer(spec, name, own, splits, vocabulary, trained)
-                views[name] = View(tokenizer, *lengths)
+                views[name] = View(tokenizer, *lengths, *prompts_of(name))
         mine = views[recipe.student.model]
         same = {view.key: view for view in reversed(views.values())}
         prepared = _RankingData(
@@ -130,8 +131,7 @@ class Ranking(TaskDefaults):
         for name in names:
             ranker = load_ranker(str(source or name), prepared.views[name], options if source is None else {}, **kept)
             note = _warning(name, ranker)
-            if note and note not in prepared.notes:
-                prepared.notes.append(note)
+            prepared.say([*notes_of(ranker), *([note] if note else [])])
             rankers.append(ranker)
         return rankers[0] if len(rankers) == 1 else RankerEnsemble(rankers)
 

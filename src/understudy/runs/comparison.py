@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from understudy.errors import InputError
+from understudy.files import read_json, write_json
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
+from understudy.runs.folder import clear, differences, finished, held
 from understudy.runs.recipe import Recipe, load, make
-from understudy.runs.run import run, train_first
-from understudy.runs.teachers import MEMBERS, member_recipes
+from understudy.runs.run import inputs, run, trained_first
 from understudy.tasks import get as get_task
+from understudy.workers import carry_out, processes
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ def compare(
     seeds: int | Sequence[int] = 3,
     *,
     baseline: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> Comparison:
     """Train every method over every seed as the recipe says, and compare on the judged split.
@@ -47,6 +47,8 @@ def compare(
         methods: names; options of each come from the recipe's `arms`.
         seeds: how many, or which.
         baseline: what differences are against; the first method unless given.
+        workers: runs at once; one a GPU, or one a core where there is none, if not given.
+        overwrite: replace the runs that the output folder holds.
     """
     if not isinstance(recipe, Recipe):
         recipe = make(recipe) if isinstance(recipe, Mapping) else load(recipe)
@@ -58,14 +60,15 @@ def compare(
         raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(methods)}.")
     folder = recipe.output
     plans = [_arm(recipe, m, s, folder / "runs" / f"{m}-s{s}") for m in methods for s in numbers]
-    results = run_all(plans, folder / "teacher", progress=progress)
-    done = [
-        {"method": p.method, "seed": p.seed, "folder": os.path.relpath(p.output, folder), **r}
-        for p, r in zip(plans, results, strict=True)
-    ]
-    data = _collect(recipe, done, baseline, numbers)
-    (folder / "comparison.json").write_text(json.dumps(data, indent=1))
-    render_comparison(folder)
+    with held(folder, inputs(recipe)):
+        results = run_all(plans, folder / "teacher", workers=workers, overwrite=overwrite, progress=progress)
+        done = [
+            {"method": p.method, "seed": p.seed, "folder": os.path.relpath(p.output, folder), **r}
+            for p, r in zip(plans, results, strict=True)
+        ]
+        data = _collect(recipe, done, baseline, numbers)
+        write_json(folder / "comparison.json", data)
+        render_comparison(folder)
     return Comparison(data["table"], data, folder)
 
 
@@ -75,33 +78,32 @@ def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
     return make(recipe.dump() | {"method": method, "options": own, "seed": seed, "output": str(output), "arms": {}})
 
 
-def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) -> list[dict[str, Any]]:
+def run_all(
+    plans: Sequence[Recipe],
+    shared: Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
     """Carry out runs in parallel, one thread each; results in the order of the plans.
 
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
+
+    Args:
+        workers: processes; one a GPU, or one a core where there is none, if not given. overwrite: replace the runs that the
+            plans' folders hold.
     """
     homes = [_home(p, shared) for p in plans]
-    context = _processes()
+    context = processes()
     for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
-        _train_ahead(plan, home, progress)
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
-    results: dict[int, dict[str, Any]] = {}
-    with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
-        waiting = {pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, homes, strict=True))}
-        for future in _tracked(waiting, progress):
-            results[waiting[future]] = future.result()
-    return [results[i] for i in range(len(plans))]
-
-
-def _train_ahead(recipe: Recipe, home: Path, progress: bool = False) -> None:
-    """Train all models of a recipe that are to be trained first."""
-    for name, own in member_recipes(recipe).items():
-        if own.teacher is not None and own.teacher.train is not None:
-            train_first(own, "teacher", home / MEMBERS / name, progress)
-    for side in ("teacher", "student"):
-        spec = getattr(recipe, side)
-        if spec is not None and spec.train is not None:
-            train_first(recipe, side, home, progress)
+        for own in trained_first(plan, home):
+            if overwrite and differences(own.output, own):
+                clear(own.output)
+            if run(own, progress=progress).interrupted:
+                raise KeyboardInterrupt
+    jobs = [(p.dump(), str(home), overwrite) for p, home in zip(plans, homes, strict=True)]
+    return carry_out(_work, jobs, workers, context, lambda done: _tracked(done, len(jobs), progress))
 
 
 def _home(plan: Recipe, folder: Path) -> Path:
@@ -113,62 +115,26 @@ def _home(plan: Recipe, folder: Path) -> Path:
     return folder / hashlib.sha256(spec.encode()).hexdigest()[:8]
 
 
-def _tracked(waiting: Mapping[Any, int], progress: bool) -> Iterator[Any]:
+def _tracked(done: Iterator[Any], total: int, progress: bool) -> Iterator[Any]:
     if not progress:
-        yield from as_completed(waiting)
+        yield from done
         return
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(
-        as_completed(waiting), "runs", total=len(waiting), console=console, disable=not console.is_terminal
-    )
+    yield from track(done, "runs", total=total, console=console, disable=not console.is_terminal)
 
 
-def _processes() -> BaseContext:
-    """How runs get their processes: forked from one that imports the library while teachers are trained.
-
-    A process that is forked cannot use a GPU that its parent has touched: where there is one, each starts afresh.
-    """
-    import torch
-
-    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    from multiprocessing.forkserver import ensure_running
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["understudy.runs.run"])
-    with _single_threaded():
-        ensure_running()
-    return context
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Children inherit one thread each: for small models that uses cores better than one process with many."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {n: os.environ.get(n) for n in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _work(recipe: dict[str, Any], home: str) -> dict[str, Any]:
+def _work(recipe: dict[str, Any], home: str, overwrite: bool) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
     plan = make(recipe)
-    result = run(plan, home=Path(home))
+    result = run(plan, home=Path(home), overwrite=overwrite)
     if result.interrupted:
         raise KeyboardInterrupt
-    evaluation = json.loads((plan.output / "evaluation.json").read_text())
+    evaluation = finished(plan.output) or {}
     return {"metrics": evaluation["metrics"], "cost": evaluation["cost"]}
 
 
@@ -176,7 +142,7 @@ def _collect(recipe: Recipe, done: list[dict[str, Any]], baseline: str, seeds: l
     task = get_task(recipe.task)
     first = done[0]
     taught = {k.removeprefix("teacher_"): v for d in done for k, v in d["metrics"].items() if k.startswith("teacher_")}
-    facts = json.loads((recipe.output / first["folder"] / "run.json").read_text())
+    facts = read_json(recipe.output / first["folder"] / "run.json") or {}
     steps = {d["cost"]["steps"] for d in done}
     return {
         "title": f"{recipe.task} on {recipe.data['name']}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
 from understudy.evaluation import CostMeter
+from understudy.files import read_log, writing
 from understudy.models import ModelAdapter
 from understudy.models.sharding import together
 from understudy.runs.folder import first_rank
@@ -30,6 +32,8 @@ from understudy.training import DistillationTrainer, Rollouts, TrainModule, last
 from understudy.training.arguments import StopOnSignal, total_steps, training_arguments
 from understudy.training.dry_run import dry_run, dry_run_stored
 from understudy.training.shapes import probe
+
+logger = logging.getLogger(__name__)
 
 
 def trainer_for(
@@ -157,8 +161,11 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
         if log.exists() and first_rank():  # lines after the checkpoint will be written again
             # A sample is written before the step that it names, everything else after it.
             most = step - 1 if log.name.startswith("samples") else step
-            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= most]
-            log.write_text("".join(line + "\n" for line in lines))
+            records, damaged = read_log(log)
+            if damaged:
+                logger.warning("%s: %d damaged lines are left out.", log, damaged)
+            with writing(log):
+                log.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= most))
     together()
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
@@ -166,10 +173,3 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start
     return trainer.state.global_step < trainer.state.max_steps and not trainer.settled
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
-        return float("inf")

@@ -39,7 +39,8 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     if args.max_steps > 0:
         return int(args.max_steps)
     batch = args.train_batch_size * max(1, args.world_size) * args.gradient_accumulation_steps
-    return int(-(-examples // batch) * args.num_train_epochs)
+    left_out = examples % (batch // args.gradient_accumulation_steps) if args.dataloader_drop_last else 0
+    return int(-(-(examples - left_out) // batch) * args.num_train_epochs)
 
 
 class StopOnSignal(TrainerCallback):

@@ -19,7 +19,7 @@ def _best(folder: Path) -> str:
     """The checkpoint that was the best when this one was written; a run that goes on from here may end with it."""
     try:
         return f"checkpoint-{json.loads((folder / 'trainer_state.json').read_text())['best_global_step']}"
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return ""
 
 
@@ -42,7 +42,7 @@ class ExactCheckpoints(OnRanks):
         folder = Path(self.args.output_dir)
         ck.seal(folder / f"checkpoint-{self.state.global_step}")
         # Older ones go only now that the newest is sealed, so a kill at any moment leaves a whole one.
-        old = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+        old = ck.numbered(folder)
         kept = old[-(keep or 2) :]
         best = {_best(path) for path in kept}
         for path in old[: -(keep or 2)]:

@@ -141,8 +141,10 @@ CASES = {
     "a small vocabulary": (lambda t: text(data={**TEXT["data"], "vocab_size": 10}), "at least 260"),
     "output is a file": (lambda t: image(output=str(write(t / "out", ""))), "is a file, not a folder"),
     "output holds another run": (
-        lambda t: image(output=str(write(t / "run" / "recipe.yaml", "method: pld\n").parent)),
-        "holds another run",
+        lambda t: image(
+            output=str(write(write(t / "run" / "recipe.yaml", "method: pld\n").parent / ".understudy", "").parent)
+        ),
+        "holds another run: data.limit",
     ),
     "evaluate no run": (lambda t: ["evaluate", str(t)], "is not a run folder"),
     "report of nothing": (lambda t: ["report", str(t)], "neither a run folder"),

@@ -11,6 +11,7 @@ from typing import Any
 from understudy.claims.experiment import Claim, result_table
 from understudy.claims.experiment import reproduce as _reproduce
 from understudy.errors import InputError, nearest
+from understudy.runs.folder import held
 
 
 @cache
@@ -25,7 +26,8 @@ def reproduce(name: str, seeds: int, output: Path, *, progress: bool = False) ->
     known = claims()
     if name not in known:
         raise InputError(f"No claim for {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-    return _reproduce(known[name], seeds, output, progress=progress)
+    with held(output):
+        return _reproduce(known[name], seeds, output, progress=progress)
 
 
 __all__ = ["Claim", "claims", "reproduce", "result_table"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import InputError
+from understudy.errors import InputError, nearest
+from understudy.methods import all_methods
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
+from understudy.runs.folder import finished, open_folder
 from understudy.runs.recipe import Recipe, load, make
 from understudy.runs.run import run, train_first
 from understudy.runs.teachers import MEMBERS, member_recipes
@@ -33,53 +36,140 @@ class Comparison:
 
 def compare(
     recipe: Recipe | Mapping[str, Any] | str | Path,
-    methods: Sequence[str],
+    methods: Sequence[str] | None = None,
     seeds: int | Sequence[int] = 3,
     *,
+    arms: Mapping[str, Mapping[str, Any]] | None = None,
     baseline: str | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Train every method over every seed as the recipe says, and compare on the judged split.
+    """Train every arm over every seed as the recipe says, and compare on the judged split.
 
     All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
 
     Args:
-        methods: names; options of each come from the recipe's `arms`.
+        methods: names of arms, or of methods; options of these come from the recipe's `arms`. Unless given: all arms, if
+            the recipe names any with a method, else `sft` and `kd`.
         seeds: how many, or which.
-        baseline: what differences are against; the first method unless given.
+        arms: `{name: {"method": …, "options": {…}}}`, in place of the recipe's `arms`.
+        baseline: what differences are against; the first arm unless given.
     """
     if not isinstance(recipe, Recipe):
         recipe = make(recipe) if isinstance(recipe, Mapping) else load(recipe)
+    if arms is not None:
+        recipe = make(recipe.dump() | {"arms": {name: dict(arm) for name, arm in arms.items()}})
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not numbers or not methods:
+    chosen = _chosen(recipe, methods)
+    if not numbers or not chosen:
         raise InputError("A comparison needs at least one method and one seed: --methods a,b --seeds 3.")
-    baseline = baseline or methods[0]
-    if baseline not in methods:
-        raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(methods)}.")
+    baseline = baseline or next(iter(chosen))
+    if baseline not in chosen:
+        raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(chosen)}.")
     folder = recipe.output
-    plans = [_arm(recipe, m, s, folder / "runs" / f"{m}-s{s}") for m in methods for s in numbers]
+    places = _places(chosen)
+    runs = [(name, s) for name in chosen for s in numbers]
+    plans = [_plan(recipe, chosen[name], s, folder / "runs" / f"{places[name]}-s{s}") for name, s in runs]
     results = run_all(plans, folder / "teacher", progress=progress)
     done = [
-        {"method": p.method, "seed": p.seed, "folder": os.path.relpath(p.output, folder), **r}
-        for p, r in zip(plans, results, strict=True)
+        {"method": name, "seed": seed, "folder": os.path.relpath(p.output, folder), **r}
+        for (name, seed), p, r in zip(runs, plans, results, strict=True)
     ]
-    data = _collect(recipe, done, baseline, numbers)
+    data = _collect(recipe, done, baseline, numbers) | {"arms": chosen}
     (folder / "comparison.json").write_text(json.dumps(data, indent=1))
     render_comparison(folder)
     return Comparison(data["table"], data, folder)
 
 
-def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
+_Arm = dict[str, Any]
+"""`{"method": …, "options": {…}}`."""
+_ARM_KEYS = ("method", "options")
+
+
+def _chosen(recipe: Recipe, names: Sequence[str] | None) -> dict[str, _Arm]:
+    """The arms of a comparison by name."""
+    named = {name: _arm(name, values) for name, values in recipe.arms.items()}
+    if names is None:
+        names = list(named) if any(_is_named(values) for values in recipe.arms.values()) else ["sft", "kd"]
+    chosen: dict[str, _Arm] = {}
+    for name in names:
+        if name in chosen:
+            raise InputError(
+                f"{name!r} is named twice. Arms of one method have names of their own: arms: "
+                f"{{'{name} a': {{method: {name}, options: {{...}}}}, ...}}."
+            )
+        if name not in named and not _is_method(name):
+            raise InputError(
+                f"No method {name!r}, and no arm of that name.{nearest(name, [*named, *all_methods()])} Arms of the recipe: "
+                f"{', '.join(named) or 'none'}; methods: `understudy methods`."
+            )
+        own = recipe.options if name == recipe.method else {}
+        chosen[name] = named.get(name, {"method": name, "options": own})
+    return chosen
+
+
+def _is_method(name: str) -> bool:
+    try:
+        get_method(name)
+    except InputError:
+        return False
+    return True
+
+
+def _is_named(values: Mapping[str, Any]) -> bool:
+    """Whether an arm says its method or has its options apart; otherwise it is the options of the method of its name."""
+    return not values.keys().isdisjoint(_ARM_KEYS)
+
+
+def _arm(name: str, values: Mapping[str, Any]) -> _Arm:
+    if not _is_named(values):
+        if not _is_method(name):
+            raise InputError(
+                f"Arm {name!r} says no method, and there is none of that name.{nearest(name, all_methods())} Write arms: "
+                f"{{{name!r}: {{method: NAME, options: {{...}}}}}}."
+            )
+        return {"method": name, "options": dict(values)}
+    for key in values:
+        if key not in _ARM_KEYS:
+            raise InputError(
+                f"Unknown key arms.{name}.{key}.{nearest(key, _ARM_KEYS)} Known: method, options; options of the method "
+                "go below options."
+            )
+    options = values.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"arms.{name}.options is {options!r} and must map options of the method to values.")
+    method = str(values.get("method", name))
     get_method(method)
-    own = recipe.arms.get(method, recipe.options if method == recipe.method else {})
-    return make(recipe.dump() | {"method": method, "options": own, "seed": seed, "output": str(output), "arms": {}})
+    return {"method": method, "options": dict(options)}
+
+
+def _places(names: Iterable[str]) -> dict[str, str]:
+    """A folder name for each arm."""
+    taken: dict[str, str] = {}
+    for name in names:
+        place = re.sub(r"[^\w.=+-]+", "-", name)
+        if place in taken:
+            raise InputError(f"Arms {taken[place]!r} and {name!r} would share the folder {place!r}: rename one.")
+        taken[place] = name
+    return {name: place for place, name in taken.items()}
+
+
+def _plan(recipe: Recipe, arm: _Arm, seed: int, output: Path) -> Recipe:
+    return make(recipe.dump() | {**arm, "seed": seed, "output": str(output), "arms": {}})
 
 
 def run_all(plans: Sequence[Recipe], shared: Path, *, progress: bool = False) -> list[dict[str, Any]]:
-    """Carry out runs in parallel, one thread each; results in the order of the plans.
+    """Carry out runs in parallel, one thread each; results in the order of the plans. A finished run is read.
 
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
     """
+    results = {i: _measured(p) for i, p in enumerate(plans) if finished(p.output) is not None}
+    left = [i for i in range(len(plans)) if i not in results]
+    if left:
+        results |= zip(left, _run_all([plans[i] for i in left], shared, progress), strict=True)
+    return [results[i] for i in range(len(plans))]
+
+
+def _run_all(plans: Sequence[Recipe], shared: Path, progress: bool) -> list[dict[str, Any]]:
     homes = [_home(p, shared) for p in plans]
     context = _processes()
     for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
@@ -168,7 +258,12 @@ def _work(recipe: dict[str, Any], home: str) -> dict[str, Any]:
     result = run(plan, home=Path(home))
     if result.interrupted:
         raise KeyboardInterrupt
-    evaluation = json.loads((plan.output / "evaluation.json").read_text())
+    return _measured(plan)
+
+
+def _measured(plan: Recipe) -> dict[str, Any]:
+    """What a finished run found, if it is the run that is asked for."""
+    evaluation = json.loads((open_folder(make(plan.dump())) / "evaluation.json").read_text())
     return {"metrics": evaluation["metrics"], "cost": evaluation["cost"]}
 
 

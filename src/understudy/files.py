@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from understudy.errors import InputError
 from understudy.masking import masked
+from understudy.reading import parse_json
 
 COMPLETE = "complete.json"
 
@@ -27,11 +28,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
         InputError: the file is damaged or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_bytes().decode())
+        value = parse_json(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: {_reason(error)}. Put the file back as it was written.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}.") from error
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error} Put the file back as it was written.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: it holds a {type(value).__name__}, not an object with keys.")
     return value

@@ -199,41 +199,59 @@ def train(
 def compare(
     recipe: RecipePath = None,
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="Names, separated by commas; the first is the baseline.")] = "sft,kd",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods or arms of the recipe, separated by commas; the first is the baseline. Unless given: all arms "
+            "that the recipe names, else sft,kd."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     workers: Workers = None,
     overwrite: Overwrite = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here too.")] = None,
 ) -> None:
-    """Compare methods over seeds on equal budgets."""
+    """Compare methods, or named arms of them, over seeds on equal budgets."""
     from understudy.reporting import comparison_table
     from understudy.runs.comparison import compare as run_compare
 
+    names = [name.strip() for name in methods.split(",")] if methods is not None else None
     asked = load_recipe(recipe, overrides)
-    result = run_compare(asked, methods.split(","), seeds, workers=workers, overwrite=overwrite, progress=not out.quiet)
+    result = run_compare(asked, names, seeds, workers=workers, overwrite=overwrite, progress=not out.quiet)
     out.print(comparison_table(result.data))
     if json_file is not None:
         json_file.write_text(json.dumps(result.data, indent=1))
     out.print(f"Report: {result.folder / 'report.html'}")
 
 
-@app.command(epilog="Example: understudy reproduce pld --seeds 3 --json pld.json")
+@app.command(epilog="Example: understudy reproduce pld --setting real --max-seeds 12 --json pld.json")
 def reproduce(
     name: Annotated[str, typer.Argument(help="The method whose claim is tried.", autocompletion=_names)],
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    data: Annotated[Path | None, typer.Option(help="Data folder, as UNDERSTUDY_DATA.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Exactly so many; otherwise rounds of seeds until a verdict is possible.")
+    ] = None,
+    max_seeds: Annotated[int | None, typer.Option(help="At most so many seeds in rounds (default 20).")] = None,
+    hours: Annotated[float | None, typer.Option(help="Begin no round that would end later than this.")] = None,
+    setting: Annotated[str, typer.Option(help="embedded, or real: on real data.")] = "embedded",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Other data of the same columns (folder, file or Hub id), or a folder as UNDERSTUDY_DATA."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
+    ] = None,
 ) -> None:
-    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds."""
-    if data is not None:
-        if not data.is_dir():
-            raise InputError(f"Data folder {data} does not exist.")
-        os.environ["UNDERSTUDY_DATA"] = str(data)
+    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds until it is decided."""
+    from understudy.claims import EMBEDDED, get, result_table
     from understudy.claims import reproduce as run_claim
-    from understudy.claims import result_table
 
-    result = run_claim(name, seeds, output or Path("runs/claims") / name, progress=not out.quiet)
+    if data is not None and get(name).held_by(Path(data)):
+        os.environ["UNDERSTUDY_DATA"], data = data, None
+    parts = [name, *([setting] if setting != EMBEDDED else []), *([Path(data).name] if data is not None else [])]
+    folder = output or Path("runs/claims") / "-".join(parts)
+    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
+    result = run_claim(name, seeds, folder, **budget, setting=setting, data=data, progress=not out.quiet)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1))
     out.print(result_table(result))

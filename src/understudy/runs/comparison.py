@@ -231,9 +231,9 @@ def _run_all(
                 clear(own.output)
             if run(own, progress=progress).interrupted:
                 raise KeyboardInterrupt
-    jobs: list[tuple[Any, ...]] = [(p.dump(), str(home), overwrite) for p, home in zip(plans, homes, strict=True)]
+    jobs = [(p.dump(), str(home), overwrite) for p, home in zip(plans, homes, strict=True)]
     if context is None:
-        return [_work(*job, modules) for job in _tracked(iter(jobs), len(jobs), progress)]
+        return [_work(p, home, replace, modules) for p, home, replace in _tracked(iter(jobs), len(jobs), progress)]
     global _modules
     _modules = modules  # forked workers find it where it is
     return carry_out(_work, jobs, workers, context, lambda done: _tracked(done, len(jobs), progress))

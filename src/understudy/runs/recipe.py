@@ -42,7 +42,8 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation and noise.")
     options: dict[str, Any] = Field(default_factory=dict, description="The method's own options.")
     arms: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="For comparisons: options of each method by its name."
+        default_factory=dict,
+        description="For comparisons: `method` and `options` of each arm by a name, or a method's options by its.",
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="Arguments of transformers' Trainer.")
     patience: int | None = Field(

@@ -12,6 +12,7 @@ from understudy.data import Batch
 from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
+from understudy.models import find_head
 from understudy.streaming import rowwise
 from understudy.training import Method, Phase, Requirements, Term
 from understudy.training.order import EpochSampler, Sampling
@@ -44,7 +45,7 @@ class TwoPhases(Method):
         assert shapes.student is not None and shapes.teacher is not None
         projection = nn.Linear(shapes.features, shapes.teacher_features)
         with torch.no_grad():
-            projection.weight.copy_(0.1 * shapes.teacher.model[-1].weight[:1, :].T.expand_as(projection.weight))
+            projection.weight.copy_(0.1 * find_head(shapes.teacher).weight[:1].T.expand_as(projection.weight))
         return {"projection": projection}
 
     def loss(self, student, teacher, batch, state):

@@ -38,7 +38,7 @@ def teacher_of(
         model: the loaded teacher, if there is one; refused where the method asks more of it than it can say.
         home: where the scores of a server are kept and shared.
     """
-    if not method.requires.in_steps or recipe.teacher is None:
+    if method.requires.teacher == "none" or recipe.teacher is None:
         return None
     if isinstance(model, Ensemble):
         outputs_alone(method, "an ensemble has no inner layer of its own")

@@ -102,7 +102,7 @@ def test_seeds_that_are_done_are_used_and_not_run_again(runs, tmp_path):
     again = reproduce(CLAIM, None, tmp_path, max_seeds=4)
     assert again["looks"] == [4] and len(done) == number + 2 * 2
     other = dataclasses.replace(CLAIM, recipe={**CLAIM.recipe, "student": "mlp:9"})
-    with pytest.raises(InputError, match="holds another run: student was"):
+    with pytest.raises(InputError, match=r"holds another run: student\.model: mlp:8 → mlp:9"):
         reproduce(other, 6, tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_every_setting_of_every_claim_is_fair(name, setting, monkeypatch):
     one = get(name).at(setting)
     plans = [one.tuning(label, i, Path("out")) for label in one.arms for i in range(one.candidates)]
     plans += [one.judging(label, 0, 0, Path("out")) for label in one.arms]
-    assert {p.judge for p in plans[: -len(one.arms)]} <= {"validation"} and plans[-1].judge == "test"
+    assert {p.eval_split for p in plans[: -len(one.arms)]} <= {"validation"} and plans[-1].eval_split == "test"
     budgets = {(p.trainer["max_steps"], p.trainer["per_device_train_batch_size"]) for p in plans}
     assert len(budgets) == 1 and one.candidates >= 1
     assert {c.arm for c in one.checks} | {c.other for c in one.checks} <= one.arms.keys()

@@ -17,7 +17,7 @@ from engine_cases import DIGITS, TEXT
 from understudy import distill
 from understudy.cli import main
 from understudy.cli.options import out
-from understudy.data import graphs, images, preferences, rankings, text
+from understudy.data import graphs, images, preferences, retrieval_sources, text
 from understudy.errors import InputError
 from understudy.keys import matching, page, sections
 from understudy.masking import MASK, masked, masked_text
@@ -400,7 +400,7 @@ def test_keys_of_data_are_all_described():
         "language_modeling": text.OPTIONS,
         "preferences": preferences.OPTIONS,
         "node_classification": graphs.OPTIONS,
-        "ranking": rankings.OPTIONS,
+        "ranking": retrieval_sources.OPTIONS,
     }
     for task, known in read.items():
         assert set(known) <= set(KEYS[task].model_fields), task

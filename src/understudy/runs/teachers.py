@@ -40,6 +40,11 @@ def teacher_of(
     """
     if method.requires.teacher == "none" or recipe.teacher is None:
         return None
+    if (recipe.teacher.cache is not None or recipe.teacher.served) and method.requires.teacher_model:
+        raise InputError(
+            f"Method {method.name!r} reads the teacher's own model before training, about every example: give a live teacher, "
+            "without teacher.cache or teacher.endpoint."
+        )
     if isinstance(model, Ensemble):
         outputs_alone(method, "an ensemble has no inner layer of its own")
     elif isinstance(model, OtherTokenizer):

@@ -13,10 +13,11 @@ from test_preferences import PAIRS, SMALL, lists, scorer
 from test_preferences import tokenizer as tokenizer
 from understudy import distill
 from understudy.data import collate_lists
-from understudy.evaluation.preference import NAMES, evaluate_preferences
+from understudy.evaluation.preference import evaluate_preferences
 from understudy.methods.adpo import ADPO
 from understudy.methods.dpo import DPO
 from understudy.training import TrainState
+from understudy.training.reference import NAMES
 
 CASES = {
     # method: β, whether a reference is taken off, whether log-probabilities are means a token

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from understudy.data import Batch, ListBatch
@@ -14,7 +12,7 @@ from understudy.data.worlds import Chains, ChoiceBatch
 from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.small import load_weights
-from understudy.models.weights import read_object, reason
+from understudy.models.weights import read_object, reason, save_weights
 from understudy.targets import Scores
 
 
@@ -25,9 +23,7 @@ class _Saved(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """Write `config.json` and `model.safetensors`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, f"{folder}/model.safetensors")
-        Path(folder, "config.json").write_text(json.dumps({"policy": self.name}))
+        save_weights(self, Path(folder), {"policy": self.name})
 
 
 class ChoicePolicy(_Saved):

@@ -61,7 +61,7 @@ def test_single_answers_are_means_over_their_own_side(tokenizer, tmp_path):
     with torch.no_grad():
         rewards = 0.5 * (student(batch).signal.values - reference(batch).signal.values)[:, 0]
     means = {k: float(t.values.sum()) / counts[k] for k, t in terms.items() if counts.get(k)}
-    found = method.reported(means)
+    found = method.logged(means)
     chosen, rejected = float(rewards[[0, 2]].mean()), float(rewards[1])
     assert found["rewards/chosen"] == pytest.approx(chosen) and found["rewards/rejected"] == pytest.approx(rejected)
     assert found["rewards/margins"] == pytest.approx(chosen - rejected) and "rewards/accuracies" not in found

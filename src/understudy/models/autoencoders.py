@@ -12,7 +12,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.fitting import minimise
 from understudy.models.small import load_weights
-from understudy.models.weights import check_complete, read_object, reason, save_weights
+from understudy.models.weights import check_complete, read_object, reason, write_model
 
 
 class Autoencoder(nn.Module):
@@ -42,7 +42,7 @@ class Autoencoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`, for `load_autoencoder`."""
-        save_weights(self, folder, {"understudy_autoencoder": self.sizes, "shape": self.shape})
+        write_model(self, folder, {"understudy_autoencoder": self.sizes, "shape": self.shape})
 
 
 class _OfDiffusers(nn.Module):

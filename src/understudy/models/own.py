@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from understudy.errors import InputError
-from understudy.models.weights import check_folder, reason, save_weights
+from understudy.models.weights import check_folder, reason, write_model
 
 MARK = "understudy_module"
 """Key of a `config.json` beside the state of such a module: the name of its class."""
 
 
 def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors`, and a `config.json` that names the class; see `save_weights`."""
-    save_weights(model, folder, {MARK: type(model).__name__}, state)
+    """Write `model.safetensors`, and a `config.json` that names the class; see `write_model`."""
+    write_model(model, folder, {MARK: type(model).__name__}, state)
 
 
 def check_saves(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.small import load_weights
 from understudy.models.tokenizers import load_tokenizer
-from understudy.models.weights import check_folder, check_weights, read_object, reason, save_weights
+from understudy.models.weights import check_folder, check_weights, read_object, reason, write_model
 
 Pair = tuple[str, str]
 
@@ -66,7 +66,7 @@ class WordPairs(PairClassifier):
         return total
 
     def save(self, folder: Path) -> None:
-        save_weights(self, folder, {"understudy_pairs": self.sizes, "vocabulary": self.vocabulary})
+        write_model(self, folder, {"understudy_pairs": self.sizes, "vocabulary": self.vocabulary})
 
 
 class AutoPairs(PairClassifier):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from understudy.errors import InputError
 from understudy.models.heads import SubclassHead, head_name, put_head
 from understudy.models.networks import graph_network, has_options, read_options
-from understudy.models.weights import read_object, reason, save_weights
+from understudy.models.weights import read_object, reason, write_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -171,7 +171,7 @@ def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
 def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write `config.json` and `model.safetensors`: of the model's state, or of `state` where that is held elsewhere."""
     facts: Any = model.understudy
-    save_weights(model, folder, facts, state)
+    write_model(model, folder, facts, state)
 
 
 class Facts(BaseModel):

@@ -15,7 +15,7 @@ from understudy.errors import InputError
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def save_weights(
+def write_model(
     model: nn.Module, folder: Path, config: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write `model.safetensors` and, if given, `config.json`. Tied weights are stored once.

@@ -12,7 +12,7 @@ from understudy.data.worlds import Chains, ChoiceBatch
 from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.small import load_weights
-from understudy.models.weights import read_object, reason, save_weights
+from understudy.models.weights import read_object, reason, write_model
 from understudy.targets import Scores
 
 
@@ -23,7 +23,7 @@ class _Saved(nn.Module):
 
     def save_pretrained(self, folder: str) -> None:
         """Write `config.json` and `model.safetensors`."""
-        save_weights(self, Path(folder), {"policy": self.name})
+        write_model(self, Path(folder), {"policy": self.name})
 
 
 class ChoicePolicy(_Saved):

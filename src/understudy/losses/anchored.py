@@ -172,18 +172,6 @@ def anchored_plackett_luce(
     return nll.masked_fill(~positions, 0.0).sum(-1) / positions.sum(-1).clamp(min=1)
 
 
-def adaptive_tau(
-    entropy: Tensor, reward: Tensor, *, base: float, a: float, b: float, least: float, most: float
-) -> Tensor:
-    """clip(base · (1 + a·H + b·(1 − H)·(1 − R))): a higher temperature where the policy is unsure or rewards are low.
-
-    Args:
-        entropy: H in [0, 1], mean token entropy / log V, `[lists]`. reward: R in [0, 1], `[lists]`.
-    """
-    h, r = entropy.detach(), reward.detach()
-    return (base * (1 + a * h + b * (1 - h) * (1 - r))).clamp(least, most)
-
-
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(logits.detach().masked_fill(~mask, -math.inf), -1)
 

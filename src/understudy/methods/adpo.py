@@ -49,7 +49,7 @@ class ADPO(Method):
         "deviations": "The equation is the manuscript's; the released default (Plackett-Luce with a polynomial term, "
         "clipping and smoothing) is `target=plackett_luce` with its options. Learning is off-line, from recorded "
         "candidates: sampling new ones inside training, and the temperature that adapts to their entropy, are not in "
-        "this method (`losses.anchored.adaptive_tau` is the formula).",
+        "this method.",
     }
 
     target: Literal[

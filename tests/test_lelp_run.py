@@ -14,7 +14,7 @@ from understudy.data import Batch, collate_images, load_images
 from understudy.losses.subclasses import marginal_logits
 from understudy.methods.lelp import LELP
 from understudy.models import ClassifierAdapter, SubclassHead, find_head, load_classifier, replace_head
-from understudy.models.heads import linear_readout, sum_subclasses
+from understudy.models.classifier_heads import linear_readout, sum_subclasses
 from understudy.models.small import build_small, load_small, save_small
 from understudy.teachers import LocalTeacher
 from understudy.training import DistillationTrainer, SetupContext, TrainModule

@@ -9,8 +9,9 @@ from understudy.models.adapters import (
     find_head,
     state_hash,
 )
+from understudy.models.classifier_heads import replace_head
 from understudy.models.diffusion import DenoiserAdapter, Sampler
-from understudy.models.heads import SubclassHead, replace_head
+from understudy.models.heads import SubclassHead
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
 from understudy.models.modes import evaluating
 from understudy.models.nodes import NodeAdapter, load_nodes

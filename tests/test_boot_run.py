@@ -10,12 +10,13 @@ from engine_cases import killed_run, weights
 from understudy import InputError, distill
 from understudy.cli import main
 from understudy.data import Batch, NoiseSet
-from understudy.data.noise_sets import ExampleSet, collate_noise, ring_centres
+from understudy.data.noise_sets import ExampleSet, collate_noise
 from understudy.evaluation.distances import coverage, energy_distance, frechet_distance
 from understudy.methods.boot import BOOT
 from understudy.methods.denoise import Denoise
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import Sampler
+from understudy.synthetic.ring8 import DEVIATION, ring_centres
 from understudy.teachers import LocalTeacher
 from understudy.training import DistillationTrainer, SetupContext, TrainModule
 from understudy.training.arguments import training_arguments
@@ -66,7 +67,7 @@ def trainer_for(method, tmp_path, micro=12, accumulate=1, learning_rate=0.1):
     torch.manual_seed(1)
     classes = 8 if getattr(method, "solver", "ddim") == "heun" else 0
     student = load_denoiser("denoiser:8", shape=(2,), classes=classes).double()
-    teacher = load_denoiser("exact", shape=(2,), classes=classes, centres=ring_centres()).double()
+    teacher = load_denoiser("exact", shape=(2,), classes=classes, centres=ring_centres(), deviation=DEVIATION).double()
     teacher.sampler = Sampler(guidance=2.0 if classes else None)
     values = {
         "max_steps": 2,

@@ -17,7 +17,8 @@ from understudy.models.encoders import Encoder, Static, prompts_of, save_encoder
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.ranker_loading import load_ranker
 from understudy.models.small import build_small, normalisation, save_small
-from understudy.models.worlds import ChoicePolicy, load_policy
+from understudy.synthetic.bandit import ChoicePolicy
+from understudy.synthetic.policies import load_policy
 
 WORDS = ["the cat sits over the mat and sees the dog"] * 9
 SIZES = {
@@ -58,7 +59,7 @@ def denoiser(folder):
 
 
 def policy(folder):
-    load_policy("policy:4", folder, 3)
+    load_policy(ChoicePolicy, "policy:4", folder, 3)
 
 
 KINDS = {

@@ -16,6 +16,7 @@ from understudy.models import ClassifierAdapter
 from understudy.models.augmentors import Affine, Latent, Mix, warp
 from understudy.models.autoencoders import Autoencoder, load_autoencoder
 from understudy.models.small import build_small, load_small, save_small
+from understudy.synthetic.images import IMAGES
 from understudy.training import SetupContext, Shapes
 
 TEMPLATES = {
@@ -151,7 +152,7 @@ def test_a_mixture_is_convex_and_learnable(shape):
 
 
 def test_templates_and_further_test_sets(tmp_path):
-    splits = load_images({"name": "templates"})
+    splits = load_images({"name": "templates"}, IMAGES)
     sizes = [len(s) for s in (splits.train, splits.validation, splits.test, splits.more_tests["test_clean"])]
     assert sizes == [2000, 500, 2000, 2000] and splits.shape == (1, 1, 40)
     clean = splits.more_tests["test_clean"]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from understudy.pages import drawing, findings, page, rooms, table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
-    "masking errors reading files targets losses streaming data models generation curation teachers training evaluation tasks methods "
+    "masking errors reading files targets losses streaming data models synthetic generation curation teachers training evaluation tasks methods "
     "catalogue reporting workers runs planning claims keys pages cli"
 ).split()
 
@@ -56,6 +57,30 @@ def test_imports_go_one_way():
         assert here in ROOMS, f"{here} has no place in the order"
         wrong += [f"{here} imports {i}" for i in imports(path) if ROOMS.index(i) > ROOMS.index(here)]
     assert not wrong, wrong
+
+
+def needs(path, modules):
+    """The modules of `modules` that a file imports as it is loaded, or for its annotations."""
+    body = list(ast.parse(path.read_text()).body)
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            body += node.body
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield from {inner if inner in modules else node.module} & set(modules)
+
+
+def test_no_circle_inside_a_room():
+    for folder in filter(Path.is_dir, PACKAGE.iterdir()):
+        modules = {}
+        for path in folder.rglob("*.py"):
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            modules[name.removesuffix(".__init__")] = path
+        try:
+            tuple(TopologicalSorter({name: set(needs(path, modules)) for name, path in modules.items()}).static_order())
+        except CycleError as error:
+            raise AssertionError(" → ".join(error.args[1])) from None
 
 
 def test_files_and_functions_keep_their_size():

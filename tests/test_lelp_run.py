@@ -14,8 +14,9 @@ from understudy.data import Batch, collate_images, load_images
 from understudy.losses.subclasses import marginal_logits
 from understudy.methods.lelp import LELP
 from understudy.models import ClassifierAdapter, SubclassHead, find_head, load_classifier, replace_head
-from understudy.models.heads import linear_readout, sum_subclasses
+from understudy.models.classifier_heads import linear_readout, sum_subclasses
 from understudy.models.small import build_small, load_small, save_small
+from understudy.synthetic.images import IMAGES
 from understudy.teachers import LocalTeacher
 from understudy.training import DistillationTrainer, SetupContext, TrainModule
 from understudy.training.arguments import training_arguments
@@ -160,7 +161,7 @@ def test_the_linear_head_recovers_one():
 
 def stage_of(method, tmp_path, teacher=None, student=None, key="k"):
     torch.manual_seed(1)
-    items = load_images({"name": "subclusters", "limit": 40}).train
+    items = load_images({"name": "subclusters", "limit": 40}, IMAGES).train
     student = ClassifierAdapter(student or build_small("mlp:8", 2, (1, 1, 20)).double(), 2)
     teacher = ClassifierAdapter(teacher or build_small("mlp:16", 2, (1, 1, 20)).double(), 2)
     splits = {"train": items, "validation": items, "test": items}
@@ -269,7 +270,7 @@ def test_coarser_and_hidden_labels():
     assert torch.equal(odd.test.labels, fine.test.labels % 2) and odd.teacher_train.labels.min() == 0
     halves = load_images({"name": "digits", "label_map": [0] * 5 + [1] * 5})
     assert torch.equal(halves.test.labels, (fine.test.labels > 4).long())
-    worlds = [load_images({"name": "subclusters", "seed": s}) for s in (0, 0, 1)]
+    worlds = [load_images({"name": "subclusters", "seed": s}, IMAGES) for s in (0, 0, 1)]
     assert worlds[0].hash == worlds[1].hash != worlds[2].hash and worlds[0].train.parts[:, 1].max() == 9
     for spec, says in (
         ({"modulo": 1}, "data.modulo is 1"),

@@ -17,7 +17,6 @@ from understudy.losses.retrieval import (
     ensemble,
     margin_mse,
     margin_mse_all_pairs,
-    margin_mse_first_positive,
     pointwise_mse,
     ranknet,
     weighted_ranknet,
@@ -44,7 +43,8 @@ def test_golden():
     close(ensemble(g["t_pos_per_teacher"]), g["ens_t_pos"], rtol=1e-12)
     close(ensemble(g["t_neg_per_teacher"]), g["ens_t_neg"], rtol=1e-12)
     many = [g[f"multi_{n}"] for n in ("s_pos", "s_neg", "t_pos", "t_neg")]
-    first = margin_mse_first_positive(*many, negatives=g["multi_neg_mask"])
+    s_first, s_others, t_first, t_others = many[0][:, :1], many[1], many[2][:, :1], many[3]
+    first = margin_mse_all_pairs(s_first, s_others, t_first, t_others, negatives=g["multi_neg_mask"])
     every = margin_mse_all_pairs(*many)
     close(first.sums.sum() / first.counts.sum(), g["multi_loss_first_pos"], rtol=1e-12)
     close(every.sums.sum() / every.counts.sum(), g["multi_loss_all_pairs"], rtol=1e-12)
@@ -70,7 +70,6 @@ def test_limits():
     close(margin_mse(s_neg, s_pos, t_neg, t_pos), loss)  # 4
     columns = [x[:, None] for x in (s_pos, s_neg, t_pos, t_neg)]  # 5
     close(margin_mse_all_pairs(*columns).sums, loss)
-    close(margin_mse_first_positive(*columns).sums, loss)
     close(margin_mse(s_pos, s_neg, torch.full_like(s_pos, 3.0), torch.zeros_like(s_pos)), (s_pos - s_neg - 3) ** 2)
     close(ensemble(torch.stack([t_pos] * 3)), t_pos)  # 6
     assert (loss <= 4 * pointwise_mse(s_pos, s_neg, t_pos, t_neg) + 1e-12).all()  # 7: MSE⁺ + MSE⁻ is twice that

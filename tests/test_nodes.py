@@ -15,7 +15,9 @@ from understudy.data import Batch, GraphBatch, collate_graph, load_graph
 from understudy.data.graph_sources import clean_edges
 from understudy.models import NodeAdapter, load_nodes, load_small
 from understudy.runs.check import evaluate_run
+from understudy.synthetic.topics import topics
 
+TOPICS = {"topics": topics}
 RUN = {
     "task": "node_classification",
     "teacher": {"model": "gcn:hidden=8", "train": {"max_steps": 10}},
@@ -43,7 +45,7 @@ def saved(path, **changes):
 
 
 def test_a_graph_is_one_example_of_its_own_kind():
-    splits = load_graph({"name": "topics"})
+    splits = load_graph({"name": "topics"}, TOPICS)
     train, test = batch(splits.train), batch(splits.test)
     assert isinstance(train, GraphBatch) and train.kind == "graph" and len(splits.train) == 1
     assert train.num_items == 1000 and train.labelled == 100 and test.num_items == test.labelled == 500
@@ -51,14 +53,21 @@ def test_a_graph_is_one_example_of_its_own_kind():
     pairs = {tuple(p) for p in train.edges.T.tolist()}
     assert len(pairs) == train.edges.shape[1] and all((j, i) in pairs and i != j for i, j in pairs)
     assert train.loops.shape[1] == len(pairs) + 1000
-    assert splits.hash == load_graph({"name": "topics"}).hash != load_graph({"name": "topics", "seed": 1}).hash
+    assert (
+        splits.hash
+        == load_graph({"name": "topics"}, TOPICS).hash
+        != load_graph({"name": "topics", "seed": 1}, TOPICS).hash
+    )
     sums = train.inputs["nodes"].sum(1)
     assert ((sums - 1).abs() < 1e-5).logical_or(sums == 0).all()
-    assert load_graph({"name": "topics", "normalize": False}).train[0]["nodes"].max() == 1
+    assert load_graph({"name": "topics", "normalize": False}, TOPICS).train[0]["nodes"].max() == 1
 
 
 def test_the_inductive_split_hides_nodes_with_their_edges():
-    whole, part = load_graph({"name": "topics"}), load_graph({"name": "topics", "split": "inductive", "seed": 0})
+    whole, part = (
+        load_graph({"name": "topics"}, TOPICS),
+        load_graph({"name": "topics", "split": "inductive", "seed": 0}, TOPICS),
+    )
     train, validation, test = (batch(s) for s in (part.train, part.validation, part.test))
     hidden = set(test.ids[test.chosen].tolist())
     assert len(hidden) == 100 and hidden <= set(batch(whole.test).ids[batch(whole.test).chosen].tolist())
@@ -162,7 +171,7 @@ def test_planetoid_is_read_from_its_raw_files(tmp_path):
 
 def test_models_of_nodes_are_saved_and_read_and_a_student_sees_no_edge(tmp_path):
     pytest.importorskip("torch_geometric")
-    data = batch(load_graph({"name": "topics"}).test)
+    data = batch(load_graph({"name": "topics"}, TOPICS).test)
     for name in ("gcn:hidden=8", "sage:hidden=8,layers=3", "gat:hidden=8,heads=2,dropout=0", "mlp:hidden=8,layers=3"):
         model = NodeAdapter(load_nodes(name, classes=5, features=300), 5).eval()
         model.save(tmp_path / name)
@@ -295,10 +304,10 @@ def test_other_bad_input(tmp_path):
         ({"name": "planetoid:Core"}, "Did you mean 'Cora'"),
     ):
         with pytest.raises(InputError, match=says):
-            load_graph(spec)
+            load_graph(spec, TOPICS)
     run = {**RUN, "method": "ff-g2m"}
     unlabelled = saved(tmp_path / "u.npz", train_idx=np.array([], np.int64))
-    unjudged = int(batch(load_graph({"name": "topics"}).train).labels.ge(0).nonzero()[-1, 0])  # a training node
+    unjudged = int(batch(load_graph({"name": "topics"}, TOPICS).train).labels.ge(0).nonzero()[-1, 0])  # a training node
     cases = [
         ({"student": "mpl:8"}, "neither gcn, sage, gat or mlp"),
         ({"student": "mlp:hiden=8"}, "Did you mean 'hidden'"),

@@ -13,10 +13,11 @@ from test_preferences import PAIRS, SMALL, lists, scorer
 from test_preferences import tokenizer as tokenizer
 from understudy import distill
 from understudy.data import collate_lists
-from understudy.evaluation.preference import NAMES, evaluate_preferences
+from understudy.evaluation.preference import evaluate_preferences
 from understudy.methods.adpo import ADPO
 from understudy.methods.dpo import DPO
 from understudy.training import TrainState
+from understudy.training.reference import NAMES
 
 CASES = {
     # method: β, whether a reference is taken off, whether log-probabilities are means a token
@@ -60,7 +61,7 @@ def test_single_answers_are_means_over_their_own_side(tokenizer, tmp_path):
     with torch.no_grad():
         rewards = 0.5 * (student(batch).signal.values - reference(batch).signal.values)[:, 0]
     means = {k: float(t.values.sum()) / counts[k] for k, t in terms.items() if counts.get(k)}
-    found = method.reported(means)
+    found = method.logged(means)
     chosen, rejected = float(rewards[[0, 2]].mean()), float(rewards[1])
     assert found["rewards/chosen"] == pytest.approx(chosen) and found["rewards/rejected"] == pytest.approx(rejected)
     assert found["rewards/margins"] == pytest.approx(chosen - rejected) and "rewards/accuracies" not in found

@@ -208,11 +208,6 @@ def test_golden_targets_and_anchors():
     close(anchored.kde_rank(reward, beta=float(g["kde_beta"]), **options), g["kde_q"], rtol=1e-9)
     tau = float(g["tau_anc"])
     close(anchored.exact_teacher(g["tt_teacher_logp"][None], g["tt_ref_logp"][None], tau=tau)[0], g["tt_q"], rtol=1e-9)
-    bounds = {"least": float(g["at_tau_min"]), "most": float(g["at_tau_max"])}
-    made = anchored.adaptive_tau(
-        g["at_H"], g["at_R"], base=float(g["at_tau_base"]), a=float(g["at_alpha"]), b=float(g["at_beta"]), **bounds
-    )
-    close(made, g["at_tau"], rtol=1e-9)
     q, log_prob = g["opt_q"][None], g["opt_logp"][None]
 
     def value(x):

@@ -6,12 +6,12 @@ import torch
 from golden_vectors import close
 from understudy import InputError, distill
 from understudy.data import Batch
-from understudy.data.worlds import bandit, chains, collate_choices
 from understudy.losses import preference
 from understudy.methods.dpo import DPO
 from understudy.models import ModelOutput
-from understudy.models.worlds import ChoiceAdapter, ChoicePolicy
 from understudy.runs.check import evaluate_run
+from understudy.synthetic.bandit import ChoiceAdapter, ChoicePolicy, bandit, collate_choices
+from understudy.synthetic.chains import chains
 from understudy.targets import Scores
 from understudy.training import TrainState
 
@@ -103,7 +103,7 @@ def test_a_policy_learns_what_is_best(tmp_path):
         ({"data": {"name": "bandit", "noise": "pink"}}, "data.noise is 'pink'"),
         ({"data": {"name": "chains", "start": "none"}}, "data.start is 'none'"),
         ({"data": {"name": "bandit", "nois": "heavy"}}, "Did you mean 'noise'"),
-        ({"student": "mlp:8"}, "is no policy of these worlds"),
+        ({"student": "mlp:8"}, "is no policy of this world"),
     ],
 )
 def test_bad_input(change, says, tmp_path):

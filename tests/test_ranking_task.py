@@ -16,6 +16,7 @@ from understudy.evaluation.ranking import ndcg
 from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker
 from understudy.runs.recipe import make
+from understudy.synthetic import retrieval
 from understudy.tasks import get as get_task
 from understudy.teachers.cache import scores as stored
 
@@ -283,7 +284,12 @@ def test_it_learns_the_embedded_world(tmp_path):
         trainer=trainer,
     )
     found = result.metrics
-    grades = torch.tensor([r["labels"] for r in load_rankings({"name": "world", "candidates": 20}).test.records])
+    grades = torch.tensor(
+        [
+            r["labels"]
+            for r in load_rankings({"name": "world", "candidates": 20}, {"world": retrieval.embedded}).test.records
+        ]
+    )
     chance = ndcg(torch.zeros_like(grades), grades, torch.ones_like(grades, dtype=torch.bool)).mean()
     assert found["ndcg_10"] > chance + 0.08 and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
     assert {"retrieval_ndcg_10", "retrieval_mrr_10", "retrieval_recall_100"} <= found.keys()

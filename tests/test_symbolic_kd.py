@@ -11,10 +11,10 @@ import yaml
 
 from understudy import InputError, distill
 from understudy.data.knowledge import load_relations
-from understudy.data.knowledge_world import TAILS, EventsWorld
 from understudy.data.text import write_records
 from understudy.methods import symbolic_kd
 from understudy.runs.recipe import make
+from understudy.synthetic.events import TAILS, EventsWorld
 from understudy.tasks import get
 from understudy.tasks.text_generation import TextGeneration
 
@@ -42,7 +42,7 @@ def tiny(output, **options):
 
 COUNTED = """
 import os, signal, sys
-import understudy.data.knowledge_world as world
+import understudy.synthetic.events as world
 from understudy import distill
 from understudy.training import Bench, DistillationTrainer
 recipe, calls, moment = eval(sys.argv[1]), sys.argv[2], sys.argv[3]

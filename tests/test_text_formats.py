@@ -18,6 +18,7 @@ from understudy.data.tokenize import completion_tokens
 from understudy.generation import RefusedRequest, Request
 from understudy.generation.local import LocalSource
 from understudy.runs.recipe import make
+from understudy.synthetic.word_order import word_order
 from understudy.tasks import get as get_task
 
 TEMPLATE = (
@@ -594,10 +595,14 @@ def test_labels_of_triples(label, says, tmp_path):
     assert load_labels(jsonl(tmp_path, [{**row, "label": "2"}]), {"xNeed": None})[0]["label"] == 2
 
 
+def load_word_order(spec):
+    return load_preferences(spec, {"word_order": word_order})
+
+
 @pytest.mark.parametrize("key", ["limit", "characters"])
 @pytest.mark.parametrize("value", ["many", 0, 1.5, True])
 def test_numbers_of_the_recipe(key, value, tmp_path):
-    for load, name in ((load_text, "stdlib"), (load_preferences, "word_order")):
+    for load, name in ((load_text, "stdlib"), (load_word_order, "word_order")):
         with pytest.raises(InputError, match=f"data.{key} is .* whole number of at least 1"):
             load({"name": name, "characters": 50_000, key: value})
 

@@ -8,9 +8,9 @@ from understudy.curation import Funnel
 from understudy.curation import triples as knowledge
 from understudy.data import train_tokenizer
 from understudy.data.knowledge import MARKS, bracketed, load_relations, marked_tokenizer
-from understudy.data.knowledge_world import ADVERBS, RELATIONS, TAILS, VERBS, EventsWorld, choose
 from understudy.generation import Completion, Prompt
 from understudy.models.pairs import WordPairs, load_pairs
+from understudy.synthetic.events import ADVERBS, RELATIONS, TAILS, VERBS, EventsWorld, choose
 from understudy.training.critic import Fit, fit_critic, probabilities
 
 

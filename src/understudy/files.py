@@ -42,13 +42,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, secrets masked, to a file that is whole or as it was before."""
-    with writing(path):
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_text(json.dumps(masked(value), indent=1))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(masked(value), indent=1))
 
 
 def read_log(
@@ -93,6 +88,22 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {_reason(error)}. Free space, change permissions or choose another output; the "
             "same command goes on from what is whole."
         ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which takes the place of `path` when the block ends: that is whole or as it was before.
+
+    Raises:
+        InputError: as `writing`.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:

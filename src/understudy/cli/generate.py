@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 
 from understudy.cli.options import Shard, finite, shard_of
 from understudy.errors import InputError, nearest
+from understudy.files import replacing
 from understudy.generation import Limits, Prompt, Request, RequestLog, generate, source_from
 
 EPILOG = (
@@ -185,9 +185,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _write(output: Path, requests: Sequence[Request], log: RequestLog) -> int:
     """One line a completion, as prompt + completion columns that training reads; written in whole, then put in place."""
-    temporary = output.with_name(output.name + ".tmp")
     count = 0
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for request in requests:
             completion = log.get(request.key(log.source))
             if completion is None:
@@ -205,5 +204,4 @@ def _write(output: Path, requests: Sequence[Request], log: RequestLog) -> int:
             }
             file.write(json.dumps(line) + "\n")
             count += 1
-    os.replace(temporary, output)
     return count

@@ -1,8 +1,8 @@
-"""Where graphs come from: an embedded one, .npz files, Planetoid; and the cleaning of their edges."""
+"""Where graphs come from: embedded ones, .npz files, Planetoid; and the cleaning of their edges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from understudy.data.tables import class_numbers
 from understudy.errors import InputError, nearest
 from understudy.losses.edges import check_edges
 
-EMBEDDED = ("topics",)
+Embedded = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 COLUMNS = {"train": "train_idx or train_mask", "validation": "val_idx or val_mask", "test": "test_idx or test_mask"}
 
 
@@ -45,14 +45,14 @@ class Graph:
         return int(self.labels.max()) + 1
 
 
-def _path(name: str, notes: list[str]) -> Path:
+def _path(name: str, embedded: Mapping[str, Embedded], notes: list[str]) -> Path:
     """The file of a graph: as a path or a set in the data folder, with or without its ending, or the only one of a folder."""
     places = [p for p in map(find, (name, f"{name}.npz", f"graphs/{name}.npz")) if p]
     path = next((p for p in places if p.is_file()), None) or next(iter(places), None)
     if path is None:
         raise InputError(
-            f"Graph {name!r} is neither built in ({', '.join(EMBEDDED)}), nor an .npz or .pt file, nor in UNDERSTUDY_DATA, nor "
-            f"planetoid:NAME.{nearest(name, EMBEDDED)}"
+            f"Graph {name!r} is neither built in ({', '.join(embedded)}), nor an .npz or .pt file, nor in UNDERSTUDY_DATA, nor "
+            f"planetoid:NAME.{nearest(name, embedded)}"
         )
     if path.is_file():
         return path
@@ -66,16 +66,20 @@ def _path(name: str, notes: list[str]) -> Path:
     return every[0]
 
 
-def read_graph(spec: Mapping[str, Any]) -> Graph:
-    """Find a graph by name, check it and clean its edges."""
+def read_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded]) -> Graph:
+    """Find a graph by name, check it and clean its edges.
+
+    Args:
+        embedded: graphs that need no file, by name: from `spec` to what an .npz file holds.
+    """
     name = str(spec["name"])
     notes: list[str] = []
-    if name == "topics":
-        values = topics(int(spec.get("seed", 0)))
+    if name in embedded:
+        values = embedded[name](spec)
     elif name.startswith("planetoid:"):
         values = read_planetoid(name.partition(":")[2], spec.get("root"))
     else:
-        values = graph_file(_path(name, notes))
+        values = graph_file(_path(name, embedded, notes))
     nodes, labels = _features(name, values["x"]), _labels(name, values["y"])
     if nodes.dim() != 2 or len(nodes) != len(labels) or 0 in nodes.shape:
         raise InputError(
@@ -211,23 +215,3 @@ def _drawn(graph: Graph, seed: int) -> dict[str, Tensor]:
     graph.notes.append(f"{graph.name} has no split: 20 nodes of each class are for training, others drawn to judge.")
     parts = {"train": order[chosen], "validation": rest[:validation], "test": rest[validation : validation + test]}
     return _apart(graph.name, {s: index.sort().values for s, index in parts.items()})
-
-
-def topics(seed: int, nodes: int = 1000, classes: int = 5, words: int = 300) -> dict[str, Any]:
-    """A citation-like graph: documents of 5 topics, weak bags of words, and links that mostly stay in a topic.
-
-    A contextual stochastic block model: each document has about 8 of 300 words, half of them its topic's own; each
-    has about 4 links, four in five of them inside the topic. 20 labels a topic, 300 validation and 500 test nodes.
-    """
-    rng = np.random.default_rng(seed)
-    y = rng.permutation(np.arange(nodes) % classes)
-    own = np.arange(words) % classes == y[:, None]
-    x = (rng.random((nodes, words)) < np.where(own, 4.0, 1.0) / (words / classes)).astype(np.float32)
-    same = y[:, None] == y
-    size = nodes / classes
-    chance = np.where(same, 4 * 0.8 / size, 4 * 0.2 / (nodes - size))
-    edges = np.argwhere(np.triu(rng.random((nodes, nodes)) < chance, 1))
-    order = rng.permutation(nodes)
-    train = np.concatenate([order[y[order] == c][:20] for c in range(classes)])
-    rest = order[~np.isin(order, train)]
-    return {"x": x, "y": y, "edges": edges, "train_idx": train, "val_idx": rest[:300], "test_idx": rest[300:800]}

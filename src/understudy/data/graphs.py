@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from understudy.data.batch import IGNORE, Batch
-from understudy.data.graph_sources import Graph, read_graph
+from understudy.data.graph_sources import Embedded, Graph, read_graph
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "split", "fold", "seed", "normalize", "root"}
@@ -113,14 +114,15 @@ class GraphSplits:
     hash: str = ""
 
 
-def load_graph(spec: Mapping[str, Any]) -> GraphSplits:
+def load_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> GraphSplits:
     """Read a graph.
 
     Args:
-        spec: `name` (`topics`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split` (`transductive`, or
+        spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split` (`transductive`, or
             `inductive`: a fifth of the test nodes is left out of training, edges and all, and judged), `fold` (of
             several published splits), `seed` (of what is drawn: hidden nodes, a split where there is none), `normalize`
             (divide each node's features by the sum of their magnitudes), `root` (where Planetoid is downloaded to).
+        embedded: graphs that need no file, by name: from `spec` to what an .npz file holds.
     """
     for key in spec:
         if key not in OPTIONS:
@@ -132,7 +134,7 @@ def load_graph(spec: Mapping[str, Any]) -> GraphSplits:
         number = spec.get(key, 0)
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise InputError(f"data.{key} is {number!r} and must be a whole number of at least 0.")
-    graph = read_graph(spec)
+    graph = read_graph(spec, embedded)
     if spec.get("normalize", True):
         graph.nodes = graph.nodes / graph.nodes.abs().sum(1, keepdim=True).clamp(min=1e-12)
     digest = hashlib.sha256(json.dumps(dict(spec), sort_keys=True, default=str).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +27,36 @@ from understudy.data.memory import MEMORY
 from understudy.data.tables import class_numbers
 from understudy.errors import InputError, nearest
 
-EMBEDDED = ("digits", "clusters", "subclusters", "templates")
+Embedded = Callable[[Mapping[str, Any]], tuple[dict[str, ImageSet], list[str]]]
 
 
-def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
-    """The sets of each split and the names of the classes; what was changed or left out is noted."""
+def read_source(
+    name: str, spec: Mapping[str, Any], embedded: Mapping[str, Embedded], notes: list[str]
+) -> tuple[dict[str, ImageSet], list[str]]:
+    """The sets of each split and the names of the classes; what was changed or left out is noted.
+
+    Args:
+        embedded: sets that need no file, by name, beside `digits`.
+    """
+    embedded = {"digits": lambda _: _digits(), **embedded}
     counts: Counter[str] = Counter()
-    path = None if name in EMBEDDED or name.startswith(MEMORY) else find(name)
+    path = None if name in embedded or name.startswith(MEMORY) else find(name)
     if name.startswith(MEMORY):
         pools, classes = _columns(name, memory.tables(name), spec, counts)
-    elif name in EMBEDDED:
-        pools, classes = _embedded(name, int(spec.get("seed", 0)))
+    elif name in embedded:
+        pools, classes = embedded[name](spec)
     elif path is not None:
         pools, classes = _path(path, spec, counts, notes)
     elif "/" not in name or name.startswith((".", "/", "~")):
         raise InputError(
-            f"Data {name!r} is neither built in ({', '.join(EMBEDDED)}), nor a path, nor in UNDERSTUDY_DATA."
-            f"{nearest(name, EMBEDDED)}"
+            f"Data {name!r} is neither built in ({', '.join(embedded)}), nor a path, nor in UNDERSTUDY_DATA."
+            f"{nearest(name, embedded)}"
         )
     else:
         pools, classes = _hub(name, spec, counts)
     pools = _alike(name, pools, spec, counts)
     notes += [f"{name}: {number} {what}." for what, number in counts.items() if number]
     return pools, classes
-
-
-def _embedded(name: str, seed: int) -> tuple[dict[str, ImageSet], list[str]]:
-    if name == "digits":
-        return _digits()
-    if name == "clusters":
-        return _clusters(seed)
-    return _templates(seed) if name == "templates" else _subclusters(seed)
 
 
 def _alike(name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any], counts: Counter[str]) -> dict[str, ImageSet]:
@@ -123,65 +122,6 @@ def _digits() -> tuple[dict[str, ImageSet], list[str]]:
     every = ImageSet(pixels, torch.from_numpy(raw.target).long(), torch.arange(len(raw.target)))
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(9))
     return {"train": every.select(order[600:]), "test": every.select(order[:600])}, [str(i) for i in range(10)]
-
-
-def _clusters(
-    seed: int, classes: int = 40, latent: int = 20, inputs: int = 32
-) -> tuple[dict[str, ImageSet], list[str]]:
-    """A 40-class mixture in 8 super-clusters: 20 latent dimensions, mapped to 32 inputs through tanh.
-
-    Kept as float features of shape [1, 1, 32]. 13,600 training examples, 3,000 for test.
-    """
-    rng = np.random.default_rng(seed)
-    centres = np.repeat(rng.normal(size=(8, latent)) * 2, classes // 8, 0) + rng.normal(size=(classes, latent))
-    into = rng.normal(size=(latent, inputs)) / np.sqrt(latent)
-    labels = rng.integers(0, classes, size=16_600)
-    values = np.tanh((centres[labels] + 0.9 * rng.normal(size=(len(labels), latent))) @ into)
-    pixels = torch.from_numpy(values).float()[:, None, None]
-    every = ImageSet(pixels, torch.from_numpy(labels).long(), torch.arange(len(labels)))
-    return {"train": every.select(slice(3000, None)), "test": every.select(slice(0, 3000))}, [
-        str(i) for i in range(classes)
-    ]
-
-
-def _templates(
-    seed: int, classes: int = 10, length: int = 40, width: int = 24
-) -> tuple[dict[str, ImageSet], list[str]]:
-    """Signals of 40 samples, each one of 10 smooth templates of 24 with its own amplitude, in noise.
-
-    Kept as float features of shape [1, 1, 40]. Training (2,000), validation (500) and `test_clean` (2,000) have the
-    template at the start; in `test` (2,000) the signal is moved round by any number of samples, equally likely.
-    """
-    rng = np.random.default_rng(seed)
-    smooth = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
-    shapes = np.stack([np.convolve(rng.normal(size=width), smooth, "same") for _ in range(classes)])
-    shapes = np.pad(shapes / shapes.std(1, keepdims=True), ((0, 0), (0, length - width)))
-    parts = {}
-    for split, number in {"train": 2000, "validation": 500, "test": 2000, "test_clean": 2000}.items():
-        labels = rng.integers(0, classes, size=number)
-        values = (1 + 0.3 * rng.normal(size=(number, 1))) * shapes[labels]
-        if split == "test":
-            places = np.arange(length) - rng.integers(0, length, size=(number, 1))
-            values = np.take_along_axis(values, places % length, 1)
-        values = values + 0.35 * rng.normal(size=values.shape)
-        pixels = torch.from_numpy(values).float()[:, None, None]
-        parts[split] = ImageSet(pixels, torch.from_numpy(labels).long(), torch.arange(number))
-    return parts, [str(i) for i in range(classes)]
-
-
-def _subclusters(seed: int, parts: int = 5, width: int = 20) -> tuple[dict[str, ImageSet], list[str]]:
-    """Two classes of five Gaussian clusters each in 20 dimensions: unit variance, centres of variance 1.2².
-
-    Kept as float features of shape [1, 1, 20]; each example knows its cluster. 7,000 training examples, 4,000 for test.
-    """
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(2 * parts, width)) * 1.2
-    cluster = rng.integers(0, 2 * parts, size=11_000)
-    values = centres[cluster] + rng.normal(size=(len(cluster), width))
-    fine = torch.from_numpy(cluster).long()
-    pixels, labels = torch.from_numpy(values).float()[:, None, None], fine // parts
-    every = ImageSet(pixels, labels, torch.arange(len(labels)), parts=torch.stack([labels, fine], 1))
-    return {"train": every.select(slice(4000, None)), "test": every.select(slice(0, 4000))}, ["0", "1"]
 
 
 def _hub(name: str, spec: Mapping[str, Any], counts: Counter[str]) -> tuple[dict[str, ImageSet], list[str]]:

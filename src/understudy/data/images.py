@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from understudy.data.batch import IGNORE, UNLABELLED
 from understudy.data.image_set import ImageSet
-from understudy.data.image_sources import read_source
+from understudy.data.image_sources import Embedded, read_source
 from understudy.data.noise import uniform
 from understudy.errors import InputError, nearest
 
@@ -60,22 +61,23 @@ class Splits:
         return tuple(self.train.pixels.shape[1:])
 
 
-def load_images(spec: Mapping[str, Any]) -> Splits:
+def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> Splits:
     """Read an image set.
 
     Args:
-        spec: `name` (`digits`, `clusters`, `templates`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
+        spec: `name` (`digits`, one of `embedded`, a set in `UNDERSTUDY_DATA`, a folder or file, a Hub id), `limit` (training
             examples the student may use), `teacher_limit`, `for_teacher` (train on the teacher's part), `imbalance`
             (training examples of the first class for one of the last, falling by a constant factor between; the test
             examples of the rarest three in ten classes are the further test set `test_rare`),
             `validation_size` (examples to set aside where there is no validation split), `with_validation` (true: the
             student trains on the validation examples too, for a last fit), `label_noise` (share of the student's
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
-            labels where the teacher is trained), `seed` (of such noise, and of `clusters`), `modulo` or `label_map` (coarser
+            labels where the teacher is trained), `seed` (of such noise, and of made-up sets), `modulo` or `label_map` (coarser
             classes: the label modulo a number, or a new class for each; the old labels stay known as subclasses),
             `unlabelled` (hide the student's training labels), `domain_column` (names each domain), `only` (drop the others),
             `size` (a side in pixels, or [height, width]: every image is resized to it),
             `input_data_format` (`channels_first` or `channels_last`, of arrays whose shape does not tell).
+        embedded: sets that need no file, by name: from `spec` to the examples of each split and the classes' names.
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.
@@ -83,7 +85,7 @@ def load_images(spec: Mapping[str, Any]) -> Splits:
     _check_keys(spec)
     name = str(spec["name"])
     notes: list[str] = []
-    pools, classes = _coarser(*read_source(name, spec, notes), spec)
+    pools, classes = _coarser(*read_source(name, spec, embedded, notes), spec)
     pools, domains = _of_domains(name, pools, spec)
     train, test = pools["train"], pools.get("test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))

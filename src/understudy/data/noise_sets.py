@@ -5,11 +5,11 @@ The noise of an example is a function of its id (`data.noise`), so a data set of
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,9 +22,6 @@ from understudy.errors import InputError
 
 APART = {"train": 0, "validation": 1 << 40, "test": 2 << 40, "reference": 3 << 40}
 """Where the ids of a split begin: no split shares noise with another."""
-
-WORLDS = ("ring8",)
-MODES, RADIUS, DEVIATION = 8, 1.3, 0.12
 
 
 @dataclass(kw_only=True)
@@ -72,7 +69,7 @@ class Reference:
     key: str
     steps: tuple[int, ...]
     many: int
-    deviation: float = DEVIATION
+    deviation: float = 0.0
     store: Path | None = None
 
 
@@ -117,44 +114,38 @@ def collate_noise(items: list[Any]) -> dict[str, Tensor]:
 
 @dataclass
 class Source:
-    """Real data of generation: `examples(split)` reads them with their classes, when asked and not before."""
+    """What generation learns from.
+
+    Args:
+        examples: reads those of a split with their classes, when asked and not before; `None` where there are none.
+        shape: of an example. classes: 0 where it has none. key: content hash.
+        centres, deviation: of the modes, `[modes, dimensions]`, where they are known.
+    """
 
     examples: Callable[[str], tuple[Tensor, Tensor]] | None
     shape: tuple[int, ...] = ()
     classes: int = 0
     centres: Tensor | None = None
     key: str = "noise"
+    deviation: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
-def load_source(spec: dict[str, Any]) -> Source:
-    """`noise` (no data at all), the world `ring8`, or an image set of `load_images` with pixels in [−1, 1]."""
+def load_source(spec: dict[str, Any], embedded: Mapping[str, Source] = MappingProxyType({})) -> Source:
+    """`noise` (no data at all), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1]."""
     name = str(spec["name"])
     if name == "noise":
         return Source(None)
-    if name in WORLDS:
-        return Source(ring_examples, (2,), MODES, ring_centres(), name)
+    if name in embedded:
+        return embedded[name]
     splits = load_images(spec)
 
     def examples(split: str) -> tuple[Tensor, Tensor]:
         part = getattr(splits, split)
         if part.pixels.dtype != torch.uint8:
-            raise InputError(f"{name} holds features, not pixels: image_generation takes images, ring8, or noise.")
+            raise InputError(
+                f"{name} holds features, not pixels: image_generation takes images, {', '.join(embedded)}, or noise."
+            )
         return part.pixels.float() / 127.5 - 1, part.labels
 
-    return Source(examples, splits.shape, len(splits.classes), None, splits.hash, list(splits.notes))
-
-
-def ring_centres() -> Tensor:
-    """`[8, 2]`, on a circle."""
-    angle = torch.arange(MODES, dtype=torch.float64) * 2 * math.pi / MODES
-    return RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
-
-
-def ring_examples(split: str, number: int = 4000) -> tuple[Tensor, Tensor]:
-    """Draws from the ring with the mode each comes from; a split's draws are always the same."""
-    seed = {"train": 1, "validation": 2, "test": 3}[split]
-    generator = torch.Generator().manual_seed(seed)
-    mode = torch.randint(0, MODES, (number,), generator=generator)
-    noise = torch.randn(number, 2, generator=generator, dtype=torch.float64)
-    return (ring_centres()[mode] + DEVIATION * noise).float(), mode
+    return Source(examples, splits.shape, len(splits.classes), None, splits.hash, notes=list(splits.notes))

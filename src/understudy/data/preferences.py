@@ -15,9 +15,9 @@ when they were sampled, and `tools` for the chat template.
 from __future__ import annotations
 
 import math
-import random
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from understudy.data.columns import arrange, readable, without_prompt
@@ -30,12 +30,11 @@ from understudy.data.text import (
     read_source,
     repetition,
     shared_length,
-    stdlib,
-    whole,
 )
 from understudy.errors import InputError
 
 OPTIONS = {"name", "limit", "characters", "candidates", "columns"}
+Embedded = Callable[[Mapping[str, Any]], list[Record]]
 FORMATS = (
     {"prompt", "chosen", "rejected"},
     {"chosen", "rejected"},
@@ -44,20 +43,18 @@ FORMATS = (
 )
 
 
-def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
+def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> TextSplits:
     """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs` and `tools`.
 
     Args:
-        spec: `name` (`word_order`, a set in `UNDERSTUDY_DATA`, a file, folder or Hub id), `limit` (most training
-            records), `characters` and `candidates` (of `word_order`), `columns` (names of columns, `{ours: theirs}`).
+        spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, a file, folder or Hub id), `limit` (most training
+            records), `characters` and `candidates` (of made-up records), `columns` (names of columns, `{ours: theirs}`).
+        embedded: sets that need no file, by name: from `spec` to records.
     """
     check_keys(spec, OPTIONS)
     name = str(spec["name"])
     notes: list[str] = []
-    if name == "word_order":
-        raw = {"train": word_order(whole(spec, "characters", 300_000), whole(spec, "candidates", 2, 2))}
-    else:
-        raw = read_source(name, spec, ("word_order",), notes)
+    raw = {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes)
     notes += arrange(name, raw, FORMATS, {"log_probs", "tools"}, spec.get("columns"))
     splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
     return finish(name, spec, splits, notes)
@@ -176,34 +173,3 @@ def _number(where: str, column: str, value: Any) -> float:
     if not math.isfinite(number):
         raise InputError(f"{where}: {column} holds {reprlib.repr(value)}, which is not a finite number.")
     return number
-
-
-def word_order(characters: int, number: int) -> list[Record]:
-    """Passages of the standard library: given the beginning, the true words in order are best.
-
-    Candidate k has k thirds of its words displaced (at least two), and the share of words in their place as score.
-    """
-    records: list[Record] = []
-    chance = random.Random(0)
-    for passage in stdlib(characters):
-        words = passage["text"].split()
-        for start in range(0, len(words) - 24, 24):
-            prompt, rest = words[start : start + 12], words[start + 12 : start + 24]
-            made = [list(rest)]
-            for k in range(1, number):
-                moved = list(rest)
-                places = chance.sample(range(len(rest)), max(2, round(len(rest) * k / (number - 1))))
-                taken = [moved[p] for p in places]
-                for spot, word in zip(places, taken[1:] + taken[:1], strict=True):
-                    moved[spot] = word
-                made.append(moved)
-            scores = [sum(a == b for a, b in zip(m, rest, strict=True)) / len(rest) for m in made]
-            order = chance.sample(range(number), number)  # the best is not always first
-            records.append(
-                {
-                    "prompt": " ".join(prompt),
-                    "completions": [" " + " ".join(made[i]) for i in order],
-                    "scores": [scores[i] for i in order],
-                }
-            )
-    return records

@@ -1,22 +1,24 @@
-"""Sources of queries with documents: a synthetic world, files of scored triples, folders with graded judgements."""
+"""Sources of queries with documents: embedded sets, files of scored triples, folders with graded judgements."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from understudy.data.folders import find, split_files
 from understudy.data.judgements import is_judged, judged_folder, split_queries
 from understudy.data.retrieval_batches import RankingSet
-from understudy.data.retrieval_world import world
 from understudy.data.scored_triples import Triple, read_triples
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "queries", "collection", "members", "candidates", "negatives", "seed", "limit", "foreign"}
+
+Embedded = Callable[[Mapping[str, Any]], tuple[dict[str, list[dict[str, Any]]], Sequence[str], float]]
 
 
 @dataclass
@@ -38,15 +40,17 @@ class RankingSplits:
         return list(found)
 
 
-def load_rankings(spec: Mapping[str, Any]) -> RankingSplits:
+def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> RankingSplits:
     """Read a ranking set.
 
     Args:
-        spec: `name`: `world` (embedded), a file of triples (`.tsv`, `.parquet`, `.jsonl`) or a folder with such files of
+        spec: `name`: one of `embedded`, a file of triples (`.tsv`, `.parquet`, `.jsonl`) or a folder with such files of
             each split, or a folder with files that end in `docs`, `queries` and `qrels`. `queries`, `collection`: texts of the ids of triples. `members`: files that
             score the same triples by other teachers. `candidates`: of the first stage, for each query. `negatives`: for
             each relevant document of a folder. `seed`: of the world and of the choice of negatives. `limit`: most
-            training rows. `foreign`: whether the world's teacher has a scale of its own and an offset a query.
+            training rows. `foreign`: whether a made-up teacher has a scale of its own and an offset a query.
+        embedded: sets that need no file, by name: from `spec` to the rows of each split, the collection, and the least
+            label that is relevant.
     """
     for key in spec:
         if key not in OPTIONS:
@@ -65,13 +69,12 @@ def load_rankings(spec: Mapping[str, Any]) -> RankingSplits:
     name = str(spec["name"])
     notes: list[str] = []
     path = find(name)
-    if name == "world":
-        values = {k: spec[k] for k in ("candidates", "seed", "foreign") if k in spec}
-        rows, collection = world(**values)
-        found, relevant = rows, 3.0
+    if name in embedded:
+        found, collection, relevant = embedded[name](spec)
     elif path is None:
         raise InputError(
-            f"Data {name!r} is neither built in (world), nor a path, nor in UNDERSTUDY_DATA.{nearest(name, ['world'])}"
+            f"Data {name!r} is neither built in ({', '.join(embedded)}), nor a path, nor in UNDERSTUDY_DATA."
+            f"{nearest(name, embedded)}"
         )
     elif is_judged(path):
         found, collection = judged_folder(path, spec, notes)

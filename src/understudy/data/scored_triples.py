@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 from understudy.data.folders import find
 from understudy.data.tables import read_parquet
 from understudy.errors import InputError
+from understudy.files import replacing
 
 log = logging.getLogger(__name__)
 NUMBERS = ("pos_score", "neg_score")
@@ -112,26 +111,26 @@ def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
     """
     path, every = Path(path), list(triples)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        columns = (*NUMBERS, *TEXTS)
-        pq.write_table(pa.table({c: [getattr(t, c) for t in every] for c in columns}), temporary)
-    elif path.suffix == ".jsonl":
-        lines = (json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in every)
-        temporary.write_text("".join(lines), encoding="utf-8")
-    else:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            for number, t in enumerate(every):
-                texts = (t.query, t.positive, t.negative)
-                if any(c in text for text in texts for c in "\t\n\r"):
-                    raise InputError(
-                        f"Triple {number} has a tab or a line break in a text: write a .parquet or .jsonl file."
-                    )
-                file.write("\t".join([repr(t.pos_score), repr(t.neg_score), *texts]) + "\n")
-    os.replace(temporary, path)
+            columns = (*NUMBERS, *TEXTS)
+            pq.write_table(pa.table({c: [getattr(t, c) for t in every] for c in columns}), temporary)
+        elif path.suffix == ".jsonl":
+            lines = (json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in every)
+            temporary.write_text("".join(lines), encoding="utf-8")
+        else:
+            temporary.write_text("".join(_tab_separated(every)), encoding="utf-8", newline="")
+
+
+def _tab_separated(triples: Sequence[Triple]) -> Iterator[str]:
+    for number, t in enumerate(triples):
+        texts = (t.query, t.positive, t.negative)
+        if any(c in text for text in texts for c in "\t\n\r"):
+            raise InputError(f"Triple {number} has a tab or a line break in a text: write a .parquet or .jsonl file.")
+        yield "\t".join([repr(t.pos_score), repr(t.neg_score), *texts]) + "\n"
 
 
 def read_texts(path: str | Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import sys
 import sysconfig
-import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from understudy.data.folders import find, own_names, split_files
 from understudy.data.memory import MEMORY
 from understudy.data.records import READERS, Record, place, read_records, reason
 from understudy.errors import InputError, nearest
+from understudy.files import replacing
 
 OPTIONS = {"name", "domains", "limit", "characters", "domain_column", "columns"}
 FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"})
@@ -261,9 +261,9 @@ def stdlib(characters: int) -> list[Record]:
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Records as JSON lines: the whole file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    temporary.replace(path)
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:

@@ -61,7 +61,7 @@ class TextSet(Dataset[dict[str, Any]]):
     """Encoded rows: `input_ids`, `labels` (unshifted, −100 ignored), `id` and `bytes` of the counted text."""
 
     reward: Any = None
-    """What an evaluation of preferences reports as rewards (`understudy.evaluation.preference.Reward`)."""
+    """What an evaluation of preferences reports as rewards (`understudy.training.reference.Reward`)."""
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records

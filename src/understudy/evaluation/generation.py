@@ -15,6 +15,7 @@ from understudy.errors import InputError
 from understudy.evaluation.distances import coverage, energy_distance, frechet_distance
 from understudy.evaluation.pictures import image_grid, scatter
 from understudy.models import evaluating
+from understudy.models.fitting import minimise
 from understudy.models.small import build_small, load_weights, save_small
 
 REACH = 4.0
@@ -94,14 +95,10 @@ def feature_network(reference: Reference, steps: int = 400) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_small("convnet:16", int(labels.max()) + 1, tuple(pixels.shape[1:]))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+        draws = (torch.randint(0, len(labels), (64,)) for _ in range(steps))
+        losses = (nn.functional.cross_entropy(network(pixels[chosen]), labels[chosen]) for chosen in draws)
         with torch.enable_grad():
-            for _ in range(steps):
-                chosen = torch.randint(0, len(labels), (64,))
-                loss = nn.functional.cross_entropy(network(pixels[chosen]), labels[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            minimise(losses, torch.optim.AdamW(network.parameters(), lr=3e-3))
     if folder is not None:
         save_small(network, folder)
     return network.eval()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,60 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter, evaluating
-
-NAMES = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-
-
-@dataclass(frozen=True)
-class Reward:
-    """What a method takes as the reward of a candidate, in TRL's terms: beta · (log π − log π_ref).
-
-    Args:
-        beta: as in the method's loss.
-        anchored: whether a reference is taken off; without one the reward is beta · log π.
-        mean: whether log-probabilities are means a token instead of sums.
-    """
-
-    beta: float
-    anchored: bool = True
-    mean: bool = False
-
-    def rows(self, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Values `[lists]` by TRL's names (`NAMES`), each with which lists count.
-
-        The best candidate of a list is the chosen one and the worst the rejected one; a single answer is chosen where its
-        label is 1 and rejected where it is 0, and alone has neither margin nor accuracy.
-
-        Args:
-            log_probs, reference: `[lists, candidates]`, of the student and of the reference.
-        """
-        scale = batch.lengths.clamp(min=1) if self.mean else torch.ones_like(batch.lengths)
-        ours = log_probs.detach() / scale
-        rewards = self.beta * (ours - reference.detach() / scale if self.anchored and reference is not None else ours)
-        several = batch.candidates.sum(1) > 1
-        good = batch.scores[:, 0] > 0.5
-        found, sides = {}, {"chosen": (batch.best, several | good), "rejected": (batch.worst, several | ~good)}
-        for kind, values in (("rewards", rewards), ("logps", ours)):
-            for side, (place, counts) in sides.items():
-                found[f"{kind}/{side}"] = (values.gather(1, place[:, None])[:, 0], counts)
-        margins = found["rewards/chosen"][0] - found["rewards/rejected"][0]
-        found["rewards/margins"] = (margins, several)
-        found["rewards/accuracies"] = ((margins > 0).to(margins.dtype), several)
-        return {name: found[name] for name in NAMES}
-
-
-def with_margin(means: Mapping[str, float]) -> dict[str, float]:
-    """Means of single answers, with the difference of both sides as their margin, as TRL's KTO has it."""
-    if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
-        return dict(means)
-    return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+from understudy.training.reference import Reward, with_margin
 
 
 @torch.no_grad()

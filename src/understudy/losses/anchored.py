@@ -7,11 +7,13 @@ neither value nor gradient. Losses return one value per list.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses.checks import check_finite
 
 
 def anchored_cross_entropy(
@@ -38,11 +40,7 @@ def _anchored(log_prob: Tensor, anchor: Tensor, tau: float, mask: Tensor) -> Ten
         raise InputError(f"tau is {tau} and must be positive.")
     ours, theirs = (x.masked_fill(~mask, 0.0) for x in (log_prob, anchor.detach()))
     for name, x in (("log-probability", ours), ("anchor", theirs)):
-        if not bool(x.isfinite().all()):
-            row, column = (~x.isfinite()).nonzero()[0].tolist()
-            raise InputError(
-                f"The {name} of list {row}, candidate {column} is {float(x[row, column].detach())}: it must be finite."
-            )
+        check_finite(x, _names(name))
     return torch.log_softmax(((ours - theirs) / tau).masked_fill(~mask, -math.inf), -1)
 
 
@@ -174,28 +172,15 @@ def anchored_plackett_luce(
     return nll.masked_fill(~positions, 0.0).sum(-1) / positions.sum(-1).clamp(min=1)
 
 
-def adaptive_tau(
-    entropy: Tensor, reward: Tensor, *, base: float, a: float, b: float, least: float, most: float
-) -> Tensor:
-    """clip(base · (1 + a·H + b·(1 − H)·(1 − R))): a higher temperature where the policy is unsure or rewards are low.
-
-    Args:
-        entropy: H in [0, 1], mean token entropy / log V, `[lists]`. reward: R in [0, 1], `[lists]`.
-    """
-    h, r = entropy.detach(), reward.detach()
-    return (base * (1 + a * h + b * (1 - h) * (1 - r))).clamp(least, most)
-
-
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(logits.detach().masked_fill(~mask, -math.inf), -1)
 
 
 def _rewards(reward: Tensor, mask: Tensor | None) -> Tensor:
     mask = _mask(reward, mask)
-    wrong = (~reward.isfinite() & mask).nonzero()
-    if len(wrong):
-        row, column = wrong[0].tolist()
-        raise InputError(
-            f"The reward of list {row}, candidate {column} is {float(reward[row, column])}: it must be a number."
-        )
+    check_finite(reward, _names("reward"), mask)
     return mask
+
+
+def _names(what: str) -> Callable[[float, int, int], str]:
+    return lambda value, row, column: f"The {what} of list {row}, candidate {column} is {value}: it must be finite."

@@ -98,11 +98,6 @@ def ddim_step(x: Tensor, clean: Tensor, alpha_t: Tensor, sigma_t: Tensor, alpha_
     return over(ratio, x) * x + over(alpha_s - alpha_t * ratio, x) * clean
 
 
-def signal_slope(signal: Tensor, clean: Tensor, dlambda: Tensor) -> Tensor:
-    """dy/dt = −λ' (f − y), the signal ODE whose exact steps `bootstrap_target` takes. Source: BOOT."""
-    return -over(dlambda, signal) * (clean - signal)
-
-
 def guided(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
     """f_u + w (f_c − f_u): classifier-free guidance; w = 1 is the conditional model, w = 0 the other."""
     return unconditional + weight * (conditional - unconditional)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from understudy.errors import InputError
 from understudy.losses._pairs import softplus
+from understudy.losses.checks import check_finite
 
 
 def dpo(
@@ -86,7 +87,7 @@ def kto(
 
     ½ at policy = reference. Source: Ethayarajh et al. 2024, Eq. 8.
     """
-    finite("kto", log_ratio)
+    _check("kto", log_ratio)
     positive("kto", beta)
     difference = beta * (log_ratio - kl.detach())
     values = torch.sigmoid(torch.where(desirable, -difference, difference))
@@ -103,7 +104,7 @@ def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
 def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024); add the NLL of `chosen` beside it."""
     positive("cpo", beta)
-    finite("cpo", chosen, rejected)
+    _check("cpo", chosen, rejected)
     return softplus(-beta * (chosen - rejected))
 
 
@@ -118,7 +119,7 @@ def simpo(
 ) -> Tensor:
     """softplus(−(β (mean log-prob of chosen − of rejected) − γ)) (Meng et al. 2024, Eq. 6). No reference."""
     positive("simpo", beta)
-    finite("simpo", chosen, rejected)
+    _check("simpo", chosen, rejected)
     means = per_token(chosen, chosen_tokens) - per_token(rejected, rejected_tokens)
     return softplus(-(beta * means - gamma))
 
@@ -128,7 +129,7 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected
 
     Mean log-probabilities are clamped at −1e−7, where the odds would be infinite.
     """
-    finite("odds_ratio", chosen, rejected)
+    _check("odds_ratio", chosen, rejected)
     a, b = (per_token(x, n).clamp(max=-1e-7) for x, n in ((chosen, chosen_tokens), (rejected, rejected_tokens)))
     return softplus(-((a - b) - (_log1mexp(a) - _log1mexp(b))))
 
@@ -148,18 +149,17 @@ def margin(
 ) -> Tensor:
     """Log-ratio of chosen minus log-ratio of rejected, `[pairs]`; the reference is detached."""
     positive(loss, beta)
-    finite(loss, chosen, rejected, chosen_ref, rejected_ref)
+    _check(loss, chosen, rejected, chosen_ref, rejected_ref)
     return (chosen - chosen_ref.detach()) - (rejected - rejected_ref.detach())
 
 
-def finite(loss: str, *log_probs: Tensor) -> None:
+def _check(loss: str, *log_probs: Tensor) -> None:
     """Refuse −inf and nan, by position."""
     for values in log_probs:
-        if not bool(values.isfinite().all()):
-            at = int((~values.isfinite()).flatten().nonzero()[0, 0])
-            raise InputError(
-                f"{loss}: log-probability {at} is {float(values.flatten()[at].detach())}: the model gives a completion probability 0."
-            )
+        check_finite(
+            values.flatten(),
+            lambda value, at: f"{loss}: log-probability {at} is {value}: the model gives a completion probability 0.",
+        )
 
 
 def positive(loss: str, beta: float) -> None:

@@ -89,13 +89,6 @@ def over_pairs(loss: PairLoss, student: Tensor, teacher: Tensor, valid: Tensor) 
     return PairSums(values.new_zeros(len(student)).index_add(0, row, values), valid.sum((1, 2)))
 
 
-def margin_mse_first_positive(
-    s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor, *, negatives: Tensor | None = None
-) -> PairSums:
-    """The same over the first positive of each row with its valid negatives; arguments as `margin_mse_all_pairs`."""
-    return margin_mse_all_pairs(s_pos[:, :1], s_neg, t_pos[:, :1], t_neg, negatives=negatives)
-
-
 def pointwise_mse(s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor) -> Tensor:
     """½ ((s⁺ − t⁺)² + (s⁻ − t⁻)²): the scores themselves. Arguments as `margin_mse`; `[rows]`."""
     s_pos, s_neg, t_pos, t_neg = _same("pointwise_mse", s_pos=s_pos, s_neg=s_neg, t_pos=t_pos, t_neg=t_neg)

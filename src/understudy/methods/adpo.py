@@ -10,7 +10,6 @@ Target, anchor and loss are three choices. Supervised training, distillation, DP
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -20,13 +19,21 @@ from torch import Tensor, nn
 
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
-from understudy.evaluation.preference import Reward, with_margin
 from understudy.losses import anchored
 from understudy.models import ModelAdapter, ModelOutput
-from understudy.teachers.cache.scores import ScoreStore, score_lists
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
-
-SAYS = {"reference": "reference", "taught": "teacher"}
+from understudy.training.averages import follow
+from understudy.training.reference import (
+    Reward,
+    attach,
+    check_starts_at_zero,
+    finite,
+    recorded,
+    reward_counts,
+    reward_terms,
+    rewarded,
+    with_margin,
+)
 
 
 class ADPO(Method):
@@ -42,7 +49,7 @@ class ADPO(Method):
         "deviations": "The equation is the manuscript's; the released default (Plackett-Luce with a polynomial term, "
         "clipping and smoothing) is `target=plackett_luce` with its options. Learning is off-line, from recorded "
         "candidates: sampling new ones inside training, and the temperature that adapts to their entropy, are not in "
-        "this method (`losses.anchored.adaptive_tau` is the formula).",
+        "this method.",
     }
 
     target: Literal[
@@ -189,78 +196,5 @@ class ADPO(Method):
     def on_step_end(self, state: TrainState) -> None:
         if "anchor" not in state.companions or (self.anchor == "dynamic" and state.step % self.every):
             return
-        keep = self.decay if self.anchor == "ema" else 0.0
         assert state.student is not None
-        with torch.no_grad():
-            for old, new in zip(state.companions["anchor"].parameters(), state.student.parameters(), strict=True):
-                old.lerp_(new, 1 - keep)
-
-
-def attach(context: SetupContext, scorers: dict[str, ModelAdapter]) -> None:
-    """Compute what each model says of every candidate, once, into the column of its name."""
-    for column, model in scorers.items():
-        store = ScoreStore(context.store / "scores")
-        for split, examples in context.splits.items():
-            score_lists(model, examples, context.collate, store, column=column)
-            for row in examples.records:
-                for i, value in enumerate(row[column]):
-                    if not math.isfinite(value):
-                        raise InputError(
-                            f"The {SAYS[column]} gives candidate {i} of {split} example {row['id']} the log-probability "
-                            f"{value}, and it must be finite. Load the model in float32, or leave the example out."
-                        )
-
-
-def recorded(context: SetupContext) -> None:
-    """Take the log-probabilities recorded with the data as reference."""
-    for split, examples in context.splits.items():
-        for row in examples.records:
-            if row["log_probs"] is None or len(row["log_probs"]) != len(row["sequences"]):
-                raise InputError(
-                    f"anchor='recorded' needs log_probs, one for each candidate; {split} example {row['id']} has none."
-                )
-            row["reference"] = row["log_probs"]
-
-
-def reward_terms(reward: Reward, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, Term]:
-    """Rewards and log-probabilities of both sides by TRL's names, logged but not trained: both rewards falling is a
-    collapse on its way."""
-    rows = reward.rows(log_probs, reference, batch)
-    return {name: Term(torch.where(counts, values, 0.0), 0.0) for name, (values, counts) in rows.items()}
-
-
-def reward_counts(batch: ListBatch) -> dict[str, float]:
-    """How many lists each of `reward_terms` is the mean of."""
-    blank = torch.zeros_like(batch.scores)
-    return {name: float(counts.sum()) for name, (_, counts) in Reward(1.0).rows(blank, blank, batch).items()}
-
-
-def rewarded(context: SetupContext, reward: Reward) -> None:
-    """Have evaluations of the run's splits report this reward."""
-    for examples in context.splits.values():
-        examples.reward = reward
-
-
-def finite(log_probs: Tensor, batch: ListBatch) -> Tensor:
-    """The student's log-probabilities; one that is −inf or nan is named by its example."""
-    wrong = (~log_probs.detach().isfinite() & batch.candidates).nonzero()
-    if len(wrong):
-        row, i = wrong[0].tolist()
-        raise InputError(
-            f"The student gives candidate {i} of example {int(batch.ids[row])} the log-probability "
-            f"{float(log_probs[row, i].detach())}, and it must be finite. Look at that example, lower the learning rate, or "
-            "train in float32."
-        )
-    return log_probs
-
-
-def check_starts_at_zero(own: bool, log_probs: Tensor, batch: ListBatch, state: TrainState) -> None:
-    """At the first step the student is its own reference: any log-ratio but 0 is a defect, and said so."""
-    if not own or state.step or batch.reference is None:
-        return
-    ratio = ((log_probs - batch.reference).detach() / batch.reference.abs().clamp(min=1)).abs().max()
-    if float(ratio) > 2e-2:
-        raise InputError(
-            f"The student's log-probabilities differ from their stored reference by {float(ratio):.1%} before the first "
-            "step. Something random or stateful is in the model (dropout, batch statistics): switch it off."
-        )
+        follow(state.companions["anchor"], state.student, self.decay if self.anchor == "ema" else 0.0)

@@ -28,7 +28,7 @@ from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evalua
 from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import follow, take
+from understudy.training.averages import follow, take, warmed_up
 
 
 class BOOT(Method):
@@ -180,7 +180,7 @@ class BOOT(Method):
         if not self.ema:
             return
         assert state.student is not None
-        follow(state.companions["average"], state.student, self.ema, state.step)
+        follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
         if state.step == state.total:  # the average is what is saved and judged
             take(state.student, state.companions["average"])
 

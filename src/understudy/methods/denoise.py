@@ -20,7 +20,7 @@ from understudy.errors import InputError
 from understudy.losses.diffusion import denoising_loss, noised
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
 from understudy.training import Method, Requirements, Term, TrainState
-from understudy.training.averages import follow, take
+from understudy.training.averages import follow, take, warmed_up
 
 
 class Denoise(Method):
@@ -70,7 +70,7 @@ class Denoise(Method):
     def on_step_end(self, state: TrainState) -> None:
         if not self.ema:
             return
-        follow(state.companions["average"], _rows(state), self.ema, state.step)
+        follow(state.companions["average"], _rows(state), warmed_up(self.ema, state.step))
         if state.step == state.total:  # the average is what is saved and judged
             take(_rows(state), state.companions["average"])
 

@@ -20,9 +20,11 @@ from torch import Tensor
 from understudy.data import Batch, ListBatch, mismatched
 from understudy.data.noise import uniform
 from understudy.errors import InputError
-from understudy.evaluation.preference import Reward, with_margin
 from understudy.losses import preference
-from understudy.methods.adpo import (
+from understudy.models import ModelOutput
+from understudy.training import Method, Requirements, SetupContext, Term, TrainState
+from understudy.training.reference import (
+    Reward,
     attach,
     check_starts_at_zero,
     finite,
@@ -30,9 +32,8 @@ from understudy.methods.adpo import (
     reward_counts,
     reward_terms,
     rewarded,
+    with_margin,
 )
-from understudy.models import ModelOutput
-from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 
 WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo"})
 WITH_NLL = frozenset({"cpo", "cpo_simpo", "orpo"})

@@ -39,7 +39,7 @@ from understudy.models import (
     find_head,
     replace_head,
 )
-from understudy.models.heads import linear_readout, sum_subclasses
+from understudy.models.classifier_heads import linear_readout, sum_subclasses
 from understudy.models.taps import layer
 from understudy.streaming import rowwise
 from understudy.streaming.plain import dense

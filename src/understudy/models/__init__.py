@@ -6,13 +6,14 @@ from understudy.models.adapters import (
     MarginalAdapter,
     ModelAdapter,
     ModelOutput,
-    evaluating,
     find_head,
     state_hash,
 )
+from understudy.models.classifier_heads import replace_head
 from understudy.models.diffusion import DenoiserAdapter, Sampler
-from understudy.models.heads import SubclassHead, replace_head
+from understudy.models.heads import SubclassHead
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
+from understudy.models.modes import evaluating
 from understudy.models.nodes import NodeAdapter, load_nodes
 from understudy.models.sequences import SequenceAdapter
 from understudy.models.small import load_small, normalisation, save_small

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from understudy.losses.subclasses import marginal_logits
 from understudy.models.bodies import body, try_head, watched
 from understudy.models.heads import head_name
 from understudy.models.layouts import Layouts, Packing, needs_gpu
+from understudy.models.modes import evaluating
 from understudy.models.own import save_state
 from understudy.models.processors import Processor
 from understudy.models.sharding import is_sharded, whole, whole_state
@@ -297,19 +297,6 @@ def _scaling(inner: Any) -> tuple[float, float | None]:
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise InputError(f"{type(inner).__name__}: {name} is {value!r} in its configuration and must be a number.")
     return (found["logit_scale"] or 1.0) / (found["logits_scaling"] or 1.0), found["final_logit_softcapping"]
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode it was in, whatever happened."""
-    training = [m for model in models for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def find_head(rows: ModelAdapter) -> nn.Module | None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from understudy.data.folders import find
 from understudy.errors import InputError
+from understudy.models.fitting import minimise
 from understudy.models.small import load_weights
-from understudy.models.weights import check_complete, read_object, reason
+from understudy.models.weights import check_complete, read_object, reason, write_model
 
 
 class Autoencoder(nn.Module):
@@ -36,20 +35,14 @@ class Autoencoder(nn.Module):
 
     def fit(self, x: Tensor, *, steps: int = 1000, batch: int = 128, learning_rate: float = 1e-3) -> Autoencoder:
         """Train on the squared error of reconstruction, in the order the global generator gives."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
-        for _ in range(steps):
-            chosen = x[torch.randint(len(x), (batch,)).to(x.device)]
-            optimizer.zero_grad()
-            F.mse_loss(self.decode(self.encode(chosen)), chosen).backward()
-            optimizer.step()
+        draws = (x[torch.randint(len(x), (batch,)).to(x.device)] for _ in range(steps))
+        losses = (F.mse_loss(self.decode(self.encode(chosen)), chosen) for chosen in draws)
+        minimise(losses, torch.optim.Adam(self.parameters(), lr=learning_rate))
         return self
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`, for `load_autoencoder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, str(folder / "model.safetensors"))
-        facts = {"understudy_autoencoder": self.sizes, "shape": self.shape}
-        (folder / "config.json").write_text(json.dumps(facts, indent=1))
+        write_model(self, folder, {"understudy_autoencoder": self.sizes, "shape": self.shape})
 
 
 class _OfDiffusers(nn.Module):

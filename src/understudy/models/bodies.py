@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import InputError
+from understudy.models.modes import evaluating
 
 SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of logits that is rounding, by dtype."""
@@ -59,9 +60,7 @@ def try_head(model: Any, head: Callable[[Tensor], Tensor], vocabulary: int) -> b
     Raises:
         InputError: what the model says of a token depends on later ones, or it does not take plain text.
     """
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluating(model):
         ids = _tokens(model)
         with watched(model) as seen:
             own = _logits(model, ids)
@@ -72,9 +71,6 @@ def try_head(model: Any, head: Callable[[Tensor], Tensor], vocabulary: int) -> b
         with watched(model, LARGE / size if size > 0 else 1.0) as seen:
             own = _logits(model, ids)
         return _near(head(seen[-1])[..., :vocabulary], own[..., :vocabulary])
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _tokens(model: Any, length: int = 8) -> Tensor:

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from understudy.data.folders import find
-from understudy.data.noise_sets import DEVIATION
 from understudy.errors import InputError
 from understudy.models.diffusion import SAMPLER, DenoiserAdapter, MixtureDenoiser, PointDenoiser, Sampler
 from understudy.models.noise_levels import Cosine, levels_of
@@ -47,6 +46,7 @@ def load_denoiser(
     shape: tuple[int, ...] = (),
     classes: int = 0,
     centres: Tensor | None = None,
+    deviation: float = 0.0,
     sampler: Sampler | None = None,
     prediction: str | None = None,
     null: bool = False,
@@ -57,7 +57,7 @@ def load_denoiser(
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
             a folder, a Hub id, or a `DenoiserAdapter`.
         shape: of an example; a model from a folder knows its own. classes: to be asked for, 0 for none.
-        centres: of the world. sampler, null, prediction: of models whose folder has no `sampler.json`. `null`
+        centres, deviation: of the world's modes. sampler, null, prediction: of models whose folder has no `sampler.json`. `null`
             means that the last class of a model stands for none; `prediction` goes over what its scheduler says.
     """
     if isinstance(name, DenoiserAdapter):
@@ -71,7 +71,7 @@ def load_denoiser(
         if centres is None:
             raise InputError("Model 'exact' is the closed form of a world with known modes: use data=ring8.")
         levels = Cosine()
-        mixture = MixtureDenoiser(centres.float(), DEVIATION, levels)
+        mixture = MixtureDenoiser(centres.float(), deviation, levels)
         return DenoiserAdapter(mixture, levels, "sample", shape, classes=classes, sampler=sampler)
     new = NEW.fullmatch(text)
     if new is not None and not shape:

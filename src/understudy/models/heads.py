@@ -1,16 +1,8 @@
-"""The classifier's head: where it is, another in its place, and one that sums over subclasses."""
+"""The classifier's head: where it is, how to exchange it, and one that sums over subclasses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
 from torch import Tensor, nn
-
-from understudy.errors import InputError
-
-if TYPE_CHECKING:
-    from understudy.models.adapters import ClassifierAdapter
 
 
 class SubclassHead(nn.Linear):
@@ -47,110 +39,3 @@ def put_head(model: nn.Module, name: str, head: nn.Module) -> None:
     weight = next(old.parameters())
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, head.to(weight.device, weight.dtype).train(old.training))
-
-
-def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.Linear:
-    """Give an image classifier a new linear head of `outputs` classes, in place, and return it.
-
-    The new weights hang on `seed` alone. The model's own count of classes follows (`rows.classes`, a small network's
-    facts, `config.num_labels`); names of classes come back when their number does.
-
-    Raises:
-        InputError: no linear head is found, or it belongs to adapters, which would not save another.
-    """
-    name = head_name(rows.model, rows.classes)
-    kind = type(rows.model).__name__
-    if name is None or not name:
-        raise InputError(f"{kind} has no linear head of {rows.classes} classes that could be replaced.")
-    if hasattr(rows.model, "peft_config"):
-        raise InputError("A student with adapters cannot get another head, for adapters would not save it: drop peft.")
-    old = rows.model.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed + 1) * 1_000_003)  # not the stream that the body was drawn from
-        head = nn.Linear(old.in_features, outputs, old.bias is not None)
-    put_head(rows.model, name, head)
-    set_classes(rows, outputs)
-    return head
-
-
-def set_classes(rows: ClassifierAdapter, classes: int) -> None:
-    """Tell a classifier that its head has another number of classes."""
-    rows.classes = classes
-    facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
-    if facts is not None:
-        facts.pop("subclasses", None)
-        facts["classes"] = classes
-    config = getattr(rows.model, "config", None)
-    if config is None or getattr(config, "num_labels", classes) == classes:
-        return
-    if rows.class_names is None:
-        rows.class_names = dict(config.id2label), dict(config.label2id)
-    config.num_labels = classes
-    names, numbers = rows.class_names
-    if len(names) == classes:
-        config.id2label, config.label2id = names, numbers
-    if hasattr(rows.model, "num_labels"):
-        rows.model.num_labels = classes
-
-
-def sum_subclasses(rows: ClassifierAdapter, classes: int) -> None:
-    """Turn a small network's wide head into one of `classes` that sums over subclasses: the same function, exactly."""
-    name = head_name(rows.model, rows.classes)
-    facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
-    if name is None or facts is None:
-        raise InputError(
-            f"Only the small networks can keep a head that sums over subclasses, and this is a {type(rows.model).__name__}: "
-            "give it a linear one."
-        )
-    wide = rows.model.get_submodule(name)
-    assert isinstance(wide, nn.Linear)
-    subclasses = wide.out_features // classes
-    head = SubclassHead(wide.in_features, classes, subclasses, wide.bias is not None)
-    put_head(rows.model, name, head)
-    head.load_state_dict(wide.state_dict())
-    set_classes(rows, classes)
-    facts["subclasses"] = subclasses
-
-
-def linear_readout(
-    features: Tensor, probabilities: Tensor, *, bias: bool = True, ridge: float = 1e-6, steps: int = 500
-) -> nn.Linear:
-    """The linear head whose softmax is nearest to given probabilities in KL(given ‖ head), mean over rows.
-
-    Convex, from zero, by L-BFGS in float64 on standardised features: nothing in it is random.
-
-    Args:
-        features: `[rows, width]`. probabilities: `[rows, classes]`.
-        ridge: times half the squared weights, which bounds them where the rows can be fitted exactly.
-    """
-    x, p = features.detach().double(), probabilities.detach().double()
-    mean = x.mean(0) if bias else x.new_zeros(x.shape[1])  # without a bias nothing could undo the shift
-    deviation = (x - mean).square().mean(0).sqrt()
-    deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-    standard = (x - mean) / deviation
-    weight = x.new_zeros(p.shape[1], x.shape[1]).requires_grad_()
-    shift = x.new_zeros(p.shape[1]).requires_grad_(bias)
-    solver = torch.optim.LBFGS(
-        [weight, shift] if bias else [weight],
-        max_iter=steps,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        log_q = torch.log_softmax(standard @ weight.T + shift, -1)
-        loss = -(p * log_q).sum(-1).mean() + ridge / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        solver.step(closure)  # type: ignore[no-untyped-call]
-    head = nn.Linear(x.shape[1], p.shape[1], bias, dtype=torch.float64, device=x.device)
-    with torch.no_grad():
-        head.weight.copy_(weight / deviation)
-        if bias:
-            head.bias.copy_(shift - (weight / deviation) @ mean)
-    return head.requires_grad_(False)

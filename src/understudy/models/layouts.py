@@ -17,6 +17,7 @@ from understudy.data import Batch
 from understudy.data.packing import Layout, Tree, group_trees, is_padded_right, lay_out, shared_beginnings
 from understudy.errors import InputError
 from understudy.models.bodies import body
+from understudy.models.modes import evaluating
 
 Packing = Literal["auto", "free", "none"]
 PACKING = ("auto", "free", "none")
@@ -161,15 +162,11 @@ def obstacle(model: Any) -> str | None:
     stateful = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
     if stateful:
         return f"layers of kind {', '.join(stateful)} carry state from one sequence into the next"
-    training = [m for m in model.modules() if m.training]
     try:
-        model.eval()
-        return _trial(model, attention.startswith("flash"))
+        with evaluating(model):
+            return _trial(model, attention.startswith("flash"))
     except Exception as error:  # a model may fail in any way on inputs that it does not know
         return f"it does not take them ({' '.join(f'{type(error).__name__}: {error}'.split())})"
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _trial(model: Any, flash: bool) -> str | None:

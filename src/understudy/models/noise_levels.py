@@ -34,10 +34,6 @@ class Cosine:
         # cos(π/2) is 6e-17 in floating point; the schedule says 0.
         return angle.cos().masked_fill(t == 1, 0.0), angle.sin()
 
-    def slope(self, t: Tensor) -> Tensor:
-        """λ'(t) = π / sin(πt)."""
-        return math.pi / (math.pi * t.double()).sin()
-
     def snap(self, t: Tensor) -> Tensor:
         return t
 

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from understudy.errors import InputError
-from understudy.models.weights import check_folder, reason
+from understudy.models.weights import check_folder, reason, write_model
 
 MARK = "understudy_module"
 """Key of a `config.json` beside the state of such a module: the name of its class."""
 
 
 def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors`, and a `config.json` that names the class. Tied weights are stored once.
-
-    Args:
-        state: in place of the module's own, where that is held elsewhere.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = str(folder / "model.safetensors")
-    if state is None:
-        save_model(model, file)
-    else:
-        save_file({k: v.contiguous() for k, v in state.items()}, file)
-    (folder / "config.json").write_text(json.dumps({MARK: type(model).__name__}))
+    """Write `model.safetensors`, and a `config.json` that names the class; see `write_model`."""
+    write_model(model, folder, {MARK: type(model).__name__}, state)
 
 
 def check_saves(model: nn.Module) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -16,7 +14,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.small import load_weights
 from understudy.models.tokenizers import load_tokenizer
-from understudy.models.weights import check_folder, check_weights, read_object, reason
+from understudy.models.weights import check_folder, check_weights, read_object, reason, write_model
 
 Pair = tuple[str, str]
 
@@ -68,10 +66,7 @@ class WordPairs(PairClassifier):
         return total
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, str(folder / "model.safetensors"))
-        facts = {"understudy_pairs": self.sizes, "vocabulary": self.vocabulary}
-        (folder / "config.json").write_text(json.dumps(facts))
+        write_model(self, folder, {"understudy_pairs": self.sizes, "vocabulary": self.vocabulary})
 
 
 class AutoPairs(PairClassifier):

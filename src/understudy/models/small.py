@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from understudy.errors import InputError
 from understudy.models.heads import SubclassHead, head_name, put_head
 from understudy.models.networks import graph_network, has_options, read_options
-from understudy.models.weights import read_object, reason
+from understudy.models.weights import read_object, reason, write_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -170,10 +170,8 @@ def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
 
 def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write `config.json` and `model.safetensors`: of the model's state, or of `state` where that is held elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if state is None else state
-    save_file({k: v.contiguous() for k, v in state.items()}, str(folder / "model.safetensors"))
-    (folder / "config.json").write_text(json.dumps(model.understudy, indent=1))
+    facts: Any = model.understudy
+    write_model(model, folder, facts, state)
 
 
 class Facts(BaseModel):

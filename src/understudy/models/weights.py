@@ -1,4 +1,4 @@
-"""What is read from a model's folder: whole, as it was written, and every weight in its place."""
+"""A model's folder: how ours are written, and what is read: whole, as it was written, and every weight in its place."""
 
 from __future__ import annotations
 
@@ -7,11 +7,30 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
 
 from understudy.errors import InputError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def write_model(
+    model: nn.Module, folder: Path, config: Mapping[str, Any] | None = None, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `model.safetensors` and, if given, `config.json`. Tied weights are stored once.
+
+    Args:
+        state: in place of the module's own, where that is held elsewhere.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = str(folder / "model.safetensors")
+    if state is None:
+        save_model(model, file)
+    else:
+        save_file({k: v.contiguous() for k, v in state.items()}, file)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from understudy.errors import InputError
-from understudy.files import differing, digest, read_json, writing
+from understudy.files import differing, digest, read_json, replacing
 from understudy.runs.recipe import Recipe
 from understudy.training.checkpoint import numbered
 
@@ -205,10 +205,8 @@ def _said(value: Any) -> str:
 def take(recipe: Recipe) -> None:
     """Write the recipe into its folder: from now on the folder is this run's."""
     if first_rank():
-        with writing(recipe.output / "recipe.yaml"):
-            temporary = recipe.output / "recipe.yaml.tmp"  # another rank may look at any moment
+        with replacing(recipe.output / "recipe.yaml") as temporary:  # another rank may look at any moment
             temporary.write_text(yaml.safe_dump(recipe.shown(), sort_keys=False))
-            temporary.rename(recipe.output / "recipe.yaml")
 
 
 def clear(folder: Path) -> None:

@@ -199,15 +199,6 @@ class Sampled(_Rows):
             raise InputError("Sampled: ids, weights and log_probs must have one shape [..., k].")
 
 
-@dataclass(frozen=True)
-class Text:
-    """Text a teacher wrote, with where it came from."""
-
-    text: str
-    source: str = ""
-    prompt: str = ""
-
-
 Target = Dense | Projected | Mixture | TopK | Sampled
 
 

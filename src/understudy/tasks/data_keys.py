@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from understudy.data.worlds import Noise
 from understudy.errors import InputError, nearest
+from understudy.synthetic.bandit import Noise
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Number = Annotated[int, Field(ge=0, strict=True)]

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from understudy.data import collate_images, find, load_images
-from understudy.data.image_sources import EMBEDDED
 from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.weights import notes_of
+from understudy.synthetic.images import IMAGES
 from understudy.tasks.base import LabelledTask, Prepared, merged
 
 _SMALL = {
@@ -50,7 +50,7 @@ class ImageClassification(LabelledTask):
         """Digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
         data = recipe.get("data") or {}
         data.setdefault("name", "digits")
-        embedded = data["name"] in EMBEDDED
+        embedded = data["name"] in ("digits", *IMAGES)
         if data["name"] == "digits":
             data.setdefault("limit", 200)
         if data["name"] == "clusters":
@@ -81,7 +81,7 @@ class ImageClassification(LabelledTask):
     def prepare(self, recipe: Any) -> Prepared:
         data = dict(recipe.data)
         augment = data.pop("augment", data["name"] in ("cifar10", "cifar100"))
-        splits = load_images(data)
+        splits = load_images(data, IMAGES)
         return Prepared(
             train=splits.train,
             validation=splits.validation,

@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from understudy.data.images import OPTIONS as IMAGE_OPTIONS
-from understudy.data.noise_sets import WORLDS, ExampleSet, NoiseSet, Reference, Source, collate_noise, load_source
+from understudy.data.noise_sets import ExampleSet, NoiseSet, Reference, Source, collate_noise, load_source
 from understudy.errors import InputError, nearest
 from understudy.evaluation.generation import evaluate_generation
 from understudy.losses.diffusion import check_prediction
 from understudy.models import ModelAdapter
 from understudy.models.denoisers import is_new_denoiser, load_denoiser
 from understudy.models.diffusion import Sampler
+from understudy.synthetic.ring8 import ring8
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _POINTS = {
@@ -55,6 +56,7 @@ _OWN = {
 LEAST, SHARE = 64, 50
 """Unless told otherwise an evaluation draws so many samples at least, and one for so many examples trained on: a sample
 costs as many calls of the networks as all samplers take that are compared."""
+WORLDS = {"ring8": ring8()}
 
 
 class ImageGeneration(TaskDefaults):
@@ -96,7 +98,7 @@ class ImageGeneration(TaskDefaults):
             if key not in known:
                 raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
         own = {key: given.pop(key, default) for key, default in _OWN.items() if key != "name"}
-        source = load_source(given)
+        source = load_source(given, WORLDS)
         world = given["name"] in WORLDS
         for key in ("size", "samples", "teacher_steps"):
             _positive(f"data.{key}", own[key], optional=key != "size")
@@ -142,6 +144,7 @@ class ImageGeneration(TaskDefaults):
             hashes={"data": source.key},
             facts={
                 "centres": source.centres,
+                "deviation": source.deviation,
                 "steps": many,
                 **{k: own[k] for k in ("prediction", "null_class", "guidance")},
             },
@@ -155,6 +158,7 @@ class ImageGeneration(TaskDefaults):
             shape=prepared.input_shape,
             classes=prepared.classes,
             centres=facts["centres"],
+            deviation=facts["deviation"],
             sampler=Sampler(steps=facts["steps"], guidance=facts["guidance"]),
             prediction=facts["prediction"],
             null=facts["null_class"],
@@ -194,6 +198,7 @@ def _reference(source: Source, split: str, own: dict[str, Any], many: int) -> Re
         source.key,
         tuple(own["compare_steps"]),
         many,
+        source.deviation,
     )
 
 

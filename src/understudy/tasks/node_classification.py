@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from understudy.data import collate_graph, load_graph
 from understudy.evaluation.graphs import neighbour_cosine
 from understudy.models import ModelAdapter, NodeAdapter, load_nodes
+from understudy.synthetic.topics import topics
 from understudy.tasks.base import LabelledTask, Prepared, merged
 
 _TRAINER = {
@@ -53,7 +54,7 @@ class NodeClassification(LabelledTask):
         return recipe
 
     def prepare(self, recipe: Any) -> Prepared:
-        splits = load_graph(recipe.data)
+        splits = load_graph(recipe.data, {"topics": topics})
         return Prepared(
             train=splits.train,
             validation=splits.validation,

@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from understudy.data import Batch, collate_lists
-from understudy.data.worlds import ChoiceBatch, bandit, chains, collate_choices
 from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import ModelAdapter, evaluating
-from understudy.models.worlds import BigramAdapter, load_policy
+from understudy.synthetic.bandit import ChoiceAdapter, ChoiceBatch, ChoicePolicy, bandit, collate_choices
+from understudy.synthetic.chains import Bigram, BigramAdapter, chains
+from understudy.synthetic.policies import load_policy
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _OPTIONS = {
@@ -84,7 +85,10 @@ class PreferenceWorld(TaskDefaults):
         )
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-        return load_policy(spec.model, source, prepared.classes, prepared.facts["world"])
+        world = prepared.facts["world"]
+        if world is None:
+            return ChoiceAdapter(load_policy(ChoicePolicy, spec.model, source, prepared.classes))
+        return BigramAdapter(load_policy(Bigram, spec.model, source, prepared.classes), world)
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """`value`: the mean probability of the truly best item (bandit), or return minus KL to the chain (exact)."""

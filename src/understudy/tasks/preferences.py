@@ -11,6 +11,7 @@ from understudy.data import collate_lists, encode_lists, load_preferences, show_
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import CausalLMAdapter, ModelAdapter, SequenceAdapter, tokenizer_hashes
 from understudy.models.layouts import Packing
+from understudy.synthetic.word_order import word_order
 from understudy.tasks.base import Prepared, merged
 from understudy.tasks.language_modeling import LanguageModeling
 from understudy.tasks.padding import checked_packing, padding_notes
@@ -51,7 +52,7 @@ class Preferences(LanguageModeling):
         data = dict(recipe.data)
         length, vocabulary = data.pop("max_length"), data.pop("vocab_size", 1024)
         own_tokenizer, packing = data.pop("tokenizer", None), checked_packing(data.pop("packing"))
-        splits = load_preferences(data)
+        splits = load_preferences(data, {"word_order": word_order})
         notes = list(splits.notes)
         tokenizer, _ = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}

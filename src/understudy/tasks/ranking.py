@@ -22,6 +22,7 @@ from understudy.models.encoders import is_new_encoder, located, prompts_of
 from understudy.models.ranker_loading import OPTIONS, load_ranker
 from understudy.models.rankers import BiEncoderAdapter, RankerEnsemble
 from understudy.models.weights import notes_of
+from understudy.synthetic import retrieval
 from understudy.tasks.base import MODULE, Prepared, TaskDefaults, merged
 
 _WORLD = {"max_steps": 2500, "per_device_train_batch_size": 64, "learning_rate": 3e-3}
@@ -74,7 +75,7 @@ class Ranking(TaskDefaults):
             if not isinstance(length, int) or length < 1:
                 raise InputError(f"data.{key} is {length!r} and must be a whole number of at least 1.")
         vocabulary, own = data.pop("vocab_size", 4000), data.pop("tokenizer", None)
-        splits = load_rankings(data)
+        splits = load_rankings(data, {"world": retrieval.embedded})
         views: dict[str, View] = {}
         trained: list[PreTrainedTokenizerBase] = []
         for spec in (recipe.student, recipe.teacher):

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from understudy.data.knowledge import Relation, load_events, load_labels, load_relations
-from understudy.data.knowledge_world import EventsWorld
 from understudy.errors import InputError, nearest
 from understudy.generation import Completion, OracleSource, Request, Source
 from understudy.models import ModelAdapter
+from understudy.synthetic.events import EventsWorld
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 ORACLE = "oracle"

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move an average of weights towards `model` once, after optimizer step `step`.
-
-    The decay is at most (1 + step) / (10 + step), so that the weights of the start do not linger in short runs.
-    """
-    keep = min(decay, (1 + step) / (10 + step))
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move an average of weights towards `model` once: decay · average + (1 − decay) · model; buffers are copied."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new.to(old.dtype), 1 - keep)
+        old.lerp_(new.to(old.dtype), 1 - decay)
     _copy(average.buffers(), model.buffers())
+
+
+def warmed_up(decay: float, step: int) -> float:
+    """A decay that is at most (1 + step) / (10 + step), so that the weights of the start do not linger in short runs."""
+    return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()

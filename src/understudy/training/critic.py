@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from understudy.curation import base_rate_bias, cutoff_at_recall, recall_curve, score
 from understudy.errors import InputError
 from understudy.losses import binary_cross_entropy
-from understudy.models.adapters import evaluating
+from understudy.models import evaluating
+from understudy.models.fitting import minimise
 from understudy.models.pairs import Pair, PairClassifier, is_new_pairs, load_pairs, new_pairs
 from understudy.training.order import EpochSampler
 
@@ -69,23 +70,25 @@ def fit_critic(
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=fit.weight_decay)
     order = EpochSampler(len(pairs), fit.seed)
     history: list[float] = []
-    best_state, step, rate, waiting = model.state_dict(), 0, fit.lr, 0
+    best_state, rate, waiting = model.state_dict(), fit.lr, 0
     torch.manual_seed(fit.seed)
     wordings = [[worded(i, pair) for i, pair in enumerate(checked)] for worded in map(view, range(3))]
     views = [lambda i, pair, told=told: told[i] for told in wordings]  # type: ignore[misc]
-    for epoch in range(fit.epochs):
+
+    def losses(epoch: int, rate: float) -> Iterator[torch.Tensor]:
         order.set_epoch(epoch)
         chosen, worded = list(order), view(1000 + epoch)  # other wordings than those of scoring
-        model.train()
-        for start in range(0, len(chosen), fit.batch):
-            step += 1
+        starts = range(0, len(chosen), fit.batch)
+        for step, start in enumerate(starts, epoch * len(starts) + 1):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, step / max(1, fit.warmup))
             rows = chosen[start : start + fit.batch]
             logits = model([worded(i, pairs[i]) for i in rows])
             targets = torch.tensor([float(labels[i]) for i in rows], device=logits.device)
-            optimizer.zero_grad()
-            binary_cross_entropy(logits, targets).mean().backward()
-            optimizer.step()
+            yield binary_cross_entropy(logits, targets).mean()
+
+    for epoch in range(fit.epochs):
+        model.train()
+        minimise(losses(epoch, rate), optimizer)
         precision = precision_at_recall(truth, probabilities(model, checked, views), fit.recall)
         history.append(precision)
         waiting += 1

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from understudy.errors import InputError, nearest
+from understudy.files import replacing
 from understudy.models.sharding import is_sharded, load_state, whole_state
 from understudy.training.checkpoint import load_tree, save_tree
 
@@ -66,10 +67,9 @@ def save_phase(file: Path, module: Any, meter: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     state = module.train_state.method_state
     held = whole_state(module) if is_sharded(module) else module.state_dict()
-    temporary = file.with_suffix(".tmp")
     method = state.state_dict() if state is not None else None
-    save_tree({"weights": dict(held), "method": method, "meter": meter.state_dict()}, temporary)
-    temporary.rename(file)
+    with replacing(file) as temporary:
+        save_tree({"weights": dict(held), "method": method, "meter": meter.state_dict()}, temporary)
 
 
 def load_phase(file: Path, module: Any, meter: Any) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from understudy.errors import InputError
+from understudy.files import replacing
 from understudy.generation import Completion, Request, RequestLog, Source, generate
 from understudy.training.method import Method
 
@@ -38,9 +37,8 @@ class PipelineContext:
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(make(), indent=1)
-            temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            temporary.write_text(text)
-            os.replace(temporary, file)
+            with replacing(file) as temporary:
+                temporary.write_text(text)
         try:
             return json.loads(file.read_bytes().decode())
         except (ValueError, RecursionError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from understudy.data import Batch
 from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
+from understudy.files import replacing
 from understudy.models import ModelAdapter
 from understudy.teachers import Teacher
 from understudy.training.checkpoint import load_tree, save_tree
@@ -88,8 +88,8 @@ class SetupContext:
         file = self.store / f"{name}-{asked[:16]}.safetensors"
         if not file.is_file():
             self.store.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            save_tree(dict(make()), temporary)
-            temporary.rename(file)
+            made = dict(make())
+            with replacing(file) as temporary:
+                save_tree(made, temporary)
         found: dict[str, Tensor] = load_tree(file)
         return found

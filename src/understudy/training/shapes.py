@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.models import ModelAdapter, ModelOutput
+from understudy.models import ModelAdapter, ModelOutput, evaluating
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,8 @@ def look(
     model: ModelAdapter, batch: Batch, *, features: bool = False, taps: Mapping[str, nn.Module] | None = None
 ) -> ModelOutput:
     """One forward pass in evaluation mode that leaves every module in the mode it was in."""
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
+    with evaluating(model):
         return model(batch.to(next(model.parameters()).device), features=features, taps=taps)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def probe(

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.files import digest, read_json, writing
+from understudy.files import digest, read_json, replacing, writing
 
 IDENTITY = "identity.json"
 SEAL = "sha256"
@@ -127,10 +127,9 @@ class ShardStore:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / IDENTITY).exists():
-                temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
                 sealed = {**self.identity, SEAL: _hash_of(self.identity)}
-                temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True))
-                os.replace(temporary, self.folder / IDENTITY)
+                with replacing(self.folder / IDENTITY) as temporary:
+                    temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True))
 
     def refresh(self) -> None:
         """Read the shards that were written since, by other processes too."""

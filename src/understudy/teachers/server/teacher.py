@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from understudy.data import IGNORE, Batch
 from understudy.errors import InputError
+from understudy.files import replacing
 from understudy.generation import Endpoint, SourceError
 from understudy.models import ModelAdapter, ModelOutput, evaluating
 from understudy.streaming import project
@@ -102,9 +102,8 @@ class ServedTeacher(CachedTeacher):
                 "teacher.tokenizer to the teacher's."
             )
         self.store.claim()
-        temporary = self.store.folder / f"probe.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps({"ids": ids, "log_probs": own}))
-        os.replace(temporary, self.store.folder / PROBE)
+        with replacing(self.store.folder / PROBE) as temporary:
+            temporary.write_text(json.dumps({"ids": ids, "log_probs": own}))
 
     def _probe(self, example: Batch) -> tuple[list[int], list[float] | None, list[float]]:
         """A text's tokens, and their log-probabilities: as the store was begun with, if it was, and as they are now."""

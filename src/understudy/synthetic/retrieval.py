@@ -6,6 +6,7 @@ Words belong to topics and have hidden vectors; a document's relevance to a quer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -97,3 +98,8 @@ def _words(rng: np.random.Generator, topic: Any, size: int, topics: int) -> Any:
     chosen = rng.choice(TOPICS, topics, replace=False)
     inside = rng.choice(np.flatnonzero(np.isin(topic, chosen)), size)
     return np.where(rng.random(size) < 0.2, rng.integers(0, WORDS, size), inside)
+
+
+def embedded(spec: Mapping[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[str], float]:
+    """For `load_rankings`: rows, collection, and the least grade that is relevant."""
+    return *world(**{k: spec[k] for k in ("candidates", "seed", "foreign") if k in spec}), 3.0

@@ -1,4 +1,4 @@
-"""Preference worlds whose truth is known, for experiments that take seconds: a contextual bandit, and chains of tokens."""
+"""A contextual bandit whose rewards are noisy and whose truth is known, with the policy that chooses."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from understudy.data.batch import IGNORE
+from understudy.data.batch import Batch
 from understudy.data.lists import ListBatch
 from understudy.data.tokenize import TextSet
 from understudy.errors import InputError
+from understudy.models.adapters import ModelAdapter, ModelOutput
+from understudy.synthetic.policies import Policy
+from understudy.targets import Scores
 
 Noise = Literal["heavy", "outlier", "adversarial", "shift", "none"]
 
@@ -101,76 +104,32 @@ def collate_choices(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Chains:
-    """A Markov chain over tokens with a reward for each transition.
+class ChoicePolicy(Policy):
+    """`policy:64,64`: an MLP that scores each item by its features."""
 
-    Args:
-        log_p: `[tokens, tokens]`, log-probability of the next token under the reference chain. reward: `[tokens, tokens]`.
-        length: transitions of a sequence. splits: pairs sampled from the chain and labelled by their return.
-    """
+    example = "policy:64,64"
 
-    log_p: Tensor
-    reward: Tensor
-    length: int
-    splits: dict[str, TextSet]
+    def __init__(self, name: str, inputs: int) -> None:
+        super().__init__(name, inputs)
+        widths = [inputs, *(int(v) for v in name.partition(":")[2].split(","))]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
-    def value(self, log_q: Tensor) -> dict[str, float]:
-        """Exact return, KL to the reference chain and their difference for a policy `[tokens, tokens]`, per sequence."""
-        q = log_q.exp()
-        at = torch.full((len(q),), 1 / len(q), dtype=q.dtype)
-        gain, kl = (q * self.reward).sum(-1), (q * (log_q - self.log_p)).sum(-1)
-        total, distance = 0.0, 0.0
-        for _ in range(self.length):
-            total, distance = total + float(at @ gain), distance + float(at @ kl)
-            at = at @ q
-        return {"return": total, "kl_to_reference": distance, "value": total - distance}
+    def forward(self, features: Tensor) -> Tensor:
+        return self.body(features).squeeze(-1)
 
 
-def chains(
-    seed: int, start: Literal["own", "mixture"], *, pairs: int = 600, tokens: int = 16, length: int = 10
-) -> Chains:
-    """The world of card 39: pairs from a chain, labelled with probability σ(difference of returns).
+class ChoiceAdapter(ModelAdapter):
+    """Answers with `Scores`: the log-probability with which the policy picks each item."""
 
-    `clean` holds 1,000 sequences for a start: of this chain (`own`), or 85 % of another one (`mixture`).
-    """
-    if start not in ("own", "mixture"):
-        raise InputError(f"data.start is {start!r}; known: own, mixture.")
-    chance = torch.Generator().manual_seed(seed)
+    def __init__(self, model: ChoicePolicy) -> None:
+        super().__init__()
+        self.model, self.padding = model, 0
 
-    def matrix(scale: float) -> Tensor:
-        return scale * torch.randn(tokens, tokens, generator=chance, dtype=torch.float64)
-
-    log_p, other, reward = matrix(1.0).log_softmax(-1), matrix(1.0).log_softmax(-1), matrix(0.5)
-
-    def walk(first: Tensor, p: Tensor) -> Tensor:
-        steps = [first]
-        for _ in range(length):
-            steps.append(torch.multinomial(p[steps[-1]], 1, generator=chance)[:, 0])
-        return torch.stack(steps, 1)
-
-    def begin(number: int) -> Tensor:
-        return torch.randint(tokens, (number,), generator=chance)
-
-    splits, count = {}, 0
-    for split, number in {"train": pairs, "validation": 200, "test": 200}.items():
-        first = begin(number)
-        a, b = walk(first, log_p.exp()), walk(first, log_p.exp())
-        gain = [reward[s[:, :-1], s[:, 1:]].sum(1) for s in (a, b)]
-        better = torch.rand(number, generator=chance) < torch.sigmoid(gain[0] - gain[1])
-        splits[split] = TextSet([_pair(count + i, a[i], b[i], bool(better[i])) for i in range(number)])
-        count += number
-    own = walk(begin(1000), log_p.exp())
-    if start == "mixture":
-        own[:850] = walk(begin(850), other.exp())
-    splits["clean"] = TextSet([_pair(count + i, s, s, True) for i, s in enumerate(own)])
-    return Chains(log_p, reward, length, splits)
-
-
-def _pair(number: int, a: Tensor, b: Tensor, first: bool) -> dict[str, Any]:
-    sequences = []
-    for ids in (a, b):
-        labels = ids.clone()
-        labels[0] = IGNORE
-        sequences.append((ids, labels))
-    return {"id": number, "sequences": sequences, "scores": [float(first), float(not first)], "log_probs": None}
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        assert isinstance(batch, ChoiceBatch)
+        scores = self.model(batch.features.to(next(self.model.parameters()).dtype))
+        log_p = torch.log_softmax(scores.masked_fill(~batch.candidates, -torch.inf), -1)
+        return ModelOutput(Scores(log_p.masked_fill(~batch.candidates, 0.0), batch.candidates))

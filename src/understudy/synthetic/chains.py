@@ -1,0 +1,126 @@
+"""Chains of tokens with a reward for each transition, and the policy whose value there is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from understudy.data.batch import IGNORE, Batch
+from understudy.data.lists import ListBatch
+from understudy.data.tokenize import TextSet
+from understudy.errors import InputError
+from understudy.models.adapters import ModelAdapter, ModelOutput
+from understudy.synthetic.policies import Policy
+from understudy.targets import Scores
+
+
+@dataclass(frozen=True)
+class Chains:
+    """A Markov chain over tokens with a reward for each transition.
+
+    Args:
+        log_p: `[tokens, tokens]`, log-probability of the next token under the reference chain. reward: `[tokens, tokens]`.
+        length: transitions of a sequence. splits: pairs sampled from the chain and labelled by their return.
+    """
+
+    log_p: Tensor
+    reward: Tensor
+    length: int
+    splits: dict[str, TextSet]
+
+    def value(self, log_q: Tensor) -> dict[str, float]:
+        """Exact return, KL to the reference chain and their difference for a policy `[tokens, tokens]`, per sequence."""
+        q = log_q.exp()
+        at = torch.full((len(q),), 1 / len(q), dtype=q.dtype)
+        gain, kl = (q * self.reward).sum(-1), (q * (log_q - self.log_p)).sum(-1)
+        total, distance = 0.0, 0.0
+        for _ in range(self.length):
+            total, distance = total + float(at @ gain), distance + float(at @ kl)
+            at = at @ q
+        return {"return": total, "kl_to_reference": distance, "value": total - distance}
+
+
+def chains(
+    seed: int, start: Literal["own", "mixture"], *, pairs: int = 600, tokens: int = 16, length: int = 10
+) -> Chains:
+    """The world of card 39: pairs from a chain, labelled with probability σ(difference of returns).
+
+    `clean` holds 1,000 sequences for a start: of this chain (`own`), or 85 % of another one (`mixture`).
+    """
+    if start not in ("own", "mixture"):
+        raise InputError(f"data.start is {start!r}; known: own, mixture.")
+    chance = torch.Generator().manual_seed(seed)
+
+    def matrix(scale: float) -> Tensor:
+        return scale * torch.randn(tokens, tokens, generator=chance, dtype=torch.float64)
+
+    log_p, other, reward = matrix(1.0).log_softmax(-1), matrix(1.0).log_softmax(-1), matrix(0.5)
+
+    def walk(first: Tensor, p: Tensor) -> Tensor:
+        steps = [first]
+        for _ in range(length):
+            steps.append(torch.multinomial(p[steps[-1]], 1, generator=chance)[:, 0])
+        return torch.stack(steps, 1)
+
+    def begin(number: int) -> Tensor:
+        return torch.randint(tokens, (number,), generator=chance)
+
+    splits, count = {}, 0
+    for split, number in {"train": pairs, "validation": 200, "test": 200}.items():
+        first = begin(number)
+        a, b = walk(first, log_p.exp()), walk(first, log_p.exp())
+        gain = [reward[s[:, :-1], s[:, 1:]].sum(1) for s in (a, b)]
+        better = torch.rand(number, generator=chance) < torch.sigmoid(gain[0] - gain[1])
+        splits[split] = TextSet([_pair(count + i, a[i], b[i], bool(better[i])) for i in range(number)])
+        count += number
+    own = walk(begin(1000), log_p.exp())
+    if start == "mixture":
+        own[:850] = walk(begin(850), other.exp())
+    splits["clean"] = TextSet([_pair(count + i, s, s, True) for i, s in enumerate(own)])
+    return Chains(log_p, reward, length, splits)
+
+
+def _pair(number: int, a: Tensor, b: Tensor, first: bool) -> dict[str, Any]:
+    sequences = []
+    for ids in (a, b):
+        labels = ids.clone()
+        labels[0] = IGNORE
+        sequences.append((ids, labels))
+    return {"id": number, "sequences": sequences, "scores": [float(first), float(not first)], "log_probs": None}
+
+
+class Bigram(Policy):
+    """`bigram:16`: logits of the next token from the last one alone, of the given rank."""
+
+    example = "bigram:16"
+
+    def __init__(self, name: str, tokens: int) -> None:
+        super().__init__(name, tokens)
+        rank = int(name.partition(":")[2] or 16)
+        self.into, self.out = nn.Embedding(tokens, rank), nn.Linear(rank, tokens)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.log_softmax(self.out(self.into(ids)).float(), -1)
+
+
+class BigramAdapter(ModelAdapter):
+    """Answers with `Scores`: the log-probability of each candidate's transitions.
+
+    Args:
+        world: the chains that judge it.
+    """
+
+    def __init__(self, model: Bigram, world: Chains | None = None) -> None:
+        super().__init__()
+        self.model, self.padding, self.world = model, 0, world
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        assert isinstance(batch, ListBatch)
+        tokens = batch.tokens
+        log_p = self.model(batch.inputs["input_ids"][:, :-1])[tokens.mask]
+        values = log_p.gather(-1, tokens.row_labels[:, None])[:, 0]
+        sums = values.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, values)
+        return ModelOutput(Scores(batch.by_candidate(sums), batch.candidates))

@@ -28,7 +28,8 @@ class Key:
     """One key of a recipe.
 
     Args:
-        name: with dots, as on the command line. where: the tasks or the method that have it; empty for all.
+        name: with dots, as on the command line.
+        where: the tasks or the method that have it; empty for all.
     """
 
     name: str

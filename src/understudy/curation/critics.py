@@ -46,7 +46,8 @@ def score(
     """The probability of each text pair, averaged over its views (test-time averaging).
 
     Args:
-        critic: text pairs to logits `[pairs]`. views: each turns a pair, given its position, into another wording of it.
+        critic: text pairs to logits `[pairs]`.
+        views: each turns a pair, given its position, into another wording of it.
     """
     if not items:
         return []

@@ -57,7 +57,8 @@ def most_likely(
     ones the key that came first goes first; `int(keep · keys)` stay.
 
     Args:
-        log_probs: summed over the tokens, nats. A sum prefers short texts. tokens: divide by them, for a mean a token.
+        log_probs: summed over the tokens, nats. A sum prefers short texts.
+        tokens: divide by them, for a mean a token.
 
     Raises:
         InputError: `keep` outside (0, 1], lengths that differ, a log-probability that is not a number.

@@ -18,7 +18,8 @@ def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int
     """Positions of each split. Groups are shuffled and dealt out by their number; the last split takes the rest.
 
     Args:
-        groups: of each item, for example its head event. shares: of the groups, by split; they sum to 1.
+        groups: of each item, for example its head event.
+        shares: of the groups, by split; they sum to 1.
 
     Raises:
         InputError: shares that are not positive or do not sum to 1, or fewer groups than splits.

@@ -28,7 +28,8 @@ def summary(
     """Size, diversity and precision of a corpus.
 
     Args:
-        texts: for example tails. groups: of each, for example the head. judge: whether the item at a position is good.
+        texts: for example tails.
+        groups: of each, for example the head. judge: whether the item at a position is good.
 
     Returns:
         `size`, `groups`, `unique` (distinct texts), `soft_unique` (distinct after `softened`), `most_common` (share of

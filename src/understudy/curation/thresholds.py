@@ -15,7 +15,8 @@ class Cutoff:
     """A cutoff and what it does on the labelled data that it was chosen on.
 
     Args:
-        value: of the score. precision, recall: of the rule `score ≥ value`, which the curve is made of.
+        value: of the score.
+        precision, recall: of the rule `score ≥ value`, which the curve is made of.
         strict_precision, strict_recall: of the rule that filters, `score > value`. Precision of nothing kept is 1.
     """
 
@@ -30,7 +31,8 @@ def recall_curve(labels: Sequence[int], scores: Sequence[float]) -> list[Cutoff]
     """The precision-recall curve over the distinct scores, in increasing order.
 
     Args:
-        labels: 1 is good, 0 is bad. scores: higher is better.
+        labels: 1 is good, 0 is bad.
+        scores: higher is better.
 
     Raises:
         InputError: lengths that differ, labels of one class, scores that are no numbers.

@@ -70,7 +70,8 @@ def tail_requests(
     Each example has names of its own, the question the same names everywhere (others where it holds one of them).
 
     Args:
-        item: how one example is written, with slots `head`, `ask` and `tail`. name: begins the requests' ids.
+        item: how one example is written, with slots `head`, `ask` and `tail`.
+        name: begins the requests' ids.
     """
 
     def filled(names: Mapping[str, str], *texts: str) -> list[str]:

@@ -31,7 +31,8 @@ def render(
     """Messages as the tokenizer's chat template writes them.
 
     Args:
-        ask: end with the generation prompt. tools: what the template is given as `tools`.
+        ask: end with the generation prompt.
+        tools: what the template is given as `tools`.
 
     Raises:
         InputError: there is no template, or it fails, refuses the messages or does not end.
@@ -151,7 +152,9 @@ def _turn(text: str, before: str, after: str, content: str, number: int) -> tupl
     """Where an assistant's turn begins and ends in a rendered conversation.
 
     Args:
-        before: the messages before it, with the generation prompt. after: those up to it. content: stripped.
+        before: the messages before it, with the generation prompt.
+        after: those up to it.
+        content: stripped.
         number: of the message.
 
     Some templates write the last turn otherwise than earlier ones (an empty thought, for example), so that `after` need

@@ -35,7 +35,8 @@ def arrange(
     """Give every record the columns of one format, in place, and take the others out.
 
     Args:
-        formats: names of columns, the first choice first. optional: further columns that are kept.
+        formats: names of columns, the first choice first.
+        optional: further columns that are kept.
         columns: the recipe's `data.columns`, `{ours: theirs}`.
 
     Besides the formats' own names, ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` (or

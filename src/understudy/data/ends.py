@@ -17,7 +17,8 @@ class Ends(NamedTuple):
     """What a tokenizer puts before and behind a text.
 
     Args:
-        begin: by its own rule (`add_bos_token`, its post-processor). end: likewise, and EOS where it has one.
+        begin: by its own rule (`add_bos_token`, its post-processor).
+        end: likewise, and EOS where it has one.
     """
 
     begin: list[int]

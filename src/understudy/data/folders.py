@@ -150,7 +150,8 @@ def split_files(
     split are its shards. Where no name says a split, all files are the training split.
 
     Args:
-        suffixes: of the files to look at. further: whether `test_NAME` is a split of its own.
+        suffixes: of the files to look at.
+        further: whether `test_NAME` is a split of its own.
 
     Raises:
         InputError: two names or formats for one split, a shard that is missing.

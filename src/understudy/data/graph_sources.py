@@ -28,8 +28,10 @@ class Graph:
     """A graph as read and cleaned.
 
     Args:
-        nodes: features `[nodes, features]`. labels: `[nodes]`, −100 where there is none. edges: `[2, edges]`, both
-            directions, without self-loops and duplicates. splits: node ids of train, validation and test.
+        nodes: features `[nodes, features]`.
+        labels: `[nodes]`, −100 where there is none.
+        edges: `[2, edges]`, both directions, without self-loops and duplicates.
+        splits: node ids of train, validation and test.
     """
 
     name: str

@@ -28,7 +28,8 @@ class GraphBatch(Batch):
     Args:
         inputs: `nodes`, features `[nodes, features]`.
         labels: `[nodes]`, −100 for a node without a label in this split. ids: `[nodes]`.
-        edges: `[2, edges]`, both directions, no self-loops. loops: the same and one self-loop a node.
+        edges: `[2, edges]`, both directions, no self-loops.
+        loops: the same and one self-loop a node.
         chosen: `[nodes]`, which nodes are rows: all in training, the judged ones in evaluation.
     """
 

@@ -38,7 +38,9 @@ def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = 
     """Encoded images as uint8 `[images, channels, height, width]`: one channel where all are gray, else three.
 
     Args:
-        cells: bytes, paths or PIL images. counts: gets what was done to how many images. size: as in `load_images`.
+        cells: bytes, paths or PIL images.
+        counts: gets what was done to how many images.
+        size: as in `load_images`.
 
     Raises:
         InputError: an image that cannot be read, or images of several sizes and no `size`.

@@ -31,7 +31,9 @@ class Relation:
     """A relation.
 
     Args:
-        name: as in the student's text. text: how it is said to a critic. ask: what ends a prompt for a tail.
+        name: as in the student's text.
+        text: how it is said to a critic.
+        ask: what ends a prompt for a tail.
         examples: (head, tail) pairs for few-shot prompts.
     """
 

@@ -61,8 +61,10 @@ class Reference:
     Args:
         examples: reads the real examples and their classes of a split; `None` where there are no data.
         training: reads those that a feature network may learn from; `None` for points, which need none.
-        centres, deviation: of the modes of a world, `[modes, dimensions]`, where they are known. key: content hash.
-        steps: calls of the teacher's own sampler to report. many: calls of the sampler that stands for the teacher.
+        centres, deviation: of the modes of a world, `[modes, dimensions]`, where they are known.
+        key: content hash.
+        steps: calls of the teacher's own sampler to report.
+        many: calls of the sampler that stands for the teacher.
         store: where what is dear is kept.
     """
 
@@ -80,7 +82,9 @@ class NoiseSet(Dataset[tuple[int, int]]):
     """`size` ids and, where there are classes, a class each in turn. Nothing else is read, ever.
 
     Args:
-        split: whose ids. classes: 0 for none. reference: of evaluation splits.
+        split: whose ids.
+        classes: 0 for none.
+        reference: of evaluation splits.
     """
 
     def __init__(self, size: int, split: str, classes: int = 0, reference: Reference | None = None) -> None:

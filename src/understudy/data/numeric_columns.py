@@ -19,8 +19,10 @@ class Column:
     Make one with `by_example` or `by_token`.
 
     Args:
-        name: for messages. ids: `[examples]`. values: `[examples, …]`; or `[tokens]`, those of all examples one after the
-            other, where `lengths`, `[examples]`, says how many each has.
+        name: for messages.
+        ids: `[examples]`.
+        values: `[examples, …]`; or `[tokens]`, those of all examples one after the other, where `lengths`,
+            `[examples]`, says how many each has.
     """
 
     def __init__(self, name: str, ids: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:

@@ -37,8 +37,8 @@ class Layout:
 
     Args:
         source: which token of the padded batch, in flattened order, lies here; −1 where none does.
-        positions: of each token in its own sequence. trees, branches: which ones it belongs to; branch 0 is what a tree
-            shares, tree −1 is no token.
+        positions: of each token in its own sequence.
+        trees, branches: which ones it belongs to; branch 0 is what a tree shares, tree −1 is no token.
         place: `[sequences, length]`, where each token of the padded batch lies, in flattened order; 0 for padding.
     """
 
@@ -69,7 +69,8 @@ def lay_out(lengths: Sequence[int], trees: Sequence[Tree], length: int, *, one_r
     """Put trees into rows.
 
     Args:
-        lengths: tokens of each sequence, which padding follows. length: of the padded batch.
+        lengths: tokens of each sequence, which padding follows.
+        length: of the padded batch.
         one_row: all in one row without padding, as kernels for sequences of any length take them.
     """
     sizes = [tree.size(lengths) for tree in trees]
@@ -117,7 +118,8 @@ def shared_beginnings(ids: Tensor, kept: Tensor, group: Tensor) -> Tensor:
     """`[sequences]`: how many tokens each has in common with the first sequence of its group, from the beginning on.
 
     Args:
-        ids, kept: `[sequences, length]`, tokens and which are not padding. group: `[sequences]`, of each its first one.
+        ids, kept: `[sequences, length]`, tokens and which are not padding.
+        group: `[sequences]`, of each its first one.
     """
     same = (ids == ids[group]) & kept & kept[group]
     return same.long().cumprod(1).sum(1)

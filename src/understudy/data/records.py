@@ -21,7 +21,8 @@ class Row(Record):
     """A record that knows where it stands.
 
     Args:
-        values: its columns. at: file and line, or number of the row.
+        values: its columns.
+        at: file and line, or number of the row.
     """
 
     __slots__ = ("at",)

@@ -34,7 +34,8 @@ class RankingBatch(WholeExamples, Batch):
             masks `VIEW/query_mask`, `VIEW/document_mask`. Documents are distinct.
         labels: `[queries, candidates]`, grades, higher is better; 0 where there is no candidate.
         slots: `[queries, candidates]`, the document of each candidate, −1 where a list has none.
-        ideal: `[queries, 10]`, the best grades over all judged documents. total: `[queries]`, how many are relevant.
+        ideal: `[queries, 10]`, the best grades over all judged documents.
+        total: `[queries]`, how many are relevant.
         threshold: `[queries]`, the least grade that counts as relevant.
         taught: `[queries, candidates]`, a teacher's scores, if known.
     """
@@ -147,7 +148,8 @@ class RankingSet(Dataset[dict[str, Any]]):
 
     Args:
         rows: `members` holds recorded scores, `[teachers][documents]`; `judged` grades by index into the collection.
-        collection: all documents, for retrieval; empty if there is none. relevant: the least grade that counts as such.
+        collection: all documents, for retrieval; empty if there is none.
+        relevant: the least grade that counts as such.
     """
 
     def __init__(self, rows: list[dict[str, Any]], collection: Sequence[str] = (), relevant: float = 1.0) -> None:

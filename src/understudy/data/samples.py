@@ -22,8 +22,10 @@ class Sample:
     """A prompt with what a student wrote.
 
     Args:
-        id: of the example whose prompt it is. at: the optimizer step whose weights wrote it.
-        prompt: tokens of the prompt. ids: prompt and completion, with the ending token where it was written.
+        id: of the example whose prompt it is.
+        at: the optimizer step whose weights wrote it.
+        prompt: tokens of the prompt.
+        ids: prompt and completion, with the ending token where it was written.
     """
 
     id: int

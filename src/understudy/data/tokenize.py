@@ -219,7 +219,8 @@ def completion_tokens(
     """Ids and labels of a prompt with its completion, text or messages; the prompt is masked, one EOS ends it.
 
     Args:
-        tools: for the chat template, where there are messages. ends: of the tokenizer, where they are known.
+        tools: for the chat template, where there are messages.
+        ends: of the tokenizer, where they are known.
     """
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]

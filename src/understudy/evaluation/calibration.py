@@ -13,7 +13,8 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str
     """Mean confidence and accuracy in equal-width bins; `None` in empty ones.
 
     Args:
-        confidence: `[rows]`, probability of the top class. correct: `[rows]`, 0 or 1.
+        confidence: `[rows]`, probability of the top class.
+        correct: `[rows]`, 0 or 1.
     """
     which = _bin(confidence, bins)
     count = torch.bincount(which, minlength=bins)
@@ -46,7 +47,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature in [0.05, 20] that minimises NLL on a validation split (Guo et al. 2017, Section 4.2).
 
     Args:
-        logits: `[rows, classes]`. labels: `[rows]`.
+        logits: `[rows, classes]`.
+        labels: `[rows]`.
     """
 
     def nll(log_t: float) -> float:

@@ -66,8 +66,11 @@ def corpus_report(
     """Metrics and tables of a corpus of triples and of what a student that learned from it says about held-out heads.
 
     Args:
-        triples: with `split`, `kept` and `times`. answers: with `greedy`. good: verdicts on `triples` and `answers`.
-        found: `funnel`, and of a critic `fits`, `cutoff`, `estimate` and `grid`. split: whose heads the student is asked about.
+        triples: with `split`, `kept` and `times`.
+        answers: with `greedy`.
+        good: verdicts on `triples` and `answers`.
+        found: `funnel`, and of a critic `fits`, `cutoff`, `estimate` and `grid`.
+        split: whose heads the student is asked about.
         known: verdicts are the truth (metrics `…_valid`, `…_precision`), not a critic's (`…_accepted`).
     """
     word = "valid" if known else "accepted"

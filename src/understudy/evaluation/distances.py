@@ -54,7 +54,8 @@ def coverage(modes: Tensor, expected: Tensor) -> float:
     """Share of the modes that are drawn at least a quarter as often as expected.
 
     Args:
-        modes: `[samples]`, the mode of each; negative for none. expected: `[modes]`, shares.
+        modes: `[samples]`, the mode of each; negative for none.
+        expected: `[modes]`, shares.
     """
     found = torch.bincount(modes[modes >= 0], minlength=len(expected)).double() / max(1, len(modes))
     present = expected > 0

@@ -21,7 +21,8 @@ class Ranked:
     """Lists in the order of their scores; every order of documents with equal scores counts alike.
 
     Args:
-        scores, values: `[queries, candidates]`. mask: which candidates there are.
+        scores, values: `[queries, candidates]`.
+        mask: which candidates there are.
     """
 
     def __init__(self, scores: Tensor, values: Tensor, mask: Tensor) -> None:
@@ -61,7 +62,8 @@ def ndcg(
     """Normalised discounted cumulative gain of the first k, `[queries]` in [0, 1]; 0 where nothing is relevant.
 
     Args:
-        scores, grades: `[queries, candidates]`. mask: which candidates there are.
+        scores, grades: `[queries, candidates]`.
+        mask: which candidates there are.
         ideal: `[queries, n]`, the best grades of each query over all judged documents, also those that are not among the
             candidates; those of the candidates if not given.
         gain: `linear` (as trec_eval and scikit-learn) or `exponential` (2^grade − 1).
@@ -102,7 +104,8 @@ def search(queries: Tensor, documents: Tensor, k: int, *, tile: int = 65536) -> 
     """The k documents of largest inner product, exactly, tile by tile.
 
     Args:
-        queries: `[queries, width]`. documents: `[documents, width]`.
+        queries: `[queries, width]`.
+        documents: `[documents, width]`.
 
     Returns:
         Scores `[queries, k]`, largest first, and document indices; k is at most the number of documents.

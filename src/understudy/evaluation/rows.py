@@ -20,8 +20,12 @@ class RowStatistics:
     """Per row, `[rows]` each. The teacher's columns are nan where there is none.
 
     Args:
-        nll: −log q[label], nats. correct: whether the student's top class is the label. confidence: its probability.
-        teacher_nll, teacher_correct: the same of the teacher. agree: whether both have one top class. kl: KL(p ‖ q).
+        nll: −log q[label], nats.
+        correct: whether the student's top class is the label.
+        confidence: its probability.
+        teacher_nll, teacher_correct: the same of the teacher.
+        agree: whether both have one top class.
+        kl: KL(p ‖ q).
     """
 
     nll: Tensor

@@ -24,8 +24,11 @@ def choose(
     """The next token of each row: the largest at temperature 0, else by inversion of what top-k and top-p leave.
 
     Args:
-        logits: `[rows, vocabulary]`, float64. keys: `[rows]`, int64, names the row's own randomness. step: which token,
-            one for all, or `[rows]`. temperature, top_p: one for all, or `[rows, 1]`. top_k: 0 keeps all.
+        logits: `[rows, vocabulary]`, float64.
+        keys: `[rows]`, int64, names the row's own randomness.
+        step: which token, one for all, or `[rows]`.
+        temperature, top_p: one for all, or `[rows, 1]`.
+        top_k: 0 keeps all.
     """
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(len(logits), 1)
     greedy = logits.argmax(-1)
@@ -99,8 +102,12 @@ def sample(
     A text depends on its prompt, its key and the weights alone, up to the rounding of batched products.
 
     Args:
-        model: a causal LM with `generate`. prompts: token ids, none empty. keys: `[prompts]`, int64.
-        most: tokens to write at most. vocabulary: rows of the head beyond it are no tokens. ends: ids that end a text.
+        model: a causal LM with `generate`.
+        prompts: token ids, none empty.
+        keys: `[prompts]`, int64.
+        most: tokens to write at most.
+        vocabulary: rows of the head beyond it are no tokens.
+        ends: ids that end a text.
 
     Returns:
         What was written, the ending token included.

@@ -64,7 +64,9 @@ class Client:
             most: bytes of the longest answer.
 
         Raises:
-            SourceError: worth another attempt. RefusedRequest: this body never will be answered. InputError: none will.
+            SourceError: worth another attempt.
+            RefusedRequest: this body never will be answered.
+            InputError: none will.
         """
         import openai
 

@@ -48,7 +48,8 @@ def generate(
     """Have requests answered, from the log where it knows them.
 
     Args:
-        source: who writes. log: opened for `source.name`.
+        source: who writes.
+        log: opened for `source.name`.
         progress: show a bar on stderr, or lines where that is no terminal.
         limits: the fields of `Limits`: `concurrency`, `rate`, `retries`, `backoff`, `longest_backoff`, `token_budget`,
             `cost_budget`, `price_in`, `price_out`.

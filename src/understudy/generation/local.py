@@ -33,7 +33,8 @@ class LocalSource:
     before penalties, temperature and top-p. `tokens` counts the same tokens.
 
     Args:
-        model: a causal LM with `generate`. tokenizer: its tokenizer.
+        model: a causal LM with `generate`.
+        tokenizer: its tokenizer.
         name: for the log; hashes of weights, tokens and template are added.
         batch: most requests at once.
     """

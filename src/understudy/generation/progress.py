@@ -19,7 +19,9 @@ def counting(title: str, total: int | None = None, *, shown: bool = True) -> Ite
     """Show on stderr how many are done.
 
     Args:
-        title: what is counted. total: how many there will be, if that is known. shown: off, nothing is written.
+        title: what is counted.
+        total: how many there will be, if that is known.
+        shown: off, nothing is written.
 
     Returns:
         A function to call with the number of those that were done since; from any thread.

@@ -23,7 +23,8 @@ class Prompt:
     """A template with named slots, `{{ slot }}`, in Jinja's sandbox. Every slot must be filled, and no other given.
 
     Args:
-        text: the template. name: for messages.
+        text: the template.
+        name: for messages.
     """
 
     def __init__(self, text: str, name: str = "prompt") -> None:
@@ -97,7 +98,8 @@ def few_shot(
     """Written examples, numbered if `item` has the slot `number`, and a last one that is left open.
 
     Args:
-        item: how one example looks. examples: the slots of each, in order.
+        item: how one example looks.
+        examples: the slots of each, in order.
         query: the slots of the last one but `open_slot`, where the text breaks off (without space before the break).
         instruction: text before the first example, followed by `separator`.
     """

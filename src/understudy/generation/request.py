@@ -17,8 +17,12 @@ class Request:
 
     Args:
         prompt: text to be continued, or messages `({"role": …, "content": …}, …)` for a chat.
-        id: the caller's stable name for it, for example `tails/12/xWant/3`. draw: which of several samples of one prompt.
-        max_tokens: most tokens to write. temperature: 0 is greedy. top_p: nucleus. stop: strings that end the text.
+        id: the caller's stable name for it, for example `tails/12/xWant/3`.
+        draw: which of several samples of one prompt.
+        max_tokens: most tokens to write.
+        temperature: 0 is greedy.
+        top_p: nucleus.
+        stop: strings that end the text.
         log_probs: also ask for the summed log-probability of the written tokens.
     """
 
@@ -54,8 +58,10 @@ class Completion:
     """What a source wrote.
 
     Args:
-        text: without prompt and stop string. finish: why it ended. log_prob: summed over the written tokens, nats, or
-            `None` where the source does not say. prompt_tokens, tokens: as the source counts them.
+        text: without prompt and stop string.
+        finish: why it ended.
+        log_prob: summed over the written tokens, nats, or `None` where the source does not say.
+        prompt_tokens, tokens: as the source counts them.
     """
 
     text: str

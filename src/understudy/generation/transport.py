@@ -48,7 +48,8 @@ class Transport:
             The answer's body and its headers.
 
         Raises:
-            TimeoutError: the answer is not whole within the timeout. OpenAIError: all other failures.
+            TimeoutError: the answer is not whole within the timeout.
+            OpenAIError: all other failures.
         """
         return asyncio.run_coroutine_threadsafe(self._post(path, dict(body), dict(headers), most), _loop()).result()
 

@@ -20,7 +20,8 @@ def anchored_cross_entropy(
     """−Σ q log softmax((log π − log π_ref) / τ) over valid candidates: `[lists]`. One candidate: 0.
 
     Args:
-        log_prob: sequence log-probabilities in nats. anchor: those of the anchor, not differentiated.
+        log_prob: sequence log-probabilities in nats.
+        anchor: those of the anchor, not differentiated.
         target: q, rows sum to 1 over valid candidates, not differentiated.
 
     Gradient per list: (p̃ − q) / τ. The optimum is log π = log π_ref + τ log q + const. Source: ADPO, Eq. for L.
@@ -144,8 +145,10 @@ def anchored_plackett_luce(
     """−Σ_k log of the k-th best among the rest, by anchored scores, over the first `top` positions (all but the last).
 
     Args:
-        score: (log π − log π_ref) / τ. reward: gives the order; ties keep the lower index first.
-        label_smoothing: share of (log Z_k − mean score of the rest). poly: weight of 1 − exp(−nll), nll at most 20.
+        score: (log π − log π_ref) / τ.
+        reward: gives the order; ties keep the lower index first.
+        label_smoothing: share of (log Z_k − mean score of the rest).
+        poly: weight of 1 − exp(−nll), nll at most 20.
         strict: refuse equal rewards.
 
     Returns `[lists]`, the *mean* over positions, 0 for one candidate. Source: ADPO, list-wise variant, official code.
@@ -180,7 +183,8 @@ def adaptive_tau(
     """clip(base · (1 + a·H + b·(1 − H)·(1 − R))): a higher temperature where the policy is unsure or rewards are low.
 
     Args:
-        entropy: H in [0, 1], mean token entropy / log V, `[lists]`. reward: R in [0, 1], `[lists]`.
+        entropy: H in [0, 1], mean token entropy / log V, `[lists]`.
+        reward: R in [0, 1], `[lists]`.
     """
     h, r = entropy.detach(), reward.detach()
     return (base * (1 + a * h + b * (1 - h) * (1 - r))).clamp(least, most)

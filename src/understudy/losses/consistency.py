@@ -17,8 +17,10 @@ def two_sided_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, 
         ∂/∂s_k = (q_k − p_k) / τ,    ∂/∂t_k = p_k (log p_k − log q_k − KL(p ‖ q)) / τ
 
     Args:
-        student: logits `[rows, classes]`. teacher: likewise; detach the side that is to be a constant.
-        temperature: τ. tau_squared: multiply by τ².
+        student: logits `[rows, classes]`.
+        teacher: likewise; detach the side that is to be a constant.
+        temperature: τ.
+        tau_squared: multiply by τ².
 
     Returns:
         `[rows]`, in nats. 0 with gradient 0 where both agree; a constant added to a side's logits changes nothing. A row

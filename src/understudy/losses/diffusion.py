@@ -39,7 +39,9 @@ def x0_from(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction:
     """The clean example that a network's output stands for.
 
     Args:
-        output: of the network. x: the noisy example it saw. prediction: one of `PREDICTIONS`.
+        output: of the network.
+        x: the noisy example it saw.
+        prediction: one of `PREDICTIONS`.
 
     Raises:
         InputError: unknown prediction; or `epsilon` where α = 0, since pure noise then says nothing of x_0.
@@ -112,8 +114,9 @@ def bootstrap_target(signal: Tensor, clean: Tensor, coefficient: Tensor) -> Tens
     """y + c (f − y), detached: the signal after one teacher step. Source: BOOT, bootstrapping loss.
 
     Args:
-        signal: the student's own at t. clean: the teacher's x_0 at the student's state (with Heun, the mean of both
-            ends). coefficient: from `ddim_coefficient`.
+        signal: the student's own at t.
+        clean: the teacher's x_0 at the student's state (with Heun, the mean of both ends).
+        coefficient: from `ddim_coefficient`.
     """
     y, f = signal.detach(), clean.detach()
     return y + over(coefficient, y) * (f - y)

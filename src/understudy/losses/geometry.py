@@ -52,8 +52,10 @@ def triangle_features(
     (T̄−S)(G−S), (P−S)(G−S). All are entry by entry, in this order. By default the first nine.
 
     Args:
-        student: logits `[rows, classes]`. target: `Dense` teacher logits.
-        labels: `[rows]`, int64 in `0 … classes − 1`. means: T̄ `[classes, classes]`, as `class_means` gives it.
+        student: logits `[rows, classes]`.
+        target: `Dense` teacher logits.
+        labels: `[rows]`, int64 in `0 … classes − 1`.
+        means: T̄ `[classes, classes]`, as `class_means` gives it.
         inter: whether T̄ takes part; without, a row is seen alone.
     """
     classes = student.shape[-1]

@@ -81,7 +81,8 @@ def kto(
     """w_D (1 − σ(β (r − z))) for desirable examples, w_U (1 − σ(β (z − r))) for the others: `[examples]`.
 
     Args:
-        log_ratio: r, policy against reference, sums, `[examples]`. desirable: `[examples]`, bool.
+        log_ratio: r, policy against reference, sums, `[examples]`.
+        desirable: `[examples]`, bool.
         kl: z ≥ 0, an estimate of KL(policy ‖ reference) that broadcasts; it gets no gradient (`kto_kl`).
 
     ½ at policy = reference. Source: Ethayarajh et al. 2024, Eq. 8.

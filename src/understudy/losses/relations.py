@@ -116,7 +116,8 @@ def affinity_kl(
     """KL between the row softmaxes of two affinity matrices, `[..., tokens]`; at most scale²/2 a row.
 
     Args:
-        student, teacher: `[..., tokens, tokens]`. direction: student ‖ teacher as TRG writes it, or the reverse.
+        student, teacher: `[..., tokens, tokens]`.
+        direction: student ‖ teacher as TRG writes it, or the reverse.
         scale: multiplies both affinities before the softmax.
     """
     if student.shape != teacher.shape:

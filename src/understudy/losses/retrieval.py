@@ -60,7 +60,8 @@ def margin_mse_all_pairs(
     """Squared difference of margins over every positive with every negative of its row.
 
     Args:
-        s_pos, t_pos: `[rows, positives]`. s_neg, t_neg: `[rows, negatives]`.
+        s_pos, t_pos: `[rows, positives]`.
+        s_neg, t_neg: `[rows, negatives]`.
         positives, negatives: bool masks of the same shapes; all if not given. Masked entries may hold anything.
 
     With one positive and one negative it is `margin_mse`.

@@ -21,7 +21,8 @@ class Directions(NamedTuple):
     """Principal directions of each class.
 
     Args:
-        means: `[classes, width]`. directions: `[classes, subclasses, width]`, orthonormal within a class.
+        means: `[classes, width]`.
+        directions: `[classes, subclasses, width]`, orthonormal within a class.
         variances: `[classes, subclasses]` along the directions, dividing by the class's number of examples.
     """
 
@@ -68,8 +69,9 @@ def principal_directions(
     is 0, and a class where all are is the only one that may have fewer directions than `subclasses`.
 
     Args:
-        features: `[rows, width]` as the teacher gave them. labels: `[rows]`. projector: of `null_projector`, or `None`
-            for all of the width.
+        features: `[rows, width]` as the teacher gave them.
+        labels: `[rows]`.
+        projector: of `null_projector`, or `None` for all of the width.
         strict: refuse a class with too few examples, or directions in which they vary; otherwise all get fewer.
     """
     check_labels("principal_directions", labels, classes)
@@ -163,8 +165,8 @@ def subclass_log_probs(scores: Tensor, *, beta: float, scale: Tensor | None = No
     β → ∞: log 1/S. β → 0: one-hot on the best.
 
     Args:
-        scores: `[rows, classes, subclasses]`. scale: σ_c `[classes]`; where it is 0 (embeddings of a class all equal)
-            the subclasses are uniform.
+        scores: `[rows, classes, subclasses]`.
+        scale: σ_c `[classes]`; where it is 0 (embeddings of a class all equal) the subclasses are uniform.
     """
     if not beta > 0:
         raise InputError(f"subclass_log_probs: beta is {beta} and must be above 0.")
@@ -180,7 +182,8 @@ def split_log_targets(logits: Tensor, log_subclass: Tensor, *, temperature: floa
     Summed over s it is the class distribution, to rounding.
 
     Args:
-        logits: z `[rows, classes]` of the teacher. log_subclass: `[rows, classes, subclasses]`.
+        logits: z `[rows, classes]` of the teacher.
+        log_subclass: `[rows, classes, subclasses]`.
     """
     if not temperature > 0:
         raise InputError(f"split_log_targets: temperature is {temperature} and must be above 0.")
@@ -207,7 +210,8 @@ def marginal_cross_entropy(student: Tensor, labels: Tensor, *, classes: int) -> 
     """−log Σ_s q[label, s], `[rows]`.
 
     Args:
-        student: logits `[rows, classes · subclasses]`. labels: `[rows]` in `0 … classes − 1`.
+        student: logits `[rows, classes · subclasses]`.
+        labels: `[rows]` in `0 … classes − 1`.
     """
     check_labels("marginal_cross_entropy", labels, classes)
     log_q = marginal_logits(log_softmax(student, 1.0), classes)

@@ -35,7 +35,8 @@ def truncate(
 
     Args:
         divergence: a function of `losses.divergences` by name. options: its own (`beta`, `alpha`).
-        student, teacher: logits `[rows, classes]`. k: classes kept a side; from `classes` on, all.
+        student, teacher: logits `[rows, classes]`.
+        k: classes kept a side; from `classes` on, all.
 
     Raises:
         InputError: an unknown divergence, k below 1, or what the divergence itself refuses.

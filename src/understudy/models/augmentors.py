@@ -36,7 +36,8 @@ def circular_shift(x: Tensor, by: Tensor) -> Tensor:
     """x moved round its last axis by a fraction of samples: `(1 − w) x[⌊n − Δ⌋] + w x[⌊n − Δ⌋ + 1]`, w = frac(n − Δ).
 
     Args:
-        x: `[examples, …, length]`. by: Δ `[examples]`, in samples; a whole one is an exact roll to the right.
+        x: `[examples, …, length]`.
+        by: Δ `[examples]`, in samples; a whole one is an exact roll to the right.
     """
     length = x.shape[-1]
     place = torch.arange(length, device=x.device, dtype=by.dtype) - by[:, None]
@@ -51,8 +52,10 @@ def warp(x: Tensor, change: Tensor, border: Border) -> Tensor:
     """Each image seen through an affine map, bilinear.
 
     Args:
-        x: `[images, channels, height, width]`. change: `[images, 2, 3]`, added to the identity; coordinates run from −1
-            to 1 across the image, so 0.5 in the last column moves by a quarter of it. border: what lies outside.
+        x: `[images, channels, height, width]`.
+        change: `[images, 2, 3]`, added to the identity; coordinates run from −1 to 1 across the image, so 0.5 in the
+            last column moves by a quarter of it.
+        border: what lies outside.
     """
     grid = F.affine_grid(torch.eye(2, 3).to(change) + change, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode=border, align_corners=False)
@@ -87,7 +90,8 @@ class Affine(Augmentor):
     """Affine maps with six parameters an image: identity + W ε ("HARD-Affine").
 
     Args:
-        spread: W starts as this times the unit matrix. border: what lies outside the image.
+        spread: W starts as this times the unit matrix.
+        border: what lies outside the image.
     """
 
     noise_shape = (6,)
@@ -162,7 +166,8 @@ class Mix(Augmentor):
     operation of a chain draws its strength, at most a fixed one, from the noise.
 
     Args:
-        shape: channels, height, width. spread: share of all chains but the first, at the start without noise.
+        shape: channels, height, width.
+        spread: share of all chains but the first, at the start without noise.
     """
 
     def __init__(self, shape: tuple[int, ...], spread: float, border: Border) -> None:
@@ -204,7 +209,8 @@ class Latent(Augmentor):
 
     Args:
         autoencoder: with `encode` and `decode`; it is frozen, and travels with this module as buffers.
-        shape: of one input. spread: softplus(ρ) at the start; μ starts at 0.
+        shape: of one input.
+        spread: softplus(ρ) at the start; μ starts at 0.
     """
 
     def __init__(self, autoencoder: nn.Module, shape: tuple[int, ...], spread: float) -> None:

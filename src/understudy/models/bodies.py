@@ -54,7 +54,8 @@ def try_head(model: Any, head: Callable[[Tensor], Tensor], vocabulary: int) -> b
     them (a soft cap) to show.
 
     Args:
-        model: a causal LM of transformers, without adapters around it. head: from `[…, width]` to `[…, vocabulary]`.
+        model: a causal LM of transformers, without adapters around it.
+        head: from `[…, width]` to `[…, vocabulary]`.
 
     Raises:
         InputError: what the model says of a token depends on later ones, or it does not take plain text.

@@ -56,9 +56,11 @@ def load_denoiser(
     Args:
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
             a folder, a Hub id, or a `DenoiserAdapter`.
-        shape: of an example; a model from a folder knows its own. classes: to be asked for, 0 for none.
-        centres: of the world. sampler, null, prediction: of models whose folder has no `sampler.json`. `null`
-            means that the last class of a model stands for none; `prediction` goes over what its scheduler says.
+        shape: of an example; a model from a folder knows its own.
+        classes: to be asked for, 0 for none.
+        centres: of the world.
+        sampler, null, prediction: of models whose folder has no `sampler.json`. `null` means that the last class of a
+            model stands for none; `prediction` goes over what its scheduler says.
     """
     if isinstance(name, DenoiserAdapter):
         return name

@@ -47,9 +47,12 @@ class DenoiserAdapter(ModelAdapter):
 
     Args:
         model: called `(x, time, condition)`; the condition is `None`, or classes with `classes` for none.
-        levels: the noise schedule. prediction: what the output stands for, as in `losses.diffusion`.
-        shape: of an example. classes: that it can be asked for, 0 for none.
-        null: whether it can also be asked without a class. clip: bound of x_0 (static thresholding), if any.
+        levels: the noise schedule.
+        prediction: what the output stands for, as in `losses.diffusion`.
+        shape: of an example.
+        classes: that it can be asked for, 0 for none.
+        null: whether it can also be asked without a class.
+        clip: bound of x_0 (static thresholding), if any.
     """
 
     def __init__(
@@ -197,7 +200,8 @@ def trajectory(
     """DDIM from `x` at `times[0]` along `times`, the signal at its end: the state there less the noise it began with.
 
     Args:
-        ask: x_0 of a batch that shows `x` and `t`. x: the state to begin from.
+        ask: x_0 of a batch that shows `x` and `t`.
+        x: the state to begin from.
         eps: the noise that its trajectory began with; `x` itself if not given.
     """
     eps, times = x if eps is None else eps, levels.snap(times.to(x.device))
@@ -213,7 +217,8 @@ class PointDenoiser(nn.Module):
     """An MLP on points, with sin and cos of 2^k πt/2 for k = 0 … 4, and a one-hot class.
 
     Args:
-        size: numbers of a point. classes: 0 for none; one more stands for no class.
+        size: numbers of a point.
+        classes: 0 for none; one more stands for no class.
     """
 
     def __init__(self, size: int, hidden: Sequence[int], classes: int = 0) -> None:
@@ -237,7 +242,8 @@ class MixtureDenoiser(nn.Module):
     """E[x_0 | x_t] of Gaussians of one width with equal weights: a teacher without training and without error.
 
     Args:
-        centres: `[modes, dimensions]`. deviation: of each mode. classes: whether it can be asked for one mode.
+        centres: `[modes, dimensions]`.
+        deviation: of each mode. classes: whether it can be asked for one mode.
     """
 
     def __init__(self, centres: Tensor, deviation: float, levels: NoiseLevels) -> None:

@@ -47,7 +47,9 @@ class Encoder(nn.Module):
     """Token vectors, and one vector of a text.
 
     Args:
-        body: `Static`, or an encoder of transformers. pooling: `mean` or `cls`. normalize: vectors of length 1.
+        body: `Static`, or an encoder of transformers.
+        pooling: `mean` or `cls`.
+        normalize: vectors of length 1.
     """
 
     def __init__(self, body: nn.Module, pooling: str = "mean", normalize: bool = False) -> None:

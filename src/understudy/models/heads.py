@@ -121,7 +121,8 @@ def linear_readout(
     Convex, from zero, by L-BFGS in float64 on standardised features: nothing in it is random.
 
     Args:
-        features: `[rows, width]`. probabilities: `[rows, classes]`.
+        features: `[rows, width]`.
+        probabilities: `[rows, classes]`.
         ridge: times half the squared weights, which bounds them where the rows can be fitted exactly.
     """
     x, p = features.detach().double(), probabilities.detach().double()

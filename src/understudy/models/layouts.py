@@ -50,7 +50,8 @@ class Layouts:
     """Chooses for each batch how a model computes it.
 
     Args:
-        packing: see `PACKING`. model: a causal LM of transformers, without adapters around it.
+        packing: see `PACKING`.
+        model: a causal LM of transformers, without adapters around it.
     """
 
     def __init__(self, packing: Packing, model: Any) -> None:

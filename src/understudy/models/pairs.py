@@ -43,7 +43,9 @@ class WordPairs(PairClassifier):
     """Sums of word embeddings of both texts and their product, and one hidden layer.
 
     Args:
-        vocabulary: known words; every other one shares one embedding. width: of an embedding. hidden: of the layer.
+        vocabulary: known words; every other one shares one embedding.
+        width: of an embedding.
+        hidden: of the layer.
     """
 
     def __init__(self, vocabulary: Iterable[str], width: int = 64, hidden: int = 128, dropout: float = 0.1) -> None:
@@ -78,7 +80,9 @@ class AutoPairs(PairClassifier):
     """A sequence classifier of transformers on tokenized pairs.
 
     Args:
-        model: with one label. tokenizer: its own. max_length: tokens of a pair; longer ones are cut.
+        model: with one label.
+        tokenizer: its own.
+        max_length: tokens of a pair; longer ones are cut.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int = 128) -> None:

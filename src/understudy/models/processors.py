@@ -29,7 +29,9 @@ class Processor:
     by image and without gradient (`exact` is false).
 
     Args:
-        held: the processor. shape: of the data's images, `(channels, height, width)`. channels: that the model takes.
+        held: the processor.
+        shape: of the data's images, `(channels, height, width)`.
+        channels: that the model takes.
     """
 
     def __init__(self, held: Any, shape: tuple[int, ...], channels: int) -> None:

@@ -31,8 +31,9 @@ def max_sim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mas
     """Σ over query tokens of the largest inner product with a document token.
 
     Args:
-        queries: `[pairs, query tokens, width]`. documents: `[pairs, document tokens, width]`. Masks without width:
-            masked document tokens are never the largest, masked query tokens contribute 0.
+        queries: `[pairs, query tokens, width]`.
+        documents: `[pairs, document tokens, width]`. Masks without width: masked document tokens are never the largest,
+            masked query tokens contribute 0.
 
     Returns:
         `[pairs]`; 0 for a document without a token.
@@ -47,7 +48,8 @@ class RankerAdapter(ModelAdapter):
     """What all rankers share: a view of the texts, and scores laid out as the batch's candidates.
 
     Args:
-        model: the network. view: its tokenizer and lengths.
+        model: the network.
+        view: its tokenizer and lengths.
     """
 
     def __init__(self, model: nn.Module, view: View) -> None:

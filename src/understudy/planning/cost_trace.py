@@ -32,7 +32,8 @@ class Answer:
     """What there is of a teacher at each step: its model, or stored rows, or nothing.
 
     Args:
-        stored: bytes a row of answers read from disk. head: that stored hidden states are projected with.
+        stored: bytes a row of answers read from disk.
+        head: that stored hidden states are projected with.
     """
 
     model: ModelAdapter | None = None
@@ -110,7 +111,8 @@ def step(
 
     Args:
         shape: of a batch's inputs: examples and length, or examples, channels, height and width.
-        passes: as `head_calls`. twice: with the gradients of an earlier micro-batch at hand.
+        passes: as `head_calls`.
+        twice: with the gradients of an earlier micro-batch at hand.
         keep_gradients: where they stay whole on this device; else they are counted apart.
     """
     tracker = Tracker(machine, _weights(student, teacher))

@@ -23,8 +23,12 @@ class Machine:
     """One device.
 
     Args:
-        name: for people. half, single: operations a second of dense products in 16 and 32 bits. bandwidth: bytes a second.
-        memory: bytes. gpu: whether it is one. launch: seconds an op costs at least. link: bytes a second to its peers.
+        name: for people.
+        half, single: operations a second of dense products in 16 and 32 bits.
+        bandwidth: bytes a second.
+        memory: bytes.
+        gpu: whether it is one.
+        launch: seconds an op costs at least. link: bytes a second to its peers.
     """
 
     name: str
@@ -64,7 +68,9 @@ def machine(gpu: str | None, peak: float | None, bandwidth: float | None, memory
     """A card by name, or this machine's CPU, with any figure given by hand.
 
     Args:
-        peak: TFLOP/s, of 16 and 32 bits alike. bandwidth: TB/s. memory: GiB.
+        peak: TFLOP/s, of 16 and 32 bits alike.
+        bandwidth: TB/s.
+        memory: GiB.
     """
     if gpu is not None and gpu not in CARDS:
         raise InputError(f"Unknown card {gpu!r}.{nearest(gpu, CARDS)} Known: {', '.join(CARDS)}; or give --peak.")

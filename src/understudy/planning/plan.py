@@ -28,15 +28,18 @@ class Plan:
     """What a recipe will take on each device.
 
     Args:
-        machine, gpus, shard: where. sides: `student` and `teacher` in numbers.
-        memory: bytes by component in a training step. phases: bytes of each phase, process included. peak: the largest.
+        machine, gpus, shard: where.
+        sides: `student` and `teacher` in numbers.
+        memory: bytes by component in a training step.
+        phases: bytes of each phase, process included. peak: the largest.
         fits: whether it is within `limit`, the device's bytes.
         work: of one optimizer step on one device, by role: `flops`, `attention` (of them), `bytes`, `seconds`, `floor`.
         step_seconds, floor_seconds: an estimate, and operations ÷ peak. percent_of_floor: their ratio.
         steps, rows: of the run; `rows` are what is trained on (tokens, images), over all devices.
         hours: of training, on the wall. device_hours: times devices.
         cache: by support: bytes a row, bytes on disk, and passes over the data after which it is cheaper than a live
-            teacher. speed_up: how much faster a step becomes by it; `None` where no teacher is asked.
+            teacher.
+        speed_up: how much faster a step becomes by it; `None` where no teacher is asked.
         first: the plan of a teacher that is trained before.
     """
 
@@ -114,12 +117,16 @@ def plan(
     """Plan a recipe from configurations alone: no weights are read, and no data where the number of steps is given.
 
     Args:
-        recipe: as in `distill`; `keys` go on top. gpu: a card of `CARDS`; this machine's CPU without.
-        gpus: devices; each sees its own batch. peak: TFLOP/s. bandwidth: TB/s. memory: GiB. They go over the card's.
+        recipe: as in `distill`; `keys` go on top.
+        gpu: a card of `CARDS`; this machine's CPU without.
+        gpus: devices; each sees its own batch.
+        peak: TFLOP/s.
+        bandwidth: TB/s.
+        memory: GiB. They go over the card's.
         shard: what FSDP2 divides over the devices; by `trainer.fsdp` and `teacher.device=sharded` if not given.
         rows: tokens or images to train on, in place of the trainer's steps.
-        support: of a teacher's cache that is not captured yet (`sampled:38B`). generate: tokens a student writes for each
-            example.
+        support: of a teacher's cache that is not captured yet (`sampled:38B`).
+        generate: tokens a student writes for each example.
 
     Raises:
         InputError: a configuration that cannot be read, a task or method that cannot be planned, bad numbers.

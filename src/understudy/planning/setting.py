@@ -30,10 +30,16 @@ class Setting:
     """A recipe's numbers.
 
     Args:
-        one: the shape of one example: `(length,)`, or `(channels, height, width)`. batch: examples a micro-batch.
-        accumulation: micro-batches an update. steps: updates. rows: trained on in all, over `gpus`.
-        distinct: of them, those that differ. classes: of the head. mixed: activations in half precision, weights not.
-        teacher_width: of its hidden states. itemsize: of what the student computes in.
+        one: the shape of one example: `(length,)`, or `(channels, height, width)`.
+        batch: examples a micro-batch.
+        accumulation: micro-batches an update.
+        steps: updates.
+        rows: trained on in all, over `gpus`.
+        distinct: of them, those that differ.
+        classes: of the head.
+        mixed: activations in half precision, weights not.
+        teacher_width: of its hidden states.
+        itemsize: of what the student computes in.
     """
 
     machine: Machine

@@ -132,9 +132,13 @@ class Side:
     """One side's numbers.
 
     Args:
-        parameters: all, tied ones once. active: those a token meets (experts that are not chosen left out).
-        trained: those that are trained. weights, trained_bytes: their bytes. largest: bytes of the largest
-            block. outside: bytes outside of blocks. matrices: parameters in matrices, which autocast copies.
+        parameters: all, tied ones once.
+        active: those a token meets (experts that are not chosen left out).
+        trained: those that are trained.
+        weights, trained_bytes: their bytes.
+        largest: bytes of the largest block.
+        outside: bytes outside of blocks.
+        matrices: parameters in matrices, which autocast copies.
     """
 
     parameters: int

@@ -36,7 +36,8 @@ class Tracker(TorchDispatchMode):
     Seconds are a roofline an op: the largest of operations ÷ peak, bytes ÷ bandwidth, and the time of a launch.
 
     Args:
-        machine: peaks. held: tensors that exist already (weights); they are counted by who made them.
+        machine: peaks.
+        held: tensors that exist already (weights); they are counted by who made them.
     """
 
     machine: Machine

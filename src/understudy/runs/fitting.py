@@ -41,7 +41,8 @@ class Fitted:
     """What training leaves.
 
     Args:
-        module: the student with its method. trainer: of the last phase; `None` if all had been trained before.
+        module: the student with its method.
+        trainer: of the last phase; `None` if all had been trained before.
         interrupted: training stopped early.
     """
 
@@ -56,7 +57,8 @@ def assemble_teacher(
     """The recipe's teacher as the method asks it, of whatever kind: a model here, a cache, a server, several of them.
 
     Args:
-        model: the loaded teacher, where it is one. home: where the scores of a server are kept and shared.
+        model: the loaded teacher, where it is one.
+        home: where the scores of a server are kept and shared.
     """
     if method.requires.teacher == "none":
         return None
@@ -96,7 +98,8 @@ def fit(
     """Train the student through all phases, going on where the run was left.
 
     Args:
-        teacher: as `assemble_teacher` made it. tables, context: what the method's `setup` returned and was given.
+        teacher: as `assemble_teacher` made it.
+        tables, context: what the method's `setup` returned and was given.
         callbacks: the caller's own.
     """
     task, method = get_task(recipe.task), recipe.build_method()
@@ -209,7 +212,8 @@ def trainer_for(
     """The trainer of a run, or of one of its phases.
 
     Args:
-        values: training arguments. steps_before: optimizer steps of the phases before, which logs count as well.
+        values: training arguments.
+        steps_before: optimizer steps of the phases before, which logs count as well.
         more_callbacks: the caller's own.
     """
     task, method = get_task(recipe.task), module.method

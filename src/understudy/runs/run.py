@@ -111,7 +111,8 @@ def run(
 
     Args:
         home: where models that are trained first and stored scores are kept and shared; the run folder if not given.
-        modules: `teacher` or `student` handed over as a module. callbacks: of transformers.
+        modules: `teacher` or `student` handed over as a module.
+        callbacks: of transformers.
     """
     modules = modules or {}
     folder = open_folder(recipe)

@@ -33,13 +33,13 @@ class Prepared:
         teacher_train: what a teacher that is trained first may see.
         classes: images: number of classes; text: size of the vocabulary.
         more_tests: further test sets by name (`test_shifted`), judged beside `test`.
-        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each. warnings: likewise,
-            of what may be wrong.
+        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
+        warnings: likewise, of what may be wrong.
         hashes: content hashes for the run folder.
         domains: names of the examples' domains, by the number a batch gives them; empty where the data name none.
         aligner: how the teacher's tokens lie over the student's, where it has a tokenizer of its own.
-        facts: what the task's own `model` needs to know of the data. stored: told the folder where a run, or a
-            comparison, keeps what is dear to compute.
+        facts: what the task's own `model` needs to know of the data.
+        stored: told the folder where a run, or a comparison, keeps what is dear to compute.
     """
 
     train: Any

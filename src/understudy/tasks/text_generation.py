@@ -37,9 +37,13 @@ class Material:
     """What there is to generate from.
 
     Args:
-        seeds: events to prompt with. relations: by name. labels: triples that people judged, or `None`.
-        judge: whether (head, relation, tail) is true, where that is known. source: the world's own teacher, or `None`.
-        notes: sentences for the report. hash: of all of it.
+        seeds: events to prompt with.
+        relations: by name.
+        labels: triples that people judged, or `None`.
+        judge: whether (head, relation, tail) is true, where that is known.
+        source: the world's own teacher, or `None`.
+        notes: sentences for the report.
+        hash: of all of it.
     """
 
     seeds: list[str]

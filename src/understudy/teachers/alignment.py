@@ -142,7 +142,8 @@ def groups(ends: Sequence[int | None], other: Sequence[int | None], before: int 
     """The smallest groups: cut wherever both sides have a token that ends, monotone, each byte in one at most.
 
     Args:
-        ends, other: where the tokens of each side end. before: leading tokens of the first side that the other lacks.
+        ends, other: where the tokens of each side end.
+        before: leading tokens of the first side that the other lacks.
     """
     first: dict[int, int] = {}
     for j, end in enumerate(other):

@@ -29,7 +29,8 @@ class Known(NamedTuple):
     """What a split is fitted to.
 
     Args:
-        features: `[rows, width]`, as the teacher gave them. labels, ids: `[rows]`.
+        features: `[rows, width]`, as the teacher gave them.
+        labels, ids: `[rows]`.
         parts: `[rows, 2]`, the true class and subclass of each; `None` where the data knows none.
     """
 

@@ -47,8 +47,10 @@ class AuxiliaryContext:
     """What an auxiliary loss sees of one update.
 
     Args:
-        student: in evaluation mode. teacher: called with a batch, and `through(batch)` with gradient to the inputs.
-        batches: the micro-batches of the update on this rank. counts: what the update divides by, over all ranks.
+        student: in evaluation mode.
+        teacher: called with a batch, and `through(batch)` with gradient to the inputs.
+        batches: the micro-batches of the update on this rank.
+        counts: what the update divides by, over all ranks.
         reduction: how rows weigh.
         validation: `validation(n)` gives n validation examples that depend on seed and step alone (all if there are
             fewer, or if n is `None`), the same on every rank.
@@ -73,7 +75,8 @@ class AuxiliaryOptimizers:
     """The auxiliary optimisers of a method, and their steps.
 
     Args:
-        auxiliary: by name. modules: the method's own modules.
+        auxiliary: by name.
+        modules: the method's own modules.
     """
 
     def __init__(self, auxiliary: Mapping[str, AuxiliaryOptimizer], modules: Mapping[str, nn.Module]) -> None:

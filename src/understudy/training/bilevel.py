@@ -50,7 +50,9 @@ def weight_gradients(
         losses: `losses(rows, i)` gives `[rows, losses]` of micro-batch i, from what the student says about it.
         weights: `[rows, losses]` of each micro-batch.
         outer: J, from a function that answers for the student at θ′.
-        rate: η. count: n, rows of the update over all micro-batches and ranks. total: sums tensors over the ranks.
+        rate: η.
+        count: n, rows of the update over all micro-batches and ranks.
+        total: sums tensors over the ranks.
         part: the parameters that take the virtual step, those of the `head` alone being cheaper.
 
     The student answers in evaluation mode, without autocast, in float32 at least. Where one of its operations has no

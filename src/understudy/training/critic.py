@@ -27,9 +27,11 @@ class Fit:
     """How a critic is fitted.
 
     Args:
-        lr, batch, epochs, weight_decay: of AdamW, at most. warmup: steps of linear warm-up.
+        lr, batch, epochs, weight_decay: of AdamW, at most.
+        warmup: steps of linear warm-up.
         patience: epochs without a better validation precision at `recall` before it stops.
-        plateau: such epochs before the rate is divided by ten. seed: of order and dropout.
+        plateau: such epochs before the rate is divided by ten.
+        seed: of order and dropout.
     """
 
     lr: float
@@ -53,8 +55,8 @@ def fit_critic(
     """Minimise binary cross-entropy from the base rate on; the model ends with the weights of its best epoch.
 
     Args:
-        train, validation: text pairs and 0/1 labels. view: the wording of the pairs in an epoch; validation has the
-            wordings of the first three.
+        train, validation: text pairs and 0/1 labels.
+        view: the wording of the pairs in an epoch; validation has the wordings of the first three.
 
     Returns:
         `epochs` done, `best_epoch`, `best_precision`, `seconds` and the `history` of validation precision.

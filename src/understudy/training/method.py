@@ -78,11 +78,18 @@ class TrainState:
     """What a method may read during training.
 
     Args:
-        modules: the method's own modules. companions: frozen ones that are checkpointed. tables: what `setup` returned.
-        columns: numbers by example or token that `setup` added. context: what `setup` was given.
-        student: the student, for methods that show it more than the batch. teacher: likewise; `None` without.
+        modules: the method's own modules.
+        companions: frozen ones that are checkpointed.
+        tables: what `setup` returned.
+        columns: numbers by example or token that `setup` added.
+        context: what `setup` was given.
+        student: the student, for methods that show it more than the batch.
+        teacher: likewise; `None` without.
         phase: name of the phase; step and total are then of the phase.
-        method_state: as `Method.init_state` made it. step: optimizer steps done. total: of the run. seed: of the run.
+        method_state: as `Method.init_state` made it.
+        step: optimizer steps done.
+        total: of the run.
+        seed: of the run.
     """
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)

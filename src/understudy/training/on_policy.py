@@ -52,10 +52,13 @@ class OnPolicy(BaseModel):
 
     Args:
         fraction: λ, probability that an example's completion is replaced; where it starts, with `adaptive`.
-        max_new_tokens: tokens of a sample at most. temperature: 0 is greedy. top_p, top_k: 1 and 0 leave all tokens.
-        steps: optimizer steps whose samples are written at once, with the weights of the first of them (fewer before the
-            end of an epoch); 1 is strictly on-policy. in_flight: sequences that are written side by side, at most. Writing
-            is cheap where there are 64 or more, so raise `steps` where the log's `in_flight` is small.
+        max_new_tokens: tokens of a sample at most.
+        temperature: 0 is greedy.
+        top_p, top_k: 1 and 0 leave all tokens.
+        steps: optimizer steps whose samples are written at once, with the weights of the first of them (fewer before
+            the end of an epoch); 1 is strictly on-policy.
+        in_flight: sequences that are written side by side, at most. Writing is cheap where there are 64 or more, so
+            raise `steps` where the log's `in_flight` is small.
         engine: `padded` writes batch after batch with `generate`, each until its last text ends. `continuous` gives the place
             of a text that ends to the next prompt: for lengths that vary and more prompts than `in_flight`
             (`docs/benchmarks.md`). It writes in the weights' own precision, not in that of `bf16`.

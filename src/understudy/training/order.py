@@ -35,7 +35,8 @@ class EpochSampler(Sampler[int]):
     the same.
 
     Args:
-        examples: of the data set. length: draws an epoch; the data set's size if not given.
+        examples: of the data set.
+        length: draws an epoch; the data set's size if not given.
     """
 
     def __init__(self, examples: int, seed: int, length: int | None = None) -> None:
@@ -109,7 +110,9 @@ class Share(Sampler[list[int]]):
     another in vain; one that nothing is left for gets an example that is not to count, written as −1 − index.
 
     Args:
-        order: of all examples. micro: examples of a full micro-batch. drop_last: leave out a round that is not full.
+        order: of all examples.
+        micro: examples of a full micro-batch.
+        drop_last: leave out a round that is not full.
     """
 
     def __init__(self, order: Sampler[int], micro: int, ranks: int, rank: int, drop_last: bool = False) -> None:
@@ -135,7 +138,8 @@ class Shared(Dataset[Any]):
     """A data set read through `Share`, with the key `COUNTS` in what is collated.
 
     Args:
-        examples: by index. collate_plain: from examples to a dictionary.
+        examples: by index.
+        collate_plain: from examples to a dictionary.
     """
 
     def __init__(self, examples: Any, collate_plain: Callable[[list[Any]], dict[str, Any]]) -> None:

@@ -85,7 +85,8 @@ def freeze_all_but(parts: Mapping[str, nn.Module], train: Sequence[str] | None, 
     """Set what a phase trains; the parts that it leaves frozen.
 
     Args:
-        parts: `"student"` and the method's modules. train: names of those to train, or `None` for all.
+        parts: `"student"` and the method's modules.
+        train: names of those to train, or `None` for all.
         trainable: ids of the parameters that may be trained at all (adapters alone, where there are adapters).
 
     Raises:

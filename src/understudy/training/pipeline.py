@@ -19,7 +19,8 @@ class PipelineContext:
     """What the stages of a procedure work with.
 
     Args:
-        recipe: the whole recipe, as plain values. folder: of the run; stages keep their files in it.
+        recipe: the whole recipe, as plain values.
+        folder: of the run; stages keep their files in it.
         teacher: of the recipe, as a model specification, or `None`.
         train: `train(name, values)` carries out a recipe of its own in `folder / name` (it resumes like any run) and
             returns its result, with `student`, `metrics` and `folder`. It has the teacher that `values` name, or none.

@@ -36,7 +36,8 @@ class Ranks:
     """The processes of a run: each rank's share of the data, sums over ranks, and a sharded student in one piece again.
 
     Args:
-        trainer: whose accelerator, arguments and rollouts are used. train_module: student and method.
+        trainer: whose accelerator, arguments and rollouts are used.
+        train_module: student and method.
     """
 
     def __init__(self, trainer: Any, train_module: TrainModule) -> None:

@@ -44,8 +44,8 @@ def sum_terms(terms: Mapping[str, Term], batch: Batch, reduction: str, own: Cont
     """Sum each term over the rows of a micro-batch.
 
     Args:
-        reduction: how rows weigh, as in `understudy.losses.reduction`. own: terms that have a count of their own; their
-            rows weigh 1.
+        reduction: how rows weigh, as in `understudy.losses.reduction`.
+        own: terms that have a count of their own; their rows weigh 1.
     """
     losses, values, weights = {}, {}, None
     for name, term in terms.items():
@@ -64,7 +64,8 @@ class Counts:
     """What an update divides by, counted over its micro-batches and ranks.
 
     Args:
-        items: rows. units: what `reduction` divides by (rows, sequences; 0 where it divides by nothing).
+        items: rows.
+        units: what `reduction` divides by (rows, sequences; 0 where it divides by nothing).
         own: counts of single terms, by name.
     """
 

@@ -47,8 +47,13 @@ class Rollouts:
     """Takes micro-batches from the data, `policy.steps` updates ahead, and puts the student's samples into them.
 
     Args:
-        policy: the options. student: whose `model` writes. tokenizer: of both sides. collate: of the examples.
-        seed, total: of the run. file: gets one line a sample. meter: a cost meter, or `None`.
+        policy: the options.
+        student: whose `model` writes.
+        tokenizer: of both sides.
+        collate: of the examples.
+        seed, total: of the run.
+        file: gets one line a sample.
+        meter: a cost meter, or `None`.
     """
 
     def __init__(

@@ -25,13 +25,19 @@ class SetupContext:
     """Both sides, the data, and a place to keep what was computed.
 
     Args:
-        student: as it is at the time. teacher: answers for a batch, of whatever kind (a model, a cache, a server, several of
-            them); `None` without one. teacher_model: its model, where it runs here and answers about every example.
+        student: as it is at the time.
+        teacher: answers for a batch, of whatever kind (a model, a cache, a server, several of them); `None` without
+            one.
+        teacher_model: its model, where it runs here and answers about every example.
         splits: examples of `train`, `validation` and `test`; `setup` may add others, for phases to train on.
-        collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
+        collate: from examples to the tensors of a `Batch`.
+        classes: of the task, 0 where it has none.
         teacher_train: what a teacher that is trained first may see.
-        eval_split: the split that the run is evaluated on. store: a folder that comparisons share. key: hash of teacher and
-            data. seed: of the run. columns: numbers by example or token, see `add_column`.
+        eval_split: the split that the run is evaluated on.
+        store: a folder that comparisons share.
+        key: hash of teacher and data.
+        seed: of the run.
+        columns: numbers by example or token, see `add_column`.
     """
 
     student: ModelAdapter

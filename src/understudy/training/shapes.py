@@ -22,7 +22,8 @@ class Shapes:
         classes: of the task.
         features, teacher_features: width before the head, where the method needs it.
         taps, teacher_taps: shape of each tapped output, without the axis of examples.
-        inputs: likewise of each input. tables: what `setup` returned, for modules that start from it.
+        inputs: likewise of each input.
+        tables: what `setup` returned, for modules that start from it.
         student, teacher: both models, for modules that are built from them; no teacher where it does not run here.
     """
 

@@ -33,7 +33,9 @@ class TrainModule(nn.Module):
         total: optimizer steps of the run.
         reduction: what an update divides by, as in `understudy.losses.reduction`.
         taps: inner layers of the student that the method reads.
-        tables: what the method's `setup` returned. context: what it was given. seed: of the run.
+        tables: what the method's `setup` returned.
+        context: what it was given.
+        seed: of the run.
     """
 
     def __init__(

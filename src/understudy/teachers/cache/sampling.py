@@ -43,7 +43,9 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
     """The rows of one example as `[rows, size]` bytes.
 
     Args:
-        log_p: `[rows, classes]`, float64. size: bytes a row. chance: of the CPU, so that a device draws the same.
+        log_p: `[rows, classes]`, float64.
+        size: bytes a row.
+        chance: of the CPU, so that a device draws the same.
 
     Raises:
         InputError: so few bytes hold not even one drawn class a row.

@@ -44,8 +44,9 @@ class ShardStore:
     """A folder of shards with an identity.
 
     Args:
-        folder: made when something is written. identity: what its content depends on; a folder that was written under
-            another one is refused, with the first difference named. `None` reads whatever is there.
+        folder: made when something is written.
+        identity: what its content depends on; a folder that was written under another one is refused, with the first
+            difference named. `None` reads whatever is there.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:

@@ -49,7 +49,8 @@ class CachedTeacher:
     """Answers from a cache what the teacher said about these very examples.
 
     Args:
-        folder: of the cache. expected: identity that must hold (tokenizer, template, …), by key; others are not compared.
+        folder: of the cache.
+        expected: identity that must hold (tokenizer, template, …), by key; others are not compared.
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None) -> None:
@@ -123,8 +124,9 @@ def capture(
     """Run the teacher over examples that the cache does not hold yet, and keep what it says.
 
     Args:
-        identity: of teacher and data; a folder that was captured under another one is refused. shard: rows a file. A file is also
-            written when it has 64 MiB, and once a minute, so that a kill costs no more; these are merged at the end.
+        identity: of teacher and data; a folder that was captured under another one is refused.
+        shard: rows a file. A file is also written when it has 64 MiB, and once a minute, so that a kill costs no more;
+            these are merged at the end.
         tick: told how many examples are done.
     """
     facts = {**identity, "support": str(support), "temperature": temperature, "teacher": state_hash(teacher)}

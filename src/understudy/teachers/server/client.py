@@ -46,8 +46,10 @@ class ScoringClient(Client):
     sequences, and what arrived of it is kept.
 
     Args:
-        store: where answers go. score: what is asked. classes: of the tokenizer. name, ids: text of a token and back, for
-            servers that name tokens by text.
+        store: where answers go.
+        score: what is asked.
+        classes: of the tokenizer.
+        name, ids: text of a token and back, for servers that name tokens by text.
     """
 
     def __init__(
@@ -198,7 +200,8 @@ class ScoringClient(Client):
             The log-probability of each token of the probe after the first (of each row's first id, for `ids`).
 
         Raises:
-            OtherWay: it gives no scores in any way, with what it said. InputError: it cannot be reached.
+            OtherWay: it gives no scores in any way, with what it said.
+            InputError: it cannot be reached.
         """
         said = []
         for self.way in WAYS:

@@ -72,7 +72,9 @@ class Asked:
     """One sequence to be scored.
 
     Args:
-        key: of the answer in the store. ids: the tokens. rows: the positions that count; row r predicts token r + 1.
+        key: of the answer in the store.
+        ids: the tokens.
+        rows: the positions that count; row r predicts token r + 1.
         support: which tokens to score at each row, or `None`.
     """
 
@@ -142,8 +144,9 @@ def echoed(
     """OpenAI's `echo` with `logprobs`: tokens by their text, or as `token_id:N` where the server can.
 
     Args:
-        others: read the other tokens of a position too. name: the text of an id. ids: the id of a text; refuses one that
-            several ids share.
+        others: read the other tokens of a position too.
+        name: the text of an id.
+        ids: the id of a text; refuses one that several ids share.
     """
     given = choice.get("logprobs")
     if not isinstance(given, Mapping) or not given.get("token_logprobs"):

@@ -41,8 +41,11 @@ class ServedTeacher(CachedTeacher):
     the server. With `score=ids:N` the key holds the support too, and the support costs one more forward of the student.
 
     Args:
-        model, endpoint: the server's name of the teacher, and where it is. score: what is asked of it (`teachers.scores`).
-        folder: of the store. identity: what its content depends on beside model and score. tokenizer: of the run.
+        model, endpoint: the server's name of the teacher, and where it is.
+        score: what is asked of it (`teachers.scores`).
+        folder: of the store.
+        identity: what its content depends on beside model and score.
+        tokenizer: of the run.
         student: whose most probable tokens `ids:N` asks for.
     """
 
@@ -79,7 +82,8 @@ class ServedTeacher(CachedTeacher):
         """Compare tokenizers, find out how the server scores, and check that it is the teacher of these tokens.
 
         Args:
-            example: one training example. conversations: the data are rendered by the chat template.
+            example: one training example.
+            conversations: the data are rendered by the chat template.
 
         Raises:
             InputError: the server has another tokenizer, template or model, or scores nothing.

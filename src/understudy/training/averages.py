@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move an average of weights towards `model` once, after optimizer step `step`.
+    """Update an exponential moving average (EMA) of weights in place, once after optimizer step `step`.
 
-    The decay is at most (1 + step) / (10 + step), so that the weights of the start do not linger in short runs.
+    The decay is at most (1 + step) / (10 + step), so that in short runs the initial weights do not dominate.
     """
     keep = min(decay, (1 + step) / (10 + step))
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
@@ -22,7 +22,7 @@ def follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 @torch.no_grad()
 def take(model: nn.Module, average: nn.Module) -> None:
-    """Put the average in the model's place."""
+    """Copy the averaged weights into the model."""
     _copy(model.parameters(), average.parameters())
     _copy(model.buffers(), average.buffers())
 

@@ -1,6 +1,6 @@
-"""Checkpoints without pickle: any nest of dicts, lists, numbers and tensors as one safetensors file.
+"""Checkpoints without pickle: any tree of dicts, lists, numbers and tensors as one safetensors file.
 
-The structure travels as JSON in the file's metadata; tensors are stored bit for bit, so a resumed run can be exact.
+The structure is stored as JSON in the file's metadata and tensors bit for bit, so that a resumed run is exact.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ COMPLETE = "complete.json"
 def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         key = f"t{len(tensors)}"
-        # A clone gives every entry its own storage, which safetensors asks for.
+        # safetensors requires that every entry has its own storage, hence the clone.
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {"tensor": key}
     if isinstance(value, np.ndarray):
         return {"numpy": _flatten(torch.from_numpy(value.astype(np.int64)), tensors), "dtype": str(value.dtype)}
     if isinstance(value, dict):
-        # Schedulers keep functions beside their state; those are made anew, not stored.
+        # Schedulers hold functions too; those are created again on loading and not stored.
         return {"dict": [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items() if not callable(v)]}
     if isinstance(value, (list, tuple)):
         return {
@@ -57,14 +57,18 @@ def _unflatten(node: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write a nest of dicts, lists, numbers and tensors to `path`."""
+    """Write a tree of dicts, lists, numbers and tensors to `path`."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(tree, tensors))
     save_file(tensors, str(path), metadata={"structure": structure})
 
 
 def load_tree(path: Path) -> Any:
-    """Read what `save_tree` wrote. A damaged file is an `InputError` that names it."""
+    """Read what `save_tree` wrote.
+
+    Raises:
+        InputError: the file is damaged; the message names it.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads(file.metadata()["structure"])
@@ -77,7 +81,7 @@ def load_tree(path: Path) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator that training may draw from."""
+    """The state of every random number generator that training uses."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -89,7 +93,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
+    """Restore what `rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -103,7 +107,8 @@ def _digest(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Mark a checkpoint folder complete. Written last, flushed and renamed: a folder without it was cut short."""
+    """Mark a checkpoint folder as complete, with the hash of each file. The mark is written last, flushed and renamed, so
+    a folder without it is incomplete."""
     digests = {p.name: _digest(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != COMPLETE}
     temporary = folder / (COMPLETE + ".tmp")
     with temporary.open("w") as file:

@@ -1,4 +1,4 @@
-"""How well a policy orders candidates, and how far it has moved from its reference."""
+"""How well a policy ranks candidates, and how far it has moved from its reference model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Reward:
-    """What a method takes as the reward of a candidate, in TRL's terms: beta · (log π − log π_ref).
+    """The reward of a candidate under a method, in TRL's terms: beta · (log π − log π_ref).
 
     Args:
         beta: as in the method's loss.
-        anchored: whether a reference is taken off; without one the reward is beta · log π.
-        mean: whether log-probabilities are means a token instead of sums.
+        anchored: whether the reference's log-probability is subtracted; otherwise the reward is beta · log π.
+        mean: whether log-probabilities are means over tokens instead of sums.
     """
 
     beta: float
@@ -39,13 +39,14 @@ class Reward:
     mean: bool = False
 
     def rows(self, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Values `[lists]` by TRL's names (`NAMES`), each with which lists count.
+        """Values `[lists]` by TRL's names (`NAMES`), each with a mask of the lists that count.
 
-        The best candidate of a list is the chosen one and the worst the rejected one; a single answer is chosen where its
-        label is 1 and rejected where it is 0, and alone has neither margin nor accuracy.
+        The best candidate of a list is the chosen one and the worst the rejected one. A single answer is chosen if its
+        label is 1 and rejected if it is 0, and has neither margin nor accuracy.
 
         Args:
-            log_probs, reference: `[lists, candidates]`, of the student and of the reference.
+            log_probs, reference: `[lists, candidates]`, of the student and of the reference model.
+            batch: the lists.
         """
         scale = batch.lengths.clamp(min=1) if self.mean else torch.ones_like(batch.lengths)
         ours = log_probs.detach() / scale
@@ -63,7 +64,7 @@ class Reward:
 
 
 def with_margin(means: Mapping[str, float]) -> dict[str, float]:
-    """Means of single answers, with the difference of both sides as their margin, as TRL's KTO has it."""
+    """Add the difference of the mean chosen and rejected rewards as the margin of single answers, as in TRL's KTO."""
     if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
         return dict(means)
     return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
@@ -73,9 +74,9 @@ def with_margin(means: Mapping[str, float]) -> dict[str, float]:
 def evaluate_preferences(model: ModelAdapter, loader: DataLoader[Any]) -> dict[str, Any]:
     """Metrics over lists.
 
-    `accuracy`: share of ordered pairs of candidates that mean log-probability a token orders as the scores do.
-    `nll`: of the best candidate, nats a token. Where the method's data stage said what a reward is: `rewards/…` and
-    `logps/…` by TRL's names. Both rewards falling means that probability flows away from what the data holds.
+    `accuracy`: fraction of ordered pairs of candidates that the mean log-probability per token orders as the scores do.
+    `nll`: of the best candidate, nats per token. If the method's `setup` defined a reward: `rewards/…` and `logps/…` by
+    TRL's names. If both rewards fall, probability moves away from all responses in the data.
     """
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}

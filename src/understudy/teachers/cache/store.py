@@ -1,7 +1,7 @@
-"""An append-only store of what a teacher said, by content: several rows of arrays for each example.
+"""An append-only, content-addressed store of a teacher's outputs: several rows of arrays for each example.
 
-Shards are safetensors files, each whole or absent, read through a memory map. A key is the SHA-256 of an example's inputs
-and labels, so another run finds what it needs whatever the order, the split or the padding, and nothing else ever.
+Shards are safetensors files, each complete or absent, read through a memory map. A key is the SHA-256 of an example's
+inputs and labels, so another run finds its examples for any order, split or padding, and never another example's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float1
 
 
 def content_key(*parts: Tensor, salt: str = "") -> bytes:
-    """SHA-256 of tensors (whole numbers as int64), under a salt."""
+    """SHA-256 of tensors (integers as int64), with a salt."""
     digest = hashlib.sha256(salt.encode())
     for part in parts:
         same = (part if part.is_floating_point() else part.to(torch.int64)).contiguous().cpu()
@@ -44,9 +44,9 @@ class ShardStore:
     """A folder of shards with an identity.
 
     Args:
-        folder: made when something is written.
-        identity: what its content depends on; a folder that was written under another one is refused, with the first
-            difference named. `None` reads whatever is there.
+        folder: created at the first write.
+        identity: what the content depends on; a folder that was written under another identity is refused, and the
+            error names the first difference. `None` reads any folder.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
@@ -54,7 +54,7 @@ class ShardStore:
         self.identity = self._agree(identity)
         self.places: dict[bytes, tuple[int, int, int]] = {}
         self.shards: list[dict[str, Any]] = []
-        self.merged: set[str] = set()  # files whose content a newer one has, and that a kill left behind
+        self.merged: set[str] = set()  # files replaced by a newer one and left by a kill
         self.refresh()
 
     def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -85,13 +85,13 @@ class ShardStore:
         return len(self.places)
 
     def length(self, key: bytes) -> int:
-        """Rows of one example."""
+        """Number of rows of one example."""
         _, start, stop = self.places[key]
         return stop - start
 
     @property
     def rows(self) -> int:
-        """Rows over all examples."""
+        """Number of rows of all examples."""
         return sum(stop - start for _, start, stop in self.places.values())
 
     @property
@@ -101,7 +101,7 @@ class ShardStore:
 
     @property
     def spent(self) -> Counter[str]:
-        """What the answers cost (`append`'s `spent`), summed."""
+        """The total cost of the outputs (`spent` of `append`)."""
         return sum((shard["spent"] for shard in self._alive()), Counter[str]())
 
     def _alive(self) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ class ShardStore:
         return [shard for shard in self.shards if shard and shard["file"].name not in self.merged]
 
     def claim(self) -> None:
-        """Make the folder and write its identity, if that is not done."""
+        """Create the folder and write its identity, if that is not done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / IDENTITY).exists():
             temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
@@ -117,7 +117,7 @@ class ShardStore:
             os.replace(temporary, self.folder / IDENTITY)
 
     def refresh(self) -> None:
-        """Read the shards that were written since, by other processes too."""
+        """Read the shards written since, also by other processes."""
         while True:
             known = {shard["file"] for shard in self.shards if shard}
             try:
@@ -129,7 +129,7 @@ class ShardStore:
                     if file.name not in self.merged:
                         self._open(file, header, offset)
                 return
-            except FileNotFoundError:  # another process has just merged it into a new one
+            except FileNotFoundError:  # another process has merged it into a new one
                 continue
 
     def append(
@@ -142,7 +142,8 @@ class ShardStore:
         """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each.
 
         Args:
-            spent: what these answers cost, by kind (tokens); kept in the same file, so that neither is without the other.
+            spent: cost of these outputs by kind (tokens), in the same file, so that outputs and cost are stored
+                together.
         """
         if not keys:
             return
@@ -158,8 +159,8 @@ class ShardStore:
         self._open(name, *_header(name))
 
     def compact(self, most: int = 1) -> None:
-        """Merge small shards, if there are more than `most`. The new file names those it replaces, so that what a kill
-        leaves of them is neither read nor counted, and goes the next time."""
+        """Merge small shards, if there are more than `most`. The new file names those it replaces, so that files left
+        by a kill are neither read nor counted, and are deleted the next time."""
         if sum(not is_whole(shard) for shard in self._alive()) <= most:
             return
         with self._alone() as alone:
@@ -189,14 +190,14 @@ class ShardStore:
         total, left = sum((old["spent"] for old in group), Counter[str]()), list(self.merged)
         self.append(keys, counts, arrays, {**total, "merged": " ".join(old["file"].name for old in group)})
         for file in [*(self.folder / name for name in left), *(old["file"] for old in group)]:
-            file.unlink(missing_ok=True)  # the oldest first: the names of these are known from the newer ones
+            file.unlink(missing_ok=True)  # the oldest first: newer ones hold their names
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Whether no other process merges this folder."""
+        """Whether no other process is merging this folder."""
         try:
             import fcntl
-        except ImportError:  # no such locks on this system
+        except ImportError:  # this system has no file locks
             yield False
             return
         with (self.folder / "merge.lock").open("wb") as lock:
@@ -224,7 +225,11 @@ class ShardStore:
         self.shards.append({"arrays": arrays, "types": types, "file": file, "spent": spent})
 
     def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
-        """The rows of these examples, one after the other; an example that is not there is an `InputError`."""
+        """The rows of these examples in order.
+
+        Raises:
+            InputError: an example is not in the store.
+        """
         missing = sum(k not in self.places for k in keys)
         if missing:
             raise InputError(
@@ -246,13 +251,13 @@ def _length(shard: Mapping[str, Any]) -> int:
 
 
 def is_whole(*shards: Mapping[str, Any]) -> bool:
-    """Whether shards together are as large as a file should be."""
+    """Whether the shards together have the size of a full file."""
     size = sum(array.nbytes for shard in shards for array in shard["arrays"].values())
     return size >= WHOLE_BYTES or sum(map(_length, shards)) >= WHOLE
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its arrays, and where they begin."""
+    """The arrays of a safetensors file from its header, and the offset of the data."""
     try:
         with file.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")

@@ -1,4 +1,4 @@
-"""`understudy generate`: prompts in, completions out, resumable."""
+"""`understudy generate`: generate completions of prompts, resumable."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def generate_command(
     shard: Shard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write completions of prompts. Started again, it goes on where it was, and pays for nothing twice."""
+    """Generate completions of prompts. Started again, it resumes, and no completion is paid for twice."""
     stops = tuple(s.replace("\\n", "\n") for s in stop or ())
     shape = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stops, log_probs=log_probs)
     budgets = dict(token_budget=token_budget, cost_budget=cost_budget, price_in=price_in, price_out=price_out)
@@ -87,7 +87,7 @@ def generate_command(
 def _carry_out(
     requests: list[Request], spec: dict[str, Any], limits: dict[str, Any], output: Path, progress: bool
 ) -> dict[str, Any]:
-    """Generate, write what is answered whatever stopped it, and count."""
+    """Generate, write the completions received so far, also after an error, and count."""
     from understudy.runs.recipe import validated
     from understudy.runs.specs import ModelSpec
 
@@ -175,7 +175,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _write(output: Path, requests: Sequence[Request], log: RequestLog) -> int:
-    """One line a completion, as prompt + completion columns that training reads; written in whole, then put in place."""
+    """Write one completion per line as prompt and completion columns that training reads; the file is replaced when
+    complete."""
     temporary = output.with_name(output.name + ".tmp")
     count = 0
     with open(temporary, "w", encoding="utf-8") as file:

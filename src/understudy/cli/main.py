@@ -55,7 +55,7 @@ app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
 
 
 def _names(incomplete: str) -> list[str]:
-    """Names of methods, for the shell's completion."""
+    """Names of methods, for shell completion."""
     from understudy.methods import all_methods, variants
 
     return [name for name in (*all_methods(), *variants()) if name.startswith(incomplete)]
@@ -208,7 +208,7 @@ def reproduce(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME).")] = None,
 ) -> None:
-    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds."""
+    """Test a paper's main claim: all arms tuned alike on validation, evaluated on test, over seeds."""
     if data is not None:
         if not data.is_dir():
             raise InputError(f"Data folder {data} does not exist.")
@@ -273,9 +273,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, EOFError, typer.Abort):
         _fail("Stopped. The same command resumes from the last checkpoint.", 130)
     except Exception as error:
-        if hasattr(error, "format_message"):  # the command parser's own
+        if hasattr(error, "format_message"):  # an error of the command parser
             said = " ".join(error.format_message().split())
-            _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help is shown already
+            _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help has been shown
         said = " ".join(str(error).split()) or "no message"
         _fail(
             f"unforeseen {type(error).__name__}: {masked_text(said)[:300]}. This is a fault in understudy; the traceback is in "

@@ -1,4 +1,4 @@
-"""Modules of the caller's own: their state as safetensors, or whatever their `save_pretrained` writes."""
+"""The caller's own modules: saved as safetensors, or by their `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MARK = "understudy_module"
 
 
 def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors`, and a `config.json` that names the class. Tied weights are stored once.
+    """Write `model.safetensors`, and a `config.json` with the name of the class. Tied weights are stored once.
 
     Args:
-        state: in place of the module's own, where that is held elsewhere.
+        state: instead of the module's own state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = str(folder / "model.safetensors")
@@ -35,9 +35,9 @@ def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | Non
 
 
 def check_saves(model: nn.Module) -> None:
-    """Save a module once into a folder that is thrown away: what cannot be saved is said before it is trained.
+    """Save a module once into a temporary folder, so that a module that cannot be saved is an error before training.
 
-    Models of transformers are known to be able to.
+    Models of transformers are not tested.
     """
     if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config") or hasattr(model, "understudy"):
         return
@@ -47,7 +47,7 @@ def check_saves(model: nn.Module) -> None:
                 model.save_pretrained(folder)  # type: ignore[operator]
             else:
                 save_state(model, Path(folder))
-        except Exception as error:  # it is the caller's code
+        except Exception as error:  # the caller's code raises any type
             raise InputError(
                 f"{type(model).__name__} cannot be saved: {reason(error)}. Its state must be tensors by name, or give it a "
                 "save_pretrained(folder) that works."
@@ -55,13 +55,13 @@ def check_saves(model: nn.Module) -> None:
 
 
 def reload(folder: Path, module: nn.Module | None) -> Path | nn.Module:
-    """What stands for a saved student: its folder, or the caller's module with the weights that are in the folder.
+    """A saved student: its folder, or the caller's module with the weights from the folder.
 
     Args:
-        module: as it was handed over, if it was.
+        module: the caller's module, if one was given.
 
     Raises:
-        InputError: the folder holds the state of a module, and none was handed over or it does not fit.
+        InputError: the folder holds the state of a module, and none was given or it does not match.
     """
     own = module is not None and not isinstance(module, PreTrainedModel) and hasattr(module, "save_pretrained")
     if own:
@@ -81,7 +81,7 @@ def reload(folder: Path, module: nn.Module | None) -> Path | nn.Module:
         )
     try:
         load_model(module, str(folder / "model.safetensors"))
-    except Exception as error:  # keys, shapes and damage are told apart in the message
+    except Exception as error:  # the message says whether keys, shapes or the file are wrong
         raise InputError(
             f"{folder} does not hold the state of this {type(module).__name__}: {reason(error)}"
         ) from error

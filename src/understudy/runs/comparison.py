@@ -1,4 +1,5 @@
-"""Methods side by side: the same student, data and budget, over seeds, in parallel processes where cores allow."""
+"""Comparisons of methods: the same student, data and budget, over seeds, in parallel processes if there are enough
+cores."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from understudy.training import Method
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found: `table` has one row a method, `folder` holds `comparison.json` and `report.html`."""
+    """Result of a comparison: `table` has one row per method, `folder` holds `comparison.json` and `report.html`."""
 
     table: list[dict[str, Any]]
     data: dict[str, Any]
@@ -45,17 +46,18 @@ def compare(
     baseline: str | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Train every method over every seed as the recipe says, and compare on the judged split.
+    """Train every method with every seed as in the recipe, and compare on the evaluation split.
 
     All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
 
     Args:
-        recipe: as for `distill`: also data in memory, a teacher that is a module, and factories (a student must be one, for
-            every run begins anew). Such objects reach workers that are forked; where a system cannot fork, or has a GPU,
-            the runs follow one another in this process.
-        methods: names, or classes and instances of `Method`; options of those without any come from the recipe's `arms`.
-        seeds: how many, or which.
-        baseline: what differences are against; the first method unless given.
+        recipe: as for `distill`, also with data in memory, a teacher that is a module, and factories (a student must be
+            a factory, since every run starts from a new one). Forked workers get such objects; on a system that cannot
+            fork, or with a GPU, the runs are sequential in this process.
+        methods: names, or classes and instances of `Method`; options of those given by name come from the recipe's
+            `arms`.
+        seeds: their number, or a list.
+        baseline: the method that differences are computed against; by default the first.
     """
     given = Modules({})
     if isinstance(recipe, Mapping):
@@ -103,12 +105,12 @@ def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
 def run_all(
     plans: Sequence[Recipe], shared: Path, *, progress: bool = False, modules: Modules | None = None
 ) -> list[dict[str, Any]]:
-    """Carry out runs in parallel, one thread each; results in the order of the plans.
+    """Run recipes in parallel, one thread each; results are in the order of the plans.
 
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
 
     Args:
-        modules: models that the caller handed over; given, if only empty, where the plans name objects of this process.
+        modules: the caller's models; must be given, possibly empty, if the plans name objects of this process.
     """
     homes = [_home(p, shared) for p in plans]
     context = _processes() if modules is None else _forked()
@@ -118,7 +120,7 @@ def run_all(
         jobs = zip(plans, homes, strict=True)
         return [_work(p.dump(), str(home), modules) for p, home in _tracked(list(jobs), progress)]
     global _modules
-    _modules = modules  # forked workers find it where it is
+    _modules = modules  # forked workers inherit it
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
     results: dict[int, dict[str, Any]] = {}
     with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
@@ -129,7 +131,7 @@ def run_all(
 
 
 def _train_ahead(recipe: Recipe, home: Path, progress: bool = False) -> None:
-    """Train all models of a recipe that are to be trained first."""
+    """Train all models of a recipe that must be trained first."""
     for name, own in member_recipes(recipe).items():
         if own.teacher is not None and own.teacher.train is not None:
             train_first(own, "teacher", home / MEMBERS / name, progress)
@@ -140,7 +142,7 @@ def _train_ahead(recipe: Recipe, home: Path, progress: bool = False) -> None:
 
 
 def _home(plan: Recipe, folder: Path) -> Path:
-    """Plans with other models or data get a folder of their own."""
+    """The folder of a plan's shared models; plans with other models or data have separate ones."""
     import hashlib
 
     models = [spec.model_dump() if spec else None for spec in (plan.teacher, plan.student)]
@@ -152,7 +154,8 @@ _modules: Modules | None = None
 
 
 def _forked() -> BaseContext | None:
-    """Processes that have the caller's objects, or `None` where there are none: a fork cannot use a GPU."""
+    """A context of forked processes, which have the caller's objects; `None` without a fork or with a GPU, which forks
+    cannot use."""
     import torch
 
     if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
@@ -173,9 +176,9 @@ def _tracked(waiting: Mapping[Any, int] | Sequence[Any], progress: bool) -> Iter
 
 
 def _processes() -> BaseContext:
-    """How runs get their processes: forked from one that imports the library while teachers are trained.
+    """The context of worker processes: forked from a server that imports the library while teachers are trained.
 
-    A process that is forked cannot use a GPU that its parent has touched: where there is one, each starts afresh.
+    A forked process cannot use a GPU that its parent has used, so with a GPU each worker is spawned.
     """
     import torch
 
@@ -192,7 +195,7 @@ def _processes() -> BaseContext:
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Children inherit one thread each: for small models that uses cores better than one process with many."""
+    """Set one thread for each child process: for small models, several such processes use the cores better than one."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {n: os.environ.get(n) for n in names}
     os.environ.update(dict.fromkeys(names, "1"))

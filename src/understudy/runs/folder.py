@@ -1,4 +1,4 @@
-"""The run folder: what was asked for, what is known of the run, and whether it is finished."""
+"""The run folder: the recipe, facts of the run, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from understudy.runs.recipe import Recipe
 
 
 def open_folder(recipe: Recipe) -> Path:
-    """Make the run folder, or refuse one that holds another run."""
+    """Create the run folder, or raise an error for one that holds another run."""
     folder = recipe.output
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def open_folder(recipe: Recipe) -> Path:
                     "Choose another output, or delete the folder."
                 )
         elif first_rank():
-            temporary = written.with_suffix(".tmp")  # another rank may look at any moment
+            temporary = written.with_suffix(".tmp")  # another rank may read it at any time
             temporary.write_text(text)
             temporary.rename(written)
         if not os.access(folder, os.W_OK):
@@ -52,7 +52,7 @@ def open_folder(recipe: Recipe) -> Path:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The evaluation of a finished run, or None."""
+    """The evaluation of a finished run, or `None`."""
     try:
         if json.loads((folder / "run.json").read_text())["status"] != "done":
             return None
@@ -81,7 +81,7 @@ def facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, st
 
 
 def first_rank() -> bool:
-    """Whether this process writes files: the first of those that `torchrun` or `accelerate launch` started."""
+    """Whether this is the first rank of those that `torchrun` or `accelerate launch` started; it writes the files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -1,4 +1,4 @@
-"""What a recipe says of one model: its name, where it lives, and how it answers."""
+"""The specification of one model in a recipe: its name, device, dtype, and how it is used."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SHARDED = "sharded"
 
 
 def said_no(values: Any) -> Any:
-    """Arguments of Trainer as meant: YAML reads `no` as false, and a strategy (`eval_strategy`) is a word."""
+    """Arguments of Trainer as intended: YAML reads `no` as false, but a strategy (`eval_strategy`) is a word."""
     if not isinstance(values, dict):
         return values
     return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
 
 
 class ModelSpec(BaseModel):
-    """A model: a name, folder or Hub id, and how to hold it."""
+    """A model: a name, folder or Hub id, and how to load it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -74,7 +74,7 @@ class ModelSpec(BaseModel):
         return {"model": " + ".join(map(str, members)), **values, "members": named}
 
     def parts(self, where: str) -> dict[str, ModelSpec]:
-        """The models that this names: itself, or its members, by their place in the recipe."""
+        """The models of this specification by their place in the recipe: itself, or its members."""
         if not self.members:
             return {where: self}
         return {f"{where}.members.{name}": member for name, member in self.members.items()}
@@ -104,5 +104,5 @@ class ModelSpec(BaseModel):
 
     @property
     def served(self) -> bool:
-        """Whether a server scores tokens in the model's place."""
+        """Whether a server scores tokens instead of a model here."""
         return self.score is not None and self.cache is None

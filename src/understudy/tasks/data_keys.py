@@ -1,4 +1,4 @@
-"""The keys of `data` of each task: type, range, default and meaning. What a recipe says is checked against them first."""
+"""The keys of `data` of each task: type, range, default and meaning. A recipe is checked against them first."""
 
 from __future__ import annotations
 
@@ -160,10 +160,10 @@ KEYS: dict[str, type[BaseModel]] = {
 
 
 def check_data_keys(task: str, values: Mapping[str, Any]) -> None:
-    """Refuse an unknown key of `data`, and a value of the wrong type or range.
+    """Check the keys and values of `data`.
 
     Raises:
-        InputError: with the nearest known key and all of them, or with the value and what it must be.
+        InputError: an unknown key, with the nearest known one and all of them; or a value of the wrong type or range.
     """
     known = KEYS[task].model_fields
     for key, value in values.items():

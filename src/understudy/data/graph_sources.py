@@ -1,4 +1,4 @@
-"""Where graphs come from: an embedded one, .npz files, Planetoid; and the cleaning of their edges."""
+"""Sources of graphs: an embedded one, .npz files, Planetoid; and the cleaning of their edges."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Graph:
 
 
 def _path(name: str, notes: list[str]) -> Path:
-    """The file of a graph: as a path or a set in the data folder, with or without its ending, or the only one of a folder."""
+    """The file of a graph: a path or a set in the data folder, with or without suffix, or the only file of a folder."""
     places = [p for p in map(find, (name, f"{name}.npz", f"graphs/{name}.npz")) if p]
     path = next((p for p in places if p.is_file()), None) or next(iter(places), None)
     if path is None:
@@ -95,11 +95,11 @@ def read_graph(spec: Mapping[str, Any]) -> Graph:
 
 
 def clean_edges(name: str, pairs: Any, nodes: int, notes: list[str], warnings: list[str]) -> Tensor:
-    """`[2, edges]` with both directions, sorted, without self-loops and duplicates; what was changed is said.
+    """`[2, edges]` with both directions, sorted, without self-loops and duplicates; changes are noted.
 
     Args:
-        pairs: `[edges, 2]`. Edges listed once each as i < j are an undirected list; any other list that is not
-            symmetric is directed, and taking it both ways is a warning.
+        pairs: `[edges, 2]`. A list with each edge once, as i < j, is undirected; any other list that is not symmetric
+            is directed, and adding the reverse edges is a warning.
     """
     raw = np.asarray(pairs)
     if raw.ndim != 2 or raw.shape[1] != 2:
@@ -146,7 +146,7 @@ def _labels(name: str, values: Any) -> Tensor:
 
 
 def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> dict[str, Tensor]:
-    """The published split, or 20 labels a class for training, then 500 and 1,000 nodes (at most a third each)."""
+    """The published split, or 20 labels per class for training, then 500 and 1,000 nodes (at most a third each)."""
     number = len(graph.labels)
     given = {split: _column(graph.name, split, values) for split in COLUMNS}
     if not any(given.values()):
@@ -166,7 +166,7 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
 
 
 def _column(name: str, split: str, values: Mapping[str, Any]) -> str | None:
-    """The column that names a split's nodes, by any of the split's words."""
+    """The column with a split's nodes, by any name of the split."""
     found = [f"{word}_{end}" for word in sorted(SPLITS[split]) for end in ("idx", "mask") if f"{word}_{end}" in values]
     if len(found) > 1:
         raise InputError(f"{name} has {found[0]} and {found[1]}, both the {split} split. Keep one.")
@@ -174,10 +174,10 @@ def _column(name: str, split: str, values: Mapping[str, Any]) -> str | None:
 
 
 def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
-    """Node ids of a column: of a mask, booleans or 0 and 1, one row a fold; or of a list of ids."""
+    """Node ids of a column: a mask (booleans or 0 and 1, one row per fold), or a list of ids."""
     if raw.dtype == bool or column.endswith("_mask"):
         masks = np.atleast_2d(raw)
-        masks = masks.T if masks.shape[0] == number != masks.shape[-1] else masks  # torch-geometric's: a column a fold
+        masks = masks.T if masks.shape[0] == number != masks.shape[-1] else masks  # torch-geometric: a column per fold
         if masks.ndim != 2 or masks.shape[1] != number or fold >= len(masks):
             raise InputError(f"{name}: {column} is {raw.shape} and there are {number} nodes; data.fold is {fold}.")
         if raw.dtype != bool and not np.isin(raw, (0, 1)).all():
@@ -189,7 +189,8 @@ def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
 
 
 def _apart(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Splits share no node, and the judged ones are not empty. Training labels may be absent: some losses use none."""
+    """Check that splits share no node and the evaluated ones are not empty. Training labels may be missing: some losses
+    use none."""
     counted = torch.cat(list(parts.values()))
     if len(counted.unique()) < len(counted):
         node = int(counted.mode().values)
@@ -216,10 +217,10 @@ def _drawn(graph: Graph, seed: int) -> dict[str, Tensor]:
 
 
 def topics(seed: int, nodes: int = 1000, classes: int = 5, words: int = 300) -> dict[str, Any]:
-    """A citation-like graph: documents of 5 topics, weak bags of words, and links that mostly stay in a topic.
+    """A citation-like graph: documents of 5 topics, weak bags of words, and links that are mostly within a topic.
 
-    A contextual stochastic block model: each document has about 8 of 300 words, half of them its topic's own; each
-    has about 4 links, four in five of them inside the topic. 20 labels a topic, 300 validation and 500 test nodes.
+    A contextual stochastic block model: each document has about 8 of 300 words, half of them from its topic; each has
+    about 4 links, four in five of them within the topic. 20 labels per topic, 300 validation and 500 test nodes.
     """
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(nodes) % classes)

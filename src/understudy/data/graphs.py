@@ -1,4 +1,4 @@
-"""Graphs with features and labels on their nodes, as one full batch; their splits, cleaned edges and hashes."""
+"""Graphs with features and labels on their nodes, as one full batch, with splits, cleaned edges and hashes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class GraphBatch(Batch):
 
     Args:
         inputs: `nodes`, features `[nodes, features]`.
-        labels: `[nodes]`, −100 for a node without a label in this split. ids: `[nodes]`.
+        labels: `[nodes]`, −100 for a node without a label in this split.
+        ids: `[nodes]`.
         edges: `[2, edges]`, both directions, no self-loops.
-        loops: the same and one self-loop a node.
-        chosen: `[nodes]`, which nodes are rows: all in training, the judged ones in evaluation.
+        loops: the same with one self-loop per node.
+        chosen: `[nodes]`, whether a node is a row: all in training, those of the split in evaluation.
     """
 
     edges: Tensor
@@ -59,7 +60,7 @@ class GraphBatch(Batch):
 
     @cached_property
     def labelled(self) -> int:
-        """How many rows have a label."""
+        """Number of rows with a label."""
         return int((self.row_labels != IGNORE).sum())
 
     def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
@@ -69,17 +70,17 @@ class GraphBatch(Batch):
         return signal.select(has), self.row_labels[has]
 
     def among_rows(self, values: Tensor) -> Tensor:
-        """As they are: on a graph the labelled nodes are counted by themselves."""
+        """`values` unchanged: on a graph the labelled nodes are counted separately."""
         return values
 
     @cached_property
     def everywhere(self) -> GraphBatch:
-        """The same graph with every node as a row."""
+        """The same graph with all nodes as rows."""
         return replace(self, chosen=torch.ones_like(self.chosen))
 
 
 class GraphSet(Dataset[dict[str, Tensor]]):
-    """A data set of one example: the whole graph."""
+    """A data set with one example, the whole graph."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values = values
@@ -102,7 +103,7 @@ def collate_graph(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass
 class GraphSplits:
-    """One graph as seen in training, validation and test."""
+    """The graph for training, validation and test."""
 
     train: GraphSet
     validation: GraphSet
@@ -118,10 +119,11 @@ def load_graph(spec: Mapping[str, Any]) -> GraphSplits:
     """Read a graph.
 
     Args:
-        spec: `name` (`topics`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split` (`transductive`, or
-            `inductive`: a fifth of the test nodes is left out of training, edges and all, and judged), `fold` (of
-            several published splits), `seed` (of what is drawn: hidden nodes, a split where there is none), `normalize`
-            (divide each node's features by the sum of their magnitudes), `root` (where Planetoid is downloaded to).
+        spec: `name` (`topics`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split`
+            (`transductive`, or `inductive`: a fifth of the test nodes is removed from training with their edges, and
+            evaluated), `fold` (of several published splits), `seed` (of the random choices: removed nodes, a split if
+            there is none), `normalize` (divide each node's features by the sum of their absolute values), `root` (where
+            Planetoid is downloaded to).
     """
     for key in spec:
         if key not in OPTIONS:
@@ -159,7 +161,7 @@ def load_graph(spec: Mapping[str, Any]) -> GraphSplits:
 
 
 def _hidden(graph: Graph, seed: int) -> Tensor:
-    """A fifth of the test nodes, drawn."""
+    """A random fifth of the test nodes."""
     test = graph.splits["test"]
     number = round(len(test) / 5)
     if number == 0:
@@ -171,11 +173,11 @@ def _hidden(graph: Graph, seed: int) -> Tensor:
 
 
 def _view(graph: Graph, keep: Tensor, labelled: Tensor, *, all_rows: bool = False) -> GraphSet:
-    """The subgraph of the kept nodes, with the labels of `labelled` alone."""
+    """The subgraph of the kept nodes, with only the labels of `labelled`."""
     labels = torch.full_like(graph.labels, IGNORE)
     labels[labelled] = graph.labels[labelled]
     chosen = torch.ones_like(keep) if all_rows else torch.zeros_like(keep).index_fill(0, labelled, True)
-    place = keep.cumsum(0) - 1  # node → its place among the kept ones
+    place = keep.cumsum(0) - 1  # node → index among the kept ones
     edges = place[graph.edges[:, keep[graph.edges].all(0)]]
     loops = torch.arange(int(keep.sum())).expand(2, -1)
     return GraphSet(

@@ -1,4 +1,4 @@
-"""Where images come from: built-in sets, folders `class/image`, tables with `image` and `label`, sets of the Hub."""
+"""Sources of images: built-in sets, folders `class/image`, tables with `image` and `label`, sets of the Hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EMBEDDED = ("digits", "clusters", "subclusters", "templates")
 
 
 def read_source(name: str, spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, ImageSet], list[str]]:
-    """The sets of each split and the names of the classes; what was changed or left out is noted."""
+    """The image sets of each split and the names of the classes; changes and omissions are noted."""
     counts: Counter[str] = Counter()
     path = None if name in EMBEDDED or name.startswith(MEMORY) else find(name)
     if name.startswith(MEMORY):
@@ -61,7 +61,8 @@ def _embedded(name: str, seed: int) -> tuple[dict[str, ImageSet], list[str]]:
 
 
 def _alike(name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any], counts: Counter[str]) -> dict[str, ImageSet]:
-    """Splits of one size and type: resized to `size`, gray ones in three equal channels where another is coloured."""
+    """Splits with one size and type: resized to `size`, gray ones repeated to three channels if another split is
+    coloured."""
     into = wanted_size(spec.get("size"))
     pixels = {split: part.pixels for split, part in pools.items()}
     if into is not None:
@@ -147,10 +148,10 @@ def _clusters(
 def _templates(
     seed: int, classes: int = 10, length: int = 40, width: int = 24
 ) -> tuple[dict[str, ImageSet], list[str]]:
-    """Signals of 40 samples, each one of 10 smooth templates of 24 with its own amplitude, in noise.
+    """Signals of 40 samples, each one of 10 smooth templates of 24 with its own amplitude, plus noise.
 
-    Kept as float features of shape [1, 1, 40]. Training (2,000), validation (500) and `test_clean` (2,000) have the
-    template at the start; in `test` (2,000) the signal is moved round by any number of samples, equally likely.
+    Stored as float features of shape [1, 1, 40]. Training (2,000), validation (500) and `test_clean` (2,000) have the
+    template at the start; in `test` (2,000) the signal is shifted circularly by a uniform number of samples.
     """
     rng = np.random.default_rng(seed)
     smooth = np.exp(-0.5 * (np.arange(-6, 7) / 2) ** 2)
@@ -189,7 +190,7 @@ def _hub(name: str, spec: Mapping[str, Any], counts: Counter[str]) -> tuple[dict
 
     try:
         loaded = load_dataset(name)
-    except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
+    except Exception as error:  # the Hub client raises many types; the set is not available
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return _columns(name, loaded, spec, counts)
 

@@ -64,7 +64,7 @@ def load_preferences(spec: Mapping[str, Any]) -> TextSplits:
 
 
 def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> list[Record]:
-    """The records of a split in the common form, without those that teach nothing; what was done goes to the notes."""
+    """The records of a split in the common form, without those that have no information; changes are noted."""
     kept: list[Record] = []
     left: dict[str, list[int]] = {}
     repeated = 0
@@ -142,8 +142,8 @@ def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[floa
 
 
 def _common_prompt(where: str, chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
-    """Prompt and both candidates where there is no prompt column: what both begin with is the prompt, as in TRL: whole
-    messages, or characters up to the space before the first that differs."""
+    """Prompt and both candidates without a prompt column. As in TRL the prompt is their common prefix: whole messages,
+    or characters up to the space before the first difference."""
     if type(chosen) is not type(rejected):
         raise InputError(
             f"{where} has no prompt; chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}: give both "
@@ -151,7 +151,7 @@ def _common_prompt(where: str, chosen: Any, rejected: Any) -> tuple[Any, list[An
         )
     shared = shared_length(chosen, rejected)
     if chosen == rejected:
-        shared = max(0, shared - 1)  # the last turn is the answer, the same twice
+        shared = max(0, shared - 1)  # the last message is the answer, identical in both
     if isinstance(chosen, str) and chosen[:shared].endswith(" "):
         shared -= 1
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
@@ -164,7 +164,7 @@ def _numbers(where: str, column: str, values: Any) -> list[float]:
 
 
 def _number(where: str, column: str, value: Any) -> float:
-    """A finite number; files without types write true and false as text."""
+    """A finite number; files without types store true and false as text."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         value = value.strip().lower() == "true"
     try:
@@ -181,7 +181,7 @@ def _number(where: str, column: str, value: Any) -> float:
 def word_order(characters: int, number: int) -> list[Record]:
     """Passages of the standard library: given the beginning, the true words in order are best.
 
-    Candidate k has k thirds of its words displaced (at least two), and the share of words in their place as score.
+    Candidate k has k thirds of its words displaced (at least two); its score is the fraction of words in place.
     """
     records: list[Record] = []
     chance = random.Random(0)
@@ -198,7 +198,7 @@ def word_order(characters: int, number: int) -> list[Record]:
                     moved[spot] = word
                 made.append(moved)
             scores = [sum(a == b for a, b in zip(m, rest, strict=True)) / len(rest) for m in made]
-            order = chance.sample(range(number), number)  # the best is not always first
+            order = chance.sample(range(number), number)  # so that the best is not always first
             records.append(
                 {
                     "prompt": " ".join(prompt),

@@ -1,4 +1,4 @@
-"""Texts that the student writes in the place of an example's completion: where the prompt ends, and the row they become."""
+"""On-policy samples: completions that the student generates; where the prompt ends, and the resulting row."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COLUMNS = {"input_ids", "attention_mask", "labels", "ids", "bytes"}
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with what a student wrote.
+    """A prompt with a generated completion.
 
     Args:
-        id: of the example whose prompt it is.
-        at: the optimizer step whose weights wrote it.
+        id: of the example with this prompt.
+        at: the optimizer step whose weights generated it.
         prompt: tokens of the prompt.
-        ids: prompt and completion, with the ending token where it was written.
+        ids: prompt and completion, with the ending token if it was generated.
     """
 
     id: int
@@ -35,7 +35,7 @@ class Sample:
 
 
 def token_rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The examples of a collated text batch, without padding, as `collate_text` takes them."""
+    """The examples of a collated text batch, without padding, in the form that `collate_text` takes."""
     other = set(values) - COLUMNS
     if other:
         raise InputError(
@@ -51,10 +51,10 @@ def token_rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def prompt_length(labels: Tensor, cut: float | Literal["random"], draw: float) -> int:
-    """Tokens before the completion.
+    """Number of tokens before the completion.
 
-    The completion begins where the last stretch of trained tokens does: of a conversation that is the last answer. Plain
-    text has no such place and is cut at the share `cut` of its length, or anywhere, by `draw` in (0, 1).
+    The completion begins at the last contiguous span of trained tokens: in a conversation that is the last answer.
+    Plain text is split at the fraction `cut` of its length, or anywhere, by `draw` in (0, 1).
     """
     counted = labels != IGNORE
     begins = (counted & ~torch.cat([counted.new_zeros(1), counted[:-1]])).nonzero()[:, 0]
@@ -67,7 +67,7 @@ def prompt_length(labels: Tensor, cut: float | Literal["random"], draw: float) -
 
 
 def sampled_row(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The example that a sample becomes: every written token counts and none is a label."""
+    """The example of a sample: every generated token counts and none is a label."""
     written = sample.ids[sample.prompt :]
     special = set(tokenizer.all_special_ids)
     return {
@@ -87,7 +87,7 @@ def pack(samples: list[Sample]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor]) -> list[Sample]:
-    """Samples again."""
+    """The inverse of `pack`."""
     facts, ids = packed["facts"].tolist(), packed["ids"].tolist()
     samples, start = [], 0
     for number, at, prompt, length in facts:

@@ -25,14 +25,14 @@ def _best(folder: Path) -> str:
     """The best checkpoint at the time this one was written; a run resumed from here may load it at the end."""
     try:
         return f"checkpoint-{json.loads((folder / 'trainer_state.json').read_text())['best_global_step']}"
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return ""
 
 
 def delete_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best checkpoints they name. Call it after the newest is
     sealed, so that a complete checkpoint exists at any moment."""
-    old = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    old = ck.numbered(folder)
     best = {_best(path) for path in old[-keep:]}
     for path in old[:-keep]:
         if path.name not in best:

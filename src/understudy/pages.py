@@ -63,7 +63,7 @@ def table() -> str:
 
 
 def findings(folder: Path) -> str:
-    """Every check of the claims whose results lie in `folder`, as they came out, as a Markdown table.
+    """Results of all checks of the claims in `folder`, as a Markdown table.
 
     A result in another setting than the embedded one is named `NAME.SETTING.json`.
     """

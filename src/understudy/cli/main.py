@@ -242,7 +242,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
     ] = None,
 ) -> None:
-    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds until it is decided."""
+    """Test a paper's main claim: all arms tuned alike on validation, evaluated on test, over seeds until it is decided."""
     from understudy.claims import EMBEDDED, get, result_table
     from understudy.claims import reproduce as run_claim
 
@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = typer.main.get_command(app)
-    with suppress(ValueError):  # signals belong to the main thread
+    with suppress(ValueError):  # only the main thread may set signal handlers
         before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = command.main(args=arguments, prog_name="understudy", standalone_mode=False)
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave_ranks()
         with suppress(ValueError, UnboundLocalError):
             signal.signal(signal.SIGTERM, before)
-    if code == 130:  # so too where the command parser caught Ctrl-C
+    if code == 130:  # also if the command parser caught Ctrl-C
         _fail("Stopped. The same command goes on from what is saved.", 130)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -31,7 +31,7 @@ def _panel(title: str, svg: str, caption: str) -> Panel:
 
 
 def render_run(folder: Path) -> Path:
-    """Write `report.html` of a run folder from what is in it; what is missing is left out.
+    """Write `report.html` from the files of a run folder; panels without data are left out.
 
     Raises:
         InputError: a file is damaged, or differs from what the run wrote.
@@ -102,7 +102,7 @@ _SAMPLES = ("written", "tokens", "empty", "unended", "share", "replayed", "repla
 
 
 def _whole(line: dict[str, Any]) -> bool:
-    """Whether a line of `metrics.jsonl` has what a report shows."""
+    """Whether a line of `metrics.jsonl` has the fields that a report shows."""
     terms, state, own = line.get("terms"), line.get("state", {}), line.get("on_policy") or dict.fromkeys(_SAMPLES, 0)
     inside = all(isinstance(v, dict) for v in (terms, state, own))
     return inside and _number(line.get("loss")) and all(_number(own.get(n)) for n in _SAMPLES)
@@ -115,7 +115,7 @@ def _damage(path: Path, lines: int) -> list[str]:
 
 
 def _training(folder: Path) -> tuple[list[Panel], list[str]]:
-    """The panels of what was logged, and what is said of damaged logs."""
+    """The panels of the training log, and a note on damaged lines."""
     path, looks = folder / "metrics.jsonl", folder / "validation.jsonl"
     lines, damaged = read_log(path, _whole)
     seen, wrong = _validations(folder)
@@ -159,7 +159,7 @@ def _watched(folder: Path, seen: Sequence[dict[str, Any]], most: int = 3) -> lis
 
 
 def _validations(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The evaluations during training, and how many lines of their log are damaged."""
+    """The evaluations during training, and the number of damaged lines of their log."""
     return read_log(folder / "validation.jsonl", lambda line: all(map(_number, line.values())))
 
 

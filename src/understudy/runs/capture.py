@@ -124,10 +124,11 @@ def _learnable(
 
 
 def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str, float]:
-    """Compare every shard with its checksum, score a sample of the training examples again and compare with what is stored.
+    """Compare every shard with its checksum, run the teacher on a sample of the training examples again, and compare
+    with the stored outputs.
 
     Raises:
-        InputError: a shard was changed since it was written, or another teacher's answers are stored.
+        InputError: a shard was changed since it was written, or the stored outputs are another teacher's.
     """
     if recipe.teacher is not None and recipe.teacher.served:
         ShardStore(folder).check()

@@ -98,11 +98,13 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     begin: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Train the student through all phases, going on where the run was left.
+    """Train the student through all phases, resuming where the run stopped.
 
     Args:
-        teacher: as `assemble_teacher` made it. tables, context: what the method's `setup` returned and was given.
-        callbacks: the caller's own. begin: called once everything stands and the first step is about to be taken.
+        teacher: from `assemble_teacher`.
+        tables, context: the result and the argument of the method's `setup`.
+        callbacks: the caller's own.
+        begin: called before the first step, once everything is built.
     """
     task, method = get_task(recipe.task), recipe.build_method()
     values = _with_metric(recipe, task)

@@ -175,7 +175,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with former names of keys replaced, and the name of a variant (`kto`, `simpo`) as its method and options."""
+    """The values, with former names of keys replaced, and the name of a variant (`kto`, `simpo`) replaced by its method
+    and options."""
     found = dict(values)
     for old, new in RENAMED.items():
         if old in found:

@@ -92,23 +92,24 @@ def distill(
     overwrite: bool = False,
     **keys: Any,
 ) -> Result:
-    """Train a student as a recipe says, and evaluate it.
+    """Train a student by a recipe, and evaluate it.
 
     Args:
-        recipe: a recipe, a mapping, or the path of a YAML file; `keys` go on top (`method="taid"`, ...). `method` may be a
-            `Method` class or instance of your own. `teacher` and `student` may be modules, or functions without arguments
-            that make one (`model_init` is such a function for the student, called when the seed is set): image classifiers
-            that return logits, or causal LMs (name their tokenizer with `data={"tokenizer": ...}`). `data`, or its `name`,
-            may be a `datasets.Dataset`, a list of records, or either of these by split; they are known by their content.
-        callbacks: of transformers, told of the student's training.
+        recipe: a recipe, a mapping, or the path of a YAML file; `keys` override it (`method="taid"`, ...). `method` may
+            be a `Method` class or instance. `teacher` and `student` may be modules, or functions without arguments that
+            return one (`model_init` is such a function for the student, called after the seed is set): image
+            classifiers that return logits, or causal LMs (name their tokenizer with `data={"tokenizer": ...}`). `data`,
+            or its `name`, may be a `datasets.Dataset`, a list of records, or either of these by split; they are
+            identified by their content.
+        callbacks: of transformers, for the student's training.
         progress: show a progress bar.
-        overwrite: replace the run that the output folder holds, whatever it is.
+        overwrite: replace any run in the output folder.
 
-    Started again on the same folder it resumes, and a finished run is read rather than repeated; with more steps it goes
-    on from its last checkpoint.
+    Started again on the same folder it resumes; a finished run is read and not repeated. With more steps it continues
+    from its last checkpoint.
 
     Raises:
-        InputError: anything the caller can mend, in one line.
+        InputError: any problem that the caller can fix, in one line.
     """
     if isinstance(recipe, (str, Path)):
         recipe = load(recipe)
@@ -132,19 +133,21 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     overwrite: bool = False,
 ) -> Result:
-    """Carry out a validated recipe.
+    """Execute a validated recipe.
 
     Args:
-        home: where models that are trained first and stored scores are kept and shared; the run folder if not given.
-        modules: `teacher` or `student` handed over as a module. callbacks: of transformers.
-        overwrite: replace the run that the folder holds.
+        home: folder of the models that are trained first and of stored scores, which may be shared; by default the run
+            folder.
+        modules: `teacher` or `student` given as a module.
+        callbacks: of transformers.
+        overwrite: replace the run in the folder.
     """
     with held(recipe.output, inputs(recipe)):
         return _run(recipe, progress, home or recipe.output, modules or {}, callbacks, overwrite)
 
 
 def inputs(recipe: Recipe) -> Iterator[Path]:
-    """The files and folders that a recipe's data are read from."""
+    """The files and folders of a recipe's data."""
     names = [v for k, v in recipe.data.items() if isinstance(v, str) and not k.endswith("_column")]
     yield from filter(None, map(find, names))
 
@@ -165,7 +168,7 @@ def _run(
     done = None if overwrite else finished(folder)
     longer = [] if overwrite else agree(recipe)
     if done is not None and not longer:
-        if first_rank() and not (folder / "report.html").is_file():  # a kill came before it
+        if first_rank() and not (folder / "report.html").is_file():  # killed before it was written
             render_run(folder)
         if not (folder / "student").is_dir():
             return Result(None, done["metrics"], folder)  # a pipeline: its models are in the runs below
@@ -182,7 +185,7 @@ def _run(
 
 
 class _Journal:
-    """What `run.json` says of a run on its way. Nothing is written to the folder before the run begins."""
+    """The content of `run.json` during a run. Nothing is written to the folder before the run begins."""
 
     def __init__(self, recipe: Recipe, overwrite: bool, lengthened: list[Any]) -> None:
         self.recipe, self.overwrite, self.lengthened = recipe, overwrite, lengthened
@@ -191,13 +194,13 @@ class _Journal:
         self.findings = Findings()
 
     def compare(self, hashes: dict[str, str]) -> None:
-        """Note the hashes of what the run reads; those of a run that goes on must be as they were."""
+        """Record the hashes of the run's inputs; on resume compare them with the earlier ones."""
         self.hashes = hashes
         if not self.overwrite and written(self.folder) is not None:
             same_inputs(self.folder, hashes)
 
     def begin(self) -> None:
-        """Take the folder."""
+        """Write the recipe into the folder."""
         if first_rank() and self.overwrite:
             clear(self.folder)
         self.findings.notes.extend(
@@ -231,7 +234,7 @@ def _fit(
     check_sharding(recipe.build_method(), recipe.trainer)
     _refuse_text_alone(recipe)
     prepared = task.prepare(recipe)
-    set_seed(recipe.seed)  # a new teacher, or a head of it, is the same when the run goes on
+    set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     shown = comparable(teacher)
     set_seed(recipe.seed)
@@ -440,7 +443,7 @@ _FIRST = {"teacher": "teacher", "student": "start"}
 
 
 def trained_first(recipe: Recipe, home: Path) -> list[Recipe]:
-    """The runs below `home` that train the recipe's teachers, or the student's start, on the labels."""
+    """The runs in `home` that train the recipe's teachers, or the student's initial weights, on the labels."""
     found = [
         own_training(own, "teacher", home / MEMBERS / name / _FIRST["teacher"])
         for name, own in member_recipes(recipe).items()
@@ -451,7 +454,7 @@ def trained_first(recipe: Recipe, home: Path) -> list[Recipe]:
 
 
 def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -> Result:
-    """Train the recipe's teacher, or the student's start, on the labels, as a run of its own below `home`.
+    """Train the recipe's teacher, or the student's initial weights, on the labels, as a separate run in `home`.
 
     Raises:
         KeyboardInterrupt: it was stopped; started again it resumes.

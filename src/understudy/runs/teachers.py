@@ -62,7 +62,7 @@ def teacher_of(
 
 
 def load_model(task: Task, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-    """A task's model, after its folder was compared with the hashes that were written with it."""
+    """A task's model, after comparing its folder with the hashes written with it."""
     folder = find(spec.model) if source is None else source
     if isinstance(folder, Path) and folder.is_dir():
         check_seal(folder)

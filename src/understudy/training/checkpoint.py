@@ -103,7 +103,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The folders `checkpoint-N`, by their step; others that lie beside them are not the trainer's."""
+    """The folders `checkpoint-N` by step; other folders beside them are ignored."""
     found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name, re.ASCII) for p in folder.glob("checkpoint-*") if p.is_dir()}
     return sorted((p for p, named in found.items() if named), key=lambda p: int(p.name.rsplit("-", 1)[1]))
 

@@ -328,7 +328,7 @@ class DistillationTrainer(Trainer):
         """Train. A checkpoint at which training had ended is loaded, and no further step is made."""
         if resume_from_checkpoint is not None:
             self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            # A run that is to be longer than its checkpoint knows of goes on.
+            # A run with more steps than its checkpoint recorded is continued.
             if self.settled or self.state.global_step >= max(self.state.max_steps, self.model.train_state.total):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self._load_rng_state(resume_from_checkpoint)

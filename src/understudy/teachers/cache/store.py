@@ -1,8 +1,8 @@
-"""An append-only store of what a teacher said, by content: several rows of arrays for each example.
+"""An append-only, content-addressed store of a teacher's outputs: several rows of arrays for each example.
 
-Shards are safetensors files, each whole or absent, read through a memory map. A shard's name is the SHA-256 of the file,
-which is compared before the first of its rows is used. A key is the SHA-256 of an example's inputs and labels, so another
-run finds what it needs whatever the order, the split or the padding, and nothing else ever.
+Shards are safetensors files, each complete or absent, read through a memory map. A shard's name is the SHA-256 of the
+file, which is checked before its first use. A key is the SHA-256 of an example's inputs and labels, so another run
+finds its examples for any order, split or padding, and never another example's.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class ShardStore:
         temporary = self.folder / f"shard-{uuid.uuid4().hex}.tmp"
         index = {"keys": torch.tensor([list(k) for k in keys], dtype=torch.uint8)}
         index["counts"] = torch.tensor(list(counts), dtype=torch.int32)
-        # What two processes paid for counts twice, even if it is the same: no two files are.
+        # Costs of two processes both count, also for the same example: files are never identical.
         facts = {"written": uuid.uuid4().hex, **{k: str(v) for k, v in (spent or {}).items()}}
         with writing(self.folder):
             try:
@@ -268,7 +268,7 @@ class ShardStore:
         """
         missing = sum(k not in self.places for k in keys)
         if missing:
-            self.check()  # a damaged key is missing too
+            self.check()  # a damaged key looks like a missing one
             raise InputError(
                 f"{missing} of {len(keys)} examples of a batch are not in cache {self.folder}: other data, another "
                 "max_length or template, or augmented inputs. Run `understudy cache capture` with this recipe to append them."
@@ -300,7 +300,7 @@ def _hash_of(identity: Mapping[str, Any]) -> str:
 
 
 def _identity(file: Path) -> dict[str, Any] | None:
-    """What an identity file says, compared with its hash."""
+    """The content of an identity file, checked against its hash."""
     held = read_json(file)
     if held is not None and held.pop(SEAL, None) not in (None, _hash_of(held)):
         raise InputError(f"{file} is damaged: its {SEAL} is not that of the rest. Put it back, or capture again.")
@@ -308,7 +308,7 @@ def _identity(file: Path) -> dict[str, Any] | None:
 
 
 def _merged(file: Path, header: Mapping[str, Any]) -> list[str]:
-    """The shards that one replaces, by name. Of any other file a shard has nothing to say."""
+    """The names of the shards that a shard replaces."""
     try:
         names = header.get("__metadata__", {}).get("merged", "").split()
     except AttributeError as error:

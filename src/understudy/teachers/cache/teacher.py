@@ -26,7 +26,7 @@ from understudy.teachers.cache.codecs import Support, decode, encode
 from understudy.teachers.cache.store import IDENTITY, WHOLE, WHOLE_BYTES, ShardStore, content_key
 
 SECONDS = 60.0
-"""Of a teacher's work that a kill may cost."""
+"""Most seconds of a teacher's work that a kill may lose."""
 HEAD = re.compile(r"head-([0-9a-f]{64})\.safetensors|head\.safetensors")
 """The head of hidden states; its name holds its SHA-256, but for those written before there were checksums."""
 
@@ -220,10 +220,11 @@ class _Waiting:
 
 
 def verify(teacher: ModelAdapter, batches: Iterator[Batch], folder: Path) -> dict[str, float]:
-    """Score examples again and compare: KL between fresh and stored targets, and the largest difference, over rows.
+    """Run the teacher again on some examples and compare: KL between fresh and stored targets, and the largest
+    difference, over rows.
 
     Raises:
-        InputError: the teacher's weights are not those that were captured, or a shard was changed since.
+        InputError: the teacher's weights differ from the captured ones, or a shard was changed.
     """
     cached = CachedTeacher(folder, {"teacher": state_hash(teacher)})
     cached.store.check()

@@ -176,7 +176,7 @@ def test_one_class_and_no_rows():
         (lambda s, t: losses.forward_kl(s, t, temperature=0), "temperature is 0"),
         (lambda s, t: losses.jsd(s, t, beta=1.5), "beta is 1.5"),
         (lambda s, t: losses.skew_kl(s, t, alpha=1.0), "alpha is 1.0"),
-        (lambda s, t: losses.forward_kl(s, top_k(t, 2, temperature=2.0)), "temperature 2.0 and the loss asks for 1.0"),
+        (lambda s, t: losses.forward_kl(s, top_k(t, 2, temperature=2.0)), "temperature 2.0 and the loss requires 1.0"),
         (lambda s, t: losses.forward_kl(s * math.nan, t), "row 0 .* student has nan"),
         (lambda s, t: losses.forward_kl(s, t * math.inf), "teacher has"),
         (lambda s, t: losses.forward_kl(torch.full_like(s, -math.inf), t), "-inf logits only"),

@@ -38,7 +38,7 @@ def generate_command(
     template: Annotated[
         Path | None, typer.Option(help="A prompt with {{ slots }}, filled from a .jsonl or .csv.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Completions; the request log lies beside it.")] = Path(
+    output: Annotated[Path, typer.Option(help="Completions; the request log is next to it.")] = Path(
         "completions.jsonl"
     ),
     chat: Annotated[bool, typer.Option(help="Send text prompts as a user's message.")] = False,
@@ -98,7 +98,7 @@ def _carry_out(
         raise InputError(f"Output {output} is no regular file. Choose another --output.")
     if output.exists() and not beside.exists():
         raise InputError(
-            f"Output {output} is there already and no request log lies beside it ({beside.name}): it was not written here "
+            f"Output {output} is there already and no request log is next to it ({beside.name}): it was not written here "
             "and is left alone. Choose another --output."
         )
     source = source_from(validated(ModelSpec, spec, "model"), batch=bounds.concurrency)

@@ -54,7 +54,7 @@ def common(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print errors and JSON alone; no tables, no progress.")
+        bool, typer.Option("--quiet", "-q", help="Print only errors and JSON; no tables, no progress.")
     ] = False,
 ) -> None:
     """Teach small models from large ones, and show that it worked."""

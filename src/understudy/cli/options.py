@@ -26,10 +26,10 @@ out = Console(
 
 _folders: list[Path] = []
 
-RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
+RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; not needed with overrides.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots reach inside: trainer.max_steps=100")]
 Shard = Annotated[
-    str | None, typer.Option(help="Only part i of n of the data, as i/n (1/4 … 4/4). Each part resumes alone.")
+    str | None, typer.Option(help="Only part i of n of the data, as i/n (1/4 … 4/4). Each part resumes separately.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output folder holds.")]
 Workers = Annotated[

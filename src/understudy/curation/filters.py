@@ -77,7 +77,7 @@ def most_likely(
     for i, (key, value) in enumerate(zip(keys, log_probs, strict=True)):
         if value is None or math.isnan(value):
             raise InputError(
-                f"Item {i} has no log-probability ({value}): ask a source that gives them, or keep all (1.0)."
+                f"Item {i} has no log-probability ({value}): use a source that provides them, or keep all (1.0)."
             )
         scores[key] = value / max(1, tokens[i]) if tokens is not None else value
     first = dict(zip(scores, first_occurrences(keys), strict=True))

@@ -52,7 +52,7 @@ def render(
     except Exception as error:  # a template is a program and may raise any type
         roles = ", ".join(str(m.get("role")) for m in messages[:20])
         raise InputError(
-            f"The tokenizer's chat template refuses a conversation of {roles}: {reason(error)} Mend the messages, or "
+            f"The tokenizer's chat template refuses a conversation of {roles}: {reason(error)} Fix the messages, or "
             "choose another template (data.tokenizer)."
         ) from error
 

@@ -257,7 +257,7 @@ def _parsed(where: str, column: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: {column} holds text that is no JSON list. Mend it.") from None
+        raise InputError(f"{where}: {column} holds text that is not a JSON list. Fix it.") from None
 
 
 def _message(where: str, what: str, message: Any) -> dict[str, Any]:

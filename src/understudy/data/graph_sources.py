@@ -110,9 +110,7 @@ def clean_edges(name: str, pairs: Any, nodes: int, notes: list[str], warnings: l
     check_edges(name, listed.T, nodes)
     proper = listed[listed[:, 0] != listed[:, 1]]
     if len(proper) < len(listed):
-        notes.append(
-            f"{len(listed) - len(proper)} self-loops were removed; each node gets one where a loss asks for it."
-        )
+        notes.append(f"{len(listed) - len(proper)} self-loops were removed; each node gets one if a loss requires it.")
     unique = proper.unique(dim=0)
     if len(unique) < len(proper):
         notes.append(f"{len(proper) - len(unique)} edges listed more than once were taken once.")
@@ -211,7 +209,9 @@ def _drawn(graph: Graph, seed: int) -> dict[str, Tensor]:
         chosen[(labels == c).nonzero()[:20, 0]] = True
     rest = order[~chosen]
     validation, test = min(500, len(rest) // 3), min(1000, len(rest) // 2)
-    graph.notes.append(f"{graph.name} has no split: 20 nodes of each class are for training, others drawn to judge.")
+    graph.notes.append(
+        f"{graph.name} has no split: 20 nodes of each class are for training, others are drawn for validation and test."
+    )
     parts = {"train": order[chosen], "validation": rest[:validation], "test": rest[validation : validation + test]}
     return _apart(graph.name, {s: index.sort().values for s, index in parts.items()})
 

@@ -146,7 +146,7 @@ def load_graph(spec: Mapping[str, Any]) -> GraphSplits:
     if hidden is not None:
         keep[hidden] = False
         graph.notes.append(
-            f"{len(hidden)} test nodes and their edges are left out of training; the student is judged on them."
+            f"{len(hidden)} test nodes and their edges are left out of training; the student is evaluated on them."
         )
     else:
         graph.notes.append("Features of test nodes, not their labels, are seen in training.")

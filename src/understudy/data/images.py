@@ -142,7 +142,7 @@ def _of_domains(
         return pools, ()
     if lacks:
         raise InputError(
-            f"{name} has no columns, and data.domain_column asks for {column!r}: give a table or a Hub set."
+            f"{name} has no columns, and data.domain_column requires {column!r}: give a table or a Hub set."
         )
     names = tuple(sorted({str(d) for part in pools.values() if part.domains is not None for d in part.domains}))
     if only is None:

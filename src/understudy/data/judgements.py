@@ -53,7 +53,7 @@ def judged_folder(
         notes.append(f"{path.name}: {len(documents) - len(kept)} documents without text were left out.")
     empty = next((name for name, text in queries.items() if not text.strip()), None)
     if empty is not None:
-        raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or mend its text.")
+        raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or fix its text.")
     place = {name: i for i, name in enumerate(kept)}
     grades, named = _judged(path, place, notes)
     asked = [q for q in queries if any(g > 0 for g in grades.get(q, {}).values())]
@@ -97,7 +97,7 @@ def _judged(
             query, document, split = str(j["query_id"]), str(j["doc_id"]), split_of(file.stem)
             grade = _grade(f"{file}, row {place_in_file}", j["grade"])
             if named.setdefault(query, split) != split:
-                raise InputError(f"{file}: the query {query!r} is judged in another split too. Keep it in one.")
+                raise InputError(f"{file}: the query {query!r} is graded in another split too. Keep it in one.")
             if document in place:
                 grades.setdefault(query, {})[place[document]] = grade
             else:

@@ -62,7 +62,7 @@ def read_planetoid(name: str, root: Any) -> dict[str, Any]:
     except Exception as error:  # a damaged file may raise any type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"planetoid:{name} cannot be read from {raw}: {reason}. Remove it to download anew."
+            f"planetoid:{name} cannot be read from {raw}: {reason}. Remove it to download it again."
         ) from error
 
 

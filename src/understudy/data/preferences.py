@@ -85,7 +85,7 @@ def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> lis
         more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
         which = f"record {', '.join(map(str, numbers[:5]))}{more}"
         if not kept:
-            raise InputError(f"{name}, {split}: no record is left: {why} ({which}). Mend the records.")
+            raise InputError(f"{name}, {split}: no record is left: {why} ({which}). Fix the records.")
         notes.append(f"{name}, {split}: {len(numbers)} records were left out: {why} ({which}).")
     if repeated:
         notes.append(repetition(name, split, repeated))

@@ -252,7 +252,7 @@ def _text(where: str, name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise InputError(f"{where}: the {name} is {type(value).__name__}, not text.")
     if not str(value).strip():
-        raise InputError(f"{where}: the {name} is empty. Remove the line, or mend its text.")
+        raise InputError(f"{where}: the {name} is empty. Remove the line, or fix its text.")
     return str(value)
 
 

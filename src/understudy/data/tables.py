@@ -106,7 +106,7 @@ def class_numbers(where: str, values: Any, what: str) -> np.ndarray[Any, Any]:
         row = int(raw.argmax())
         raise InputError(
             f"{where}: the label of {what} {row} is {int(raw[row])}; classes are numbered from 0, without gaps, and there "
-            f"are at most {MOST_CLASSES}. Number them anew."
+            f"are at most {MOST_CLASSES}. Renumber them."
         )
     return raw.astype(np.int64)
 

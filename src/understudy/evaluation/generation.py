@@ -127,7 +127,7 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
         elif teacher is not None:
             examples, classes = draw(teacher, loader, reference.many, APART["reference"]), None
         else:
-            raise InputError("data=noise has nothing to judge samples by without a teacher: set `teacher` or `data`.")
+            raise InputError("data=noise has no reference for samples without a teacher: set `teacher` or `data`.")
     evaluator = SampleEvaluator(reference, examples, classes)
     metrics: dict[str, Any] = {"distance": evaluator.distance(samples)}
     metrics["nfe"] = float(student.calls)

@@ -28,7 +28,7 @@ class Ranked:
     def __init__(self, scores: Tensor, values: Tensor, mask: Tensor) -> None:
         scores = scores.double().masked_fill(~mask, -torch.inf)
         if torch.isnan(scores).any():
-            raise InputError("A ranker's scores are nan. Lower its learning rate, or look at what it is fed.")
+            raise InputError("A ranker's scores are nan. Lower its learning rate, or check its inputs.")
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.values = values.double().masked_fill(~mask, 0.0).gather(1, order)
         new = torch.ones_like(scores, dtype=torch.long)

@@ -115,7 +115,7 @@ def pair(
 def same_temperature(loss: str, taken: float, asked: float) -> None:
     if taken != asked:
         raise InputError(
-            f"{loss}: the target's probabilities were taken at temperature {taken} and the loss asks for {asked}. "
+            f"{loss}: the target's probabilities were taken at temperature {taken} and the loss requires {asked}. "
             "Capture them again at that temperature, or set the loss's temperature."
         )
 

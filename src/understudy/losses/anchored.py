@@ -165,7 +165,7 @@ def anchored_plackett_luce(
         tied = ((placed[..., 1:] == placed[..., :-1]) & valid[..., 1:]).any(-1).nonzero()
         if len(tied):
             raise InputError(
-                f"List {int(tied[0, 0])} has equal rewards, and strict asks for an order: leave strict out."
+                f"List {int(tied[0, 0])} has equal rewards, and strict requires an order: leave strict out."
             )
     held = ranked.masked_fill(~valid, -math.inf)
     log_z = held.flip(-1).logcumsumexp(-1).flip(-1)

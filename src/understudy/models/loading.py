@@ -58,7 +58,7 @@ def load_classifier(
     found = _classes(model)
     if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output has two classes
         raise InputError(
-            f"{name} tells {found} classes apart and the data has {classes}. Choose a model of these classes, or data of its."
+            f"{name} has {found} classes and the data has {classes}. Choose a model of these classes, or data of its."
         )
     return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
 

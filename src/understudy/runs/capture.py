@@ -94,7 +94,7 @@ def _learnable(
     choices = [Support.parse(name) for name in names]
     if not method.requires.in_steps:
         return choices[0], at
-    outputs_alone(method, "a cache keeps its outputs alone")
+    outputs_alone(method, "a cache only keeps its outputs")
     if method.requires.teacher_model:
         raise InputError(
             f"Method {recipe.method!r} reads the teacher's own model before training, and a cache is none: train it with "

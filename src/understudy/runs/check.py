@@ -69,7 +69,7 @@ def _compare_cache(recipe: Recipe, prepared: Prepared, student: ModelAdapter, te
     cached = teacher_of(recipe, prepared, method, None, student, recipe.output)
     assert isinstance(cached, CachedTeacher)
     if method.requires.teacher == "calls" or method.requires.teacher_model:
-        raise InputError(f"Method {recipe.method!r} asks the teacher's own model: leave teacher.cache out.")
+        raise InputError(f"Method {recipe.method!r} runs the teacher's own model: leave teacher.cache out.")
     if type(method).setup is Method.setup:
         module, example = module_for(recipe, prepared, student, cached, 1, {})
         cached(example)

@@ -158,7 +158,7 @@ def _arm(name: str, values: Mapping[str, Any]) -> _Arm:
     if not _is_named(values):
         if not _is_method(name):
             raise InputError(
-                f"Arm {name!r} says no method, and there is none of that name.{nearest(name, all_methods())} Write arms: "
+                f"Arm {name!r} names no method, and there is none of that name.{nearest(name, all_methods())} Write arms: "
                 f"{{{name!r}: {{method: NAME, options: {{...}}}}}}."
             )
         method, own = resolve(name)

@@ -155,7 +155,7 @@ def written(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"{file} is damaged: {reason}. Put it back, or start anew with --overwrite.") from error
+        raise InputError(f"{file} is damaged: {reason}. Put it back, or start again with --overwrite.") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{file} is damaged: it holds a {type(values).__name__}, not a recipe. Put it back, or start anew with "
@@ -239,7 +239,7 @@ def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
         if key in before and before[key] != now and key != "student_initial":  # checkpoints hold the whole student
             raise InputError(
                 f"The {key.replace('_', ' ')} of run {folder} changed since it began: SHA-256 {before[key]} then, {now} "
-                "now. Put back what it began with, choose another output, or start anew with --overwrite."
+                "now. Put back what it began with, choose another output, or start again with --overwrite."
             )
 
 
@@ -256,7 +256,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     name = differing(folder, files if isinstance(files, dict) else {})
     if name is not None:
         raise InputError(
-            f"{folder / name} is missing or differs from what the run wrote. Put it back, or start the run anew with "
+            f"{folder / name} is missing or differs from what the run wrote. Put it back, or start the run again with "
             "--overwrite."
         )
     evaluation = read_json(folder / "evaluation.json")

@@ -89,7 +89,7 @@ def _masks(prepared: Prepared, number: int = 64) -> str:
     trained = int(sum(int(n.sum()) for n in lengths)) if lengths else sum(b.num_items for b in batches)
     return (
         f"{trained:,} of {tokens:,} tokens ({trained / max(1, tokens):.0%}) of the first {examples:,} training examples are "
-        "trained on; padding, prompts and others' turns are not"
+        "trained on; padding, prompts and others' messages are not"
     )
 
 
@@ -139,8 +139,8 @@ def _teacher(recipe: Recipe, method: Method, teacher: ModelAdapter | None) -> st
     """The kind of teacher, the outputs used, and whether it was run here."""
     spec = recipe.teacher
     if spec is None or not method.requires.in_steps:
-        named = f"; {spec.model} is judged beside the student" if spec is not None and teacher is not None else ""
-        return f"nothing: method {recipe.method} asks for no teacher's answers in training{named}"
+        named = f"; {spec.model} is evaluated beside the student" if spec is not None and teacher is not None else ""
+        return f"nothing: method {recipe.method} uses no teacher's outputs in training{named}"
     what = "rows of every training batch" if recipe.on_policy is None else "training rows and the student's own samples"
     if method.requires.teacher_features:
         what += ", with inner layers"

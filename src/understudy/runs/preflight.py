@@ -86,7 +86,7 @@ def _check_ends(prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter
         if side == "teacher" and not prepared.facts.get("chosen"):
             raise InputError(
                 f"{says}: the student would not learn to stop. Name the tokenizer that both are to use (data.tokenizer), or "
-                "mend eos_token_id in the teacher's configuration."
+                "fix eos_token_id in the teacher's configuration."
             )
         found.warnings.append(f"{says}.")
 

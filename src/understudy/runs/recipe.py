@@ -285,7 +285,7 @@ def check_members(recipe: Recipe, task: Any) -> None:
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(f"Member {name!r}: a name is made of letters, digits, _ and -.")
     if teacher.route is not None and teacher.weights is not None:
-        raise InputError("teacher.route asks one member about each example: leave teacher.weights out.")
+        raise InputError("teacher.route uses one member for each example: leave teacher.weights out.")
 
 
 def _with_domains(recipe: Recipe) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
         raise InputError(f"on_policy lets the student write text and {recipe.task!r} is a {kind} task: leave it out.")
     if recipe.teacher is None or not method.requires.in_steps:
         raise InputError(
-            f"on_policy has a teacher judge the student's own samples and method {recipe.method!r} asks none: choose a "
+            f"on_policy needs a teacher's outputs for the student's samples and method {recipe.method!r} uses none: choose a "
             "method with a teacher (kd, taid), or leave it out."
         )
     if recipe.teacher.cache is not None:
@@ -329,7 +329,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
         file = Path(path)
         if not file.is_file():
             raise InputError(
-                f"Recipe {file} does not exist or is no file. Give a YAML file, or overrides alone: task=... method=..."
+                f"Recipe {file} does not exist or is no file. Give a YAML file, or only overrides: task=... method=..."
             )
         values = read_yaml(file, "Recipe") or {}
         if not isinstance(values, dict):

@@ -287,9 +287,9 @@ def _refuse_text_alone(recipe: Recipe) -> None:
     """Raise an error for a teacher or student that only generates text where its outputs are needed."""
     for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
         if spec is not None and spec.endpoint is not None and not (side == "teacher" and spec.score is not None):
-            also = "say what it is asked for with teacher.score (top_k:20), " if side == "teacher" else ""
+            also = "name the scores it provides with teacher.score (top_k:20), " if side == "teacher" else ""
             raise InputError(
-                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
+                f"{side}.endpoint only gives text, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
                 "a model without endpoint, or a method that learns from text."
             )
 

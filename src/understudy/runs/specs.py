@@ -45,7 +45,7 @@ class ModelSpec(BaseModel):
         None, description="An OpenAI-compatible server that writes, or scores tokens; `model` is its name."
     )
     score: str | None = Field(
-        None, description="What a teacher behind an endpoint is asked about each token: top_k:N, ids:N or sampled."
+        None, description="Scores of each token requested from a teacher behind an endpoint: top_k:N, ids:N or sampled."
     )
 
     members: dict[str, ModelSpec] | None = Field(None, description="Several teachers in one, by name.")
@@ -97,7 +97,7 @@ class ModelSpec(BaseModel):
     @model_validator(mode="after")
     def _score_of_a_server(self) -> Self:
         if self.score is not None and self.endpoint is None:
-            raise ValueError("score is what a server is asked for: name it with endpoint, or leave score out")
+            raise ValueError("score is requested from a server: name it with endpoint, or leave score out")
         if self.score is not None and self.train is not None:
             raise ValueError("a model behind an endpoint is not trained here: leave train or score out")
         return self

@@ -185,7 +185,7 @@ def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
     path = find(folder)
     if path is None:
         raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
-    outputs_alone(method, "a cache keeps its outputs alone")
+    outputs_alone(method, "a cache only keeps its outputs")
     return CachedTeacher(path, {**_tokens(prepared), "classes": prepared.classes})
 
 
@@ -211,7 +211,7 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapt
         )
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
-    outputs_alone(method, "a server gives scores of tokens alone")
+    outputs_alone(method, "a server only gives scores of tokens")
     asked = method.requires.temperature
     if asked != 1.0:
         raise InputError(

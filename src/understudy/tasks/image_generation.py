@@ -112,7 +112,7 @@ class ImageGeneration(TaskDefaults):
             check_prediction(str(own["prediction"]))
         classes = source.classes if own["conditional"] else 0
         if own["conditional"] and not source.classes:
-            raise InputError("data.conditional asks for classes, and data=noise has none. Name data with classes.")
+            raise InputError("data.conditional needs classes, and data=noise has none. Name data with classes.")
         many = own["teacher_steps"] or (200 if world else 32)
         references = {s: _reference(source, s, own, many) for s in ("validation", "test")}
         samples, notes = own["samples"], list(source.notes)
@@ -121,7 +121,7 @@ class ImageGeneration(TaskDefaults):
             samples = min(most, max(LEAST, _drawn(recipe.trainer, own["size"]) // SHARE))
             if samples < most:
                 notes.append(
-                    f"A run this short is judged on {samples} samples instead of {most}: set data.samples for more."
+                    f"A run this short is evaluated on {samples} samples instead of {most}: set data.samples for more."
                 )
         sets: dict[str, Any] = {s: NoiseSet(samples, s, classes, references[s]) for s in ("validation", "test")}
         if recipe.build_method().requires.needs_teacher:

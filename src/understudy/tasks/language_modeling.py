@@ -62,7 +62,7 @@ def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:
         f"Student and teacher have different tokenizers: {difference}. They are aligned by byte offsets: "
         f"{single:.1%} of the bytes are in groups of one token to one, {longer:.1%} in longer groups, which keep the "
         f"text's likelihood alone, and {1 - single - longer:.1%} in none; {len(aligner.partner)} tokens are in both "
-        "vocabularies. The student's template is used, and the teacher is not judged beside it."
+        "vocabularies. The student's template is used, and the teacher is not evaluated beside it."
     )
 
 

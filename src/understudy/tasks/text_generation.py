@@ -88,7 +88,7 @@ class TextGeneration(TaskDefaults):
         embedded = data["name"] == "events_world"
         if teacher is None or (teacher["model"] == ORACLE and not embedded):
             raise InputError(
-                f"Data {data['name']!r} needs a teacher that writes: set teacher to a causal LM, or to a model behind an "
+                f"Data {data['name']!r} needs a teacher that generates text: set teacher to a causal LM, or to a model behind an "
                 "endpoint (teacher.endpoint.url=http://...). The oracle knows nothing but events_world."
             )
         found = self._world(data, recipe["seed"], teacher["model"] == ORACLE) if embedded else self._events(data)
@@ -141,7 +141,9 @@ class TextGeneration(TaskDefaults):
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """As `model`."""
-        raise InputError("Runs of text_generation are judged by their methods; read evaluation.json of the run folder.")
+        raise InputError(
+            "Runs of text_generation are evaluated by their methods; read evaluation.json of the run folder."
+        )
 
 
 def _oracle(world: EventsWorld, name: str) -> OracleSource:

@@ -54,7 +54,7 @@ class Ensemble(ModelAdapter):
         self.elsewhere = {n: m for n, m in members.items() if not isinstance(m, ModelAdapter)}
         self.domains = tuple(domains) if domains is not None else None
         if domains is not None and weights:
-            raise InputError("A routed ensemble asks one member about each example: leave the weights out.")
+            raise InputError("A routed ensemble uses one member for each example: leave the weights out.")
         for domain in domains or ():
             if domain not in members:
                 raise InputError(
@@ -80,7 +80,7 @@ class Ensemble(ModelAdapter):
         """`Dense`, `Mixture`, or the outputs of routed members."""
         if features:
             raise InputError(
-                "An ensemble has outputs alone, and no features or inner layers of its own: choose a method that learns "
+                "An ensemble only has outputs, and no features or inner layers of its own: choose a method that learns "
                 "from outputs, or one teacher."
             )
         if self.domains is None:

@@ -130,7 +130,7 @@ class AuxiliaryOptimizers:
             if self.failed[name] >= MOST_FAILURES:
                 raise InputError(
                     f"The gradient of {name!r} was not finite {MOST_FAILURES} times in a row: lower its learning rate, or "
-                    "look at what it is fed."
+                    "check its inputs."
                 )
             for group in optimizer.param_groups:
                 group["lr"] /= 2

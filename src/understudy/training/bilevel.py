@@ -123,7 +123,7 @@ def _stand_ins(student: ModelAdapter, part: Part) -> tuple[dict[str, Tensor], di
     if part == "head":
         head: nn.Module | None = find_head(student)
         if head is None:
-            raise InputError("The virtual step asks for the student's head and it has none: set options.virtual=all.")
+            raise InputError("The virtual step needs the student's head and it has none: set options.virtual=all.")
         own = set(map(id, head.parameters()))
         chosen = [name for name in chosen if id(named[name]) in own]
     if not chosen:

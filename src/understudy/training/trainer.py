@@ -278,7 +278,7 @@ class DistillationTrainer(Trainer):
     def _draw_validation(self, number: int | None) -> Batch:
         if self.validation_dataset is None:
             raise InputError(
-                f"Method {self.model.method.name!r} asks for validation examples and the run has none: set data with a "
+                f"Method {self.model.method.name!r} needs validation examples and the run has none: set data with a "
                 "validation split."
             )
         data: Any = self.validation_dataset

@@ -180,7 +180,7 @@ def test_one_class_and_no_rows():
         (lambda s, t: losses.forward_kl(s * math.nan, t), "row 0 .* student has nan"),
         (lambda s, t: losses.forward_kl(s, t * math.inf), "teacher has"),
         (lambda s, t: losses.forward_kl(torch.full_like(s, -math.inf), t), "-inf logits only"),
-        (lambda s, t: losses.forward_kl(s, ModelOutput(Dense(t))), "not defined for Rows targets"),
+        (lambda s, t: losses.forward_kl(s, ModelOutput(Dense(t))), "not defined for ModelOutput targets"),
         (lambda s, t: losses.forward_kl(s, Projected(s, torch.ones(7, 7, dtype=F64))), "streaming.rowwise"),
         (lambda s, t: losses.binary_kl_norm(s, top_k(t, 2)), "not defined for TopK"),
         (lambda s, t: losses.binary_kl_norm(s, t * math.nan), "row 0 are not finite"),

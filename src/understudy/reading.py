@@ -13,7 +13,7 @@ import yaml
 from understudy.errors import InputError
 
 LARGEST = 100_000
-"""Most values in one configuration, aliases unfolded."""
+"""Most values in one configuration, with aliases expanded."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,7 +20,7 @@ from understudy.errors import InputError
 
 Work = Callable[..., Any]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""For small models one thread each uses the cores better than one process with many."""
+"""For small models, processes with one thread each use the cores better than one process with many threads."""
 
 
 def processes() -> BaseContext:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 IGNORE = -100
 UNLABELLED = -1
-"""The label of a row that counts and has none: for methods that learn from the teacher alone."""
+"""The label of a row that counts but has no label, for methods that only learn from the teacher."""
 SOURCES = ("data", "fresh", "replayed")
-"""Where a text comes from: the data, or the student's own sample, made for this update or an earlier one."""
+"""The origin of a text: the data, or a sample of the student, generated for this update or an earlier one."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ SECONDS = 10.0
 """Longest time that a template may take for one conversation."""
 
 MARK = "\u241fcontent\u241f"
-"""Stands for a content to find its place."""
+"""Placeholder of a message's content, to find its position."""
 
 Messages = Sequence[Mapping[str, Any]]
 

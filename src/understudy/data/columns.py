@@ -20,7 +20,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Roles of ShareGPT by those of chat templates; others keep their name."""
+"""The chat-template names of ShareGPT's roles; other roles keep their name."""
 LISTS = {"messages", "completions", "scores", "log_probs", "tools"}
 """Columns that hold a list; files without lists, such as CSV, hold it as JSON text."""
 

@@ -15,7 +15,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "test": {"test", "testing"},
 }
-"""The words that name a split, as in `datasets`; `eval` is taken as validation."""
+"""The names of splits, as in `datasets`; `eval` means validation."""
 
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that `datasets` writes beside the records."""

@@ -21,7 +21,7 @@ from understudy.data.tables import cells, class_numbers, columns_of, read_npz, r
 from understudy.errors import InputError
 
 UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that Pillow knows and cannot read itself; some would start another program."""
+"""Formats that Pillow lists but cannot read itself; some would start another program."""
 MOST_PIXELS = 2**26
 LAYOUTS = ("channels_first", "channels_last")
 

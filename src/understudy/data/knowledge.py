@@ -23,7 +23,7 @@ NAMES = (
     "Alex Avery Bailey Blake Cameron Casey Charlie Chris Dana Drew Eden Emery Finley Frankie Hayden Jamie Jordan Kai Kelly "
     "Kim Lee Logan Morgan Noel Parker Pat Quinn Reese Riley Robin Rowan Sage Sam Skyler Sydney Taylor Terry Tracy"
 ).split()
-"""First names that say nothing else about a person."""
+"""First names."""
 
 
 @dataclass(frozen=True)

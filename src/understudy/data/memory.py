@@ -15,7 +15,7 @@ from PIL import Image
 from understudy.errors import InputError
 
 MEMORY = "memory:"
-"""Begins the name of a data set that is in memory."""
+"""Prefix of the name of a data set in memory."""
 SPLITS = ("train", "validation", "test")
 _held: dict[str, Mapping[str, Any]] = {}
 

@@ -21,7 +21,7 @@ from understudy.data.images import load_images
 from understudy.errors import InputError
 
 APART = {"train": 0, "validation": 1 << 40, "test": 2 << 40, "reference": 3 << 40}
-"""Where the ids of a split begin: no split shares noise with another."""
+"""First id of each split, so that no two splits share noise."""
 
 WORLDS = ("ring8",)
 MODES, RADIUS, DEVIATION = 8, 1.3, 0.12

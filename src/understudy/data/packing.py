@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MULTIPLE = 8
-"""Rows are as wide as a multiple of this, like padded batches."""
+"""The width of rows is a multiple of this, as for padded batches."""
 
 
 @dataclass(frozen=True)

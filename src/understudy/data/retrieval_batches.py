@@ -22,7 +22,7 @@ from understudy.data.batch import Batch, WholeExamples
 from understudy.errors import InputError
 
 IDEAL = 10
-"""How many of a query's best grades a row keeps, for nDCG."""
+"""Number of a query's best grades that a row keeps, for nDCG."""
 
 
 @dataclass(kw_only=True)

@@ -31,9 +31,9 @@ class Counts:
     truncated: int = 0
     dropped: int = 0
     endless: int = 0
-    """Conversations none of whose special tokens is trained on."""
+    """Number of conversations without a trained special token."""
     longest: int = 0
-    """Tokens of the longest row."""
+    """Number of tokens of the longest row."""
 
     def warnings(self, split: str, max_length: int) -> list[str]:
         """Warnings to resolve before a run: many truncated records, or answers without an end token."""
@@ -61,7 +61,7 @@ class TextSet(Dataset[dict[str, Any]]):
     """Encoded rows: `input_ids`, `labels` (unshifted, −100 ignored), `id` and `bytes` of the counted text."""
 
     reward: Any = None
-    """What an evaluation of preferences reports as rewards (`understudy.evaluation.preference.Reward`)."""
+    """The definition of rewards for the evaluation of preferences (`understudy.evaluation.preference.Reward`)."""
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records

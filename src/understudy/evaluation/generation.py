@@ -19,11 +19,11 @@ from understudy.models import evaluating
 from understudy.models.small import build_small, load_weights, save_small
 
 REACH = 4.0
-"""A point further than so many deviations from every mode belongs to none."""
+"""A point further than this number of standard deviations from every mode belongs to none."""
 
 
 ENTRIES = 1 << 16
-"""Numbers of a sample times samples, in one call of a model."""
+"""Largest number of values (samples × size of a sample) in one call of a model."""
 
 
 class SampleEvaluator:

@@ -10,7 +10,7 @@ from understudy.data.samples import prompt_length
 from understudy.models import ModelAdapter, evaluating
 
 PROMPT, WRITTEN = 64, 40
-"""Tokens that are shown of a prompt, and written after it, at most."""
+"""Most tokens shown of a prompt, and most tokens generated after it."""
 
 
 @torch.no_grad()

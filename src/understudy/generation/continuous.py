@@ -20,9 +20,9 @@ from understudy.generation.decoding import choose
 from understudy.models import evaluating
 
 PAGE = 32
-"""Tokens that the cache grows by."""
+"""Tokens per page of the cache."""
 READ = 256
-"""Tokens of new prompts that one step may read, beside one token of every text."""
+"""Most prompt tokens processed in one step, in addition to one token of every text."""
 Draws = tuple[float, float, int]
 
 

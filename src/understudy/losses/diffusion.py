@@ -15,7 +15,7 @@ from torch import Tensor
 from understudy.errors import InputError, nearest
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-"""What a denoiser's output stands for, in the names of diffusers."""
+"""Prediction types of a denoiser, by the names of diffusers."""
 
 Weight = Literal["uniform", "inv_delta", "inv_coef"]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from understudy.errors import InputError
 
 SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Relative difference of logits that is rounding, by dtype."""
+"""Relative difference of logits that counts as rounding, by dtype."""
 LARGE = 20.0
-"""Root mean square of logits at which a bound on them shows."""
+"""Root mean square of logits at which a soft-cap has an effect."""
 
 
 def body(model: Any) -> Any:

@@ -20,17 +20,17 @@ from understudy.models.bodies import body
 
 Packing = Literal["auto", "free", "none"]
 PACKING = ("auto", "free", "none")
-"""free: always packed; none: as collated; auto: whichever takes fewer operations, where the model allows it.
+"""free: always packed; none: as collated; auto: the one with fewer operations, if the model supports packing.
 
 | attention | padded, no mask | packed |
 |---|---|---|
 | `sdpa`, `eager` | causal kernel: half of each square | a mask over every row: whole squares, but fewer and shared ones |
-| `flash_attention_*` | likewise | one row, cut by `cu_seq_lens`: nothing is wasted; beginnings are not shared |
+| `flash_attention_*` | the same | one row, split by `cu_seq_lens`: no waste; prefixes are not shared |
 | others | as collated, with the padding mask | not packed |
 """
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 CLOSE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative difference of hidden states that is rounding, by dtype (`eager` takes its softmax in float32)."""
+"""Relative difference of hidden states that counts as rounding, by dtype (`eager` takes its softmax in float32)."""
 
 
 class Laid(NamedTuple):

@@ -16,7 +16,7 @@ from understudy.errors import InputError
 from understudy.models.weights import check_folder, reason
 
 MARK = "understudy_module"
-"""Key of a `config.json` beside the state of such a module: the name of its class."""
+"""Key of `config.json` with the name of the module's class."""
 
 
 def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -17,9 +17,9 @@ from understudy.models.weights import reason
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
-"""Resampling by its number in Pillow."""
+"""Interpolation modes by Pillow's number."""
 CLOSE = 2 / 255
-"""Mean difference of pixels that is rounding: the library resizes in whole numbers of 0 … 255."""
+"""Mean difference of pixels that counts as rounding: the library resizes in integers of 0 … 255."""
 
 
 class Processor:

@@ -14,7 +14,7 @@ from understudy.errors import InputError
 from understudy.models.weights import reason
 
 FILES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "*.tiktoken", "tekken.json", "tokenizer_config.json", "*.py")
-"""One of these is in the folder of every tokenizer."""
+"""Files of which the folder of a tokenizer holds at least one."""
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

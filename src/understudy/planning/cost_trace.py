@@ -25,7 +25,7 @@ from understudy.training import Method, Shapes, TrainState
 STRIPS = 4
 """Strips held at a time as `streaming.gradients` writes the losses: q, p, log p/q and, of a skewed KL, one more. (JSD: five.)"""
 STATISTICS = 8
-"""Float64 tiles that evaluation's statistics hold at a time, as `evaluation.rows` says."""
+"""Number of float64 tiles that the statistics of an evaluation hold at a time, see `evaluation.rows`."""
 
 
 @dataclass(frozen=True)

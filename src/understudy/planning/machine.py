@@ -15,7 +15,7 @@ from understudy.errors import InputError, nearest
 CONTEXT = 800 * 2**20
 """Bytes a CUDA process takes before any tensor (context, libraries' workspaces): typical, and not counted by torch."""
 LAUNCH = 5e-6
-"""Seconds of one op that does nothing, as torch starts it eagerly from Python."""
+"""Overhead of one eager op in seconds."""
 
 
 @dataclass(frozen=True)

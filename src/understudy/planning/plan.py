@@ -19,7 +19,7 @@ from understudy.training import Pipeline
 
 Shard = Literal["none", "student", "both"]
 DISK = 1e9
-"""Bytes a second that a cache is read at: one ordinary NVMe disk."""
+"""Read speed of a cache in bytes per second: an ordinary NVMe disk."""
 SUPPORTS = (DEFAULT, "top_k:50", "hidden", "dense")
 
 

@@ -22,7 +22,7 @@ from understudy.tasks.base import COPY, MODULE
 from understudy.teachers.cache.codecs import Support, row_bytes
 
 BATCH = 8
-"""Examples a device, where a recipe names none (the Trainer's default)."""
+"""Examples per device if a recipe does not set them (the Trainer's default)."""
 
 
 @dataclass

@@ -21,14 +21,14 @@ from understudy.runs.recipe import Recipe
 from understudy.training.checkpoint import numbered
 
 LOCK = ".understudy"
-"""The file that a process locks while it writes to a folder; what it holds says who that is."""
+"""The file that a process locks while it writes to a folder; its content identifies the process."""
 BEFORE = {"teacher", "start", "members", "store", "runs", "tuning", "logs", "stages"}
-"""Folders that are made before a run begins, or that runs are in."""
+"""Folders that are created before a run begins, or that contain runs."""
 RESULTS = (
     *("recipe.yaml", "run.json", "evaluation.json", "report.html", "metrics.jsonl", "validation.jsonl"),
     *("student", "pictures", "stages", "phases", "tensorboard"),
 )
-"""What a run writes beside checkpoints and samples."""
+"""Files of a run other than checkpoints and samples."""
 LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
 FREE = {"output"} | {
     f"trainer.{key}"
@@ -41,7 +41,7 @@ FREE = {"output"} | {
         *("skip_memory_metrics", "include_num_input_tokens_seen"),
     )
 }
-"""Keys that change no result, which may differ when a run goes on."""
+"""Keys that do not affect results and may differ on resume."""
 
 
 def _lock(file: Path) -> Any:

@@ -17,7 +17,7 @@ from understudy.training import Method
 
 SIDES = ("teacher", "student")
 IN_MEMORY = ("language_modeling", "preferences", "image_classification", "image_generation")
-"""Tasks whose data may be handed over in memory."""
+"""Tasks that accept data in memory."""
 
 
 class Modules(Mapping[str, nn.Module]):

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 RENAMED = {"judge": "eval_split"}
 """Former names of recipe keys, which still work."""
 NONE = "none"
-"""As the teacher of a recipe: none, not even the task's own."""
+"""Value of `teacher` for no teacher, not even the task's default."""
 
 
 class Recipe(BaseModel):

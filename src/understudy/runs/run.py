@@ -62,7 +62,7 @@ from understudy.training import Pipeline, PipelineContext, SetupContext
 from understudy.training.ranks import check_sharding
 
 TRACKED_AS = {"test": "test", "validation": "eval"}
-"""How transformers' trackers begin the names of a split's metrics."""
+"""Prefixes of a split's metrics in transformers' trackers."""
 log = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # bars of fast file loads hide the training bar
 

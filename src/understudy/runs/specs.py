@@ -11,7 +11,7 @@ from understudy.generation.limits import Endpoint
 from understudy.teachers.server.scores import Score
 
 SHARDED = "sharded"
-"""As the device of a teacher: its weights are spread over all ranks."""
+"""Device of a teacher whose weights are sharded over all ranks."""
 
 
 def said_no(values: Any) -> Any:

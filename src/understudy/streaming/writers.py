@@ -22,12 +22,12 @@ from understudy.streaming.kernels import INTERPRETED, divergence, normalisers, s
 from understudy.targets import Dense, Sampled, Target, TopK
 
 BLOCK = 4096
-"""Classes a program holds at a time."""
+"""Number of classes that a program holds at a time."""
 PROGRAMS = 1024
-"""Programs that fill a GPU: rows are cut until there are as many."""
+"""Number of programs that fill a GPU: rows are split until there are as many."""
 
 Writer = Callable[[Tensor, float, float | None], Tensor]
-"""`writer(logits, scale, softcap) -> values`: the gradient is left in the place of the logits."""
+"""`writer(logits, scale, softcap) -> values`: the gradient overwrites the logits."""
 
 
 @functools.cache
@@ -87,7 +87,7 @@ _ENDS: dict[tuple[Callable[..., Tensor], float], str] = {
     (losses.skew_kl, 0): "forward_kl",
     (losses.skew_reverse_kl, 0): "reverse_kl",
 }
-"""What a mixture is at its ends."""
+"""The limits of a mixture at its ends."""
 _BUCKETED = frozenset({*_PLAIN, *_MIXED, losses.total_variation, losses.alpha_beta})
 
 

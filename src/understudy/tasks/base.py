@@ -16,10 +16,10 @@ from understudy.evaluation import evaluate
 from understudy.models import ModelAdapter
 
 MODULE = "module:"
-"""Begins the name of a model that was handed over as a module."""
+"""Prefix of the name of a model given as a module."""
 
 COPY = "teacher"
-"""As the name of a student: begin as a copy of the teacher."""
+"""Name of a student that starts as a copy of the teacher."""
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -79,15 +79,15 @@ class Task(Protocol):
     metric: str
     higher_is_better: bool
     baseline: str
-    """The method that trains a model on the data alone: a teacher that is trained first is trained by it."""
+    """The method that trains a model on the data without a teacher, used for teachers that are trained first."""
     preflight_examples: int
-    """How many validation examples the check before a run looks at."""
+    """Number of validation examples of the pre-flight check."""
     start_data: Mapping[str, Any]
-    """Keys of `data` that name the part which a model that is trained first sees."""
+    """Keys of `data` that select the examples for a model that is trained first."""
     model_options: frozenset[str]
     """Keys that `options` of teacher and student may hold."""
     mixes: bool
-    """Whether several teachers may answer as one: rows are classes."""
+    """Whether the teacher may be an ensemble, which needs class probabilities."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults for missing keys."""

@@ -53,8 +53,8 @@ _OWN = {
 }
 """Keys of `data` beside those of image sets, with their defaults."""
 LEAST, SHARE = 64, 50
-"""Unless told otherwise an evaluation draws so many samples at least, and one for so many examples trained on: a sample
-costs as many calls of the networks as all samplers take that are compared."""
+"""Default number of samples of an evaluation: at least LEAST, and one per SHARE training examples. A sample costs the
+network calls of all compared samplers."""
 
 
 class ImageGeneration(TaskDefaults):

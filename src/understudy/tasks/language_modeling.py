@@ -101,7 +101,7 @@ class LanguageModeling(LabelledTask):
     metric = "bits_per_byte"
     higher_is_better = False
     aligns = True
-    """Whether a teacher may have a tokenizer of its own."""
+    """Whether a teacher may have another tokenizer."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Default: the embedded text with a small Llama trained as teacher."""

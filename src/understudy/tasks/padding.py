@@ -14,7 +14,7 @@ from understudy.models.layouts import PACKING, Packing
 from understudy.training.order import EpochSampler
 
 BATCHES = 16
-"""How many batches of the first epoch are looked at."""
+"""Number of batches of the first epoch that are measured."""
 
 
 def checked_packing(value: Any) -> Packing:

@@ -39,9 +39,9 @@ from understudy.targets import TopK
 from understudy.teachers.alignment import Aligned, Aligner
 
 TILE = 512
-"""Teacher rows whose distribution over its whole vocabulary exists at a time."""
+"""Number of teacher rows whose distribution over the whole vocabulary is in memory at a time."""
 KEPT = 50_000
-"""Aligned rows that are remembered."""
+"""Number of aligned rows in the cache."""
 
 
 @dataclass

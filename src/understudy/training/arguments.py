@@ -31,7 +31,7 @@ from understudy.models.sharding import anywhere
 RUN = frozenset(
     {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
 )
-"""Arguments that are the run's own affair."""
+"""Arguments that the run sets itself."""
 
 UNSUPPORTED = {
     "neftune_noise_alpha": "noise on the student's embeddings is not added here",
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "log_level": "error",
 }
-"""Where they are not transformers' own. A task has further ones, which it writes into the recipe."""
+"""Defaults that differ from transformers'. A task has further ones, which it writes into the recipe."""
 
 _COUNT = Annotated[int, Field(ge=1, lt=2**31)]
 _AMOUNT = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -88,7 +88,7 @@ _RANGES: dict[str, Any] = {
     "dataloader_multiprocessing_context": Literal["fork", "forkserver", "spawn"] | None,
 }
 _MODEL_BOUND = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
-"""Optimisers that are built over a model's own layers, and their packages."""
+"""Optimisers that need a model's layers, and their packages."""
 
 
 @cache

@@ -20,7 +20,7 @@ from understudy.teachers import Teacher
 from understudy.training.reduction import Counts, Term, sum_terms
 
 MOST_FAILURES = 10
-"""Steps in a row whose gradient may be not finite; each halves the learning rate."""
+"""Most consecutive steps whose gradient may be not finite; each halves the learning rate."""
 
 
 @dataclass(frozen=True)

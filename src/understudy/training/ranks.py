@@ -29,7 +29,7 @@ from understudy.training.order import COUNTS, Share, Shared
 from understudy.training.train_module import TrainModule
 
 LAUNCHED = "ACCELERATE_USE_FSDP"
-"""Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
+"""Set by `accelerate launch` with an FSDP configuration, and by accelerate itself if a plugin is given."""
 
 
 class Ranks:

@@ -28,11 +28,11 @@ from understudy.teachers.cache.bits import pack_sets, set_bits, to_bits, to_numb
 from understudy.teachers.cache.sampling import pack_sampled, unpack_sampled
 
 DEFAULT = "sampled:38B"
-"""What a capture keeps where nothing is said: with the keys, below 40 bytes a token of texts of 20 tokens and more."""
+"""Default support of a capture: keys included, below 40 bytes per token for texts of at least 20 tokens."""
 CODECS = {"sampled": 3}
-"""The version of a code that has changed; 1 where nothing is said."""
+"""Versions of codecs that have changed; all others are 1."""
 ODDS = 16.0
-"""Largest absolute log-odds of the tail of a top-k support that is told apart."""
+"""Largest absolute log-odds of the tail of a top-k support that the code represents."""
 
 
 @dataclass(frozen=True)

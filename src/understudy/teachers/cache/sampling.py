@@ -27,15 +27,15 @@ from understudy.targets import Sampled
 from understudy.teachers.cache.bits import pack_sets, set_bits, to_bits, to_numbers, unpack_sets
 
 FLOOR = 24.0
-"""Nats: probabilities below e^−24 are drawn, never kept, and τ goes no lower."""
+"""In nats: probabilities below e^−24 are drawn, never kept, and τ is at least that."""
 LEVELS = 4096
-"""Thresholds that are told apart: τ = e^(−FLOOR · level / LEVELS)."""
+"""Number of thresholds: τ = e^(−FLOOR · level / LEVELS)."""
 WIDTHS = range(4, 13)
-"""Bits that a kept probability may take."""
+"""Possible numbers of bits of a kept probability."""
 LEAST = 64
-"""Classes that are not halved again."""
+"""Smallest number of classes in a band."""
 BAND = 64
-"""Bytes of an example for each band of it."""
+"""Fewest bytes of an example per band."""
 PAD = 16
 """Supports are padded to a multiple of this, so that few widths occur."""
 

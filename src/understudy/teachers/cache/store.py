@@ -29,15 +29,15 @@ from understudy.files import digest, read_json, writing
 
 IDENTITY = "identity.json"
 SEAL = "sha256"
-"""In the identity: the hash of the rest of it."""
+"""Key of the identity with the hash of its other keys."""
 WHOLE = 65_536
-"""Rows from which on a shard is left as it is when small ones are merged."""
+"""Number of rows from which a shard is not merged."""
 WHOLE_BYTES = 2**26
-"""Bytes from which on it is, too: merging holds a shard in memory."""
+"""Number of bytes from which a shard is not merged, since merging holds it in memory."""
 SHARD = re.compile(r"shard-([0-9a-f]{64}|[0-9a-f]{32})\.safetensors")
-"""The name of a shard: its SHA-256. One of 32 digits was written before there were checksums."""
+"""The name of a shard is its SHA-256. Names with 32 digits are from before there were checksums."""
 BEFORE = re.compile(rf"{SHARD.pattern}|head(-[0-9a-f]+)?\.safetensors|probe\.json|merge\.lock|ids|.*\.tmp")
-"""What a store may hold that has no identity yet."""
+"""Files that a store without an identity may hold."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 
 

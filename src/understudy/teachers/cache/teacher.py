@@ -28,7 +28,7 @@ from understudy.teachers.cache.store import IDENTITY, WHOLE, WHOLE_BYTES, ShardS
 SECONDS = 60.0
 """Most seconds of a teacher's work that a kill may lose."""
 HEAD = re.compile(r"head-([0-9a-f]{64})\.safetensors|head\.safetensors")
-"""The head of hidden states; its name holds its SHA-256, but for those written before there were checksums."""
+"""File of the head of hidden states; its name holds its SHA-256, except for files from before there were checksums."""
 
 
 def example_keys(batch: Batch) -> list[bytes]:

@@ -22,15 +22,15 @@ def build(folder: Path) -> None:
     head = readme.read_text(encoding="utf-8").split("## Catalogue\n")[0]
     readme.write_text(f"{head}## Catalogue\n\n{table()}\n", encoding="utf-8")
     found = "# What was found\n\nEach claim of a paper as an experiment: every arm with the same budget and as many candidates to tune over, chosen\n"
-    found += "on validation, judged on test. `understudy reproduce NAME` tries it again. Small models on small data: they say how the\n"
+    found += "on validation, evaluated on test. `understudy reproduce NAME` tries it again. Small models on small data: they say how the\n"
     found += "methods behave here, not what they do at scale. Full results lie beside this page.\n\n"
     care = "\n\n## To be read with care\n\n" + "".join(
         f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
     )
     (folder / "claims" / "README.md").write_text(found + findings(folder / "claims") + care, encoding="utf-8")
-    house = folder / "architecture.md"
-    before, _, rest = house.read_text(encoding="utf-8").partition("```mermaid")
-    house.write_text(before + drawing() + rest.partition("```")[2], encoding="utf-8")
+    architecture = folder / "architecture.md"
+    before, _, rest = architecture.read_text(encoding="utf-8").partition("```mermaid")
+    architecture.write_text(before + drawing() + rest.partition("```")[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

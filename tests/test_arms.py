@@ -116,7 +116,7 @@ def test_without_named_arms_it_is_as_before(untrained, tmp_path):
         (["kd", "kd"], {}, "'kd' is named twice.*arms: {'kd a'"),
         (["kd", "sfft"], {}, "No method 'sfft', and no arm of that name. Did you mean 'sft'"),
         (["softt"], {"soft": {"method": "kd"}}, "Did you mean 'soft'.*Arms of the recipe: soft"),
-        (None, {"soft": {"temperature": 2.0}}, "Arm 'soft' says no method.*'soft': {method: NAME"),
+        (None, {"soft": {"temperature": 2.0}}, "Arm 'soft' names no method.*'soft': {method: NAME"),
         (None, {"soft": {"options": {"temperature": 2.0}}}, "Unknown method 'soft'"),
         (None, {"soft": {"method": "kdd"}}, "Did you mean 'kd'"),
         (None, {"soft": {"method": "kd", "temperature": 2.0}}, "Unknown key arms.soft.temperature.*below options"),

@@ -210,7 +210,7 @@ def test_other_classes_are_named_on_both_sides(tmp_path):
     from understudy.models import load_classifier, save_small
 
     save_small(load_classifier("mlp:4", classes=7, input_shape=(1, 8, 8)), tmp_path)
-    with pytest.raises(InputError, match="7 classes apart and the data has 10"):
+    with pytest.raises(InputError, match="7 classes and the data has 10"):
         load_classifier(str(tmp_path), classes=10, input_shape=(1, 8, 8))
 
 

@@ -251,7 +251,7 @@ def test_refusals(home, tmp_path, capsys):
         verify_recipe(make(other), cache)
     cached = {**recipe, "teacher": {**recipe["teacher"], "cache": str(cache)}}
     cases = {
-        "temperature": ({"options": {"temperature": 2.0}}, "taken at temperature 1.0 and the loss asks for 2.0"),
+        "temperature": ({"options": {"temperature": 2.0}}, "taken at temperature 1.0 and the loss requires 2.0"),
         "length": ({"options": {"temperature": 1.0}, "data": {**TEXT["data"], "max_length": 24}}, "are not in cache"),
         "tokenizer": (
             {

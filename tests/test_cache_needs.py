@@ -36,7 +36,7 @@ def test_a_captured_recipe_trains_from_its_cache(method, support, temperature, t
     "method,support,temperature,says",
     [
         ("taid", "top_k:8", None, "keeps top_k:8: interpolated_kl is not defined for TopK.*Nothing was captured"),
-        ("kd", None, 1.0, "taken at temperature 1.0 and the loss asks for 2.0.*Nothing was captured"),
+        ("kd", None, 1.0, "taken at temperature 1.0 and the loss requires 2.0.*Nothing was captured"),
     ],
 )
 def test_what_the_method_cannot_learn_from_is_not_captured(method, support, temperature, says, tmp_path):
@@ -65,7 +65,7 @@ def test_check_compares_a_cache_with_the_method_and_the_data(tmp_path):
     values = recipe(tmp_path, method="kd", data={**TEXT["data"], "characters": 20_000})
     capture_recipe(make(values), tmp_path / "cache")
     cached = from_cache(values, tmp_path / "cache")
-    with pytest.raises(InputError, match=r"taken at temperature 2\.0 and the loss asks for 1\.0"):
+    with pytest.raises(InputError, match=r"taken at temperature 2\.0 and the loss requires 1\.0"):
         check_recipe(make({**cached, "options": {"temperature": 1.0}}))
     with pytest.raises(InputError, match="interpolated_kl is not defined for Sampled"):
         check_recipe(make({**cached, "method": "taid"}))

@@ -454,7 +454,5 @@ def test_check_says_on_one_screen_what_is_read(tmp_path, capsys):
     code, shown, _ = call(capsys, "check", "task=image_classification", "method=sft", "teacher=mlp:4", "--json")
     found = json.loads(shown)["overview"]
     assert (
-        "1 × 8 × 8" in found["processor"]
-        and "asks for no teacher" in found["teacher scores"]
-        and "template" not in found
+        "1 × 8 × 8" in found["processor"] and "uses no teacher" in found["teacher scores"] and "template" not in found
     )

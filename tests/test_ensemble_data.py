@@ -59,7 +59,7 @@ def test_a_member_may_answer_from_a_cache(tmp_path):
     assert "teacher_accuracy" in live.metrics
     one, two = weights(tmp_path / "run"), weights(tmp_path / "live")
     assert all(torch.allclose(one[k], two[k], atol=5e-3) for k in one)
-    with pytest.raises(InputError, match=r"inner layer|outputs alone"):
+    with pytest.raises(InputError, match=r"inner layer|only has outputs|only keeps its outputs"):
         distill({**DIGITS, "teacher": {"members": {"a": "mlp:16"}}, "output": str(tmp_path / "y"), "method": "lelp"})
 
 

@@ -231,7 +231,7 @@ def test_a_recipe_names_an_endpoint_and_methods_that_need_outputs_refuse_it(tmp_
     monkeypatch.delenv(KEY_ENV, raising=False)
     with pytest.raises(InputError, match=f"variable {KEY_ENV} is not set"):
         source_from(ModelSpec(model="m", endpoint={"url": "http://h", "api_key_env": KEY_ENV}))
-    with pytest.raises(InputError, match=r"teacher\.endpoint gives text alone"):
+    with pytest.raises(InputError, match=r"teacher\.endpoint only gives text"):
         distill(recipe, data={"name": "stdlib", "characters": 30_000, "max_length": 32, "vocab_size": 300})
 
 

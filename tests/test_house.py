@@ -1,4 +1,4 @@
-"""The house: imports go one way, files and functions keep their size, the catalogue and the pages are true."""
+"""The structure of the package: import order, sizes of files and functions, the catalogue and the generated pages."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert not any(a.name.split(".")[0] == "understudy" for a in node.names), f"{path}: write `from … import`"
-        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import hides its room"
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import hides its subpackage"
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("understudy"):
             parts = node.module.split(".")
             yield from ([parts[1]] if len(parts) > 1 else [a.name for a in node.names if a.name in ROOMS])

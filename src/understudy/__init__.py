@@ -25,7 +25,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavy parts when they are first asked for, so that `import understudy` stays quick."""
+    """Import the heavy parts at first use, so that `import understudy` stays fast."""
     if name in _LAZY:
         from importlib import import_module
 

@@ -1,6 +1,6 @@
-"""The catalogue: all 41 papers with their place in the survey's taxonomy, and which of them work here.
+"""The catalogue: all 41 papers with their place in the survey's taxonomy, and which of them are implemented here.
 
-The facts of the papers are in `papers.csv`; the status is read from the methods, never written down.
+The facts of the papers are in `papers.csv`; the status is derived from the methods.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from understudy.training import Method, Requirements
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the catalogue. `number` is `None` for a baseline or a plug-in."""
+    """One entry of the catalogue. `number` is `None` for a baseline or a plug-in."""
 
     number: int | None
     name: str

@@ -1,4 +1,4 @@
-"""The one exception for bad input: a single line that names the thing, both sides and the remedy."""
+"""The exception for bad input: a single line that names the thing, both sides and the remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ENDLESS = re.compile(r"(\S{200})\S{300,}")
 
 
 class InputError(ValueError):
-    """Bad input. The command line prints it as one line and exits with code 2; it is never a traceback.
+    """Bad input. The command line prints it as one line and exits with code 2, without a traceback.
 
-    Secrets that the message would repeat are masked in it, and words of no reasonable length are cut.
+    Secrets in the message are masked, and overlong words are truncated.
     """
 
     def __init__(self, message: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The project's own files: read with damage told in one line, written whole, sealed with the hash of what was written."""
+"""The project's own files: damage is an error of one line, writes are atomic, sealed folders hold a hash of each file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ COMPLETE = "complete.json"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; `None` where there is no such file.
+    """A JSON object from a file; `None` if there is no such file.
 
     Raises:
-        InputError: the file is damaged or holds something else than an object.
+        InputError: the file is damaged or does not hold an object.
     """
     try:
         value = parse_json(path.read_bytes(), str(path))
@@ -49,19 +49,19 @@ def write_json(path: Path, value: Any) -> None:
 def read_log(
     path: Path, whole: Callable[[dict[str, Any]], bool] = lambda record: True
 ) -> tuple[list[dict[str, Any]], int]:
-    """The records of a log of JSON lines, and how many of its lines are damaged.
+    """The records of a log of JSON lines, and the number of damaged lines.
 
     Args:
-        whole: what a record must fulfil beside this.
+        whole: a further condition on a record.
 
-    A record is an object whose `step` is a finite number, 0 or more. A last line that a kill cut short is left out and
-    not counted: its step is taken again.
+    A record is an object whose `step` is a finite number, 0 or more. An incomplete last line after a kill is left out
+    and not counted, since its step is repeated.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], 0
-    last = lines.pop()  # empty where the file ends with a whole line
+    last = lines.pop()  # empty if the file ends with a complete line
     if _record(last) is not None:
         lines.append(last)
     records = [_record(line) for line in lines]
@@ -80,7 +80,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written (a full disk, no permission) into one line."""
+    """Turn errors while `path` is written (full disk, no permission) into an `InputError` of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -118,7 +118,8 @@ def digest(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Mark a folder complete: `complete.json` with the hash of each of its files, flushed, and put in place last."""
+    """Mark a folder as complete: `complete.json` with the hash of each of its files, flushed, and renamed into place
+    last."""
     with writing(folder / COMPLETE):
         digests = {
             p.relative_to(folder).as_posix(): digest(p)
@@ -134,7 +135,7 @@ def seal(folder: Path) -> None:
 
 
 def differing(folder: Path, digests: Mapping[str, Any]) -> str | None:
-    """The first file of a folder that is missing or has another hash than is given, or `None`."""
+    """The first file of a folder that is missing or whose hash differs from the given one, or `None`."""
     for name, wanted in digests.items():
         if not (folder / name).is_file() or digest(folder / name) != wanted:
             return name

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its type, default and meaning, read from the code: for `understudy keys` and its page."""
+"""All keys of a recipe with type, default and meaning, read from the code, for `understudy keys` and its page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Key:
     """One key of a recipe.
 
     Args:
-        name: with dots, as on the command line. where: the tasks or the method that have it; empty for all.
+        name: with dots, as on the command line.
+        where: the tasks or the method that have it; empty for all.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Key:
 
 
 def sections() -> dict[str, list[Key]]:
-    """All keys by the part of a recipe that they belong to."""
+    """All keys by section of a recipe."""
     teacher = dict.fromkeys(("members", "weights", "mix", "route", "score", "cache"), "teacher")
     models = [*of_model(ModelSpec, "model."), *of_model(Endpoint, "model.endpoint.")]
     named = [_renamed(key, teacher.get(key.name.split(".")[1])) for key in models]
@@ -61,10 +62,10 @@ def sections() -> dict[str, list[Key]]:
 
 
 def matching(prefix: str) -> list[Key]:
-    """The keys that begin with `prefix`; a method's or task's name after `options.` or `data.` chooses its own.
+    """The keys that begin with `prefix`; a method's or task's name after `options.` or `data.` selects its keys.
 
     Raises:
-        InputError: there is none, with the nearest one.
+        InputError: there is none; the message names the nearest.
     """
     every = [key for keys in sections().values() for key in keys]
     part, _, name = prefix.partition(".")
@@ -103,7 +104,7 @@ def page() -> str:
 
 
 def _data() -> list[Key]:
-    """The keys of `data`; one that several tasks have alike stands once."""
+    """The keys of `data`; one that several tasks share is listed once."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for task, model in KEYS.items():
         for key in of_model(model, "data."):
@@ -132,7 +133,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any, field: FieldInfo | None = None) -> str:
-    """A type in words, with its choices and range."""
+    """A type as text, with its choices and range."""
     words = list(dict.fromkeys(_parts(annotation)))
     bounds = [
         f"{sign} {getattr(m, name):g}"

@@ -1,4 +1,4 @@
-"""Secrets: what a known field holds (a token, a key, a password) stays in this process and is masked elsewhere."""
+"""Secrets: values of known fields (tokens, keys, passwords) stay in this process and are masked in all output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATTERNS = (
     re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}"),
     re.compile(r"(://)[^/\s@'\"]+(?=@)"),
 )
-_SHORTEST = 6  # a shorter text would be found inside ordinary words
+_SHORTEST = 6  # a shorter secret would match inside ordinary words
 _seen: set[str] = set()
 
 
@@ -31,7 +31,7 @@ def is_secret(key: Any) -> bool:
 
 
 def remember(values: Any, secret: bool = False) -> None:
-    """Note the secrets in nested values, so that any text that repeats one of them later is masked too."""
+    """Record the secrets in nested values, so that a text that repeats one of them later is masked too."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             remember(value, secret or is_secret(key))
@@ -43,7 +43,7 @@ def remember(values: Any, secret: bool = False) -> None:
 
 
 def masked_text(text: str) -> str:
-    """`text` without secrets: values of known fields, the user part of a URL, and whatever `remember` noted."""
+    """`text` without secrets: values of known fields, the user part of a URL, and all values recorded by `remember`."""
     for value in sorted(_seen, key=len, reverse=True):
         text = text.replace(value, MASK)
     for pattern in _PATTERNS:
@@ -52,7 +52,7 @@ def masked_text(text: str) -> str:
 
 
 def masked(values: Any) -> Any:
-    """Nested plain values with each secret replaced, to be shown or stored."""
+    """Nested plain values with each secret replaced, for display and storage."""
     if isinstance(values, Mapping):
         return {k: _hidden(v) if is_secret(k) else masked(v) for k, v in values.items()}
     if isinstance(values, (list, tuple)):
@@ -61,5 +61,5 @@ def masked(values: Any) -> Any:
 
 
 def _hidden(value: Any) -> Any:
-    """A mask, unless the field is not set or only switched (`token: true`)."""
+    """A mask, unless the field is not set or is a switch (`token: true`)."""
     return value if value is None or isinstance(value, bool) else MASK

@@ -1,4 +1,4 @@
-"""Pages generated from the code: one for each method, the catalogue, the drawing of the house."""
+"""Pages generated from the code: one per method, the catalogue, the import graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from understudy.methods import all_methods, variants
 
 
 def page(entry: Entry) -> str:
-    """Markdown: what it is, when to use it, options, cost, deviations, taxonomy."""
+    """Markdown page of a method: what it is, when to use it, options, cost, deviations, taxonomy."""
     head = f"# {entry.number}. {entry.title} ({entry.year})" if entry.number else f"# {entry.title}"
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
@@ -63,7 +63,7 @@ def table() -> str:
 
 
 def findings(folder: Path) -> str:
-    """Every check of the claims whose results lie in `folder`, as they came out, as a Markdown table.
+    """Results of all checks of the claims in `folder`, as a Markdown table.
 
     A result in another setting than the embedded one is named `NAME.SETTING.json`.
     """
@@ -84,7 +84,7 @@ def findings(folder: Path) -> str:
 
 
 def rooms(package: Path | None = None) -> dict[str, set[str]]:
-    """Which room (folder or file of the package) imports which, read from the sources."""
+    """Which subpackage or module of the package imports which, read from the sources."""
     package = package or Path(__file__).parent
     found: dict[str, set[str]] = {}
     for file in sorted(package.rglob("*.py")):
@@ -99,7 +99,7 @@ def rooms(package: Path | None = None) -> dict[str, set[str]]:
 
 
 def drawing() -> str:
-    """The rooms and their imports as a Mermaid graph; an arrow that a chain of others implies is left out."""
+    """The import graph in Mermaid, without arrows that a chain of others implies."""
     direct = rooms()
     reach: dict[str, set[str]] = {}
     for room in TopologicalSorter(direct).static_order():

@@ -1,4 +1,4 @@
-"""Reading configuration: YAML and JSON as plain values, and every failure as one line with file, record and line."""
+"""Reading configuration: YAML and JSON as plain values, with each failure as one line that names file, record and line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import yaml
 from understudy.errors import InputError
 
 LARGEST = 100_000
-"""Most values in one configuration, aliases unfolded."""
+"""Most values in one configuration, with aliases expanded."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `5e-5` is a number, as it is in YAML 1.2 and in every other language."""
+    """Safe YAML that reads `5e-5` as a number, as YAML 1.2 does."""
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -31,7 +31,8 @@ def parse_yaml(text: str, what: str) -> Any:
     """The plain values of a YAML text.
 
     Raises:
-        InputError: it is no YAML, a key stands twice, or it is too large once its aliases are unfolded. `what` names it.
+        InputError: invalid YAML, a duplicate key, or a size that is too large after its aliases are expanded. `what`
+            names the text.
     """
     try:
         loader = _Loader(text)
@@ -51,7 +52,7 @@ def parse_yaml(text: str, what: str) -> Any:
         raise
     except RecursionError:
         raise InputError(f"{what} is nested too deep to be a configuration.") from None
-    except Exception as error:  # the constructors of tags raise whatever their text leads to
+    except Exception as error:  # the constructors of tags raise any type
         raise InputError(f"{what}: not valid YAML ({' '.join(str(error).split())}).") from None
 
 
@@ -61,14 +62,14 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """The plain values of a JSON text; a failure is one line that begins with `what` and names the line inside."""
+    """The plain values of a JSON text; a failure is one line that begins with `what` and names the line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{what}, line {error.lineno}: not valid JSON ({error.msg}).") from None
     except UnicodeDecodeError:
         raise InputError(f"{what} is not UTF-8 text.") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise InputError(f"{what}: not valid JSON ({error}).") from None
     except RecursionError:
         raise InputError(f"{what} is nested too deep.") from None
@@ -78,7 +79,7 @@ def read_text(path: Path, what: str) -> str:
     """The text of a file.
 
     Raises:
-        InputError: it is missing, no file, unreadable, or no UTF-8.
+        InputError: it is missing, not a file, unreadable, or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -91,7 +92,8 @@ def read_text(path: Path, what: str) -> str:
 
 
 def _measure(node: yaml.Node, what: str, known: dict[int, int]) -> int:
-    """How many values a node holds once its aliases are unfolded: each is counted once, its size is added up."""
+    """Number of values of a node after its aliases are expanded; each node is counted once, and its size is added for
+    each alias."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in known:
@@ -127,7 +129,8 @@ _DEEPEST = 50
 
 
 def check_plain(values: Any) -> None:
-    """Refuse what no recipe file could hold: nan, infinity, huge numbers, text that is no text, objects, endless nesting."""
+    """Raise an error for values that a recipe file cannot hold: nan, infinity, huge numbers, invalid text, objects,
+    deep nesting."""
     stack: list[tuple[Any, str, int]] = [(values, "", 0)]
     number = 0
     while stack:
@@ -164,13 +167,13 @@ def _check_text(text: str, name: str) -> None:
 
 
 def _named(value: Any) -> str:
-    """What a value is, with its article."""
+    """The kind of a value, with its article."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def brief(value: Any) -> str:
-    """A value as shown in a message: its beginning, where it is long."""
+    """A value for a message, truncated if it is long."""
     if isinstance(value, int) and abs(value) >= 2**63:
         return "a number of more than 18 digits"
     text = repr(value)
@@ -178,7 +181,7 @@ def brief(value: Any) -> str:
 
 
 def at_home(path: Path) -> Path:
-    """The path with `~` as the home folder it stands for.
+    """The path with `~` expanded.
 
     Raises:
         InputError: there is no such user.

@@ -1,4 +1,4 @@
-"""Processes that carry out runs side by side, and end with the process that started them."""
+"""Worker processes that run jobs in parallel and end with the process that started them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from understudy.errors import InputError
 
 Work = Callable[..., Any]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""For small models one thread each uses the cores better than one process with many."""
+"""For small models, processes with one thread each use the cores better than one process with many threads."""
 
 
 def processes() -> BaseContext:
-    """How workers are made: forked from a process that imports the library while teachers are trained.
+    """The context of worker processes: forked from a server that imports the library while teachers are trained.
 
-    A process that is forked cannot use a GPU that its parent has touched: where there is one, each starts afresh.
+    A forked process cannot use a GPU that its parent has used, so with a GPU each worker is spawned.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
@@ -46,13 +46,13 @@ def carry_out(
     context: BaseContext,
     tracked: Callable[[Iterator[int]], Iterable[int]] = iter,
 ) -> list[Any]:
-    """`work(*job)` for each job, in processes of one thread each; results in the order of the jobs.
+    """Run `work(*job)` for each job in processes with one thread each; results are in the order of the jobs.
 
-    An error of one job is raised here; the other workers are told to stop, as Ctrl-C does, and waited for.
+    An error of one job is raised here, after the other workers were stopped as with Ctrl-C.
 
     Args:
-        workers: how many; one a GPU, or one a core where there is none, if not given.
-        tracked: sees the number of each job when it is done.
+        workers: number of processes; by default one per GPU, or one per core without a GPU.
+        tracked: called with the number of each finished job.
     """
     crew = _Crew(work, jobs, min(workers or _places(), len(jobs)), context)
     try:
@@ -70,7 +70,7 @@ def _places() -> int:
 
 
 class _Crew:
-    """The workers, what each of them works on, and what has come back."""
+    """The workers, the job of each, and the results."""
 
     def __init__(self, work: Work, jobs: Sequence[tuple[Any, ...]], number: int, context: Any) -> None:
         self.waiting = list(enumerate(jobs))[::-1]
@@ -86,7 +86,7 @@ class _Crew:
             self.members[here] = process
 
     def run(self) -> Iterator[int]:
-        """Hand out the jobs; gives the number of each as it is done."""
+        """Distribute the jobs; yields the number of each as it finishes."""
         for member in self.members:
             self._next(member)
         while self.busy:
@@ -117,7 +117,7 @@ class _Crew:
             member.send(self.waiting.pop())
 
     def stop(self) -> None:
-        """Let idle workers go; those that still work write a checkpoint and stop."""
+        """End idle workers; busy ones write a checkpoint and stop."""
         for member, process in self.members.items():
             if member in self.busy:
                 process.terminate()
@@ -128,7 +128,7 @@ class _Crew:
 
 
 def _serve(connection: Connection, work: Work) -> None:
-    """Carry out jobs until there are no more, or the parent is gone."""
+    """Run jobs until there are no more, or the parent has ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while (job := connection.recv()) is not None:
@@ -142,7 +142,7 @@ def _serve(connection: Connection, work: Work) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers: each of them waits for its end."""
+    """Wait for the end of the parent, which cannot notify its workers if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -150,7 +150,7 @@ def _end_with_parent() -> None:
 
 
 def _gpu(number: int) -> dict[str, str]:
-    """The one GPU that a worker sees."""
+    """Environment variables that make a single GPU visible to a worker."""
     if not torch.cuda.is_available():
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -160,7 +160,7 @@ def _gpu(number: int) -> dict[str, str]:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Processes that are started meanwhile do not import the caller's script, which may have no main guard or no file."""
+    """Start processes without importing the caller's script, which may have no main guard or no file."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -171,7 +171,7 @@ def _without_main() -> Iterator[None]:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Children inherit these variables."""
+    """Set environment variables that children inherit."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

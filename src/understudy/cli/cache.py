@@ -1,4 +1,4 @@
-"""`understudy cache`: capture a teacher's answers, look at them, check them."""
+"""`understudy cache`: capture a teacher's outputs, show and verify them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def capture(
     shard: Shard = None,
     as_json: AsJson = False,
 ) -> None:
-    """Capture what the recipe's teacher says. Started again it goes on; other data are appended."""
+    """Capture the outputs of a recipe's teacher. Started again, it resumes; other data are appended."""
     from dataclasses import asdict
 
     from understudy.runs.capture import capture_recipe
@@ -67,7 +67,7 @@ def capture(
 
 @app.command(epilog="Example: understudy cache info caches/qwen --json")
 def info(folder: Annotated[Path, typer.Argument(help="A cache.")], as_json: AsJson = False) -> None:
-    """Show whose answers a cache holds, of what kind and size."""
+    """Show whose outputs a cache holds, of what kind and size."""
     from understudy.runs.capture import describe
 
     found = describe(folder)
@@ -86,7 +86,7 @@ def verify(
     sample: Annotated[int, typer.Option(min=1, help="Training examples to score again.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Score a sample again with the recipe's teacher and compare; another teacher's cache is refused."""
+    """Run the recipe's teacher on a sample again and compare; another teacher's cache is an error."""
     from understudy.runs.capture import verify_recipe
 
     found = verify_recipe(load_recipe(recipe, overrides), folder, sample=sample)

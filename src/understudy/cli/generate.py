@@ -1,4 +1,4 @@
-"""`understudy generate`: prompts in, completions out, resumable."""
+"""`understudy generate`: generate completions of prompts, resumable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generate_command(
     template: Annotated[
         Path | None, typer.Option(help="A prompt with {{ slots }}, filled from a .jsonl or .csv.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Completions; the request log lies beside it.")] = Path(
+    output: Annotated[Path, typer.Option(help="Completions; the request log is next to it.")] = Path(
         "completions.jsonl"
     ),
     chat: Annotated[bool, typer.Option(help="Send text prompts as a user's message.")] = False,
@@ -61,7 +61,7 @@ def generate_command(
     shard: Shard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write completions of prompts. Started again, it goes on where it was, and pays for nothing twice."""
+    """Generate completions of prompts. Started again, it resumes, and no completion is paid for twice."""
     stops = tuple(s.replace("\\n", "\n") for s in stop or ())
     shape = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=stops, log_probs=log_probs)
     budgets = dict(token_budget=token_budget, cost_budget=cost_budget, price_in=price_in, price_out=price_out)
@@ -87,7 +87,7 @@ def generate_command(
 def _carry_out(
     requests: list[Request], spec: dict[str, Any], limits: dict[str, Any], output: Path, progress: bool
 ) -> dict[str, Any]:
-    """Generate, write what is answered whatever stopped it, and count."""
+    """Generate, write the completions received so far, also after an error, and count."""
     from understudy.runs.recipe import validated
     from understudy.runs.specs import ModelSpec
 
@@ -98,7 +98,7 @@ def _carry_out(
         raise InputError(f"Output {output} is no regular file. Choose another --output.")
     if output.exists() and not beside.exists():
         raise InputError(
-            f"Output {output} is there already and no request log lies beside it ({beside.name}): it was not written here "
+            f"Output {output} is there already and no request log is next to it ({beside.name}): it was not written here "
             "and is left alone. Choose another --output."
         )
     source = source_from(validated(ModelSpec, spec, "model"), batch=bounds.concurrency)

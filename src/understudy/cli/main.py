@@ -54,7 +54,7 @@ def common(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print errors and JSON alone; no tables, no progress.")
+        bool, typer.Option("--quiet", "-q", help="Print only errors and JSON; no tables, no progress.")
     ] = False,
 ) -> None:
     """Teach small models from large ones, and show that it worked."""
@@ -68,7 +68,7 @@ app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
 
 
 def _names(incomplete: str) -> list[str]:
-    """Names of methods, for the shell's completion."""
+    """Names of methods, for shell completion."""
     from understudy.methods import all_methods, variants
 
     return [name for name in (*all_methods(), *variants()) if name.startswith(incomplete)]
@@ -242,7 +242,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
     ] = None,
 ) -> None:
-    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds until it is decided."""
+    """Test a paper's main claim: all arms tuned alike on validation, evaluated on test, over seeds until it is decided."""
     from understudy.claims import EMBEDDED, get, result_table
     from understudy.claims import reproduce as run_claim
 
@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = typer.main.get_command(app)
-    with suppress(ValueError):  # signals belong to the main thread
+    with suppress(ValueError):  # only the main thread may set signal handlers
         before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = command.main(args=arguments, prog_name="understudy", standalone_mode=False)
@@ -312,9 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, EOFError, typer.Abort):
         code = 130
     except Exception as error:
-        if hasattr(error, "format_message"):  # the command parser's own
+        if hasattr(error, "format_message"):  # an error of the command parser
             said = " ".join(error.format_message().split())
-            _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help is shown already
+            _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help has been shown
         said = " ".join(str(error).split()) or "no message"
         _fail(
             f"unforeseen {type(error).__name__}: {masked_text(said)[:300]}. This is a fault in understudy; the traceback is in "
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave_ranks()
         with suppress(ValueError, UnboundLocalError):
             signal.signal(signal.SIGTERM, before)
-    if code == 130:  # so too where the command parser caught Ctrl-C
+    if code == 130:  # also if the command parser caught Ctrl-C
         _fail("Stopped. The same command goes on from what is saved.", 130)
     sys.exit(code if isinstance(code, int) else 0)
 

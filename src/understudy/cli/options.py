@@ -1,4 +1,4 @@
-"""What the commands share: options, the console, reading a recipe."""
+"""Shared by the commands: options, the console, reading a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from understudy.errors import InputError
 from understudy.masking import masked_text
 
-# Under torchrun only the first rank speaks. Names and paths may hold brackets and colons: nothing printed is markup.
+# Under torchrun only the first rank prints. Names and paths may hold brackets and colons, so markup is off.
 out = Console(
     width=None if sys.stdout.isatty() else 150,
     quiet=os.environ.get("RANK", "0") != "0",
@@ -26,10 +26,10 @@ out = Console(
 
 _folders: list[Path] = []
 
-RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; overrides alone also do.")]
+RecipePath = Annotated[Path | None, typer.Argument(help="A YAML recipe; not needed with overrides.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots reach inside: trainer.max_steps=100")]
 Shard = Annotated[
-    str | None, typer.Option(help="Only part i of n of the data, as i/n (1/4 … 4/4). Each part resumes alone.")
+    str | None, typer.Option(help="Only part i of n of the data, as i/n (1/4 … 4/4). Each part resumes separately.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output folder holds.")]
 Workers = Annotated[
@@ -48,7 +48,7 @@ def load_recipe(recipe: Path | None, overrides: list[str] | None) -> Any:
             "`task=language_modeling method=kd`. See --help."
         )
     items = list(overrides or [])
-    if recipe is not None and "=" in str(recipe):  # no recipe, overrides alone
+    if recipe is not None and "=" in str(recipe):  # only overrides
         items, recipe = [str(recipe), *items], None
     found = load(recipe, items)
     works_in(found.output)
@@ -56,12 +56,12 @@ def load_recipe(recipe: Path | None, overrides: list[str] | None) -> Any:
 
 
 def works_in(folder: Path) -> None:
-    """Note the folder that a command works in: a traceback is left there if it is a run's or a comparison's."""
+    """Set the folder of a command: a traceback is written there if it belongs to a run or a comparison."""
     _folders.append(folder)
 
 
 def keep_traceback() -> Path:
-    """Write the traceback of the exception at hand to a file, without secrets; in the run folder if there is one."""
+    """Write the traceback of the present exception to a file, without secrets; in the run folder if there is one."""
     ours = ("recipe.yaml", "run.json", "comparison.json")
     text = masked_text(traceback.format_exc())
     rank = os.environ.get("RANK", "0")
@@ -78,14 +78,14 @@ def keep_traceback() -> Path:
 
 
 def finite(value: float | None) -> float | None:
-    """An option's number, unless it is nan or endless."""
+    """An option's number, unless it is nan or infinite."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
 
 
 def shard_of(text: str | None) -> tuple[int, int]:
-    """`i/n` as (i − 1, n); the whole where nothing is given."""
+    """`i/n` as (i − 1, n); all if not given."""
     if text is None:
         return 0, 1
     first, _, second = text.partition("/")

@@ -1,4 +1,4 @@
-"""`understudy plan`: what a recipe will take, before anything is loaded."""
+"""`understudy plan`: memory, time and cost of a recipe, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def plan_command(
 
 
 def show(found: Any) -> None:
-    """Print a plan, and before it that of a teacher which is trained first."""
+    """Print a plan, preceded by that of a teacher which is trained first."""
     from understudy.planning import lines
 
     if found.first is not None:

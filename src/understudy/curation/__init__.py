@@ -1,4 +1,4 @@
-"""Curation: deterministic parts that decide what of a generated corpus stays, and say what went and why."""
+"""Curation: deterministic filters and scorers of a generated corpus that report what was dropped and why."""
 
 from understudy.curation.critics import base_rate_bias, binary_labels, mean_probability, score
 from understudy.curation.filters import LETTERS, Funnel, first_occurrences, most_likely, spelling

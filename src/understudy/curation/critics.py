@@ -1,4 +1,4 @@
-"""Critics: a scorer of items as the mean over several views, labels from people, the bias of a new one."""
+"""Critics: scoring of items as the mean over several views, human labels, and the initial bias of a classifier."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACCEPT, REJECT = (2, 1), (-1, -2, -9)
 
 
 def binary_labels(values: Sequence[int]) -> list[int]:
-    """1 for a rating above 0, else 0. Ratings are 2, 1, −1, −2 and −9, or plain 0 and 1; anything else is refused."""
+    """1 for a rating above 0, else 0. Ratings are 2, 1, −1, −2 and −9, or 0 and 1; any other value is an `InputError`."""
     for i, value in enumerate(values):
         if value not in (*ACCEPT, *REJECT, 0):
             raise InputError(f"Label {i} is {value!r}: labels are 2, 1 (accept), -1, -2, -9 (reject), or 1 and 0.")
@@ -23,14 +23,14 @@ def binary_labels(values: Sequence[int]) -> list[int]:
 
 
 def base_rate_bias(rate: float) -> float:
-    """The logit of a base rate: a classifier with this output bias starts out at it."""
+    """The logit of a base rate: a classifier with this output bias predicts it at the start."""
     if not 0 < rate < 1:
         raise InputError(f"The base rate is {rate}: a critic needs good and bad examples.")
     return math.log(rate / (1 - rate))
 
 
 def mean_probability(logits: Tensor) -> Tensor:
-    """Mean over views of the probability, not of the logit: `[views, items]` to `[items]`, in float32 or better."""
+    """Mean over views of the probability, not of the logit: `[views, items]` to `[items]`, in float32 or wider."""
     if logits.dim() != 2 or not len(logits):
         raise InputError(
             f"Views have the shape {tuple(logits.shape)} and must be [views, items] with at least one view."
@@ -43,10 +43,11 @@ def score(
     critic: Callable[[Sequence[tuple[str, str]]], Tensor],
     views: Sequence[Callable[[int, tuple[str, str]], tuple[str, str]]],
 ) -> list[float]:
-    """The probability of each text pair, averaged over its views (test-time averaging).
+    """The probability of each text pair, averaged over its views (test-time augmentation).
 
     Args:
-        critic: text pairs to logits `[pairs]`. views: each turns a pair, given its position, into another wording of it.
+        critic: from text pairs to logits `[pairs]`.
+        views: each maps a pair and its position to another wording of the pair.
     """
     if not items:
         return []

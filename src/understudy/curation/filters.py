@@ -1,4 +1,5 @@
-"""Filters over items in order: which stay, and why the others went. Deterministic; ties go to the earlier item."""
+"""Filters that are applied to items in order, with the reasons for dropping. Deterministic; ties go to the earlier
+item."""
 
 from __future__ import annotations
 
@@ -18,16 +19,16 @@ LETTERS = frozenset(string.ascii_letters + string.digits + "'\",.-$ ")
 
 @dataclass
 class Funnel:
-    """What each filter kept and dropped, in the order they were applied."""
+    """The number of items that each filter kept and dropped, in the order of application."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, step: str, before: int, after: int, reasons: Counter[str] | None = None) -> None:
-        """Write down one step: items before it, items after it, and how many went for which reason."""
+        """Record one step: number of items before and after it, and of dropped items by reason."""
         self.rows.append({"step": step, "before": before, "after": after, "dropped": dict(reasons or {})})
 
     def sieve(self, step: str, items: Sequence[Item], problem: Callable[[Item], str | None]) -> list[Item]:
-        """The items without a problem; `problem` names what is wrong with one, or returns `None`."""
+        """The items without a problem; `problem` returns what is wrong with an item, or `None`."""
         found = [problem(item) for item in items]
         kept = [item for item, reason in zip(items, found, strict=True) if reason is None]
         self.note(step, len(items), len(kept), Counter(reason for reason in found if reason is not None))
@@ -51,13 +52,15 @@ def first_occurrences(keys: Iterable[Hashable]) -> list[int]:
 def most_likely(
     keys: Sequence[Hashable], log_probs: Sequence[float], *, keep: float, tokens: Sequence[int] | None = None
 ) -> list[int]:
-    """The share `keep` of distinct keys with the largest log-probability, best first, as positions of first occurrences.
+    """The fraction `keep` of distinct keys with the largest log-probability, best first, as positions of first
+    occurrences.
 
-    A key that comes again has the log-probability of its last occurrence, as in the official code of paper 11; of equal
-    ones the key that came first goes first; `int(keep · keys)` stay.
+    A repeated key has the log-probability of its last occurrence, as in the official code of paper 11. Ties go to the
+    key that occurred first. `int(keep · keys)` keys are kept.
 
     Args:
-        log_probs: summed over the tokens, nats. A sum prefers short texts. tokens: divide by them, for a mean a token.
+        log_probs: summed over the tokens, nats. A sum prefers short texts.
+        tokens: numbers of tokens to divide by, for a mean per token.
 
     Raises:
         InputError: `keep` outside (0, 1], lengths that differ, a log-probability that is not a number.
@@ -74,7 +77,7 @@ def most_likely(
     for i, (key, value) in enumerate(zip(keys, log_probs, strict=True)):
         if value is None or math.isnan(value):
             raise InputError(
-                f"Item {i} has no log-probability ({value}): ask a source that gives them, or keep all (1.0)."
+                f"Item {i} has no log-probability ({value}): use a source that provides them, or keep all (1.0)."
             )
         scores[key] = value / max(1, tokens[i]) if tokens is not None else value
     first = dict(zip(scores, first_occurrences(keys), strict=True))

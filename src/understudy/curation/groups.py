@@ -1,4 +1,4 @@
-"""Splits by group: whatever shares a group lands in the same split."""
+"""Splits by group: items of one group are always in the same split."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from understudy.errors import InputError
 
 
 def shuffled(keys: Iterable[str], seed: int, name: str) -> list[str]:
-    """The distinct keys in an order that depends on seed, name and the keys alone, not on how they came."""
+    """The distinct keys in an order that depends on seed, name and the set of keys alone."""
     return sorted(set(keys), key=lambda k: hashlib.sha256(json.dumps([seed, name, k]).encode()).digest())
 
 
 def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int = 0) -> dict[str, list[int]]:
-    """Positions of each split. Groups are shuffled and dealt out by their number; the last split takes the rest.
+    """Positions of the items of each split. Groups are shuffled and divided by their number; the last split takes the
+    rest.
 
     Args:
-        groups: of each item, for example its head event. shares: of the groups, by split; they sum to 1.
+        groups: the group of each item, for example its head event.
+        shares: fraction of the groups in each split; they sum to 1.
+        seed: of the shuffle.
 
     Raises:
         InputError: shares that are not positive or do not sum to 1, or fewer groups than splits.

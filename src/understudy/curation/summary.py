@@ -1,4 +1,4 @@
-"""What a corpus is like: its size, its precision by a judge, and how many of its texts are unique or nearly so."""
+"""Statistics of a corpus: its size, its precision, and the fraction of its texts that are distinct or nearly so."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _GONE = str.maketrans("", "", string.punctuation)
 
 
 def softened(text: str) -> str:
-    """A text without case, punctuation, articles and a plural or third-person s: near copies become equal."""
+    """A text without case, punctuation, articles and plural or third-person s, so that near duplicates become equal."""
     words = text.lower().translate(_GONE).split()
     return " ".join(w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words if w not in ("a", "an", "the", "to"))
 
 
 def precision(verdicts: Sequence[bool | None]) -> float | None:
-    """Share of good ones among those that were judged; `None` where none was."""
+    """Fraction of good items among those that were graded; `None` if none was."""
     known = [bool(j) for j in verdicts if j is not None]
     return sum(known) / len(known) if known else None
 
@@ -28,11 +28,13 @@ def summary(
     """Size, diversity and precision of a corpus.
 
     Args:
-        texts: for example tails. groups: of each, for example the head. judge: whether the item at a position is good.
+        texts: for example tails.
+        groups: the group of each text, for example its head.
+        judge: whether the item at a position is good.
 
     Returns:
-        `size`, `groups`, `unique` (distinct texts), `soft_unique` (distinct after `softened`), `most_common` (share of
-        the most frequent text: 1 means that the corpus says one thing), `precision` or `None`.
+        `size`, `groups`, `unique` (distinct texts), `soft_unique` (distinct after `softened`), `most_common` (fraction
+        of the most frequent text; 1 means that all texts are equal), `precision` or `None`.
     """
     counts = Counter(texts)
     return {

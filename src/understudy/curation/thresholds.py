@@ -1,4 +1,4 @@
-"""Cutoffs on a scorer: the precision-recall curve on labelled data, the cutoff of a wanted recall, what it keeps."""
+"""Cutoffs on a score: the precision-recall curve on labelled data, the cutoff for a given recall, and what it keeps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from understudy.errors import InputError
 
 @dataclass(frozen=True)
 class Cutoff:
-    """A cutoff and what it does on the labelled data that it was chosen on.
+    """A cutoff, with its precision and recall on the labelled data that it was chosen on.
 
     Args:
-        value: of the score. precision, recall: of the rule `score ≥ value`, which the curve is made of.
-        strict_precision, strict_recall: of the rule that filters, `score > value`. Precision of nothing kept is 1.
+        value: of the score.
+        precision, recall: of the rule `score ≥ value`, as in the curve.
+        strict_precision, strict_recall: of the filter rule `score > value`. The precision of an empty selection is 1.
     """
 
     value: float
@@ -30,10 +31,11 @@ def recall_curve(labels: Sequence[int], scores: Sequence[float]) -> list[Cutoff]
     """The precision-recall curve over the distinct scores, in increasing order.
 
     Args:
-        labels: 1 is good, 0 is bad. scores: higher is better.
+        labels: 1 is good, 0 is bad.
+        scores: higher is better.
 
     Raises:
-        InputError: lengths that differ, labels of one class, scores that are no numbers.
+        InputError: lengths that differ, labels of one class only, scores that are not numbers.
     """
     y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if y.shape != s.shape or y.ndim != 1:
@@ -48,7 +50,7 @@ def recall_curve(labels: Sequence[int], scores: Sequence[float]) -> list[Cutoff]
             f"Score {int(np.flatnonzero(~np.isfinite(s))[0])} of the labelled data is not a finite number."
         )
     values, first = np.unique(np.sort(s), return_index=True)
-    ahead = np.append(np.cumsum(y[np.argsort(s, kind="stable")][::-1])[::-1], 0)  # good ones from each rank on
+    ahead = np.append(np.cumsum(y[np.argsort(s, kind="stable")][::-1])[::-1], 0)  # good items from each rank on
     edges = np.append(first, len(s))
     good, kept = ahead[edges], len(s) - edges
     precision, recall = np.where(kept > 0, good / np.maximum(kept, 1), 1.0), good / y.sum()
@@ -61,8 +63,8 @@ def recall_curve(labels: Sequence[int], scores: Sequence[float]) -> list[Cutoff]
 def cutoff_at_recall(labels: Sequence[int], scores: Sequence[float], recall: float) -> Cutoff:
     """The smallest cutoff whose recall (rule `score ≥ cutoff`) is at most `recall` (paper 11, official code).
 
-    Filtering is strict (`score > cutoff`), so an item exactly at the cutoff counts here and is dropped there; the
-    returned `strict_recall` is what filtering keeps.
+    Filtering is strict (`score > cutoff`), so an item exactly at the cutoff counts here and is dropped there;
+    `strict_recall` is the recall of the filter.
 
     Raises:
         InputError: a recall outside (0, 1], or below the smallest of the curve; see also `recall_curve`.
@@ -82,14 +84,14 @@ def cutoff_at_recall(labels: Sequence[int], scores: Sequence[float], recall: flo
 
 
 def cutoffs(labels: Sequence[int], scores: Sequence[float], recalls: Sequence[float]) -> list[Cutoff]:
-    """The cutoffs of several wanted recalls; those that no cutoff has are left out."""
+    """The cutoffs of several recalls, without those that have none."""
     curve = recall_curve(labels, scores)
     found = (next((point for point in curve if point.recall <= recall), None) for recall in recalls)
     return [point for point in found if point is not None]
 
 
 def above(scores: Sequence[float], cutoff: float) -> list[int]:
-    """Positions of the scores above the cutoff, strictly, in order. A score that is not a number is refused."""
+    """Positions of the scores strictly above the cutoff, in order. A score that is not a number is an `InputError`."""
     s = np.asarray(scores, dtype=np.float64)
     if np.isnan(s).any():
         raise InputError(f"Score {int(np.flatnonzero(np.isnan(s))[0])} is not a number.")

@@ -1,4 +1,4 @@
-"""Triples (head event, relation, tail) out of a source of text: what is asked, and what of the answers is kept."""
+"""Triples (head event, relation, tail) from a text source: the prompts, and the filters of the completions."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def key(triple: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def tidy(text: str) -> str:
-    """A tail without the space around it and the period at its end; empty where nothing was written."""
+    """A tail without surrounding space and final period; empty if nothing was generated."""
     return text.strip().removesuffix(".").rstrip()
 
 
 def head_requests(
     item: Prompt, seeds: Sequence[str], samples: int, per_prompt: int, seed: int, **how: Any
 ) -> list[Request]:
-    """Requests for new events: each prompt lists ten seed events, drawn anew for every `per_prompt` samples.
+    """Requests for new events. Each prompt lists ten seed events, drawn again for every `per_prompt` samples.
 
     Args:
-        item: how one event is written, with slots `number` and `event`. how: sampling, as fields of `Request`.
+        item: template of one event, with slots `number` and `event`.
+        how: sampling, as fields of `Request`.
     """
     requests = []
     for group in range(ceil(samples / per_prompt)):
@@ -48,7 +49,8 @@ def head_requests(
 
 
 def sift_heads(answers: Sequence[Completion], keep: float, per_token: bool, shortest: int, funnel: Funnel) -> list[str]:
-    """Events that ended by themselves and begin with PersonX, once each, the likeliest share, well spelled; best first."""
+    """Events that ended by themselves and begin with PersonX: distinct, the most likely fraction `keep`, well spelled,
+    best first."""
     items = [(a.text.strip(), a) for a in answers]
     items = funnel.sieve("events written", items, lambda x: None if x[1].finish == "stop" else "cut off")
     items = funnel.sieve("about PersonX", items, lambda x: None if x[0].startswith("PersonX") else "other start")
@@ -65,12 +67,14 @@ def sift_heads(answers: Sequence[Completion], keep: float, per_token: bool, shor
 def tail_requests(
     item: Prompt, head: str, relation: Relation, samples: int, seed: int, name: str, **how: Any
 ) -> tuple[list[Request], dict[str, str]]:
-    """Requests for tails of one question, and the names that stand for people in it.
+    """Requests for the tails of one question, and the names used in it for PersonX and PersonY.
 
-    Each example has names of its own, the question the same names everywhere (others where it holds one of them).
+    Each example has its own names; the question has the same names in every prompt (others if the event holds one of
+    them).
 
     Args:
-        item: how one example is written, with slots `head`, `ask` and `tail`. name: begins the requests' ids.
+        item: template of one example, with slots `head`, `ask` and `tail`.
+        name: prefix of the requests' ids.
     """
 
     def filled(names: Mapping[str, str], *texts: str) -> list[str]:
@@ -89,12 +93,12 @@ def tail_requests(
 def sift_tails(
     asked: Sequence[tuple[str, str, Mapping[str, str], str]], answers: Sequence[Completion], funnel: Funnel
 ) -> list[Triple]:
-    """Triples, once each: names mapped back as whole words; empty and very short tails dropped.
+    """Distinct triples, with names mapped back as whole words; empty and very short tails are dropped.
 
     Args:
-        asked: of each answer head, relation, names and the request's id, which stays with the triple as `source`.
+        asked: for each completion the head, relation, names and the request's id, which the triple keeps as `source`.
 
-    `times` counts how often a triple was written.
+    `times` counts how often a triple was generated.
     """
     written = [
         {"head": head, "relation": relation, "tail": tidy(restore_people(a.text, names)), "source": source}
@@ -113,7 +117,7 @@ def sift_tails(
 
 
 def draw(triples: Sequence[Triple], split: str, number: int, seed: int, what: str) -> list[Triple]:
-    """Random triples of a split, by their content; other draws for another `what`."""
+    """Random triples of a split, by their content; different for each `what`."""
     mine = {json.dumps(key(t)): t for t in triples if t["split"] == split}
     return [mine[k] for k in shuffled(mine, seed, what)[:number]]
 
@@ -121,14 +125,14 @@ def draw(triples: Sequence[Triple], split: str, number: int, seed: int, what: st
 def text_pairs(
     sets: Mapping[str, Sequence[Triple]], relations: Mapping[str, Relation]
 ) -> dict[str, list[tuple[str, str]]]:
-    """Triples for a critic: the head, and the relation's words with the tail."""
+    """Triples as text pairs for a critic: the head, and the relation's words with the tail."""
     return {
         name: [(t["head"], f"{relations[t['relation']].text} {t['tail']}") for t in part] for name, part in sets.items()
     }
 
 
 def naming(view: int) -> Callable[[int, Pair], Pair]:
-    """A view of text pairs: PersonX and PersonY become two different names, drawn by (view, position)."""
+    """A view of text pairs in which PersonX and PersonY become two different names, drawn by (view, position)."""
 
     def named(position: int, pair: Pair) -> Pair:
         names = draw_names(PEOPLE, NAMES, np.random.default_rng([view, position]), avoid=" ".join(pair))
@@ -138,7 +142,8 @@ def naming(view: int) -> Callable[[int, Pair], Pair]:
 
 
 def write_corpus(folder: Path, triples: Sequence[Triple], splits: Sequence[str]) -> None:
-    """`triples.jsonl` with where each came from, its score and its fate; the kept ones as text in `corpus/SPLIT.jsonl`."""
+    """Write `triples.jsonl`, with the source, score and outcome of each triple, and the kept ones as text in
+    `corpus/SPLIT.jsonl`."""
     write_records(folder / "triples.jsonl", triples)
     for split in splits:
         rows = [t for t in triples if t["split"] == split and t["kept"]]
@@ -147,14 +152,14 @@ def write_corpus(folder: Path, triples: Sequence[Triple], splits: Sequence[str])
 
 
 def save_tokenizer(folder: Path, triples: Sequence[Triple], vocab_size: int) -> None:
-    """A tokenizer for a new student of the kept training triples."""
+    """Train and save a tokenizer for a new student on the kept training triples."""
     rows = [t for t in triples if t["split"] == "train" and t["kept"]]
     texts = (f"{bracketed(t['head'], t['relation'])} {t['tail']}" for t in rows)
     marked_tokenizer(texts, vocab_size).save_pretrained(str(folder))
 
 
 def write_to_label(path: Path, triples: Sequence[Triple]) -> None:
-    """Triples for people to label, in the format that labels are read in."""
+    """Write triples for human labelling, in the format in which labels are read."""
     write_records(
         path, [{**dict(zip(("head", "relation", "tail"), key(t), strict=True)), "label": None} for t in triples]
     )

@@ -1,4 +1,5 @@
-"""Random crops and flips that depend on (seed, epoch, example id) alone: the same in any batch, order or resumed run."""
+"""Random crops and flips that depend on (seed, epoch, example id) alone, so they are the same in any batch, order or
+resumed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch: inputs, labels, stable ids, and which rows count. The causal shift happens here and nowhere else."""
+"""Batches: inputs, labels, stable ids, and which rows count. The causal shift happens here and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 IGNORE = -100
 UNLABELLED = -1
-"""The label of a row that counts and has none: for methods that learn from the teacher alone."""
+"""The label of a row that counts but has no label, for methods that only learn from the teacher."""
 SOURCES = ("data", "fresh", "replayed")
-"""Where a text comes from: the data, or the student's own sample, made for this update or an earlier one."""
+"""The origin of a text: the data, or a sample of the student, generated for this update or an earlier one."""
 
 
 @dataclass
@@ -22,14 +22,15 @@ class Batch:
     """Examples with their labels.
 
     Args:
-        inputs: what the model takes: `pixel_values [examples, channels, height, width]` in [0, 1], or `input_ids` and
+        inputs: of the model: `pixel_values [examples, channels, height, width]` in [0, 1], or `input_ids` and
             `attention_mask [examples, length]`.
         labels: `[examples]`, or `[examples, length]` *not* shifted; −100 is ignored.
         ids: `[examples]`, stable example ids.
-        bytes: `[examples]`, UTF-8 bytes that the counted tokens of each text stand for; `None` for images.
-        domains: `[examples]`, the number of each example's domain, where the data name one.
-        source, sampled: `[examples]`, index into `SOURCES`, and the optimizer step whose weights wrote it (−1: data);
-            `None` where the student does not write. What it wrote is no label: its rows have `UNLABELLED`.
+        bytes: `[examples]`, number of UTF-8 bytes of the counted tokens of each text; `None` for images.
+        domains: `[examples]`, index of each example's domain, if the data have domains.
+        source, sampled: `[examples]`, index into `SOURCES`, and the optimizer step whose weights generated the
+            completion (−1: from the data); `None` without on-policy samples. Generated tokens are not labels: their
+            rows have `UNLABELLED`.
 
     A *row* is a label that counts. Rows are in flattened order, and for text row `(b, t)` predicts token `t + 1`.
     """
@@ -44,9 +45,9 @@ class Batch:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Batch:
-        """From what a collator returns: tensors named after fields of this class, and inputs of the model.
+        """From a collator's result: tensors named after fields of this class, and inputs of the model.
 
-        A subclass with fields of its own is chosen by them.
+        Fields of a subclass select that subclass.
         """
         for kind in cls.__subclasses__():
             if {f.name for f in fields(kind) if f.default is MISSING} <= values.keys() | {"inputs"}:
@@ -61,7 +62,7 @@ class Batch:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Rows that count: `[examples]`, or `[examples, length − 1]` after the shift."""
+        """Which rows count: `[examples]`, or `[examples, length − 1]` after the shift."""
         labels = self.labels[:, 1:] if self.kind == "text" else self.labels
         return labels != IGNORE
 
@@ -71,7 +72,7 @@ class Batch:
 
     @cached_property
     def row_labels(self) -> Tensor:
-        """`[rows]`."""
+        """Labels of the rows, `[rows]`."""
         return (self.labels[:, 1:] if self.kind == "text" else self.labels)[self.mask]
 
     @cached_property
@@ -81,49 +82,49 @@ class Batch:
         return (index[:, None].expand(self.mask.shape) if self.kind == "text" else index)[self.mask]
 
     def select(self, values: Tensor) -> Tensor:
-        """The rows of `[examples, width]` or `[examples, length, width]` that count. The rest get no gradient."""
+        """The rows that count, of `[examples, width]` or `[examples, length, width]`. The others get no gradient."""
         return (values[:, :-1] if self.kind == "text" else values)[self.mask]
 
     def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
-        """Of a signal the rows that have a label, and the labels: all of them, but on graphs and where the student wrote."""
+        """The rows of a signal that have a label, and these labels: all rows, except on graphs and for generated text."""
         if self._labelled is None:
             return signal, self.row_labels
         return signal.select(self._labelled), self.row_labels[self._labelled]
 
     def among_rows(self, values: Tensor) -> Tensor:
-        """`[rows]` from the values of those with a label: 0 for the others, which an update divides by all the same."""
+        """`[rows]` from the values of rows with a label, with 0 for the others, which the divisor counts too."""
         if self._labelled is None:
             return values
         return values.new_zeros(self.num_items).masked_scatter(self._labelled, values)
 
     @cached_property
     def _labelled(self) -> Tensor | None:
-        """`[rows]`, which have a label; `None` where all do."""
+        """`[rows]`, whether each has a label; `None` if all do."""
         if self.source is None or not bool(self.source.any()):
             return None
         return self.row_labels != UNLABELLED
 
     def take(self, index: Tensor) -> Self:
-        """Some of the examples, in this order."""
+        """The examples at `index`, in this order."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         taken = {k: v[index] for k, v in found.items() if isinstance(v, Tensor)}
         return replace(self, inputs={k: v[index] for k, v in self.inputs.items()}, **taken)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device, whatever its kind."""
+        """The same batch on another device."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device) for k, v in found.items() if isinstance(v, Tensor)}
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)
 
 
 class WholeExamples:
-    """For kinds of batch whose rows are their examples, with or without a label."""
+    """For kinds of batches whose rows are their examples, with or without a label."""
 
     ids: Tensor
 
     @cached_property
     def mask(self) -> Tensor:
-        """`[examples]`, all of them."""
+        """`[examples]`, all True."""
         return torch.ones_like(self.ids, dtype=torch.bool)
 
     @cached_property
@@ -133,7 +134,7 @@ class WholeExamples:
 
     @cached_property
     def sequence(self) -> Tensor:
-        """`[examples]`, each is its own."""
+        """`[examples]`: each row is its own example."""
         return torch.arange(len(self.ids), device=self.ids.device)
 
     def select(self, values: Tensor) -> Tensor:

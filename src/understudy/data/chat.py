@@ -1,4 +1,4 @@
-"""Conversations through a tokenizer's chat template: the text, its tokens, and which of them are the assistant's."""
+"""Conversations through a tokenizer's chat template: the text, its tokens, and which of them the assistant wrote."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECONDS = 10.0
 """Longest time that a template may take for one conversation."""
 
 MARK = "\u241fcontent\u241f"
-"""Stands for a content to find its place."""
+"""Placeholder of a message's content, to find its position."""
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -28,13 +28,14 @@ Messages = Sequence[Mapping[str, Any]]
 def render(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, *, ask: bool = False, tools: list[Any] | None = None
 ) -> str:
-    """Messages as the tokenizer's chat template writes them.
+    """Render messages with the tokenizer's chat template.
 
     Args:
-        ask: end with the generation prompt. tools: what the template is given as `tools`.
+        ask: end with the generation prompt.
+        tools: the template's argument `tools`.
 
     Raises:
-        InputError: there is no template, or it fails, refuses the messages or does not end.
+        InputError: there is no template, or it fails, refuses the messages or does not terminate.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -48,10 +49,10 @@ def render(
                     [dict(m) for m in messages], tools=tools, tokenize=False, add_generation_prompt=ask
                 )
             )
-    except Exception as error:  # a template is a program: it may raise anything
+    except Exception as error:  # a template is a program and may raise any type
         roles = ", ".join(str(m.get("role")) for m in messages[:20])
         raise InputError(
-            f"The tokenizer's chat template refuses a conversation of {roles}: {reason(error)} Mend the messages, or "
+            f"The tokenizer's chat template refuses a conversation of {roles}: {reason(error)} Fix the messages, or "
             "choose another template (data.tokenizer)."
         ) from error
 
@@ -62,7 +63,7 @@ class _TooLong(Exception):
 
 
 class _Watch:
-    """Ends renderings that take too long, in whatever thread they run: one thread looks at all of them."""
+    """A single thread that stops renderings that take too long, in any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,7 +72,7 @@ class _Watch:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Raise `_TooLong` in what runs inside after `SECONDS`."""
+        """Raise `_TooLong` in the block after `SECONDS`."""
         me = threading.get_ident()
         with self._lock:
             self._ends[me] = time.monotonic() + SECONDS
@@ -104,12 +105,12 @@ def conversation_tokens(
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation.
 
-    Trained on are the assistant's turns from message `first` on, each with what the template ends it with, and without the
-    generation prompt. A token that reaches into a turn counts. Where the template ends turns with nothing, what follows
-    one is its end: the first token of the next message, or EOS.
+    The assistant's messages from message `first` on are trained on, each with the end token that the template adds and
+    without the generation prompt. A token that overlaps with a message counts. If the template adds no end, the token
+    after the message is its end: the first of the next message, or EOS.
 
     Raises:
-        InputError: the template fails, or changes turns so that they cannot be found.
+        InputError: the template fails, or changes messages so that they cannot be found.
     """
     text = render(messages, tokenizer, tools=tools)
     if not tokenizer.is_fast:
@@ -143,19 +144,21 @@ def conversation_tokens(
 
 
 def _beginning(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> str:
-    """What the template writes before the content of a first message: there is nothing to ask for."""
+    """The template's text before the content of a first message, which has no generation prompt."""
     return render([{**message, "content": MARK}], tokenizer, tools=tools).partition(MARK)[0]
 
 
 def _turn(text: str, before: str, after: str, content: str, number: int) -> tuple[int, int]:
-    """Where an assistant's turn begins and ends in a rendered conversation.
+    """Start and end of an assistant message in a rendered conversation.
 
     Args:
-        before: the messages before it, with the generation prompt. after: those up to it. content: stripped.
+        before: the rendered earlier messages, with the generation prompt.
+        after: the rendered messages up to this one.
+        content: of the message, stripped.
         number: of the message.
 
-    Some templates write the last turn otherwise than earlier ones (an empty thought, for example), so that `after` need
-    not be a beginning of `text`; the turn is then found by its content, and ends as it does in `after`.
+    Some templates render the last message differently (with an empty thought, for example), so `after` need not be a
+    prefix of `text`; the message is then found by its content, and ends as in `after`.
     """
     start = shared_length(text, before)
     if text.startswith(after):

@@ -1,4 +1,4 @@
-"""Columns under the names that are used here: what the recipe maps, what other tools call them, what messages may hold."""
+"""Columns under this project's names: the recipe's mapping, the names of other tools, and the content of messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Roles of ShareGPT by those of chat templates; others keep their name."""
+"""The chat-template names of ShareGPT's roles; other roles keep their name."""
 LISTS = {"messages", "completions", "scores", "log_probs", "tools"}
 """Columns that hold a list; files without lists, such as CSV, hold it as JSON text."""
 
@@ -32,20 +32,21 @@ def arrange(
     optional: Collection[str],
     columns: Any = None,
 ) -> list[str]:
-    """Give every record the columns of one format, in place, and take the others out.
+    """Rename the columns of every record to those of one format, in place, and remove all others.
 
     Args:
-        formats: names of columns, the first choice first. optional: further columns that are kept.
+        formats: names of columns, the first choice first.
+        optional: further columns that are kept.
         columns: the recipe's `data.columns`, `{ours: theirs}`.
 
     Besides the formats' own names, ShareGPT's `conversations` and Alpaca's `instruction`, `input`, `output` (or
     `response`) are recognised.
 
     Returns:
-        Notes: what was recognised, and every column that is not used.
+        Notes: the recognised format, and every unused column.
 
     Raises:
-        InputError: the columns of a record are those of no format.
+        InputError: the columns of a record match no format.
     """
     mapping = _checked(columns, formats, optional)
     unused: set[str] = set()
@@ -69,13 +70,13 @@ def arrange(
 
 
 def names(columns: Collection[str]) -> str:
-    """Column names for a message, in one line."""
+    """Column names for a message, on one line."""
     shown = [printable(str(c))[:40] for c in sorted(columns, key=str)]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
 def checked_text(where: str, what: str, value: str) -> str:
-    """`value`, if it is text that can be encoded."""
+    """`value`, if it is text that can be encoded as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -88,8 +89,8 @@ def checked_text(where: str, what: str, value: str) -> str:
 def readable(where: str, what: str, value: Any) -> Any:
     """Text, or messages with role and content.
 
-    A single message is a list of one; ShareGPT's `from` and `value` become role and content; a content of text parts
-    becomes one text.
+    A single message becomes a list of one; ShareGPT's `from` and `value` become role and content; a content of text
+    parts becomes one text.
 
     Raises:
         InputError: anything else.
@@ -104,7 +105,7 @@ def readable(where: str, what: str, value: Any) -> Any:
 
 
 def conversation(where: str, what: str, value: Any) -> list[dict[str, Any]]:
-    """Messages, at least one; as `readable`."""
+    """A non-empty list of messages; as `readable`."""
     if not isinstance(value, list):
         raise InputError(f"{where}: {what} is {type(value).__name__}, not messages.")
     if not value:
@@ -114,7 +115,7 @@ def conversation(where: str, what: str, value: Any) -> list[dict[str, Any]]:
 
 
 def tools(where: str, value: Any) -> list[dict[str, Any]] | None:
-    """The tools that a chat template is given, or `None` where there are none."""
+    """The tools for a chat template, or `None` without any."""
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise InputError(f"{where}: tools must be a list of JSON schemas of functions.")
     try:
@@ -126,10 +127,10 @@ def tools(where: str, value: Any) -> list[dict[str, Any]] | None:
 
 
 def without_prompt(prompt: Any, answers: Sequence[Any]) -> tuple[Any, list[Any]] | None:
-    """Prompt and answers where every answer repeats the prompt at its beginning, without the repetition; else `None`.
+    """Prompt and answers if every answer begins with the prompt, without this repetition; else `None`.
 
-    Messages are compared by role and content, and system messages may stand before the prompt. Text counts as repeated
-    where a prompt of at least two words ends at the end of a word.
+    Messages are compared by role and content, and system messages may precede the prompt. Text counts as repeated if
+    the prompt has at least two words and ends at the end of a word.
     """
     if all(isinstance(a, list) for a in answers):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -161,7 +162,7 @@ def _without_messages(asked: Sequence[Any], answers: Sequence[Any]) -> tuple[Any
 
 
 def _checked(columns: Any, formats: Sequence[Format], optional: Collection[str]) -> dict[str, str]:
-    """`data.columns`, if it maps names that are used here to names of text."""
+    """`data.columns`, if it maps this project's names to text."""
     if columns is None:
         return {}
     known = set(optional).union(*formats)
@@ -188,7 +189,7 @@ def _rename(where: str, record: Record, mapping: Mapping[str, str]) -> None:
 
 
 def _format(where: str, record: Record, formats: Sequence[Format], made: dict[str, None]) -> Format:
-    """The first format that the record has, under its own names or those of other tools."""
+    """The first format that matches the record, under its own names or those of other tools."""
     other = _recognised(record)
     for wanted in formats:
         if wanted <= record.keys() | other.keys():
@@ -208,7 +209,7 @@ def _format(where: str, record: Record, formats: Sequence[Format], made: dict[st
 
 
 def _recognised(record: Record) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Columns that can be made of those of other tools: of which, and how."""
+    """Columns that can be converted from those of other tools: the source columns, and the conversion."""
     found: dict[str, tuple[tuple[str, ...], Any]] = {}
     chat = next((c for c in CONVERSATIONS if c in record), None)
     if chat is not None:
@@ -222,7 +223,7 @@ def _recognised(record: Record) -> dict[str, tuple[tuple[str, ...], Any]]:
     answer = next((c for c in ("response", "output") if c in record), None)
     if answer is not None:
         found["completion"] = (answer,), lambda where: record[answer]
-    if "messages" in record and "label" in record:  # single answers, as LLaMA-Factory writes them
+    if "messages" in record and "label" in record:  # single answers in LLaMA-Factory's format
         found |= {
             "completion": (("messages",), lambda where: _last(where, record, True)),
             "prompt": (("messages",), lambda where: _last(where, record, False)),
@@ -237,7 +238,7 @@ def _sharegpt(where: str, column: str, record: Record) -> list[Any]:
 
 
 def _instruction(where: str, record: Record) -> str:
-    """Instruction and input, each on lines of their own, as LLaMA-Factory joins them."""
+    """Instruction and input on separate lines, as LLaMA-Factory joins them."""
     parts = [record["instruction"], record.get("input") or ""]
     if not isinstance(parts[1], str):
         raise InputError(f"{where}: input is {type(parts[1]).__name__}, not text.")
@@ -250,13 +251,13 @@ def _last(where: str, record: Record, last: bool) -> list[Any]:
 
 
 def _parsed(where: str, column: str, value: Any) -> Any:
-    """A list, also where it is written as JSON text."""
+    """A list, also if it is given as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: {column} holds text that is no JSON list. Mend it.") from None
+        raise InputError(f"{where}: {column} holds text that is not a JSON list. Fix it.") from None
 
 
 def _message(where: str, what: str, message: Any) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def _part(where: str, what: str, part: Any) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables give every object the keys of all of them, with nothing in most."""
+    """Remove the empty values that tables add, since they give every object the keys of all objects."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value

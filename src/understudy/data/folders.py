@@ -1,4 +1,4 @@
-"""Where data lies: the folder that `UNDERSTUDY_DATA` names, or a path; and which split a file's or folder's name says."""
+"""Locations of data: the folder `UNDERSTUDY_DATA`, or a path; and the split that a file's or folder's name indicates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS = {
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
     "test": {"test", "testing"},
 }
-"""The words that name a split, as in `datasets`; `eval` is taken as validation."""
+"""The names of splits, as in `datasets`; `eval` means validation."""
 
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that `datasets` writes beside the records."""
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def data_folder() -> Path | None:
-    """The folder of `UNDERSTUDY_DATA`, or `None` where it is not set."""
+    """The folder of `UNDERSTUDY_DATA`, or `None` if it is not set."""
     value = os.environ.get("UNDERSTUDY_DATA")
     if not value:
         return None
@@ -36,10 +36,10 @@ def data_folder() -> Path | None:
 
 
 def find(name: str) -> Path | None:
-    """`name` as a path, or inside the data folder; `None` if it is neither.
+    """`name` as a path, or inside the data folder; `None` if neither exists.
 
     Raises:
-        InputError: no path can have this name.
+        InputError: the name is not a valid path.
     """
     if not name:
         return None
@@ -51,12 +51,12 @@ def find(name: str) -> Path | None:
         return folder / name if folder is not None and (folder / name).exists() else None
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, lone surrogates, a user that does not exist
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, lone surrogates, unknown user
         raise InputError(f"{name[:100]!r} is not a path that can be read: {str(error).splitlines()[0]}") from None
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted by name, without what tools hide there (`.ipynb_checkpoints`, `__MACOSX`)."""
+    """The content of a folder, sorted by name, without hidden files of tools (`.ipynb_checkpoints`, `__MACOSX`)."""
     try:
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "__")))
     except OSError as error:
@@ -64,7 +64,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The visible files of a folder and of the folders in it; links to folders are not followed."""
+    """The visible files of a folder and its subfolders; links to folders are not followed."""
     for entry in visible(folder):
         if entry.is_file():
             yield entry
@@ -73,15 +73,15 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def words_of(name: str) -> set[str]:
-    """The words of a name: what stands between `-`, `.`, `_`, spaces and digits; without the `of` of shards."""
+    """The words of a name, separated by `-`, `.`, `_`, spaces and digits, without the `of` of shards."""
     return set(re.split(r"[-._ \d]+", name.lower())) - {"", "of"}
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's or folder's name says (`train-00000-of-00002`, `my_val`), or `None`.
+    """The split that a file's or folder's name indicates (`train-00000-of-00002`, `my_val`), or `None`.
 
     Raises:
-        InputError: it says two.
+        InputError: the name indicates two splits.
     """
     found = [split for split, known in SPLITS.items() if words_of(name) & known]
     if len(found) > 1:
@@ -90,21 +90,21 @@ def split_of(name: str) -> str | None:
 
 
 def own_names(source: str, names: Iterable[str]) -> dict[str, str]:
-    """A source's own names of its splits by ours: `val` is the validation split; other names stay.
+    """A source's names of its splits, by this project's names: `val` is the validation split; other names stay.
 
     Raises:
-        InputError: two names of one split.
+        InputError: two names for one split.
     """
     return _once(source, [(next((s for s, known in SPLITS.items() if n.lower() in known), n), n) for n in names])
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of each split, of which `test_NAME` is one of its own; empty where the folders are no splits.
+    """The folders of each split, where `test_NAME` is a separate split; empty if the folders are not splits.
 
-    They are splits if one has a split in its name and folders in it, or if two have the names of splits.
+    They are splits if one has a split in its name and contains folders, or if two have names of splits.
 
     Raises:
-        InputError: two folders of one split.
+        InputError: two folders for one split.
     """
     inside = [entry for entry in visible(folder) if entry.is_dir()]
     nested = [f for f in inside if any(e.is_dir() for e in visible(f)) and split_of(f.name)]
@@ -115,12 +115,12 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def _plain(name: str) -> bool:
-    """Whether a name says a split and nothing else."""
+    """Whether a name is only that of a split."""
     return len(words_of(name)) == 1 and split_of(name) is not None
 
 
 def _further(name: str) -> str | None:
-    """A test set of its own, `test_NAME`, without the number of a shard."""
+    """A separate test set `test_NAME`, without the number of a shard."""
     name = SHARD.sub("", name)
     return name if name.startswith("test_") and words_of(name) != {"test"} else None
 
@@ -135,7 +135,7 @@ def _once(source: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _with_test(found: dict[str, T]) -> dict[str, T]:
-    """A single `test_NAME` is the test split where there is no other."""
+    """Use a single `test_NAME` as the test split if there is no other."""
     more = [split for split in found if split.startswith("test_")]
     return found if "test" in found or len(more) != 1 else {("test" if s in more else s): v for s, v in found.items()}
 
@@ -145,15 +145,16 @@ def split_files(
 ) -> dict[str, list[Path]]:
     """The files of each split: those of a folder, and those below `data` or a folder that is named after a split.
 
-    A folder's name counts before a file's. Files that are named after a split and nothing else are its files, and what
-    they leave out is noted; where there are none, every file with the split's word in its name is. The files of one
-    split are its shards. Where no name says a split, all files are the training split.
+    A folder's name takes precedence over a file's. If files are named exactly after a split, they are its files and
+    others are noted as left out; otherwise every file with the split's word in its name is. The files of one split are
+    its shards. If no name indicates a split, all files are the training split.
 
     Args:
-        suffixes: of the files to look at. further: whether `test_NAME` is a split of its own.
+        suffixes: of the files to consider.
+        further: whether `test_NAME` is a separate split.
 
     Raises:
-        InputError: two names or formats for one split, a shard that is missing.
+        InputError: two names or formats for one split, or a missing shard.
     """
     groups: dict[str, list[Path]] = {}
     unnamed = []
@@ -177,7 +178,7 @@ def split_files(
 
 
 def _one_of_a_kind(folder: Path, split: str, files: list[Path]) -> list[Path]:
-    """The files of one split, if they are alike: one word, one format, either shards or not, and no shard missing."""
+    """The files of one split, which must be alike: one word, one format, either shards or not, and no shard missing."""
     shards = {f: SHARD.search(f.stem) for f in files}
     kinds: dict[tuple[object, ...], Path] = {}
     for file in files:

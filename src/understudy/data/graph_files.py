@@ -1,4 +1,4 @@
-"""Files of one graph: .npz archives, and what torch-geometric saves as .pt, read without running what it holds."""
+"""Files of one graph: .npz archives, and .pt files of torch-geometric, which are read without running their code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from understudy.errors import InputError
 
 
 def graph_file(path: Path) -> dict[str, Any]:
-    """The columns of a graph: of an .npz archive, or of what torch-geometric or a dictionary of tensors saved as .pt."""
+    """The columns of a graph from an .npz archive, or from torch-geometric data or a dictionary of tensors saved as
+    .pt."""
     values: dict[str, Any] = dict(_saved(path) if path.suffix in (".pt", ".pth") else read_npz(path))
     if "edges" not in values and "edge_index" in values:
         edges = np.asarray(values["edge_index"])
@@ -45,22 +46,22 @@ def _dense(path: Path, values: Mapping[str, Any]) -> Any:
         return dense(str(path), csr_matrix(parts, shape=tuple(int(n) for n in values["x_shape"])))
     except InputError:
         raise
-    except Exception as error:  # scipy raises a dozen kinds; each means that they make no matrix
+    except Exception as error:  # scipy raises many types; the columns form no matrix
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: x_indptr, x_indices, x_data and x_shape make no matrix: {reason}.") from error
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """Tensors by name, without running code that the file may hold."""
+    """Tensors by name, without running code that the file may contain."""
     try:
         with torch.serialization.safe_globals(_plain()):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds; each means that the file is no graph that can be read
+    except Exception as error:  # torch raises many types; the file is no readable graph
         raise InputError(
             f"{path} is damaged or holds more than tensors and a torch-geometric Data object, and pickles are not run. Save "
             "its x, y, edge_index and masks with numpy.savez."
         ) from error
-    if isinstance(found, tuple) and len(found) > 1 and found[1] is None:  # as a data set of one graph is saved
+    if isinstance(found, tuple) and len(found) > 1 and found[1] is None:  # a data set with one graph
         found = found[0]
     if hasattr(found, "to_dict"):
         found = found.to_dict()
@@ -70,7 +71,7 @@ def _saved(path: Path) -> dict[str, Any]:
 
 
 def _plain() -> list[Any]:
-    """The classes of a `Data` object and its parts, which hold values and do nothing when they are made."""
+    """The classes of a `Data` object and its parts; they only hold values, so creating them runs no code."""
     try:
         from torch_geometric.data.data import Data, DataEdgeAttr, DataTensorAttr
         from torch_geometric.data.storage import BaseStorage, EdgeStorage, GlobalStorage, NodeStorage
@@ -83,5 +84,5 @@ def _numpy(path: Path, name: str, value: Tensor) -> Any:
     if value.layout != torch.strided or value.is_quantized:
         raise InputError(f"{path}: {name} is {value.layout} and must be dense: convert it with to_dense().")
     plain = value.detach().resolve_conj().resolve_neg()
-    # bfloat16 and its like have no counterpart in numpy
+    # bfloat16 and similar dtypes do not exist in numpy
     return (plain.float() if plain.is_floating_point() else plain).numpy()

@@ -28,8 +28,10 @@ class Graph:
     """A graph as read and cleaned.
 
     Args:
-        nodes: features `[nodes, features]`. labels: `[nodes]`, −100 where there is none. edges: `[2, edges]`, both
-            directions, without self-loops and duplicates. splits: node ids of train, validation and test.
+        nodes: features `[nodes, features]`.
+        labels: `[nodes]`, −100 where there is none.
+        edges: `[2, edges]`, both directions, without self-loops and duplicates.
+        splits: node ids of train, validation and test.
     """
 
     name: str
@@ -97,11 +99,11 @@ def read_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded]) -> Gra
 
 
 def clean_edges(name: str, pairs: Any, nodes: int, notes: list[str], warnings: list[str]) -> Tensor:
-    """`[2, edges]` with both directions, sorted, without self-loops and duplicates; what was changed is said.
+    """`[2, edges]` with both directions, sorted, without self-loops and duplicates; changes are noted.
 
     Args:
-        pairs: `[edges, 2]`. Edges listed once each as i < j are an undirected list; any other list that is not
-            symmetric is directed, and taking it both ways is a warning.
+        pairs: `[edges, 2]`. A list with each edge once, as i < j, is undirected; any other list that is not symmetric
+            is directed, and adding the reverse edges is a warning.
     """
     raw = np.asarray(pairs)
     if raw.ndim != 2 or raw.shape[1] != 2:
@@ -112,9 +114,7 @@ def clean_edges(name: str, pairs: Any, nodes: int, notes: list[str], warnings: l
     check_edges(name, listed.T, nodes)
     proper = listed[listed[:, 0] != listed[:, 1]]
     if len(proper) < len(listed):
-        notes.append(
-            f"{len(listed) - len(proper)} self-loops were removed; each node gets one where a loss asks for it."
-        )
+        notes.append(f"{len(listed) - len(proper)} self-loops were removed; each node gets one if a loss requires it.")
     unique = proper.unique(dim=0)
     if len(unique) < len(proper):
         notes.append(f"{len(proper) - len(unique)} edges listed more than once were taken once.")
@@ -148,7 +148,7 @@ def _labels(name: str, values: Any) -> Tensor:
 
 
 def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> dict[str, Tensor]:
-    """The published split, or 20 labels a class for training, then 500 and 1,000 nodes (at most a third each)."""
+    """The published split, or 20 labels per class for training, then 500 and 1,000 nodes (at most a third each)."""
     number = len(graph.labels)
     given = {split: _column(graph.name, split, values) for split in COLUMNS}
     if not any(given.values()):
@@ -168,7 +168,7 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
 
 
 def _column(name: str, split: str, values: Mapping[str, Any]) -> str | None:
-    """The column that names a split's nodes, by any of the split's words."""
+    """The column with a split's nodes, by any name of the split."""
     found = [f"{word}_{end}" for word in sorted(SPLITS[split]) for end in ("idx", "mask") if f"{word}_{end}" in values]
     if len(found) > 1:
         raise InputError(f"{name} has {found[0]} and {found[1]}, both the {split} split. Keep one.")
@@ -176,10 +176,10 @@ def _column(name: str, split: str, values: Mapping[str, Any]) -> str | None:
 
 
 def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
-    """Node ids of a column: of a mask, booleans or 0 and 1, one row a fold; or of a list of ids."""
+    """Node ids of a column: a mask (booleans or 0 and 1, one row per fold), or a list of ids."""
     if raw.dtype == bool or column.endswith("_mask"):
         masks = np.atleast_2d(raw)
-        masks = masks.T if masks.shape[0] == number != masks.shape[-1] else masks  # torch-geometric's: a column a fold
+        masks = masks.T if masks.shape[0] == number != masks.shape[-1] else masks  # torch-geometric: a column per fold
         if masks.ndim != 2 or masks.shape[1] != number or fold >= len(masks):
             raise InputError(f"{name}: {column} is {raw.shape} and there are {number} nodes; data.fold is {fold}.")
         if raw.dtype != bool and not np.isin(raw, (0, 1)).all():
@@ -191,7 +191,8 @@ def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
 
 
 def _apart(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Splits share no node, and the judged ones are not empty. Training labels may be absent: some losses use none."""
+    """Check that splits share no node and the evaluated ones are not empty. Training labels may be missing: some losses
+    use none."""
     counted = torch.cat(list(parts.values()))
     if len(counted.unique()) < len(counted):
         node = int(counted.mode().values)
@@ -212,6 +213,8 @@ def _drawn(graph: Graph, seed: int) -> dict[str, Tensor]:
         chosen[(labels == c).nonzero()[:20, 0]] = True
     rest = order[~chosen]
     validation, test = min(500, len(rest) // 3), min(1000, len(rest) // 2)
-    graph.notes.append(f"{graph.name} has no split: 20 nodes of each class are for training, others drawn to judge.")
+    graph.notes.append(
+        f"{graph.name} has no split: 20 nodes of each class are for training, others are drawn for validation and test."
+    )
     parts = {"train": order[chosen], "validation": rest[:validation], "test": rest[validation : validation + test]}
     return _apart(graph.name, {s: index.sort().values for s, index in parts.items()})

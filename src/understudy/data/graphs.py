@@ -1,4 +1,4 @@
-"""Graphs with features and labels on their nodes, as one full batch; their splits, cleaned edges and hashes."""
+"""Graphs with features and labels on their nodes, as one full batch, with splits, cleaned edges and hashes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ class GraphBatch(Batch):
 
     Args:
         inputs: `nodes`, features `[nodes, features]`.
-        labels: `[nodes]`, −100 for a node without a label in this split. ids: `[nodes]`.
-        edges: `[2, edges]`, both directions, no self-loops. loops: the same and one self-loop a node.
-        chosen: `[nodes]`, which nodes are rows: all in training, the judged ones in evaluation.
+        labels: `[nodes]`, −100 for a node without a label in this split.
+        ids: `[nodes]`.
+        edges: `[2, edges]`, both directions, no self-loops.
+        loops: the same with one self-loop per node.
+        chosen: `[nodes]`, whether a node is a row: all in training, those of the split in evaluation.
     """
 
     edges: Tensor
@@ -59,7 +61,7 @@ class GraphBatch(Batch):
 
     @cached_property
     def labelled(self) -> int:
-        """How many rows have a label."""
+        """Number of rows with a label."""
         return int((self.row_labels != IGNORE).sum())
 
     def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
@@ -69,17 +71,17 @@ class GraphBatch(Batch):
         return signal.select(has), self.row_labels[has]
 
     def among_rows(self, values: Tensor) -> Tensor:
-        """As they are: on a graph the labelled nodes are counted by themselves."""
+        """`values` unchanged: on a graph the labelled nodes are counted separately."""
         return values
 
     @cached_property
     def everywhere(self) -> GraphBatch:
-        """The same graph with every node as a row."""
+        """The same graph with all nodes as rows."""
         return replace(self, chosen=torch.ones_like(self.chosen))
 
 
 class GraphSet(Dataset[dict[str, Tensor]]):
-    """A data set of one example: the whole graph."""
+    """A data set with one example, the whole graph."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values = values
@@ -102,7 +104,7 @@ def collate_graph(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass
 class GraphSplits:
-    """One graph as seen in training, validation and test."""
+    """The graph for training, validation and test."""
 
     train: GraphSet
     validation: GraphSet
@@ -145,7 +147,7 @@ def load_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mappi
     if hidden is not None:
         keep[hidden] = False
         graph.notes.append(
-            f"{len(hidden)} test nodes and their edges are left out of training; the student is judged on them."
+            f"{len(hidden)} test nodes and their edges are left out of training; the student is evaluated on them."
         )
     else:
         graph.notes.append("Features of test nodes, not their labels, are seen in training.")
@@ -160,7 +162,7 @@ def load_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mappi
 
 
 def _hidden(graph: Graph, seed: int) -> Tensor:
-    """A fifth of the test nodes, drawn."""
+    """A random fifth of the test nodes."""
     test = graph.splits["test"]
     number = round(len(test) / 5)
     if number == 0:
@@ -172,11 +174,11 @@ def _hidden(graph: Graph, seed: int) -> Tensor:
 
 
 def _view(graph: Graph, keep: Tensor, labelled: Tensor, *, all_rows: bool = False) -> GraphSet:
-    """The subgraph of the kept nodes, with the labels of `labelled` alone."""
+    """The subgraph of the kept nodes, with only the labels of `labelled`."""
     labels = torch.full_like(graph.labels, IGNORE)
     labels[labelled] = graph.labels[labelled]
     chosen = torch.ones_like(keep) if all_rows else torch.zeros_like(keep).index_fill(0, labelled, True)
-    place = keep.cumsum(0) - 1  # node → its place among the kept ones
+    place = keep.cumsum(0) - 1  # node → index among the kept ones
     edges = place[graph.edges[:, keep[graph.edges].all(0)]]
     loops = torch.arange(int(keep.sum())).expand(2, -1)
     return GraphSet(

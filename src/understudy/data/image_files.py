@@ -1,4 +1,4 @@
-"""Image files, and tables and archives of images, as one array of pixels: turned, scaled, laid on white, of one size."""
+"""Image files, and tables and archives of images, as one array of pixels: rotated by EXIF, on white, with one size."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from understudy.data.tables import cells, class_numbers, columns_of, read_npz, r
 from understudy.errors import InputError
 
 UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that Pillow knows and cannot read itself; some would start another program."""
+"""Formats that Pillow lists but cannot read itself; some would start another program."""
 MOST_PIXELS = 2**26
 LAYOUTS = ("channels_first", "channels_last")
 
 
 @cache
 def formats() -> tuple[tuple[str, ...], frozenset[str]]:
-    """The image formats that are read, and the endings of their files."""
+    """The supported image formats, and the suffixes of their files."""
     Image.init()
     known = tuple(sorted(set(Image.OPEN) - UNREAD))
     return known, frozenset(end for end, kind in Image.registered_extensions().items() if kind in known)
 
 
 def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = None) -> Tensor:
-    """Encoded images as uint8 `[images, channels, height, width]`: one channel where all are gray, else three.
+    """Decode images to uint8 `[images, channels, height, width]`: one channel if all are gray, else three.
 
     Args:
-        cells: bytes, paths or PIL images. counts: gets what was done to how many images. size: as in `load_images`.
+        cells: bytes, paths or PIL images.
+        counts: incremented for each kind of change to an image.
+        size: as in `load_images`.
 
     Raises:
         InputError: an image that cannot be read, or images of several sizes and no `size`.
@@ -68,7 +70,7 @@ def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = 
 
 
 def resized(pixels: Tensor, size: tuple[int, int], counts: Counter[str]) -> Tensor:
-    """`[images, channels, height, width]` of another height and width: bilinear, with antialiasing, as processors do."""
+    """`[images, channels, height, width]` resized: bilinear with antialiasing, as image processors do."""
     if tuple(pixels.shape[-2:]) == size:
         return pixels
     counts[f"images were resized to {size[0]} × {size[1]}"] += len(pixels)
@@ -92,7 +94,7 @@ def _pixels(where: str, cell: Any, counts: Counter[str]) -> np.ndarray[Any, Any]
         given = io.BytesIO(cell) if isinstance(cell, bytes) else cell
         opened = given if isinstance(given, Image.Image) else Image.open(given, formats=formats()[0])
         width, height = opened.size
-        if width * height > MOST_PIXELS:  # before anything is unpacked
+        if width * height > MOST_PIXELS:  # before decompressing
             raise InputError(
                 f"{where} is {height} × {width} pixels, and at most {MOST_PIXELS} are read. Make it smaller."
             )
@@ -105,12 +107,12 @@ def _pixels(where: str, cell: Any, counts: Counter[str]) -> np.ndarray[Any, Any]
         raise
     except Image.DecompressionBombError:
         raise InputError(f"{where} says that it has more than {MOST_PIXELS:,} pixels. Make it smaller.") from None
-    except Exception as error:  # Pillow raises a dozen kinds; each means that the image cannot be read
+    except Exception as error:  # Pillow raises many types; the image cannot be read
         raise InputError(f"{where} is not a readable image ({type(error).__name__}).") from None
 
 
 def _eight_bit(where: str, image: Image.Image, counts: Counter[str]) -> np.ndarray[Any, Any]:
-    """Of 16 bits the upper eight; transparent pixels on white; gray as gray, any other colours as RGB."""
+    """The upper eight of 16 bits; transparent pixels on white; gray stays gray, other colours become RGB."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -165,7 +167,7 @@ def _images(folder: Path, counts: Counter[str]) -> list[Path]:
 
 
 def image_table(files: list[Path], spec: Mapping[str, Any], counts: Counter[str]) -> ImageSet:
-    """The images of one split from its parquet or .npz files, one after the other."""
+    """The images of one split from its parquet or .npz files, concatenated."""
     read = {".npz": _archive, ".parquet": _parquet}
     for path in files:
         if path.suffix.lower() not in read:
@@ -202,7 +204,7 @@ def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Colum
 
 
 def _cell(path: Path, cell: Any) -> Any:
-    """The bytes of an image of `datasets`, or the file that it names."""
+    """The bytes of an image of `datasets`, or the file it refers to."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     return path.parent / cell if isinstance(cell, str) else cell
@@ -220,7 +222,7 @@ def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Colum
 
 
 def _array(path: Path, column: str, raw: np.ndarray[Any, Any], spec: Mapping[str, Any], counts: Counter[str]) -> Tensor:
-    """`[images, channels, height, width]` of an array: uint8, of other whole numbers by their range, or fractions."""
+    """`[images, channels, height, width]` of an array: uint8 unchanged, other integers by their range, or floats."""
     if raw.dtype.kind not in "fiub" or not 2 <= raw.ndim <= 4 or 0 in raw.shape:
         raise InputError(
             f"{path}: {column} is {raw.dtype} {raw.shape}; give numbers, (images, height, width, channels), (images, "
@@ -253,7 +255,7 @@ def _array(path: Path, column: str, raw: np.ndarray[Any, Any], spec: Mapping[str
 
 
 def _layout(path: Path, column: str, shape: tuple[int, ...], spec: Mapping[str, Any]) -> str:
-    """Where the channels are: as `data.input_data_format` says, else where there are 1, 3 or 4 and what is left is square."""
+    """The axis of channels: from `data.input_data_format`, else the axis of size 1, 3 or 4 if the others are square."""
     given = spec.get("input_data_format")
     if given is not None:
         if given not in LAYOUTS:
@@ -270,12 +272,12 @@ def _layout(path: Path, column: str, shape: tuple[int, ...], spec: Mapping[str, 
 
 
 def domain_column(spec: Mapping[str, Any]) -> list[str]:
-    """The column of domains, if one is asked for."""
+    """The column of domains, if one is configured."""
     return [str(spec["domain_column"])] if spec.get("domain_column") is not None else []
 
 
 def need_columns(path: Path | str, have: set[str], want: set[str]) -> None:
-    """Refuse a table that lacks a column."""
+    """Raise an error for a table that lacks a column."""
     if not want <= have:
         raise InputError(
             f"{path} has columns {', '.join(sorted(have)) or 'none'}; expected {', '.join(sorted(want))}. "

@@ -16,9 +16,9 @@ class ImageSet(Dataset[tuple[Any, ...]]):
         pixels: `[images, channels, height, width]`, uint8 (0 … 255) or float features.
         labels: `[images]`, int64.
         ids: `[images]`, int64.
-        clean: `[images]`, the labels before noise was added to them, if it was.
-        parts: `[images, 2]`, int64, the true class and subclass of each, where subclasses are known.
-        domains: `[images]`, the name of each one's domain, where the data have a column of them.
+        clean: `[images]`, the labels before noise was added, if it was.
+        parts: `[images, 2]`, int64, the true class and subclass of each, if subclasses are known.
+        domains: `[images]`, the name of each image's domain, if the data have a column of domains.
     """
 
     def __init__(
@@ -48,6 +48,6 @@ class ImageSet(Dataset[tuple[Any, ...]]):
         return ImageSet(self.pixels[index], self.labels[index], self.ids[index], clean, parts, domains)
 
     def relabelled(self, labels: Tensor, clean: Tensor | None = None) -> ImageSet:
-        """The same images under other labels."""
+        """The same images with other labels."""
         clean = clean if clean is not None else self.clean
         return ImageSet(self.pixels, labels, self.ids, clean, self.parts, self.domains)

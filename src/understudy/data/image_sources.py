@@ -1,4 +1,4 @@
-"""Where images come from: built-in sets, folders `class/image`, tables with `image` and `label`, sets of the Hub."""
+"""Sources of images: built-in sets, folders `class/image`, tables with `image` and `label`, sets of the Hub."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def read_source(
 
 
 def _alike(name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any], counts: Counter[str]) -> dict[str, ImageSet]:
-    """Splits of one size and type: resized to `size`, gray ones in three equal channels where another is coloured."""
+    """Splits with one size and type: resized to `size`, gray ones repeated to three channels if another split is
+    coloured."""
     into = wanted_size(spec.get("size"))
     pixels = {split: part.pixels for split, part in pools.items()}
     if into is not None:
@@ -129,7 +130,7 @@ def _hub(name: str, spec: Mapping[str, Any], counts: Counter[str]) -> tuple[dict
 
     try:
         loaded = load_dataset(name)
-    except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
+    except Exception as error:  # the Hub client raises many types; the set is not available
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return _columns(name, loaded, spec, counts)
 

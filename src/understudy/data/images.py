@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def collate_images(items: list[tuple[Any, ...]], domains: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Tensors of a `Batch`; uint8 pixels become [0, 1], and the names of `domains` numbers."""
+    """Tensors of a `Batch`; uint8 pixels become [0, 1], and names of `domains` become indices."""
     pixels, labels, ids, *named = zip(*items, strict=True)
     stacked = torch.stack(pixels)
     numbers = {"domains": torch.tensor([domains.index(d) for d in named[0]])} if named else {}
@@ -41,9 +41,9 @@ def collate_images(items: list[tuple[Any, ...]], domains: Sequence[str] = ()) ->
 
 @dataclass
 class Splits:
-    """Train, validation and test sets of one source, with the classes' names and a content hash.
+    """Train, validation and test sets of one source, with the names of the classes and a content hash.
 
-    `more_tests` are the source's further test sets, those whose name begins with `test_`.
+    `more_tests` are the source's further test sets, whose names begin with `test_`.
     """
 
     train: ImageSet
@@ -135,7 +135,7 @@ def _check_keys(spec: Mapping[str, Any]) -> None:
 def _of_domains(
     name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any]
 ) -> tuple[dict[str, ImageSet], tuple[str, ...]]:
-    """The examples of the one domain that is asked for, or all, and the names of all domains."""
+    """The examples of the configured domain, or all, and the names of all domains."""
     column, only = spec.get("domain_column"), spec.get("only")
     lacks = [split for split, part in pools.items() if part.domains is None]
     if column is None and only is not None:
@@ -144,7 +144,7 @@ def _of_domains(
         return pools, ()
     if lacks:
         raise InputError(
-            f"{name} has no columns, and data.domain_column asks for {column!r}: give a table or a Hub set."
+            f"{name} has no columns, and data.domain_column requires {column!r}: give a table or a Hub set."
         )
     names = tuple(sorted({str(d) for part in pools.values() if part.domains is not None for d in part.domains}))
     if only is None:
@@ -157,7 +157,7 @@ def _of_domains(
 def _coarser(
     pools: dict[str, ImageSet], classes: list[str], spec: Mapping[str, Any]
 ) -> tuple[dict[str, ImageSet], list[str]]:
-    """Classes merged as `modulo` or `label_map` says; labels that do not count are left as they are."""
+    """Classes merged by `modulo` or `label_map`; ignored labels are unchanged."""
     modulo, chosen = spec.get("modulo"), spec.get("label_map")
     if modulo is None and chosen is None:
         return pools, classes
@@ -188,7 +188,8 @@ def _coarser(
 
 
 def _long_tailed(pool: ImageSet, ratio: Any, classes: int, notes: list[str]) -> ImageSet:
-    """Keep of class c the share ratio^(−c / (classes − 1)) of the first class's examples, the first of each in order."""
+    """Keep of class c a fraction ratio^(−c / (classes − 1)) of the number of the first class, the first examples in
+    order."""
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not ratio >= 1:
         raise InputError(f"data.imbalance is {ratio!r} and must be a number of at least 1.")
     most = int((pool.labels == 0).sum())
@@ -201,13 +202,13 @@ def _long_tailed(pool: ImageSet, ratio: Any, classes: int, notes: list[str]) -> 
 
 
 def _rare(test: ImageSet, classes: int) -> dict[str, ImageSet]:
-    """The test examples of the last three in ten classes, one at least, as a set of their own."""
+    """The test examples of the last three in ten classes, at least one class, as a separate set."""
     few = test.labels >= classes - max(1, round(0.3 * classes))
     return {"test_rare": test.select(few)} if few.any() else {}
 
 
 def _noisy(part: ImageSet, spec: Mapping[str, Any], classes: int) -> ImageSet:
-    """Random labels in place of a share of a part's own."""
+    """Replace a fraction of a part's labels by random ones."""
     share = spec.get("label_noise")
     if share is None:
         return part
@@ -220,7 +221,7 @@ def _noisy(part: ImageSet, spec: Mapping[str, Any], classes: int) -> ImageSet:
 
 
 def _mistaught(part: ImageSet, spec: Mapping[str, Any], classes: list[str]) -> ImageSet:
-    """Random labels for every example of some classes."""
+    """Random labels for all examples of some classes."""
     wrong = spec.get("teacher_random_classes")
     if wrong is None:
         return part
@@ -235,7 +236,7 @@ def _mistaught(part: ImageSet, spec: Mapping[str, Any], classes: list[str]) -> I
 
 
 def _draw(part: ImageSet, spec: Mapping[str, Any], stream: int) -> Tensor:
-    """A number in (0, 1) for each example, by its id."""
+    """A random number in (0, 1) for each example, by its id."""
     return uniform(part.ids, (1,), seed=int(spec.get("seed", 0)), step=0, stream=stream)[:, 0]
 
 
@@ -245,7 +246,7 @@ def _relabelled(part: ImageSet, chosen: Tensor, drawn: Tensor, classes: int) -> 
 
 
 def _joined(a: ImageSet, b: ImageSet) -> ImageSet:
-    """Both parts as one; the second's ids come after the first's, since they may be those of another file."""
+    """Both parts concatenated; the second's ids are offset, since they may come from another file."""
     clean = [part.labels if part.clean is None else part.clean for part in (a, b)]
     pixels, labels = torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels])
     ids = torch.cat([a.ids, b.ids + a.ids.max() + 1])

@@ -1,4 +1,4 @@
-"""Folders of documents, queries and graded judgements as rows of queries with candidates, which BM25 finds."""
+"""Folders of documents, queries and relevance grades (qrels) as rows of queries with candidates from BM25."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels":
 
 
 def is_judged(path: Path) -> bool:
-    """Whether a path is a folder with documents and judgements; a folder without is one of triples."""
+    """Whether a path is a folder with documents and relevance grades; a folder without grades holds triples."""
     return path.is_dir() and any(_says(f, kind) for f in visible(path) for kind in ("docs", "qrels"))
 
 
 def split_queries(queries: Sequence[Any], named: Sequence[str | None], notes: list[str]) -> dict[str, list[Any]]:
-    """Whole queries to splits: to those they are named for, and of every ten training queries the first to test and the
-    sixth to validation, where those are not named."""
+    """Assign whole queries to splits: those that their file names, and of every ten training queries the first to test
+    and the sixth to validation if these splits are missing."""
     out: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
     kind = {place: split for split, place in (("test", 0), ("validation", 5)) if split not in named}
     seen = 0
@@ -45,7 +45,7 @@ def split_queries(queries: Sequence[Any], named: Sequence[str | None], notes: li
 def judged_folder(
     path: Path, spec: Mapping[str, Any], notes: list[str]
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """Rows of a folder with documents, queries and graded judgements; candidates come from BM25."""
+    """Rows of a folder with documents, queries and relevance grades; candidates come from BM25."""
     (docs,), (asked_in,) = (_tables(path, kind) for kind in ("docs", "queries"))
     documents, queries = _texts(docs, "docs", "doc_id"), _texts(asked_in, "queries", "query_id")
     kept = {name: text for name, text in documents.items() if text.strip()}
@@ -53,7 +53,7 @@ def judged_folder(
         notes.append(f"{path.name}: {len(documents) - len(kept)} documents without text were left out.")
     empty = next((name for name, text in queries.items() if not text.strip()), None)
     if empty is not None:
-        raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or mend its text.")
+        raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or fix its text.")
     place = {name: i for i, name in enumerate(kept)}
     grades, named = _judged(path, place, notes)
     asked = [q for q in queries if any(g > 0 for g in grades.get(q, {}).values())]
@@ -88,7 +88,7 @@ def judged_folder(
 def _judged(
     path: Path, place: Mapping[str, int], notes: list[str]
 ) -> tuple[dict[str, dict[int, float]], dict[str, str | None]]:
-    """Of each query the grades of documents, by their place, and the split that its file is named after."""
+    """For each query the grades of documents by index, and the split that its file is named after."""
     grades: dict[str, dict[int, float]] = {}
     named: dict[str, str | None] = {}
     unknown = 0
@@ -97,7 +97,7 @@ def _judged(
             query, document, split = str(j["query_id"]), str(j["doc_id"]), split_of(file.stem)
             grade = _grade(f"{file}, row {place_in_file}", j["grade"])
             if named.setdefault(query, split) != split:
-                raise InputError(f"{file}: the query {query!r} is judged in another split too. Keep it in one.")
+                raise InputError(f"{file}: the query {query!r} is graded in another split too. Keep it in one.")
             if document in place:
                 grades.setdefault(query, {})[place[document]] = grade
             else:
@@ -115,7 +115,7 @@ def _sampled(
     negatives: int,
     generator: random.Random,
 ) -> list[dict[str, Any]]:
-    """Triples: each relevant document with some candidates of the first stage that nobody judged relevant."""
+    """Triples: each relevant document with some candidates of the first stage that are not graded as relevant."""
     others = [i for i in first if judged.get(i, 0.0) <= 0]
     rows = []
     for positive in (i for i, g in judged.items() if g > 0):
@@ -141,7 +141,7 @@ def _says(file: Path, kind: str) -> bool:
 
 
 def _tables(path: Path, kind: str) -> list[Path]:
-    """The one file of a kind; of judgements one for each split, if their names say which."""
+    """The one file of a kind; for grades one per split, if their names indicate it."""
     files = [f for f in visible(path) if _says(f, kind)]
     splits = [split_of(f.stem) for f in files]
     several = kind == "qrels" and "train" in splits and None not in splits and len(set(splits)) == len(files)
@@ -162,7 +162,7 @@ def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _texts(file: Path, kind: str, key: str) -> dict[str, str]:
-    """Id → text; "" where there is none."""
+    """Id → text; "" for an empty text."""
     found: dict[str, str] = {}
     for number, row in enumerate(_rows(file, kind)):
         name, text = str(row[key]), "" if row["text"] is None else row["text"]

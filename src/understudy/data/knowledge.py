@@ -1,4 +1,4 @@
-"""Knowledge as triples (head event, relation, tail): relations with their wording, labelled triples, the text of one."""
+"""Knowledge as triples (head event, relation, tail): relations with their wording, labelled triples, and their text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = (
     "Alex Avery Bailey Blake Cameron Casey Charlie Chris Dana Drew Eden Emery Finley Frankie Hayden Jamie Jordan Kai Kelly "
     "Kim Lee Logan Morgan Noel Parker Pat Quinn Reese Riley Robin Rowan Sage Sam Skyler Sydney Taylor Terry Tracy"
 ).split()
-"""First names that say nothing else about a person."""
+"""First names."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Relation:
     """A relation.
 
     Args:
-        name: as in the student's text. text: how it is said to a critic. ask: what ends a prompt for a tail.
+        name: in the student's text.
+        text: wording for a critic.
+        ask: ends a prompt for a tail.
         examples: (head, tail) pairs for few-shot prompts.
     """
 
@@ -50,7 +52,7 @@ MARKS = ("<head>", "</head>", "<relation>", "</relation>", "[GEN]")
 
 
 def marked_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A new tokenizer for bracketed texts, where each mark is one token and takes the space before it along."""
+    """A new tokenizer for bracketed texts, where each mark is one token that includes the space before it."""
     tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.add_tokens([AddedToken(mark, lstrip=True, special=True) for mark in MARKS], special_tokens=True)
     return tokenizer
@@ -87,7 +89,7 @@ def _relation(name: str, value: Any, file: str | None) -> Relation:
 
 
 def load_events(name: str, columns: Any = None) -> list[str]:
-    """Seed events: one a line of a text file, or the column `event` (or `text`) of any file of records.
+    """Seed events: one per line of a text file, or the column `event` (or `text`) of a file of records.
 
     Args:
         columns: the recipe's `data.columns`, `{ours: theirs}`.

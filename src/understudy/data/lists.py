@@ -21,14 +21,14 @@ STRAY = "stray/"
 
 @dataclass(kw_only=True)
 class ListBatch(WholeExamples, Batch):
-    """A batch whose rows are lists. Its tokens are the rows of `tokens`, a batch of its own.
+    """A batch whose rows are lists. `tokens` is the batch of its token rows.
 
     Args:
         inputs, labels: of the sequences, `[sequences, length]`.
-        slots: `[lists, candidates]`, the sequence of each candidate, −1 where a list has none.
+        slots: `[lists, candidates]`, index of the sequence of each candidate, −1 for none.
         scores: `[lists, candidates]`, higher is better.
-        reference, taught: `[lists, candidates]`, log-probabilities of the reference and of a teacher, if they were
-            computed before.
+        reference, taught: `[lists, candidates]`, log-probabilities of the reference model and of a teacher, nats, if
+            they were computed before.
     """
 
     slots: Tensor
@@ -48,7 +48,7 @@ class ListBatch(WholeExamples, Batch):
 
     @cached_property
     def strays(self) -> ListBatch | None:
-        """Each prompt with a completion of another example (`mismatched`), as lists of one; `None` where there are none."""
+        """Each prompt with the completion of another example (`mismatched`), as lists of one; `None` without any."""
         values = {k.removeprefix(STRAY): v for k, v in self.inputs.items() if k.startswith(STRAY)}
         found = Batch.from_dict(values) if values else None
         assert found is None or isinstance(found, ListBatch)
@@ -56,32 +56,32 @@ class ListBatch(WholeExamples, Batch):
 
     @cached_property
     def candidates(self) -> Tensor:
-        """`[lists, candidates]`, which there are."""
+        """`[lists, candidates]`, True for valid candidates."""
         return self.slots >= 0
 
     @cached_property
     def groups(self) -> list[list[int]]:
-        """The sequences of each list."""
+        """The indices of the sequences of each list."""
         return [[s for s in row if s >= 0] for row in self.slots.tolist()]
 
     @cached_property
     def lengths(self) -> Tensor:
-        """`[lists, candidates]`, completion tokens; 0 where there is no candidate."""
+        """`[lists, candidates]`, number of completion tokens; 0 for no candidate."""
         return self.by_candidate(self.tokens.mask.sum(1))
 
     @cached_property
     def best(self) -> Tensor:
-        """`[lists]`, the candidate with the highest score (the first of equals)."""
+        """`[lists]`, index of the candidate with the highest score (the first of equals)."""
         return self.scores.masked_fill(~self.candidates, -torch.inf).argmax(-1)
 
     @cached_property
     def worst(self) -> Tensor:
-        """`[lists]`, the candidate with the lowest score (the last of equals)."""
+        """`[lists]`, index of the candidate with the lowest score (the last of equals)."""
         flipped = self.scores.masked_fill(~self.candidates, torch.inf).flip(-1).argmin(-1)
         return self.slots.shape[1] - 1 - flipped
 
     def by_candidate(self, values: Tensor) -> Tensor:
-        """From `[sequences]` to `[lists, candidates]`, 0 where there is no candidate."""
+        """From `[sequences]` to `[lists, candidates]`, 0 for no candidate."""
         return values[self.slots.clamp(min=0)].masked_fill(~self.candidates, 0)
 
     @cached_property
@@ -94,8 +94,8 @@ def encode_lists(
 ) -> tuple[TextSet, Counts]:
     """Encode records of `load_preferences`: each candidate is prompt + completion, with the prompt masked.
 
-    A sequence that is too long loses tokens at the start of its prompt, as many for every candidate of the list; a list
-    whose longest completion leaves no room for a prompt token is dropped. Both are counted.
+    Prompts are truncated at the start so that the longest sequence of a list fits, by the same number of tokens for
+    every candidate; a list whose longest completion leaves no room for a prompt token is dropped. Both are counted.
     """
     check_length(max_length)
     counts, rows, ends = Counts(records=len(records)), [], Ends.of(tokenizer)
@@ -161,12 +161,12 @@ def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any
 
 
 def mismatched(examples: TextSet) -> TextSet:
-    """The prompt of each example with the completion of an earlier one that answers another prompt, if there is any.
+    """The prompt of each example with the completion of an earlier example with another prompt, if there is one.
 
     Args:
-        examples: lists of one candidate. The nearest earlier one is taken, and of the first ones the last.
+        examples: lists of one candidate. The nearest earlier example is used, for the first ones the last.
 
-    A prompt loses tokens at its start where the new completion would make the longest sequence longer.
+    A prompt is truncated at the start if the new completion would make the longest sequence longer.
     """
 
     halves = []
@@ -176,7 +176,7 @@ def mismatched(examples: TextSet) -> TextSet:
         halves.append((ids[:start], ids[start:], labels[start:]))
     keys, number = [prompt.numpy().tobytes() for prompt, *_ in halves], len(halves)
     partner = [i - 1 for i in range(number)]
-    for i in [*range(number), *range(number)]:  # twice, as the first ones look back to the last
+    for i in [*range(number), *range(number)]:  # twice, since the first ones use the last
         if keys[i] == keys[i - 1]:
             partner[i] = partner[i - 1]
     longest = max((len(row["sequences"][0][0]) for row in examples.records), default=0)

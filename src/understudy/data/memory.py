@@ -1,4 +1,4 @@
-"""Data that the caller holds in memory: lists of records and sets of `datasets`, under a name made of their content."""
+"""Data that the caller holds in memory: lists of records and `datasets` sets, named by a hash of their content."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from PIL import Image
 from understudy.errors import InputError
 
 MEMORY = "memory:"
-"""Begins the name of a data set that is in memory."""
+"""Prefix of the name of a data set in memory."""
 SPLITS = ("train", "validation", "test")
 _held: dict[str, Mapping[str, Any]] = {}
 
 
 def is_data(value: Any) -> bool:
-    """Whether `value` is a data set itself: a `Dataset`, a list of records, or a mapping of splits to these."""
+    """Whether `value` is a data set: a `Dataset`, a list of records, or a mapping from splits to these."""
     if isinstance(value, Mapping) and value and all(isinstance(v, (Dataset, list)) for v in value.values()):
         return set(value) <= set(SPLITS) or all(isinstance(v, Dataset) for v in value.values())
     return isinstance(value, (Dataset, IterableDataset, IterableDatasetDict, list))
 
 
 def keep(data: Any) -> str:
-    """Keep a data set for the recipes of this process, and name it by its content.
+    """Register a data set for the recipes of this process. Returns a name derived from its content.
 
     Args:
-        data: as `is_data` says; one without splits is the train split.
+        data: see `is_data`; one without splits is the train split.
 
     Raises:
-        InputError: a record is no mapping, there is none, or the set is read as a stream.
+        InputError: a record is not a mapping, there is no record, or the set is streaming.
     """
     if isinstance(data, (IterableDataset, IterableDatasetDict)):
         raise InputError(f"data is an {type(data).__name__}, which has no length: give a Dataset or a list of records.")
@@ -54,7 +54,7 @@ def keep(data: Any) -> str:
 
 
 def held(name: str) -> Mapping[str, Any]:
-    """The splits that were kept under a name."""
+    """The splits registered under a name."""
     if name not in _held:
         raise InputError(
             f"Data {name} were handed over in Python and this process has others or none: call again with the same data."
@@ -63,7 +63,7 @@ def held(name: str) -> Mapping[str, Any]:
 
 
 def records(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The records of each split, free to be changed."""
+    """Copies of the records of each split."""
     return {split: [dict(row) for row in _plain(rows)] for split, rows in held(name).items()}
 
 
@@ -82,7 +82,7 @@ def tables(name: str) -> dict[str, Dataset]:
 
 
 def _plain(rows: Any) -> Iterator[Any]:
-    """The records as they are stored: images of a `Dataset` stay encoded."""
+    """The records as stored: images of a `Dataset` stay encoded."""
     if isinstance(rows, list):
         yield from rows
         return
@@ -91,7 +91,7 @@ def _plain(rows: Any) -> Iterator[Any]:
 
 
 def _content(value: Any) -> Any:
-    """What stands for a value that JSON lacks."""
+    """A JSON value for a value that JSON does not have."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, Image.Image):

@@ -1,4 +1,4 @@
-"""Randomness by example: it depends on (seed, step, example id) alone, so it is the same in any batch, order or
+"""Random numbers by example: they depend on (seed, step, example id) alone, so they are the same in any batch, order or
 resumed run."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def shift(x: Tensor, by: int) -> Tensor:
 
 
 def uniform(ids: Tensor, shape: Sequence[int], *, seed: int, step: int | Tensor, stream: int = 0) -> Tensor:
-    """`[ids, *shape]` in (0, 1), float64. Different `stream`s are independent draws for the same ids and step; `step` is
-    one for all, or `[ids]`."""
+    """Uniform numbers `[ids, *shape]` in (0, 1), float64. Different `stream`s are independent for the same ids and
+    step; `step` is one for all, or `[ids]`."""
     number = math.prod(shape)
     start = mix_bits(mix_bits(mix_bits(ids.long() * 0x9E3779B97F4A7C1 + step) + seed) + stream)
     index = torch.arange(1, number + 1, device=ids.device) * 0x9E3779B97F4A7C1

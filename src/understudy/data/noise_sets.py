@@ -1,6 +1,6 @@
-"""Training sets of generation: noise by id for a student that needs no data, examples for a model that learns from them.
+"""Training sets of generation: noise by id for a student that needs no data, examples for a model trained on data.
 
-The noise of an example is a function of its id (`data.noise`), so a data set of noise is a list of numbers.
+The noise of an example is a function of its id (`data.noise`), so a data set of noise is a list of ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from understudy.data.images import load_images
 from understudy.errors import InputError
 
 APART = {"train": 0, "validation": 1 << 40, "test": 2 << 40, "reference": 3 << 40}
-"""Where the ids of a split begin: no split shares noise with another."""
+"""First id of each split, so that no two splits share noise."""
 
 
 @dataclass(kw_only=True)
@@ -29,9 +29,10 @@ class NoiseBatch(WholeExamples, Batch):
     """A batch of generation. Its rows are examples.
 
     Args:
-        inputs: what a denoiser is shown, `x` and the time `t` in [0, 1]; before that `clean`, where the set has examples.
-        labels: as `condition`.
-        condition: `[examples]`, the class to draw, −1 for none.
+        inputs: inputs of a denoiser, `x` and the time `t` in [0, 1]; before these are set `clean`, if the set has
+            examples.
+        labels: the same as `condition`.
+        condition: `[examples]`, the class to generate, −1 for none.
     """
 
     condition: Tensor
@@ -45,7 +46,7 @@ class NoiseBatch(WholeExamples, Batch):
         return self.condition
 
     def at(self, x: Tensor, t: Tensor | float, condition: Tensor | None = None) -> NoiseBatch:
-        """The same examples with `x` shown at time `t` (`[examples]`, or one time for all)."""
+        """The same examples with `x` as input at time `t` (`[examples]`, or one time for all)."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
         inputs = {**self.inputs, "x": x, "t": times}
         return replace(self, inputs=inputs, condition=self.condition if condition is None else condition)
@@ -53,14 +54,16 @@ class NoiseBatch(WholeExamples, Batch):
 
 @dataclass
 class Reference:
-    """What samples are judged against.
+    """The reference that samples are compared with.
 
     Args:
-        examples: reads the real examples and their classes of a split; `None` where there are no data.
-        training: reads those that a feature network may learn from; `None` for points, which need none.
-        centres, deviation: of the modes of a world, `[modes, dimensions]`, where they are known. key: content hash.
-        steps: calls of the teacher's own sampler to report. many: calls of the sampler that stands for the teacher.
-        store: where what is dear is kept.
+        examples: reads the real examples of a split and their classes; `None` without data.
+        training: reads those that a feature network is trained on; `None` for points, which need none.
+        centres, deviation: of the modes of a world, `[modes, dimensions]`, if they are known.
+        key: content hash.
+        steps: step budgets of the teacher's own sampler to report.
+        many: number of calls of the sampler that serves as the teacher's reference.
+        store: folder for results that are expensive to compute.
     """
 
     examples: Callable[[], tuple[Tensor, Tensor]] | None
@@ -74,10 +77,12 @@ class Reference:
 
 
 class NoiseSet(Dataset[tuple[int, int]]):
-    """`size` ids and, where there are classes, a class each in turn. Nothing else is read, ever.
+    """`size` ids, with a class for each in turn if there are classes. It reads no data.
 
     Args:
-        split: whose ids. classes: 0 for none. reference: of evaluation splits.
+        split: determines the ids.
+        classes: 0 for none.
+        reference: of evaluation splits.
     """
 
     def __init__(self, size: int, split: str, classes: int = 0, reference: Reference | None = None) -> None:
@@ -93,7 +98,7 @@ class NoiseSet(Dataset[tuple[int, int]]):
 
 
 class ExampleSet(Dataset[tuple[int, int, Tensor]]):
-    """Real examples `[examples, ...]` in the range that models see, with ids and classes (−1 without)."""
+    """Real examples `[examples, ...]` in the range of the model's inputs, with ids and classes (−1 without)."""
 
     def __init__(self, clean: Tensor, condition: Tensor) -> None:
         self.clean, self.condition = clean, condition
@@ -106,7 +111,7 @@ class ExampleSet(Dataset[tuple[int, int, Tensor]]):
 
 
 def collate_noise(items: list[Any]) -> dict[str, Tensor]:
-    """The tensors of a `NoiseBatch`, with `clean` where items have it."""
+    """The tensors of a `NoiseBatch`, with `clean` if items have it."""
     ids, condition = (torch.tensor([item[i] for item in items]) for i in (0, 1))
     found = {"ids": ids, "labels": condition, "condition": condition}
     return found | ({"clean": torch.stack([item[2] for item in items])} if len(items[0]) == 3 else {})

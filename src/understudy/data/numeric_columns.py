@@ -1,4 +1,4 @@
-"""Columns of numbers that a method adds to the examples before training and a loss reads: one number an example, or one a
+"""Columns of numbers that a method adds to the examples before training and a loss reads: one number per example or
 token."""
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from understudy.errors import InputError
 
 
 class Column:
-    """Numbers filed under example ids, so that they find their example in any order, batch or split.
+    """Numbers stored by example id, so that they match their example in any order, batch or split.
 
-    Make one with `by_example` or `by_token`.
+    Create one with `by_example` or `by_token`.
 
     Args:
-        name: for messages. ids: `[examples]`. values: `[examples, …]`; or `[tokens]`, those of all examples one after the
-            other, where `lengths`, `[examples]`, says how many each has.
+        name: for messages.
+        ids: `[examples]`.
+        values: `[examples, …]`; or `[tokens]`, those of all examples concatenated, with the number of tokens of each in
+            `lengths`, `[examples]`.
     """
 
     def __init__(self, name: str, ids: Tensor, values: Tensor, lengths: Tensor | None = None) -> None:
@@ -45,23 +47,23 @@ class Column:
 
     @classmethod
     def by_example(cls, name: str, ids: Tensor, values: Tensor) -> Column:
-        """One entry an example: `values` is `[examples, …]`."""
+        """One entry per example: `values` is `[examples, …]`."""
         return cls(name, ids, values)
 
     @classmethod
     def by_token(cls, name: str, ids: Tensor, values: Sequence[Tensor]) -> Column:
-        """One number for each row (counted token) of an example: `values` holds a `[rows]` tensor an example."""
+        """One number for each row (counted token) of an example: `values` holds a `[rows]` tensor per example."""
         lengths = torch.tensor([len(v) for v in values], dtype=torch.long)
         return cls(name, ids, torch.cat(list(values)) if values else torch.empty(0), lengths)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As tensors that can be stored (`SetupContext.once`); `from_tensors` reads them."""
+        """As tensors that can be stored (`SetupContext.once`); `from_tensors` is the inverse."""
         lengths = {"lengths": self.lengths} if self.lengths is not None else {}
         return {"ids": self.ids, "values": self.values, **lengths}
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Tensor]) -> Column:
-        """What `tensors` gave."""
+        """The inverse of `tensors`."""
         return cls(name, tensors["ids"], tensors["values"], tensors.get("lengths"))
 
     def of_examples(self, batch: Batch) -> Tensor:

@@ -1,9 +1,9 @@
-"""How the tokens of a batch are laid out in rows, so that no padding and no repeated prompt is computed.
+"""Layouts of the tokens of a batch in rows without padding and with common prefixes computed once.
 
-A *tree* is what its sequences share at their beginning, followed by the rest of each, its *branches*:
-`prompt ‖ completion 1 ‖ completion 2 …`. A sequence that shares nothing is a tree without branches. Trees lie side by side
-in rows as wide as the largest of them. Positions go on from the shared part in every branch; a token sees the shared part
-of its own tree and its own branch, up to itself.
+A *tree* is the common prefix of its sequences, followed by the rest of each, its *branches*: `prompt ‖ completion 1 ‖
+completion 2 …`. A sequence without a common prefix is a tree without branches. Trees are placed side by side in rows as
+wide as the largest of them. Positions in every branch continue those of the prefix; a token attends to the prefix of
+its tree and to its own branch, up to itself.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 MULTIPLE = 8
-"""Rows are as wide as a multiple of this, like padded batches."""
+"""The width of rows is a multiple of this, as for padded batches."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Sequences of a batch, by index, and how many tokens they share at their beginning."""
+    """Indices of the sequences of a tree, and the length of their common prefix in tokens."""
 
     members: tuple[int, ...]
     shared: int = 0
 
     def size(self, lengths: Sequence[int]) -> int:
-        """Tokens: the shared ones once."""
+        """Number of tokens, with the prefix counted once."""
         return self.shared + sum(lengths[m] - self.shared for m in self.members)
 
 
@@ -36,10 +36,10 @@ class Layout:
     """Rows of tokens, `[rows, width]`, on the CPU.
 
     Args:
-        source: which token of the padded batch, in flattened order, lies here; −1 where none does.
-        positions: of each token in its own sequence. trees, branches: which ones it belongs to; branch 0 is what a tree
-            shares, tree −1 is no token.
-        place: `[sequences, length]`, where each token of the padded batch lies, in flattened order; 0 for padding.
+        source: index of the token in the flattened padded batch; −1 for none.
+        positions: of each token in its own sequence.
+        trees, branches: the tree and branch of each token; branch 0 is the prefix of a tree, tree −1 is no token.
+        place: `[sequences, length]`, flattened index in the layout of each token of the padded batch; 0 for padding.
     """
 
     source: Tensor
@@ -49,7 +49,7 @@ class Layout:
     place: Tensor
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """`[rows, 1, width, width]`, true where a token (third axis) sees another (fourth)."""
+        """`[rows, 1, width, width]`, True where a token (third axis) attends to another (fourth)."""
         trees, branches = self.trees.to(device), self.branches.to(device)
         width = trees.shape[1]
         before = torch.ones(width, width, dtype=torch.bool, device=device).tril()
@@ -58,7 +58,7 @@ class Layout:
         return seen[:, None]
 
     def starts(self) -> list[int]:
-        """Where sequences begin in one row of trees without branches, and where the last one ends."""
+        """The starts of sequences in one row of trees without branches, and the end of the last one."""
         trees = self.trees.flatten()
         kept = trees[trees >= 0]
         changes = (kept.diff(prepend=kept.new_tensor([-1])) != 0).nonzero()[:, 0]
@@ -66,11 +66,13 @@ class Layout:
 
 
 def lay_out(lengths: Sequence[int], trees: Sequence[Tree], length: int, *, one_row: bool = False) -> Layout:
-    """Put trees into rows.
+    """Arrange trees in rows.
 
     Args:
-        lengths: tokens of each sequence, which padding follows. length: of the padded batch.
-        one_row: all in one row without padding, as kernels for sequences of any length take them.
+        lengths: number of tokens of each sequence, before padding.
+        trees: to arrange.
+        length: of the padded batch.
+        one_row: all in one row without padding, as kernels for variable-length sequences require.
     """
     sizes = [tree.size(lengths) for tree in trees]
     width = sum(sizes) if one_row else -(-max(sizes) // MULTIPLE) * MULTIPLE
@@ -97,7 +99,8 @@ def lay_out(lengths: Sequence[int], trees: Sequence[Tree], length: int, *, one_r
 
 
 def fill(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """Things of these sizes in rows of `width`: the largest first, each into the fullest row that has room for it."""
+    """First-fit decreasing bin packing into rows of `width`: the largest first, each into the fullest row with room for
+    it."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -114,30 +117,31 @@ def fill(sizes: Sequence[int], width: int) -> list[list[int]]:
 
 
 def shared_beginnings(ids: Tensor, kept: Tensor, group: Tensor) -> Tensor:
-    """`[sequences]`: how many tokens each has in common with the first sequence of its group, from the beginning on.
+    """`[sequences]`: length of the common prefix of each sequence with the first of its group.
 
     Args:
-        ids, kept: `[sequences, length]`, tokens and which are not padding. group: `[sequences]`, of each its first one.
+        ids, kept: `[sequences, length]`, tokens, and True where they are not padding.
+        group: `[sequences]`, index of the first sequence of the group.
     """
     same = (ids == ids[group]) & kept & kept[group]
     return same.long().cumprod(1).sum(1)
 
 
 def group_trees(lengths: Sequence[int], common: Sequence[int], groups: Sequence[Sequence[int]]) -> list[Tree]:
-    """The tree of each group, which shares what all of its sequences have in common."""
+    """The tree of each group, whose prefix is common to all of its sequences."""
     return [
         Tree(tuple(g), min(min(common[m], lengths[m]) for m in g)) if len(g) > 1 else Tree(tuple(g)) for g in groups
     ]
 
 
 def is_padded_right(kept: Tensor) -> Tensor:
-    """Whether every sequence has a token and padding only behind it: a boolean scalar."""
+    """Whether every sequence has a token and all padding is on the right: a boolean scalar."""
     return kept[:, 0].all() & (kept[:, 1:] <= kept[:, :-1]).all()
 
 
 def waste(batches: Sequence[tuple[Sequence[int], Sequence[Tree]]]) -> tuple[float, float, float]:
-    """Of some batches (lengths and trees): share of padding when padded, share when packed, and packed tokens, padding
-    included, as a share of padded ones."""
+    """For some batches (lengths and trees): fraction of padding when padded, fraction when packed, and packed tokens,
+    padding included, as a fraction of padded ones."""
     padded = real = own = packed = 0
     for lengths, trees in batches:
         sizes = [tree.size(lengths) for tree in trees]

@@ -1,6 +1,7 @@
-"""The Planetoid graphs (Yang et al. 2016) from the files of their release, which are pickles and are never unpickled.
+"""The Planetoid graphs (Yang et al. 2016) from the files of their release. These are pickles, which are never
+unpickled.
 
-`Recorder` reads a pickle as a description: whatever it asks to be imported, called or filled is recorded, and nothing is.
+`Recorder` reads a pickle as a description: imports, calls and state are recorded and not executed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 
 
 class Record:
-    """An object that a pickle describes: what it would be called with, its state and its items."""
+    """An object described by a pickle: the arguments of its call, its state and its items."""
 
     def __init__(self, *values: Any) -> None:
         self.values, self.state = values, None
@@ -35,15 +36,15 @@ class Record:
         self.state = state
 
 
-class Recorder(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the one in C lets a file ask for any amount of memory
-    """Reads a pickle without importing or calling anything that it names."""
+class Recorder(pickle._Unpickler):  # type: ignore[name-defined,misc]  # the C one may allocate any amount of memory
+    """Reads a pickle without importing or calling anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         return type(name, (Record,), {"__module__": module})
 
 
 def read_planetoid(name: str, root: Any) -> dict[str, Any]:
-    """Features, labels, edges and the published split, from `root/NAME/raw`; what is not there is downloaded into it."""
+    """Features, labels, edges and the published split, from `root/NAME/raw`; missing files are downloaded."""
     if name not in NAMES:
         raise InputError(f"Unknown graph planetoid:{name}.{nearest(name, NAMES)} Known: {', '.join(NAMES)}.")
     folder = Path(str(root)).expanduser() if root else Path.home() / ".cache" / "understudy" / "planetoid"
@@ -58,10 +59,10 @@ def read_planetoid(name: str, root: Any) -> dict[str, Any]:
         return _assembled(found, test)
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may raise any type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"planetoid:{name} cannot be read from {raw}: {reason}. Remove it to download anew."
+            f"planetoid:{name} cannot be read from {raw}: {reason}. Remove it to download it again."
         ) from error
 
 
@@ -76,13 +77,13 @@ def _download(name: str, raw: Path, missing: list[Path]) -> None:
     try:
         for file in missing:
             download_url(f"{Planetoid.url}/{file.name}", str(raw), log=False)
-    except Exception as error:  # each kind means that the set is not to be had
+    except Exception as error:  # many types; the set is not available
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"planetoid:{name} cannot be downloaded to {raw}: {reason}") from error
 
 
 def _described(file: Path) -> Any:
-    """An array, a sparse matrix made dense, or a mapping, as the pickle in a file describes it."""
+    """An array, a sparse matrix made dense, or a mapping, as described by a pickle file."""
     found = Recorder(io.BytesIO(file.read_bytes()), encoding="latin1").load()
     if not isinstance(found, Record):
         return found
@@ -98,14 +99,14 @@ def _described(file: Path) -> Any:
 
 
 def dense(where: str, matrix: Any) -> np.ndarray[Any, Any]:
-    """A sparse matrix as an array, once its indices are known to be inside and its size to be bearable."""
+    """A sparse matrix as an array, after checking its indices and its size."""
     matrix.check_format(full_check=True)
     check_memory(f"{where}: the features are {matrix.shape}", matrix.dtype.itemsize, matrix.shape)
     return np.asarray(matrix.toarray())
 
 
 def _array(found: Any) -> np.ndarray[Any, Any]:
-    """The numpy array that a record describes by its shape, its type and its bytes."""
+    """The numpy array described by its shape, type and bytes."""
     name = type(found).__name__
     if name == "_frombuffer":
         data, kind, shape, order = found.values
@@ -113,7 +114,7 @@ def _array(found: Any) -> np.ndarray[Any, Any]:
     if name != "_reconstruct":
         raise ValueError(f"it holds {name} where an array is expected")
     _, shape, kind, columns_first, data = found.state
-    if isinstance(data, Record):  # bytes in the protocols that have none: text, and the call that encodes it
+    if isinstance(data, Record):  # old protocols store bytes as text and a call to encode it
         data = data.values[0]
     data = data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(data, _kind(kind)).reshape(shape, order="F" if columns_first else "C")
@@ -129,7 +130,7 @@ def _kind(record: Any) -> np.dtype[Any]:
 
 
 def _assembled(parts: Mapping[str, Any], test: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """The graph of the release: test rows in their places, and empty rows for nodes of CiteSeer that have no features."""
+    """The graph of the release: test rows at their index, and empty rows for nodes of CiteSeer without features."""
     span = int(test.max() - test.min()) + 1
     start = len(parts["allx"])
     if test.min() != start or len(test) != len(parts["tx"]) or span > 10 * len(test):

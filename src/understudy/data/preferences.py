@@ -61,7 +61,7 @@ def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] =
 
 
 def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> list[Record]:
-    """The records of a split in the common form, without those that teach nothing; what was done goes to the notes."""
+    """The records of a split in the common form, without those that have no information; changes are noted."""
     kept: list[Record] = []
     left: dict[str, list[int]] = {}
     repeated = 0
@@ -82,7 +82,7 @@ def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> lis
         more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
         which = f"record {', '.join(map(str, numbers[:5]))}{more}"
         if not kept:
-            raise InputError(f"{name}, {split}: no record is left: {why} ({which}). Mend the records.")
+            raise InputError(f"{name}, {split}: no record is left: {why} ({which}). Fix the records.")
         notes.append(f"{name}, {split}: {len(numbers)} records were left out: {why} ({which}).")
     if repeated:
         notes.append(repetition(name, split, repeated))
@@ -139,8 +139,8 @@ def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[floa
 
 
 def _common_prompt(where: str, chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
-    """Prompt and both candidates where there is no prompt column: what both begin with is the prompt, as in TRL: whole
-    messages, or characters up to the space before the first that differs."""
+    """Prompt and both candidates without a prompt column. As in TRL the prompt is their common prefix: whole messages,
+    or characters up to the space before the first difference."""
     if type(chosen) is not type(rejected):
         raise InputError(
             f"{where} has no prompt; chosen is {type(chosen).__name__} and rejected {type(rejected).__name__}: give both "
@@ -148,7 +148,7 @@ def _common_prompt(where: str, chosen: Any, rejected: Any) -> tuple[Any, list[An
         )
     shared = shared_length(chosen, rejected)
     if chosen == rejected:
-        shared = max(0, shared - 1)  # the last turn is the answer, the same twice
+        shared = max(0, shared - 1)  # the last message is the answer, identical in both
     if isinstance(chosen, str) and chosen[:shared].endswith(" "):
         shared -= 1
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
@@ -161,7 +161,7 @@ def _numbers(where: str, column: str, values: Any) -> list[float]:
 
 
 def _number(where: str, column: str, value: Any) -> float:
-    """A finite number; files without types write true and false as text."""
+    """A finite number; files without types store true and false as text."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         value = value.strip().lower() == "true"
     try:

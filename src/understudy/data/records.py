@@ -1,4 +1,4 @@
-"""Files of records: .jsonl, .json, .parquet, .csv and .txt, with the place of each record for messages."""
+"""Files of records: .jsonl, .json, .parquet, .csv and .txt, with the location of each record for messages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Record = dict[str, Any]
 
 
 class Row(Record):
-    """A record that knows where it stands.
+    """A record with its location.
 
     Args:
-        values: its columns. at: file and line, or number of the row.
+        values: its columns.
+        at: file and line, or number of the row.
     """
 
     __slots__ = ("at",)
@@ -32,25 +33,25 @@ class Row(Record):
 
 
 def place(what: str, record: Mapping[str, Any]) -> str:
-    """`what` with the record's place in its file, where it is known."""
+    """`what` with the record's location in its file, if known."""
     at = getattr(record, "at", "")
     return f"{what} ({at})" if at else what
 
 
 def printable(text: str) -> str:
-    """`text` for a message: control characters, and what cannot be encoded, as escapes."""
+    """`text` for a message, with control characters and characters that cannot be encoded escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error, on one line."""
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def read_records(path: Path) -> list[Record]:
     """The records of one file: .txt (pieces of 4,000 characters), .jsonl, .json, .parquet or .csv.
 
-    Cells of .csv are text, whatever they look like.
+    Cells of .csv are text.
 
     Raises:
         InputError: the file cannot be read; the message names the line.
@@ -86,13 +87,13 @@ def _lines(path: Path, text: str) -> Iterator[Record]:
             raise InputError(f"{where} cannot be read as JSON: {error.msg} (column {error.colno}).") from error
         except RecursionError:
             raise InputError(f"{where} cannot be read: its values are nested too deeply. Flatten them.") from None
-        except ValueError as error:  # a number of more digits than Python reads
+        except ValueError as error:  # a number with more digits than Python reads
             raise InputError(f"{where} cannot be read: {reason(error)}") from error
         yield Row(_object(where, row), f"{path.name} line {number}")
 
 
 def _list(path: Path, text: str) -> list[Record]:
-    """A JSON list; or JSON lines under the other name, as `datasets` reads them."""
+    """A JSON list; or JSON lines in a .json file, as `datasets` reads them."""
     if not text.lstrip().startswith("["):
         try:
             whole = json.loads(text)

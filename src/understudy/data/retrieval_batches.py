@@ -1,7 +1,7 @@
-"""Queries with their lists of documents as batches, free of any model's special tokens.
+"""Batches of queries with their lists of documents, without any model's special tokens.
 
-A *view* is one tokenizer's reading of the texts. A batch carries every view that the run's models need, so teacher and
-student may have different tokenizers; models add their own special tokens.
+A *view* is the tokenization of the texts by one tokenizer. A batch holds every view that the run's models need, so
+teacher and student may have different tokenizers; models add their own special tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from understudy.data.batch import Batch, WholeExamples
 from understudy.errors import InputError
 
 IDEAL = 10
-"""How many of a query's best grades a row keeps, for nDCG."""
+"""Number of a query's best grades that a row keeps, for nDCG."""
 
 
 @dataclass(kw_only=True)
@@ -32,10 +32,11 @@ class RankingBatch(WholeExamples, Batch):
     Args:
         inputs: of each view, `VIEW/query_ids` `[queries, length]`, `VIEW/document_ids` `[documents, length]` and their
             masks `VIEW/query_mask`, `VIEW/document_mask`. Documents are distinct.
-        labels: `[queries, candidates]`, grades, higher is better; 0 where there is no candidate.
-        slots: `[queries, candidates]`, the document of each candidate, −1 where a list has none.
-        ideal: `[queries, 10]`, the best grades over all judged documents. total: `[queries]`, how many are relevant.
-        threshold: `[queries]`, the least grade that counts as relevant.
+        labels: `[queries, candidates]`, grades, higher is better; 0 for no candidate.
+        slots: `[queries, candidates]`, index of the document of each candidate, −1 for none.
+        ideal: `[queries, 10]`, the best grades over all graded documents.
+        total: `[queries]`, number of relevant documents.
+        threshold: `[queries]`, the lowest grade that counts as relevant.
         taught: `[queries, candidates]`, a teacher's scores, if known.
     """
 
@@ -51,28 +52,28 @@ class RankingBatch(WholeExamples, Batch):
 
     @cached_property
     def candidates(self) -> Tensor:
-        """`[queries, candidates]`, which there are."""
+        """`[queries, candidates]`, True for valid candidates."""
         return self.slots >= 0
 
     @cached_property
     def relevant(self) -> Tensor:
-        """`[queries, candidates]`, which are relevant."""
+        """`[queries, candidates]`, True for relevant candidates."""
         return (self.labels >= self.threshold[:, None]) & self.candidates
 
     @cached_property
     def row_labels(self) -> Tensor:
-        """`[queries]`, the candidate with the highest grade (the first of equals)."""
+        """`[queries]`, index of the candidate with the highest grade (the first of equals)."""
         return self.labels.masked_fill(~self.candidates, -torch.inf).argmax(1)
 
 
 @dataclass
 class View:
-    """One tokenizer's reading of queries and documents.
+    """The tokenization of queries and documents by one tokenizer.
 
     Args:
-        query_length, document_length: most tokens of each; what is longer loses its end. Special tokens and prompts come on
-            top.
-        query_prompt, document_prompt: what a model is given before each (`query: `, `passage: `).
+        query_length, document_length: most tokens of each; longer texts are truncated at the end. Special tokens and
+            prompts are added to these.
+        query_prompt, document_prompt: prefixes of each (`query: `, `passage: `).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ class View:
 
     @cached_property
     def most(self) -> dict[str, int]:
-        """Most tokens of each side, with its prompt."""
+        """Most tokens of each side, prompt included."""
         sides = {
             "query": (self.query_length, self.query_prompt),
             "document": (self.document_length, self.document_prompt),
@@ -112,7 +113,7 @@ class View:
         return a[:first], a[last + 1 :], b[:start], b[middle + 1 : again], b[end + 1 :]
 
     def ids(self, text: str, side: str) -> list[int]:
-        """Token ids of a query or document with its prompt, kept for the next time."""
+        """Token ids of a query or document with its prompt, cached."""
         text = (self.query_prompt if side == "query" else self.document_prompt) + text
         found = self._known.get(text)
         if found is None:
@@ -132,7 +133,7 @@ class View:
 
 
 def padded(lists: Sequence[Sequence[float]], fill: float, dtype: torch.dtype = torch.long) -> Tensor:
-    """`[lists, longest]`, at least one wide; shorter ones end in `fill`."""
+    """`[lists, longest]`, at least one wide; shorter lists are padded with `fill`."""
     longest = max(1, *map(len, lists))
     return torch.tensor([[*x, *[fill] * (longest - len(x))] for x in lists], dtype=dtype)
 
@@ -143,11 +144,12 @@ def _ends(parts: list[int | None], which: int) -> tuple[int, int]:
 
 
 class RankingSet(Dataset[dict[str, Any]]):
-    """Rows `{id, query, documents, labels, ideal, total}`, with `taught` and `crossed` where a method put them.
+    """Rows `{id, query, documents, labels, ideal, total}`, with `taught` and `crossed` if a method added them.
 
     Args:
         rows: `members` holds recorded scores, `[teachers][documents]`; `judged` grades by index into the collection.
-        collection: all documents, for retrieval; empty if there is none. relevant: the least grade that counts as such.
+        collection: all documents, for retrieval; empty if there is none.
+        relevant: the lowest grade that counts as relevant.
     """
 
     def __init__(self, rows: list[dict[str, Any]], collection: Sequence[str] = (), relevant: float = 1.0) -> None:
@@ -181,10 +183,11 @@ class RankingSet(Dataset[dict[str, Any]]):
 class RankingCollator:
     """From rows to the tensors of a `RankingBatch`.
 
-    Rows marked `crossed` see every document of their batch as a candidate, with grade 0 where it was not their own.
+    Rows marked `crossed` have every document of their batch as a candidate, with grade 0 for those that are not their
+    own.
 
     Args:
-        views: the readings that the run's models need.
+        views: the tokenizations that the run's models need.
     """
 
     def __init__(self, views: Sequence[View]) -> None:
@@ -219,9 +222,9 @@ def _crossed(item: dict[str, Any], documents: list[str]) -> dict[str, Any]:
 
 
 def train_encoder_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE tokenizer with BERT's special tokens, learned from `texts`.
+    """A lower-case byte-level BPE tokenizer with BERT's special tokens, trained on `texts`.
 
-    Not WordPiece, whose trainer numbers its pieces differently each time, so that no run could be resumed.
+    Not WordPiece, whose trainer numbers its pieces differently each time, so that runs could not be resumed.
     """
     if vocab_size < 262:
         raise InputError(f"data.vocab_size is {vocab_size}; byte-level BPE needs at least 262 (256 bytes, 5 specials).")

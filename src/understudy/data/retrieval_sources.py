@@ -33,7 +33,7 @@ class RankingSplits:
     hash: str = ""
 
     def texts(self) -> list[str]:
-        """The texts of the training split, each once, for training a tokenizer."""
+        """The distinct texts of the training split, for training a tokenizer."""
         found: dict[str, None] = {}
         for row in self.train.records:
             found.update(dict.fromkeys([row["query"], *row["documents"]]))

@@ -28,7 +28,7 @@ IDS, TEXTS = ("query_id", "pos_id", "neg_id"), ("query", "positive", "negative")
 
 @dataclass(frozen=True)
 class Triple:
-    """A query with a relevant and another document, as texts, and what a teacher says of each, `None` where none does."""
+    """A query with a relevant and another document, as texts, and a teacher's score of each, `None` without one."""
 
     pos_score: float | None
     neg_score: float | None
@@ -47,12 +47,12 @@ def read_triples(
     """Read scored triples.
 
     Args:
-        queries, collection: where the texts of ids are; the file holds texts if neither is given.
+        queries, collection: files with the texts of ids; without them the file holds texts.
         notes: gets a sentence for whatever was skipped or looks wrong.
 
     Raises:
-        InputError: a line of another number of columns than five or three, a score that is no finite number, a text that
-            is empty or no text (each with its line), or a file none of whose ids is known.
+        InputError: a line with another number of columns than five or three, a score that is not a finite number, an
+            empty or invalid text (each with its line), or a file with only unknown ids.
     """
     path = located(path)
     if (queries is None) != (collection is None):
@@ -104,7 +104,8 @@ def _remark(path: Path, triples: Sequence[Triple], skipped: int, same: int, note
 
 
 def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
-    """Write scored triples with their texts: tab-separated, or parquet or JSON Lines by the name; whole or not at all.
+    """Write scored triples with their texts: tab-separated, or parquet or JSON Lines by the suffix; complete or not at
+    all.
 
     Raises:
         InputError: a text has a tab or line break and the file is tab-separated.
@@ -140,13 +141,13 @@ def read_texts(path: str | Path) -> dict[str, str]:
     for where, name, text in _texts(path):
         if name in found:
             raise InputError(f"{where}: the id {name[:60]!r} is there twice. Keep one of its texts.")
-        # A document without text is refused where a triple uses it; on a line of its own it is a mistake.
+        # A missing text is an error only if a triple uses it; an empty one is a mistake in the file.
         found[name] = "" if text is None else _text(where, f"text of {name[:60]!r}", text)
     return found
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Where each text stands, its id and the text, `None` for a record without."""
+    """Location, id and text of each record; the text is `None` if it is missing."""
     if path.suffix not in COLUMNAR:
         yield from ((where, row[0], row[1]) for where, row in _lines(path, {2: "id text"}))
         return
@@ -160,16 +161,20 @@ def _texts(path: Path) -> Iterator[tuple[str, str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a parquet file; a damaged file is one line."""
+    """All rows of a parquet file; a damaged file is an `InputError` of one line."""
     table = read_parquet(path)
     try:
         return list(table.to_pylist())
-    except ValueError as error:  # text that is not UTF-8, times out of range
+    except ValueError as error:  # not UTF-8, or times out of range
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def located(path: str | Path) -> Path:
-    """A path as it is or in the data folder; one that does not exist is an `InputError`."""
+    """A path as given or in the data folder.
+
+    Raises:
+        InputError: it does not exist.
+    """
     found = find(str(path))
     if found is None or not found.is_file():
         raise InputError(f"{path} is not a file, neither as a path nor in UNDERSTUDY_DATA.")
@@ -177,7 +182,7 @@ def located(path: str | Path) -> Path:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[Any] | None, Sequence[Any]]]:
-    """Where each triple stands, its scores, `None` in a file without, and its texts or ids."""
+    """Location, scores (`None` if the file has none) and texts or ids of each triple."""
     if path.suffix not in COLUMNAR:
         shown = {5: " ".join((*NUMBERS, *columns)), 3: " ".join(columns)}
         for where, row in _lines(path, shown):
@@ -198,7 +203,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each record of a file with columns stands, and the record."""
+    """Location and content of each record of a file with columns."""
     if path.suffix == ".parquet":
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(read_rows(path)))
         return
@@ -215,7 +220,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(path: Path, shown: Mapping[int, str]) -> Iterator[tuple[str, list[str]]]:
-    """The columns of each line; each has as many as the first, one of the numbers of `shown`. A line of names is skipped."""
+    """The columns of each line; all lines have as many as the first, one of the numbers in `shown`. A header line is
+    skipped."""
     first = None
     for where, line in _text_lines(path):
         row = line.split("\t")
@@ -241,11 +247,11 @@ def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _text(where: str, name: str, value: Any) -> str:
-    """A text that is not empty; of ids also a whole number."""
+    """A non-empty text; for ids also an integer."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise InputError(f"{where}: the {name} is {type(value).__name__}, not text.")
     if not str(value).strip():
-        raise InputError(f"{where}: the {name} is empty. Remove the line, or mend its text.")
+        raise InputError(f"{where}: the {name} is empty. Remove the line, or fix its text.")
     return str(value)
 
 

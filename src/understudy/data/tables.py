@@ -1,4 +1,4 @@
-"""Files of columns: .npz archives and parquet, read without pickle; damage of any kind is one line."""
+"""Files of columns: .npz archives and parquet, read without pickle; any damage is an `InputError` of one line."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def columns_of(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    except Exception as error:  # zipfile raises a dozen kinds; each means that the file cannot be read
+    except Exception as error:  # zipfile raises many types; the file cannot be read
         raise _unreadable(path, "a readable .npz file", error) from error
 
 
 def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays of an archive, of the columns asked for or of all.
+    """Arrays of an archive: the given columns, or all.
 
     Raises:
-        InputError: no archive, a damaged one, an array of objects, or one that does not fit into memory.
+        InputError: not an archive, a damaged one, an array of objects, or one that does not fit into memory.
     """
     known = columns_of(path)
     found = {}
@@ -54,7 +54,7 @@ def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.nda
 
 
 def check_memory(what: str, itemsize: int, shape: Iterable[int]) -> None:
-    """Refuse an array that is larger than this machine's memory before it is made."""
+    """Raise an error for an array larger than this machine's memory, before it is allocated."""
     size = itemsize
     for length in shape:
         size *= int(length)
@@ -69,7 +69,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> Any:
 
     try:
         return pq.read_table(path, columns=columns)
-    except Exception as error:  # pyarrow raises a dozen kinds; each means that the file cannot be read
+    except Exception as error:  # pyarrow raises many types; the file cannot be read
         raise _unreadable(path, "a readable parquet file", error) from error
 
 
@@ -77,7 +77,7 @@ def cells(path: Path, table: Any, column: str) -> list[Any]:
     """The values of a table's column."""
     try:
         return list(table.column(column).to_pylist())
-    except ValueError as error:  # text that is not UTF-8, times out of range
+    except ValueError as error:  # not UTF-8, or times out of range
         raise _unreadable(path, f"a readable parquet file ({column})", error) from error
 
 
@@ -88,7 +88,7 @@ def class_numbers(where: str, values: Any, what: str) -> np.ndarray[Any, Any]:
         what: what one label belongs to, for the message.
 
     Raises:
-        InputError: something else than a list of whole numbers, or a number that is no class's.
+        InputError: not a list of integers, or a number that is not a class.
     """
     raw = np.asarray(values)
     if raw.ndim != 1 or raw.dtype.kind not in "OfSUiub":
@@ -106,7 +106,7 @@ def class_numbers(where: str, values: Any, what: str) -> np.ndarray[Any, Any]:
         row = int(raw.argmax())
         raise InputError(
             f"{where}: the label of {what} {row} is {int(raw[row])}; classes are numbered from 0, without gaps, and there "
-            f"are at most {MOST_CLASSES}. Number them anew."
+            f"are at most {MOST_CLASSES}. Renumber them."
         )
     return raw.astype(np.int64)
 

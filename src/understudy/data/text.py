@@ -91,7 +91,7 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
 
 
 def check_keys(spec: Mapping[str, Any], options: Collection[str]) -> None:
-    """Refuse a key of `data` that is not known."""
+    """Raise an error for an unknown key of `data`."""
     for key in spec:
         if key not in options:
             raise InputError(
@@ -100,7 +100,7 @@ def check_keys(spec: Mapping[str, Any], options: Collection[str]) -> None:
 
 
 def whole(spec: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
-    """A whole number of the recipe's `data`, if it is one of at least `least`."""
+    """An integer of the recipe's `data`, at least `least`."""
     value = spec.get(key)
     if value is None:
         return default
@@ -110,7 +110,7 @@ def whole(spec: Mapping[str, Any], key: str, default: int, least: int = 1) -> in
 
 
 def repetition(name: str, split: str, number: int) -> str:
-    """The note on completions that began with their prompt."""
+    """The note on completions that repeated their prompt."""
     return f"{name}, {split}: {number} records repeat the prompt in front of the completion; it is read once."
 
 
@@ -128,7 +128,7 @@ def finish(
 
 
 def _check(where: str, record: Record, column: str | None) -> bool:
-    """Refuse a record that is no text; whether its completion repeated the prompt."""
+    """Check a record's text. Returns whether its completion repeated the prompt."""
     repeated = False
     if "text" in record:
         if not isinstance(record["text"], str):
@@ -158,7 +158,7 @@ def _check(where: str, record: Record, column: str | None) -> bool:
 
 
 def keep_tools(where: str, record: Record, messages: bool) -> None:
-    """Check a record's tools; plain text has no use for them."""
+    """Check a record's tools, which plain text must not have."""
     given = record.pop("tools", None)
     found = tools(where, given) if given is not None and messages else None
     if found is not None:
@@ -166,10 +166,10 @@ def keep_tools(where: str, record: Record, messages: bool) -> None:
 
 
 def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> None:
-    """Set aside a tenth of the training prompts, of each domain, for each of test and validation where there is none.
+    """Set aside a tenth of the training prompts, of each domain, for each of test and validation that is missing.
 
-    Records of one prompt stay together, or a student would be judged on what it was trained on. A record without a prompt
-    column stands for itself, and so does every record where there are fewer than ten prompts.
+    Records of one prompt stay together, since a student must not be evaluated on prompts it was trained on. A record
+    without a prompt column is its own group, and so is every record if there are fewer than ten prompts.
     """
     if "train" not in splits:
         raise InputError(f"{name} has splits {', '.join(splits)} but no train split.")
@@ -198,13 +198,13 @@ def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> N
 
 
 def _prompts(records: list[Record]) -> list[str]:
-    """What tells the records that are asked the same: the prompt, or the place of a record that has none."""
+    """The key of records with the same prompt: the prompt, or the index of a record without one."""
     prompts = [record.get("prompt") for record in records]
     return [json.dumps(p, sort_keys=True, default=str) if p else str(i) for i, p in enumerate(prompts)]
 
 
 def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many characters (or messages) both begin with."""
+    """Length of the common prefix, in characters (or messages)."""
     length = 0
     for a, b in zip(first, second, strict=False):
         if a != b:
@@ -216,7 +216,7 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 def read_source(
     name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str]
 ) -> dict[str, list[Record]]:
-    """The records of each split, with the columns they have: a built-in set, file, folder or set of the Hub."""
+    """The records of each split with their original columns: a built-in set, file, folder or set of the Hub."""
     if name.startswith(MEMORY):
         return memory.records(name)
     if name == "stdlib":
@@ -241,7 +241,7 @@ def read_source(
 
 
 def stdlib(characters: int) -> list[Record]:
-    """Sources of a fixed list of standard-library modules, cut to passages of about 2,000 characters."""
+    """Sources of a fixed list of standard-library modules, split into passages of about 2,000 characters."""
     root = Path(sysconfig.get_paths()["stdlib"])
     records: list[Record] = []
     total = 0
@@ -259,7 +259,7 @@ def stdlib(characters: int) -> list[Record]:
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Records as JSON lines: the whole file or none of it."""
+    """Write records as JSON lines; the file is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     with replacing(path) as temporary:
@@ -284,14 +284,14 @@ def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:
 
 
 def _saved(path: Path) -> dict[str, list[Record]]:
-    """What `save_to_disk` of `datasets` wrote: one set, or one of several splits."""
+    """Read `save_to_disk` of `datasets`: one set, or one per split."""
     from datasets import DatasetDict, load_from_disk
 
     try:
         loaded = load_from_disk(str(path))
         parts = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         return {str(split): rows.to_list() for split, rows in parts.items()}
-    except Exception as error:  # readers raise a dozen kinds; each means that the folder is damaged
+    except Exception as error:  # readers raise many types; the folder is damaged
         raise InputError(f"Data set {path} cannot be loaded: {reason(error)}") from error
 
 
@@ -300,6 +300,6 @@ def _hub(name: str) -> dict[str, list[Record]]:
 
     try:
         loaded = load_dataset(name)
-    except Exception as error:  # the Hub client raises a dozen kinds; each means that the set is not to be had
+    except Exception as error:  # the Hub client raises many types; the set is not available
         raise InputError(f"Data set {name!r} cannot be loaded: {reason(error)}") from error
     return {split: loaded[own].to_list() for split, own in own_names(name, loaded).items()}

@@ -1,4 +1,4 @@
-"""From records to token rows with labels, counting what was cut; and a look at one batch with its mask."""
+"""From records to token rows with labels, with counts of truncation; and a display of one batch with its mask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from understudy.errors import InputError
 
 @dataclass
 class Counts:
-    """What encoding did."""
+    """Counts of what the encoding changed."""
 
     records: int = 0
     rows: int = 0
@@ -31,12 +31,12 @@ class Counts:
     truncated: int = 0
     dropped: int = 0
     endless: int = 0
-    """Conversations none of whose special tokens is trained on."""
+    """Number of conversations without a trained special token."""
     longest: int = 0
-    """Tokens of the longest row."""
+    """Number of tokens of the longest row."""
 
     def warnings(self, split: str, max_length: int) -> list[str]:
-        """What a reader should mend before a run: many records cut, or answers that never end."""
+        """Warnings to resolve before a run: many truncated records, or answers without an end token."""
         found = []
         if self.truncated > 0.05 * self.records:
             found.append(
@@ -93,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def check_length(max_length: Any) -> None:
-    """Refuse a `data.max_length` that is none."""
+    """Raise an error for an invalid `data.max_length`."""
     if not isinstance(max_length, int) or max_length < 2:
         raise InputError(f"data.max_length is {max_length!r} and must be a whole number of at least 2.")
 
@@ -103,12 +103,12 @@ def encode(
 ) -> tuple[TextSet, Counts]:
     """Encode records.
 
-    `text` is packed into rows of `max_length` (documents end with EOS) or kept one a row. `prompt` + `completion` and
-    `messages` are one a row; only completion and assistant tokens are trained on, and a completion ends with one EOS.
-    A text begins as the tokenizer itself would begin it.
+    `text` is packed into rows of `max_length` (documents end with EOS) or kept one per row. `prompt` + `completion` and
+    `messages` are one per row; only completion and assistant tokens are trained on, and a completion ends with one EOS.
+    A text begins with the tokens that the tokenizer itself adds.
 
     Args:
-        truncation: which end of a row that is too long goes: `end`, `start`, or `error`.
+        truncation: the end at which a row that is too long is truncated: `end`, `start`, or `error`.
     """
     check_length(max_length)
     if truncation not in ("end", "start", "error"):
@@ -132,7 +132,7 @@ def encode(
 
 
 def _packed_apart(records: list[Record], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
-    """Packed rows, none of them of two domains; the domains are mixed evenly, and rows numbered in that order."""
+    """Packed rows that each hold one domain; the domains are mixed evenly, and rows are numbered in that order."""
     apart: dict[str | None, list[Record]] = {}
     for record in records:
         apart.setdefault(record.get("domain"), []).append(record)
@@ -167,7 +167,8 @@ def _row(ids: list[int], labels: list[int], number: int, tokenizer: PreTrainedTo
 
 
 def byte_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the counted tokens. A byte-level token is one character a byte, also inside a character."""
+    """UTF-8 bytes of the counted tokens. A byte-level token has one character per byte, also inside a multi-byte
+    character."""
     pieces = tokenizer.convert_ids_to_tokens(ids)
     if "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", "")):
         return sum(len(p) for p in pieces)
@@ -219,7 +220,8 @@ def completion_tokens(
     """Ids and labels of a prompt with its completion, text or messages; the prompt is masked, one EOS ends it.
 
     Args:
-        tools: for the chat template, where there are messages. ends: of the tokenizer, where they are known.
+        tools: for the chat template, if there are messages.
+        ends: of the tokenizer, if they are known.
     """
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -232,7 +234,7 @@ def completion_tokens(
 
 
 def is_endless(prompt: Any, completion: Any, labels: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a conversation has trained tokens and no special one among them, so that nothing says where to stop."""
+    """Whether a conversation has trained tokens without a special one among them, so that the end is never learned."""
     if not (isinstance(prompt, list) or isinstance(completion, list)):
         return False
     trained = {label for label in labels if label != IGNORE}
@@ -241,8 +243,9 @@ def is_endless(prompt: Any, completion: Any, labels: list[int], tokenizer: PreTr
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """The completion's ids as they follow the prompt's: alone, SentencePiece would begin them with a space. Where a token
-    reaches over the end of the prompt they follow another text, as a model that is given the prompt would write them."""
+    """The completion's ids after the prompt's: alone, SentencePiece would begin them with a space. If a token would
+    span the end of the prompt, another text is put before the completion instead, since a model that gets the prompt
+    generates separate tokens."""
     for before in (prompt, "\n", ":", "."):
         asked, both = token_ids(tokenizer, before), token_ids(tokenizer, before + completion)
         if both[: len(asked)] == asked:
@@ -253,7 +256,7 @@ def _after(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> 
 def collate_text(
     items: list[dict[str, Any]], pad_id: int = 0, multiple: int = 8, domains: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Pad on the right to the longest row, rounded up to `multiple`; names of `domains` become numbers."""
+    """Pad on the right to the longest row, rounded up to `multiple`; names of `domains` become indices."""
     length = -(-max(len(i["input_ids"]) for i in items) // multiple) * multiple
     shape = (len(items), length)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
@@ -273,7 +276,7 @@ def collate_text(
 
 
 def show_batch(batch: Batch, tokenizer: PreTrainedTokenizerBase, rows: int = 2) -> Text:
-    """The first rows as text: tokens that are trained on in bold green, the rest dim."""
+    """The first rows as text: trained tokens in bold green, the others dim."""
     out = Text()
     for ids, labels, mask in zip(
         batch.inputs["input_ids"][:rows].tolist(),

@@ -1,4 +1,4 @@
-"""Evaluation: task metrics, calibration, fidelity to the teacher, and what a run cost."""
+"""Evaluation: task metrics, calibration, fidelity to the teacher, and the cost of a run."""
 
 from understudy.evaluation.calibration import expected_calibration_error, fit_temperature, reliability
 from understudy.evaluation.cost import CostMeter, matmul_peak

@@ -1,4 +1,4 @@
-"""Calibration: does a confidence of 0.8 mean right four times in five?"""
+"""Calibration: whether predictions with confidence c are right in a fraction c of the cases."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str, list[Any]]:
-    """Mean confidence and accuracy in equal-width bins; `None` in empty ones.
+    """Mean confidence and accuracy in bins of equal width; `None` in empty bins.
 
     Args:
-        confidence: `[rows]`, probability of the top class. correct: `[rows]`, 0 or 1.
+        confidence: `[rows]`, probability of the top class.
+        correct: `[rows]`, 0 or 1.
+        bins: number of bins.
     """
     which = _bin(confidence, bins)
     count = torch.bincount(which, minlength=bins)
@@ -29,7 +31,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str
 
 
 def _bin(confidence: Tensor, bins: int) -> Tensor:
-    """Bins are (a, b], so that confidence 1 is in the last."""
+    """Index of each row's bin. Bins are (a, b], so that confidence 1 is in the last."""
     return ((confidence.double() * bins).ceil().long() - 1).clamp(0, bins - 1)
 
 
@@ -46,7 +48,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature in [0.05, 20] that minimises NLL on a validation split (Guo et al. 2017, Section 4.2).
 
     Args:
-        logits: `[rows, classes]`. labels: `[rows]`.
+        logits: `[rows, classes]`.
+        labels: `[rows]`.
     """
 
     def nll(log_t: float) -> float:

@@ -1,4 +1,5 @@
-"""What to report of a generated corpus and its student: precision, size and diversity; what was dropped where; text."""
+"""Report of a generated corpus and of the student trained on it: precision, size, diversity, filtering counts, sample
+texts."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ Table = dict[str, Any]
 
 
 def funnel_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Counts at each step, with the reasons for what was dropped."""
+    """Number of items at each filter step, with the reasons for dropping."""
     cells = [
         [r["step"], r["before"], r["after"], "; ".join(f"{n} {reason}" for reason, n in r["dropped"].items()) or "–"]
         for r in rows
@@ -20,7 +21,7 @@ def funnel_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def cutoff_table(points: Sequence[Mapping[str, float]]) -> Table:
-    """Precision and recall on the labels that the cutoff was chosen on, as estimated (≥) and as filtered (>)."""
+    """Precision and recall on the labels that the cutoff was chosen on, as estimated (≥) and as applied (>)."""
     names = ("value", "precision", "recall", "strict_precision", "strict_recall")
     headings = ["cutoff", "precision (≥)", "recall (≥)", "precision (>)", "recall (>)"]
     return {
@@ -50,7 +51,7 @@ def corpus_table(corpora: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def sample_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Examples of text; the page escapes them."""
+    """Examples of text; the HTML page escapes them."""
     return {"title": title, "headings": list(headings), "rows": [list(row) for row in rows]}
 
 
@@ -63,12 +64,15 @@ def corpus_report(
     *,
     known: bool,
 ) -> dict[str, Any]:
-    """Metrics and tables of a corpus of triples and of what a student that learned from it says about held-out heads.
+    """Metrics and tables of a corpus of triples, and of the answers of a student trained on it for held-out heads.
 
     Args:
-        triples: with `split`, `kept` and `times`. answers: with `greedy`. good: verdicts on `triples` and `answers`.
-        found: `funnel`, and of a critic `fits`, `cutoff`, `estimate` and `grid`. split: whose heads the student is asked about.
-        known: verdicts are the truth (metrics `…_valid`, `…_precision`), not a critic's (`…_accepted`).
+        triples: with `split`, `kept` and `times`.
+        answers: of the student, with `greedy`.
+        good: whether each of `triples` and `answers` is valid, by name; `None` where unknown.
+        found: `funnel`, and with a critic `fits`, `cutoff`, `estimate` and `grid`.
+        split: the split that the student's heads are from.
+        known: `good` is the truth (metrics `…_valid`, `…_precision`), not a critic's estimate (`…_accepted`).
     """
     word = "valid" if known else "accepted"
     train = [i for i, t in enumerate(triples) if t["split"] == "train"]
@@ -102,7 +106,7 @@ def corpus_report(
 
 
 def _summary(items: Sequence[Mapping[str, Any]], good: Sequence[bool | None], known: bool) -> dict[str, Any]:
-    is_valid = good.__getitem__ if known else None  # a critic's verdict on what it chose itself says nothing
+    is_valid = good.__getitem__ if known else None  # a critic cannot grade what it selected itself
     return summary([t["tail"] for t in items], [t["head"] for t in items], is_valid)
 
 

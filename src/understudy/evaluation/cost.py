@@ -1,4 +1,4 @@
-"""What a run cost: time by role, operations, memory, and how close that is to the machine's own peak."""
+"""The cost of a run: time by role, floating-point operations, memory, and utilisation of the machine's peak."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ ALSO = {
 
 
 class Operations(TorchDispatchMode):
-    """Counts the floating-point operations of products, by torch's formulas.
+    """Counts the floating-point operations of matrix products, by torch's formulas.
 
-    torch's own FlopCounterMode follows modules too, and so holds what gradient checkpointing gives up: the step that is
-    counted would need half the memory of one without checkpointing.
+    torch's own FlopCounterMode also tracks modules and thereby keeps tensors that gradient checkpointing frees: the
+    counted step would need half the memory of a step without checkpointing.
     """
 
     total = 0.0
@@ -59,13 +59,13 @@ ROLES = ("teacher", "head", "step", "generate")
 
 
 class CostMeter:
-    """Accumulates over a run, also over one that is resumed.
+    """Accumulates the cost of a run, also over resumes.
 
-    Operations are counted on the first step of each kind and multiplied; examples are counted at each forward pass. Time is
-    wall time; on a GPU the device is waited for only at the borders of a role.
+    Operations are counted on the first step of each kind and extrapolated; examples are counted at each forward pass.
+    Time is wall time; a GPU is synchronised only at the start and end of a role.
 
     Args:
-        unit: what `rows` are called in reports (`images`, `tokens`).
+        unit: name of rows in reports (`images`, `tokens`).
     """
 
     def __init__(self, unit: str) -> None:
@@ -80,7 +80,7 @@ class CostMeter:
         self._counts = False
 
     def watch(self, role: str, model: nn.Module | None) -> None:
-        """Count the examples that `model` is shown during steps, whoever shows them."""
+        """Count the examples in each forward pass of `model` during steps, under the name `role`."""
         if model is None:
             return
 
@@ -100,7 +100,7 @@ class CostMeter:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Around the teacher's targets."""
+        """Context of the teacher's forward pass."""
         with self._timed("teacher"):
             if self.flops["teacher"]:
                 yield
@@ -111,13 +111,13 @@ class CostMeter:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Around the losses: with streaming that is the head, forward and backward."""
+        """Context of the losses; with streaming that is the head, forward and backward."""
         with self._timed("head"):
             yield
 
     @contextmanager
     def step(self, kind: str = "student") -> Iterator[None]:
-        """Around one micro-batch, forward and backward, teacher included. `kind` says who moves."""
+        """Context of one micro-batch, forward and backward, teacher included. `kind` names the optimisers that step."""
         self.micro_steps += 1
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
         self._counts = True
@@ -132,14 +132,14 @@ class CostMeter:
 
     @contextmanager
     def generate(self, model: nn.Module) -> Iterator[None]:
-        """Around the writing of texts in training; whoever writes adds to `generated`. A token is counted as two operations
-        a parameter."""
+        """Context of the generation of text during training; the caller adds to `generated`. A token counts as two
+        operations per parameter."""
         self.flops["generated token"] = 2.0 * sum(p.numel() for p in model.parameters())
         with self._timed("generate"):
             yield
 
     def shares(self) -> dict[str, float]:
-        """What part of the time inside steps and writing each role has had up to now."""
+        """Fraction of the time in steps and generation by role, so far."""
         seconds = {"generate": 0.0, **self.seconds}
         own = seconds["step"] - seconds["teacher"] - seconds["head"]
         parts = {
@@ -152,7 +152,7 @@ class CostMeter:
         return {role: max(0.0, value) / total for role, value in parts.items()}
 
     def summary(self) -> dict[str, Any]:
-        """As stored under `cost` in `evaluation.json`."""
+        """The values stored under `cost` in `evaluation.json`."""
         step, writing = self.seconds["step"], self.seconds.get("generate", 0.0)
         total = (step + writing) or 1e-9
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -201,7 +201,7 @@ def _wait() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: the device's peak on a GPU, otherwise the process's largest resident size."""
+    """Bytes: the peak of the device on a GPU, otherwise the largest resident set size of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -209,7 +209,7 @@ def peak_memory() -> int:
 
 @cache
 def matmul_peak(size: int = 768, repeats: int = 5) -> float:
-    """Operations a second of a float32 matrix product here and now: the median of a few. Noisy on shared machines."""
+    """Operations per second of a float32 matrix product, measured now: the median of a few. Noisy on shared machines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     times = []

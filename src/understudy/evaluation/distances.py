@@ -1,4 +1,4 @@
-"""Distances between sets of samples, and how many modes they cover."""
+"""Distances between sets of samples, and the number of modes they cover."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def energy_distance(ours: Tensor, theirs: Tensor) -> float:
-    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ of `[samples, ...]`, without bias: it may come out just below 0."""
+    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ of `[samples, ...]`, an unbiased estimate, which may be slightly below 0."""
     check(ours, theirs)
     x, y = ours.double().flatten(1), theirs.double().flatten(1)
     return 2 * _mean(x, y, len(x) * len(y)) - sum(_mean(v, v, len(v) * (len(v) - 1)) for v in (x, y))
@@ -39,7 +39,7 @@ def _mean(a: Tensor, b: Tensor, pairs: int, tile: int = 512) -> float:
 
 
 def check(ours: Tensor, theirs: Tensor) -> None:
-    """Refuse sets too small or of another shape, and samples that are not finite."""
+    """Raise an error for sets that are too small or differ in shape, and for samples that are not finite."""
     if ours.shape[1:] != theirs.shape[1:]:
         raise InputError(f"Samples of shape {tuple(ours.shape[1:])} are compared with {tuple(theirs.shape[1:])}.")
     if min(len(ours), len(theirs)) < 2:
@@ -51,10 +51,11 @@ def check(ours: Tensor, theirs: Tensor) -> None:
 
 
 def coverage(modes: Tensor, expected: Tensor) -> float:
-    """Share of the modes that are drawn at least a quarter as often as expected.
+    """Fraction of the modes that are sampled at least a quarter as often as expected.
 
     Args:
-        modes: `[samples]`, the mode of each; negative for none. expected: `[modes]`, shares.
+        modes: `[samples]`, the mode of each sample; negative for none.
+        expected: `[modes]`, expected fractions.
     """
     found = torch.bincount(modes[modes >= 0], minlength=len(expected)).double() / max(1, len(modes))
     present = expected > 0

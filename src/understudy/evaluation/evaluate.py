@@ -1,4 +1,4 @@
-"""One pass over a split: every metric and panel, deterministic."""
+"""One deterministic pass over a split that computes all metrics and panels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from understudy.models import ModelAdapter, evaluating
 def evaluate(
     student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any], *, kind: str
 ) -> dict[str, Any]:
-    """Metrics of the student, beside the teacher where there is one.
+    """Metrics of the student, and of the teacher if there is one.
 
-    Accuracy, NLL (nats a row), ECE, bits per byte (text), agreement and KL(teacher ‖ student). Both models run in
-    evaluation mode and every module is left in the mode it was in.
+    Accuracy, NLL (nats per row), ECE, bits per byte (text), agreement and KL(teacher ‖ student). Both models run in
+    evaluation mode; the mode of every module is restored.
     """
     models = [m for m in (student, teacher) if m is not None]
     parts: list[RowStatistics] = []

@@ -1,4 +1,4 @@
-"""Fidelity: how closely the student follows its teacher, and where."""
+"""Fidelity: how closely the student matches its teacher, and at which confidence."""
 
 from __future__ import annotations
 

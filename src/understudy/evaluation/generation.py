@@ -1,4 +1,5 @@
-"""How good samples are: their distance from real ones, beside the teacher's own at several budgets."""
+"""Quality of generated samples: their distance from real ones, compared with the teacher's samples at several step
+budgets."""
 
 from __future__ import annotations
 
@@ -19,15 +20,15 @@ from understudy.models.fitting import minimise
 from understudy.models.small import build_small, load_weights, save_small
 
 REACH = 4.0
-"""A point further than so many deviations from every mode belongs to none."""
+"""A point further than this number of standard deviations from every mode belongs to none."""
 
 
 ENTRIES = 1 << 16
-"""Numbers of a sample times samples, in one call of a model."""
+"""Largest number of values (samples × size of a sample) in one call of a model."""
 
 
 class SampleEvaluator:
-    """Measures samples against a reference: Fréchet distance of a classifier's features for images with classes,
+    """Compares samples with a reference set: Fréchet distance of a classifier's features for images with classes,
     energy distance otherwise."""
 
     def __init__(self, reference: Reference | None, examples: Tensor, classes: Tensor | None) -> None:
@@ -43,7 +44,7 @@ class SampleEvaluator:
 
     @property
     def meaning(self) -> str:
-        """What `distance` is, as a sentence."""
+        """A sentence that explains `distance`."""
         if self.network is None:
             return (
                 "Energy distance of the samples to the reference; 0 where both have one distribution. Lower is better."
@@ -54,20 +55,20 @@ class SampleEvaluator:
         )
 
     def distance(self, samples: Tensor) -> float:
-        """From the real examples."""
+        """Distance of the samples from the real examples."""
         if self.network is None:
             return energy_distance(samples, self.real)
         return frechet_distance(self._features(samples), self.real)
 
     def coverage(self, samples: Tensor) -> float | None:
-        """Share of modes or classes that the samples reach, where they are known."""
+        """Fraction of modes or classes that the samples cover, if they are known."""
         if self.expected is None:
             return None
         return coverage(self.modes(samples), self.expected)
 
     @torch.no_grad()
     def modes(self, samples: Tensor) -> Tensor:
-        """The mode of each sample: its class, or the nearest centre, −1 for a point near none."""
+        """The mode of each sample: its class, or the nearest centre; −1 for a point that is close to none."""
         if self.network is not None:
             return self.network(samples).argmax(-1)
         assert self.reference is not None and self.reference.centres is not None
@@ -81,9 +82,9 @@ class SampleEvaluator:
 
 
 def feature_network(reference: Reference, steps: int = 400) -> nn.Module:
-    """A small classifier of the real training examples; its layer before the head gives the features.
+    """A small classifier trained on the real training examples; the layer before its head provides the features.
 
-    It is trained once, always alike, and kept in the store.
+    It is trained once with a fixed seed and kept in the store.
     """
     assert reference.training is not None
     folder = reference.store / f"features-{reference.key[:16]}" if reference.store is not None else None
@@ -106,11 +107,11 @@ def feature_network(reference: Reference, steps: int = 400) -> nn.Module:
 
 @torch.no_grad()
 def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], reference: Reference) -> dict[str, Any]:
-    """Metrics of the student's samples, beside the teacher's.
+    """Metrics of the student's samples, and of the teacher's.
 
-    `distance` (of which kind, says `explained`), `nfe` (network calls a sample), `coverage` of modes; with a teacher
-    `rmse` to its output of `reference.many` calls from the same noise, and `teacher_N_distance` of its sampler at N
-    steps. Without data the reference is what the teacher draws in `many` calls from other noise.
+    `distance` (its kind is in `explained`), `nfe` (network calls per sample), `coverage` of modes. With a teacher:
+    `rmse` to its output of `reference.many` calls from the same noise, and `teacher_N_distance` of its sampler with N
+    steps. Without data the reference is the teacher's samples of `many` calls from other noise.
     """
     models = [m for m in (student, teacher) if m is not None]
     with evaluating(*models):
@@ -123,7 +124,7 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
         elif teacher is not None:
             examples, classes = draw(teacher, loader, reference.many, APART["reference"]), None
         else:
-            raise InputError("data=noise has nothing to judge samples by without a teacher: set `teacher` or `data`.")
+            raise InputError("data=noise has no reference for samples without a teacher: set `teacher` or `data`.")
     evaluator = SampleEvaluator(reference, examples, classes)
     metrics: dict[str, Any] = {"distance": evaluator.distance(samples)}
     metrics["nfe"] = float(student.calls)
@@ -147,7 +148,7 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
 
 
 def draw(model: Any, loader: DataLoader[Any], steps: int | None = None, offset: int = 0) -> Tensor:
-    """Samples for the loader's ids, always from the same noise; `offset` moves the ids to other noise."""
+    """Samples for the loader's ids, always from the same noise; `offset` shifts the ids to get other noise."""
     home = next(model.parameters())
     batches = [Batch.from_dict(values) for values in loader]
     if not batches:
@@ -162,7 +163,7 @@ def draw(model: Any, loader: DataLoader[Any], steps: int | None = None, offset: 
 
 
 def pictures(samples: dict[str, Tensor]) -> dict[str, Any]:
-    """Each set as a picture, where it has one: images with one or three channels, points of the plane."""
+    """Each set as a picture, where that is possible: images with one or three channels, points of the plane."""
     first = next(iter(samples.values()))
     if first.dim() == 4:
         return {caption: image_grid(v[:96]) for caption, v in samples.items()}

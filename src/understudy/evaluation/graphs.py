@@ -1,4 +1,4 @@
-"""How much of a teacher's knowledge about neighbours a student of nodes has."""
+"""How much of a teacher's knowledge about neighbouring nodes a student has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from understudy.models import ModelAdapter, evaluating
 
 @torch.no_grad()
 def neighbour_cosine(student: ModelAdapter, teacher: ModelAdapter, loader: DataLoader[Any]) -> dict[str, float]:
-    """`high_frequency_cosine`: the mean over all edges of the graph, at the paper's temperature 1.5; none, no metric."""
+    """`high_frequency_cosine`: the mean over all edges of the graph, at the paper's temperature 1.5. No metric without
+    edges."""
     total, edges = 0.0, 0
     with evaluating(student, teacher):
         for values in loader:

@@ -13,7 +13,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 INK, FIELD = (11, 103, 163), (251, 250, 247)
 SIDE = 64
-"""Pixels of the picture that the higher side of an input takes, at least."""
+"""Smallest number of pixels for the longer side of an input."""
 
 
 def picture_grid(rows: Sequence[Tensor]) -> Pixels:

@@ -1,4 +1,4 @@
-"""How well a policy orders candidates, and how far it has moved from its reference."""
+"""How well a policy ranks candidates, and how far it has moved from its reference model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from understudy.training.reference import Reward, with_margin
 def evaluate_preferences(model: ModelAdapter, loader: DataLoader[Any]) -> dict[str, Any]:
     """Metrics over lists.
 
-    `accuracy`: share of ordered pairs of candidates that mean log-probability a token orders as the scores do.
-    `nll`: of the best candidate, nats a token. Where the method's data stage said what a reward is: `rewards/…` and
-    `logps/…` by TRL's names. Both rewards falling means that probability flows away from what the data holds.
+    `accuracy`: fraction of ordered pairs of candidates that the mean log-probability per token orders as the scores do.
+    `nll`: of the best candidate, nats per token. If the method's `setup` defined a reward: `rewards/…` and `logps/…` by
+    TRL's names. If both rewards fall, probability moves away from all responses in the data.
     """
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}

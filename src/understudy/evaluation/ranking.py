@@ -1,4 +1,4 @@
-"""How well scores rank documents: nDCG, MRR and recall with ties averaged, and exact search by inner product."""
+"""Metrics of rankings: nDCG, MRR and recall, averaged over ties, and exact search by inner product."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ Gain = Literal["linear", "exponential"]
 
 
 class Ranked:
-    """Lists in the order of their scores; every order of documents with equal scores counts alike.
+    """Lists sorted by score; all orders of documents with equal scores are averaged.
 
     Args:
-        scores, values: `[queries, candidates]`. mask: which candidates there are.
+        scores, values: `[queries, candidates]`.
+        mask: True for valid candidates.
     """
 
     def __init__(self, scores: Tensor, values: Tensor, mask: Tensor) -> None:
         scores = scores.double().masked_fill(~mask, -torch.inf)
         if torch.isnan(scores).any():
-            raise InputError("A ranker's scores are nan. Lower its learning rate, or look at what it is fed.")
+            raise InputError("A ranker's scores are nan. Lower its learning rate, or check its inputs.")
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.values = values.double().masked_fill(~mask, 0.0).gather(1, order)
         new = torch.ones_like(scores, dtype=torch.long)
@@ -38,17 +39,17 @@ class Ranked:
         self.offset = torch.arange(scores.shape[1], device=scores.device) - start
 
     def _by_group(self, x: Tensor) -> Tensor:
-        """The sum over each position's group of equal scores."""
+        """The sum over the group of equal scores that each position belongs to."""
         return torch.zeros_like(x).scatter_add(1, self.group, x).gather(1, self.group)
 
     @property
     def expected(self) -> Tensor:
-        """`[queries, candidates]`, the mean value at each position over all orders of equals."""
+        """`[queries, candidates]`, the mean value at each position over all orders of ties."""
         return self._by_group(self.values) / self.size
 
     @property
     def first(self) -> Tensor:
-        """`[queries, candidates]`, the probability that the first of the values that are 1 stands at each position."""
+        """`[queries, candidates]`, the probability that the first value of 1 is at each position."""
         ones, left = self._by_group(self.values), self.size - self.offset
         stays = ((left - ones) / left).clamp(min=0)
         before = torch.cat([torch.ones_like(stays[:, :1]), stays.cumprod(1)[:, :-1]], 1)
@@ -58,11 +59,13 @@ class Ranked:
 def ndcg(
     scores: Tensor, grades: Tensor, mask: Tensor, *, k: int = 10, ideal: Tensor | None = None, gain: Gain = "linear"
 ) -> Tensor:
-    """Normalised discounted cumulative gain of the first k, `[queries]` in [0, 1]; 0 where nothing is relevant.
+    """Normalised discounted cumulative gain at k, `[queries]` in [0, 1]; 0 for a query without relevant documents.
 
     Args:
-        scores, grades: `[queries, candidates]`. mask: which candidates there are.
-        ideal: `[queries, n]`, the best grades of each query over all judged documents, also those that are not among the
+        scores, grades: `[queries, candidates]`.
+        mask: True for valid candidates.
+        k: cutoff rank.
+        ideal: `[queries, n]`, the best grades of each query over all graded documents, including those that are not
             candidates; those of the candidates if not given.
         gain: `linear` (as trec_eval and scikit-learn) or `exponential` (2^grade − 1).
     """
@@ -82,16 +85,17 @@ def _discounted(gains: Tensor, k: int) -> Tensor:
 
 
 def mrr(scores: Tensor, relevant: Tensor, mask: Tensor, *, k: int = 10) -> Tensor:
-    """1 / rank of the first relevant document, 0 if it is not among the first k. `[queries]`; arguments as `ndcg`."""
+    """1 / rank of the first relevant document, 0 if it is not among the first k. `[queries]`; arguments as in `ndcg`."""
     first = Ranked(scores, relevant.bool().double(), mask).first[:, :k]
     return (first / torch.arange(1, first.shape[1] + 1, device=first.device)).sum(1)
 
 
 def recall(scores: Tensor, relevant: Tensor, mask: Tensor, *, k: int, total: Tensor | None = None) -> Tensor:
-    """Share of the relevant documents among the first k, `[queries]`; 0 where there is none.
+    """Fraction of the relevant documents that are among the first k, `[queries]`; 0 for a query without relevant
+    documents.
 
     Args:
-        total: `[queries]`, relevant documents over all judged ones; those of the candidates if not given.
+        total: `[queries]`, number of relevant documents over all graded ones; of the candidates if not given.
     """
     relevant = relevant.bool() & mask
     total = relevant.sum(1) if total is None else total
@@ -99,10 +103,13 @@ def recall(scores: Tensor, relevant: Tensor, mask: Tensor, *, k: int, total: Ten
 
 
 def search(queries: Tensor, documents: Tensor, k: int, *, tile: int = 65536) -> tuple[Tensor, Tensor]:
-    """The k documents of largest inner product, exactly, tile by tile.
+    """The k documents with the largest inner product, computed exactly, tile by tile.
 
     Args:
-        queries: `[queries, width]`. documents: `[documents, width]`.
+        queries: `[queries, width]`.
+        documents: `[documents, width]`.
+        k: number of documents per query.
+        tile: documents per block.
 
     Returns:
         Scores `[queries, k]`, largest first, and document indices; k is at most the number of documents.
@@ -122,11 +129,12 @@ def search(queries: Tensor, documents: Tensor, k: int, *, tile: int = 65536) -> 
 
 @torch.no_grad()
 def evaluate_ranking(student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-    """Metrics of re-ranking the candidates, and of exact retrieval from the whole collection where a student can.
+    """Metrics of re-ranking the candidates, and of exact retrieval from the whole collection for students that embed
+    documents.
 
-    `ndcg_10` (graded, linear gain), `mrr_10`, `recall_10`; of the teacher with `teacher_` before them (a model, or scores
-    that came with the data), and `agreement`: the share of pairs both put in one order. `retrieval_…`: the same over the
-    collection, for dot products.
+    `ndcg_10` (graded, linear gain), `mrr_10`, `recall_10`; those of the teacher (a model, or scores in the data) have
+    the prefix `teacher_`; `agreement`: fraction of pairs that both order the same way. `retrieval_…`: the same metrics
+    over the collection, for dot products.
     """
     models = [m for m in (student, teacher) if m is not None]
     parts: dict[str, list[Tensor]] = {}
@@ -167,14 +175,14 @@ def _reranked(parts: dict[str, list[Tensor]], prefix: str, scores: Tensor, batch
 
 
 def _agreement(ours: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    """1 for each pair that the teacher orders and the student orders alike, 0.5 for a tie of the student's."""
+    """1 for each pair that the teacher orders and the student orders the same way, 0.5 for a tie of the student's."""
     pairs = mask[:, :, None] & mask[:, None, :] & (theirs[:, :, None] > theirs[:, None, :])
     return ((ours[:, :, None] - ours[:, None, :])[pairs].sign().double() + 1) / 2
 
 
 @torch.no_grad()
 def retrieved(student: BiEncoderAdapter, data: RankingSet, batch: int = 64) -> dict[str, float]:
-    """Metrics of exact search through the whole collection; a document without judgement is not relevant."""
+    """Metrics of exact search through the whole collection; documents without a grade count as not relevant."""
     texts = data.collection
     documents = torch.cat([student.embed(texts[i : i + batch], "document") for i in range(0, len(texts), batch)])
     asked = [row["query"] for row in data.records]

@@ -1,4 +1,4 @@
-"""A few numbers per row, tile by tile, so that evaluation never holds `[rows, classes]`."""
+"""A few numbers per row, computed tile by tile, so that evaluation never holds `[rows, classes]`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ TILE_BYTES = 6 * 2**20
 
 @dataclass
 class RowStatistics:
-    """Per row, `[rows]` each. The teacher's columns are nan where there is none.
+    """Statistics per row, `[rows]` each. The teacher's are nan without a teacher.
 
     Args:
-        nll: −log q[label], nats. correct: whether the student's top class is the label. confidence: its probability.
-        teacher_nll, teacher_correct: the same of the teacher. agree: whether both have one top class. kl: KL(p ‖ q).
+        nll: −log q[label], nats.
+        correct: whether the student's top class is the label.
+        confidence: the probability of the student's top class.
+        teacher_nll, teacher_correct: the same for the teacher.
+        agree: whether both have the same top class.
+        kl: KL(p ‖ q), nats.
     """
 
     nll: Tensor
@@ -44,10 +48,10 @@ def row_statistics(
     labels: Tensor,
     tile_bytes: int = TILE_BYTES,
 ) -> RowStatistics:
-    """The statistics of each row.
+    """Compute the statistics of each row.
 
     Args:
-        student, teacher: signals over the same rows.
+        student, teacher: outputs for the same rows.
         labels: `[rows]`.
     """
     tile = max(1, tile_bytes // (4 * student.classes))

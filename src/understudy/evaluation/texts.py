@@ -1,4 +1,4 @@
-"""What a language model writes, beside what was to be written: a table for the report."""
+"""Sample texts of a language model beside the references, as a table for the report."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from understudy.data.samples import prompt_length
 from understudy.models import ModelAdapter, evaluating
 
 PROMPT, WRITTEN = 64, 40
-"""Tokens that are shown of a prompt, and written after it, at most."""
+"""Most tokens shown of a prompt, and most tokens generated after it."""
 
 
 @torch.no_grad()
 def sample_texts(
     student: ModelAdapter, teacher: ModelAdapter | None, examples: Any, tokenizer: Any, number: int = 4
 ) -> dict[str, Any] | None:
-    """A table of greedy completions of a split's first prompts; `None` where the student cannot write.
+    """A table of greedy completions of a split's first prompts; `None` if the student cannot generate.
 
     Args:
-        teacher: beside the student, where it can write too.
-        examples: token rows, or lists of candidates, of which the best is what was to be written.
+        teacher: its completions are added if it can generate too.
+        examples: token rows, or lists of candidates, the best of which is the reference.
     """
     sides = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     writers = {n: s for n, s in sides.items() if getattr(getattr(s, "model", None), "can_generate", lambda: False)()}

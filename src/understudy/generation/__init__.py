@@ -1,4 +1,4 @@
-"""Text from anywhere: local models, chat endpoints, synthetic oracles behind one interface, with a log that resumes."""
+"""Text generation by local models, chat endpoints or functions behind one interface, with a log that allows resuming."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LocalSource` is imported when it is first asked for, since it brings transformers along."""
+    """`LocalSource` is imported at first use, since it imports transformers."""
     if name == "LocalSource":
         from understudy.generation.local import LocalSource
 

@@ -1,6 +1,6 @@
-"""Sampling by transformers' continuous batching: a text that ends gives its place to the next prompt at once.
+"""Sampling with transformers' continuous batching: when a text ends, its slot goes to the next prompt at once.
 
-The scheduler and the paged cache are transformers'; the draws are ours and belong to the text, as in `decoding.sample`.
+Scheduler and paged cache are transformers'; the random numbers belong to the text, as in `decoding.sample`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from understudy.generation.decoding import choose
 from understudy.models import evaluating
 
 PAGE = 32
-"""Tokens that the cache grows by."""
+"""Tokens per page of the cache."""
 READ = 256
-"""Tokens of new prompts that one step may read, beside one token of every text."""
+"""Most prompt tokens processed in one step, in addition to one token of every text."""
 Draws = tuple[float, float, int]
 
 
@@ -39,19 +39,20 @@ def sample_continuously(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> list[list[int]]:
-    """Continue prompts, `in_flight` at once; the texts of `decoding.sample`, up to the rounding of batched products.
+    """Generate continuations of prompts, `in_flight` in parallel: the texts of `decoding.sample`, up to the rounding of
+    batched products.
 
-    The model writes with the weights it has, in their own precision (autocast does not reach it). Afterwards its mode, its
-    attention and the random numbers of torch are as before, and the cache is gone.
+    The model runs in the dtype of its weights (autocast has no effect). Afterwards its mode, its attention and torch's
+    random state are restored, and the cache is freed.
 
     Args:
-        model, prompts, keys, most, vocabulary, ends: as for `decoding.sample`.
+        model, prompts, keys, most, vocabulary, ends: as in `decoding.sample`.
 
     Returns:
-        What was written, the ending token included.
+        The generated tokens, ending token included.
 
     Raises:
-        InputError: the model or the installed transformers cannot do this.
+        InputError: the model or the installed transformers does not support this.
     """
     _check(model)
     slots = min(in_flight, len(prompts))
@@ -64,7 +65,7 @@ def sample_continuously(
                 continuous_batching_config=_bounded(slots, pages),
             )
             manager.logit_processor = _processors(prompts, keys, vocabulary, (temperature, top_p, top_k))
-            for i, prompt in enumerate(prompts):  # before the start, so that the schedule is the same every time
+            for i, prompt in enumerate(prompts):  # before the start, for the same schedule every time
                 manager.add_request(list(prompt), request_id=str(i), max_new_tokens=most, eos_token_id=stop)
             texts = dict(_finished(manager, len(prompts)))
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -77,7 +78,7 @@ def sample_continuously(
 
 
 def _check(model: Any) -> None:
-    """Refuse what would fail, or would write without its context and not say so."""
+    """Raise an error for models that would fail, or silently generate without their context."""
     if not hasattr(getattr(transformers, "ContinuousBatchingConfig", None), "page_size"):
         raise InputError(
             f"on_policy.engine=continuous needs transformers 5.17 and there is {transformers.__version__}: install it, or "
@@ -91,7 +92,7 @@ def _check(model: Any) -> None:
 
 
 def _bounded(slots: int, pages: int) -> Any:
-    """Room for what is asked and no more: left to itself, the cache takes 60 % of the machine's memory."""
+    """A cache of the required size; by default it would take 60 % of the machine's memory."""
     return transformers.ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=slots * pages,
@@ -109,7 +110,7 @@ def _bounded(slots: int, pages: int) -> Any:
 
 
 def _finished(manager: Any, number: int) -> Iterator[tuple[int, list[int]]]:
-    """Run the manager until so many texts are written: their places and tokens."""
+    """Run the manager until `number` texts are generated. Yields their slots and tokens."""
     manager.start()
     try:
         for _ in range(number):
@@ -126,8 +127,8 @@ def _finished(manager: Any, number: int) -> Iterator[tuple[int, list[int]]]:
 
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards mode, attention and random numbers (the manager seeds them) are as before. What
-    goes wrong is raised, so the traceback that transformers logs besides is left out."""
+    """Evaluation mode inside; afterwards mode, attention and random state (which the manager seeds) are restored.
+    Errors are raised, so the traceback that transformers also logs is suppressed."""
     attention, log = model.config._attn_implementation, logging.getLogger("ContinuousBatchingLogger")
     disabled, log.disabled = log.disabled, True
     devices = list(range(torch.cuda.device_count()))
@@ -141,7 +142,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
 
 
 def _processors(prompts: Sequence[Sequence[int]], keys: Tensor, vocabulary: int, settings: Draws) -> Any:
-    """The draw as the only processor of logits, in the manager's form."""
+    """The sampling as the only logits processor, in the form the manager requires."""
     from transformers.generation.continuous_batching import cb_logits_processors as cb
 
     class Draw(cb.ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
@@ -163,7 +164,7 @@ def _processors(prompts: Sequence[Sequence[int]], keys: Tensor, vocabulary: int,
             return torch.tensor(which, dtype=torch.int32)
 
         def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-            own = scores[: len(self.keys), :vocabulary]  # rows beyond stand for prompts that are not read to their end
+            own = scores[: len(self.keys), :vocabulary]  # further rows are prompts still in prefill
             chosen = choose(own.double(), self.keys, self.step, *settings)
             return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 

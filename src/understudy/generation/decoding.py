@@ -1,4 +1,4 @@
-"""Sampling from a causal LM with a KV cache, many texts at once, with randomness that belongs to the text."""
+"""Sampling from a causal LM with a KV cache, many texts in parallel, with random numbers that belong to each text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ def choose(
     top_p: Tensor | float = 1.0,
     top_k: int = 0,
 ) -> Tensor:
-    """The next token of each row: the largest at temperature 0, else by inversion of what top-k and top-p leave.
+    """The next token of each row: the most probable at temperature 0, else drawn by inversion from what top-k and top-p
+    leave.
 
     Args:
-        logits: `[rows, vocabulary]`, float64. keys: `[rows]`, int64, names the row's own randomness. step: which token,
-            one for all, or `[rows]`. temperature, top_p: one for all, or `[rows, 1]`. top_k: 0 keeps all.
+        logits: `[rows, vocabulary]`, float64.
+        keys: `[rows]`, int64, seed of each row.
+        step: index of the token, one for all, or `[rows]`.
+        temperature, top_p: one for all, or `[rows, 1]`.
+        top_k: 0 keeps all.
     """
     temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device).expand(len(logits), 1)
     greedy = logits.argmax(-1)
@@ -50,8 +54,8 @@ def choose(
 def written(
     model: Any, prompts: Sequence[Sequence[int]], most: int, pad: int, draw: LogitsProcessor, end: StoppingCriteria
 ) -> Tensor:
-    """What `model.generate` appends to the prompts, `[prompts, tokens]`, in evaluation mode and with the model's own
-    recipe for sampling left out: `draw` and `end` are all of it. Afterwards mode and recipe are as before."""
+    """The tokens that `model.generate` appends to the prompts, `[prompts, tokens]`, in evaluation mode and without the
+    model's own generation config: only `draw` and `end` apply. Mode and config are restored."""
     longest, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -68,7 +72,7 @@ def written(
 
 
 def writer(rows: ModelAdapter) -> Any:
-    """The model that writes: of one with adapters the base, which has them inside."""
+    """The model that generates; for a model with adapters its base, which contains them."""
     model: Any = rows.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -94,16 +98,20 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> list[list[int]]:
-    """Continue prompts, `in_flight` at once, those of like length together.
+    """Generate continuations of prompts, `in_flight` in parallel, grouped by length.
 
     A text depends on its prompt, its key and the weights alone, up to the rounding of batched products.
 
     Args:
-        model: a causal LM with `generate`. prompts: token ids, none empty. keys: `[prompts]`, int64.
-        most: tokens to write at most. vocabulary: rows of the head beyond it are no tokens. ends: ids that end a text.
+        model: a causal LM with `generate`.
+        prompts: token ids, none empty.
+        keys: `[prompts]`, int64.
+        most: most tokens to generate.
+        vocabulary: size of the vocabulary; further rows of the head are padding.
+        ends: ids that end a text.
 
     Returns:
-        What was written, the ending token included.
+        The generated tokens, ending token included.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     found: list[list[int]] = [[] for _ in prompts]
@@ -113,12 +121,12 @@ def sample(
         draw = _Draw(keys[chosen], max(map(len, part)), vocabulary, (temperature, top_p, top_k))
         for i, ids in zip(chosen, written(model, part, most, pad, draw, _End(ends)).tolist(), strict=True):
             last = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
-            found[i] = ids[: last + 1]  # a batch goes on until its last text has ended
+            found[i] = ids[: last + 1]  # a batch runs until its longest text ends
     return found
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token itself and leaves only that one possible."""
+    """Samples each row's next token and masks all others."""
 
     def __init__(self, keys: Tensor, start: int, vocabulary: int, settings: tuple[float, float, int]) -> None:
         self.keys, self.start, self.vocabulary, self.settings = keys, start, vocabulary, settings
@@ -130,7 +138,7 @@ class _Draw(LogitsProcessor):
 
 
 class _End(StoppingCriteria):
-    """Ends each row by itself, at an ending token."""
+    """Ends each row at an ending token."""
 
     def __init__(self, ends: set[int]) -> None:
         self.ends = sorted(ends)

@@ -1,4 +1,4 @@
-"""A source behind HTTP: any OpenAI-compatible server. Each way to fail is told apart as passing, final or this request's."""
+"""A source behind HTTP: any OpenAI-compatible server. Failures are temporary, final, or specific to a request."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from understudy.generation.transport import Transport
 PASSING = {408, 409, 425, 429}  # and 5xx
 OF_THE_REQUEST = {400, 413, 414, 422}
 MARK = "understudy-"
-ANSWER_BYTES = 2**20  # that an answer may have beside its tokens
-TOKEN_BYTES = 2**12  # that an answer may have for each token, with the log-probabilities of others beside it
-MOST_TOKENS = 10**9  # that one answer can have cost; what is beyond is no count
-SAME = 16  # equal replies under one id, and no other id seen, after which a server's ids are taken to mean nothing
+ANSWER_BYTES = 2**20  # most bytes of a response apart from its tokens
+TOKEN_BYTES = 2**12  # most bytes of a response for each token, with the log-probabilities of alternatives
+MOST_TOKENS = 10**9  # largest valid token count of a response
+SAME = 16  # responses with one and the same id after which a server's ids are ignored
 
 
 class Client:
-    """The way to one server: a JSON body in, a JSON object out, every failure one of three kinds.
+    """A client of one server: sends a JSON body, returns a JSON object, and maps every failure to one of three
+    exceptions.
 
-    The key is read from the environment variable that the endpoint names, given to the client, and kept nowhere else;
-    without such a name no key is sent, whatever the environment holds.
+    The key is read from the environment variable that the endpoint names, given to the HTTP client, and kept nowhere
+    else; without such a name no key is sent.
 
-    Every attempt carries an `X-Request-ID` of its own. A reply under the id of another attempt, or a second reply under
-    one id, is somebody else's answer and counts as failed; servers that give all replies one id are recognised. (Where
-    a server echoes no id, a copy that overtakes its original cannot be told from it.)
+    Every attempt has its own `X-Request-ID`. A response with the id of another attempt, or a second response with the
+    same id, belongs to another request and counts as failed; servers that give all responses one id are recognised. (If
+    a server echoes no id, a duplicate that arrives before its original cannot be detected.)
 
     Args:
-        model: the server's name for it.
-        endpoint: where, and how to speak to it.
+        model: the server's name of the model.
+        endpoint: address and options of the server.
     """
 
     def __init__(self, model: str, endpoint: Endpoint) -> None:
@@ -57,14 +58,17 @@ class Client:
     def post(
         self, path: str, body: Mapping[str, Any], most: int = ANSWER_BYTES
     ) -> tuple[dict[str, Any], Callable[[], None]]:
-        """Send a body; returns the answer, and a check to call once it was found whole: that it is this request's own.
+        """Send a body. Returns the response, and a function to call once the response is parsed, which checks that it
+        belongs to this request.
 
         Args:
-            path: `/completions`, `/chat/completions`, or a whole URL of the server.
-            most: bytes of the longest answer.
+            path: `/completions`, `/chat/completions`, or a full URL of the server.
+            most: largest response in bytes.
 
         Raises:
-            SourceError: worth another attempt. RefusedRequest: this body never will be answered. InputError: none will.
+            SourceError: another attempt may succeed.
+            RefusedRequest: this body can never succeed.
+            InputError: no request can succeed.
         """
         import openai
 
@@ -88,16 +92,16 @@ class Client:
         return reply, lambda: self._own(mark, headers.get("x-request-id"), reply.get("id"), data)
 
     def _own(self, mark: str, header: str | None, name: Any, data: bytes) -> None:
-        """Refuse a reply that belongs to another attempt."""
+        """Raise an error for a response that belongs to another attempt."""
         for given in (header, name):
             if isinstance(given, str) and MARK in given and mark not in given:
                 raise SourceError(self._say("the answer belongs to another request"))
         if not isinstance(name, str) or not name:
             return
-        short = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # a name can be as long as an answer
+        short = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # an id may be very long
         with self._lock:
             if short in self._seen:
-                # A server that gives all replies one id never shows a second one, and soon another text under it.
+                # A server that gives all responses one id never sends a second id, and soon another text under it.
                 one_for_all = len(self._seen) == 1 and (data != self._first or self._repeats >= SAME)
                 if not one_for_all:
                     self._repeats += 1
@@ -107,7 +111,7 @@ class Client:
             self._seen.add(short)
 
     def _status(self, error: Any) -> Exception:
-        """What an HTTP status means for the request."""
+        """The exception for an HTTP status."""
         status, reason = int(error.status_code), f"HTTP {error.status_code}"
         said = _message(error.body)
         env = self.endpoint.api_key_env
@@ -127,7 +131,7 @@ class Client:
         return InputError(self._say(f"{said} (model {self.model!r}: check it and the URL)"))
 
     def _say(self, reason: str) -> str:
-        """One line with the URL; what a server echoes is stripped of control characters and of the key."""
+        """One line with the URL; text from the server is stripped of control characters and of the key."""
         key = os.environ.get(self.endpoint.api_key_env or "", "")
         reason = reason.replace(key, "[key]") if key else reason
         line = "".join(c if c.isprintable() else " " for c in reason)
@@ -137,11 +141,17 @@ class Client:
 class EndpointSource(Client):
     """Completions over HTTP: `/completions` for a text prompt, `/chat/completions` for messages.
 
-    Where a server does not count tokens, the most that the request could have used is charged.
+    If a server does not count tokens, the largest number that the request could have used is charged.
     """
 
     def complete(self, request: Request) -> Completion:
-        """Write one completion. Raises `SourceError`, `RefusedRequest`, or `InputError` where no request can succeed."""
+        """Generate one completion.
+
+        Raises:
+            SourceError: another attempt may succeed.
+            RefusedRequest: this request can never succeed.
+            InputError: no request can succeed.
+        """
         chat = not isinstance(request.prompt, str)
         path = "/chat/completions" if chat else "/completions"
         most = ANSWER_BYTES + TOKEN_BYTES * request.max_tokens
@@ -156,7 +166,7 @@ class EndpointSource(Client):
         return {"model": self.model, "messages": [dict(m) for m in request.prompt]}
 
     def _body(self, request: Request) -> dict[str, Any]:
-        """The other fields; what has its default is left out, since servers refuse fields that they do not know."""
+        """The other fields; those at their default are left out, since servers refuse fields that they do not know."""
         chat = not isinstance(request.prompt, str)
         body: dict[str, Any] = {self.endpoint.max_tokens_name: request.max_tokens, "temperature": request.temperature}
         for name, default in (("top_p", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)):
@@ -180,7 +190,7 @@ class EndpointSource(Client):
         if reason == "content_filter" or (chat and isinstance(choice["message"].get("refusal"), str)):
             raise RefusedRequest(self._say(f"the server filtered the answer to request {request.id}"))
         if text is None and reason == "length":
-            text = ""  # a model that spent all its tokens on reasoning
+            text = ""  # all tokens were spent on reasoning
         if not isinstance(text, str) or not isinstance(reason, str):
             raise SourceError(self._say("the answer holds no text or no reason to end"))
         log_prob = self._log_prob(choice, chat, text) if request.log_probs else None
@@ -213,7 +223,7 @@ class EndpointSource(Client):
 
 
 def spent(reply: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The (prompt, written) tokens that a server counts, or `None` where it holds no such counts."""
+    """The (prompt, generated) tokens in a server's usage, or `None` without usage."""
     usage = reply.get("usage")
     if not isinstance(usage, Mapping):
         return None
@@ -224,7 +234,11 @@ def spent(reply: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def number(value: Any) -> float:
-    """A finite number of a JSON answer. Raises `ValueError` for anything else."""
+    """A finite number from a JSON response.
+
+    Raises:
+        ValueError: any other value.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"no finite number: {type(value).__name__}")
     return float(value)
@@ -232,15 +246,16 @@ def number(value: Any) -> float:
 
 def _log_probability(value: Any) -> float:
     found = number(value)
-    if found > 1e-3:  # what a server may be off by in rounding
+    if found > 1e-3:  # tolerance for rounding
         raise ValueError("a probability above 1")
     return found
 
 
 def _spell(tokens: Any, count: int, text: str) -> bool:
-    """Whether tokens can be those of a text, by its ASCII letters and digits: servers spell blanks and bytes as they like."""
+    """Whether tokens can be those of a text, by its ASCII letters and digits: servers differ in how they show blanks
+    and bytes."""
     if tokens is None or None in tokens:
-        return True  # a server that does not say
+        return True  # the server does not provide it
     if len(tokens) != count:
         return False
     joined = "".join(tokens)
@@ -252,7 +267,7 @@ def _letters(text: str) -> str:
 
 
 def _message(body: Any) -> str:
-    """The reason inside an error's body, in the shapes that servers use."""
+    """The reason in the body of an error, in the forms that servers use."""
     while isinstance(body, Mapping):
         body = next((body[k] for k in ("message", "error", "detail") if body.get(k)), "")
     try:
@@ -262,7 +277,7 @@ def _message(body: Any) -> str:
 
 
 def _wait(headers: Any) -> float | None:
-    """Seconds that `Retry-After` asks for: a number or a date."""
+    """Seconds given by `Retry-After`: a number or a date."""
     value = headers.get("retry-after")
     if value is None:
         return None

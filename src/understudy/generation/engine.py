@@ -1,4 +1,5 @@
-"""The generation engine: many requests, a few at a time, each answered once, within a budget, resumable at any moment."""
+"""The generation engine: runs many requests concurrently, each answered once, within a budget, and resumes after a
+kill."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from understudy.generation.progress import counting
 from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError
 
 log = logging.getLogger(__name__)
-GIVE_UP = 20  # requests that fail one after the other, without an answer between: the source is down or misconfigured
+GIVE_UP = 20  # consecutive failed requests after which the source counts as down or misconfigured
 
 
 class FailedRequests(InputError):
@@ -35,35 +36,36 @@ class FailedRequests(InputError):
 
 
 class BudgetSpent(InputError):
-    """The next request might go over the budget. What was paid for is in the log."""
+    """The next request might exceed the budget. Completions already paid for are in the log."""
 
 
 class _Stopped(Exception):
-    """The crew is stopping: this request is left for the next run."""
+    """The workers are stopping: this request is left for the next run."""
 
 
 def generate(
     source: Source, requests: Sequence[Request], log: RequestLog, *, progress: bool = False, **limits: Any
 ) -> list[Completion]:
-    """Have requests answered, from the log where it knows them.
+    """Complete requests, from the log if it holds them, else from the source.
 
     Args:
-        source: who writes. log: opened for `source.name`.
-        progress: show a bar on stderr, or lines where that is no terminal.
+        source: generates the completions.
+        log: opened for `source.name`.
+        progress: show a bar on stderr, or lines if that is not a terminal.
         limits: the fields of `Limits`: `concurrency`, `rate`, `retries`, `backoff`, `longest_backoff`, `token_budget`,
             `cost_budget`, `price_in`, `price_out`.
 
     Returns:
-        One completion a request, in their order. Requests of equal content share one.
+        One completion per request, in order. Requests with equal content share one.
 
-    An answer is in the log before its worker takes the next request, so a kill loses the (at most `concurrency`)
-    answers in flight and no other. Budgets are kept by reserving, before a request is sent, the most that it may use;
-    they count what the log holds. What a server charged for an answer that never arrived, nobody here can know.
+    A completion is in the log before its worker takes the next request, so a kill loses only the completions in flight
+    (at most `concurrency`). Before a request is sent, the most that it may use is reserved from the budget; budgets
+    include everything in the log. What a server charged for a lost response is unknown.
 
     Raises:
         BudgetSpent: the budget does not cover the next request.
         FailedRequests: requests that were refused, or failed at every attempt.
-        InputError: the source cannot answer at all (key, address, model), or a bad limit.
+        InputError: the source cannot complete any request (key, address, model), or a limit is invalid.
     """
     crew = Crew(source, log, _limits(limits))
     if log.source != source.name:
@@ -91,11 +93,11 @@ def _limits(values: Mapping[str, Any]) -> Limits:
 
 
 class Crew:
-    """Workers on one list of requests, and what they share.
+    """Worker threads on one list of requests, and their shared state.
 
     Args:
-        source, log: who answers and what keeps the answers. Other kinds of requests and answers than text have their own
-            (`teachers.scoring`): whatever `complete` returns is given to `append`.
+        source, log: complete requests and keep the results. Other kinds of requests and results than text use their own
+            (`teachers.server`): the result of `complete` is given to `append`.
     """
 
     def __init__(self, source: Any, log: Any, limits: Limits) -> None:
@@ -153,7 +155,7 @@ class Crew:
             )
 
     def halt(self) -> None:
-        """Send nothing more."""
+        """Stop sending requests."""
         self.stop.set()
         self.purse.wake()
 
@@ -176,7 +178,7 @@ class Crew:
                     self.purse.settle(request)
         except _Stopped:
             return
-        except BaseException as error:  # handed to the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             with self.lock:
                 self.fatal = self.fatal or error
             self.halt()
@@ -189,7 +191,7 @@ class Crew:
             self.halt()
 
     def _ask(self, request: Any) -> Any:
-        """One request, tried again with growing waits."""
+        """Send one request, with retries after growing waits."""
         for attempt in range(self.limits.retries + 1):
             self.pace.take(self.stop)
             if self.stop.is_set():
@@ -209,12 +211,12 @@ class Crew:
         raise AssertionError("unreachable")
 
     def _backoff(self, attempt: int) -> float:
-        """Doubles up to the cap; the jitter (half to all of it) keeps workers from coming back at one moment."""
+        """Doubles up to the maximum; the jitter (half to all of it) keeps workers from retrying at the same moment."""
         return min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(attempt, 60)) * random.uniform(0.5, 1)
 
 
 class _Purse:
-    """Tokens and money: reserved before a request is sent, settled by what it used."""
+    """The budget in tokens and money: reserved before a request is sent, settled with its actual use."""
 
     def __init__(self, limits: Limits, log: Any) -> None:
         self.limits, self.log = limits, log
@@ -224,7 +226,7 @@ class _Purse:
         self.changed = threading.Condition()
 
     def _over(self, prompt: int, written: int) -> str:
-        """What these tokens, beside those held and spent, would go over; empty where they fit."""
+        """The budget that these tokens would exceed, with those reserved and used; empty if they fit."""
         prompt, written = prompt + self.held_in + self.log.prompt_tokens, written + self.held_out + self.log.tokens
         limits = self.limits
         if limits.token_budget is not None and prompt + written > limits.token_budget:
@@ -238,7 +240,7 @@ class _Purse:
         return ""
 
     def reserve(self, request: Any, stop: threading.Event) -> bool:
-        """Wait until the request fits beside those in flight. False where it never will, or the crew stops."""
+        """Wait until the request fits beside those in flight. False if it never will, or the workers stop."""
         prompt, written = request.most_tokens()
         with self.changed:
             while over := self._over(prompt, written):
@@ -252,20 +254,20 @@ class _Purse:
             return True
 
     def settle(self, request: Any) -> None:
-        """Give the reservation back; what the answer used is in the log's own count by now."""
+        """Release the reservation; the log counts the actual use by now."""
         prompt, written = request.most_tokens()
         with self.changed:
             self.held_in, self.held_out = self.held_in - prompt, self.held_out - written
             self.changed.notify_all()
 
     def wake(self) -> None:
-        """Let those who wait look again."""
+        """Notify the waiting threads."""
         with self.changed:
             self.changed.notify_all()
 
 
 class _Pace:
-    """At most `rate` attempts a second, evenly spaced."""
+    """A rate limit of `rate` attempts per second, evenly spaced."""
 
     def __init__(self, rate: float | None) -> None:
         self.gap, self.next, self.lock = (1 / rate if rate else 0.0), time.monotonic(), threading.Lock()

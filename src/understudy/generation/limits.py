@@ -1,4 +1,4 @@
-"""How hard a source may be asked and what it may cost; and where an endpoint is. Both are parts of a recipe."""
+"""Limits of requests to a source, budgets, and the address of an endpoint, as parts of a recipe."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-LONGEST_WAIT = 600.0  # seconds that a source may ask to wait (a daily quota asks for hours)
+LONGEST_WAIT = 600.0  # longest `Retry-After` in seconds that is obeyed (daily quotas give hours)
 SECRET = {"apikey", "authorization", "accesstoken", "token", "secret", "password", "key"}
 
 
 class Limits(BaseModel):
-    """Bounds on a generation. Budgets count everything in the log, earlier runs too."""
+    """Limits of a generation. Budgets count everything in the log, earlier runs included."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,12 +38,12 @@ class Limits(BaseModel):
         return self
 
     def cost(self, prompt_tokens: int, tokens: int) -> float:
-        """What so many tokens cost."""
+        """Cost of these numbers of tokens."""
         return (prompt_tokens * self.price_in + tokens * self.price_out) / 1e6
 
 
 class Endpoint(Limits):
-    """An OpenAI-compatible server. The key stays in its environment variable; only the variable's name is kept."""
+    """An OpenAI-compatible server. The key stays in its environment variable; only the variable's name is stored."""
 
     url: str = Field(description="Base URL, for example http://localhost:8000/v1; a bare host gets /v1.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the key; none sends no key.")
@@ -95,10 +95,11 @@ class Endpoint(Limits):
 
     @classmethod
     def shown(cls, place: Sequence[int | str]) -> list[int | str]:
-        """A place in a recipe as it is printed: of what is inside an endpoint, known names alone, as keys are put there."""
+        """A path in a recipe as it may be printed: inside an endpoint only known names, since a key might be there by
+        mistake."""
         inside = place.index("endpoint") + 1 if "endpoint" in place else len(place)
         return [*place[:inside], *(p if p in cls.model_fields else "***" for p in place[inside : inside + 1])]
 
     def limits(self) -> dict[str, Any]:
-        """The bounds alone, as arguments of `generate`."""
+        """Only the limits, as arguments of `generate`."""
         return {name: getattr(self, name) for name in Limits.model_fields}

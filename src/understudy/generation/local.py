@@ -1,4 +1,4 @@
-"""A source in this process: any causal LM of transformers, in batches, with randomness that belongs to the request."""
+"""A source in this process: any causal LM of transformers, in batches, with random numbers that belong to each request."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from understudy.generation.decoding import choose, end_tokens, written
 from understudy.generation.request import Completion, RefusedRequest, Request, cut
 from understudy.models import load_causal_lm, load_tokenizer, state_hash, tokenizer_hashes
 
-GATHER = 0.005  # seconds for the requests of other threads to join a batch
+GATHER = 0.005  # seconds to wait for requests of other threads before a batch starts
 
 
 class LocalSource:
-    """A model that writes here.
+    """A model that generates in this process.
 
-    A text prompt is continued (after what the tokenizer begins a text with, as in training); messages go through the chat
-    template. Requests that arrive from several threads at once are written in one batch. A draw depends on the content
-    of its request alone, so the same request gets the same text in any batch, up to the rounding of batched products.
+    A text prompt is continued (after the tokenizer's beginning-of-text token, as in training); messages are rendered by
+    the chat template. Requests that arrive from several threads at once form one batch. Random numbers depend on the
+    content of the request alone, so a request gets the same text in any batch, up to the rounding of batched products.
 
-    `log_prob` is the sum over all drawn tokens, the ending one included, of the model's own log-probabilities: float32,
+    `log_prob` is the sum over all generated tokens, ending token included, of the model's log-probabilities: float32,
     before penalties, temperature and top-p. `tokens` counts the same tokens.
 
     Args:
-        model: a causal LM with `generate`. tokenizer: its tokenizer.
+        model: a causal LM with `generate`.
+        tokenizer: its tokenizer.
         name: for the log; hashes of weights, tokens and template are added.
-        batch: most requests at once.
+        batch: most requests per batch.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, *, batch: int = 8) -> None:
@@ -60,7 +61,7 @@ class LocalSource:
         trust_remote_code: bool = False,
         batch: int = 8,
     ) -> LocalSource:
-        """From a folder, a set in `UNDERSTUDY_DATA` or a Hub id; on the GPU where there is one."""
+        """Load from a folder, a set in `UNDERSTUDY_DATA` or a Hub id; on a GPU if there is one."""
         words = load_tokenizer(tokenizer or name, trust_remote_code=trust_remote_code)
         model = load_causal_lm(
             name, tokenizer=words, dtype=dtype, quantization=quantization, trust_remote_code=trust_remote_code
@@ -70,7 +71,7 @@ class LocalSource:
         return cls(model, words, name, batch=batch)
 
     def complete(self, request: Request) -> Completion:
-        """Write one completion. Whoever finds the model free writes for all who wait."""
+        """Generate one completion. The thread that finds the model free processes the requests of all waiting threads."""
         mine: Future[Completion] = Future()
         with self._turn:
             self._pending.append((request, mine))
@@ -92,12 +93,12 @@ class LocalSource:
                     self._turn.notify_all()
 
     def _write(self, taken: Sequence[tuple[Request, Future[Completion]]]) -> None:
-        """Answer every request of a batch: with its completion, or with the reason why there is none."""
+        """Set the result of every request of a batch: its completion or an exception."""
         able: list[tuple[Request, Future[Completion], list[int]]] = []
         for request, future in taken:
             try:
                 able.append((request, future, self._encode(request)))
-            except Exception as error:  # goes to the thread that asked
+            except Exception as error:  # raised again in the requesting thread
                 future.set_exception(error)
         if not able:
             return
@@ -111,11 +112,11 @@ class LocalSource:
             future.set_result(completion)
 
     def _encode(self, request: Request) -> list[int]:
-        """The ids of a prompt."""
+        """The token ids of a prompt."""
         tokenizer = self.tokenizer
         if isinstance(request.prompt, str):
             ids = self._ends.before(token_ids(tokenizer, request.prompt))
-            if not ids and tokenizer.bos_token_id is not None:  # something has to be there to continue
+            if not ids and tokenizer.bos_token_id is not None:  # generation needs at least one token
                 ids = [tokenizer.bos_token_id]
         else:
             try:
@@ -135,7 +136,7 @@ class LocalSource:
         return ids
 
     def write(self, requests: Sequence[Request], prompts: Sequence[list[int]]) -> list[Completion]:
-        """Completions of prompts that are already ids, in one batch."""
+        """Completions of prompts given as token ids, in one batch."""
         longest, most = max(map(len, prompts)), max(r.max_tokens for r in requests)
         draw = _Draw(requests, self.name, longest, len(self.tokenizer))
         end = _End(requests, longest, end_tokens(self.model, self.tokenizer), self.tokenizer)
@@ -158,7 +159,7 @@ class LocalSource:
 
 
 class _Draw(LogitsProcessor):
-    """Draws each row's next token itself, by the row's own settings and seed, and leaves only that one possible."""
+    """Samples each row's next token with the row's own settings and seed, and masks all others."""
 
     def __init__(self, requests: Sequence[Request], source: str, start: int, vocabulary: int) -> None:
         self.requests, self.start, self.vocabulary = requests, start, vocabulary
@@ -167,7 +168,7 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float()
-        logits[:, self.vocabulary :] = float("-inf")  # padded rows of the head are no tokens
+        logits[:, self.vocabulary :] = float("-inf")  # padding rows of the head
         written = input_ids[:, self.start :]
         raw = logits.log_softmax(-1)
         chosen = self._choose(self._penalised(logits, written).double(), step=written.shape[1])
@@ -178,7 +179,8 @@ class _Draw(LogitsProcessor):
         return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
     def _penalised(self, logits: Tensor, written: Tensor) -> Tensor:
-        """Lower what was written already: by `presence_penalty` once, by `frequency_penalty` each time."""
+        """Lower the logits of tokens generated before: by `presence_penalty` once, by `frequency_penalty` per
+        occurrence."""
         presence = self._column([r.presence_penalty for r in self.requests], logits)
         frequency = self._column([r.frequency_penalty for r in self.requests], logits)
         if not bool(presence.any() or frequency.any()):
@@ -187,13 +189,13 @@ class _Draw(LogitsProcessor):
         return logits - presence * (counts > 0) - frequency * counts
 
     def _choose(self, logits: Tensor, step: int) -> Tensor:
-        """Each row by its own settings, in float64."""
+        """The next token of each row with its own settings, in float64."""
         temperature = self._column([r.temperature for r in self.requests], logits)
         return choose(logits, self.seeds, step, temperature, self._column([r.top_p for r in self.requests], logits))
 
 
 class _End(StoppingCriteria):
-    """Ends each row by itself: at an ending token, a stop string or its own `max_tokens`."""
+    """Ends each row at an ending token, a stop string or its own `max_tokens`."""
 
     def __init__(self, requests: Sequence[Request], start: int, ends: set[int], tokenizer: Any) -> None:
         self.requests, self.start, self.ends, self.tokenizer = requests, start, ends, tokenizer
@@ -208,7 +210,7 @@ class _End(StoppingCriteria):
         return torch.tensor(self.done, device=input_ids.device)
 
     def _stopped(self, request: Request, ids: list[int]) -> bool:
-        """Whether the text holds a stop string. Only its end can be new: a token is at least a byte."""
+        """Whether the text holds a stop string. Only its end must be searched: a token has at least one byte."""
         if not request.stop:
             return False
         tail = ids[-(max(len(s.encode()) for s in request.stop) + 8) :]

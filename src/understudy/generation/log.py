@@ -1,4 +1,4 @@
-"""The request log: every completion that was paid for, by the content of its request. Nothing is paid for twice."""
+"""The request log: every paid completion, keyed by the content of its request, so that nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SYNC_SECONDS = 1.0
 
 
 class RequestLog:
-    """JSON lines, appended: a header that names the source, then one completion a line.
+    """An append-only file of JSON lines: a header that names the source, then one completion per line.
 
-    A line is handed to the operating system before `append` returns, so a killed process loses none. Lines are forced
-    to the disk once a second and at the end, so a power cut can take those of about a second. A last line that was cut
-    short is removed on reopening. One process at a time writes a log.
+    A line is handed to the operating system before `append` returns, so a killed process loses none. Lines are flushed
+    to disk once a second and at the end, so a power failure may lose about one second. An incomplete last line is
+    removed on reopening. Only one process may write a log at a time.
 
     Args:
-        path: the file; made if it does not exist.
-        source: `Source.name` of who answers. A log of another source is refused.
+        path: the file, created if it does not exist.
+        source: `Source.name` of the source. A log of another source is refused.
 
     Raises:
-        InputError: another source's log, another process's log, or no log at all.
+        InputError: the log belongs to another source, another process has it open, or the file is not a log.
     """
 
     def __init__(self, path: str | Path, source: str) -> None:
@@ -59,7 +59,7 @@ class RequestLog:
     def _claim(self) -> None:
         try:
             import fcntl
-        except ImportError:  # no such locks on this system
+        except ImportError:  # this system has no file locks
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,9 +72,9 @@ class RequestLog:
         self._file.seek(0)
         data = self._file.read()
         lines = data.split(b"\n")
-        last = lines.pop()  # empty where the file ends with a whole line
+        last = lines.pop()  # empty if the file ends with a complete line
         self._end = len(data) - len(last)
-        if last and lines and _record(last) is not None:  # whole but for its newline
+        if last and lines and _record(last) is not None:  # complete except for its newline
             lines.append(last)
             self._write(b"\n", len(data))
         elif last:
@@ -115,7 +115,7 @@ class RequestLog:
         self.tokens += completion.tokens
 
     def _write(self, data: bytes, at: int) -> None:
-        """Append in whole: what a full disk left of a line is taken back."""
+        """Append completely: an incomplete line, for example on a full disk, is removed."""
         rest = memoryview(data)
         try:
             while rest:
@@ -135,11 +135,11 @@ class RequestLog:
         return self._known[key]
 
     def get(self, key: str) -> Completion | None:
-        """The completion of a request, or `None` where it has not been answered."""
+        """The completion of a request, or `None` if there is none."""
         return self._known.get(key)
 
     def append(self, key: str, name: str, completion: Completion) -> None:
-        """Keep a completion. The first one of a key stays; `name` is the request's id, for readers of the file."""
+        """Store a completion. The first one of a key is kept; `name` is the request's id, for readers of the file."""
         line = json.dumps({"key": key, "id": name, **asdict(completion)}, allow_nan=False).encode() + b"\n"
         with self._lock:
             if key in self._known:
@@ -154,12 +154,12 @@ class RequestLog:
         self._synced = time.monotonic()
 
     def sync(self) -> None:
-        """Force everything to the disk now."""
+        """Flush everything to disk now."""
         with self._lock:
             self._sync()
 
     def close(self) -> None:
-        """Force everything to the disk and let another process write."""
+        """Flush everything to disk and release the lock."""
         with self._lock:
             if not self._file.closed:
                 self._sync()
@@ -175,7 +175,7 @@ class RequestLog:
 
 
 def _record(line: bytes) -> tuple[str, Completion] | None:
-    """Key and completion of a line, or `None` where it is not whole."""
+    """Key and completion of a line, or `None` if it is incomplete."""
     try:
         values: dict[str, Any] = json.loads(line)
         key, text, finish, log_prob = (values[name] for name in ("key", "text", "finish", "log_prob"))

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar where stderr is a terminal, and plain lines in a log."""
+"""Progress of a long command: a bar if stderr is a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SECONDS = 10.0  # between two lines
+SECONDS = 10.0  # between lines
 
 
 @contextmanager
 def counting(title: str, total: int | None = None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how many are done.
+    """Show the number of finished items on stderr.
 
     Args:
-        title: what is counted. total: how many there will be, if that is known. shown: off, nothing is written.
+        title: what is counted.
+        total: number of items, if known.
+        shown: False shows nothing.
 
     Returns:
-        A function to call with the number of those that were done since; from any thread.
+        A thread-safe function to call with the number of newly finished items.
     """
     console = Console(stderr=True)
     if shown and console.is_terminal:

@@ -1,4 +1,4 @@
-"""Prompts as files: templates with named slots, few-shot lists with an open end, people's names in and out."""
+"""Prompts as files: templates with named slots, few-shot lists with an open last item, and names of people."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _OPEN = "\x00"
 
 
 class Prompt:
-    """A template with named slots, `{{ slot }}`, in Jinja's sandbox. Every slot must be filled, and no other given.
+    """A template with named slots, `{{ slot }}`, in Jinja's sandbox. Exactly its slots must be given.
 
     Args:
-        text: the template. name: for messages.
+        text: the template.
+        name: for messages.
     """
 
     def __init__(self, text: str, name: str = "prompt") -> None:
@@ -37,9 +38,9 @@ class Prompt:
 
     @classmethod
     def load(cls, name: str | Path) -> Prompt:
-        """From a text file, or from one of the prompts that come with the package, by name without `.txt`.
+        """Load a text file, or one of the package's prompts by name without `.txt`.
 
-        One newline at the end of the file belongs to the file, not to the prompt.
+        One newline at the end of the file is removed.
         """
         path = Path(name)
         if not path.is_file():
@@ -94,11 +95,12 @@ def few_shot(
     instruction: str = "",
     separator: str = "\n",
 ) -> str:
-    """Written examples, numbered if `item` has the slot `number`, and a last one that is left open.
+    """Complete examples, numbered if `item` has the slot `number`, and a last one that is left open for the model.
 
     Args:
-        item: how one example looks. examples: the slots of each, in order.
-        query: the slots of the last one but `open_slot`, where the text breaks off (without space before the break).
+        item: template of one example.
+        examples: the slots of each example, in order.
+        query: the slots of the last one except `open_slot`, where the text ends (without trailing space).
         instruction: text before the first example, followed by `separator`.
     """
     if open_slot not in item.slots:
@@ -116,7 +118,7 @@ def few_shot(
 def draw_names(
     roles: Sequence[str], pool: Sequence[str], generator: np.random.Generator, avoid: str = ""
 ) -> dict[str, str]:
-    """A different name of the pool for each role (`PersonX` → `Alex`), none that stands in the text `avoid`."""
+    """A different name from the pool for each role (`PersonX` → `Alex`), none of which occurs in the text `avoid`."""
     free = [name for name in dict.fromkeys(pool) if name not in roles and not _words([name]).search(avoid)]
     if len(free) < len(roles):
         raise InputError(
@@ -126,10 +128,10 @@ def draw_names(
 
 
 def name_people(text: str, names: Mapping[str, str]) -> str:
-    """Put names in the place of roles, whole words only, all in one pass.
+    """Replace roles by names, whole words only, in one pass.
 
     Raises:
-        InputError: two roles share a name, or a name is in the text already, so that nobody could map it back.
+        InputError: two roles share a name, or a name occurs in the text, so that it could not be mapped back.
     """
     if len(set(names.values())) < len(names):
         raise InputError(f"Two roles share a name: {', '.join(f'{k} → {v}' for k, v in names.items())}.")
@@ -142,7 +144,7 @@ def name_people(text: str, names: Mapping[str, str]) -> str:
 
 
 def restore_people(text: str, names: Mapping[str, str]) -> str:
-    """Put the roles back in the place of the names, whole words only: Alex, but not Alexander."""
+    """Replace names by roles, whole words only: Alex, but not Alexander."""
     return _swap(text, {name: role for role, name in names.items()})
 
 

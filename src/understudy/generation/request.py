@@ -1,4 +1,4 @@
-"""The interface of a text source: a request in, a completion out. Whoever generates never asks where it runs."""
+"""The interface of a text source: a request in, a completion out, independent of where the model runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from understudy.errors import InputError
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be written.
+    """One completion to generate.
 
     Args:
         prompt: text to be continued, or messages `({"role": …, "content": …}, …)` for a chat.
-        id: the caller's stable name for it, for example `tails/12/xWant/3`. draw: which of several samples of one prompt.
-        max_tokens: most tokens to write. temperature: 0 is greedy. top_p: nucleus. stop: strings that end the text.
-        log_probs: also ask for the summed log-probability of the written tokens.
+        id: a stable name that the caller chooses, for example `tails/12/xWant/3`.
+        draw: index among several samples of one prompt.
+        max_tokens: most tokens to generate.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        stop: strings that end the text.
+        log_probs: request the summed log-probability of the generated tokens too.
     """
 
     prompt: str | tuple[Mapping[str, str], ...]
@@ -34,14 +38,15 @@ class Request:
     log_probs: bool = False
 
     def key(self, source: str) -> str:
-        """SHA-256 of the content under a source's name; `id` is not part of it, so equal requests are paid for once."""
+        """SHA-256 of the content and the source's name. `id` is not part of it, so equal requests are paid for once."""
         content = {k: v for k, v in asdict(self).items() if k != "id"}
         return hashlib.sha256(json.dumps([source, content], sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self) -> tuple[int, int]:
-        """Bounds of (prompt, written) tokens before anything is sent.
+        """Upper bounds of (prompt, generated) tokens, before anything is sent.
 
-        A token covers at least one byte of UTF-8; a chat template is granted 32 tokens a message, and any prompt 16.
+        A token has at least one byte of UTF-8; 32 tokens per message are added for a chat template, and 16 for any
+        prompt.
         """
         if isinstance(self.prompt, str):
             return len(self.prompt.encode(errors="surrogatepass")) + 16, self.max_tokens
@@ -51,11 +56,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a source wrote.
+    """The output of a source.
 
     Args:
-        text: without prompt and stop string. finish: why it ended. log_prob: summed over the written tokens, nats, or
-            `None` where the source does not say. prompt_tokens, tokens: as the source counts them.
+        text: without prompt and stop string.
+        finish: the reason why it ended.
+        log_prob: summed over the generated tokens, nats; `None` if the source does not provide it.
+        prompt_tokens, tokens: as counted by the source.
     """
 
     text: str
@@ -66,20 +73,24 @@ class Completion:
 
 
 class Source(Protocol):
-    """Anything that writes. `complete` may be called from several threads at once."""
+    """Anything that generates text. `complete` may be called from several threads at once."""
 
     name: str
 
     def complete(self, request: Request) -> Completion:
-        """Write one completion. Raises `SourceError` for a failure worth trying again."""
+        """Generate one completion.
+
+        Raises:
+            SourceError: another attempt may succeed.
+        """
         ...
 
 
 class SourceError(RuntimeError):
-    """A request failed for a passing reason (429, 5xx, time-out, cut connection, malformed answer).
+    """A request failed for a temporary reason (429, 5xx, time-out, closed connection, malformed response).
 
     Args:
-        wait: seconds the source asks to wait, or `None`.
+        wait: seconds to wait as given by the source, or `None`.
     """
 
     def __init__(self, message: str, wait: float | None = None) -> None:
@@ -88,7 +99,7 @@ class SourceError(RuntimeError):
 
 
 class RefusedRequest(InputError):
-    """This one request cannot be answered however often it is sent (too long, filtered); others may be."""
+    """This request can never succeed (too long, filtered); others may."""
 
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

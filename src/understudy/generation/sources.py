@@ -1,4 +1,4 @@
-"""The sources: a model here, a model behind HTTP, a function; and which of them a recipe's model is."""
+"""The sources: a local model, a model behind HTTP, a function; and the source of a recipe's model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class OracleSource:
     """A Python function as a source, for synthetic worlds and tests.
 
     Args:
-        name: for the log; change it with the function.
-        write: takes the request and a random generator seeded by the request's content, returns text (cut at the first
-            stop string; a token is a word) or a `Completion`, which is passed on as it is.
+        name: for the log; change it when the function changes.
+        write: takes the request and a random generator seeded by the request's content. Returns text (cut at the first
+            stop string; a token is a word), or a `Completion`, which is used unchanged.
     """
 
     def __init__(self, name: str, write: Callable[[Request, np.random.Generator], str | Completion]) -> None:
         self.name, self.write = name, write
 
     def complete(self, request: Request) -> Completion:
-        """What the function writes."""
+        """The output of the function."""
         answer = self.write(request, np.random.default_rng(int(request.key(self.name)[:16], 16)))
         if isinstance(answer, Completion):
             return answer
@@ -35,7 +35,7 @@ class OracleSource:
 
 
 class ModelLike(Protocol):
-    """What is read of a recipe's `ModelSpec`."""
+    """The attributes of a recipe's `ModelSpec` that are used here."""
 
     @property
     def model(self) -> str: ...
@@ -54,7 +54,7 @@ class ModelLike(Protocol):
 
 
 def source_from(spec: ModelLike, *, batch: int = 8) -> Source:
-    """The source of a recipe's model: behind its `endpoint` where it names one, else in this process."""
+    """The source of a recipe's model: its `endpoint` if it has one, else a model in this process."""
     if spec.endpoint is not None:
         return EndpointSource(spec.model, spec.endpoint)
     from understudy.generation.local import LocalSource
@@ -71,5 +71,5 @@ def source_from(spec: ModelLike, *, batch: int = 8) -> Source:
 
 
 def limits_from(spec: ModelLike) -> dict[str, Any]:
-    """The bounds of a recipe's model, as arguments of `generate`."""
+    """The limits of a recipe's model, as arguments of `generate`."""
     return spec.endpoint.limits() if spec.endpoint is not None else {}

@@ -1,4 +1,4 @@
-"""The way to an OpenAI-compatible server: every answer is bounded in time and size, whatever the server does."""
+"""HTTP to an OpenAI-compatible server, with every response bounded in time and size."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 from understudy.errors import InputError
 from understudy.generation.limits import Endpoint
 
-ERROR_BYTES = 2**16  # of an answer with an error status: its beginning says why
+ERROR_BYTES = 2**16  # read of a response with an error status: its beginning has the reason
 _most_bytes: ContextVar[int] = ContextVar("_most_bytes")
 
 
 class Transport:
-    """Sends a JSON body and reads the answer, within the endpoint's timeout from the first byte to the last.
+    """Sends a JSON body and reads the response within the endpoint's timeout, from the first byte to the last.
 
-    The openai client times single reads, so that a server that sends a byte now and then would never time out, and it
-    reads a body of any size. Here the whole exchange runs in an event loop that cancels it at the deadline, and the body
-    is read up to a size. Nothing is decompressed and no redirect is followed.
+    The openai client applies its timeout to single reads, so a server that sends a byte now and then never times out,
+    and it reads responses of any size. Here the whole exchange runs in an event loop that cancels it at the deadline,
+    and the body is read up to a maximum size. Nothing is decompressed and no redirect is followed.
 
     Args:
-        endpoint: where, and for how long.
+        endpoint: address and timeout.
 
     Raises:
-        InputError: the extra is not installed, or the key or the URL cannot be used.
+        InputError: the extra is not installed, or the key or the URL is invalid.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -41,20 +41,21 @@ class Transport:
         """Send a body.
 
         Args:
-            path: `/completions`, `/chat/completions`, or a whole URL of the server.
-            most: bytes of the longest answer that is read.
+            path: `/completions`, `/chat/completions`, or a full URL of the server.
+            most: largest response in bytes.
 
         Returns:
-            The answer's body and its headers.
+            The body and the headers of the response.
 
         Raises:
-            TimeoutError: the answer is not whole within the timeout. OpenAIError: all other failures.
+            TimeoutError: the response is not complete within the timeout.
+            OpenAIError: any other failure.
         """
         return asyncio.run_coroutine_threadsafe(self._post(path, dict(body), dict(headers), most), _loop()).result()
 
     async def _post(self, path: str, body: dict[str, Any], headers: dict[str, str], most: int) -> tuple[bytes, Any]:
         _most_bytes.set(most)
-        # The last one is how openai's client is told to leave the body unread.
+        # The last header makes openai's client leave the body unread.
         sent = {**self._headers, "Accept-Encoding": "identity", **headers, "X-Stainless-Raw-Response": "true"}
         async with asyncio.timeout(self.timeout):
             raw = await self._client.post(path, cast_to=object, body=body, options={"headers": sent})
@@ -63,7 +64,7 @@ class Transport:
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop in which all requests of this process wait."""
+    """The event loop of all requests of this process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="understudy-http").start()
     return loop
@@ -75,7 +76,7 @@ def _close(client: Any) -> None:
 
 @cache
 def _bounded() -> Any:
-    """openai's HTTP client, which reads answers up to the size that is asked for."""
+    """openai's HTTP client with a maximum response size."""
     import openai
 
     class Bounded(openai.DefaultAsyncHttpxClient):  # type: ignore[misc]
@@ -85,7 +86,7 @@ def _bounded() -> Any:
                 data = await _read(response)
             finally:
                 await response.aclose()
-                self.cookies.clear()  # a server could fill them without end
+                self.cookies.clear()  # a server could add cookies without end
             return type(response)(response.status_code, headers=response.headers, content=data, request=request)
 
     async def _read(response: Any) -> bytes:
@@ -109,7 +110,7 @@ def _bounded() -> Any:
 
 
 def _client(endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
-    """The client, and the headers that it must leave out."""
+    """The client, and the headers that it must omit."""
     try:
         import openai
     except ImportError:
@@ -125,6 +126,6 @@ def _client(endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
             raise InputError(f"{endpoint.url}: {endpoint.api_key_env} holds characters that no key has.")
     http = _bounded()(timeout=endpoint.timeout, follow_redirects=False)
     client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=0, timeout=endpoint.timeout, http_client=http)  # fmt: skip
-    # The client would take these from the environment and send them anywhere.
+    # The client would read these from the environment and send them to any server.
     names = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (endpoint.api_key_env is None)
     return client, {name: openai.Omit() for name in names}

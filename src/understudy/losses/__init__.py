@@ -1,4 +1,4 @@
-"""Losses: pure functions from tensors to one value per row. Nothing here reduces."""
+"""Losses: pure functions from tensors to one value per row. Nothing here reduces over rows."""
 
 from understudy.losses.classification import binary_cross_entropy, cross_entropy
 from understudy.losses.divergences import (

@@ -1,4 +1,4 @@
-"""Sums over classes that the divergences are made of, on log-probabilities, safe where a class has probability 0."""
+"""Sums over classes that the divergences consist of, on log-probabilities, also where a class has probability 0."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ _INF = float("inf")
 
 
 def alpha_beta_sum(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
-    """The α-β divergence. A class that neither side has adds nothing; one that a single side has may add +inf, never nan."""
+    """The α-β divergence of each row. A class with probability 0 on both sides adds 0; with probability 0 on one side
+    it may add +inf, never nan."""
     none, one = (log_p == -_INF) & (log_q == -_INF), (log_p == -_INF) ^ (log_q == -_INF)
     if none.any():
         log_p, log_q = log_p.masked_fill(none, 0.0), log_q.masked_fill(none, 0.0)
     terms = _alpha_beta(log_p, log_q, a, b)
-    # A term is at least 0 and its largest power decides, so ∞ − ∞ and 0 · ∞ stand for +∞.
+    # A term is at least 0 and its largest power dominates, so ∞ − ∞ and 0 · ∞ mean +∞.
     return (terms.masked_fill(one & terms.isnan(), _INF) if one.any() else terms).sum(-1)
 
 
 def _alpha_beta(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
-    """Its term of each class."""
+    """The term of each class."""
     if a == 0 and b == 0:
         return 0.5 * (log_p - log_q).square()
     if b == 0:
@@ -44,7 +45,7 @@ def _one_sided(log_x: Tensor, log_y: Tensor, a: float) -> Tensor:
 
 
 def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
-    """Σ x (log x − log y) with 0 · log 0 = 0. Both guards let nan through, so a bad row shows."""
+    """Σ x (log x − log y) with 0 · log 0 = 0. nan is not masked, so that an invalid row gives nan."""
     absent = log_x == -_INF
     if not absent.any():
         return (log_x.exp() * (log_x - log_y)).sum(-1)
@@ -54,20 +55,20 @@ def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
 
 
 def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """½ Σ |p − q|. A difference within rounding counts as none, so that equal rows have the subgradient 0."""
+    """½ Σ |p − q|. A difference within rounding error counts as 0, so that equal rows have the subgradient 0."""
     p, difference = log_p.exp(), log_p.exp() - log_q.exp()
     same = difference.abs() <= 64 * torch.finfo(p.dtype).eps * p
     return 0.5 * difference.masked_fill(same, 0.0).abs().sum(-1)
 
 
 def weighted(log_p: Tensor, values: Tensor) -> Tensor:
-    """Σ p · values, where p = 0 contributes nothing."""
+    """Σ p · values, where classes with p = 0 contribute 0."""
     absent = log_p == -_INF
     return (log_p.exp() * values.masked_fill(absent, 0.0)).sum(-1)
 
 
 def mix(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
-    """log(share · x + (1 − share) · y), safe in value and gradient where either is −inf."""
+    """log(share · x + (1 − share) · y), with finite values and gradients where either is −inf."""
     if share == 0:
         return log_y
     a, b = log_x + math.log(share), log_y + math.log1p(-share)

@@ -1,4 +1,5 @@
-"""From (student logits, target) to a pair of log-probabilities: the one place for temperature and truncation."""
+"""From (student logits, target) to a pair of log-probabilities. Temperature and truncation are applied here and only
+here."""
 
 from __future__ import annotations
 
@@ -15,12 +16,16 @@ Truncation = Literal["tail", "renorm"]
 
 
 def as_target(target: Target | Tensor) -> Target:
-    """A bare tensor means `Dense`."""
+    """Wrap a bare tensor of logits as `Dense`."""
     return Dense(target) if isinstance(target, Tensor) else target
 
 
 def need_dense(loss: str, target: Target | Tensor, classes: int | None = None) -> Tensor:
-    """The logits of a dense target, detached; any other kind is refused by name."""
+    """The logits of a dense target, detached.
+
+    Raises:
+        InputError: any other kind of target, or another number of classes.
+    """
     target = as_target(target)
     if not isinstance(target, Dense):
         raise InputError(f"{loss} is not defined for {type(target).__name__} targets; it accepts Dense.")
@@ -33,12 +38,13 @@ def need_dense(loss: str, target: Target | Tensor, classes: int | None = None) -
 
 
 def full(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Convert to float32, or keep a wider dtype."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + eˣ), exact everywhere: torch's own returns x from 20 on, which is wrong by 2e−9 there, also its gradient."""
+    """log(1 + eˣ), exact everywhere. torch's own returns x from 20 on, with an error of 2e−9 there in value and
+    gradient."""
     return -F.logsigmoid(-x)
 
 
@@ -54,9 +60,9 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
-    """Log-probabilities on a support: renormalised, or with one more bucket for the mass outside it.
+    """Log-probabilities on a support: renormalised, or with one more bucket for the probability mass outside it.
 
-    The bucket is the log-sum-exp of the classes left out, not `log(1 − Σ)`, which would lose small masses.
+    The bucket is the log-sum-exp of the other classes, not `log(1 − Σ)`, which would lose small masses.
     """
     padded = bool((ids < 0).any())
     kept = log_p.gather(-1, ids.clamp(min=0))
@@ -73,7 +79,7 @@ def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
 
 
 def _renormalised(x: Tensor) -> Tensor:
-    """`log_softmax`, all −inf where nothing is kept."""
+    """`log_softmax`; all −inf if no class is kept."""
     return torch.where((x == -torch.inf).all(-1, keepdim=True), x, x - _logsumexp(x))
 
 
@@ -87,7 +93,7 @@ def _logsumexp(x: Tensor) -> Tensor:
 def pair(
     loss: str, student: Tensor, target: Target | Tensor, temperature: float, truncation: Truncation
 ) -> tuple[Tensor, Tensor]:
-    """`(log_q, log_p)`, both `[rows, n]`: the student's (with gradient) and the teacher's (without)."""
+    """`(log_q, log_p)`, both `[rows, n]`, of the student (with gradient) and the teacher (without)."""
     check_temperature(loss, temperature)
     target = as_target(target)
     if isinstance(target, Dense):
@@ -109,13 +115,13 @@ def pair(
 def same_temperature(loss: str, taken: float, asked: float) -> None:
     if taken != asked:
         raise InputError(
-            f"{loss}: the target's probabilities were taken at temperature {taken} and the loss asks for {asked}. "
+            f"{loss}: the target's probabilities were taken at temperature {taken} and the loss requires {asked}. "
             "Capture them again at that temperature, or set the loss's temperature."
         )
 
 
 def checked(loss: str, values: Tensor, student: Tensor, target: Target | Tensor | None) -> Tensor:
-    """Refuse rows that are nan. Only the `[rows]` values are looked at, so the check costs nothing."""
+    """Raise an error for rows that are nan. It only inspects the `[rows]` values, so the check is cheap."""
     if not torch.isnan(values).any():
         return values
     row = int(torch.isnan(values).nonzero()[0, 0])

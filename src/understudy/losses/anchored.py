@@ -1,6 +1,6 @@
-"""Anchored preference losses over lists of candidates (paper 2, ADPO), and the targets they learn from.
+"""Anchored preference losses over lists of candidates (paper 2, ADPO), and their target distributions.
 
-All arrays are `[lists, candidates]` with a `mask` of valid candidates; masked entries may hold anything and leak into
+All arrays are `[lists, candidates]` with a `mask` of valid candidates; masked entries may hold any value and affect
 neither value nor gradient. Losses return one value per list.
 """
 
@@ -19,10 +19,11 @@ from understudy.losses.checks import check_finite
 def anchored_cross_entropy(
     log_prob: Tensor, anchor: Tensor, target: Tensor, *, tau: float, mask: Tensor | None = None
 ) -> Tensor:
-    """−Σ q log softmax((log π − log π_ref) / τ) over valid candidates: `[lists]`. One candidate: 0.
+    """−Σ q log softmax((log π − log π_ref) / τ) over valid candidates: `[lists]`. A list with one candidate gives 0.
 
     Args:
-        log_prob: sequence log-probabilities in nats. anchor: those of the anchor, not differentiated.
+        log_prob: log π, sequence log-probabilities of the policy, nats.
+        anchor: log π_ref, sequence log-probabilities of the anchor, nats, not differentiated.
         target: q, rows sum to 1 over valid candidates, not differentiated.
 
     Gradient per list: (p̃ − q) / τ. The optimum is log π = log π_ref + τ log q + const. Source: ADPO, Eq. for L.
@@ -81,17 +82,17 @@ def _advantage(reward: Tensor, mask: Tensor) -> Tensor:
 
 
 def tempered(log_prob: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """softmax(log π_T / T) over the candidates: the teacher as target (KD)."""
+    """softmax(log π_T / T) over the candidates: the teacher's distribution as target (KD)."""
     return _softmax(log_prob / temperature, _mask(log_prob, mask))
 
 
 def exact_teacher(teacher: Tensor, anchor: Tensor, *, tau: float, mask: Tensor | None = None) -> Tensor:
-    """softmax((log π_T − log π_ref) / τ): the optimum is then the teacher itself, whatever the anchor."""
+    """softmax((log π_T − log π_ref) / τ): with this target the optimum is the teacher itself, for any anchor."""
     return _softmax((teacher - anchor) / tau, _mask(teacher, mask))
 
 
 def best(reward: Tensor, mask: Tensor | None = None) -> Tensor:
-    """All mass on the best candidate (the first of equals): supervised training on it."""
+    """All mass on the candidate with the largest reward (the first of equals): supervised fine-tuning on it."""
     mask = _rewards(reward, mask)
     top = reward.masked_fill(~mask, -math.inf).argmax(-1, keepdim=True)
     return torch.zeros_like(reward).scatter(-1, top, 1.0)
@@ -139,14 +140,20 @@ def anchored_plackett_luce(
     poly: float = 0.0,
     strict: bool = False,
 ) -> Tensor:
-    """−Σ_k log of the k-th best among the rest, by anchored scores, over the first `top` positions (all but the last).
+    """−Σ_k log of the probability of the k-th best candidate among the remaining ones, by anchored scores, over the
+    first `top` positions (by default all but the last).
 
     Args:
-        score: (log π − log π_ref) / τ. reward: gives the order; ties keep the lower index first.
-        label_smoothing: share of (log Z_k − mean score of the rest). poly: weight of 1 − exp(−nll), nll at most 20.
-        strict: refuse equal rewards.
+        score: (log π − log π_ref) / τ.
+        reward: defines the order; ties keep the lower index first.
+        label_smoothing: weight of (log Z_k − mean score of the remaining candidates).
+        poly: weight of 1 − exp(−nll), with nll at most 20.
+        strict: raise an error for equal rewards.
 
-    Returns `[lists]`, the *mean* over positions, 0 for one candidate. Source: ADPO, list-wise variant, official code.
+    Returns:
+        `[lists]`, the *mean* over positions; 0 for one candidate.
+
+    Source: ADPO, list-wise variant, official code.
     """
     mask = _rewards(reward, mask)
     order = reward.masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True).indices
@@ -156,7 +163,7 @@ def anchored_plackett_luce(
         tied = ((placed[..., 1:] == placed[..., :-1]) & valid[..., 1:]).any(-1).nonzero()
         if len(tied):
             raise InputError(
-                f"List {int(tied[0, 0])} has equal rewards, and strict asks for an order: leave strict out."
+                f"List {int(tied[0, 0])} has equal rewards, and strict requires an order: leave strict out."
             )
     held = ranked.masked_fill(~valid, -math.inf)
     log_z = held.flip(-1).logcumsumexp(-1).flip(-1)

@@ -40,7 +40,8 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_labels(loss: str, labels: Tensor, classes: int) -> None:
-    """Refuse a label outside the classes, naming it. Ignored rows are removed before a loss is called."""
+    """Raise an error that names the first label outside `0 … classes − 1`. Ignored rows are removed before a loss is
+    called."""
     if labels.numel() == 0:
         return
     low, high = torch.aminmax(labels)

@@ -1,4 +1,4 @@
-"""How far apart two predictions of one example are, where the example itself is learned. Nothing is reduced."""
+"""Divergences between two predictions of one example with gradient to both sides, for learning the example itself."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from understudy.losses._pairs import check_temperature, log_softmax
 
 
 def two_sided_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, tau_squared: bool = False) -> Tensor:
-    """KL(p ‖ q) of `forward_kl` with a gradient to both sides, for a player that moves the inputs of both networks.
+    """KL(p ‖ q) of `forward_kl` with a gradient to both sides, for methods that optimise the inputs of both networks.
 
     With p, q the softmaxes of teacher and student over the temperature τ (HARD, arXiv 2305.14890, D):
 
         ∂/∂s_k = (q_k − p_k) / τ,    ∂/∂t_k = p_k (log p_k − log q_k − KL(p ‖ q)) / τ
 
     Args:
-        student: logits `[rows, classes]`. teacher: likewise; detach the side that is to be a constant.
-        temperature: τ. tau_squared: multiply by τ².
+        student: logits `[rows, classes]`.
+        teacher: logits `[rows, classes]`; detach the side that is constant.
+        temperature: τ.
+        tau_squared: multiply by τ².
 
     Returns:
-        `[rows]`, in nats. 0 with gradient 0 where both agree; a constant added to a side's logits changes nothing. A row
-        of nan stays nan, unlike in `forward_kl`: the move of a player on it is skipped.
+        `[rows]`, in nats. 0 with gradient 0 where both agree; a constant added to a side's logits changes nothing.
+        Unlike
+        in `forward_kl`, a row of nan stays nan: the auxiliary optimiser skips such an update.
 
     Raises:
         InputError: the sides differ in shape, or the temperature is not above 0.

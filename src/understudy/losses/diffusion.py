@@ -15,13 +15,13 @@ from torch import Tensor
 from understudy.errors import InputError, nearest
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-"""What a denoiser's output stands for, in the names of diffusers."""
+"""Prediction types of a denoiser, by the names of diffusers."""
 
 Weight = Literal["uniform", "inv_delta", "inv_coef"]
 
 
 def over(rows: Tensor, values: Tensor) -> Tensor:
-    """`rows` `[rows]` with axes of length 1 for the rest of `values`, and in its dtype."""
+    """Reshape `rows` `[rows]` to broadcast with `values`, in the dtype of `values`."""
     return rows.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
 
 
@@ -31,18 +31,22 @@ def noised(clean: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def signal_of(x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """y = (x − σ ε) / α: a state without the noise that its trajectory began with. Source: Gu et al. 2023 (BOOT), signal variable."""
+    """y = (x − σ ε) / α: the state without the initial noise of its trajectory. Source: Gu et al. 2023 (BOOT), signal
+    variable."""
     return (x - over(sigma, x) * eps) / over(alpha, x)
 
 
 def x0_from(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """The clean example that a network's output stands for.
+    """The clean example x_0 that corresponds to a network's output.
 
     Args:
-        output: of the network. x: the noisy example it saw. prediction: one of `PREDICTIONS`.
+        output: of the network.
+        x: its input, the noisy example.
+        alpha, sigma: `[rows]`.
+        prediction: the kind of output, one of `PREDICTIONS`.
 
     Raises:
-        InputError: unknown prediction; or `epsilon` where α = 0, since pure noise then says nothing of x_0.
+        InputError: unknown prediction type; or `epsilon` where α = 0, since x_0 cannot be computed from pure noise.
     """
     check_prediction(prediction)
     if prediction == "sample":
@@ -58,7 +62,7 @@ def x0_from(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction:
 
 
 def check_prediction(prediction: str) -> None:
-    """Refuse a prediction type that is not known; read as another, it would train garbage."""
+    """Raise an error for an unknown prediction type."""
     if prediction not in PREDICTIONS:
         raise InputError(
             f"Unknown prediction type {prediction!r}.{nearest(prediction, PREDICTIONS)} Known: {', '.join(PREDICTIONS)}."
@@ -66,7 +70,7 @@ def check_prediction(prediction: str) -> None:
 
 
 def denoising_loss(clean: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """Mean squared error of a network in its own output, from the clean example that it stands for: `[rows]`.
+    """Mean squared error in the network's own output type, computed from its x_0: `[rows]`.
 
     An error e in x_0 is α/σ · e in ε and e/σ in v.
     """
@@ -76,13 +80,14 @@ def denoising_loss(clean: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, pred
 
 
 def ddim_coefficient(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
-    """c = 1 − exp(λ_s − λ_t) in (0, 1], how far an exact DDIM step from t to s < t goes to the teacher: `[rows]`.
+    """c = 1 − exp(λ_s − λ_t) in (0, 1]: the relative step towards the teacher's x_0 of an exact DDIM step from t to s <
+    t, `[rows]`.
 
-    1 where α_t = 0 (nothing but noise) or σ_s = 0 (no noise left); → 0 as s → t. Source: BOOT, the
-    signal ODE solved for a constant f.
+    1 where α_t = 0 (pure noise) or σ_s = 0 (no noise left); → 0 as s → t. Source: BOOT, the signal ODE solved for a
+    constant f.
 
     Raises:
-        InputError: s is not before t in some row.
+        InputError: s ≥ t in some row.
     """
     edge = (alpha_t == 0) | (sigma_s == 0)
     safe = [v.double().masked_fill(edge, 1.0) for v in (alpha_t, sigma_t, alpha_s, sigma_s)]
@@ -99,7 +104,7 @@ def ddim_step(x: Tensor, clean: Tensor, alpha_t: Tensor, sigma_t: Tensor, alpha_
 
 
 def guided(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
-    """f_u + w (f_c − f_u): classifier-free guidance; w = 1 is the conditional model, w = 0 the other."""
+    """f_u + w (f_c − f_u): classifier-free guidance; w = 1 is the conditional model, w = 0 the unconditional one."""
     return unconditional + weight * (conditional - unconditional)
 
 
@@ -107,8 +112,9 @@ def bootstrap_target(signal: Tensor, clean: Tensor, coefficient: Tensor) -> Tens
     """y + c (f − y), detached: the signal after one teacher step. Source: BOOT, bootstrapping loss.
 
     Args:
-        signal: the student's own at t. clean: the teacher's x_0 at the student's state (with Heun, the mean of both
-            ends). coefficient: from `ddim_coefficient`.
+        signal: the student's own at t.
+        clean: the teacher's x_0 at the student's state (with Heun, the mean of both ends).
+        coefficient: from `ddim_coefficient`.
     """
     y, f = signal.detach(), clean.detach()
     return y + over(coefficient, y) * (f - y)

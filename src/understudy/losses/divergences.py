@@ -1,12 +1,13 @@
-"""Divergences between a student and a target, row by row. Nothing is reduced.
+"""Divergences between a student and a target, one value per row. Nothing is reduced.
 
-All take `student` logits `[rows, classes]` and a target (`Dense` or a bare tensor of logits, `TopK`; where linear in
-p also `Sampled`) and return values `[rows]` in nats, at least float32. p is the teacher (never differentiated), q the
-student, both softmaxes of logits over `temperature`. `tau_squared` multiplies by temperature², as Hinton et al. do
-and as TRL, DistiLLM and TAID do not; it is never inferred. A row that is no distribution (nan, +inf, all −inf) is an
+All take `student` logits `[rows, classes]` and a target (`Dense` or a bare tensor of logits, `TopK`; where linear in p
+also `Sampled`) and return values `[rows]` in nats, in float32 at least. p is the teacher (never differentiated), q the
+student, both softmaxes of logits over `temperature`. `tau_squared` multiplies by temperature², as Hinton et al. do and
+TRL, DistiLLM and TAID do not; it is never implied. A row that is not a distribution (nan, +inf, all −inf) is an
 `InputError` with its position; single −inf logits mean forbidden classes and follow 0 · log 0 = 0.
 
-With `TopK`, `truncation="tail"` compares k + 1 buckets, the last holding all mass outside; `"renorm"` renormalises.
+With `TopK`, `truncation="tail"` compares k + 1 buckets, the last of which holds all mass outside; `"renorm"`
+renormalises.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def cross_entropy_soft(
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
-    """−Σ p log q = KL(p ‖ q) + H(p): the gradient of `forward_kl`, another value. Accepts `Sampled`."""
+    """−Σ p log q = KL(p ‖ q) + H(p): same gradient as `forward_kl`, different value. Accepts `Sampled`."""
     sampled = as_target(target)
     if isinstance(sampled, Sampled):
         log_q = _at_samples("cross_entropy_soft", student, sampled, temperature)

@@ -1,8 +1,8 @@
-"""Losses over the edges of a graph. One value an edge, nothing is reduced.
+"""Losses over the edges of a graph, one value per edge. Nothing is reduced.
 
-Edges are `[2, edges]`, int64, each undirected edge listed both ways; row 0 is the student's node i, row 1 the teacher's
-node j. `student` and `teacher` are logits `[nodes, classes]`; the teacher is never differentiated. Values are in nats,
-in float32 at least. A mean over edges counts a node by its degree.
+Edges are `[2, edges]`, int64, with each undirected edge in both directions; row 0 is the student's node i, row 1 the
+teacher's node j. `student` and `teacher` are logits `[nodes, classes]`; the teacher is never differentiated. Values are
+in nats, in float32 at least. A mean over edges weights a node by its degree.
 Source: Wu et al. 2023 (FF-G2M), the factorised losses.
 """
 
@@ -19,10 +19,10 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 def low_frequency(student: Tensor, teacher: Tensor, edges: Tensor) -> Tensor:
-    """KL(softmax h_j ‖ softmax z_i) for each edge (i, j), `[edges]`; self-loops belong to the edges.
+    """KL(softmax h_j ‖ softmax z_i) for each edge (i, j), `[edges]`; `edges` includes self-loops.
 
-    The best free z_i is the mean of the teacher's distributions over i and its neighbours. A constant added to the
-    logits of one node changes nothing.
+    The optimal softmax z_i is the mean of the teacher's distributions over i and its neighbours. A constant added to
+    the logits of one node changes nothing.
     """
     _check("low_frequency", student, teacher, edges)
     log_q, log_p = log_softmax(student, 1.0)[edges[0]], log_softmax(teacher.detach(), 1.0)[edges[1]]
@@ -40,13 +40,14 @@ def high_frequency(student: Tensor, teacher: Tensor, edges: Tensor, *, tau: floa
 
 
 def high_frequency_cosine(student: Tensor, teacher: Tensor, edges: Tensor, *, tau: float = 1.5) -> Tensor:
-    """Cosine between softmax u and softmax v of `high_frequency`, `[edges]`: 1 where both sides differ alike."""
+    """Cosine between softmax u and softmax v of `high_frequency`, `[edges]`: 1 where student and teacher differ along
+    the edge in the same way."""
     log_q, log_p = _differences("high_frequency_cosine", student, teacher, edges, tau)
     return torch.cosine_similarity(log_q.exp(), log_p.exp(), dim=-1)
 
 
 def check_edges(name: str, edges: Tensor, nodes: int) -> None:
-    """Refuse edges of another shape or type, and the first one that names a node that does not exist."""
+    """Raise an error for edges of another shape or type, and for the first edge with a node index out of range."""
     if edges.dim() != 2 or edges.shape[0] != 2 or edges.dtype not in INTEGERS:
         raise InputError(
             f"{name}: edges are {edges.dtype} {tuple(edges.shape)}; give whole numbers (int64, int32) of shape (2, edges)."
@@ -82,7 +83,7 @@ def _check(name: str, student: Tensor, teacher: Tensor, edges: Tensor) -> None:
 
 
 def _finite(name: str, values: Tensor, student: Tensor, teacher: Tensor, edges: Tensor) -> Tensor:
-    """Refuse nan, naming the side and the node it comes from."""
+    """Raise an error for nan, naming the side and the node."""
     if not torch.isnan(values).any():
         return values
     edge = int(torch.isnan(values).nonzero()[0, 0])

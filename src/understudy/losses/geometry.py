@@ -1,4 +1,4 @@
-"""The geometry of student, teacher, label and class average: features of a row, nothing is reduced or learned."""
+"""Geometric features of student, teacher, label and class mean for each row. Nothing is reduced or learned."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from understudy.targets import Target
 
 
 def class_sums(target: Target | Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Sums of a teacher's probabilities by label `[classes, classes]`, and rows of each label `[classes]`, float64.
+    """Sums of a teacher's probabilities by label `[classes, classes]`, and number of rows of each label `[classes]`,
+    float64.
 
-    Both may be added up over batches; `class_means` divides.
+    Both may be added over batches; `class_means` divides.
 
     Args:
         target: `Dense` logits `[rows, classes]`, taken at temperature 1.
@@ -45,16 +46,18 @@ def triangle_features(
     angles: bool = False,
     inter: bool = True,
 ) -> Tensor:
-    """What TGeo-KD's ratio network reads of each row, `[rows, n · classes]`, without gradient.
+    """Inputs of TGeo-KD's ratio network for each row, `[rows, n · classes]`, without gradient.
 
-    With S and P the probabilities of student and teacher at temperature 1, G the one-hot label and T̄ the class average:
-    the vertices S, P, G, T̄; the edges (T̄−S)², (G−S)², (P−S)², (P−G)², (T̄−G)²; the angles at the student
-    (T̄−S)(G−S), (P−S)(G−S). All are entry by entry, in this order. By default the first nine.
+    With S and P the probabilities of student and teacher at temperature 1, G the one-hot label and T̄ the class mean:
+    the vertices S, P, G, T̄; the edges (T̄−S)², (G−S)², (P−S)², (P−G)², (T̄−G)²; the angles at the student (T̄−S)(G−S),
+    (P−S)(G−S). All are elementwise and in this order. The default is the first nine.
 
     Args:
-        student: logits `[rows, classes]`. target: `Dense` teacher logits.
-        labels: `[rows]`, int64 in `0 … classes − 1`. means: T̄ `[classes, classes]`, as `class_means` gives it.
-        inter: whether T̄ takes part; without, a row is seen alone.
+        student: logits `[rows, classes]`.
+        target: `Dense` teacher logits.
+        labels: `[rows]`, int64 in `0 … classes − 1`.
+        means: T̄ `[classes, classes]`, as `class_means` returns it.
+        inter: include the features that use T̄; without them a row's features depend on the row alone.
     """
     classes = student.shape[-1]
     if means.shape != (classes, classes):

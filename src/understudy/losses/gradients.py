@@ -9,13 +9,16 @@ from torch import Tensor
 
 
 def align(reference: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Take from `other` its component against `reference`, if there is one (DHKD, gradient alignment).
+    """Remove from `other` its component against `reference`, if the two conflict (DHKD, gradient alignment).
 
-    Over all tensors as one vector: if ⟨g₁, g₂⟩ < 0, g₂ ← g₂ − ⟨g₁, g₂⟩ / ‖g₁‖² · g₁. One-sided: `reference` is left
-    as it is. `None` counts as zero; a zero reference changes nothing.
+    Over all tensors as one vector: if ⟨g₁, g₂⟩ < 0, g₂ ← g₂ − ⟨g₁, g₂⟩ / ‖g₁‖² · g₁. One-sided: `reference` is not
+    changed. `None` counts as zero; a zero reference changes nothing.
 
     Args:
         reference, other: gradients of the same parameters, in the same order.
+
+    Returns:
+        The changed gradients of `other`.
     """
     zero = torch.zeros((), dtype=torch.float64)
     dot = sum(

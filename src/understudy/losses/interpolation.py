@@ -1,4 +1,4 @@
-"""Targets between student and teacher. Values `[rows]`, nothing is reduced."""
+"""Losses against targets that interpolate between student and teacher. Values `[rows]`, nothing is reduced."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from understudy.targets import Target
 
 
 def interpolate_logits(student: Tensor, teacher: Tensor, t: float) -> Tensor:
-    """(1 − t) · S + t · U in logit space (TAID, Eq. 3); at t = 0 or 1 the single side. A class that either side
-    forbids (−inf) is forbidden in between.
+    """(1 − t) · S + t · U in logit space (TAID, Eq. 3); at t = 0 or 1 one side alone. A class that either side forbids
+    (−inf) is forbidden in the result.
 
     Args:
         student, teacher: logits `[rows, classes]`; pass the student detached.
@@ -32,7 +32,7 @@ def interpolated_kl(
 ) -> Tensor:
     """KL(p_t ‖ q) with p_t = softmax((1 − t) sg(S) + t U), or its cross-entropy form, which adds H(p_t).
 
-    Both have the gradient q − p_t: none flows through the student's part of the target. Source: TAID, Eq. 4.
+    Both have the gradient q − p_t: the student's part of the target is detached. Source: TAID, Eq. 4.
 
     Args:
         student: logits S `[rows, classes]`.

@@ -17,7 +17,9 @@ def binary_kl(student: Tensor, target: Target | Tensor, *, temperature: float = 
 
     Args:
         student: logits v `[rows, classes]`.
-        target: `Dense` teacher logits t. Not invariant to adding a constant to all of v: that is its point.
+        target: `Dense` teacher logits t.
+
+    By design it is not invariant to a constant added to all of v.
     """
     check_temperature("binary_kl", temperature)
     teacher = _finite("binary_kl", target, student) / temperature

@@ -1,4 +1,4 @@
-"""List-wise losses: a teacher's scores as a ranking. Values `[rows]`, nothing is reduced."""
+"""List-wise losses that treat a teacher's scores as a ranking. Values `[rows]`, nothing is reduced."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Weights = Literal["teacher", "uniform", "position", "first"]
 
 
 def teacher_permutation(teacher: Tensor, labels: Tensor) -> Tensor:
-    """Classes in the order to learn: the label first, the rest by descending teacher logit.
+    """The ranking of classes to learn: the label first, the others by descending teacher logit.
 
-    Ties go to the lower class index. The label is moved by a stable sort on "is the label", not by adding a constant
-    to its logit, which would lose order in half precision. Source: PLD, Section 3.
+    Ties go to the lower class index. The label is moved to the front by a stable sort on "is the label", not by adding
+    a constant to its logit, which would lose order in half precision. Source: PLD, Section 3.
 
     Args:
         teacher: `[rows, classes]`.
@@ -51,7 +51,7 @@ def plackett_luce(student: Tensor, permutation: Tensor, weights: Tensor) -> Tens
 
 
 def _tail_logsumexp(ranked: Tensor) -> Tensor:
-    """logsumexp over each suffix. −inf suffixes stay −inf without poisoning the gradient of the others."""
+    """logsumexp over each suffix. Suffixes that are all −inf give −inf and do not affect the gradient of the others."""
     absent = ranked == -math.inf
     if absent.any():
         # exp(−inf) adds nothing to a sum; the lowest finite number does the same and has a gradient.
@@ -68,11 +68,11 @@ def plackett_luce_distillation(
         student: logits `[rows, classes]`.
         target: `Dense` teacher logits.
         labels: `[rows]`.
-        temperature: of the teacher's softmax that gives the weights; the student is never softened.
+        temperature: of the teacher's softmax from which the weights come; it does not apply to the student.
         weights: `teacher` softmax(t/τ)[π_k]; `uniform` 1/C (ListMLE / C); `position` ∝ 2^(C−k) − 1 (p-ListMLE);
             `first` (1, 0, …): plain cross-entropy.
 
-    Limits: C = 2 gives p_label · CE; `first` is CE; a student equal to the teacher is *not* stationary.
+    Limits: C = 2 gives p_label · CE; `first` is CE; a student equal to the teacher is *not* a stationary point.
     """
     name = "plackett_luce_distillation"
     check_temperature(name, temperature)

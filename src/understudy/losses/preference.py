@@ -1,8 +1,9 @@
 """Preference losses on sequence log-probabilities, one value per pair (or per example). Nothing is reduced.
 
-Conventions (card of paper 39): `chosen` and `rejected` are log π(y | x) in nats, summed over completion tokens with EOS,
-`[pairs]`; `*_ref` the same of the reference, never differentiated; `*_tokens` the numbers of tokens. A pair whose log-
-probability is −inf or nan is an `InputError` that names it. Everything is written with softplus, so no margin overflows.
+Conventions (card of paper 39): `chosen` and `rejected` are log π(y | x) in nats, summed over completion tokens with
+EOS, `[pairs]`; `*_ref` are those of the reference model, never differentiated; `*_tokens` are numbers of tokens. A
+log-probability that is −inf or nan is an `InputError` that names its pair. All losses are written with softplus, so
+that no margin overflows.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def kto(
     """w_D (1 − σ(β (r − z))) for desirable examples, w_U (1 − σ(β (z − r))) for the others: `[examples]`.
 
     Args:
-        log_ratio: r, policy against reference, sums, `[examples]`. desirable: `[examples]`, bool.
-        kl: z ≥ 0, an estimate of KL(policy ‖ reference) that broadcasts; it gets no gradient (`kto_kl`).
+        log_ratio: r, sequence log-ratio of policy to reference, `[examples]`.
+        desirable: `[examples]`, bool.
+        kl: z ≥ 0, an estimate of KL(policy ‖ reference), broadcast to the examples, without gradient (`kto_kl`).
 
     ½ at policy = reference. Source: Ethayarajh et al. 2024, Eq. 8.
     """
@@ -102,7 +104,8 @@ def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
 
 
 def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
-    """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024); add the NLL of `chosen` beside it."""
+    """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024). CPO adds the NLL of `chosen` to
+    it."""
     positive("cpo", beta)
     _check("cpo", chosen, rejected)
     return softplus(-beta * (chosen - rejected))
@@ -135,7 +138,7 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected
 
 
 def per_token(log_prob: Tensor, tokens: Tensor) -> Tensor:
-    """Sums over the completion as means over its tokens; an empty completion is an `InputError`."""
+    """Turn sums over completions into means over their tokens; an empty completion is an `InputError`."""
     empty = (tokens < 1).nonzero()
     if len(empty):
         raise InputError(
@@ -163,13 +166,13 @@ def _check(loss: str, *log_probs: Tensor) -> None:
 
 
 def positive(loss: str, beta: float) -> None:
-    """Refuse a scale that is not positive."""
+    """Raise an error for a scale that is not positive."""
     if not beta > 0:
         raise InputError(f"{loss}: beta is {beta} and must be positive.")
 
 
 def smoothing(loss: str, e: float) -> None:
-    """Refuse label smoothing outside [0, ½)."""
+    """Raise an error for label smoothing outside [0, ½)."""
     if not 0 <= e < 0.5:
         raise InputError(f"{loss}: label_smoothing is {e} and must lie in [0, 0.5).")
 

@@ -1,4 +1,4 @@
-"""How the rows of an update weigh, and what its sums are divided by."""
+"""Weights of the rows of an update, and the unit that its sums are divided by."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Relations among tokens: who is near whom, inside an image and across a group of images.
+"""Relations among tokens: nearest neighbours within an image and across a group of images.
 
-Tokens are `[..., tokens, width]`; leading axes are independent groups. Student and teacher may differ in width, never
-in the number of tokens. Values come out per token or per image, unreduced.
+Tokens are `[..., tokens, width]`; leading axes are independent groups. Student and teacher may differ in width, but not
+in the number of tokens. Values are per token or per image, not reduced.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses._pairs import full
 
-# By products of tokens, distances of tokens that have a large mean in common cancel away.
+# Distances computed from products lose precision if the tokens have a large common mean.
 _EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def grid_tokens(features: Tensor, grid: int, prefix: int | None = None) -> Tensor:
-    """Tokens of one image area each, `[images, grid², width]`.
+    """The tokens that each cover one area of an image, `[images, grid², width]`.
 
     Args:
         features: a map `[images, width, height, width]`, or tokens `[images, tokens, width]` of a square grid.
-        prefix: tokens in front of the grid, which are dropped (class, registers); by itself none, or one where that leaves
-            a square.
+        prefix: number of tokens before the grid, which are dropped (class token, registers). Default: 0, or 1 if that
+            leaves a square number.
     """
     features = full(features)
     if features.dim() == 3:
@@ -50,8 +50,8 @@ def grid_tokens(features: Tensor, grid: int, prefix: int | None = None) -> Tenso
 def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
     """A[i, j] = exp(−‖T_i − T_j‖² / 2σ) where i is one of the k nearest of j, else 0: `[..., tokens, tokens]`.
 
-    A token is not its own neighbour; ties go to the lower index. The choice of neighbours carries no gradient.
-    `sigma` is one for all, or a tensor with one entry a group, `[...]`.
+    A token is not its own neighbour; ties go to the lower index. The choice of neighbours has no gradient. `sigma` is a
+    number, or a tensor with one entry per group, `[...]`.
     Source: Zhang et al. 2023 (TRG), token-level relationship graph. Note σ, not σ².
     """
     tokens, number = full(tokens), tokens.shape[-2]
@@ -74,17 +74,18 @@ def knn_affinity(tokens: Tensor, *, k: int, sigma: float | Tensor) -> Tensor:
 
 @torch.no_grad()
 def _neighbours(tokens: Tensor, k: int) -> Tensor:
-    """The k nearest of each token, nearest first, `[..., tokens, k]`: not itself, and of equals the lower index."""
+    """The k nearest tokens of each token, nearest first, `[..., tokens, k]`: without itself, ties to the lower index."""
     distance = torch.cdist(tokens, tokens, compute_mode=_EXACT)
     distance = distance.masked_fill(torch.eye(tokens.shape[-2], dtype=torch.bool, device=tokens.device), math.inf)
     return distance.sort(dim=-1, stable=True).indices[..., :k]
 
 
 def neighbour_overlap(student: Tensor, teacher: Tensor, *, k: int) -> Tensor:
-    """Share of the teacher's k nearest neighbours of a token that are the student's too, `[..., tokens]`; a measure.
+    """Fraction of the teacher's k nearest neighbours of a token that are also the student's, `[..., tokens]`; a metric
+    without gradient.
 
     Args:
-        student, teacher: tokens, `[..., tokens, width]`, of any two widths.
+        student, teacher: tokens, `[..., tokens, width]`; the widths may differ.
     """
     if student.shape[:-1] != teacher.shape[:-1] or not 1 <= k < student.shape[-2]:
         raise InputError(
@@ -116,7 +117,8 @@ def affinity_kl(
     """KL between the row softmaxes of two affinity matrices, `[..., tokens]`; at most scale²/2 a row.
 
     Args:
-        student, teacher: `[..., tokens, tokens]`. direction: student ‖ teacher as TRG writes it, or the reverse.
+        student, teacher: `[..., tokens, tokens]`.
+        direction: student ‖ teacher as TRG writes it, or the reverse.
         scale: multiplies both affinities before the softmax.
     """
     if student.shape != teacher.shape:
@@ -129,7 +131,8 @@ def affinity_kl(
 
 
 def paired_info_nce(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """−log of the teacher's token at the same place among all of the group's, by cosine: `[..., tokens]`.
+    """−log of the softmax probability, by cosine similarity, of the teacher's token at the same place among all tokens
+    of the group: `[..., tokens]`.
 
     A token of norm 0 has similarity 0 to all. Source: TRG, global relationship loss.
     """
@@ -145,8 +148,8 @@ def paired_info_nce(student: Tensor, teacher: Tensor, *, temperature: float) -> 
 
 
 def _unit(x: Tensor) -> Tensor:
-    # The norm is clamped under the root, where its gradient at 0 would be nan. What is clamped is 0 and has gradient 0:
-    # divided by the clamp its gradient would be 1e12 times all others.
+    # The norm is clamped inside the root, whose gradient at 0 would be nan. A clamped token becomes 0 with gradient 0:
+    # otherwise the division by the clamp would make its gradient 1e12 times all others.
     x = full(x)
     square = x.square().sum(-1, keepdim=True)
     return torch.where(square > 1e-24, x, 0.0) * square.clamp(min=1e-24).rsqrt()

@@ -1,7 +1,7 @@
-"""Losses on the scores of documents: what a ranker should copy of a teacher's scores. Values a row, nothing is reduced.
+"""Losses on the scores of documents, for distilling rankers. One value per row, nothing is reduced.
 
-Score vectors must have one shape: `[rows, 1]` against `[rows]` would broadcast to `[rows, rows]` without a word.
-Scores are relevance without unit; everything is computed in float32 at least, as dot products reach hundreds.
+Score vectors must have the same shape: `[rows, 1]` against `[rows]` would silently broadcast to `[rows, rows]`. Scores
+are relevance without a unit. Everything is computed in float32 at least, since dot products reach hundreds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PairSums(NamedTuple):
-    """A loss over several pairs a row.
+    """A loss over several pairs per row.
 
     Args:
-        sums: `[rows]`, over the row's valid pairs; 0 where there is none.
-        counts: `[rows]`, valid pairs. The mean over pairs is `sums.sum() / counts.sum()`.
+        sums: `[rows]`, sum over the row's valid pairs; 0 if there is none.
+        counts: `[rows]`, number of valid pairs. The mean over pairs is `sums.sum() / counts.sum()`.
     """
 
     sums: Tensor
@@ -57,11 +57,12 @@ def margin_mse_all_pairs(
     positives: Tensor | None = None,
     negatives: Tensor | None = None,
 ) -> PairSums:
-    """Squared difference of margins over every positive with every negative of its row.
+    """Squared difference of margins over every pair of a positive and a negative in its row.
 
     Args:
-        s_pos, t_pos: `[rows, positives]`. s_neg, t_neg: `[rows, negatives]`.
-        positives, negatives: bool masks of the same shapes; all if not given. Masked entries may hold anything.
+        s_pos, t_pos: `[rows, positives]`.
+        s_neg, t_neg: `[rows, negatives]`.
+        positives, negatives: bool masks of the same shapes; all valid if not given. Masked entries may hold any value.
 
     With one positive and one negative it is `margin_mse`.
     """
@@ -81,8 +82,9 @@ def over_pairs(loss: PairLoss, student: Tensor, teacher: Tensor, valid: Tensor) 
     """A loss of (s⁺, s⁻, t⁺, t⁻) summed over the pairs of candidates of each row.
 
     Args:
-        student, teacher: scores `[rows, candidates]`. Candidates without a pair may hold anything.
-        valid: `[rows, candidates, candidates]`, bool: `(b, i, j)` pairs i as the better with j.
+        student, teacher: scores `[rows, candidates]`. Candidates without a pair may hold any value.
+        valid: `[rows, candidates, candidates]`, bool: `(b, i, j)` is True if i is the positive and j the negative of a
+            pair.
     """
     row, i, j = valid.nonzero(as_tuple=True)
     values = loss(student[row, i], student[row, j], teacher[row, i], teacher[row, j])
@@ -115,7 +117,7 @@ def weighted_ranknet(s_pos: Tensor, s_neg: Tensor, t_pos: Tensor, t_neg: Tensor,
 
 
 def ordered_pairs(labels: Tensor, mask: Tensor) -> Tensor:
-    """`[rows, candidates, candidates]`: whether i has a higher label than j and both are there.
+    """`[rows, candidates, candidates]`: whether candidate i has a higher label than j and both are valid.
 
     Args:
         labels, mask: `[rows, candidates]`.
@@ -128,8 +130,9 @@ def ensemble(scores: Tensor, *, spreads: Tensor | None = None) -> Tensor:
 
     Args:
         scores: `[teachers, ...]`.
-        spreads: `[teachers]`, the standard deviation of each teacher's margins. If given, each teacher is first divided
-            by its own and the mean is multiplied by their mean, so that no teacher rules by its scale. Not in the paper.
+        spreads: `[teachers]`, the standard deviation of each teacher's margins. If given, each teacher's scores are
+            divided by its own and the mean is multiplied by the mean of them, so that no teacher dominates by its
+            scale. Not in the paper.
     """
     scores = full(scores)
     if spreads is None:
@@ -146,7 +149,7 @@ def _shape(x: Tensor) -> str:
 
 
 def _same(name: str, **scores: Tensor) -> list[Tensor]:
-    """All of one shape, float32 at least, the teacher's detached; any other shape is named."""
+    """Check that all have one shape; convert to float32 at least and detach the teacher's."""
     (first, wanted), *rest = scores.items()
     for other, value in rest:
         if value.shape != wanted.shape:

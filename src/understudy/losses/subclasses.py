@@ -1,8 +1,8 @@
-"""Subclasses: each class split along linear directions of an embedding, and targets over classes × subclasses.
+"""Subclasses: each class is split along linear directions of an embedding; targets are over classes × subclasses.
 
-What is fitted (projector, means, directions) is float64. Source: LELP (paper 6); its scalings are reconstructed. Axes:
-rows are examples, `classes` C, `subclasses` S of each, `width` D of the embedding; column `c · S + s` of a flat
-target or student output is subclass s of class c. Nothing is reduced over rows.
+The projector, means and directions are float64. Source: LELP (paper 6); its scalings are reconstructed. Axes: rows are
+examples, `classes` C, `subclasses` S per class, `width` D of the embedding; column `c · S + s` of a flat target or
+student output is subclass s of class c. Nothing is reduced over rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Directions(NamedTuple):
     """Principal directions of each class.
 
     Args:
-        means: `[classes, width]`. directions: `[classes, subclasses, width]`, orthonormal within a class.
+        means: `[classes, width]`.
+        directions: `[classes, subclasses, width]`, orthonormal within a class.
         variances: `[classes, subclasses]` along the directions, dividing by the class's number of examples.
     """
 
@@ -31,17 +32,17 @@ class Directions(NamedTuple):
 
     @property
     def scale(self) -> Tensor:
-        """σ_c `[classes]`: root of the mean variance over the directions. A rotation of them does not change it."""
+        """σ_c `[classes]`: root of the mean variance over the directions, invariant to a rotation of them."""
         return self.variances.mean(-1).sqrt()
 
 
 def two_class_head(weight: Tensor) -> Tensor:
-    """The weights `[classes, width]` of a head; one sigmoid output becomes two classes with logits (0, z)."""
+    """The weights `[classes, width]` of a head; a single sigmoid output becomes two classes with logits (0, z)."""
     return torch.cat([torch.zeros_like(weight), weight]) if weight.shape[0] == 1 else weight
 
 
 def null_projector(weight: Tensor) -> Tensor:
-    """P = I − W⁺W, `[width, width]`: what the head cannot see. Symmetric and idempotent, float64.
+    """P = I − W⁺W, `[width, width]`: the projector onto the null space of the head. Symmetric and idempotent, float64.
 
     Args:
         weight: W `[classes, width]` of the teacher's output layer.
@@ -63,14 +64,16 @@ def principal_directions(
 ) -> Directions:
     """Mean and top principal directions of each class's (projected) embeddings.
 
-    The sign of a direction is such that its entry of largest absolute value is positive. Tied singular values leave
-    the directions inside the tie open. What varies less than the embeddings are rounded does not vary: such a variance
-    is 0, and a class where all are is the only one that may have fewer directions than `subclasses`.
+    The sign of a direction makes its entry of largest absolute value positive. With tied singular values the directions
+    within the tie are arbitrary. A variance below the rounding error of the embeddings is set to 0, and only a class
+    where all variances are 0 may have fewer directions than `subclasses`.
 
     Args:
-        features: `[rows, width]` as the teacher gave them. labels: `[rows]`. projector: of `null_projector`, or `None`
-            for all of the width.
-        strict: refuse a class with too few examples, or directions in which they vary; otherwise all get fewer.
+        features: `[rows, width]`, the teacher's.
+        labels: `[rows]`.
+        projector: from `null_projector`, or `None` for the whole width.
+        strict: raise an error if a class has too few examples or too few directions with variance; otherwise all
+            classes get fewer directions.
     """
     check_labels("principal_directions", labels, classes)
     x = features.detach().double()
@@ -78,7 +81,7 @@ def principal_directions(
     if not bool(finite.all()):
         raise InputError(f"principal_directions: embedding {int((~finite).nonzero()[0, 0])} is not finite.")
     rounding = 4 * torch.finfo(x.dtype if features.dtype == x.dtype else torch.float32).eps
-    floor = rounding * x.norm(dim=-1).max() if len(x) else x.new_zeros(())  # before P, which may leave rounding alone
+    floor = rounding * x.norm(dim=-1).max() if len(x) else x.new_zeros(())  # before P: then only rounding may be left
     if projector is not None:
         x = x @ projector
     number = _affordable(labels, x.shape[1], classes, subclasses, projector, strict)
@@ -98,7 +101,8 @@ def principal_directions(
 
 
 def _varying(variances: Tensor, labels: Tensor, strict: bool) -> int:
-    """How many subclasses the classes vary in enough directions for; an error where that is fewer than asked for."""
+    """The number of subclasses for which every class has enough directions with variance; an error if `strict` and it
+    is below the requested number."""
     asked, ranks = variances.shape[1], (variances > 0).sum(1)
     short = (ranks > 0) & (ranks < asked)
     if not bool(short.any()):
@@ -115,7 +119,8 @@ def _varying(variances: Tensor, labels: Tensor, strict: bool) -> int:
 def _affordable(
     labels: Tensor, width: int, classes: int, subclasses: int, projector: Tensor | None, strict: bool
 ) -> int:
-    """How many subclasses the examples and the width allow; an error where that is fewer than asked for."""
+    """The number of subclasses that the examples and the width allow; an error if `strict` and it is below the
+    requested number."""
     if subclasses < 1:
         raise InputError(f"principal_directions: subclasses is {subclasses} and must be at least 1.")
     rank = width if projector is None else round(float(projector.trace()))  # the trace of a projector is its rank
@@ -139,8 +144,8 @@ def _affordable(
 def random_rotations(classes: int, subclasses: int, *, seed: int) -> Tensor:
     """Q `[classes, subclasses, subclasses]`, orthonormal, uniform (Haar), independent between classes; float64.
 
-    Principal directions differ much in variance, so an unrotated softmax would be ruled by the first. After U = Q V
-    every direction has the same variance in expectation.
+    Principal directions differ much in variance, so without rotation the first would dominate the softmax. After U = Q
+    V every direction has the same variance in expectation.
     """
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(classes, subclasses, subclasses, generator=generator, dtype=torch.float64))
@@ -151,7 +156,7 @@ def projections(features: Tensor, means: Tensor, directions: Tensor) -> Tensor:
     """u_cs · (h − μ_c) for all classes, `[rows, classes, subclasses]`, float64.
 
     Args:
-        features: h `[rows, width]`, projected like those that the directions were fitted on.
+        features: h `[rows, width]`, projected like those that the directions were computed from.
     """
     centred = features.double()[:, None] - means.double()
     return torch.einsum("rcd,csd->rcs", centred, directions.double())
@@ -163,8 +168,8 @@ def subclass_log_probs(scores: Tensor, *, beta: float, scale: Tensor | None = No
     β → ∞: log 1/S. β → 0: one-hot on the best.
 
     Args:
-        scores: `[rows, classes, subclasses]`. scale: σ_c `[classes]`; where it is 0 (embeddings of a class all equal)
-            the subclasses are uniform.
+        scores: `[rows, classes, subclasses]`.
+        scale: σ_c `[classes]`; where it is 0 (embeddings of a class all equal) the subclasses are uniform.
     """
     if not beta > 0:
         raise InputError(f"subclass_log_probs: beta is {beta} and must be above 0.")
@@ -180,7 +185,8 @@ def split_log_targets(logits: Tensor, log_subclass: Tensor, *, temperature: floa
     Summed over s it is the class distribution, to rounding.
 
     Args:
-        logits: z `[rows, classes]` of the teacher. log_subclass: `[rows, classes, subclasses]`.
+        logits: z `[rows, classes]` of the teacher.
+        log_subclass: `[rows, classes, subclasses]`.
     """
     if not temperature > 0:
         raise InputError(f"split_log_targets: temperature is {temperature} and must be above 0.")
@@ -196,7 +202,8 @@ def split_log_targets(logits: Tensor, log_subclass: Tensor, *, temperature: floa
 def marginal_logits(logits: Tensor, classes: int) -> Tensor:
     """Class scores logsumexp_s o_cs, `[..., classes]` of `[..., classes · subclasses]`.
 
-    Their softmax is the summed probability of each class's subclasses: not the class of the single largest output.
+    Their softmax is the summed probability of each class's subclasses, so its argmax may differ from the class of the
+    single largest output.
     """
     if classes < 1 or logits.shape[-1] % classes:
         raise InputError(f"marginal_logits: {logits.shape[-1]} outputs cannot be shared among {classes} classes.")
@@ -207,7 +214,8 @@ def marginal_cross_entropy(student: Tensor, labels: Tensor, *, classes: int) -> 
     """−log Σ_s q[label, s], `[rows]`.
 
     Args:
-        student: logits `[rows, classes · subclasses]`. labels: `[rows]` in `0 … classes − 1`.
+        student: logits `[rows, classes · subclasses]`.
+        labels: `[rows]` in `0 … classes − 1`.
     """
     check_labels("marginal_cross_entropy", labels, classes)
     log_q = marginal_logits(log_softmax(student, 1.0), classes)

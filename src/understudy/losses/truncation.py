@@ -1,4 +1,4 @@
-"""Divergences on the most probable classes, where both sides' logits are at hand."""
+"""Divergences restricted to the most probable classes, where both sides' logits are known."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ def truncate(
     temperature: float = 1.0,
     **options: float,
 ) -> Tensor:
-    """A divergence on the k most probable classes of one side or of both, where both sides' logits are known.
+    """A divergence on the k most probable classes of one side or of both, with both sides' logits known.
 
     Ties go to the lowest class index. GKD truncates forward KL to the teacher's support, reverse KL to the student's,
-    everything else to the union. Values `[rows]`, not reduced.
+    and all others to the union. Values `[rows]`, not reduced.
 
     Args:
-        divergence: a function of `losses.divergences` by name. options: its own (`beta`, `alpha`).
-        student, teacher: logits `[rows, classes]`. k: classes kept a side; from `classes` on, all.
+        divergence: name of a function of `losses.divergences`.
+        options: its options (`beta`, `alpha`).
+        student, teacher: logits `[rows, classes]`.
+        k: number of classes per side; at least `classes` keeps all.
 
     Raises:
-        InputError: an unknown divergence, k below 1, or what the divergence itself refuses.
+        InputError: an unknown divergence, k below 1, or an error of the divergence itself.
     """
     if divergence not in NAMES:
         raise InputError(f"truncate: unknown divergence {divergence!r}.{nearest(divergence, NAMES)}")
@@ -56,14 +58,14 @@ def truncate(
             ids = largest(log_x.detach(), k)
             keep = keep.scatter(-1, ids, True)
         log_q, log_p = (_on_support(x, keep, truncation) for x in (log_q, log_p))
-    # Of a row that is no distribution only sums are nan, so its own logits are named and not those of its buckets.
+    # In a row that is not a distribution only sums are nan, so the check uses its logits and not those of its buckets.
     checked(f"truncated {divergence}", log_q.detach().sum(-1) + log_p.sum(-1), student, teacher)
     kept: Tensor = getattr(divergences, divergence)(log_q, log_p, **options)  # log-probabilities are logits
     return kept
 
 
 def _on_support(log_x: Tensor, keep: Tensor, truncation: Truncation) -> Tensor:
-    """As `bucketed`, for supports whose size differs from row to row: classes left out become −inf."""
+    """As `bucketed`, for supports whose size differs between rows: classes outside become −inf."""
     kept = log_x.masked_fill(~keep, -_INF)
     if truncation == "renorm":
         return torch.log_softmax(kept, dim=-1)

@@ -1,4 +1,4 @@
-"""Models: small networks for the built-in tasks, loading through Auto classes, and the rows of any of them."""
+"""Models: small networks for the built-in tasks, loading through Auto classes, and adapters that return rows."""
 
 from understudy.models.adapters import (
     CausalLMAdapter,

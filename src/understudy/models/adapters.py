@@ -1,4 +1,4 @@
-"""The rows of a model: from a batch to logits, or hidden states and a head, of the rows that count."""
+"""Model adapters: from a batch to the outputs of the rows that count, as logits, or as hidden states and a head."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from understudy.targets import Dense, Projected
 
 
 class ModelOutput(NamedTuple):
-    """What a model says about the rows of a batch.
+    """A model's outputs for the rows of a batch.
 
     Args:
         signal: `Dense` logits or `Projected` hidden states, `[rows, …]`; of a teacher any target.
-        features: `[rows, width]` before the head, if asked for.
-        taps: outputs of tapped layers by name, `[examples, …]`, as the layer gave them.
+        features: `[rows, width]` before the head, if requested.
+        taps: outputs of tapped layers by name, `[examples, …]`, unchanged.
     """
 
     signal: Any
@@ -42,23 +42,23 @@ class ModelOutput(NamedTuple):
     taps: Mapping[str, Tensor] = MappingProxyType({})
 
     def detach(self) -> ModelOutput:
-        """The same without gradient."""
+        """The same values without gradient."""
         features = self.features.detach() if self.features is not None else None
         return ModelOutput(self.signal.detach(), features, {k: v.detach() for k, v in self.taps.items()})
 
     def to(self, device: torch.device | str) -> ModelOutput:
-        """The same on another device."""
+        """The same values on another device."""
         features = self.features.to(device) if self.features is not None else None
         return ModelOutput(self.signal.to(device), features, {k: v.to(device) for k, v in self.taps.items()})
 
 
 class ModelAdapter(nn.Module):
-    """Base of the adapters. Subclasses write `answer`; `forward` adds the taps."""
+    """Base class of the adapters. Subclasses implement `answer`; `forward` adds the taps."""
 
     model: Any
 
     def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> ModelOutput:
-        """What the model says about the batch's rows, with features and tapped layers if asked for."""
+        """The model's outputs for the rows of the batch, with features and tapped layers if requested."""
         if not taps:
             return self.answer(batch, features)
         with tapped(taps) as seen:
@@ -66,13 +66,14 @@ class ModelAdapter(nn.Module):
         return rows._replace(taps=seen)
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
-        """Signal and, if asked for, features of the rows."""
+        """Signal and, if requested, features of the rows."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """`save_pretrained`, the small networks' own format, or the module's state. Adapters of PEFT are saved as adapters.
+        """Save with `save_pretrained`, in the small networks' own format, or as the module's state. PEFT adapters are
+        saved as adapters.
 
-        A model that is sharded is gathered first: every rank must call, and the first one writes.
+        A sharded model is gathered first: every rank must call, and the first one writes.
         """
         state = whole_state(self.model) if is_sharded(self.model) else None
         if state is not None and dist.get_rank() > 0:
@@ -86,7 +87,7 @@ class ModelAdapter(nn.Module):
             save_state(self.model, folder, state)
 
     def add_adapters(self, options: dict[str, Any]) -> None:
-        """Train LoRA adapters instead of the model; `options` are those of `peft.LoraConfig`."""
+        """Add LoRA adapters, which are trained instead of the model; `options` are those of `peft.LoraConfig`."""
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
@@ -104,7 +105,7 @@ class ClassifierAdapter(ModelAdapter):
         model: takes `[images, channels, height, width]`, returns logits or an output with `logits`.
         classes: number of classes.
         normalise: mean and standard deviation of the channels, applied to pixels in [0, 1].
-        processor: in its place, the steps of a processor of transformers; it is saved with the model.
+        processor: instead of `normalise`, the steps of a processor of transformers; it is saved with the model.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class ClassifierAdapter(ModelAdapter):
         super().__init__()
         self.model, self.classes, self.normalise, self.processor = model, classes, normalise, processor
         self.padding = 0
-        self.class_names: tuple[dict[int, str], dict[str, int]] | None = None  # while another head is in place
+        self.class_names: tuple[dict[int, str], dict[str, int]] | None = None  # kept while the model has another head
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         pixels = self.shown(batch.inputs["pixel_values"])
@@ -140,7 +141,7 @@ class ClassifierAdapter(ModelAdapter):
         return ModelOutput(Dense(batch.select(logits)), batch.select(seen[-1]))
 
     def shown(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1] as the model takes them."""
+        """Preprocess pixels in [0, 1] for the model."""
         if self.processor is not None:
             return self.processor(pixels)
         if self.normalise is None:
@@ -149,17 +150,17 @@ class ClassifierAdapter(ModelAdapter):
         return (pixels - mean) / deviation
 
     def save(self, folder: Path) -> None:
-        """As every model; with its processor, so that a pipeline of transformers can read both."""
+        """As for every model, with its processor, so that a pipeline of transformers can load both."""
         super().save(folder)
         if self.processor is not None and (not is_sharded(self.model) or dist.get_rank() == 0):
             self.processor.save(folder)
 
     @torch.no_grad()
     def try_on(self, shape: tuple[int, ...]) -> None:
-        """Classify two blank images of `shape`, before anything is built on it.
+        """Classify two blank images of `shape`, as a test.
 
         Raises:
-            InputError: the model does not take them, or gives no logits for them.
+            InputError: the model does not accept them, or returns no logits for them.
         """
         first = next(self.model.parameters(), None)
         if first is None or first.is_meta or not first.numel():
@@ -170,7 +171,7 @@ class ClassifierAdapter(ModelAdapter):
                 self._logits(blank)
             except InputError:
                 raise
-            except Exception as error:  # a model may fail in any way on inputs that it does not know
+            except Exception as error:  # models raise any type on inputs that they do not support
                 raise InputError(
                     f"{type(self.model).__name__} cannot read images of {list(shape)}: {reason(error)}. Choose a model for "
                     "such images, or one with a preprocessor_config.json that makes them its size."
@@ -192,7 +193,7 @@ class ClassifierAdapter(ModelAdapter):
 
 
 class MarginalAdapter(ModelAdapter):
-    """A classifier with several outputs a class, read as one of `classes`: their log-sum-exp is the class's logit."""
+    """A classifier with several outputs per class; the log-sum-exp of the outputs of a class is its logit."""
 
     def __init__(self, wide: ModelAdapter, classes: int) -> None:
         super().__init__()
@@ -204,15 +205,15 @@ class MarginalAdapter(ModelAdapter):
 
 
 class CausalLMAdapter(ModelAdapter):
-    """A causal language model. Its head is left to the loss, so that no `[tokens, vocabulary]` tensor exists.
+    """A causal language model. The loss applies the head, so that no `[tokens, vocabulary]` tensor exists.
 
     Args:
         model: a causal LM of transformers, or one wrapped by PEFT.
-        vocabulary: number of tokens; rows of the head beyond it (padding) are left out.
-        packing: how batches are laid out, as in `understudy.models.layouts`: an equivalence, not another objective.
+        vocabulary: number of tokens; further rows of the head (padding) are left out.
+        packing: layout of batches, as in `understudy.models.layouts`; it does not change the outputs.
 
-    A head that is more than a matrix (LoRA on it, quantised) is called on the selected rows and gives `Dense`. Where that is
-    still not what the model itself says, as a trial shows when it is loaded, its own logits are used (`own_logits`).
+    A head that is more than a matrix (with LoRA, or quantised) is called on the selected rows and gives `Dense`. If a
+    trial at loading shows that this differs from the model's own logits, those are used (`own_logits`).
     """
 
     def __init__(self, model: Any, vocabulary: int, packing: Packing = "none") -> None:
@@ -239,11 +240,11 @@ class CausalLMAdapter(ModelAdapter):
     def _try_head(self) -> None:
         inner = self._inner
         if next(inner.parameters()).is_meta or not inner.get_input_embeddings().weight.numel():
-            return  # an outline, or weights that DeepSpeed holds elsewhere
+            return  # on the meta device, or partitioned by DeepSpeed
         self.own_logits = not try_head(inner, lambda hidden: self._logits(inner, hidden), self.vocabulary)
 
     def forward(self, batch: Batch, features: bool = False, taps: Mapping[str, nn.Module] | None = None) -> ModelOutput:
-        """As for every model; layers that are tapped see the batch as it was collated."""
+        """As for every model; taps return the outputs in the layout of the collated batch."""
         if not taps:
             return self.answer(batch, features)
         layouts, self.layouts = self.layouts, self.as_collated
@@ -258,7 +259,7 @@ class CausalLMAdapter(ModelAdapter):
     def token_rows(
         self, tokens: Batch, features: bool = False, groups: Sequence[Sequence[int]] | None = None
     ) -> ModelOutput:
-        """The rows of a batch of tokens; sequences of one of `groups` may share the computation of their beginning."""
+        """The rows of a batch of tokens. Sequences of one of `groups` may share the computation of their common prefix."""
         inner = self._inner
         laid = self.layouts.lay(inner, tokens, groups)
         if self.own_logits is None:
@@ -289,7 +290,7 @@ class CausalLMAdapter(ModelAdapter):
 
 
 def _scaling(inner: Any) -> tuple[float, float | None]:
-    """The factor of a model's logits, and the bound that is put on them after it."""
+    """The factor of a model's logits, and the soft-cap applied after it."""
     config = inner.config.get_text_config()
     names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
     found = {name: getattr(config, name, None) or None for name in names}
@@ -309,7 +310,7 @@ def find_head(rows: ModelAdapter) -> nn.Module | None:
 
 
 def state_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights, by name. Of a sharded model every rank must ask."""
+    """SHA-256 of all weights with their names. Every rank of a sharded model must call it."""
     digest = hashlib.sha256()
     for name, held in sorted(model.state_dict().items()):
         digest.update(name.encode())

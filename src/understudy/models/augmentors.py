@@ -1,8 +1,8 @@
-"""Augmentors: families of transformations that are differentiable in their parameters, to be learned.
+"""Augmentors: families of learnable transformations, differentiable in their parameters.
 
-All have one interface: `forward(x [examples, channels, height, width], noise [examples, *noise_shape])` gives the
-transformed inputs. The noise comes from outside, so who calls decides what it depends on. `facts()` says in numbers
-what was learned.
+All have one interface: `forward(x [examples, channels, height, width], noise [examples, *noise_shape])` returns the
+transformed inputs. The caller provides the noise and thereby determines the randomness. `facts()` returns the learned
+values.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ Border = Literal["zeros", "border", "reflection"]
 
 
 class Augmentor(nn.Module):
-    """Base of the families."""
+    """Base class of the families."""
 
     noise_shape: tuple[int, ...]
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        """`x` transformed, in its own shape and dtype."""
+        """`x` transformed, with the same shape and dtype."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, float]:
-        """What was learned, by name."""
+        """The learned values, by name."""
         raise NotImplementedError
 
 
 def circular_shift(x: Tensor, by: Tensor) -> Tensor:
-    """x moved round its last axis by a fraction of samples: `(1 − w) x[⌊n − Δ⌋] + w x[⌊n − Δ⌋ + 1]`, w = frac(n − Δ).
+    """x shifted circularly along its last axis by a fractional number of samples: `(1 − w) x[⌊n − Δ⌋] + w x[⌊n − Δ⌋ +
+    1]`, w = frac(n − Δ).
 
     Args:
-        x: `[examples, …, length]`. by: Δ `[examples]`, in samples; a whole one is an exact roll to the right.
+        x: `[examples, …, length]`.
+        by: Δ `[examples]`, in samples; an integer is an exact roll to the right.
     """
     length = x.shape[-1]
     place = torch.arange(length, device=x.device, dtype=by.dtype) - by[:, None]
@@ -48,11 +50,13 @@ def circular_shift(x: Tensor, by: Tensor) -> Tensor:
 
 
 def warp(x: Tensor, change: Tensor, border: Border) -> Tensor:
-    """Each image seen through an affine map, bilinear.
+    """Apply an affine map to each image, with bilinear interpolation.
 
     Args:
-        x: `[images, channels, height, width]`. change: `[images, 2, 3]`, added to the identity; coordinates run from −1
-            to 1 across the image, so 0.5 in the last column moves by a quarter of it. border: what lies outside.
+        x: `[images, channels, height, width]`.
+        change: `[images, 2, 3]`, added to the identity; coordinates run from −1 to 1 across the image, so 0.5 in the
+            last column moves by a quarter of it.
+        border: values outside of the image.
     """
     grid = F.affine_grid(torch.eye(2, 3).to(change) + change, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid.to(x.dtype), mode="bilinear", padding_mode=border, align_corners=False)
@@ -84,10 +88,11 @@ class Shift1d(Augmentor):
 
 
 class Affine(Augmentor):
-    """Affine maps with six parameters an image: identity + W ε ("HARD-Affine").
+    """Affine maps with six parameters per image: identity + W ε ("HARD-Affine").
 
     Args:
-        spread: W starts as this times the unit matrix. border: what lies outside the image.
+        spread: W starts as this multiple of the identity matrix.
+        border: values outside of the image.
     """
 
     noise_shape = (6,)
@@ -101,7 +106,7 @@ class Affine(Augmentor):
         return warp(x, (noise @ self.weight.T).view(-1, 2, 3), self.border)
 
     def facts(self) -> dict[str, float]:
-        """Standard deviation of the six parameters: their root mean square, and that of the moves alone."""
+        """Standard deviation of the six parameters: their root mean square, and that of the translations alone."""
         variance = self.weight.detach().square().sum(1)
         return {"spread": float(variance.mean().sqrt()), "spread_moves": float(variance[[2, 5]].mean().sqrt())}
 
@@ -129,7 +134,7 @@ def _zoom(x: Tensor, size: Tensor, border: Border) -> Tensor:
 def _rotate(x: Tensor, size: Tensor, border: Border) -> Tensor:
     angle = size * (math.pi / 6)
     turn, stretch = angle.sin(), angle.cos() - 1
-    ratio = x.shape[-2] / x.shape[-1]  # the coordinates are relative to each side, a rotation is not
+    ratio = x.shape[-2] / x.shape[-1]  # coordinates are relative to each side, rotations are not
     zero = torch.zeros_like(turn)
     change = torch.stack([stretch, -turn * ratio, zero, turn / ratio, stretch, zero], 1)
     return warp(x, change.view(-1, 2, 3), border)
@@ -156,13 +161,14 @@ def _colour(x: Tensor, size: Tensor, border: Border) -> Tensor:
 
 
 class Mix(Augmentor):
-    """A convex mixture of the input and of chains of fixed operations, with learned weights ("HARD-Mix").
+    """A convex mixture of the input and chains of fixed operations, with learned weights ("HARD-Mix").
 
-    The weights of an image are softmax(a + ε) over the chains, the first of which does nothing; a is learned. Each
-    operation of a chain draws its strength, at most a fixed one, from the noise.
+    The weights of an image are softmax(a + ε) over the chains, the first of which is the identity; a is learned. Each
+    operation of a chain draws its strength, up to a fixed maximum, from the noise.
 
     Args:
-        shape: channels, height, width. spread: share of all chains but the first, at the start without noise.
+        shape: channels, height, width.
+        spread: initial weight of all chains but the first, without noise.
     """
 
     def __init__(self, shape: tuple[int, ...], spread: float, border: Border) -> None:
@@ -193,18 +199,19 @@ class Mix(Augmentor):
         return mixed
 
     def facts(self) -> dict[str, float]:
-        """The shares of the chains without noise: that of doing nothing, and the others by what they do."""
+        """The weights of the chains without noise: of the identity, and of the others by their operations."""
         shares = self.weight.detach().softmax(-1).tolist()
         names = ["_".join(o.__name__[1:] for o in chain) or "nothing" for chain in self.chains]
         return {f"share_{name}": share for name, share in zip(names, shares, strict=True)}
 
 
 class Latent(Augmentor):
-    """Encode, move every latent z to z + μ + softplus(ρ) · ε, decode ("HARD-VAE").
+    """Encode, shift the latent z to z + μ + softplus(ρ) · ε, decode ("HARD-VAE").
 
     Args:
-        autoencoder: with `encode` and `decode`; it is frozen, and travels with this module as buffers.
-        shape: of one input. spread: softplus(ρ) at the start; μ starts at 0.
+        autoencoder: with `encode` and `decode`; it is frozen, and stored in this module as buffers.
+        shape: of one input.
+        spread: initial softplus(ρ); μ starts at 0.
     """
 
     def __init__(self, autoencoder: nn.Module, shape: tuple[int, ...], spread: float) -> None:
@@ -216,7 +223,7 @@ class Latent(Augmentor):
         self.rho = nn.Parameter(torch.full(self.noise_shape, _before_softplus(spread)))
 
     def train(self, mode: bool = True) -> Latent:
-        """The autoencoder never leaves evaluation mode."""
+        """Set the mode; the autoencoder stays in evaluation mode."""
         super().train(mode)
         self.autoencoder.eval()
         return self
@@ -230,7 +237,7 @@ class Latent(Augmentor):
 
 
 def _buffered(module: nn.Module) -> nn.Module:
-    """The module with buffers in place of parameters: no optimiser takes them up."""
+    """The module with buffers instead of parameters, so that no optimiser trains them."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             del part._parameters[name]

@@ -1,4 +1,4 @@
-"""Autoencoders to perturb inputs in: a small one that is trained here, or one of diffusers in a folder."""
+"""Autoencoders whose latents are perturbed: a small one trained here, or one of diffusers from a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from understudy.models.weights import check_complete, read_object, reason, write
 
 
 class Autoencoder(nn.Module):
-    """One hidden layer each way between inputs of `shape` and `latent` numbers."""
+    """An encoder and a decoder with one hidden layer each, between inputs of `shape` and `latent` numbers."""
 
     def __init__(self, shape: tuple[int, ...], latent: int = 16, hidden: int = 256) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Autoencoder(nn.Module):
 
 
 class _OfDiffusers(nn.Module):
-    """An autoencoder of diffusers, which takes images in [−1, 1] and may draw its latents; here they are their mean."""
+    """An autoencoder of diffusers, which takes images in [−1, 1]. Its latents are the mean of the posterior."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class _OfDiffusers(nn.Module):
 
 
 def load_autoencoder(name: str, shape: tuple[int, ...]) -> nn.Module:
-    """A module with `encode` and `decode` for inputs of `shape`, from a folder: one of ours, or of diffusers."""
+    """A module with `encode` and `decode` for inputs of `shape`, from a folder in this project's format or that of
+    diffusers."""
     path = find(name)
     if path is None or not (path / "config.json").is_file():
         raise InputError(f"Autoencoder {name!r} is not a folder with a config.json. Leave it out to have one trained.")
@@ -104,7 +105,7 @@ def _diffusers(path: Path, kind: str) -> nn.Module:
         model, found = getattr(diffusers, kind).from_pretrained(
             str(path), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
+    except Exception as error:  # loaders raise many types, all fixed by another model name
         raise InputError(f"Autoencoder {path} cannot be loaded: {reason(error)}") from error
     check_complete(str(path), found)
     return model

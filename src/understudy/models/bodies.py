@@ -1,4 +1,4 @@
-"""What lies below a causal LM's head, and a trial of whether the head alone makes the model's own logits of it."""
+"""The body of a causal LM below its head, and a trial of whether the head alone reproduces the model's own logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from understudy.errors import InputError
 from understudy.models.modes import evaluating
 
 SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Relative difference of logits that is rounding, by dtype."""
+"""Relative difference of logits that counts as rounding, by dtype."""
 LARGE = 20.0
-"""Root mean square of logits at which a bound on them shows."""
+"""Root mean square of logits at which a soft-cap has an effect."""
 
 
 def body(model: Any) -> Any:
-    """The part of a causal LM that gives hidden states: its base model, or the child that holds its embeddings."""
+    """The part of a causal LM that returns hidden states: its base model, or the child that holds its embeddings."""
     if model.base_model is not model:
         return model.base_model
     embeddings = model.get_input_embeddings()
@@ -28,7 +28,7 @@ def body(model: Any) -> Any:
 
 @contextmanager
 def watched(model: Any, factor: float = 1.0) -> Iterator[list[Tensor]]:
-    """Collects the hidden states that the body gives to whatever comes after it; multiplied by `factor` for both."""
+    """Collect the hidden states that the body passes to later layers, multiplied by `factor` for both."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -49,16 +49,18 @@ def watched(model: Any, factor: float = 1.0) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def try_head(model: Any, head: Callable[[Tensor], Tensor], vocabulary: int) -> bool:
-    """Whether `head` of the hidden states is what the model itself says, on a few tokens.
+    """Whether `head` of the hidden states equals the model's own logits, on a few tokens.
 
-    It is tried a second time with hidden states that give large logits, for a new model's are too small for a bound on
-    them (a soft cap) to show.
+    It is tried a second time with hidden states that give large logits, since those of a new model are too small for a
+    soft-cap to have an effect.
 
     Args:
-        model: a causal LM of transformers, without adapters around it. head: from `[…, width]` to `[…, vocabulary]`.
+        model: a causal LM of transformers, without PEFT.
+        head: from `[…, width]` to `[…, vocabulary]`.
+        vocabulary: number of tokens.
 
     Raises:
-        InputError: what the model says of a token depends on later ones, or it does not take plain text.
+        InputError: the output at a token depends on later ones, or the model does not accept plain text.
     """
     with evaluating(model):
         ids = _tokens(model)
@@ -83,7 +85,7 @@ def _tokens(model: Any, length: int = 8) -> Tensor:
 def _logits(model: Any, ids: Tensor) -> Tensor:
     try:
         logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    except Exception as error:  # a model may fail in any way on inputs that it does not know
+    except Exception as error:  # models raise any type on inputs that they do not support
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{type(model).__name__} cannot read a text of {ids.shape[1]} tokens: {reason}") from error
     if logits.isnan().any():
@@ -95,7 +97,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Refuse a model whose words on a token depend on later ones."""
+    """Raise an error for a model whose output at a token depends on later ones."""
     ids = _tokens(model)
     own, half = _logits(model, ids), ids.shape[1] // 2
     later = ids.clone()

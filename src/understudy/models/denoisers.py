@@ -1,4 +1,4 @@
-"""Loading denoisers: new ones by name, folders and Hub ids of diffusers, and the small format."""
+"""Loading denoisers: new ones by name, folders and Hub ids of diffusers, and this project's small format."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NEW = re.compile(r"(unet|denoiser):(\d+(?:,\d+)*)")
 
 
 def is_new_denoiser(name: str) -> bool:
-    """Whether `name` is no folder or Hub id: an untrained network, or the closed form of a world."""
+    """Whether `name` is not a folder or Hub id but an untrained network, or the closed form of a world."""
     return name == "exact" or NEW.fullmatch(name) is not None
 
 
@@ -51,7 +51,7 @@ def load_denoiser(
     prediction: str | None = None,
     null: bool = False,
 ) -> DenoiserAdapter:
-    """A denoiser.
+    """Load or build a denoiser.
 
     Args:
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
@@ -101,7 +101,8 @@ def _diffusers() -> Any:
 
 
 def _unet(widths: list[int], shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
-    """A UNet2DModel with a v-prediction cosine schedule of 1,000 entries, which is well read at any noise."""
+    """A UNet2DModel with a v-prediction cosine schedule of 1,000 entries, whose output is well defined at any noise
+    level."""
     diffusers = _diffusers()
     if len(shape) != 3 or shape[-1] % 2 ** (len(widths) - 1):
         raise InputError(f"unet of {len(widths)} levels needs square images divisible by {2 ** (len(widths) - 1)}.")
@@ -143,7 +144,7 @@ def _wrapped(
 
 
 class _Drawn(BaseModel):
-    """What `sampler.json` says, as `DenoiserAdapter.save` writes it."""
+    """The content of `sampler.json`, as `DenoiserAdapter.save` writes it."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -197,17 +198,17 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
 
 
 def _saved_points(file: Path, config: dict[str, Any]) -> DenoiserAdapter:
-    facts = Facts.read(file)  # of one of ours, whose classes may be none
+    facts = Facts.read(file)  # this project's format, which may have no classes
     if not NEW.fullmatch(facts.understudy_model):
         raise InputError(f"{file} describes no denoiser: {facts.understudy_model!r}.")
     try:
         return _points(facts.understudy_model, tuple(facts.shape), facts.classes)
-    except (RuntimeError, MemoryError) as error:  # sizes that no memory can hold
+    except (RuntimeError, MemoryError) as error:  # sizes beyond the memory
         raise InputError(f"{file} describes no denoiser: {reason(error)}") from None
 
 
 def _scheduler(diffusers: Any, name: str, path: Path | None) -> Any:
-    """The scheduler that a folder names, where its noise levels and predictions are understood."""
+    """The scheduler of a folder, if its noise levels and predictions are supported."""
     config = _either(diffusers.DDPMScheduler.load_config, "The scheduler", name, path, "scheduler")
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in SCHEDULERS:
@@ -221,7 +222,7 @@ def _scheduler(diffusers: Any, name: str, path: Path | None) -> Any:
         )
     try:
         return getattr(diffusers, kind).from_config(config)
-    except Exception as error:  # values of every kind go into its arithmetic
+    except Exception as error:  # its arithmetic raises any type on bad values
         raise InputError(f"The {kind} of {name!r} cannot be made: {reason(error)}") from error
 
 
@@ -233,7 +234,7 @@ def _either(load: Callable[..., Any], what: str, name: str, path: Path | None, p
             continue
         try:
             return load(str(path or name), **where, **options)
-        except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
+        except Exception as error:  # loaders raise many types, all fixed by another model name
             said = reason(error)
             if path is not None:
                 break

@@ -1,7 +1,7 @@
-"""Denoisers as row models: any `UNet2DModel`, an MLP for points, and the closed form of a Gaussian mixture.
+"""Denoiser adapters: any `UNet2DModel`, an MLP for points, and the closed form of a Gaussian mixture.
 
-All answer with the clean example that they take a noisy one to hold (`Clean`), whatever their output stands for, and
-all draw samples: by DDIM, or in one call where they were trained for that.
+All return their prediction of the clean example (`Clean`), for any prediction type, and all generate samples: by DDIM,
+or in one call if they were trained for that.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SAMPLER = "sampler.json"
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a model draws.
+    """How a model samples.
 
     Args:
-        steps: calls of DDIM from `t_max` down to `t_min`; 0 draws in one call, `g(ε, t_min)`.
-        guidance: weight of classifier-free guidance for DDIM; `None` draws with the condition alone.
+        steps: calls of DDIM from `t_max` down to `t_min`; 0 samples in one call, `g(ε, t_min)`.
+        guidance: weight of classifier-free guidance for DDIM; `None` uses only the conditional output.
     """
 
     steps: int = 32
@@ -43,13 +43,17 @@ class Sampler:
 
 
 class DenoiserAdapter(ModelAdapter):
-    """A denoiser on `NoiseBatch`es that show `x` and `t`.
+    """A denoiser on `NoiseBatch`es with `x` and `t`.
 
     Args:
-        model: called `(x, time, condition)`; the condition is `None`, or classes with `classes` for none.
-        levels: the noise schedule. prediction: what the output stands for, as in `losses.diffusion`.
-        shape: of an example. classes: that it can be asked for, 0 for none.
-        null: whether it can also be asked without a class. clip: bound of x_0 (static thresholding), if any.
+        model: called as `(x, time, condition)`; the condition is `None`, or class indices, where `classes` means
+            unconditional.
+        levels: the noise schedule.
+        prediction: type of the output, as in `losses.diffusion`.
+        shape: of an example.
+        classes: number of classes for conditioning, 0 for none.
+        null: whether it can also run unconditionally.
+        clip: bound of x_0 (static thresholding), if any.
     """
 
     def __init__(
@@ -108,11 +112,12 @@ class DenoiserAdapter(ModelAdapter):
         return condition.masked_fill(absent, self.classes)
 
     def one_call(self, t: float, begin: float) -> DenoiserAdapter:
-        """This model, drawing in one call at time `t` from noise that is the state at `begin`.
+        """This model, sampling in one call at time `t` from noise that is the state at time `begin`.
 
-        It always sees that noise, so its output is read as at `begin`, whatever time it is told: read at a small t, the
-        noise would pass through it and the network count for nothing. There ε says nothing of x_0, so a network of ε is
-        read as one of v. A bound is lifted, since it would stop the gradient.
+        Its input is always that noise, so its output is converted with the noise level at `begin`, whatever time it is
+        given: at the level of a small t, the noise would pass through unchanged and the network would have no effect.
+        At `begin` x_0 does not follow from ε, so a network with ε-prediction is used as one with v-prediction. The
+        bound of x_0 is removed, since it would stop the gradient.
         """
         self.sampler, self.clip = replace(self.sampler, steps=0, t_min=t, guidance=None), None
         self.read_at = begin
@@ -121,11 +126,11 @@ class DenoiserAdapter(ModelAdapter):
 
     @property
     def calls(self) -> int:
-        """Network calls for one sample."""
+        """Network calls per sample."""
         return self.calls_for(max(1, self.sampler.steps))
 
     def calls_for(self, steps: int) -> int:
-        """Network calls of so many steps: guidance doubles them."""
+        """Network calls of this number of steps: guidance doubles them."""
         return steps * (2 if self.sampler.guidance is not None else 1)
 
     @torch.no_grad()
@@ -133,7 +138,7 @@ class DenoiserAdapter(ModelAdapter):
         """Samples from the noise `eps`, one for each example of the batch.
 
         Args:
-            steps: of DDIM; as `sampler` says if not given.
+            steps: of DDIM; those of `sampler` if not given.
         """
         number = self.sampler.steps if steps is None else steps
         if number == 0:
@@ -146,9 +151,9 @@ class DenoiserAdapter(ModelAdapter):
         return self.guide(lambda b: self(b).signal.values, batch)
 
     def guide(self, ask: Callable[[NoiseBatch], Tensor], batch: NoiseBatch) -> Tensor:
-        """What `ask`, this model in whatever wrapping, says of the batch, with the sampler's guidance.
+        """The output of `ask`, which is this model in some wrapper, for the batch, with the sampler's guidance.
 
-        Guidance reaches beyond both answers, so a bound of x_0 holds for what comes out of it too.
+        Guidance extrapolates, so a bound of x_0 is applied to the result too.
         """
         clean = with_guidance(ask, batch, self.sampler.guidance)
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
@@ -178,7 +183,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def with_guidance(ask: Callable[[NoiseBatch], Tensor], batch: NoiseBatch, weight: float | None) -> Tensor:
-    """What `ask` says of the batch; with a weight, guided away from what it says without the condition."""
+    """The output of `ask` for the batch; with a weight, classifier-free guidance with the unconditional output."""
     said = ask(batch)
     if weight is None:
         return said
@@ -194,11 +199,13 @@ def trajectory(
     times: Tensor,
     eps: Tensor | None = None,
 ) -> Tensor:
-    """DDIM from `x` at `times[0]` along `times`, the signal at its end: the state there less the noise it began with.
+    """DDIM from `x` at `times[0]` along `times`, and the signal at its end: the state without its initial noise.
 
     Args:
-        ask: x_0 of a batch that shows `x` and `t`. x: the state to begin from.
-        eps: the noise that its trajectory began with; `x` itself if not given.
+        ask: returns x_0 for a batch with `x` and `t`.
+        x: the initial state.
+        times: of the steps.
+        eps: the initial noise of its trajectory; `x` itself if not given.
     """
     eps, times = x if eps is None else eps, levels.snap(times.to(x.device))
     for t, s in zip(times, times[1:], strict=False):
@@ -213,7 +220,8 @@ class PointDenoiser(nn.Module):
     """An MLP on points, with sin and cos of 2^k πt/2 for k = 0 … 4, and a one-hot class.
 
     Args:
-        size: numbers of a point. classes: 0 for none; one more stands for no class.
+        size: dimensions of a point.
+        classes: 0 for none; one more index is the unconditional class.
     """
 
     def __init__(self, size: int, hidden: Sequence[int], classes: int = 0) -> None:
@@ -234,10 +242,12 @@ class PointDenoiser(nn.Module):
 
 
 class MixtureDenoiser(nn.Module):
-    """E[x_0 | x_t] of Gaussians of one width with equal weights: a teacher without training and without error.
+    """E[x_0 | x_t] of Gaussians of one width with equal weights: an exact teacher without training.
 
     Args:
-        centres: `[modes, dimensions]`. deviation: of each mode. classes: whether it can be asked for one mode.
+        centres: `[modes, dimensions]`.
+        deviation: standard deviation of each mode.
+        classes: whether it can be conditioned on one mode.
     """
 
     def __init__(self, centres: Tensor, deviation: float, levels: NoiseLevels) -> None:

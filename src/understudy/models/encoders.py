@@ -1,7 +1,7 @@
-"""Encoders of one text: any Auto encoder, a `sentence-transformers` folder, or the mean of word embeddings.
+"""Text encoders: any Auto encoder, a `sentence-transformers` folder, or the mean of word embeddings.
 
-An encoder is written as a `sentence-transformers` folder, so that `SentenceTransformer(folder)` loads it. The format is
-a few JSON files beside the weights, so neither reading nor writing needs that library.
+An encoder is saved as a `sentence-transformers` folder, so that `SentenceTransformer(folder)` loads it. The format is a
+few JSON files beside the weights, so neither reading nor writing needs that library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = "config_sentence_transformers.json"
 
 
 class Static(nn.Module):
-    """A vector a token, without context: `sentence-transformers`' StaticEmbedding."""
+    """One vector per token, without context: `sentence-transformers`' StaticEmbedding."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
@@ -43,10 +43,12 @@ class Static(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token vectors, and one vector of a text.
+    """Token vectors, and one vector per text.
 
     Args:
-        body: `Static`, or an encoder of transformers. pooling: `mean` or `cls`. normalize: vectors of length 1.
+        body: `Static`, or an encoder of transformers.
+        pooling: `mean` or `cls`.
+        normalize: scale vectors to length 1.
     """
 
     def __init__(self, body: nn.Module, pooling: str = "mean", normalize: bool = False) -> None:
@@ -68,17 +70,17 @@ class Encoder(nn.Module):
         return self.scaled((tokens * weights).sum(1) / weights.sum(1).clamp(min=1))
 
     def scaled(self, vectors: Tensor) -> Tensor:
-        """Of length 1 where the encoder normalises."""
+        """Vectors of length 1, if the encoder normalises."""
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
 def is_new_encoder(name: str) -> bool:
-    """Whether `name` asks for an untrained model: `embedding:24`, or `bert:hidden=64,layers=2,heads=4`."""
+    """Whether `name` is an untrained model: `embedding:24`, or `bert:hidden=64,layers=2,heads=4`."""
     return name.split(":", 1)[0] in ("embedding", "bert") and find(name) is None
 
 
 def located(name: str) -> str:
-    """A package's name as the folder of its model; anything else as it is."""
+    """The folder of a package's model, if `name` is one; any other name unchanged."""
     if name not in PACKAGES:
         return name
     found = importlib.util.find_spec(PACKAGES[name])
@@ -88,9 +90,9 @@ def located(name: str) -> str:
 
 
 def prompts_of(name: str) -> tuple[str, str]:
-    """What a `sentence-transformers` folder puts before a query and before a document; empty for any other model.
+    """The prompts of a `sentence-transformers` folder for queries and for documents; empty for any other model.
 
-    As in `encode_query` and `encode_document` of that library; the default prompt stands before either without its own.
+    As in `encode_query` and `encode_document` of that library; the default prompt is used for a side without its own.
     """
     folder = find(located(name))
     if folder is None or is_new_encoder(name):
@@ -137,7 +139,7 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
     else:
         body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code, new_head=True)
     if isinstance(getattr(body, "pooler", None), nn.Module):
-        # It is never read here, and where a folder has none its weights would be new at each loading.
+        # It is not used here, and if a folder has none its weights would be random at each loading.
         body.pooler = None  # type: ignore[assignment]
     encoder = Encoder(body, pooling, normalize)
     check_fit(name, encoder.body, view, pair=False)
@@ -166,16 +168,16 @@ def load_cross(name: str, view: View, dtype: str, trust_remote_code: bool, quant
 
 @torch.no_grad()
 def _try(name: str, model: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Read one short text: settings that do not fit together show nowhere else."""
+    """Run on one short text: settings that contradict each other only show there."""
     ids = torch.arange(4)[None]
     try:
         model(ids, torch.ones_like(ids, dtype=torch.bool))
-    except Exception as error:  # a model may fail in any way on inputs that it does not know
+    except Exception as error:  # models raise any type on inputs that they do not support
         raise InputError(f"{name} cannot read a text of 4 tokens: {reason(error)}") from error
 
 
 def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
-    """Refuse texts longer than the model's positions, or a tokenizer with more tokens than it has embeddings."""
+    """Raise an error for texts longer than the model's positions, or a tokenizer with more tokens than the embeddings."""
     config = getattr(model, "config", None)
     before, after, *of_pair = view.template
     special = sum(map(len, of_pair)) if pair else len(before) + len(after)
@@ -259,7 +261,7 @@ def _load_static(folder: Path) -> Static:
     try:
         with safe_open(str(weights), "pt") as file:
             shape = file.get_slice("embedding.weight").get_shape()
-    except Exception as error:  # safetensors raises kinds of its own
+    except Exception as error:  # safetensors raises its own types
         raise InputError(f"Weights {weights} cannot be read: {reason(error)}") from error
     if len(shape) != 2:
         raise InputError(f"Weights {weights}: embedding.weight has shape {shape}, not one row of numbers a token.")

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class SubclassHead(nn.Linear):
-    """A linear layer with `subclasses` outputs a class; a class's logit is their log-sum-exp.
+    """A linear layer with `subclasses` outputs per class; the logit of a class is their log-sum-exp.
 
-    Output `c · subclasses + s` is subclass s of class c. Called, it gives `[..., classes]` like any head, and the
-    softmax of that is exactly the summed probability of the subclasses.
+    Output `c · subclasses + s` is subclass s of class c. `forward` returns `[..., classes]` like any head; its softmax
+    is exactly the summed probability of the subclasses.
     """
 
     def __init__(self, inputs: int, classes: int, subclasses: int, bias: bool = True) -> None:
@@ -21,9 +21,10 @@ class SubclassHead(nn.Linear):
 
 
 def head_name(model: nn.Module, classes: int) -> str | None:
-    """The name of a classifier's head: its last linear layer of `classes` outputs, or of subclasses of them.
+    """The name of a classifier's head: its last linear layer with `classes` outputs, or with outputs for their
+    subclasses.
 
-    For two classes a single output (a logit of the second class) will also do.
+    With two classes a single output (the logit of the second class) is accepted too.
     """
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     outputs = [(name, m.classes if isinstance(m, SubclassHead) else m.out_features) for name, m in linear]
@@ -34,7 +35,7 @@ def head_name(model: nn.Module, classes: int) -> str | None:
 
 
 def put_head(model: nn.Module, name: str, head: nn.Module) -> None:
-    """Put `head` where the layer called `name` is, on its device, in its dtype and mode."""
+    """Replace the layer `name` by `head`, on its device, in its dtype and mode."""
     old = model.get_submodule(name)
     weight = next(old.parameters())
     parent, _, own = name.rpartition(".")

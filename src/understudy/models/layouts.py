@@ -1,8 +1,8 @@
-"""Lean batches for causal LMs: sequences without padding, beginnings that several candidates share computed once.
+"""Layouts of batches for causal LMs: packing without padding, and common prefixes of candidates computed once.
 
-Packing changes how a batch is computed and not what it says: rows, labels, ids and caches are those of the padded batch.
-Whether a model allows it is tried on the model itself, with a few short sequences: state that leaks from one sequence into
-the next (recurrent and linear attention), or positions that cannot be given, show in its answers.
+Packing changes how a batch is computed and not its outputs: rows, labels, ids and caches are those of the padded batch.
+Whether a model supports it is tested on the model itself with a few short sequences: leakage from one sequence into the
+next (recurrent and linear attention), or positions that cannot be given, change its outputs.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ from understudy.models.modes import evaluating
 
 Packing = Literal["auto", "free", "none"]
 PACKING = ("auto", "free", "none")
-"""free: always packed; none: as collated; auto: whichever takes fewer operations, where the model allows it.
+"""free: always packed; none: as collated; auto: the one with fewer operations, if the model supports packing.
 
 | attention | padded, no mask | packed |
 |---|---|---|
 | `sdpa`, `eager` | causal kernel: half of each square | a mask over every row: whole squares, but fewer and shared ones |
-| `flash_attention_*` | likewise | one row, cut by `cu_seq_lens`: nothing is wasted; beginnings are not shared |
+| `flash_attention_*` | the same | one row, split by `cu_seq_lens`: no waste; prefixes are not shared |
 | others | as collated, with the padding mask | not packed |
 """
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 CLOSE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative difference of hidden states that is rounding, by dtype (`eager` takes its softmax in float32)."""
+"""Relative difference of hidden states that counts as rounding, by dtype (`eager` takes its softmax in float32)."""
 
 
 class Laid(NamedTuple):
-    """What the model is given, and where each token of the padded batch lies in its answer (`None`: where it was)."""
+    """The model's inputs, and the position of each token of the padded batch in its output (`None`: unchanged)."""
 
     inputs: dict[str, Any]
     place: Tensor | None = None
 
     def rows(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The rows of a batch that count, from hidden states `[rows, width, …]` as laid out."""
+        """The rows of a batch that count, from hidden states `[rows, width, …]` in this layout."""
         if self.place is None:
             return batch.select(hidden)
         return hidden.flatten(0, 1).index_select(0, batch.select(self.place))
 
 
 class Layouts:
-    """Chooses for each batch how a model computes it.
+    """Chooses the layout of each batch.
 
     Args:
-        packing: see `PACKING`. model: a causal LM of transformers, without adapters around it.
+        packing: see `PACKING`.
+        model: a causal LM of transformers, without PEFT.
     """
 
     def __init__(self, packing: Packing, model: Any) -> None:
@@ -62,10 +63,10 @@ class Layouts:
         if self.tried:
             self.reason = "data.packing is none"
         elif not needs_gpu(model):
-            self.try_on(model)  # else at the first batch, on the device that has the kernel
+            self.try_on(model)  # else at the first batch, on the GPU
 
     def try_on(self, model: Any) -> None:
-        """Find out whether the model allows packing; `free` refuses a model that does not."""
+        """Test whether the model supports packing; with `free` an unsupported model is an `InputError`."""
         self.reason, self.tried = obstacle(model), True
         if self.reason is not None and self.packing == "free":
             raise InputError(
@@ -73,10 +74,10 @@ class Layouts:
             )
 
     def lay(self, model: Any, batch: Batch, groups: Sequence[Sequence[int]] | None = None) -> Laid:
-        """The batch as the model is to compute it.
+        """The layout of a batch.
 
         Args:
-            groups: sequences that may share a beginning, by index; each alone if not given.
+            groups: indices of sequences that may share a prefix; none if not given.
         """
         if not self.tried:
             self.try_on(model)
@@ -86,7 +87,7 @@ class Layouts:
             return Laid(given)
         kept = given["attention_mask"].bool()
         if groups is not None and sorted(s for g in groups for s in g) != list(range(len(kept))):
-            groups = None  # a sequence that stands in several lists, or in none
+            groups = None  # a sequence in several lists, or in none
         flash = _attention(model).startswith("flash")
         lengths, common, right = _measure(given["input_ids"], kept, None if flash else groups)
         window = _window(model)
@@ -102,7 +103,8 @@ class Layouts:
         return _packed(model, given["input_ids"], layout)
 
     def _operations(self, model: Any, what: Layout | Tensor) -> float:
-        """Of a forward pass through the layers: products with weights, and attention over what its kernel walks over."""
+        """Operations of a forward pass through the layers: products with weights, and attention as its kernel computes
+        it."""
         config = model.config.get_text_config()
         rows, width = what.shape if isinstance(what, Tensor) else what.trees.shape
         if isinstance(what, Tensor):
@@ -115,7 +117,8 @@ class Layouts:
 
 
 def _measure(ids: Tensor, kept: Tensor, groups: Sequence[Sequence[int]] | None) -> tuple[list[int], list[int], bool]:
-    """Lengths, beginnings in common with the first of the group, and whether padding is on the right: one transfer."""
+    """Lengths, common prefixes with the first sequence of the group, and whether padding is on the right, in one
+    transfer."""
     lengths = kept.sum(1)
     common = torch.zeros_like(lengths)
     if groups is not None and len(groups) < len(kept):
@@ -129,7 +132,7 @@ def _measure(ids: Tensor, kept: Tensor, groups: Sequence[Sequence[int]] | None) 
 
 
 def _padded(given: dict[str, Tensor]) -> Laid:
-    """Without a mask: a causal model does not see what follows, so the padding on the right needs none."""
+    """Without a mask: a causal model does not see later tokens, so padding on the right needs none."""
     ids = given["input_ids"]
     return Laid({"input_ids": ids}, torch.arange(ids.numel(), device=ids.device).view_as(ids))
 
@@ -155,7 +158,7 @@ def _packed(model: Any, ids: Tensor, layout: Layout) -> Laid:
 
 @torch.no_grad()
 def obstacle(model: Any) -> str | None:
-    """Why sequences of this model cannot share a row, or `None` where its answers stay the same when they do."""
+    """The reason why sequences of this model cannot share a row, or `None` if its outputs stay the same."""
     attention, config = _attention(model), model.config.get_text_config()
     if attention not in ("sdpa", "eager") and not attention.startswith("flash"):
         return f"its attention ({attention or 'none'}) takes no mask over several sequences"
@@ -170,7 +173,7 @@ def obstacle(model: Any) -> str | None:
 
 
 def _trial(model: Any, flash: bool) -> str | None:
-    """Four short sequences in rows of their own, packed, and packed with one of them changed."""
+    """Four short sequences in separate rows, packed, and packed with one of them changed."""
     lengths, length, shared = [9, 7, 6, 20], 20, 4
     device, vocabulary = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     kept = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
@@ -188,7 +191,7 @@ def _trial(model: Any, flash: bool) -> str | None:
         return f"beside others its hidden states are {apart:.2g} of their size off on a trial"
     rest = slice(lengths[0], None)
     leak = _distance(other[rest], packed[rest])
-    if not leak <= 8 * torch.finfo(wanted.dtype).eps:  # a mask leaves none at all
+    if not leak <= 8 * torch.finfo(wanted.dtype).eps:  # a mask leaves no leakage at all
         return f"on a trial, {leak:.2g} of its hidden states came from another sequence"
     return None
 
@@ -210,18 +213,19 @@ def _attention(model: Any) -> str:
 
 
 def needs_gpu(model: Any) -> bool:
-    """Whether a model can be tried only where it is not yet: its attention has no kernel for the CPU."""
+    """Whether the model can only be tested on a GPU, since its attention has no CPU kernel."""
     return _attention(model).startswith("flash") and next(model.parameters()).device.type == "cpu"
 
 
 def _window(model: Any) -> int | None:
-    """Beyond how many tokens a mask of ours would lack what the model's own has: a sliding window, or chunks."""
+    """Number of tokens beyond which the model's own mask has limits that a packed mask lacks: a sliding window, or
+    chunks."""
     config = model.config.get_text_config()
     sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((int(s) for s in sizes if s), default=None)
 
 
 def _of_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that a token is multiplied with on its way to the head."""
+    """Parameters that a token is multiplied with before the head."""
     looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return [p for p in model.parameters() if id(p) not in looked_up]

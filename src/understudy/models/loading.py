@@ -1,4 +1,4 @@
-"""Loading through transformers' Auto classes, folders and the small networks."""
+"""Loading through transformers' Auto classes, from folders, and of small networks."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def load_classifier(
             AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code, new_head=True
         )
     found = _classes(model)
-    if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output tells two apart
+    if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output has two classes
         raise InputError(
-            f"{name} tells {found} classes apart and the data has {classes}. Choose a model of these classes, or data of its."
+            f"{name} has {found} classes and the data has {classes}. Choose a model of these classes, or data of its."
         )
     return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
 
@@ -90,12 +90,13 @@ def auto_model(
     new_head: bool = False,
     **more: Any,
 ) -> nn.Module:
-    """`kind.from_pretrained`, from safetensors alone, or adapters of PEFT on it; whatever goes wrong is one line.
+    """`kind.from_pretrained`, from safetensors only, optionally with PEFT adapters; any failure is an `InputError` of
+    one line.
 
     Args:
         new_head: the head may be new, as in `check_weights`.
 
-    Half-precision weights are widened to float32 under `dtype="auto"` where there is no GPU, and that is noted.
+    Half-precision weights are converted to float32 under `dtype="auto"` if there is no GPU, with a note.
     """
     if path is not None and (path / ADAPTERS).is_file():
         return _adapted(
@@ -112,17 +113,17 @@ def auto_model(
         options["quantization_config"] = quantization
     try:
         model, found = kind.from_pretrained(str(path or name), output_loading_info=True, **options)
-    except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
+    except Exception as error:  # loaders raise many types, all fixed by another model name
         raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
     if found["missing_keys"] and kind is AutoModelForCausalLM:
-        check_causal(model)  # an encoder has no head for this, and another task is what helps
+        check_causal(model)  # encoders fail here: they need another task
     if not getattr(model, "is_quantized", False):
         check_weights(name, model, found, new_head=new_head)
     return _for_device(name, model, dtype)
 
 
 def _for_device(name: str, model: nn.Module, dtype: str) -> nn.Module:
-    """The model in the dtype to compute in: half precision is several times slower on a CPU than float32."""
+    """The model in the dtype to compute in: half precision is several times slower than float32 on a CPU."""
     held = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if (
         held not in (torch.float16, torch.bfloat16)
@@ -143,7 +144,7 @@ def _for_device(name: str, model: nn.Module, dtype: str) -> nn.Module:
 
 
 def _adapted(folder: Path, load: Callable[[str], nn.Module]) -> nn.Module:
-    """The model that a folder of adapters names, with them."""
+    """The base model of a folder of adapters, with the adapters."""
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError:
@@ -172,7 +173,7 @@ def _adapted(folder: Path, load: Callable[[str], nn.Module]) -> nn.Module:
             stored, wanted = set(file.keys()), set(get_peft_model_state_dict(adapted))
     except InputError:
         raise
-    except Exception as error:  # as of a model
+    except Exception as error:  # as for models
         raise InputError(f"Adapters {folder} cannot be loaded: {reason(error)}") from error
     wrong = sorted(stored ^ wanted)
     if wrong:
@@ -181,7 +182,7 @@ def _adapted(folder: Path, load: Callable[[str], nn.Module]) -> nn.Module:
 
 
 def is_new_causal_lm(name: str) -> bool:
-    """Whether `name` asks for a new, untrained model: `llama:hidden=64,layers=2,heads=4`."""
+    """Whether `name` is a new, untrained model: `llama:hidden=64,layers=2,heads=4`."""
     return name.split(":", 1)[0] == "llama" and find(name) is None
 
 
@@ -193,9 +194,10 @@ def load_causal_lm(
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal LM: a module, `llama:hidden=…,layers=…,heads=…` (new; `init=0.08` widens its first weights), a folder, a set in `UNDERSTUDY_DATA`, a Hub id.
+    """A causal LM: a module, `llama:hidden=…,layers=…,heads=…` (new; `init=0.08` sets the scale of the initial
+    weights), a folder, a set in `UNDERSTUDY_DATA`, a Hub id.
 
-    Half-precision weights of a folder are widened to float32 under `dtype="auto"` where there is no GPU.
+    Half-precision weights of a folder are converted to float32 under `dtype="auto"` if there is no GPU.
     """
     if isinstance(name, nn.Module):
         return name

@@ -1,4 +1,4 @@
-"""Small networks named by options, `gcn:hidden=128,layers=2,dropout=0.5`: those that read a graph, and the MLP."""
+"""Small networks named with options, `gcn:hidden=128,layers=2,dropout=0.5`: graph networks and the MLP."""
 
 from __future__ import annotations
 

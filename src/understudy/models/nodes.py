@@ -1,4 +1,4 @@
-"""Models of nodes: networks that read the graph, and plain ones that see features alone."""
+"""Node classifiers: networks that read the graph, and networks that only use node features."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from understudy.targets import Dense
 
 
 class NodeAdapter(ModelAdapter):
-    """A classifier of nodes.
+    """A node classifier.
 
     Args:
-        model: takes features `[nodes, features]`, and edges `[2, edges]` if its `forward` has a second argument; returns
-            logits `[nodes, classes]`. Edges come both ways and without self-loops, as torch-geometric expects them.
+        model: takes features `[nodes, features]`, and edges `[2, edges]` if its `forward` has a second argument;
+            returns logits `[nodes, classes]`. Edges are in both directions and without self-loops, as torch-geometric
+            expects them.
         classes: number of classes.
 
-    A model without the second argument never sees an edge, and is shown the rows alone.
+    A model without the second argument never gets edges, and only the features of the rows.
     """
 
     def __init__(self, model: nn.Module, classes: int) -> None:

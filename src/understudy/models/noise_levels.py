@@ -1,4 +1,4 @@
-"""How much noise there is at a time t in [0, 1]: the continuous cosine, or a table of alphas_cumprod."""
+"""Noise schedules over t in [0, 1]: the continuous cosine, or a table of alphas_cumprod."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class NoiseLevels(Protocol):
         ...
 
     def snap(self, t: Tensor) -> Tensor:
-        """The nearest times that the schedule has."""
+        """The nearest times of the schedule."""
         ...
 
     def clock(self, t: Tensor) -> Tensor:
-        """What a network is told of the time."""
+        """The network's time input."""
         ...
 
 
 class Cosine:
-    """α = cos(πt/2), σ = sin(πt/2), for every t; a network is told t itself."""
+    """α = cos(πt/2), σ = sin(πt/2), for every t; the network's time input is t."""
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = t.double() * (math.pi / 2)
-        # cos(π/2) is 6e-17 in floating point; the schedule says 0.
+        # cos(π/2) is 6e-17 in floating point; in the schedule it is 0.
         return angle.cos().masked_fill(t == 1, 0.0), angle.sin()
 
     def snap(self, t: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ class Cosine:
 
 
 class Table:
-    """The levels of a scheduler of diffusers: t = 0 is the first entry of `alphas_cumprod`, t = 1 the last.
+    """The levels of a diffusers scheduler: t = 0 is the first entry of `alphas_cumprod`, t = 1 the last.
 
     Args:
-        alphas_cumprod: `[entries]`, falling; a network is told the index.
+        alphas_cumprod: `[entries]`, decreasing; the network's time input is the index.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -70,7 +70,7 @@ class Table:
 
 
 def levels_of(scheduler: Any) -> Table:
-    """The table of a diffusers scheduler (`DDPMScheduler`, `DDIMScheduler` and their kin)."""
+    """The table of a diffusers scheduler (`DDPMScheduler`, `DDIMScheduler` and similar ones)."""
     table = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(table, Tensor):
         raise InputError(

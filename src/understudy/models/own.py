@@ -1,4 +1,4 @@
-"""Modules of the caller's own: their state as safetensors, or whatever their `save_pretrained` writes."""
+"""The caller's own modules: saved as safetensors, or by their `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from understudy.errors import InputError
 from understudy.models.weights import check_folder, reason, write_model
 
 MARK = "understudy_module"
-"""Key of a `config.json` beside the state of such a module: the name of its class."""
+"""Key of `config.json` with the name of the module's class."""
 
 
 def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -24,9 +24,9 @@ def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | Non
 
 
 def check_saves(model: nn.Module) -> None:
-    """Save a module once into a folder that is thrown away: what cannot be saved is said before it is trained.
+    """Save a module once into a temporary folder, so that a module that cannot be saved is an error before training.
 
-    Models of transformers are known to be able to.
+    Models of transformers are not tested.
     """
     if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config") or hasattr(model, "understudy"):
         return
@@ -36,7 +36,7 @@ def check_saves(model: nn.Module) -> None:
                 model.save_pretrained(folder)  # type: ignore[operator]
             else:
                 save_state(model, Path(folder))
-        except Exception as error:  # it is the caller's code
+        except Exception as error:  # the caller's code raises any type
             raise InputError(
                 f"{type(model).__name__} cannot be saved: {reason(error)}. Its state must be tensors by name, or give it a "
                 "save_pretrained(folder) that works."
@@ -44,13 +44,13 @@ def check_saves(model: nn.Module) -> None:
 
 
 def reload(folder: Path, module: nn.Module | None) -> Path | nn.Module:
-    """What stands for a saved student: its folder, or the caller's module with the weights that are in the folder.
+    """A saved student: its folder, or the caller's module with the weights from the folder.
 
     Args:
-        module: as it was handed over, if it was.
+        module: the caller's module, if one was given.
 
     Raises:
-        InputError: the folder holds the state of a module, and none was handed over or it does not fit.
+        InputError: the folder holds the state of a module, and none was given or it does not match.
     """
     own = module is not None and not isinstance(module, PreTrainedModel) and hasattr(module, "save_pretrained")
     if own:
@@ -70,7 +70,7 @@ def reload(folder: Path, module: nn.Module | None) -> Path | nn.Module:
         )
     try:
         load_model(module, str(folder / "model.safetensors"))
-    except Exception as error:  # keys, shapes and damage are told apart in the message
+    except Exception as error:  # the message says whether keys, shapes or the file are wrong
         raise InputError(
             f"{folder} does not hold the state of this {type(module).__name__}: {reason(error)}"
         ) from error

@@ -20,7 +20,7 @@ Pair = tuple[str, str]
 
 
 class PairClassifier(nn.Module):
-    """Base: text pairs to logits `[pairs]`."""
+    """Base class: from text pairs to logits `[pairs]`."""
 
     def forward(self, pairs: Sequence[Pair]) -> Tensor:
         raise NotImplementedError
@@ -38,10 +38,12 @@ class PairClassifier(nn.Module):
 
 
 class WordPairs(PairClassifier):
-    """Sums of word embeddings of both texts and their product, and one hidden layer.
+    """Sums of word embeddings of both texts and their product, then one hidden layer.
 
     Args:
-        vocabulary: known words; every other one shares one embedding. width: of an embedding. hidden: of the layer.
+        vocabulary: known words; all others share one embedding.
+        width: of an embedding.
+        hidden: width of the hidden layer.
     """
 
     def __init__(self, vocabulary: Iterable[str], width: int = 64, hidden: int = 128, dropout: float = 0.1) -> None:
@@ -73,7 +75,9 @@ class AutoPairs(PairClassifier):
     """A sequence classifier of transformers on tokenized pairs.
 
     Args:
-        model: with one label. tokenizer: its own. max_length: tokens of a pair; longer ones are cut.
+        model: with one label.
+        tokenizer: of the model.
+        max_length: most tokens of a pair; longer ones are truncated.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int = 128) -> None:
@@ -98,12 +102,12 @@ def words(text: str) -> list[str]:
 
 
 def is_new_pairs(name: str) -> bool:
-    """Whether `name` asks for a new small network: `pairs`, `pairs:width=64,hidden=128`."""
+    """Whether `name` is a new small network: `pairs`, `pairs:width=64,hidden=128`."""
     return name.split(":", 1)[0] == "pairs" and find(name) is None
 
 
 def new_pairs(name: str, texts: Iterable[str], dropout: float) -> WordPairs:
-    """A new small network that knows the words of `texts`."""
+    """A new small network whose vocabulary is the words of `texts`."""
     values = {"width": 64, "hidden": 128}
     for item in filter(None, name.partition(":")[2].split(",")):
         key, _, value = item.partition("=")
@@ -114,9 +118,9 @@ def new_pairs(name: str, texts: Iterable[str], dropout: float) -> WordPairs:
 
 
 def load_pairs(name: str | Path, dropout: float = 0.1) -> PairClassifier:
-    """A classifier of pairs from a folder that `save` wrote, or any sequence classifier (folder or Hub id).
+    """A pair classifier from a folder that `save` wrote, or any sequence classifier (folder or Hub id).
 
-    A model of another number of labels gets a new output layer of one.
+    A model with another number of labels gets a new output layer with one.
     """
     path = find(str(name))
     config = path / "config.json" if path is not None else None
@@ -144,7 +148,7 @@ def load_pairs(name: str | Path, dropout: float = 0.1) -> PairClassifier:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except Exception as error:  # loaders raise a dozen kinds; the user can mend each by naming another model
+    except Exception as error:  # loaders raise many types, all fixed by another model name
         raise InputError(f"Critic {str(name)!r} cannot be loaded: {reason(error)}") from error
     check_weights(str(name), inner, found, new_head=True)
     tokenizer = load_tokenizer(source)

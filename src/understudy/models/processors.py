@@ -1,4 +1,4 @@
-"""What an image model of transformers is shown: its processor's steps, on pixels in [0, 1]."""
+"""The preprocessing of image models of transformers: their processor's steps, on pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from understudy.models.weights import reason
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
-"""Resampling by its number in Pillow."""
+"""Interpolation modes by Pillow's number."""
 CLOSE = 2 / 255
-"""Mean difference of pixels that is rounding: the library resizes in whole numbers of 0 … 255."""
+"""Mean difference of pixels that counts as rounding: the library resizes in integers of 0 … 255."""
 
 
 class Processor:
-    """Resize, centre crop, rescale, mean and deviation as a processor of transformers has them; gradients pass through.
+    """Resize, centre crop, rescale and normalise like a processor of transformers, with gradients.
 
-    What it gives for a random image is compared with what the library gives. Where they differ the library is used, image
-    by image and without gradient (`exact` is false).
+    The result for a random image is compared with that of the library. If they differ the library is used, image by
+    image and without gradient (`exact` is false).
 
     Args:
-        held: the processor. shape: of the data's images, `(channels, height, width)`. channels: that the model takes.
+        held: the processor.
+        shape: of the data's images, `(channels, height, width)`.
+        channels: number of channels that the model takes.
     """
 
     def __init__(self, held: Any, shape: tuple[int, ...], channels: int) -> None:
@@ -39,7 +41,7 @@ class Processor:
         self.exact = self._agrees(shape)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """`[images, channels, height, width]` in [0, 1] as the model takes them."""
+        """Preprocess `[images, channels, height, width]` in [0, 1] for the model."""
         pixels = pixels.expand(-1, self.channels, -1, -1)
         return self._steps(pixels) if self.exact else self._library(pixels)
 
@@ -71,7 +73,7 @@ class Processor:
         target: tuple[int, ...]
         if edge is None:
             target = size["height"], size["width"]
-        elif share is not None and edge >= 384:  # as ConvNeXt has it
+        elif share is not None and edge >= 384:  # as in ConvNeXt
             target = edge, edge
         else:
             crop, short = (edge, int(edge / share)) if share is not None else (None, edge)
@@ -95,14 +97,14 @@ class Processor:
         pixels = pixels.expand(-1, self.channels, -1, -1)
         try:
             wanted = self._library(pixels)
-        except Exception as error:  # a processor's values may be of any kind
+        except Exception as error:  # a processor's values may have any type
             raise InputError(
                 f"{type(self.held).__name__} cannot prepare images of {list(shape)}: {reason(error)}. Correct the model's "
                 "preprocessor_config.json."
             ) from error
         try:
             found = self._steps(pixels)
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):  # it has steps that are not among these
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):  # it has other steps
             return False
         if found.shape != wanted.shape or not bool(wanted.isfinite().all()):
             return False
@@ -112,7 +114,7 @@ class Processor:
 
 
 def _centre(pixels: Tensor, high: int, wide: int) -> Tensor:
-    """The middle of images, with zeros around it where they are smaller."""
+    """Centre crop, with zeros around smaller images."""
     down, right = max(0, high - pixels.shape[-2]), max(0, wide - pixels.shape[-1])
     pixels = F.pad(pixels, ((right + 1) // 2, right // 2, (down + 1) // 2, down // 2))
     top, left = (pixels.shape[-2] - high) // 2, (pixels.shape[-1] - wide) // 2
@@ -120,7 +122,7 @@ def _centre(pixels: Tensor, high: int, wide: int) -> Tensor:
 
 
 def load_processor(name: str, path: Path | None) -> Any | None:
-    """The image processor beside a model; `None` where it has none.
+    """The image processor beside a model; `None` if it has none.
 
     Args:
         path: of the model's folder, `None` for a Hub id.
@@ -132,14 +134,14 @@ def load_processor(name: str, path: Path | None) -> Any | None:
             from transformers import AutoImageProcessor
 
             return AutoImageProcessor.from_pretrained(str(path or name))
-    except Exception as error:  # as of models: a dozen kinds
+    except Exception as error:  # many types, as for models
         if path is None and isinstance(error, OSError):
             return None
         raise InputError(f"The image processor of {name!r} cannot be loaded: {reason(error)}") from error
 
 
 def plain_processor(shape: tuple[int, ...]) -> Any:
-    """Of a model that is trained on pixels in [0, 1] of this shape."""
+    """The processor of a model that is trained on pixels in [0, 1] of this shape."""
     with _quietly():
         from transformers import ViTImageProcessor
 
@@ -148,7 +150,7 @@ def plain_processor(shape: tuple[int, ...]) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the line that transformers writes for each processor where torchvision is not installed."""
+    """Suppress the line that transformers logs for each processor if torchvision is not installed."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -41,13 +41,13 @@ def load_ranker(
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> RankerAdapter:
-    """A ranker: a saved one, or an encoder with a scorer.
+    """Load a saved ranker, or an encoder with a scorer.
 
     Args:
         name: `embedding:24`, `bert:hidden=…` (new), a package, a folder or Hub id.
-        options: `scorer` (`dot` unless the folder says otherwise, or holds a classifier), `pooling` (`mean` or `cls`) and
-            `normalize` (those of a `sentence-transformers` folder unless given), `towers` (1 shared, 2 apart),
-            `scale` (a number, or `learn`, which is the default where vectors are normalised).
+        options: `scorer` (`dot` unless the folder names another, or holds a classifier), `pooling` (`mean` or `cls`)
+            and `normalize` (by default those of a `sentence-transformers` folder), `towers` (1 shared, 2 separate),
+            `scale` (a number, or `learn`, which is the default for normalised vectors).
     """
     name = located(name)
     folder = find(name)
@@ -70,7 +70,7 @@ def load_ranker(
 
 
 def _scale(options: Mapping[str, Any], normalised: bool) -> tuple[float, bool]:
-    """The factor of scores, and whether it is learned: cosines alone could never reach a teacher's margins."""
+    """The factor of scores, and whether it is learned: plain cosines could not reach a teacher's margins."""
     asked = options.get("scale", "learn" if normalised else 1.0)
     learn = asked == "learn" or bool(options.get("learn_scale"))
     if asked == "learn":
@@ -96,6 +96,6 @@ def _is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> b
         check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Hub client raises a dozen kinds; each means that the model is not to be had
+    except Exception as error:  # the Hub client raises many types; the model is not available
         raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
     return any(str(a).endswith("ForSequenceClassification") for a in _list(config.architectures))

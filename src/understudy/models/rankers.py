@@ -1,4 +1,4 @@
-"""Rankers as rows: a score for each candidate of a query.
+"""Ranker adapters: a score for each candidate of a query.
 
 | scorer | score of a query and a document |
 |---|---|
@@ -31,8 +31,10 @@ def max_sim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mas
     """Σ over query tokens of the largest inner product with a document token.
 
     Args:
-        queries: `[pairs, query tokens, width]`. documents: `[pairs, document tokens, width]`. Masks without width:
-            masked document tokens are never the largest, masked query tokens contribute 0.
+        queries: `[pairs, query tokens, width]`.
+        documents: `[pairs, document tokens, width]`.
+        query_mask, document_mask: without the axis of width. Masked document tokens are never the largest, masked query
+            tokens contribute 0.
 
     Returns:
         `[pairs]`; 0 for a document without a token.
@@ -44,10 +46,11 @@ def max_sim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mas
 
 
 class RankerAdapter(ModelAdapter):
-    """What all rankers share: a view of the texts, and scores laid out as the batch's candidates.
+    """Base class of rankers: tokenized texts, and scores in the layout of the batch's candidates.
 
     Args:
-        model: the network. view: its tokenizer and lengths.
+        model: the network.
+        view: its tokenizer and lengths.
     """
 
     def __init__(self, model: nn.Module, view: View) -> None:
@@ -55,18 +58,18 @@ class RankerAdapter(ModelAdapter):
         self.model, self.view, self.padding = model, view, 0
 
     def facts(self) -> dict[str, Any]:
-        """What the scores depend on beside weights and view."""
+        """The settings that scores depend on, beside weights and tokenized texts."""
         raise NotImplementedError
 
     def identity(self) -> str:
-        """Names everything but weights and texts that a score depends on, for stored scores."""
+        """A key for stored scores of everything that a score depends on except weights and texts."""
         return json.dumps([self.facts(), self.view.key], sort_keys=True)
 
     def _side(self, batch: Batch, side: str) -> tuple[Tensor, Tensor]:
         return batch.inputs[f"{self.view.key}/{side}_ids"], batch.inputs[f"{self.view.key}/{side}_mask"]
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
-        assert isinstance(batch, RankingBatch)  # the task's collator makes nothing else
+        assert isinstance(batch, RankingBatch)  # as the task's collator returns
         query, _ = batch.candidates.nonzero(as_tuple=True)
         pairs = self.pairs(batch, query, batch.slots[batch.candidates]).float()
         values = pairs.new_zeros(batch.slots.shape).masked_scatter(batch.candidates, pairs)
@@ -78,7 +81,7 @@ class RankerAdapter(ModelAdapter):
 
 
 class Towers(nn.Module):
-    """Encoders of queries and documents: one for both, or two. `scale` multiplies scores, and is learned if asked for."""
+    """Encoders of queries and documents: one for both, or two. `scale` multiplies scores and may be learned."""
 
     def __init__(self, encoders: Sequence[Encoder], scale: float = 1.0, learn: bool = False) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class Towers(nn.Module):
 
 
 class BiEncoderAdapter(RankerAdapter):
-    """Queries and documents encoded apart: `dot` or `late`."""
+    """Queries and documents encoded separately: `dot` or `late`."""
 
     def __init__(self, model: Towers, view: View, scorer: str) -> None:
         super().__init__(model, view)
@@ -108,7 +111,7 @@ class BiEncoderAdapter(RankerAdapter):
 
     @property
     def searches(self) -> bool:
-        """Whether a document is one vector, so that a collection can be searched."""
+        """Whether a document is a single vector, so that a collection can be searched."""
         return self.scorer == "dot"
 
     def facts(self) -> dict[str, Any]:
@@ -160,7 +163,7 @@ class BiEncoderAdapter(RankerAdapter):
         (folder / FACTS).write_text(json.dumps(facts, indent=1))
 
     def add_adapters(self, options: dict[str, Any]) -> None:
-        """Adapters in each tower."""
+        """Add adapters to each tower."""
         for encoder in self.model.encoders:
             holder = ModelAdapter()
             holder.model = encoder.body
@@ -189,7 +192,7 @@ class CrossEncoderAdapter(RankerAdapter):
 
 
 class RankerEnsemble(RankerAdapter):
-    """Several rankers: the mean of their raw scores. Members may read the texts through views of their own."""
+    """Several rankers: the mean of their raw scores. Members may have their own tokenizers."""
 
     def __init__(self, members: Sequence[RankerAdapter]) -> None:
         super().__init__(nn.ModuleList(members), members[0].view)
@@ -213,10 +216,11 @@ Part = tuple[list[int], int] | tuple[Tensor, Tensor, int]
 
 
 def joined(parts: Sequence[Part], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ragged parts and constant tokens end to end, padded on the right: ids, mask and types `[rows, length]`.
+    """Concatenate ragged parts and constant tokens, padded on the right: ids, mask and types `[rows, length]`.
 
     Args:
         parts: constant tokens with their type, or ids and mask `[rows, length]` with their type.
+        pad: id of the padding token.
     """
     like = next(p[0] for p in parts if isinstance(p[0], Tensor))
     ids, masks, types = [], [], []

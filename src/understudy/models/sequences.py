@@ -1,4 +1,4 @@
-"""A causal LM as a scorer of whole completions: one log-probability for each candidate of a list."""
+"""A causal LM that scores whole completions: one log-probability for each candidate of a list."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from understudy.targets import Scores
 
 
 class SequenceAdapter(CausalLMAdapter):
-    """Answers with `Scores`: log π(y | x) of each candidate, summed over its completion tokens with EOS.
+    """Returns `Scores`: log π(y | x) of each candidate, summed over its completion tokens with EOS.
 
     The head is streamed over the tokens that count, so no `[tokens, vocabulary]` tensor exists, forward or backward.
-    What the candidates of a list share at their beginning, the prompt above all, is computed once where `packing` allows.
-    Dropout is off, as the log-ratio to a reference asks: at the start it is 0, not noise.
+    The common prefix of a list's candidates, which is mostly the prompt, is computed once if `packing` allows. Dropout
+    is off, so that the log-ratio to a reference model is exactly 0 at the start.
     """
 
     def __init__(self, model: torch.nn.Module, vocabulary: int, packing: Packing = "none") -> None:
@@ -27,7 +27,7 @@ class SequenceAdapter(CausalLMAdapter):
                 module.p = 0.0
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
-        assert isinstance(batch, ListBatch)  # the task's collator makes nothing else
+        assert isinstance(batch, ListBatch)  # as the task's collator returns
         tokens = batch.tokens
         rows = self.token_rows(tokens, groups=batch.groups)
         log_probs = -rowwise(cross_entropy, rows.signal, None, tokens.row_labels)

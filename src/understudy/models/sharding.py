@@ -1,4 +1,4 @@
-"""Weights spread over ranks with FSDP2: a frozen model sharded, its own use outside of a step, and its state in one piece."""
+"""Weights sharded over ranks with FSDP2: sharding a frozen model, using it outside of a step, and gathering its state."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def ranks() -> int:
-    """How many processes work together; 1 where none were started together."""
+    """World size; 1 for a single process."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def together() -> None:
-    """Wait for the other ranks, where there are any."""
+    """Barrier, if there are several ranks."""
     if ranks() > 1:
         dist.barrier()
 
 
 def agreed(value: Any) -> Any:
-    """What the first rank has, on all of them: decisions that hang on it are then the same everywhere."""
+    """Broadcast the value of the first rank, so that decisions that depend on it are the same on all ranks."""
     held = [value]
     if ranks() > 1:
         dist.broadcast_object_list(held, src=0)
@@ -45,16 +45,16 @@ def anywhere(flag: bool, device: torch.device) -> bool:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Class names of the blocks that a model of transformers says are sharded as a whole; those it really has."""
+    """Class names of the blocks that transformers shards as units, limited to those in the model."""
     named = {n for m in model.modules() for n in getattr(m, "_no_split_modules", None) or ()}
     return sorted(named & {type(m).__name__ for m in model.modules()})
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:
-    """Spread a model over all ranks, in place: block by block, each gathered when it is used.
+    """Shard a model over all ranks, in place: block by block, each gathered when it is used.
 
-    What is outside of the blocks (embeddings, last norm, head) is one group. It is gathered at the model's first forward
-    pass and stays, so a head that is read after it, tile by tile, is whole and was gathered once.
+    The weights outside of the blocks (embeddings, last norm, head) are one group. It is gathered at the model's first
+    forward pass and stays, so that a head that is read tile by tile afterwards is gathered once.
     """
     mesh = init_device_mesh(torch.device(device).type, (ranks(),))
     names = block_names(model)
@@ -64,13 +64,13 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any weight is spread over ranks."""
+    """Whether any weight is sharded over ranks."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextmanager
 def usable(model: nn.Module) -> Iterator[None]:
-    """Inside the block a part of a sharded model may be called by itself. Every rank must make the same calls."""
+    """Inside the block a part of a sharded model may be called alone. Every rank must make the same calls."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -82,12 +82,12 @@ def usable(model: nn.Module) -> Iterator[None]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor in one piece; every rank must ask."""
+    """Gather a tensor; every rank must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def unwrap(model: nn.Module) -> None:
-    """Take the wrappers of FSDP's activation checkpointing away: PEFT, for one, finds none of its layers inside."""
+    """Remove the wrappers of FSDP's activation checkpointing, inside which for example PEFT does not find its layers."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, CheckpointWrapper):
@@ -95,15 +95,16 @@ def unwrap(model: nn.Module) -> None:
 
 
 def outline(model: nn.Module) -> nn.Module:
-    """A copy of a model that has its buffers but no weights: those are on the meta device."""
+    """A copy of a model with its buffers and with its weights on the meta device."""
     blank = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, dict(blank))
 
 
 def fill(blank: nn.Module, model: nn.Module) -> None:
-    """Make an outline an ordinary model again, with the whole weights of a sharded one of its kind.
+    """Turn the result of `outline` into an ordinary model, with the gathered weights of a sharded one of the same
+    class.
 
-    Every rank must ask, and each holds all of it. Weights that were shared still are.
+    Every rank must call it and gets all weights. Tied weights stay tied.
     """
     pairs = zip(blank.parameters(), model.parameters(), strict=True)
     weights = {id(a): nn.Parameter(whole(b.detach()), requires_grad=a.requires_grad) for a, b in pairs}
@@ -114,10 +115,8 @@ def fill(blank: nn.Module, model: nn.Module) -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's state in one piece, on the CPU of the first rank; empty on the others. Every rank must ask.
-
-    Names that share a weight share its tensor, as in an ordinary state.
-    """
+    """The gathered state of a sharded model, on the CPU of the first rank; empty on the others. Every rank must call
+    it."""
     return gathered(dict(model.state_dict(keep_vars=True)))  # type: ignore[no-any-return]
 
 
@@ -146,13 +145,13 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of a whole state into a model that may be sharded; every rank has read all of it."""
+    """`load_state_dict` of a gathered state into a model that may be sharded; every rank has read all of it."""
     held = model.state_dict(keep_vars=True)
     model.load_state_dict({k: placed(v, held[k]) if k in held else v for k, v in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`load_state_dict` of a whole optimiser state, each entry placed as its parameter is."""
+    """`load_state_dict` of a gathered optimiser state, with each entry sharded like its parameter."""
     owners = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {
         i: {k: placed(v, owners[i]) if isinstance(v, Tensor) else v for k, v in entry.items()}

@@ -24,7 +24,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class MLP(nn.Module):
-    """Fully connected network on flattened pixels, or on the features of a node. Dropout is on the hidden units."""
+    """Fully connected network on flattened pixels, or on the features of a node. Dropout applies to the hidden units."""
 
     def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,9 +56,9 @@ class ConvNet(nn.Module):
 
 
 class Circular(nn.Module):
-    """Three convolutions that go round at the borders, and a linear head on each channel's largest value.
+    """Three convolutions with circular padding, and a linear head on the maximum of each channel.
 
-    So it does not see how far an input was moved round. With `flat` the head reads every position, and it does.
+    It is invariant to circular shifts of the input. With `flat` the head reads every position, and it is not.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int, classes: int, flat: bool = False) -> None:
@@ -119,9 +119,9 @@ class ResNet(nn.Module):
 
 
 def is_small(name: str) -> bool:
-    """Whether `name` is that of a small network: `mlp:64,64`, `mlp:hidden=64,layers=3,dropout=0.5`, `convnet:16`,
-    `resnet20`, `resnet20:8` (width 8), `circular:32`, `circular:32,flat`, or of a graph network (`gcn`, `sage`, `gat`,
-    with options like the MLP's)."""
+    """Whether `name` is a small network: `mlp:64,64`, `mlp:hidden=64,layers=3,dropout=0.5`, `convnet:16`, `resnet20`,
+    `resnet20:8` (width 8), `circular:32`, `circular:32,flat`, or a graph network (`gcn`, `sage`, `gat`, with options
+    like the MLP's)."""
     known = r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?"
     return re.fullmatch(known, name) is not None or has_options(name)
 
@@ -129,7 +129,7 @@ def is_small(name: str) -> bool:
 def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     """A new small network for images of `shape` (channels, height, width), or nodes of `shape` (features,).
 
-    It remembers how to be built again.
+    It stores the settings to build it again.
     """
     kind, _, rest = name.partition(":")
     if has_options(name):
@@ -163,7 +163,7 @@ def _with_options(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
 
 
 def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation a small network expects of its pixels."""
+    """Mean and standard deviation of the pixels that a small network expects."""
     facts: dict[str, Any] | None = getattr(model, "understudy", None)
     return tuple(facts["normalise"]) if facts and facts["normalise"] else None  # type: ignore[return-value]
 
@@ -175,7 +175,7 @@ def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | Non
 
 
 class Facts(BaseModel):
-    """What `config.json` says of a small network."""
+    """The content of `config.json` of a small network."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -187,7 +187,7 @@ class Facts(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Facts:
-        """Those of a file; what is wrong in it is one line."""
+        """Read a file; invalid content is an `InputError` of one line."""
         try:
             return cls.model_validate_json(json.dumps(read_object(file)))
         except ValidationError as error:
@@ -210,7 +210,7 @@ def load_small(folder: Path) -> nn.Module:
             put_head(model, name, SubclassHead(inputs, facts.classes, facts.subclasses))  # type: ignore[arg-type]
             model.understudy["subclasses"] = facts.subclasses  # type: ignore[index,operator]
     except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:
-        # sizes that no network can have, or no memory can hold
+        # invalid sizes, or sizes beyond the memory
         raise InputError(f"{folder / 'config.json'} describes no network: {reason(error)}") from None
     if facts.normalise is not None:
         mean, deviation = facts.normalise
@@ -225,10 +225,10 @@ def load_small(folder: Path) -> nn.Module:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a safetensors file; a damaged or foreign one is one clear line."""
+    """Load a safetensors file; a damaged file or one of another model is an `InputError` of one line."""
     try:
         state = load_file(str(file))
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last two: of a damaged header
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last two: a damaged header
         raise InputError(f"Weights {file} cannot be read: {reason(error)}") from error
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     other = [k for k in shapes if k in state and tuple(state[k].shape) != shapes[k]]

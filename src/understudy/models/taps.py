@@ -1,5 +1,5 @@
-"""Inner layers of a model during a forward pass: read them (`tapped`), edit them (`edited`), or run the model from one on
-(`entered`). Every hook is gone afterwards, also after an exception."""
+"""Inner layers of a model during a forward pass: read their outputs (`tapped`), change them (`edited`), or run the
+model from one layer on (`entered`). Every hook is removed afterwards, also after an exception."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tapped(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect the output of each module during the block; the last call counts.
 
     Raises:
-        InputError: a module was not called. A tap that never fires would train nothing, silently.
+        InputError: a module was not called, so that its loss would silently train nothing.
     """
     seen: dict[str, Tensor] = {}
     hooks = [module.register_forward_hook(partial(_keep, seen, name)) for name, module in modules.items()]
@@ -58,7 +58,7 @@ def _replaced(output: Any, value: Tensor) -> Any:
 
 @contextmanager
 def edited(edits: Mapping[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-    """Change what inner layers give to the layers after them during the block.
+    """Change the outputs of inner layers during the block.
 
     Args:
         edits: by name, a module and a function from its output to a tensor of the same shape (the first of several
@@ -95,8 +95,8 @@ def edited(edits: Mapping[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]) ->
 def entered(module: nn.Module, value: Tensor) -> Iterator[None]:
     """Run a model from an inner layer on: during the block the output of `module` is `value`, with gradient to it.
 
-    What the model computes before `module` runs without gradient and is thrown away, so the caller's forward pass takes its
-    ordinary inputs. Parameters after `module` should be frozen where only `value` is to get a gradient.
+    The layers before `module` run without gradient and their result is discarded, so the caller's forward pass takes
+    its ordinary inputs. Freeze the parameters after `module` if only `value` is to get a gradient.
 
     Raises:
         InputError: the module was not called, or `value` has another shape than its output.
@@ -126,7 +126,11 @@ def entered(module: nn.Module, value: Tensor) -> Iterator[None]:
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer called `name` (as in `named_modules`); an unknown one is an `InputError` with the nearest."""
+    """The layer called `name` (as in `named_modules`).
+
+    Raises:
+        InputError: an unknown name; the message names the nearest.
+    """
     known = dict(model.named_modules())
     if name not in known:
         raise InputError(f"{type(model).__name__} has no layer {name!r}.{nearest(name, list(known))}")

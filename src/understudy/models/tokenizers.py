@@ -14,7 +14,7 @@ from understudy.errors import InputError
 from understudy.models.weights import reason
 
 FILES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "*.tiktoken", "tekken.json", "tokenizer_config.json", "*.py")
-"""One of these is in the folder of every tokenizer."""
+"""Files of which the folder of a tokenizer holds at least one."""
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -27,8 +27,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         )
     try:
         found = AutoTokenizer.from_pretrained(str(path or name), trust_remote_code=trust_remote_code)
-        found("a")  # settings of a wrong type show at the first text
-    except Exception as error:  # readers of vocabularies raise kinds of their own
+        found("a")  # settings of a wrong type fail at the first text
+    except Exception as error:  # readers of vocabularies raise their own types
         raise InputError(f"No tokenizer can be loaded from {name!r}: {reason(error)}") from error
     if not len(found):
         raise InputError(f"The tokenizer of {name!r} has no token: its files are incomplete.")
@@ -36,8 +36,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Content hashes of the tokens with their ids and of the chat template (empty where there is none), and the ids that
-    begin and end a text."""
+    """Content hashes of the tokens with their ids and of the chat template (empty without one), and the ids that begin
+    and end a text."""
     tokens = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     template = tokenizer.chat_template
     return {
@@ -48,7 +48,7 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def compare_tokenizers(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    """What differs between two tokenizers, or `None`. Tokens are compared, not vocabulary sizes."""
+    """The difference between two tokenizers, or `None`. Tokens are compared, not vocabulary sizes."""
     left, right = a.get_vocab(), b.get_vocab()
     if left != right:
         moved = [t for t, i in sorted(left.items(), key=lambda item: item[1]) if right.get(t) != i]
@@ -62,10 +62,10 @@ def compare_tokenizers(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[bytes | None], bool]:
-    """The bytes each token of a fast tokenizer stands for, by id, and whether they give a text back when put together.
+    """The bytes of each token of a fast tokenizer, by id, and whether their concatenation gives the text.
 
-    Byte-level tokens stand for their bytes, `▁` for a space, `<0xE6>` for one byte. WordPiece (`##`) keeps no spaces: words
-    are taken to have one before them. Special tokens stand for no text: `None`.
+    Byte-level tokens stand for their bytes, `▁` for a space, `<0xE6>` for one byte. WordPiece (`##`) keeps no spaces: a
+    space is assumed before each word. Special tokens have no text: `None`.
     """
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     core = json.loads(backend.to_str())
@@ -95,7 +95,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[bytes | None],
 
 
 def _kinds(part: Any) -> set[str]:
-    """The types of a component of a tokenizer and of what is in it."""
+    """The types of a component of a tokenizer and of its parts."""
     if not isinstance(part, dict):
         return set()
     inner = (p for key in ("decoders", "pretokenizers") for p in part.get(key, ()))
@@ -103,7 +103,7 @@ def _kinds(part: Any) -> set[str]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The character that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 on."""
+    """The character that byte-level tokenizers use for each byte: itself if printable, else one from 256 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in seen]
     return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(hidden)}

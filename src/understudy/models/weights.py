@@ -34,10 +34,10 @@ def write_model(
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; anything else is one line."""
+    """The JSON object in a file; anything else is an `InputError` of one line."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # damaged, binary, or nested without end
+    except (ValueError, RecursionError) as error:  # damaged, binary, or nested too deeply
         raise InputError(f"{file} is not valid JSON: {reason(error)}") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from None
@@ -49,7 +49,8 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line; what transformers says of a missing file in a folder is about Hub ids."""
+    """The message of an error on one line, without what transformers says about Hub ids if a file is missing in a
+    folder."""
     said = " ".join(str(error).split())
     if "Repo id must be" in said or "not a valid model identifier" in said:
         return "neither a whole model folder nor the id of a model that can be reached."
@@ -57,7 +58,7 @@ def reason(error: BaseException) -> str:
 
 
 def check_folder(path: Path, config: str = "config.json") -> dict[str, Any]:
-    """The configuration of a model folder, once it is clear that configuration and weights are all there.
+    """The configuration of a model folder, after checking that configuration and weights exist.
 
     Raises:
         InputError: the folder lacks one of them, or its weights are pickles.
@@ -85,7 +86,7 @@ def check_folder(path: Path, config: str = "config.json") -> dict[str, Any]:
 
 
 def check_complete(name: str, found: Mapping[str, Iterable[str]]) -> None:
-    """Refuse a model that lacks weights, or whose folder has some that it has no place for.
+    """Raise an error for a model that lacks weights, or whose folder has weights that do not belong to it.
 
     Args:
         found: `missing_keys` and `unexpected_keys`, as `from_pretrained` reports them.
@@ -108,10 +109,10 @@ def check_weights(name: str, model: nn.Module, found: Mapping[str, Iterable[str]
     """As `check_complete`, for a model of transformers.
 
     Args:
-        new_head: the model's head may be new: an encoder that becomes a classifier. That is said in its notes
-            (`notes_of`), and `is_new` knows it. What lies outside of the body may be left out then.
+        new_head: the model's head may be new, for an encoder that becomes a classifier. Then its notes (`notes_of`) say
+            so, `is_new` is True for it, and weights of the folder outside of the body may be unused.
 
-    A pooler is left out without a word: it is part of many encoders, and read by none of the models here.
+    A missing or unused pooler is accepted silently: many encoders have one, and no model here uses it.
     """
     missing = sorted(k for k in found.get("missing_keys", ()) if not _of(k, model, "pooler"))
     unexpected = sorted(k for k in found.get("unexpected_keys", ()) if not _of(k, model, "pooler"))
@@ -124,17 +125,17 @@ def check_weights(name: str, model: nn.Module, found: Mapping[str, Iterable[str]
 
 
 def is_new(model: nn.Module) -> bool:
-    """Whether a part of a loaded model has no weights of its own."""
+    """Whether a part of a loaded model has newly initialised weights."""
     return any(getattr(m, "new_head", False) is True for m in model.modules())
 
 
 def add_note(model: nn.Module, note: str) -> None:
-    """Something that a reader should know of a model as it was loaded."""
+    """Add a note for readers about a model as it was loaded."""
     model.loading_notes = [*getattr(model, "loading_notes", []), note]  # type: ignore[assignment]
 
 
 def notes_of(model: nn.Module) -> list[str]:
-    """What was said of a model, and of the models in it, when they were loaded."""
+    """The notes of a model, and of the models in it, from their loading."""
     return [note for m in model.modules() for note in m.__dict__.get("loading_notes", ())]
 
 

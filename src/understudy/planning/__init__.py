@@ -1,4 +1,4 @@
-"""Plans: what a recipe will take, by arithmetic on configurations, before anything is loaded."""
+"""Planning: memory, time and cost of a recipe, computed from configurations before anything is loaded."""
 
 from understudy.planning.machine import CARDS, Machine, machine, resident
 from understudy.planning.plan import Plan, plan

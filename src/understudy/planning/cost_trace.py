@@ -1,4 +1,5 @@
-"""Rehearsals: the teacher's pass, the student's step and an evaluation, as a run does them, on the `meta` device."""
+"""Dry runs on the `meta` device: the teacher's forward pass, the student's step and an evaluation, with the ops of a
+real run."""
 
 from __future__ import annotations
 
@@ -24,15 +25,16 @@ from understudy.training import Method, Shapes, TrainState
 STRIPS = 4
 """Strips held at a time as `streaming.gradients` writes the losses: q, p, log p/q and, of a skewed KL, one more. (JSD: five.)"""
 STATISTICS = 8
-"""Float64 tiles that evaluation's statistics hold at a time, as `evaluation.rows` says."""
+"""Number of float64 tiles that the statistics of an evaluation hold at a time, see `evaluation.rows`."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What there is of a teacher at each step: its model, or stored rows, or nothing.
+    """The source of the teacher's outputs in each step: its model, stored rows, or none.
 
     Args:
-        stored: bytes a row of answers read from disk. head: that stored hidden states are projected with.
+        stored: bytes per row of outputs that are read from disk.
+        head: the head that projects stored hidden states.
     """
 
     model: ModelAdapter | None = None
@@ -42,17 +44,17 @@ class Answer:
 
 @dataclass
 class Seen:
-    """Of one phase: bytes at its peak by role, and work by role."""
+    """Peak memory of one phase in bytes by role, and work by role."""
 
     peak: dict[str, int] = field(default_factory=dict)
     work: dict[str, Work] = field(default_factory=dict)
 
 
 def head_calls(method: Method) -> list[bool]:
-    """One entry for each pass over the head that a method's loss makes: whether it projects the teacher as well.
+    """One entry for each pass over the head in a method's loss: whether it projects the teacher too.
 
-    It is read off the graph of the method's own loss on a toy signal. A method that needs more than that to start (inner
-    layers, tables) is taken to make two passes, like kd.
+    It is found from the autograd graph of the method's own loss on a toy example. A method that needs more to start
+    (inner layers, tables) is assumed to make two passes, like kd.
     """
     batch = Batch.from_dict(
         {
@@ -76,13 +78,13 @@ def head_calls(method: Method) -> list[bool]:
 
     try:
         found = calls(method)
-    except Exception:  # whatever this method misses here, a run gives it
+    except Exception:  # the method needs something that only a run provides
         found = []
     return found or calls(KD())  # type: ignore[call-arg]
 
 
 def _passes(roots: list[Any]) -> list[bool]:
-    """The tiled passes in a graph, each once."""
+    """The distinct tiled passes in an autograd graph."""
     seen: set[Any] = set()
     waiting, found = [r for r in roots if r is not None], []
     while waiting:
@@ -110,8 +112,9 @@ def step(
 
     Args:
         shape: of a batch's inputs: examples and length, or examples, channels, height and width.
-        passes: as `head_calls`. twice: with the gradients of an earlier micro-batch at hand.
-        keep_gradients: where they stay whole on this device; else they are counted apart.
+        passes: from `head_calls`.
+        twice: with the gradients of an earlier micro-batch in memory.
+        keep_gradients: gradients stay whole on this device; otherwise they are counted separately.
     """
     tracker = Tracker(machine, _weights(student, teacher))
 
@@ -147,7 +150,7 @@ def step(
 
 
 def evaluation(machine: Machine, student: ModelAdapter, teacher: ModelAdapter | None, shape: tuple[int, ...]) -> Seen:
-    """Both sides' forward passes of one evaluation batch, and the statistics of its rows."""
+    """The forward passes of student and teacher on one evaluation batch, and the statistics of its rows."""
     answer = Answer(teacher)
     tracker = Tracker(machine, _weights(student, answer))
     student.eval()
@@ -172,7 +175,7 @@ def _weights(student: ModelAdapter, teacher: Answer) -> list[Tensor]:
 
 @torch.no_grad()
 def _answer(teacher: Answer, shape: tuple[int, ...]) -> Tensor | tuple[Tensor, Tensor] | None:
-    """What a loss is given of a teacher; it is held until the backward pass has used it."""
+    """The teacher's outputs as the loss gets them; they stay in memory until the backward pass has used them."""
     if teacher.model is not None:
         teacher.model.eval()
         signal = _signal(teacher.model, shape)
@@ -206,7 +209,7 @@ def _signal(rows: ModelAdapter, shape: tuple[int, ...]) -> Any:
 
 
 class _Head(torch.autograd.Function):
-    """A pass over the head as `streaming.chunked` makes it: the same tensors in the same order."""
+    """A pass over the head as in `streaming.chunked`: the same tensors in the same order."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Any, tracker: Tracker) -> Tensor:
@@ -216,7 +219,7 @@ class _Head(torch.autograd.Function):
         gpu = bool(tracker.machine.gpu)
         pair = target if isinstance(target, tuple) else None
         tile, beside = rows_of_tile(rows, bytes_of_tile(gpu, rows * size) // size, gpu)
-        strip = 0 if gpu else max(1, min(tile, STRIP_BYTES // size))  # kernels write over the tile
+        strip = 0 if gpu else max(1, min(tile, STRIP_BYTES // size))  # kernels overwrite the tile
         with tracker.acting("head"):
             mine = hidden.new_empty(tile, classes, dtype=torch.float32)
             theirs = hidden.new_empty(beside, classes, dtype=torch.float32) if pair is not None else None
@@ -258,7 +261,7 @@ def _product(tracker: Tracker, rows: int, weight: Tensor) -> None:
 
 
 def _spread(ctx: Any, rows: int, grads: list[Any]) -> None:
-    """A tile's share of the gradients of hidden states and head; the first tile makes them."""
+    """Add a tile's part to the gradients of hidden states and head; the first tile allocates them."""
     hidden, weight, _ = ctx.tensors
     if ctx.needs[0]:
         grads[0] = grads[0] if grads[0] is not None else torch.empty_like(hidden)

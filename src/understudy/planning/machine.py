@@ -1,4 +1,4 @@
-"""Machines: what cards promise on their data sheets, and what this CPU does when it is asked."""
+"""Machines: GPU data sheet figures, and measured figures of this CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from understudy.errors import InputError, nearest
 CONTEXT = 800 * 2**20
 """Bytes a CUDA process takes before any tensor (context, libraries' workspaces): typical, and not counted by torch."""
 LAUNCH = 5e-6
-"""Seconds of one op that does nothing, as torch starts it eagerly from Python."""
+"""Overhead of one eager op in seconds."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,13 @@ class Machine:
     """One device.
 
     Args:
-        name: for people. half, single: operations a second of dense products in 16 and 32 bits. bandwidth: bytes a second.
-        memory: bytes. gpu: whether it is one. launch: seconds an op costs at least. link: bytes a second to its peers.
+        name: for display.
+        half, single: operations per second of dense products in 16 and 32 bits.
+        bandwidth: bytes per second.
+        memory: bytes.
+        gpu: whether the device is a GPU.
+        launch: shortest time of an op, seconds.
+        link: bytes per second to other devices.
     """
 
     name: str
@@ -37,7 +42,7 @@ class Machine:
     measured: bool = False
 
     def peak(self, itemsize: int) -> float:
-        """Operations a second at this width of numbers."""
+        """Operations per second for numbers of `itemsize` bytes."""
         return self.half if itemsize <= 2 else self.single
 
 
@@ -61,10 +66,13 @@ CARDS = {
 
 
 def machine(gpu: str | None, peak: float | None, bandwidth: float | None, memory: float | None) -> Machine:
-    """A card by name, or this machine's CPU, with any figure given by hand.
+    """A GPU by name, or this machine's CPU, with any figure that is given explicitly.
 
     Args:
-        peak: TFLOP/s, of 16 and 32 bits alike. bandwidth: TB/s. memory: GiB.
+        gpu: name of the GPU, or `None` for this CPU.
+        peak: TFLOP/s, for both 16 and 32 bits.
+        bandwidth: TB/s.
+        memory: GiB.
     """
     if gpu is not None and gpu not in CARDS:
         raise InputError(f"Unknown card {gpu!r}.{nearest(gpu, CARDS)} Known: {', '.join(CARDS)}; or give --peak.")
@@ -80,7 +88,7 @@ def machine(gpu: str | None, peak: float | None, bandwidth: float | None, memory
 
 
 def this_cpu(probe: bool = True) -> Machine:
-    """This machine: products and copies timed for a second together, and the memory it has."""
+    """This machine: products and copies, timed for one second in total, and its memory."""
     side, length = 768, 2**23
     product, copy = 1e11, 1e10
     if probe:
@@ -103,12 +111,12 @@ def _median(act: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def _total() -> int:
-    """Bytes of memory of this machine."""
+    """Memory of this machine in bytes."""
     return _kilobytes("/proc/meminfo", "MemTotal") or 8 * 2**30
 
 
 def resident() -> int:
-    """Bytes this process takes now (Linux; elsewhere 0)."""
+    """Resident memory of this process in bytes (Linux; 0 elsewhere)."""
     return _kilobytes("/proc/self/status", "VmRSS")
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to bytes by component, operations by role, and hours."""
+"""From a recipe to memory by component, operations by role, and hours."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ from understudy.training import Pipeline
 
 Shard = Literal["none", "student", "both"]
 DISK = 1e9
-"""Bytes a second that a cache is read at: one ordinary NVMe disk."""
+"""Read speed of a cache in bytes per second: an ordinary NVMe disk."""
 SUPPORTS = (DEFAULT, "top_k:50", "hidden", "dense")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will take on each device.
+    """Predicted memory, time and cost of a recipe on each device.
 
     Args:
-        machine, gpus, shard: where. sides: `student` and `teacher` in numbers.
-        memory: bytes by component in a training step. phases: bytes of each phase, process included. peak: the largest.
-        fits: whether it is within `limit`, the device's bytes.
-        work: of one optimizer step on one device, by role: `flops`, `attention` (of them), `bytes`, `seconds`, `floor`.
-        step_seconds, floor_seconds: an estimate, and operations ÷ peak. percent_of_floor: their ratio.
-        steps, rows: of the run; `rows` are what is trained on (tokens, images), over all devices.
-        hours: of training, on the wall. device_hours: times devices.
-        cache: by support: bytes a row, bytes on disk, and passes over the data after which it is cheaper than a live
-            teacher. speed_up: how much faster a step becomes by it; `None` where no teacher is asked.
+        machine, gpus, shard: the devices, and what FSDP2 shards over them.
+        sides: sizes of `student` and `teacher`.
+        memory: bytes by component in a training step.
+        phases: bytes of each phase, process included; the peak is the largest of them.
+        limit: memory of the device, bytes.
+        work: of one optimizer step on one device, by role: `flops`, `attention` (part of them), `bytes`, `seconds`,
+            `floor`.
+        step_seconds, floor_seconds: estimated time of a step, and operations ÷ peak.
+        steps, rows: of the run; `rows` are tokens or images trained on, over all devices.
+        unit: name of the rows.
+        cache: by support: bytes per row, bytes on disk, and the number of passes over the data from which it is cheaper
+            than a live teacher.
+        speed_up: factor by which a cache shortens a step; `None` if no teacher is used in steps.
         first: the plan of a teacher that is trained before.
     """
 
@@ -68,7 +72,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The result as one line."""
         name = max(self.phases, key=lambda phase: self.phases[phase])
         fits = "Fits" if self.fits else "Does not fit"
         where = "a device" if self.machine.gpu else "this machine"
@@ -90,7 +94,7 @@ class Plan:
         return self.hours * self.gpus
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, derived ones too."""
+        """All values, derived ones too, as plain data."""
         values = dataclasses.asdict(dataclasses.replace(self, first=None))
         for name in ("peak", "fits", "verdict", "percent_of_floor", "hours", "device_hours"):
             values[name] = getattr(self, name)
@@ -111,18 +115,22 @@ def plan(
     generate: int = 0,
     **keys: Any,
 ) -> Plan:
-    """Plan a recipe from configurations alone: no weights are read, and no data where the number of steps is given.
+    """Plan a recipe from configurations alone. No weights are read, and no data if the number of steps is given.
 
     Args:
-        recipe: as in `distill`; `keys` go on top. gpu: a card of `CARDS`; this machine's CPU without.
-        gpus: devices; each sees its own batch. peak: TFLOP/s. bandwidth: TB/s. memory: GiB. They go over the card's.
-        shard: what FSDP2 divides over the devices; by `trainer.fsdp` and `teacher.device=sharded` if not given.
-        rows: tokens or images to train on, in place of the trainer's steps.
-        support: of a teacher's cache that is not captured yet (`sampled:38B`). generate: tokens a student writes for each
-            example.
+        recipe: as in `distill`; `keys` override it.
+        gpu: a GPU of `CARDS`; this machine's CPU if not given.
+        gpus: number of devices; each processes its own batches.
+        peak: TFLOP/s, overrides the data sheet.
+        bandwidth: TB/s, overrides the data sheet.
+        memory: GiB, overrides the data sheet.
+        shard: what FSDP2 shards over the devices; by default from `trainer.fsdp` and `teacher.device=sharded`.
+        rows: number of tokens or images to train on, instead of the trainer's steps.
+        support: of a teacher's cache that is not captured yet (`sampled:38B`).
+        generate: tokens that a student generates per example.
 
     Raises:
-        InputError: a configuration that cannot be read, a task or method that cannot be planned, bad numbers.
+        InputError: a configuration that cannot be read, a task or method that cannot be planned, invalid numbers.
     """
     base = load(recipe) if isinstance(recipe, (str, Path)) else recipe
     made = make({**(base.dump() if isinstance(base, Recipe) else dict(base or {})), **keys})
@@ -151,7 +159,7 @@ def _plan(
         assert recipe.teacher is not None
         sides["teacher"] = side(teacher, recipe.teacher.quantization)
     optimizer = optimizer_bytes(str(recipe.trainer.get("optim", "adamw")), student, asked.notes)
-    # Where gradients are sharded or kept wider than activations, they are counted apart.
+    # Gradients that are sharded or in a wider dtype than activations are counted separately.
     apart = asked.shard != "none" or asked.mixed
     seen = step(
         device,
@@ -167,7 +175,7 @@ def _plan(
     held = {k: v for k, v in components.items() if "gradients" not in k and k not in _TRANSIENT}
     phases = {"training step": sum(components.values())}
     phases[f"evaluation, {asked.evaluation_batch} at a time"] = sum(held.values()) + sum(judged.peak.values())
-    if not device.gpu:  # a checkpoint copies what it writes
+    if not device.gpu:  # writing a checkpoint copies it
         phases["checkpoint"] = sum(held.values()) + max(optimizer, sides["student"].weights)
     work, seconds, floor = _time(asked, sides, seen, optimizer, generate)
     if gpus > 1:
@@ -203,13 +211,13 @@ _TRANSIENT = ("student activations", "head tiles", "teacher activations and targ
 def _components(
     recipe: Recipe, asked: Setting, sides: dict[str, Side], answer: Answer, optimizer: int, seen: Seen
 ) -> dict[str, int]:
-    """Bytes on one device in a training step."""
+    """Memory on one device in a training step, in bytes by component."""
     student, parts = sides["student"], asked.gpus if asked.shard != "none" else 1
     found = {"student weights": student.weights // parts, "optimiser": optimizer // parts}
     found["gradients"] = seen.peak.get("gradients", 0)
     if asked.shard != "none" or asked.mixed:
         found["gradients"] = student.trained_bytes // parts
-    if parts > 1:  # the block at work and the next one, a gradient on its way out, and what lies outside of blocks
+    if parts > 1:  # the present and the next block, a gradient being reduced, and weights outside of blocks
         found["gathered blocks"] = 3 * student.largest + student.outside
     elif asked.gpus > 1:
         found["gradients, DDP's buckets"] = student.trained_bytes
@@ -241,7 +249,7 @@ def _time(
     scale = asked.accumulation
     work = {role: {k: v * scale for k, v in dataclasses.asdict(w).items()} for role, w in seen.work.items()}
     student, device = sides["student"], asked.machine
-    if generate:  # decoding reads all weights for each token of the batch at once
+    if generate:  # decoding reads all weights once per token of the batch
         flops = 2.0 * student.active * asked.batch * generate * scale
         reads = float(student.weights) * generate * scale
         floor = flops / device.peak(asked.itemsize)
@@ -253,7 +261,7 @@ def _time(
             "floor": floor,
         }
     parts = asked.gpus if asked.shard != "none" else 1
-    moved = (3 * student.trained_bytes + 2 * optimizer) / parts  # weights and state both ways, gradients once
+    moved = (3 * student.trained_bytes + 2 * optimizer) / parts  # weights and state read and written, gradients read
     work["optimiser"] = {
         "flops": 0.0,
         "attention": 0.0,
@@ -267,9 +275,10 @@ def _time(
 def _caches(
     asked: Setting, teacher: Any, live_teacher: bool, work: dict[str, dict[str, float]], seconds: float
 ) -> tuple[dict[str, dict[str, float | None]], float | None]:
-    """What a cache of the teacher takes on disk, when it pays, and how much faster a step becomes by it.
+    """Size on disk of a cache of the teacher, the number of passes from which it is cheaper, and the speed-up of a
+    step.
 
-    Capturing costs one live pass. p passes cost p · live without and live + p · read with a cache.
+    Capturing costs one live pass. p passes cost p · live without a cache and live + p · read with one.
     """
     if teacher is None:
         return {}, None

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a recipe: batches, steps, classes, where sides live."""
+"""The numbers of a recipe that a plan needs: batches, steps, classes, devices."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ from understudy.tasks.base import COPY, MODULE
 from understudy.teachers.cache.codecs import Support, row_bytes
 
 BATCH = 8
-"""Examples a device, where a recipe names none (the Trainer's default)."""
+"""Examples per device if a recipe does not set them (the Trainer's default)."""
 
 
 @dataclass
 class Setting:
-    """A recipe's numbers.
+    """Numbers of a recipe.
 
     Args:
-        one: the shape of one example: `(length,)`, or `(channels, height, width)`. batch: examples a micro-batch.
-        accumulation: micro-batches an update. steps: updates. rows: trained on in all, over `gpus`.
-        distinct: of them, those that differ. classes: of the head. mixed: activations in half precision, weights not.
-        teacher_width: of its hidden states. itemsize: of what the student computes in.
+        one: the shape of one example: `(length,)`, or `(channels, height, width)`.
+        batch: examples per micro-batch.
+        accumulation: micro-batches per update.
+        steps: number of updates.
+        rows: rows trained on in total, over `gpus`.
+        distinct: number of distinct rows among them.
+        classes: of the head.
+        mixed: activations in half precision, weights not.
+        teacher_width: width of the teacher's hidden states.
+        itemsize: bytes per number of the student's computations.
     """
 
     machine: Machine
@@ -60,15 +66,15 @@ class Setting:
 
     @property
     def rows_each(self) -> int:
-        """Rows of one example: a text's last token has no successor."""
+        """Rows per example: the last token of a text has no successor."""
         return self.one[0] - 1 if len(self.one) == 1 else 1
 
     def shape(self, number: int) -> tuple[int, ...]:
-        """Of the inputs of so many examples."""
+        """Shape of the inputs of `number` examples."""
         return (number, *self.one)
 
     def as_computed(self, student: ModelAdapter) -> ModelAdapter:
-        """The student in the dtype and with the checkpointing that its activations have. It is changed."""
+        """Set the student's dtype and gradient checkpointing to those of the run, in place."""
         if self.mixed:
             student.bfloat16()
         self.itemsize = next(student.parameters()).itemsize
@@ -81,7 +87,7 @@ class Setting:
 
 
 def setting(recipe: Recipe, device: Machine, gpus: int, shard: str | None, rows: float | None) -> Setting:
-    """Read a recipe; data are read only where the number of steps, or an image's shape, hangs on them."""
+    """Read a recipe. Data are read only if the number of steps, or an image's shape, depends on them."""
     task, trainer = get_task(recipe.task), recipe.trainer
     if task.kind not in ("text", "image"):
         raise InputError(
@@ -143,7 +149,7 @@ def _length_of_run(recipe: Recipe, found: Setting, prepared: Any, rows: float | 
 
 
 def _vocabulary(recipe: Recipe) -> int:
-    """Classes of the head: of a pretrained side, of the tokenizer, or of one that is to be trained."""
+    """Number of classes of the head: from a pretrained model, from the tokenizer, or from one that is to be trained."""
     for spec in (recipe.teacher, recipe.student):
         if spec is not None and not is_new_causal_lm(spec.model) and spec.model != COPY:
             return int(config_of(spec).get_text_config().vocab_size)
@@ -152,7 +158,7 @@ def _vocabulary(recipe: Recipe) -> int:
 
 
 def outlines(recipe: Recipe, found: Setting) -> tuple[ModelAdapter, ModelAdapter | None]:
-    """Both sides on `meta`; no teacher where a method asks for none."""
+    """Student and teacher on `meta`; no teacher for a method that requires none."""
     method = recipe.build_method()
     asks = method.requires.in_steps
     if asks and recipe.teacher is None:
@@ -178,7 +184,7 @@ def outlines(recipe: Recipe, found: Setting) -> tuple[ModelAdapter, ModelAdapter
 
 
 def answer_of(recipe: Recipe, found: Setting, teacher: ModelAdapter | None, support: str) -> Answer:
-    """What there is of the teacher while the student trains: itself, its cache, or nothing."""
+    """The source of the teacher's outputs during training: its model, its cache, or none."""
     if recipe.teacher is None or teacher is None or recipe.teacher.cache is None:
         return Answer(teacher)
     held = find(recipe.teacher.cache)
@@ -191,6 +197,6 @@ def answer_of(recipe: Recipe, found: Setting, teacher: ModelAdapter | None, supp
     if kept.kind == "hidden":
         head = teacher.model.get_output_embeddings().weight
         return Answer(stored=row_bytes(kept, found.classes, head.shape[1]), head=torch.empty_like(head, device="meta"))
-    # Read back, each kept class is a 64-bit id and two float32 numbers; of dense ones a float16 and a float32.
+    # After reading, each kept class is a 64-bit id and two float32 numbers; each dense one a float16 and a float32.
     unpacked = 6.0 * found.classes if kept.kind == "dense" else 16.0 * min(kept.k or 2 * kept.size, found.classes)
     return Answer(stored=unpacked)

@@ -1,4 +1,4 @@
-"""A plan as tables of text, for the terminal and for pages."""
+"""A plan as text tables, for the terminal and for pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Lines = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 def size(number: float) -> str:
-    """Bytes, for people."""
+    """Format a number of bytes."""
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if number >= scale:
             return f"{number / scale:,.1f} {unit}"
@@ -17,7 +17,7 @@ def size(number: float) -> str:
 
 
 def count(number: float) -> str:
-    """Parameters, operations, rows."""
+    """Format a number of parameters, operations or rows."""
     for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:,.2f} {unit}"
@@ -25,7 +25,7 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days."""
+    """Format seconds as seconds, minutes, hours or days."""
     for unit, scale in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
         if seconds >= 2 * scale:
             return f"{seconds / scale:,.1f} {unit}"

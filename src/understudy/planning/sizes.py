@@ -1,4 +1,4 @@
-"""Both sides as outlines: every layer in place on the `meta` device, from a configuration alone, and their bytes."""
+"""Student and teacher on the `meta` device, built from configurations alone with all layers, and their sizes."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ OPTIMIZERS = {  # bytes of state a parameter, from those of the parameter itself
 
 
 def config_of(spec: ModelSpec) -> Any:
-    """The configuration of a pretrained model, without its weights; one that cannot be read is one line."""
+    """The configuration of a pretrained model, without its weights; one that cannot be read is an `InputError` of one
+    line."""
     path = find(spec.model)
     try:
         return AutoConfig.from_pretrained(str(path or spec.model), trust_remote_code=spec.trust_remote_code)
-    except Exception as error:  # as at loading: a dozen kinds, each mended by naming another model
+    except Exception as error:  # as at loading: many types, all fixed by another model name
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"The configuration of {spec.model!r} cannot be read: {reason}") from error
 
 
 def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAdapter:
-    """A causal LM on `meta`, in the dtype it would be loaded in; `vocabulary` is for a new one."""
+    """A causal LM on `meta`, in the dtype it would be loaded in; `vocabulary` is that of a new model."""
     with torch.device("meta"):
         if is_new_causal_lm(spec.model):
             assert vocabulary is not None
@@ -67,7 +68,7 @@ def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAd
 
 
 class _Tokens(SimpleNamespace):
-    """The length of a tokenizer, where there is none yet."""
+    """Stands for the length of a tokenizer that does not exist yet."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number=number, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -108,7 +109,8 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _even_experts(model: nn.Module) -> None:
-    """Experts as one product over every chosen (token, expert) pair: which is chosen is not known on `meta`."""
+    """Replace the experts by one product over all chosen (token, expert) pairs, since the choice is not known on
+    `meta`."""
     for module in model.modules():
         up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
         if isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3:
@@ -129,12 +131,16 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Side:
-    """One side's numbers.
+    """Sizes of one model.
 
     Args:
-        parameters: all, tied ones once. active: those a token meets (experts that are not chosen left out).
-        trained: those that are trained. weights, trained_bytes: their bytes. largest: bytes of the largest
-            block. outside: bytes outside of blocks. matrices: parameters in matrices, which autocast copies.
+        parameters: number of all parameters, tied ones once.
+        active: number of parameters that a token uses (without experts that are not chosen).
+        trained: number of trained parameters.
+        weights, trained_bytes: bytes of all and of the trained parameters.
+        largest: bytes of the largest block.
+        outside: bytes outside of blocks.
+        matrices: number of parameters in matrices, which autocast copies.
     """
 
     parameters: int
@@ -179,7 +185,7 @@ def side(rows: ModelAdapter, quantization: dict[str, Any] | None = None) -> Side
 
 
 def quantised(rows: ModelAdapter, config: dict[str, Any]) -> int:
-    """Bytes of a quantised model: the layers' matrices by their bits, embeddings, head and the rest as they are."""
+    """Bytes of a quantised model: the layers' matrices at their bits; embeddings, head and all others unchanged."""
     if config.get("load_in_4bit"):  # bitsandbytes: 4 bits, a float32 scale for 64 or, quantised itself, 8.5 bits for 64
         bits = 4 + ((8 + 32 / 256) if config.get("bnb_4bit_use_double_quant") else 32) / 64
     elif config.get("load_in_8bit"):
@@ -201,7 +207,7 @@ def quantised(rows: ModelAdapter, config: dict[str, Any]) -> int:
 
 
 def optimizer_bytes(name: str, rows: ModelAdapter, notes: list[str]) -> int:
-    """State of an optimiser of transformers' Trainer over what is trained."""
+    """Bytes of state of an optimiser of transformers' Trainer for the trained parameters."""
     trained = [p for p in rows.parameters() if p.requires_grad]
     if name == "adafactor":  # a row's and a column's means of each matrix, float32, without momentum
         return sum(4 * (sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.dim() > 1 else p.numel()) for p in trained)

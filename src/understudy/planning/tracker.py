@@ -1,4 +1,4 @@
-"""A step on the `meta` device: what it would hold, compute and move, op by op, with nothing allocated."""
+"""A step on the `meta` device: the memory, operations and traffic of each op, with nothing allocated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from understudy.planning.machine import Machine
 
 @dataclass
 class Work:
-    """What one role does in a step: operations (those of attention apart, too), bytes moved, seconds, the floor."""
+    """Work of one role in a step: operations (those of attention also separately), bytes moved, seconds, the floor."""
 
     flops: float = 0.0
     attention: float = 0.0
@@ -31,12 +31,13 @@ class Work:
 
 @dataclass
 class Tracker(TorchDispatchMode):
-    """Follows every storage that is made inside it until it is freed, and counts operations by role.
+    """Tracks every storage created inside it until it is freed, and counts operations by role.
 
-    Seconds are a roofline an op: the largest of operations ÷ peak, bytes ÷ bandwidth, and the time of a launch.
+    Seconds are a roofline per op: the largest of operations ÷ peak, bytes ÷ bandwidth, and launch time.
 
     Args:
-        machine: peaks. held: tensors that exist already (weights); they are counted by who made them.
+        machine: peak figures.
+        held: tensors that exist already (weights).
     """
 
     machine: Machine
@@ -53,7 +54,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def acting(self, role: str) -> Iterator[None]:
-        """What happens inside is this role's."""
+        """Context in which ops count for this role."""
         before, self.role = self.role, role
         try:
             yield
@@ -67,7 +68,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            # "Is the whole mask true? Is this one text?" Without padding and with one text a row, yes.
+            # Checks whether a mask is all true, or a row is a single text: yes, without padding or packing.
             return True if args[0].dtype == torch.bool else 1
         out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -82,7 +83,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def add(self, flops: float, moved: float, itemsize: int, attention: bool = False) -> None:
-        """Count an op for the acting role."""
+        """Count an op for the present role."""
         work = self.work.setdefault(self.role, Work())
         peak = self.machine.peak(itemsize)
         work.flops += flops
@@ -108,7 +109,7 @@ class Tracker(TorchDispatchMode):
             self.now[role] -= size
 
     def rename(self, tensor: Tensor, role: str) -> None:
-        """Count a tensor's storage under another role from now on (a gradient, once it is one)."""
+        """Count a tensor's storage under another role from now on (for example as a gradient)."""
         key = tensor.untyped_storage()._cdata
         old, size = self._live.get(key, ("", 0))
         if size:
@@ -119,9 +120,10 @@ class Tracker(TorchDispatchMode):
 
 @contextmanager
 def flash_attention(tracker: Tracker) -> Iterator[None]:
-    """In place of `scaled_dot_product_attention`: what its fused kernels keep, not the scores of the plain formula.
+    """Replace `scaled_dot_product_attention` by one that keeps the tensors of its fused kernels, not the scores of the
+    plain formula.
 
-    The function itself is exchanged, since modes of torch are off while a checkpointed block is computed again.
+    The function itself is replaced, since torch modes are off while a checkpointed block is recomputed.
     """
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -148,7 +150,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, _ = ctx.saved_tensors
-        # Five products: the scores again, and the gradients of scores, queries, keys and values.
+        # Five products: the recomputed scores, and the gradients of scores, queries, keys and values.
         ctx.tracker.add(5 * _product(query, key), 2 * _bytes(query, key, value, out), query.itemsize, attention=True)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 

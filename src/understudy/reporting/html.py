@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: table, plots, configuration, hashes."""
+"""A self-contained HTML file: table, plots, configuration, hashes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _panel(title: str, svg: str, caption: str) -> Panel:
 
 
 def render_run(folder: Path) -> Path:
-    """Write `report.html` of a run folder from what is in it; what is missing is left out.
+    """Write `report.html` from the files of a run folder; panels without data are left out.
 
     Raises:
         InputError: a file is damaged, or differs from what the run wrote.
@@ -67,7 +67,7 @@ def _written(folder: Path, values: dict[str, Any]) -> Path:
 
 
 def _metrics(facts: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of metrics: before training where the check measured it, after it, and what each one says."""
+    """The table of metrics, after training and, if the check measured them, before it, with an explanation of each."""
     before = facts.get("preflight", {}).get("scores", {})
     headings = ["metric", f"on the {evaluation.get('split', '')} split", "meaning"]
     rows: list[list[str]] = []
@@ -81,7 +81,7 @@ def _metrics(facts: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any
 
 
 def _unseen(folder: Path) -> list[str]:
-    """A note where training was not watched on the validation split."""
+    """A note for runs without validation during training."""
     if (folder / "validation.jsonl").is_file() or not (folder / "metrics.jsonl").is_file():
         return []
     return ["There is no validation curve: trainer.eval_strategy=steps with trainer.eval_steps=N draws one."]
@@ -102,7 +102,7 @@ _SAMPLES = ("written", "tokens", "empty", "unended", "share", "replayed", "repla
 
 
 def _whole(line: dict[str, Any]) -> bool:
-    """Whether a line of `metrics.jsonl` has what a report shows."""
+    """Whether a line of `metrics.jsonl` has the fields that a report shows."""
     terms, state, own = line.get("terms"), line.get("state", {}), line.get("on_policy") or dict.fromkeys(_SAMPLES, 0)
     inside = all(isinstance(v, dict) for v in (terms, state, own))
     return inside and _number(line.get("loss")) and all(_number(own.get(n)) for n in _SAMPLES)
@@ -115,7 +115,7 @@ def _damage(path: Path, lines: int) -> list[str]:
 
 
 def _training(folder: Path) -> tuple[list[Panel], list[str]]:
-    """The panels of what was logged, and what is said of damaged logs."""
+    """The panels of the training log, and a note on damaged lines."""
     path, looks = folder / "metrics.jsonl", folder / "validation.jsonl"
     lines, damaged = read_log(path, _whole)
     seen, wrong = _validations(folder)
@@ -145,13 +145,13 @@ def _training(folder: Path) -> tuple[list[Panel], list[str]]:
 
 
 def _series(lines: list[dict[str, Any]], part: str) -> dict[str, tuple[list[int], list[float | None]]]:
-    """What the lines of a log hold under `part`, by name; `None` where a line lacks it."""
+    """The values under `part` in the lines of a log, by name; `None` where a line lacks it."""
     names = dict.fromkeys(name for line in lines for name in line.get(part, {}))
     return {n: ([x["step"] for x in lines], [x.get(part, {}).get(n) for x in lines]) for n in names}
 
 
 def _watched(folder: Path, seen: Sequence[dict[str, Any]], most: int = 3) -> list[str]:
-    """The metrics whose validation curves are shown: the task's own, the likelihood, then others."""
+    """The metrics whose validation curves are shown: the task's main metric, the likelihood, then others."""
     task = (read_json(folder / "run.json") or {}).get("task")
     first = [TASKS[task].metric] if task in TASKS else []
     names = [n for n in (seen[-1] if seen else {}) if n != "step"]
@@ -159,7 +159,7 @@ def _watched(folder: Path, seen: Sequence[dict[str, Any]], most: int = 3) -> lis
 
 
 def _validations(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The evaluations during training, and how many lines of their log are damaged."""
+    """The evaluations during training, and the number of damaged lines of their log."""
     return read_log(folder / "validation.jsonl", lambda line: all(map(_number, line.values())))
 
 
@@ -171,7 +171,7 @@ def _evaluations(seen: Sequence[dict[str, Any]], name: str) -> Panel:
 
 
 def _own_samples(lines: list[dict[str, Any]]) -> list[Panel]:
-    """Where the training texts came from, if the student wrote any of them."""
+    """Panels about the origin of the training texts, if the student generated any of them."""
     logs = [(x["step"], x["on_policy"]) for x in lines if x.get("on_policy")]
     written, tokens, empty, unended = (sum(x[n] for _, x in logs) for n in ("written", "tokens", "empty", "unended"))
     if not written:
@@ -218,7 +218,7 @@ def _panels(evaluation: dict[str, Any]) -> list[Panel]:
 
 
 def _pictures(folder: Path, pictures: dict[str, str]) -> list[Panel]:
-    """Pictures of the run as panels, held in the page itself."""
+    """The pictures of the run as panels, embedded in the page."""
     panels = []
     for caption, name in pictures.items():
         if not _inside(folder, name):
@@ -305,8 +305,8 @@ def _shares(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _first_panels(folder: Path, runs: Sequence[dict[str, Any]], metric: str) -> list[Panel]:
-    """Of the first seed of every method: its loss on an axis of its own, for losses have different scales, and the
-    validation curves of the metric together."""
+    """Panels of the first seed of each method: its loss on separate axes, since losses differ in scale, and the
+    validation curves of the metric on common axes."""
     panels: list[Panel] = []
     curves: dict[str, Any] = {}
     first: dict[str, dict[str, Any]] = {}

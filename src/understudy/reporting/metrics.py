@@ -1,4 +1,4 @@
-"""What each metric says, in a sentence."""
+"""An explanation of each metric, in one sentence."""
 
 from __future__ import annotations
 
@@ -68,10 +68,11 @@ _SIZES = {"size": "Triples", "unique": "Different tails", "soft_unique": "Differ
 
 
 def meaning(name: str, explained: Mapping[str, str] | None = None) -> str:
-    """The sentence of a metric.
+    """The explanation of a metric.
 
     Args:
-        explained: sentences of the run's own, which go first.
+        name: of the metric.
+        explained: explanations that the run provides, which take precedence.
     """
     known = {**MEANINGS, **(explained or {})}
     if name in known:

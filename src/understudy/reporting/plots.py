@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours are CSS variables, so one drawing is legible in light and in dark."""
+"""Plots as inline SVG whose colours are CSS variables, so that they are readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours to draw with, and the CSS variable each becomes. Series colours are Okabe and Ito's, which the colour-blind
-# tell apart.
+# Colours of the drawing, and the CSS variable that replaces each. Series colours are those of Okabe and Ito, which people
+# with colour blindness can distinguish.
 _INK, _GRID = "#010203", "#040506"
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--grid)", **{c: f"var(--s{i})" for i, c in enumerate(_SERIES)}}
@@ -59,7 +59,12 @@ def _svg(figure: Figure) -> str:
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
-    """Lines over optimizer steps: `{name: (steps, values)}`."""
+    """Lines over optimizer steps.
+
+    Args:
+        series: `{name: (steps, values)}`.
+        ylabel: label of the vertical axis.
+    """
     with plt.rc_context(_STYLE):
         figure, axes = _figure()
         for i, (name, (steps, values)) in enumerate(series.items()):
@@ -76,7 +81,8 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[Any]]]
 
 
 def alike(series: Series, factor: float = 5.0) -> list[dict[str, Any]]:
-    """Series put together whose median sizes are within `factor` of the group's first, so that each can be read."""
+    """Group series whose median values are within `factor` of the first of the group, so that each group is readable on
+    one axis."""
     groups: list[tuple[float, dict[str, Any]]] = []
     for name, (steps, values) in series.items():
         size = statistics.median([abs(v) for v in values if v is not None] or [0.0])
@@ -90,7 +96,7 @@ def alike(series: Series, factor: float = 5.0) -> list[dict[str, Any]]:
 
 
 def intervals(rows: Sequence[Mapping[str, Any]], metric: str, reference: float | None = None) -> str:
-    """A dot and its interval for each method; the dashed line is the teacher."""
+    """A dot with its interval for each method; the dashed line is the teacher."""
     with plt.rc_context(_STYLE):
         figure, axes = _figure(height=0.9 + 0.42 * len(rows))
         for i, row in enumerate(rows):
@@ -110,7 +116,7 @@ def intervals(rows: Sequence[Mapping[str, Any]], metric: str, reference: float |
 
 
 def reliability_diagram(table: Mapping[str, Any]) -> str:
-    """Accuracy against confidence; the size of a dot is its bin's share of the rows."""
+    """Accuracy against confidence; the size of a dot is the fraction of rows in its bin."""
     with plt.rc_context(_STYLE):
         figure, axes = _figure(3.6, 3.4)
         axes.plot([0, 1], [0, 1], color=_GRID, linewidth=1)
@@ -145,7 +151,7 @@ def confidence_bars(table: Mapping[str, Any]) -> str:
 
 
 def time_bar(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """Where the time goes: `{run: {role: share}}` as stacked bars."""
+    """Fractions of the time by role, `{run: {role: share}}`, as stacked bars."""
     with plt.rc_context(_STYLE):
         figure, axes = _figure(height=1.1 + 0.35 * len(shares))
         roles = list(dict.fromkeys(r for s in shares.values() for r in s))

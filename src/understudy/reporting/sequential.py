@@ -1,4 +1,5 @@
-"""Intervals that hold however often one looks at them: for seeds that come in rounds until a verdict is possible."""
+"""Confidence sequences: intervals that stay valid under repeated evaluation, for seeds that are added until a result is
+decided."""
 
 from __future__ import annotations
 
@@ -16,29 +17,32 @@ _DRAWS = 500_000
 
 
 def spent(n: int, level: float = 0.95) -> float:
-    """The chance of a miss that may be used up by the look at `n` values: (1 − level)(1 − 2 / n), 0 below three.
+    """The error probability that may be spent up to the evaluation at `n` values: (1 − level)(1 − 2 / n), 0 below
+    three.
 
-    It reaches 1 − level only in the limit, so there may be any number of looks, and the last need not be known.
+    It reaches 1 − level only in the limit, so the number of evaluations is unlimited and the last need not be known.
     """
     return (1 - level) * max(0.0, 1 - 2 / n)
 
 
 def limit(n: int, level: float = 0.95) -> float:
-    """The largest |t| of `n` values that is no miss: if no look is left out, all of them hold with chance `level`.
+    """The critical value of |t| for `n` values: with probability `level` the intervals of all evaluations cover the
+    mean.
 
     Args:
         n: number of values, at least 3.
-        level: chance that every interval, at 3, 4, 5, … values, covers the mean.
+        level: probability that every interval, at 3, 4, 5, … values, covers the mean.
 
     An error-spending boundary (Lan and DeMets 1983) for repeated t intervals (Jennison and Turnbull 1989; 1991 for
-    sequential t). The joint distribution of a sample's t statistics knows no parameter if values are normal; it is drawn
-    here, with a fixed seed, and the first bound is Student's own. Looks that are skipped only make the intervals safer.
+    sequential t). For normal values the joint distribution of a sample's t statistics has no parameters; it is
+    simulated here with a fixed seed, and the first bound is exactly Student's. Skipped evaluations only make the
+    intervals more conservative.
 
-    Against the alternatives, with 3 to 20 values and looks at 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 20: an effect of 2
-    deviations is found by 5 values with chance 0.60, and one of 1 deviation by 20 values with 0.84. A mixture of t
-    likelihood ratios (Wang and Ramdas 2024, prior deviation 2) has 0.44 and 0.82, and can find nothing at all with 3
-    values; dividing the same chances by the union bound, 0.46 and 0.62; O'Brien and Fleming's spending for 20 values, 0.01
-    and 0.98, and no answer beyond 20.
+    Power, with 3 to 20 values and evaluations at 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 20: an effect of 2 standard
+    deviations is found by 5 values with probability 0.60, and one of 1 by 20 values with 0.84. A mixture of t
+    likelihood ratios (Wang and Ramdas 2024, prior deviation 2) has 0.44 and 0.82, and none at 3 values; the same error
+    spending with the union bound 0.46 and 0.62; O'Brien-Fleming spending for 20 values 0.01 and 0.98, and no evaluation
+    beyond 20.
     """
     if n < FIRST:
         raise ValueError(f"a sequential interval needs at least {FIRST} values, not {n}")
@@ -47,9 +51,9 @@ def limit(n: int, level: float = 0.95) -> float:
 
 @cache
 def _limits(most: int, level: float) -> Mapping[int, float]:
-    """The bounds of all looks up to `most` values; more looks do not change the earlier ones."""
+    """The critical values of all evaluations up to `most` values; more evaluations do not change the earlier ones."""
     rng = np.random.default_rng(0)
-    total, squares = np.zeros(_DRAWS), np.zeros(_DRAWS)  # of the samples that no look has missed yet
+    total, squares = np.zeros(_DRAWS), np.zeros(_DRAWS)  # of the samples that every interval has covered so far
     bounds: dict[int, float] = {}
     for n in range(1, most + 1):
         drawn = rng.standard_normal(len(total))
@@ -68,10 +72,11 @@ def _limits(most: int, level: float) -> Mapping[int, float]:
 
 
 def sequence(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean and interval of independent values, one of a confidence sequence: see `limit`.
+    """Mean and interval of independent values, from a confidence sequence: see `limit`.
 
     Returns:
-        An interval as `interval` gives, wider: it may be asked for after each new value, and one may stop at any of them.
+        An interval as `interval` returns, but wider: it may be computed after each new value, with stopping at any
+            time.
     """
     n = len(values)
     if n < FIRST:
@@ -83,5 +88,5 @@ def sequence(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def paired_sequence(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """A sequence's interval of the differences a − b, seed by seed."""
+    """The confidence-sequence interval of the paired differences a − b over seeds."""
     return sequence([x - y for x, y in zip(a, b, strict=True)], level)

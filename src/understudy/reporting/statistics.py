@@ -10,7 +10,7 @@ from scipy.stats import t as student_t
 
 
 class Interval(NamedTuple):
-    """A mean with its interval; `low` and `high` are `None` with fewer than two values."""
+    """A mean with its confidence interval; `low` and `high` are `None` with fewer than two values."""
 
     mean: float
     low: float | None
@@ -29,17 +29,18 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """Interval of the differences a − b, seed by seed."""
+    """Interval of the paired differences a − b over seeds."""
     return interval([x - y for x, y in zip(a, b, strict=True)], level)
 
 
 def verdict(difference: Interval, threshold: float = 0.0, higher_is_better: bool = True) -> str:
-    """`supported` if the whole interval lies beyond the threshold on the claimed side, `not supported` if it lies
-    wholly on the other, else `inconclusive`.
+    """`supported` if the whole interval is beyond the threshold on the claimed side, `not supported` if it is entirely
+    on the other side, otherwise `inconclusive`.
 
     Args:
         difference: claimed arm minus the other arm.
-        threshold: how large the advantage must be, in the metric's units (0 or more).
+        threshold: the smallest advantage, in units of the metric (0 or more).
+        higher_is_better: direction of the metric.
     """
     if difference.low is None or difference.high is None:
         return "inconclusive"

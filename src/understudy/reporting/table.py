@@ -1,4 +1,4 @@
-"""Runs over seeds as rows of a table."""
+"""A table of runs over seeds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ _OTHERS = ("accuracy", "nll", "bits_per_byte", "ece", "agreement", "kl", "rmse",
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> list[dict[str, Any]]:
-    """One row a method: its mean and interval, and the paired difference to the baseline over the same seeds.
+    """One row per method: mean and interval of the metric, and the paired difference to the baseline over the same
+    seeds.
 
     Args:
         runs: each with `method`, `seed` and `metrics`.
+        baseline: name of the baseline method.
+        metric: name of the metric.
     """
     by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
     for one in runs:
@@ -52,7 +55,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> 
 
 
 def span(mean: float | None, ends: Sequence[float | None]) -> str:
-    """`0.931 [0.920, 0.942]`."""
+    """Format as `0.931 [0.920, 0.942]`."""
     if mean is None:
         return "–"
     low, high = ends
@@ -62,7 +65,7 @@ def span(mean: float | None, ends: Sequence[float | None]) -> str:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """The comparison for a terminal."""
+    """The comparison as a table for the terminal."""
     metric = comparison["metric"]
     better = "higher" if comparison["higher_is_better"] else "lower"
     table = Table(title=f"{comparison['title']}: {metric} ({better} is better)")

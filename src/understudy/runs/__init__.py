@@ -1,1 +1,1 @@
-"""Configuration in, run folder out."""
+"""Runs: from a configuration to a run folder."""

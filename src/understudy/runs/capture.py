@@ -1,4 +1,4 @@
-"""Capturing a recipe's teacher once, so that any number of runs answer from disk."""
+"""Capturing a recipe's teacher once, so that any number of runs read its outputs from disk."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def capture_recipe(
     tick: Callable[[int], None] | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Captured:
-    """Capture what a recipe's teacher says about its data. Started again it goes on; other data are appended.
+    """Capture the teacher's outputs for a recipe's data. It resumes when started again; other data are appended.
 
     Args:
-        support: `sampled:38B` (as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or `dense`; unless
-            given `sampled:38B`, or `dense` where the recipe's method cannot learn from that. A served teacher has its `score`.
-        temperature: at which probabilities are kept; that of the recipe's method unless given.
-        shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose files
-            are put together: their union is the whole, to the bit.
+        support: `sampled:38B` (as many ids as fit 38 bytes per row), `sampled:12`, `top_k:50`, `hidden` or `dense`.
+            Default: `sampled:38B`, or `dense` if the recipe's method cannot learn from that. A served teacher has its
+            `score`.
+        temperature: of the stored probabilities; by default that of the recipe's method.
+        shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose
+            files are merged: their union equals a capture without shards, to the bit.
 
     Raises:
-        InputError: the recipe's method could not learn from what would be kept; nothing is captured then.
+        InputError: the recipe's method could not learn from the stored targets; nothing is captured then.
     """
     for split in splits:
         if split not in ("train", "validation", "test"):
@@ -84,25 +85,25 @@ def capture_recipe(
 def _learnable(
     recipe: Recipe, prepared: Prepared, teacher: ModelAdapter, support: str | None, temperature: float | None
 ) -> tuple[Support, float]:
-    """The support and temperature to keep, tried on one example with the recipe's method before all are captured."""
+    """The support and temperature to store, tested on one example with the recipe's method before the capture."""
     method = recipe.build_method()
     asked = method.requires.temperature
     at = temperature if temperature is not None else asked
-    # Dense logits know no temperature, but a wrong one is not mended by keeping a hundred times as much.
+    # Dense logits have no temperature, but take a hundred times the space: a wrong temperature is an error instead.
     names = [support] if support is not None else [DEFAULT, "dense"] if at == asked else [DEFAULT]
     choices = [Support.parse(name) for name in names]
     if not method.requires.in_steps:
         return choices[0], at
-    outputs_alone(method, "a cache keeps its outputs alone")
+    outputs_alone(method, "a cache only keeps its outputs")
     if method.requires.teacher_model:
         raise InputError(
             f"Method {recipe.method!r} reads the teacher's own model before training, and a cache is none: train it with "
             "the live teacher, or name the method that will read the cache."
         )
     if type(method).setup is not Method.setup:
-        return choices[0], at  # what the loss reads is made by a setup that has a cache before it
+        return choices[0], at  # the loss needs results of a `setup` that runs with the cache
     task = get_task(recipe.task)
-    assert recipe.student is not None  # every task fills it
+    assert recipe.student is not None  # filled by every task
     copied = recipe.student.model == COPY
     student = copy_of(teacher) if copied else task.model(recipe.student, prepared)
     train_module, example = module_for(recipe, prepared, student, LocalTeacher(teacher, "teacher"), 1, {})
@@ -123,10 +124,11 @@ def _learnable(
 
 
 def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str, float]:
-    """Compare every shard with its checksum, score a sample of the training examples again and compare with what is stored.
+    """Compare every shard with its checksum, run the teacher on a sample of the training examples again, and compare
+    with the stored outputs.
 
     Raises:
-        InputError: a shard was changed since it was written, or another teacher's answers are stored.
+        InputError: a shard was changed since it was written, or the stored outputs are another teacher's.
     """
     if recipe.teacher is not None and recipe.teacher.served:
         ShardStore(folder).check()

@@ -1,4 +1,4 @@
-"""Looking without training: a recipe before its run, a run folder after it."""
+"""Checks without training: of a recipe before its run, and of a run folder after it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from understudy.training.ranks import check_sharding
 
 
 def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
-    """The pre-flight check alone, and one batch as text with its mask (text tasks).
+    """Run only the pre-flight check. Returns its findings, and one batch as text with its mask (text tasks).
 
     A teacher that is to be trained first does not exist yet and is left out.
     """
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
     method = recipe.build_method()
-    if isinstance(method, Pipeline):  # its models and data are made on the way
+    if isinstance(method, Pipeline):  # its stages create models and data
         seen = overview(recipe, prepared, method, None, None)
         return Findings(notes=prepared.notes, warnings=prepared.warnings, overview=seen), None
     check_sharding(method, recipe.trainer)
@@ -63,13 +63,13 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
 
 
 def _compare_cache(recipe: Recipe, prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None) -> None:
-    """Refuse a cache that the run would refuse: other tokens, examples that it lacks, a support or temperature that the
-    method cannot learn from."""
+    """Raise an error for a cache that the run would refuse: other tokens, missing examples, or a support or temperature
+    that the method cannot learn from."""
     method = recipe.build_method()
     cached = teacher_of(recipe, prepared, method, None, student, recipe.output)
     assert isinstance(cached, CachedTeacher)
     if method.requires.teacher == "calls" or method.requires.teacher_model:
-        raise InputError(f"Method {recipe.method!r} asks the teacher's own model: leave teacher.cache out.")
+        raise InputError(f"Method {recipe.method!r} runs the teacher's own model: leave teacher.cache out.")
     if type(method).setup is Method.setup:
         module, example = module_for(recipe, prepared, student, cached, 1, {})
         cached(example)

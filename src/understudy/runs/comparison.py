@@ -1,4 +1,5 @@
-"""Methods side by side: the same student, data and budget, over seeds, in parallel processes where cores allow."""
+"""Comparisons of methods: the same student, data and budget, over seeds, in parallel processes if there are enough
+cores."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from understudy.workers import carry_out, processes
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found: `table` has one row an arm, `folder` holds `comparison.json` and `report.html`."""
+    """Result of a comparison: `table` has one row per arm, `folder` holds `comparison.json` and `report.html`."""
 
     table: list[dict[str, Any]]
     data: dict[str, Any]
@@ -49,21 +50,21 @@ def compare(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Comparison:
-    """Train every arm over every seed as the recipe says, and compare on the evaluation split.
+    """Train every arm with every seed as in the recipe, and compare on the evaluation split.
 
     All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
 
     Args:
-        recipe: as for `distill`: also data in memory, a teacher that is a module, and factories (a student must be one, for
-            every run begins anew). Such objects reach workers that are forked; where a system cannot fork, or has a GPU,
-            the runs follow one another in this process.
-        methods: names of arms or of methods, or classes and instances of `Method`; options of those without any come from
-            the recipe's `arms`. Unless given: all arms, if the recipe names any with a method, else `sft` and `kd`.
-        seeds: how many, or which.
-        arms: `{name: {"method": …, "options": {…}}}`, in place of the recipe's `arms`.
-        baseline: what differences are against; the first arm unless given.
-        workers: runs at once; one a GPU, or one a core where there is none, if not given.
-        overwrite: replace the runs that the output folder holds.
+        recipe: as for `distill`, also with data in memory, a teacher that is a module, and factories (a student must be
+            a factory, since every run starts from a new one). Forked workers get such objects; on a system that cannot
+            fork, or with a GPU, the runs are sequential in this process.
+        methods: names of arms or of methods, or classes and instances of `Method`; options of those without any come
+            from the recipe's `arms`. Default: all arms, if the recipe names any with a method, else `sft` and `kd`.
+        seeds: their number, or a list.
+        arms: `{name: {"method": …, "options": {…}}}`, instead of the recipe's `arms`.
+        baseline: the arm that differences are computed against; by default the first.
+        workers: number of parallel runs; by default one per GPU, or one per core without a GPU.
+        overwrite: replace the runs in the output folder.
     """
     given = Modules({})
     if isinstance(recipe, Mapping):
@@ -148,7 +149,8 @@ def _is_method(name: str) -> bool:
 
 
 def _is_named(values: Mapping[str, Any]) -> bool:
-    """Whether an arm says its method or has its options apart; otherwise it is the options of the method of its name."""
+    """Whether an arm names its method or has its options under a key; otherwise it is the options of the method with
+    its name."""
     return not values.keys().isdisjoint(_ARM_KEYS)
 
 
@@ -156,7 +158,7 @@ def _arm(name: str, values: Mapping[str, Any]) -> _Arm:
     if not _is_named(values):
         if not _is_method(name):
             raise InputError(
-                f"Arm {name!r} says no method, and there is none of that name.{nearest(name, all_methods())} Write arms: "
+                f"Arm {name!r} names no method, and there is none of that name.{nearest(name, all_methods())} Write arms: "
                 f"{{{name!r}: {{method: NAME, options: {{...}}}}}}."
             )
         method, own = resolve(name)
@@ -198,14 +200,14 @@ def run_all(
     progress: bool = False,
     modules: Modules | None = None,
 ) -> list[dict[str, Any]]:
-    """Carry out runs in parallel, one thread each; results in the order of the plans. A finished run is read.
+    """Run recipes in parallel, one thread each; results are in the order of the plans. A finished run is read.
 
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
 
     Args:
-        workers: processes; one a GPU, or one a core where there is none, if not given. overwrite: replace the runs that the
-            plans' folders hold.
-        modules: models that the caller handed over; given, if only empty, where the plans name objects of this process.
+        workers: number of processes; by default one per GPU, or one per core without a GPU.
+        overwrite: replace the runs in the plans' folders.
+        modules: the caller's models; must be given, possibly empty, if the plans name objects of this process.
     """
     results = {} if overwrite else {i: _measured(p) for i, p in enumerate(plans) if _is_done(p)}
     left = [i for i in range(len(plans)) if i not in results]
@@ -235,7 +237,7 @@ def _run_all(
     if context is None:
         return [_work(p, home, replace, modules) for p, home, replace in _tracked(iter(jobs), len(jobs), progress)]
     global _modules
-    _modules = modules  # forked workers find it where it is
+    _modules = modules  # forked workers inherit it
     return carry_out(_work, jobs, workers, context, lambda done: _tracked(done, len(jobs), progress))
 
 
@@ -243,7 +245,8 @@ _modules: Modules | None = None
 
 
 def _forked() -> BaseContext | None:
-    """Processes that have the caller's objects, or `None` where there are none: a fork cannot use a GPU."""
+    """A context of forked processes, which have the caller's objects; `None` without a fork or with a GPU, which forks
+    cannot use."""
     import torch
 
     if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
@@ -252,7 +255,7 @@ def _forked() -> BaseContext | None:
 
 
 def _home(plan: Recipe, folder: Path) -> Path:
-    """Plans with other models or data get a folder of their own."""
+    """The folder of a plan's shared models; plans with other models or data have separate ones."""
     import hashlib
 
     models = [spec.model_dump() if spec else None for spec in (plan.teacher, plan.student)]
@@ -293,7 +296,7 @@ def _is_done(plan: Recipe) -> bool:
 
 
 def _measured(plan: Recipe) -> dict[str, Any]:
-    """What a finished run found."""
+    """The results of a finished run."""
     evaluation = finished(plan.output) or {}
     return {"metrics": evaluation["metrics"], "cost": evaluation["cost"]}
 

@@ -1,4 +1,4 @@
-"""The demonstration: an image and a text task, students alone and taught, over seeds."""
+"""The demonstration: an image and a text task, with and without distillation, over seeds."""
 
 from __future__ import annotations
 

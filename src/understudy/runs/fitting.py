@@ -1,4 +1,4 @@
-"""Fitting: from a recipe's two sides and data to a trainer, and through it, resuming where a run was left."""
+"""Fitting: building a trainer from the models and data of a recipe, and training with resume."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ from understudy.training.validation import Validation
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What training leaves.
+    """The result of training.
 
     Args:
-        module: the student with its method. trainer: of the last phase; `None` if all had been trained before.
-        interrupted: training stopped early.
+        module: the student with its method.
+        trainer: of the last phase; `None` if all phases had been trained before.
+        interrupted: whether training stopped early.
     """
 
     module: TrainModule
@@ -55,10 +56,11 @@ class Fitted:
 def assemble_teacher(
     recipe: Recipe, prepared: Prepared, method: Method, model: ModelAdapter | None, student: ModelAdapter, home: Path
 ) -> Teacher | None:
-    """The recipe's teacher as the method asks it, of whatever kind: a model here, a cache, a server, several of them.
+    """The recipe's teacher in the form that the method uses, of any kind: a model here, a cache, a server, an ensemble.
 
     Args:
-        model: the loaded teacher, where it is one. home: where the scores of a server are kept and shared.
+        model: the loaded teacher, if it is a model.
+        home: folder where the scores of a server are kept and shared.
     """
     if method.requires.teacher == "none":
         return None
@@ -96,11 +98,13 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     begin: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Train the student through all phases, going on where the run was left.
+    """Train the student through all phases, resuming where the run stopped.
 
     Args:
-        teacher: as `assemble_teacher` made it. tables, context: what the method's `setup` returned and was given.
-        callbacks: the caller's own. begin: called once everything stands and the first step is about to be taken.
+        teacher: from `assemble_teacher`.
+        tables, context: the result and the argument of the method's `setup`.
+        callbacks: the caller's own.
+        begin: called before the first step, once everything is built.
     """
     task, method = get_task(recipe.task), recipe.build_method()
     values = _with_metric(recipe, task)
@@ -221,7 +225,8 @@ def trainer_for(
     """The trainer of a run, or of one of its phases.
 
     Args:
-        values: training arguments. steps_before: optimizer steps of the phases before, which logs count as well.
+        values: training arguments.
+        steps_before: optimizer steps of the earlier phases, which logs count too.
         more_callbacks: the caller's own.
     """
     task, method = get_task(recipe.task), module.method
@@ -263,10 +268,10 @@ def _rollouts(
     folder: Path,
     meter: CostMeter,
 ) -> Rollouts | None:
-    """Who writes the student's own samples, if the recipe asks for any and everything is able to."""
+    """The generator of on-policy samples, if the recipe uses them and student, tokenizer and teacher support them."""
     if recipe.on_policy is None:
         return None
-    assert teacher is not None  # the recipe was checked
+    assert teacher is not None  # the recipe has been checked
     if args.fsdp or args.deepspeed:
         raise InputError("on_policy writes with whole weights, which FSDP and DeepSpeed split: use plain DDP.")
     dry_run(recipe.on_policy, train_module, teacher, prepared.train, prepared.tokenizer, prepared.collate)
@@ -284,7 +289,7 @@ def _rollouts(
 
 
 def _with_metric(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """The trainer options; where a best evaluation is asked for, with the task's metric and direction if none is named."""
+    """The trainer options; if the best evaluation is to be kept, with the task's metric and direction as defaults."""
     values = dict(recipe.trainer)
     if values.get("eval_strategy", "no") == "no" or not (values.get("load_best_model_at_end") or recipe.patience):
         return values
@@ -297,7 +302,7 @@ def _with_metric(recipe: Recipe, task: Task) -> dict[str, Any]:
 
 
 def _check_metric(task: Task, prepared: Prepared, student: ModelAdapter, metric: str) -> None:
-    """Refuse a metric the task does not have, before it is missed at the first evaluation."""
+    """Raise an error for a metric that the task does not have, before the first evaluation."""
     known = task.evaluate(student, None, sample_loader(prepared, "validation", 64, 32))["metrics"]
     if metric.removeprefix("eval_") not in known:
         raise InputError(
@@ -312,12 +317,12 @@ def _validation(task: Task, prepared: Prepared, batch: int, student: ModelAdapte
 
 
 def train(trainer: DistillationTrainer, folder: Path) -> bool:
-    """Train from the last whole checkpoint, if any. True if the run was stopped early."""
+    """Train from the last complete checkpoint, if any. True if the run was stopped early."""
     last = last_complete(Path(trainer.args.output_dir))
     step = trainer.steps_before + (int(last.name.rsplit("-", 1)[1]) if last is not None else 0)
     for log in (folder / "metrics.jsonl", folder / "validation.jsonl", *folder.glob("samples*.jsonl")):
-        if log.exists() and first_rank():  # lines after the checkpoint will be written again
-            # A sample is written before the step that it names, everything else after it.
+        if log.exists() and first_rank():  # drop lines after the checkpoint, which will be written again
+            # A sample is logged before the step that it names, all other lines after it.
             most = step - 1 if log.name.startswith("samples") else step
             records, damaged = read_log(log)
             if damaged:

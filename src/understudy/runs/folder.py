@@ -1,4 +1,4 @@
-"""The run folder: what was asked for, what is known of the run, and whether it is finished."""
+"""The run folder: the recipe, facts of the run, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from understudy.runs.recipe import Recipe
 from understudy.training.checkpoint import numbered
 
 LOCK = ".understudy"
-"""The file that a process locks while it writes to a folder; what it holds says who that is."""
+"""The file that a process locks while it writes to a folder; its content identifies the process."""
 BEFORE = {"teacher", "start", "members", "store", "runs", "tuning", "logs", "stages"}
-"""Folders that are made before a run begins, or that runs are in."""
+"""Folders that are created before a run begins, or that contain runs."""
 RESULTS = (
     *("recipe.yaml", "run.json", "evaluation.json", "report.html", "metrics.jsonl", "validation.jsonl"),
     *("student", "pictures", "stages", "phases", "tensorboard"),
 )
-"""What a run writes beside checkpoints and samples."""
+"""Files of a run other than checkpoints and samples."""
 LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
 FREE = {"output"} | {
     f"trainer.{key}"
@@ -41,11 +41,11 @@ FREE = {"output"} | {
         *("skip_memory_metrics", "include_num_input_tokens_seen"),
     )
 }
-"""Keys that change no result, which may differ when a run goes on."""
+"""Keys that do not affect results and may differ on resume."""
 
 
 def _lock(file: Path) -> Any:
-    """An open file that no other process has locked, or `None` where one has. A killed process leaves no lock."""
+    """An open and locked file, or `None` if another process holds the lock. Killed processes release their locks."""
     try:
         import fcntl
     except ImportError:  # no such locks on this system
@@ -59,20 +59,20 @@ def _lock(file: Path) -> Any:
         except BlockingIOError:
             opened.close()
             return None
-        opened.close()  # the file that was locked has just been removed by its last owner
+        opened.close()  # its last owner has just removed the locked file
 
 
 @contextmanager
 def held(folder: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """Make a folder for a run or for runs, and keep every other process from writing to it meanwhile.
+    """Create a folder for one or several runs and lock it against other processes.
 
-    Of a folder that nothing was written to nothing is left in the end.
+    A folder that nothing was written to is removed at the end.
 
     Args:
-        inputs: what is read; a folder that is or holds one of them is refused.
+        inputs: paths that are read; a folder that is or contains one of them is refused.
 
     Raises:
-        InputError: the folder is no run's and not empty, another process writes to it, or it cannot be written.
+        InputError: the folder is not a run folder and not empty, another process writes to it, or it is not writable.
     """
     if not first_rank():
         yield folder
@@ -111,7 +111,7 @@ def held(folder: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
 
 
 def _refuse_foreign(folder: Path, inputs: Iterable[Path]) -> None:
-    """Refuse a folder that holds somebody's files, before anything is written to it."""
+    """Raise an error for a folder with other files, before anything is written to it."""
     place = folder.resolve()
     if place in (Path(place.anchor), Path.home().resolve()):
         raise InputError(f"Output {folder} is {place}, which is no place for a run's files: choose a folder below it.")
@@ -129,24 +129,25 @@ def _refuse_foreign(folder: Path, inputs: Iterable[Path]) -> None:
 
 
 def ours(folder: Path) -> bool:
-    """Whether runs were written to a folder."""
+    """Whether the folder holds runs."""
     if (folder / LOCK).is_file() or (folder / "comparison.json").is_file():
         return True
     try:
         return {"format", "status"} <= (read_json(folder / "run.json") or {}).keys()
-    except InputError:  # damaged, or somebody else's
+    except InputError:  # damaged, or another tool's
         return False
 
 
 def differences(folder: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys by which a recipe and that of a folder differ, with both values; of those that a result depends on."""
+    """The keys that differ between a recipe and that of a folder, with both values, limited to those that results
+    depend on."""
     before, now = _flat(written(folder) or {}), _flat(yaml.safe_load(yaml.safe_dump(recipe.shown())))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     return {k: (before.get(k), now.get(k)) for k in changed if k not in FREE}
 
 
 def written(folder: Path) -> dict[str, Any] | None:
-    """The recipe that a folder was taken for, or `None`."""
+    """The recipe in a folder, or `None`."""
     file = folder / "recipe.yaml"
     try:
         values = yaml.safe_load(file.read_bytes().decode())
@@ -154,7 +155,7 @@ def written(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise InputError(f"{file} is damaged: {reason}. Put it back, or start anew with --overwrite.") from error
+        raise InputError(f"{file} is damaged: {reason}. Put it back, or start again with --overwrite.") from error
     if not isinstance(values, dict):
         raise InputError(
             f"{file} is damaged: it holds a {type(values).__name__}, not a recipe. Put it back, or start anew with "
@@ -174,10 +175,11 @@ def agree(recipe: Recipe) -> list[tuple[str, Any]]:
     """Compare a recipe with that of its folder.
 
     Returns:
-        Key and value of the length that the folder's run had, if it is to go on longer; else nothing.
+        Key and value of the previous length of the folder's run, if it is to be continued with more steps; else
+        nothing.
 
     Raises:
-        InputError: another run is in the folder; every difference is named.
+        InputError: the folder holds another run; every difference is named.
     """
     folder = recipe.output
     if written(folder) is None:
@@ -203,14 +205,14 @@ def _said(value: Any) -> str:
 
 
 def take(recipe: Recipe) -> None:
-    """Write the recipe into its folder: from now on the folder is this run's."""
+    """Write the recipe into its folder, which then belongs to this run."""
     if first_rank():
         with replacing(recipe.output / "recipe.yaml") as temporary:  # another rank may look at any moment
             temporary.write_text(yaml.safe_dump(recipe.shown(), sort_keys=False))
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run has written and a new one would write again. Trained teachers and paid answers stay."""
+    """Remove the files of a run that a new run would write. Trained teachers and paid completions stay."""
     for path in [
         *(folder / name for name in RESULTS),
         *folder.glob("samples*.jsonl"),
@@ -224,18 +226,18 @@ def clear(folder: Path) -> None:
 
 
 def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Compare data, tokenizer and models with those that the run in a folder began with.
+    """Compare data, tokenizer and models with those at the start of the folder's run.
 
     Raises:
-        InputError: one of them was changed since.
+        InputError: one of them has changed.
     """
     held: Any = (read_json(folder / "run.json") or {}).get("hashes")
     before: dict[str, Any] = held if isinstance(held, dict) else {}
     for key, now in hashes.items():
-        if key in before and before[key] != now and key != "student_initial":  # a checkpoint holds the student whole
+        if key in before and before[key] != now and key != "student_initial":  # checkpoints hold the whole student
             raise InputError(
                 f"The {key.replace('_', ' ')} of run {folder} changed since it began: SHA-256 {before[key]} then, {now} "
-                "now. Put back what it began with, choose another output, or start anew with --overwrite."
+                "now. Put back what it began with, choose another output, or start again with --overwrite."
             )
 
 
@@ -252,7 +254,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     name = differing(folder, files if isinstance(files, dict) else {})
     if name is not None:
         raise InputError(
-            f"{folder / name} is missing or differs from what the run wrote. Put it back, or start the run anew with "
+            f"{folder / name} is missing or differs from what the run wrote. Put it back, or start the run again with "
             "--overwrite."
         )
     evaluation = read_json(folder / "evaluation.json")
@@ -269,7 +271,7 @@ def facts(
     started: float,
     lengthened: Sequence[Any],
 ) -> dict[str, Any]:
-    """What `run.json` holds. A finished run has the hashes of its recipe and evaluation in it."""
+    """The content of `run.json`. For a finished run it includes the hashes of recipe and evaluation."""
     files = ("recipe.yaml", "evaluation.json") if status == "done" and first_rank() else ()
     packages = ("understudy", "torch", "transformers", "accelerate", "numpy")
     return {
@@ -291,7 +293,7 @@ def facts(
 
 
 def first_rank() -> bool:
-    """Whether this process writes files: the first of those that `torchrun` or `accelerate launch` started."""
+    """Whether this is the first rank of those that `torchrun` or `accelerate launch` started; it writes the files."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -1,4 +1,4 @@
-"""Objects of the caller in the place of names: methods, models, factories of models, and data."""
+"""Objects of the caller instead of names: methods, models, factories of models, and data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from understudy.training import Method
 
 SIDES = ("teacher", "student")
 IN_MEMORY = ("language_modeling", "preferences", "image_classification", "image_generation")
-"""Tasks whose data may be handed over in memory."""
+"""Tasks that accept data in memory."""
 
 
 class Modules(Mapping[str, nn.Module]):
-    """Models by side; a factory is called when its side is asked for, so that a seed set before holds for it.
+    """Models by side. A factory is called when its side is accessed, so that a seed set before applies to it.
 
     Args:
         given: modules, or functions without arguments that return one.
@@ -47,14 +47,14 @@ class Modules(Mapping[str, nn.Module]):
 
 
 def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
-    """A recipe's values with names in the place of objects, and the models among these.
+    """A recipe's values with names instead of objects, and the models among these objects.
 
     Args:
-        values: a recipe's keys, where `method` may be a `Method` class or instance, `teacher` and `student` a module or a
-            factory, `model_init` a factory of the student, and `data` (or its `name`) a data set in memory.
+        values: a recipe's keys, where `method` may be a `Method` class or instance, `teacher` and `student` a module or
+            a factory, `model_init` a factory of the student, and `data` (or its `name`) a data set in memory.
 
     Raises:
-        InputError: an object that stands for nothing, or two that say the same thing.
+        InputError: an unsupported object, or two keys for the same thing.
     """
     found = dict(values)
     if "model_init" in found:
@@ -106,7 +106,7 @@ def method_name(method: Any) -> tuple[str, dict[str, Any]]:
 
 
 def checked_callbacks(callbacks: Sequence[Any]) -> list[TrainerCallback]:
-    """Callbacks as instances; a class is called, as transformers' Trainer does."""
+    """Callbacks as instances; a class is instantiated, as in transformers' Trainer."""
     made = [c() if isinstance(c, type) else c for c in callbacks]
     for one in made:
         if not isinstance(one, TrainerCallback):
@@ -117,5 +117,5 @@ def checked_callbacks(callbacks: Sequence[Any]) -> list[TrainerCallback]:
 def _parameters(factory: Any) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(factory).parameters.values())
-    except (TypeError, ValueError):  # some callables of C have no signature
+    except (TypeError, ValueError):  # some C callables have no signature
         return []

@@ -1,4 +1,5 @@
-"""What a recipe reads, on one screen: files, splits, columns, masks, special tokens, processor, template, teacher."""
+"""An overview of a recipe's inputs on one screen: files, splits, columns, masks, special tokens, processor, template,
+teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from understudy.training import Method
 def overview(
     recipe: Recipe, prepared: Prepared, method: Method, student: ModelAdapter | None, teacher: ModelAdapter | None
 ) -> dict[str, str]:
-    """A line for each topic that the recipe has; what was dropped or changed on the way is in the notes beside it."""
+    """One line per topic of the recipe. What was dropped or changed is in the notes."""
     source = find(str(recipe.data["name"]))
     splits = {s: len(prepared.split(s)) for s in ("train", "validation", "test")}
     splits |= {name: len(data) for name, data in prepared.more_tests.items()}
@@ -53,7 +54,7 @@ def _columns(source: Path) -> str:
         return ""
     try:
         return f"{', '.join(map(str, _READERS[tables[0].suffix](tables[0])))} (of {tables[0].name})"
-    except (OSError, ValueError, StopIteration):  # the reader of the data has said what is wrong, or reads it otherwise
+    except (OSError, ValueError, StopIteration):  # the data reader reports errors, or reads another format
         return ""
 
 
@@ -77,7 +78,7 @@ _READERS = {".parquet": _of_parquet, ".jsonl": _of_json_lines, ".csv": _of_csv}
 
 
 def _masks(prepared: Prepared, number: int = 64) -> str:
-    """How much of the first training examples is trained on."""
+    """The fraction of tokens of the first training examples that is trained on."""
     batches = [Batch.from_dict(b) for b in sample_loader(prepared, "train", number, 8)]
     examples = sum(len(b.ids) for b in batches)
     kept = [b.inputs["attention_mask"] for b in batches if "attention_mask" in b.inputs]
@@ -88,7 +89,7 @@ def _masks(prepared: Prepared, number: int = 64) -> str:
     trained = int(sum(int(n.sum()) for n in lengths)) if lengths else sum(b.num_items for b in batches)
     return (
         f"{trained:,} of {tokens:,} tokens ({trained / max(1, tokens):.0%}) of the first {examples:,} training examples are "
-        "trained on; padding, prompts and others' turns are not"
+        "trained on; padding, prompts and others' messages are not"
     )
 
 
@@ -135,11 +136,11 @@ def _numbers(values: Any) -> str:
 
 
 def _teacher(recipe: Recipe, method: Method, teacher: ModelAdapter | None) -> str:
-    """Who answers, what is asked of it, and whether it was looked at here."""
+    """The kind of teacher, the outputs used, and whether it was run here."""
     spec = recipe.teacher
     if spec is None or not method.requires.in_steps:
-        named = f"; {spec.model} is judged beside the student" if spec is not None and teacher is not None else ""
-        return f"nothing: method {recipe.method} asks for no teacher's answers in training{named}"
+        named = f"; {spec.model} is evaluated beside the student" if spec is not None and teacher is not None else ""
+        return f"nothing: method {recipe.method} uses no teacher's outputs in training{named}"
     what = "rows of every training batch" if recipe.on_policy is None else "training rows and the student's own samples"
     if method.requires.teacher_features:
         what += ", with inner layers"

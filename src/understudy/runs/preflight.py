@@ -1,4 +1,4 @@
-"""What is checked before anything expensive starts. Each failure is one line with the remedy."""
+"""The pre-flight check, before anything expensive starts. Each failure is one line with the remedy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from understudy.tasks import Prepared, Task
 
 @dataclass
 class Findings:
-    """What the check found: facts worth reading, and warnings that do not stop the run.
+    """Findings of the check: notes, and warnings that do not stop the run.
 
     Args:
-        overview: what was read, and what the teacher is asked, by topic.
+        overview: the inputs that were read and the use of the teacher, by topic.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -36,11 +36,11 @@ def check(
     sample: int | None = None,
     batch: int = 32,
 ) -> Findings:
-    """Compare both sides on a sample of the validation split, and look for rows that train nothing.
+    """Compare student and teacher on a sample of the validation split, and look for rows that train nothing.
 
     Raises:
-        InputError: no row of the sample counts, teacher and student disagree on the classes, or the student's weights are
-            quantised and it has no adapters.
+        InputError: no row of the sample counts, teacher and student disagree on the classes, or the student's weights
+            are quantised and it has no adapters.
     """
     if getattr(student.model, "is_quantized", False) and not hasattr(student.model, "peft_config"):
         raise InputError(
@@ -65,7 +65,7 @@ def check(
     if teacher is not None:
         measure, sign = ("nll", 1) if "nll" in scores else (task.metric, -1 if task.higher_is_better else 1)
         own, taught = scores[measure], scores.get(f"teacher_{measure}")
-        if taught is not None and sign * taught > sign * own:  # equal: a copy of the teacher
+        if taught is not None and sign * taught > sign * own:  # equal if the student is a copy of the teacher
             found.warnings.append(
                 f"The teacher is no better than the untrained student on {sample} validation examples "
                 f"({measure} {taught:.3f} against {own:.3f}): check that it fits this data, or train it."
@@ -74,7 +74,7 @@ def check(
 
 
 def _check_ends(prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None, found: Findings) -> None:
-    """End-of-sequence ids that differ let the student's texts grow without end."""
+    """Warn about end-of-sequence ids that differ, with which the student's texts would never end."""
     eos = prepared.tokenizer.eos_token_id
     if eos is None:
         found.warnings.append("The tokenizer has no end-of-sequence token: the student cannot learn to stop.")
@@ -86,13 +86,13 @@ def _check_ends(prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter
         if side == "teacher" and not prepared.facts.get("chosen"):
             raise InputError(
                 f"{says}: the student would not learn to stop. Name the tokenizer that both are to use (data.tokenizer), or "
-                "mend eos_token_id in the teacher's configuration."
+                "fix eos_token_id in the teacher's configuration."
             )
         found.warnings.append(f"{says}.")
 
 
 def _ends(model: Any) -> set[int]:
-    """The ids that a model stops at, by its configurations."""
+    """The ids that end a model's texts, by its configurations."""
     found: set[int] = set()
     for where in ("config", "generation_config"):
         own = getattr(getattr(model, where, None), "eos_token_id", None)

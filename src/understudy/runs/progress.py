@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class RichProgress(TrainerCallback):
-    """One bar on stderr with the last logged loss; silent where stderr is no terminal."""
+    """One bar on stderr with the last logged loss; nothing if stderr is not a terminal."""
 
     def __init__(self, title: str) -> None:
         columns = (

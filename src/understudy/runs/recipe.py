@@ -1,4 +1,4 @@
-"""Recipes: one typed configuration, read from YAML, `key=value` overrides or Python, with unknown keys refused."""
+"""Recipes: one typed configuration, read from YAML, `key=value` overrides or Python. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 RENAMED = {"judge": "eval_split"}
 """Former names of recipe keys, which still work."""
 NONE = "none"
-"""As the teacher of a recipe: none, not even the task's own."""
+"""Value of `teacher` for no teacher, not even the task's default."""
 
 
 class Recipe(BaseModel):
@@ -84,15 +84,15 @@ class Recipe(BaseModel):
 
     @property
     def evaluation_batch(self) -> int:
-        """Examples that an evaluation looks at together: `trainer.per_device_eval_batch_size`, 64 if not given."""
+        """Examples per evaluation batch: `trainer.per_device_eval_batch_size`, 64 if not given."""
         return max(1, int(self.trainer.get("per_device_eval_batch_size", 64)))
 
     def build_method(self) -> Method:
-        """The configured method; a bad option is one line that names it."""
+        """The configured method; an invalid option is an `InputError` of one line that names it."""
         return validated(get_method(self.method), self.options, f"option of method {self.method!r}")
 
     def dump(self) -> dict[str, Any]:
-        """Plain values, as written to `recipe.yaml`. That a method does without the teacher it could have is among them."""
+        """Plain values as written to `recipe.yaml`, which also say if a method runs without its optional teacher."""
         values = self.model_dump(mode="json", exclude_none=True)
         method = self.build_method()
         if self.teacher is None and method.requires.teacher == "optional":
@@ -100,13 +100,13 @@ class Recipe(BaseModel):
         return values
 
     def shown(self) -> dict[str, Any]:
-        """Plain values as they are stored and shown: with secrets masked."""
+        """Plain values as stored and displayed, with secrets masked."""
         found: dict[str, Any] = masked(self.dump())
         return found
 
 
 def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
-    """`model(**values)`, with a bad or unknown value as one line."""
+    """`model(**values)`; a bad or unknown value is an `InputError` of one line."""
     unknown = [k for k in values if k not in model.model_fields]
     if unknown:
         raise InputError(
@@ -125,13 +125,13 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
             known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
-        # A key that was put where it does not belong is not printed either.
+        # An API key at the wrong place must not be printed either.
         shown = where if "endpoint" in first["loc"] else f"{where} = {brief(masked(first['input']))}"
         raise InputError(f"Bad {what}: {shown}: {message}.") from None
 
 
 def make(values: Mapping[str, Any]) -> Recipe:
-    """A validated recipe with its task's defaults filled in."""
+    """A validated recipe with its task's defaults."""
     if not isinstance(values, Mapping):
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
     check_plain(values)
@@ -175,7 +175,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with former names of keys replaced, and the name of a variant (`kto`, `simpo`) as its method and options."""
+    """The values, with former names of keys replaced, and the name of a variant (`kto`, `simpo`) replaced by its method
+    and options."""
     found = dict(values)
     for old, new in RENAMED.items():
         if old in found:
@@ -198,7 +199,7 @@ def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, unless a key stands at the top that belongs to the method or the trainer: its place is named."""
+    """The values; a top-level key that belongs to the method or the trainer is an error that names its place."""
     for key in values:
         if key in Recipe.model_fields:
             continue
@@ -212,7 +213,8 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_arguments(filled: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's values with all arguments of Trainer checked and read: those of the run, and of what is trained first."""
+    """The recipe's values with all arguments of Trainer checked and parsed: those of the run and of models trained
+    first."""
     filled["trainer"] = checked_arguments(filled.get("trainer") or {}, "trainer")
     for side in ("teacher", "student"):
         spec = filled.get(side)
@@ -225,18 +227,18 @@ def _with_arguments(filled: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
-    """The run that trains the recipe's teacher, or the student's start, on the labels first."""
+    """The run that first trains the recipe's teacher, or the student's initial weights, on the labels."""
     spec: ModelSpec = getattr(recipe, side)
     assert spec.train is not None
     task = get_task(recipe.task)
     student = ModelSpec(**{**spec.model_dump(), "train": None})
     data = {**recipe.data, **task.start_data}
     if spec.tokenizer is not None:
-        data.pop("tokenizer", None)  # its own counts
+        data.pop("tokenizer", None)  # it keeps its own
     elif task.kind in ("text", "preference") and is_new_causal_lm(spec.model) and "tokenizer" not in data:
         other: ModelSpec | None = recipe.student if side == "teacher" else recipe.teacher
         first = next((o for o in other.parts("").values() if _brings_tokenizer(o)), None) if other is not None else None
-        if first is not None:  # a new model takes the tokenizer of the one that it is to train beside
+        if first is not None:  # a new model uses the tokenizer of the other one
             data["tokenizer"] = first.tokenizer or first.model
     values = recipe.dump() | {
         "method": task.baseline,
@@ -261,7 +263,7 @@ def _brings_tokenizer(spec: ModelSpec) -> bool:
 
 
 def check_members(recipe: Recipe, task: Any) -> None:
-    """Refuse several teachers that cannot be one, and their keys where there is one teacher."""
+    """Raise an error for several teachers that cannot be combined, and for keys of several teachers if there is one."""
     teacher, student = recipe.teacher, recipe.student
     if student is not None and (student.members or student.weights or student.route):
         raise InputError("student.members: a student is one model; several models are a teacher's (teacher.members).")
@@ -283,11 +285,11 @@ def check_members(recipe: Recipe, task: Any) -> None:
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(f"Member {name!r}: a name is made of letters, digits, _ and -.")
     if teacher.route is not None and teacher.weights is not None:
-        raise InputError("teacher.route asks one member about each example: leave teacher.weights out.")
+        raise InputError("teacher.route uses one member for each example: leave teacher.weights out.")
 
 
 def _with_domains(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's values; the column that routes examples to members becomes that of the data's domains."""
+    """The recipe's values; the column that routes examples to members is set as the data's domain column."""
     values, route = (
         recipe.model_dump(mode="json", exclude_none=True),
         recipe.teacher.route if recipe.teacher is not None else None,
@@ -301,14 +303,14 @@ def _with_domains(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
-    """Refuse own samples where nothing could write or judge them."""
+    """Raise an error for on-policy samples if nothing could generate or score them."""
     if recipe.on_policy is None:
         return
     if kind != "text":
         raise InputError(f"on_policy lets the student write text and {recipe.task!r} is a {kind} task: leave it out.")
     if recipe.teacher is None or not method.requires.in_steps:
         raise InputError(
-            f"on_policy has a teacher judge the student's own samples and method {recipe.method!r} asks none: choose a "
+            f"on_policy needs a teacher's outputs for the student's samples and method {recipe.method!r} uses none: choose a "
             "method with a teacher (kd, taid), or leave it out."
         )
     if recipe.teacher.cache is not None:
@@ -327,7 +329,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
         file = Path(path)
         if not file.is_file():
             raise InputError(
-                f"Recipe {file} does not exist or is no file. Give a YAML file, or overrides alone: task=... method=..."
+                f"Recipe {file} does not exist or is no file. Give a YAML file, or only overrides: task=... method=..."
             )
         values = read_yaml(file, "Recipe") or {}
         if not isinstance(values, dict):

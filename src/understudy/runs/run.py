@@ -1,4 +1,4 @@
-"""The one door: a recipe in, a run folder out. The Python API and the commands both come through it."""
+"""The entry point of all runs, from the Python API and the command line: from a recipe to a run folder."""
 
 from __future__ import annotations
 
@@ -62,20 +62,20 @@ from understudy.training import Pipeline, PipelineContext, SetupContext
 from understudy.training.ranks import check_sharding
 
 TRACKED_AS = {"test": "test", "validation": "eval"}
-"""How transformers' trackers begin the names of a split's metrics."""
+"""Prefixes of a split's metrics in transformers' trackers."""
 log = logging.getLogger(__name__)
-transformers_logging.disable_progress_bar()  # bars of files that load in milliseconds hide the one that matters
+transformers_logging.disable_progress_bar()  # bars of fast file loads hide the training bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run leaves.
+    """The result of a run.
 
     Args:
-        student: the trained model itself (`save_pretrained` already called into `folder / "student"`).
-        metrics: those of the judged split.
+        student: the trained model itself (`save_pretrained` has been called into `folder / "student"`).
+        metrics: those of the evaluation split.
         folder: the run folder.
-        interrupted: the run stopped early and resumes when started again.
+        interrupted: the run stopped early; started again, it resumes.
     """
 
     student: Any
@@ -92,23 +92,24 @@ def distill(
     overwrite: bool = False,
     **keys: Any,
 ) -> Result:
-    """Train a student as a recipe says, and evaluate it.
+    """Train a student by a recipe, and evaluate it.
 
     Args:
-        recipe: a recipe, a mapping, or the path of a YAML file; `keys` go on top (`method="taid"`, ...). `method` may be a
-            `Method` class or instance of your own. `teacher` and `student` may be modules, or functions without arguments
-            that make one (`model_init` is such a function for the student, called when the seed is set): image classifiers
-            that return logits, or causal LMs (name their tokenizer with `data={"tokenizer": ...}`). `data`, or its `name`,
-            may be a `datasets.Dataset`, a list of records, or either of these by split; they are known by their content.
-        callbacks: of transformers, told of the student's training.
+        recipe: a recipe, a mapping, or the path of a YAML file; `keys` override it (`method="taid"`, ...). `method` may
+            be a `Method` class or instance. `teacher` and `student` may be modules, or functions without arguments that
+            return one (`model_init` is such a function for the student, called after the seed is set): image
+            classifiers that return logits, or causal LMs (name their tokenizer with `data={"tokenizer": ...}`). `data`,
+            or its `name`, may be a `datasets.Dataset`, a list of records, or either of these by split; they are
+            identified by their content.
+        callbacks: of transformers, for the student's training.
         progress: show a progress bar.
-        overwrite: replace the run that the output folder holds, whatever it is.
+        overwrite: replace any run in the output folder.
 
-    Started again on the same folder it resumes, and a finished run is read rather than repeated; with more steps it goes
-    on from its last checkpoint.
+    Started again on the same folder it resumes; a finished run is read and not repeated. With more steps it continues
+    from its last checkpoint.
 
     Raises:
-        InputError: anything the caller can mend, in one line.
+        InputError: any problem that the caller can fix, in one line.
     """
     if isinstance(recipe, (str, Path)):
         recipe = load(recipe)
@@ -132,19 +133,21 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     overwrite: bool = False,
 ) -> Result:
-    """Carry out a validated recipe.
+    """Execute a validated recipe.
 
     Args:
-        home: where models that are trained first and stored scores are kept and shared; the run folder if not given.
-        modules: `teacher` or `student` handed over as a module. callbacks: of transformers.
-        overwrite: replace the run that the folder holds.
+        home: folder of the models that are trained first and of stored scores, which may be shared; by default the run
+            folder.
+        modules: `teacher` or `student` given as a module.
+        callbacks: of transformers.
+        overwrite: replace the run in the folder.
     """
     with held(recipe.output, inputs(recipe)):
         return _run(recipe, progress, home or recipe.output, modules or {}, callbacks, overwrite)
 
 
 def inputs(recipe: Recipe) -> Iterator[Path]:
-    """The files and folders that a recipe's data are read from."""
+    """The files and folders of a recipe's data."""
     names = [v for k, v in recipe.data.items() if isinstance(v, str) and not k.endswith("_column")]
     yield from filter(None, map(find, names))
 
@@ -165,10 +168,10 @@ def _run(
     done = None if overwrite else finished(folder)
     longer = [] if overwrite else agree(recipe)
     if done is not None and not longer:
-        if first_rank() and not (folder / "report.html").is_file():  # a kill came before it
+        if first_rank() and not (folder / "report.html").is_file():  # killed before it was written
             render_run(folder)
         if not (folder / "student").is_dir():
-            return Result(None, done["metrics"], folder)  # a procedure: its models are in the runs below
+            return Result(None, done["metrics"], folder)  # a pipeline: its models are in the runs below
         prepared = task.prepare(recipe)
         same_inputs(folder, prepared.hashes)
         check_seal(folder / "student")
@@ -182,7 +185,7 @@ def _run(
 
 
 class _Journal:
-    """What `run.json` says of a run on its way. Nothing is written to the folder before the run begins."""
+    """The content of `run.json` during a run. Nothing is written to the folder before the run begins."""
 
     def __init__(self, recipe: Recipe, overwrite: bool, lengthened: list[Any]) -> None:
         self.recipe, self.overwrite, self.lengthened = recipe, overwrite, lengthened
@@ -191,13 +194,13 @@ class _Journal:
         self.findings = Findings()
 
     def compare(self, hashes: dict[str, str]) -> None:
-        """Note the hashes of what the run reads; those of a run that goes on must be as they were."""
+        """Record the hashes of the run's inputs; on resume compare them with the earlier ones."""
         self.hashes = hashes
         if not self.overwrite and written(self.folder) is not None:
             same_inputs(self.folder, hashes)
 
     def begin(self) -> None:
-        """Take the folder."""
+        """Write the recipe into the folder."""
         if first_rank() and self.overwrite:
             clear(self.folder)
         self.findings.notes.extend(
@@ -226,16 +229,16 @@ def _fit(
     modules: Mapping[str, nn.Module],
     callbacks: Sequence[TrainerCallback],
 ) -> Result:
-    """Load both sides, check them, work on the data, train, save, evaluate, report."""
+    """Load student and teacher, check them, call `setup`, train, save, evaluate, report."""
     folder = journal.folder
     check_sharding(recipe.build_method(), recipe.trainer)
     _refuse_text_alone(recipe)
     prepared = task.prepare(recipe)
-    set_seed(recipe.seed)  # a new teacher, or a head of it, is the same when the run goes on
+    set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     shown = comparable(teacher)
     set_seed(recipe.seed)
-    assert recipe.student is not None  # every task fills it
+    assert recipe.student is not None  # filled by every task
     if prepared.stored is not None:
         prepared.stored(home / "store")
     given = modules.get("student")
@@ -281,12 +284,12 @@ def _fit(
 
 
 def _refuse_text_alone(recipe: Recipe) -> None:
-    """Refuse a side that gives text alone where its outputs are needed."""
+    """Raise an error for a teacher or student that only generates text where its outputs are needed."""
     for side, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
         if spec is not None and spec.endpoint is not None and not (side == "teacher" and spec.score is not None):
-            also = "say what it is asked for with teacher.score (top_k:20), " if side == "teacher" else ""
+            also = "name the scores it provides with teacher.score (top_k:20), " if side == "teacher" else ""
             raise InputError(
-                f"{side}.endpoint gives text alone, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
+                f"{side}.endpoint only gives text, and method {recipe.method!r} needs the {side}'s own outputs: {also}name "
                 "a model without endpoint, or a method that learns from text."
             )
 
@@ -342,7 +345,7 @@ def _setup_context(
 
 
 def _run_pipeline(recipe: Recipe, journal: _Journal, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
-    """A procedure: its stages in order, each a file or a run of its own below the folder."""
+    """Run the stages of a pipeline in order, each with a file or a run of its own in the folder."""
     folder, method = journal.folder, recipe.build_method()
     assert isinstance(method, Pipeline)
 
@@ -362,9 +365,9 @@ def _run_pipeline(recipe: Recipe, journal: _Journal, progress: bool, callbacks: 
 def evaluate_split(
     task: Task, prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None, split: str, batch: int = 64
 ) -> dict[str, Any]:
-    """The evaluation of a student on a split, beside the teacher where there is one.
+    """The evaluation of a student on a split, compared with the teacher if there is one.
 
-    Metrics of further test sets stand beside those of `test`, with the set's name at the end (`accuracy_clean`).
+    Metrics of further test sets are added to those of `test`, with the name of the set as suffix (`accuracy_clean`).
     """
 
     def on(data: Any) -> dict[str, Any]:
@@ -380,12 +383,12 @@ def evaluate_split(
 def _sample_texts(
     prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None, split: str, findings: Findings
 ) -> list[dict[str, Any]]:
-    """What the student writes, for the report; nothing for a model that writes no text."""
+    """Sample texts of the student for the report; none for a model that generates no text."""
     if prepared.tokenizer is None:
         return []
     try:
         table = sample_texts(student, teacher, prepared.split(split), prepared.tokenizer)
-    except Exception as error:  # of a model's own code; the training is paid for and its evaluation stands without
+    except Exception as error:  # from a model's own code; the evaluation is complete without samples
         findings.notes.append(f"No sample texts: {type(student.model).__name__} cannot write ({type(error).__name__}).")
         return []
     return [table] if table is not None else []
@@ -394,7 +397,7 @@ def _sample_texts(
 def load_teacher(
     recipe: Recipe, task: Task, prepared: Prepared, home: Path, progress: bool, module: nn.Module | None
 ) -> ModelAdapter | None:
-    """The recipe's teacher, trained first if the recipe says so; `None` where a cache or server answers in its place."""
+    """The recipe's teacher, trained first if the recipe says so; `None` if a cache or server is used."""
     spec, method = recipe.teacher, recipe.build_method()
     if spec is None:
         if method.requires.needs_teacher:
@@ -424,7 +427,7 @@ def _model(
     progress: bool,
     module: nn.Module | None,
 ) -> ModelAdapter:
-    """Load one side; a model that is to be trained first is trained once and kept in `home`."""
+    """Load the teacher or the student; a model that must be trained first is trained once and kept in `home`."""
     spec: ModelSpec = getattr(recipe, side)
     if module is not None or spec.train is None:
         model = load_model(task, spec, prepared, module)
@@ -440,7 +443,7 @@ _FIRST = {"teacher": "teacher", "student": "start"}
 
 
 def trained_first(recipe: Recipe, home: Path) -> list[Recipe]:
-    """The runs below `home` that train the recipe's teachers, or the student's start, on the labels."""
+    """The runs in `home` that train the recipe's teachers, or the student's initial weights, on the labels."""
     found = [
         own_training(own, "teacher", home / MEMBERS / name / _FIRST["teacher"])
         for name, own in member_recipes(recipe).items()
@@ -451,7 +454,7 @@ def trained_first(recipe: Recipe, home: Path) -> list[Recipe]:
 
 
 def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -> Result:
-    """Train the recipe's teacher, or the student's start, on the labels, as a run of its own below `home`.
+    """Train the recipe's teacher, or the student's initial weights, on the labels, as a separate run in `home`.
 
     Raises:
         KeyboardInterrupt: it was stopped; started again it resumes.

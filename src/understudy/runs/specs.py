@@ -1,4 +1,4 @@
-"""What a recipe says of one model: its name, where it lives, and how it answers."""
+"""The specification of one model in a recipe: its name, device, dtype, and how it is used."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from understudy.generation.limits import Endpoint
 from understudy.teachers.server.scores import Score
 
 SHARDED = "sharded"
-"""As the device of a teacher: its weights are spread over all ranks."""
+"""Device of a teacher whose weights are sharded over all ranks."""
 
 
 def said_no(values: Any) -> Any:
-    """Arguments of Trainer as meant: YAML reads `no` as false, and a strategy (`eval_strategy`) is a word."""
+    """Arguments of Trainer as intended: YAML reads `no` as false, but a strategy (`eval_strategy`) is a word."""
     if not isinstance(values, dict):
         return values
     return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
 
 
 class ModelSpec(BaseModel):
-    """A model: a name, folder or Hub id, and how to hold it."""
+    """A model: a name, folder or Hub id, and how to load it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -45,7 +45,7 @@ class ModelSpec(BaseModel):
         None, description="An OpenAI-compatible server that writes, or scores tokens; `model` is its name."
     )
     score: str | None = Field(
-        None, description="What a teacher behind an endpoint is asked about each token: top_k:N, ids:N or sampled."
+        None, description="Scores of each token requested from a teacher behind an endpoint: top_k:N, ids:N or sampled."
     )
 
     members: dict[str, ModelSpec] | None = Field(None, description="Several teachers in one, by name.")
@@ -74,7 +74,7 @@ class ModelSpec(BaseModel):
         return {"model": " + ".join(map(str, members)), **values, "members": named}
 
     def parts(self, where: str) -> dict[str, ModelSpec]:
-        """The models that this names: itself, or its members, by their place in the recipe."""
+        """The models of this specification by their place in the recipe: itself, or its members."""
         if not self.members:
             return {where: self}
         return {f"{where}.members.{name}": member for name, member in self.members.items()}
@@ -97,12 +97,12 @@ class ModelSpec(BaseModel):
     @model_validator(mode="after")
     def _score_of_a_server(self) -> Self:
         if self.score is not None and self.endpoint is None:
-            raise ValueError("score is what a server is asked for: name it with endpoint, or leave score out")
+            raise ValueError("score is requested from a server: name it with endpoint, or leave score out")
         if self.score is not None and self.train is not None:
             raise ValueError("a model behind an endpoint is not trained here: leave train or score out")
         return self
 
     @property
     def served(self) -> bool:
-        """Whether a server scores tokens in the model's place."""
+        """Whether a server scores tokens instead of a model here."""
         return self.score is not None and self.cache is None

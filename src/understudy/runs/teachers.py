@@ -1,4 +1,4 @@
-"""The recipe's teacher, of whatever kind: a model, a cache, a server, several of them, or one with another tokenizer."""
+"""The recipe's teacher, of any kind: a model, a cache, a server, an ensemble, or a model with another tokenizer."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Load = Callable[[str, Recipe], ModelAdapter | Teacher | None]
 def teacher_of(
     recipe: Recipe, prepared: Prepared, method: Method, model: ModelAdapter | None, student: ModelAdapter, home: Path
 ) -> Teacher | None:
-    """The teacher where it is no model of its own: a cache or a server. `None` where `model` is to answer.
+    """The teacher if it is a cache or a server; `None` if `model` is used.
 
     Args:
-        model: the loaded teacher, if there is one; refused where the method asks more of it than it can say.
-        home: where the scores of a server are kept and shared.
+        model: the loaded teacher, if there is one; an error if it does not provide what the method requires.
+        home: folder where the scores of a server are kept and shared.
     """
     if method.requires.teacher == "none" or recipe.teacher is None:
         return None
@@ -62,7 +62,7 @@ def teacher_of(
 
 
 def load_model(task: Task, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-    """A task's model, after its folder was compared with the hashes that were written with it."""
+    """A task's model, after comparing its folder with the hashes written with it."""
     folder = find(spec.model) if source is None else source
     if isinstance(folder, Path) and folder.is_dir():
         check_seal(folder)
@@ -70,7 +70,8 @@ def load_model(task: Task, spec: Any, prepared: Prepared, source: Path | nn.Modu
 
 
 def member_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """For each member of the recipe's teacher the recipe with it alone: a routed one learns its own domain alone."""
+    """For each member of the recipe's teacher, the recipe with this member only; a routed member learns only its own
+    domain."""
     members = recipe.teacher.members if recipe.teacher is not None else None
     found = {}
     for name, spec in (members or {}).items():
@@ -81,10 +82,10 @@ def member_recipes(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def ensemble(recipe: Recipe, prepared: Prepared, load: Load) -> Ensemble | None:
-    """The recipe's teacher of several members; `None` where `load` has one of them not yet.
+    """The recipe's ensemble of teachers; `None` if `load` does not have a member yet.
 
     Args:
-        load: gives a member, by its name and the recipe with it alone; it is not asked for those that are captured.
+        load: returns a member, by its name and the recipe with this member only; not called for captured ones.
     """
     spec = recipe.teacher
     assert spec is not None
@@ -108,7 +109,7 @@ def ensemble(recipe: Recipe, prepared: Prepared, load: Load) -> Ensemble | None:
 
 
 def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> ModelAdapter | None:
-    """The recipe's teacher without training anything: `None` where it is not there yet, or cannot be asked about all.
+    """The recipe's teacher without training anything: `None` if it does not exist yet, or does not cover all examples.
 
     Args:
         folder: of a run that may have trained it.
@@ -135,10 +136,10 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
 
 
 def trained(spec: ModelSpec, teacher: ModelAdapter) -> ModelAdapter:
-    """The teacher, unless a part of it has no weights yet: what it would say is random.
+    """The teacher, unless it has untrained weights, whose outputs would be random.
 
     Raises:
-        InputError: it is named as it is, and its head is new.
+        InputError: the recipe uses it untrained, and its head is new.
     """
     if spec.train is None and is_new(teacher):
         raise InputError(
@@ -149,14 +150,14 @@ def trained(spec: ModelSpec, teacher: ModelAdapter) -> ModelAdapter:
 
 
 def comparable(teacher: ModelAdapter | None) -> ModelAdapter | None:
-    """The teacher, where it gives whole distributions about any example: to be judged and read beside the student."""
+    """The teacher, if it returns whole distributions for any example, so that it can be evaluated beside the student."""
     if isinstance(teacher, OtherTokenizer) or (isinstance(teacher, Ensemble) and not teacher.complete):
         return None
     return teacher
 
 
 def copy_of(teacher: ModelAdapter | None) -> ModelAdapter:
-    """A student that begins as its teacher."""
+    """A student that is a copy of its teacher."""
     if isinstance(teacher, (Ensemble, OtherTokenizer)):
         raise InputError(
             f"student={COPY} begins as a copy of one model of its tokens; this teacher is none: name a student."
@@ -167,39 +168,40 @@ def copy_of(teacher: ModelAdapter | None) -> ModelAdapter:
 
 
 def other_side(prepared: Prepared) -> Prepared:
-    """The data as a teacher with another tokenizer is loaded for it."""
+    """The data in the form that a teacher with another tokenizer is loaded with."""
     tokenizer = prepared.aligner.teacher.tokenizer
     return dataclasses.replace(prepared, tokenizer=tokenizer, classes=len(tokenizer))
 
 
 def other_tokenizer(model: ModelAdapter, prepared: Prepared) -> OtherTokenizer:
-    """The teacher behind the alignment of both tokenizers."""
+    """The teacher wrapped with the alignment of both tokenizers."""
     limit = getattr(getattr(model.model, "config", None), "max_position_embeddings", None)
     return OtherTokenizer(model, prepared.aligner, limit=limit)
 
 
 def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:
-    """The teacher's cache, if the method can do with stored signals and the run has the tokens it was captured with."""
+    """The teacher's cache, after checking that the method supports stored targets and the tokens are those of the
+    capture."""
     path = find(folder)
     if path is None:
         raise InputError(f"Cache {folder} does not exist. Capture it with `understudy cache capture` and this recipe.")
-    outputs_alone(method, "a cache keeps its outputs alone")
+    outputs_alone(method, "a cache only keeps its outputs")
     return CachedTeacher(path, {**_tokens(prepared), "classes": prepared.classes})
 
 
 def outputs_alone(method: Method, reason: str) -> None:
-    """Refuse a method that reads inside the teacher, where the teacher gives its outputs alone."""
+    """Raise an error for a method that reads inner layers, if only the teacher's outputs are available."""
     if method.requires.teacher_features or method.requires.teacher_layers:
         raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
 
 
 def _tokens(prepared: Prepared) -> dict[str, Any]:
-    """What a teacher's answers depend on beside the teacher."""
+    """What a teacher's outputs depend on beside the teacher."""
     return {key: prepared.hashes[key] for key in ("tokenizer", "template", "ends") if key in prepared.hashes}
 
 
 def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapter | None = None) -> ServedTeacher:
-    """The recipe's teacher behind its server, compared with the run's tokenizer and data; scores are kept in `folder`."""
+    """The recipe's teacher on its server, checked against the run's tokenizer and data; scores are kept in `folder`."""
     spec, method = recipe.teacher, recipe.build_method()
     assert spec is not None and spec.endpoint is not None and spec.score is not None
     if prepared.aligner is not None:
@@ -209,7 +211,7 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapt
         )
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
-    outputs_alone(method, "a server gives scores of tokens alone")
+    outputs_alone(method, "a server only gives scores of tokens")
     asked = method.requires.temperature
     if asked != 1.0:
         raise InputError(

@@ -1,14 +1,12 @@
-"""The fast path: tile by tile over rows, with the gradient taken in the forward pass.
+"""The fast path: the loss tile by tile over rows, with its gradient computed in the forward pass.
 
-A tile is as many rows as the head's products are efficient on; its logits are the only large tensors there are. Inside a
-tile the loss walks over strips of a few rows and writes its gradient over the logits it was taken at. Products
-with the head are written out, so the head's gradient is accumulated in place. Cost: 6·H_s·V + 2·H_t·V operations a row;
-memory a tile of the student's logits and most of one of the teacher's.
+A tile has as many rows as make the products with the head efficient; its logits are the only large tensors. Inside a
+tile the loss is computed on strips of a few rows, and the gradient overwrites the logits. The products with the head
+are written out, so that the head's gradient is accumulated in place. Cost: 6·H_s·V + 2·H_t·V operations per row;
+memory: one tile of the student's logits and most of one of the teacher's.
 
-On a CPU a strip's gradient is that of `by_hand` or autograd's; on a GPU Triton kernels come first, for a whole tile.
-`torch.compile` is not used: compiled, the forward KL as first written took a half to a quarter of the time on a CPU, the step 4 %
-less at 96 rows, hidden 256, 131,072 classes and 3 % at hidden 1,024, 32,000 classes. That is less than the noise, for a
-first call of 4 to 27 s and a C++ compiler.
+On a CPU the gradient of a strip comes from `by_hand` or autograd; on a GPU Triton kernels are tried first, on a whole
+tile. `torch.compile` is not used (`docs/benchmarks.md`).
 """
 
 from __future__ import annotations
@@ -25,17 +23,15 @@ from understudy.streaming.products import to_hidden, to_logits, to_weight
 from understudy.targets import Dense, Mixture, Projected, Target
 
 TILE_BYTES = 64 * 2**20
-"""Bytes of one `[tile rows, classes]` float32 tensor on a CPU. The head is read, and its gradient added to, once a tile, so
-`bytes_of_tile` takes up to three times as much where that saves tiles: 2,048 rows at 131,072 classes take 6 % longer with
-twice."""
+"""Bytes of one `[tile rows, classes]` float32 tensor on a CPU. The head is read, and its gradient added to, once per tile, so
+`bytes_of_tile` takes up to three times as much if that saves tiles."""
 GPU_TILE_BYTES = 256 * 2**20
-"""The same on a GPU, where a tile of few rows would be spent on reading the head and adding to its gradient: at
-512 rows products take about twice as long as that. Reckoned from the bandwidth of an H100, not measured."""
+"""The same on a GPU, where a tile of few rows would be bound by reading the head and adding to its gradient. At 512 rows
+products take about twice as long as that, estimated from the bandwidth of an H100, not measured."""
 STRIP_BYTES = 2**20
-"""Bytes of one `[strip rows, classes]` float32 tensor on a CPU. With strips of 4 MiB, which leave the cache, 512 rows at
-131,072 classes took 8 % longer."""
+"""Bytes of one `[strip rows, classes]` float32 tensor on a CPU, small enough for the cache."""
 STRIPS_HELD = 8
-"""Tensors of a strip that a loss holds at a time, about."""
+"""Approximate number of tensors of a strip that a loss holds at a time."""
 
 
 def rowwise(
@@ -50,16 +46,17 @@ def rowwise(
     """Values `[rows]` of a row-wise loss, differentiable, with no `[rows, classes]` tensor beyond one tile.
 
     Args:
-        loss: `loss(logits [strip, classes], target, *rows, **options) -> [strip]`; without target if that is `None`.
-        student: `Dense` logits go straight to the loss; `Projected` ones tile by tile.
-        target: any target; hidden states are projected a tile at a time.
-        rows: further tensors with one entry a row, for example labels.
-        tile_bytes: size of one tile of logits, if not `bytes_of_tile`.
+        loss: `loss(logits [strip, classes], target, *rows, **options) -> [strip]`; without the argument `target` if
+            that is `None`.
+        student: `Dense` logits are given to the loss directly, `Projected` ones tile by tile.
+        target: any target; hidden states are projected tile by tile.
+        rows: further tensors with one entry per row, for example labels.
+        tile_bytes: size of one tile of logits; by default from `bytes_of_tile`.
         kernels: use the Triton kernels where they run and cover the loss.
 
-    Gradients flow to the student's hidden states, head weight and bias. Products back are done in the forward pass, except
-    those of the last tile, which is kept for the backward pass: there its share is added to what there is, scaled in the same
-    pass over memory. If the gradient that arrives differs between rows, tiles are computed again.
+    Gradients flow to the student's hidden states, head weight and bias. Their products are done in the forward pass,
+    except those of the last tile, which is kept for the backward pass and there added to the others, scaled in the same
+    pass over memory. If the upstream gradient differs between rows, the tiles are recomputed.
     """
     if not isinstance(student, Projected):
         return call(loss, student.logits, dense(target), rows, options)
@@ -74,7 +71,7 @@ Grads = list[Tensor | None]
 
 
 class _Work:
-    """The loss and its inputs, and the pass over tiles and strips."""
+    """The loss with its inputs, and the loop over tiles and strips."""
 
     def __init__(
         self,
@@ -106,12 +103,12 @@ class _Work:
         return self.student.hidden.new_empty(rows, self.student.classes, dtype=self.dtype)
 
     def slopes(self, part: slice, mine: Tensor, teacher: _Teacher, wants: bool) -> tuple[Tensor, Tensor]:
-        """Values of a tile's rows, and the gradient with respect to its products, written over them in `mine`."""
+        """Values of a tile's rows, and the gradient with respect to its logits, which overwrites them in `mine`."""
         hidden = self.student.hidden[part]
         logits = to_logits(hidden, self.student.weight, mine[: len(hidden)])
         values = logits.new_empty(len(hidden))
         start, stop = part.start, part.start + len(hidden)
-        while start < stop:  # from one of the teacher's answers to the next
+        while start < stop:  # one block of the teacher's at a time
             at = slice(start, min(stop, (start // self.beside + 1) * self.beside))
             inside = slice(at.start - part.start, at.stop - part.start)
             values[inside] = self._piece(at, logits[inside], teacher.select(at), wants)
@@ -119,7 +116,7 @@ class _Work:
         return values, logits
 
     def _piece(self, at: slice, logits: Tensor, target: Target | None, wants: bool) -> Tensor:
-        """Values of these rows; their gradient is written over `logits`."""
+        """Values of these rows; their gradient overwrites `logits`."""
         if wants and self.kernels:
             found = self._fused(at, logits, target)
             if found is not None:
@@ -134,7 +131,8 @@ class _Work:
         return values
 
     def _fused(self, part: slice, logits: Tensor, target: Any) -> Tensor | None:
-        """Values of these rows by the Triton kernels, `logits` becoming their gradient; `None` where they are as before."""
+        """Values of these rows by the Triton kernels, whose gradient overwrites `logits`; `None`, with `logits`
+        unchanged, if they do not apply."""
         from understudy.streaming.writers import writer
 
         write = writer(self.loss, logits, target, tuple(r[part] for r in self.rows), self.options)
@@ -144,11 +142,11 @@ class _Work:
         values = write(finish(logits, student, inplace=True), student.scale, student.softcap)
         if bool(values.isfinite().all()):
             return values
-        to_logits(student.hidden[part], student.weight, logits)  # the plain loss has to look at them
+        to_logits(student.hidden[part], student.weight, logits)  # for the plain loss
         return None
 
     def _strip(self, logits: Tensor, target: Any, rows: tuple[Tensor, ...], wants: bool) -> Tensor:
-        """Values of a strip; `logits` becomes their gradient: by hand where that is known, else by autograd."""
+        """Values of a strip; its gradient overwrites `logits`: written out by hand if available, else by autograd."""
         if wants and self.student.softcap is None:
             done = by_hand(self.loss, finish(logits, self.student), target, rows, self.options)
             if done is not None:
@@ -162,8 +160,8 @@ class _Work:
         return out.detach()
 
     def run(self, needs: Needs, upstream: Tensor | None = None) -> tuple[Tensor, Grads, Tensor]:
-        """Values; the gradients of `Σ values` without the last tile's share; and that tile's slope. With `upstream`, all of
-        the gradients of `Σ upstream · values`."""
+        """Values; the gradients of `Σ values` without the part of the last tile; and that tile's gradient with respect
+        to its logits. With `upstream`, all of the gradients of `Σ upstream · values`."""
         values = self.student.hidden.new_empty(self.number, dtype=self.dtype)
         mine = self.buffer(self.tile)
         teacher = _Teacher(self)
@@ -177,7 +175,8 @@ class _Work:
         return values, grads, slope
 
     def products(self, part: slice, slope: Tensor, needs: Needs, grads: Grads, scale: float = 1.0) -> None:
-        """Add a tile's share to `scale` times the gradients of hidden states, weight and bias; the first tile makes them."""
+        """Multiply the gradients of hidden states, weight and bias by `scale` and add a tile's part; the first tile
+        allocates them."""
         hidden, weight = self.student.hidden, self.student.weight
         if needs[0]:
             into = grads[0] = grads[0] if grads[0] is not None else torch.empty_like(hidden)
@@ -195,8 +194,8 @@ class _Work:
 
 
 class _Teacher:
-    """The target of rows asked for in order. Hidden states become logits `beside` rows at a time, whatever tiles the student
-    is at: a teacher's head has no gradient, so fewer rows at a time cost it less."""
+    """The target of rows that are requested in order. Hidden states are projected `beside` rows at a time, independent
+    of the student's tiles: a teacher's head has no gradient, so small blocks cost less there."""
 
     def __init__(self, work: _Work) -> None:
         self.target, self.beside = work.target, work.beside
@@ -205,12 +204,12 @@ class _Teacher:
         self.made: Target | None = None
 
     def select(self, at: slice) -> Target | None:
-        """Of rows within one multiple of `beside`; hidden states as logits."""
+        """The target of rows within one block of `beside` rows, with logits instead of hidden states."""
         if not isinstance(self.target, (Projected, Mixture)):
             return None if self.target is None else self.target.select(at)
         begin = at.start // self.beside * self.beside
         if begin != self.begin:
-            self.begin, self.made = begin, None  # makes room
+            self.begin, self.made = begin, None  # free it first
             these: Target = self.target.select(slice(begin, begin + self.beside))
             if isinstance(these, Projected):
                 assert self.room is not None
@@ -222,7 +221,7 @@ class _Teacher:
 
 
 def _kernels(device: torch.device) -> bool:
-    """Whether Triton is there and runs on that device; on a CPU only if it was told to interpret."""
+    """Whether Triton is installed and runs on the device; on a CPU only in interpreter mode."""
     if device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
         return False
     try:
@@ -233,17 +232,17 @@ def _kernels(device: torch.device) -> bool:
 
 
 def keep_heap(size: int) -> None:
-    """Have the C library keep what a strip frees for the next one, up to `size` bytes.
+    """Make the C library keep the memory that a strip frees for the next strip, up to `size` bytes.
 
-    glibc gives freed memory back to the system beyond a threshold that it raises to twice the largest block, up to 32 MiB,
-    that was ever freed. So free one, which is never touched: without, 512 rows at 131,072 classes took 15,000 to 320,000
-    faults of pages more, some 3 µs each, by what happened to have been freed before.
+    glibc returns freed memory to the system beyond a threshold, which it raises to twice the largest block, up to 32
+    MiB, that was ever freed. Allocating and freeing a block that is never written raises it and saves page faults
+    (`docs/benchmarks.md`).
     """
     torch.empty(size, dtype=torch.uint8)
 
 
 def bytes_of_tile(gpu: bool, whole: int) -> int:
-    """Bytes of one tile of logits, of `whole` for all rows."""
+    """Bytes of one tile of logits, if those of all rows are `whole` bytes."""
     if gpu:
         return GPU_TILE_BYTES
     if whole <= 2 * TILE_BYTES:
@@ -252,14 +251,15 @@ def bytes_of_tile(gpu: bool, whole: int) -> int:
 
 
 def rows_of_tile(rows: int, most: int, gpu: bool) -> tuple[int, int]:
-    """Rows of the student's tiles, of which `most` fit, and for how many the teacher's logits are made at a time: fewer on a
-    CPU, where 13/16 of them take a whole teacher's pass over 512 rows to 9 % of plain's memory."""
+    """Rows of the student's tiles, at most `most`, and the number of rows for which the teacher is projected at a time.
+    The latter is smaller on a CPU, where it bounds the peak memory."""
     most = max(1, most)
     return even(rows, most), even(rows, most if gpu else max(1, most * 13 // 16))
 
 
 def even(rows: int, most: int) -> int:
-    """Rows of a tile: as few tiles as `most` allows, of about one size, which products like to be a multiple of 32."""
+    """Rows of a tile: as few tiles as `most` allows, of about equal size and a multiple of 32, which products are
+    efficient on."""
     if rows <= most:
         return max(1, rows)
     each = -(-rows // -(-rows // most))
@@ -281,9 +281,9 @@ class _Tiles(torch.autograd.Function):
         work: _Work = ctx.work
         kept, ctx.kept = ctx.kept, None
         one = len(work.parts) == 1
-        # A second backward pass, or rows of earlier tiles that weigh differently, are computed again.
+        # Recompute for a second backward pass, or if the upstream gradient differs between rows.
         if kept is None or not (one or bool((upstream == upstream[:1]).all())):
-            kept = None  # what was made in vain makes room
+            kept = None  # free it first
             _, grads, _ = work.run(ctx.needs, upstream)
         else:
             grads, slope = kept

@@ -1,7 +1,7 @@
-"""Values and gradients of the common losses written out by hand, for one strip of logits.
+"""Values and gradients of the common losses, written out by hand for one strip of logits.
 
-Each equals its loss in `understudy.losses` under autograd and takes fewer passes over memory. Where a row is not finite
-(forbidden classes, bad input) or a combination is not covered, `by_hand` gives `None` and the plain loss decides.
+Each equals its loss in `understudy.losses` under autograd and needs fewer passes over memory. If a row is not finite
+(forbidden classes, bad input) or a combination is not covered, `by_hand` returns `None` and the plain loss is used.
 
 With g = ∂L/∂q the gradient with respect to the logits is q (g − Σ q g) / τ.
 """
@@ -30,7 +30,7 @@ def by_hand(
     rows: tuple[Tensor, ...],
     options: dict[str, Any],
 ) -> Pair | None:
-    """Values `[rows]` and gradient `[rows, classes]`, or `None` where autograd has to do it."""
+    """Values `[rows]` and gradient `[rows, classes]`, or `None` if autograd is needed."""
     if loss is losses.cross_entropy and target is None:
         return _finite(_cross_entropy(logits, *rows))
     scales = scaling(target, rows, options)
@@ -56,8 +56,8 @@ def by_hand(
 def scaling(
     target: Target | None, rows: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[float, float, dict[str, Any]] | None:
-    """Temperature, the factor of `tau_squared` and all other options, or `None` where the plain loss has to look: at rows
-    that keep fewer classes than others, too."""
+    """Temperature, the factor of `tau_squared`, and all other options; `None` if the plain loss is needed, also for
+    rows that keep fewer classes than others."""
     options = dict(options)
     tau = options.pop("temperature", 1.0)
     factor = tau**2 if options.pop("tau_squared", False) else 1.0
@@ -73,7 +73,8 @@ def _finite(pair: Pair) -> Pair | None:
 
 
 def _softmax(z: Tensor) -> Pair:
-    """q `[rows, classes]` and log Σ exp z `[rows, 1]`: z − log q of the likeliest class, whose q is never small."""
+    """q `[rows, classes]` and log Σ exp z `[rows, 1]`, the latter as z − log q of the most probable class, whose q is
+    never small."""
     q = torch.softmax(z, -1)
     return q, z.amax(-1, keepdim=True) - q.amax(-1, keepdim=True).log_()
 
@@ -86,7 +87,8 @@ def _cross_entropy(z: Tensor, labels: Tensor) -> Pair:
 
 
 def _both(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and log p/q, class by class: probabilities do not sum to 1 exactly, so normalisers are subtracted before sums."""
+    """q, p and log p/q for each class. Probabilities do not sum to 1 exactly, so normalisers are subtracted before
+    sums."""
     (q, norm_q), (p, norm_p) = _softmax(z), _softmax(t)
     return q, p, (t - z).add_(norm_q - norm_p)
 
@@ -114,7 +116,7 @@ def _jsd(z: Tensor, t: Tensor, beta: float = 0.5) -> Pair | None:
     if not 0 < beta < 1:
         return _forward(z, t) if beta == 0 else _reverse(z, t) if beta == 1 else None
     q, p, ahead = _both(z, t)
-    # log m/q; of 40 on softplus is its argument in float64, too
+    # log m/q; from 40 on softplus equals its argument, in float64 too
     above = softplus(ahead + _log_odds(beta), threshold=40.0).add_(math.log1p(-beta))
     left, own = torch.linalg.vecdot(p, ahead.sub_(above)), torch.linalg.vecdot(q, above)
     return beta * left - (1 - beta) * own, q.mul_(above.sub_(own[:, None])).mul_(beta - 1)
@@ -148,7 +150,7 @@ def _log_odds(share: float) -> float:
 
 
 def _log(ratio: Tensor) -> Tensor:
-    """Finite where a ratio is 0 in floating point, so that 0 times it is 0."""
+    """The logarithm, finite where a ratio is 0 in floating point, so that 0 times it is 0."""
     return ratio.clamp_min(torch.finfo(ratio.dtype).tiny).log_()
 
 
@@ -171,7 +173,8 @@ def _sampled(loss: Callable[..., Tensor], z: Tensor, target: Sampled) -> Pair:
 
 
 def _buckets(loss: Callable[..., Tensor], z: Tensor, target: TopK, options: dict[str, Any]) -> Pair:
-    """Any divergence on k kept classes and a tail: autograd on k + 1 buckets, by hand from there to the classes.
+    """Any divergence on k kept classes and a tail: autograd on the k + 1 buckets, by hand from the buckets to the
+    classes.
 
     ∂ log Q_b / ∂ z_v is δ_bv − q_v for a kept class, and q_v / Q_tail [v outside] − q_v for the tail.
     """

@@ -1,17 +1,17 @@
-"""The gradients of `by_hand` as Triton kernels, written over a tile of float32 logits; `writers` launches them.
+"""The gradients of `by_hand` as Triton kernels that overwrite a tile of float32 logits; `writers` launches them.
 
-Kernels run on a grid of (row, part of the row); few rows are cut into more parts, so that a GPU is always filled.
+Kernels run on a grid of (row, part of the row); if there are few rows they are split into more parts, to fill the GPU.
 
 - `normalisers`: maximum and Σ exp(z − maximum) of a part, for each side.
-- `divergence`: a part's value and Σ q g; told to write, also the gradient q (g − Σ q g), class by class.
+- `divergence`: a part's value and Σ q g; optionally it writes the gradient q (g − Σ q g) of each class.
 - `softmax`: a row's coefficient times its softmax. Targets that name a few classes (a label, samples, the k most
   probable) need no more: the named classes are gathered before and added after.
 
 Forward KL and cross-entropy have Σ q g = −1, so their value is summed while the gradient is written: two reads of both
-sides and one write. The others need Σ q g first, a third read. Reverse KL could take it along in the first read, as
-Σ q (z_q − z_p) less the normalisers' difference, which cancels where the sides' logits differ by a constant: not done.
+sides and one write. The others need Σ q g first, a third read. Reverse KL could compute it in the first read, as Σ q
+(z_q − z_p) minus the normalisers' difference, but that cancels where the sides' logits differ by a constant.
 
-With `TRITON_INTERPRET=1` set before the first import the same kernels run on a CPU, slowly: that is for tests.
+With `TRITON_INTERPRET=1` set before the first import the same kernels run on a CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def normalisers(z, top_out, total_out, stride, classes, inverse, span, BLOCK: tl
 
 @triton.jit
 def _weigh(log_x, factor):  # type: ignore[no-untyped-def]
-    """x · factor with 0 · anything = 0 where x is 0 by decree, not by rounding."""
+    """x · factor, and 0 · anything = 0 where x is exactly 0."""
     return tl.where(log_x == -INFINITY, 0.0, tl.exp(log_x) * factor)
 
 
@@ -55,7 +55,7 @@ def _mix(log_x, log_y, log_share, log_rest):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _terms(log_q, log_p, share, log_share, log_rest, LOSS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A class's part of the value, and its q g with g = ∂L/∂q up to a constant, which q (g − Σ q g) forgets."""
+    """A class's part of the value, and its q g with g = ∂L/∂q up to a constant, which cancels in q (g − Σ q g)."""
     if LOSS == "forward_kl":  # g = −p / q
         value = _weigh(log_p, log_p - log_q)
         pull = -tl.exp(log_p)
@@ -127,7 +127,7 @@ def softmax(  # type: ignore[no-untyped-def]
         slope = coefficient * tl.exp((x * inverse - top) - log_total)
         if CAPPED:
             slope *= 1.0 - (x * inverse_cap) * (x * inverse_cap)
-        # A class set to −inf is a named one: what is added to it later must find a 0, also if it is capped.
+        # A class at −inf is a named one: its gradient is added later, so it must be 0 here, also with a soft-cap.
         tl.store(z + columns, tl.where(x == -INFINITY, 0.0, slope), mask=inside)
 
 

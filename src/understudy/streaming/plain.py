@@ -1,4 +1,4 @@
-"""The readable reference: project everything, then call the loss."""
+"""The readable reference: project all rows, then call the loss."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ RowLoss = Callable[..., Tensor]
 def project(target: Projected) -> Tensor:
     """Logits `[..., classes]` of hidden states, in float32 at least.
 
-    Half-precision hidden states and heads are widened *before* the product: a product stored in half precision has
-    lost what the difference p − q is made of.
+    Half-precision hidden states and heads are converted *before* the product: a product rounded to half precision has
+    lost the small differences that p − q consists of.
     """
     return finish(linear(target.hidden, target.weight), target)
 
 
 def linear(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden · weightᵀ in float32 at least, whatever autocast says."""
+    """hidden · weightᵀ in float32 at least, also under autocast."""
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return hidden.to(dtype) @ weight.to(dtype).T
 
 
 def finish(logits: Tensor, target: Projected, inplace: bool = False) -> Tensor:
-    """Bias, scale and soft-cap of a head on its product; `inplace` overwrites it."""
+    """Apply the bias, scale and soft-cap of a head to its product; `inplace` overwrites it."""
     if target.bias is not None:
         bias = target.bias.to(logits.dtype)
         logits = logits.add_(bias) if inplace else logits + bias
@@ -43,7 +43,7 @@ def finish(logits: Tensor, target: Projected, inplace: bool = False) -> Tensor:
 
 
 def mixed(target: Mixture) -> Tensor:
-    """Log-probabilities `[rows, classes]` of a mixture, or its mean logits; each member projects its own rows alone."""
+    """Log-probabilities `[rows, classes]` of a mixture, or its mean logits. Each member projects only its own rows."""
     there = target.place >= 0
     shares = torch.where(there, target.weights, torch.zeros_like(target.weights))
     shares = shares / shares.sum(-1, keepdim=True)
@@ -70,7 +70,7 @@ def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
 
 
 def logits_of(signal: Dense | Projected | Mixture) -> Tensor:
-    """Logits `[rows, classes]` of whatever has them."""
+    """Logits `[rows, classes]` of a dense, projected or mixed output."""
     if isinstance(signal, Mixture):
         return mixed(signal)
     if isinstance(signal, Projected):
@@ -92,7 +92,7 @@ def plain(loss: RowLoss, student: Dense | Projected, target: Target | None, *row
 def call(
     loss: RowLoss, logits: Tensor, target: Target | None, rows: tuple[Tensor, ...], options: dict[str, Any]
 ) -> Tensor:
-    """A loss with a target takes it second; one against labels alone takes none."""
+    """Call a loss with the target as second argument, or without it if the loss has none (losses against labels only)."""
     if target is None:
         return loss(logits, *rows, **options)
     return loss(logits, target, *rows, **options)

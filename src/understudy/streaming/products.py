@@ -1,12 +1,11 @@
-"""Products with the head: hidden · weightᵀ, slope · weight and slopeᵀ · hidden, in float32 whatever is stored.
+"""Products with the head: hidden · weightᵀ, slope · weight and slopeᵀ · hidden, in float32 for any stored dtype. The
+slope is the gradient with respect to the logits, in float32.
 
-A half-precision factor is widened a block of classes at a time, except on a GPU, whose bfloat16 units multiply exactly
-and add in float32. There logits are one product of the stored numbers, not rounded on the way out. The slope is float32.
-Rounded to bfloat16 it would cost 0.17 % of the head's gradient at any KL (1, 0.1, 0.01; 0.23 % once that is stored in
-bfloat16, which by itself costs 0.17 %), and 0.03 to 0.15 % of the hidden states': most where the rows of the head have a
-mean, which cancels in Σ slope · weight while the rounding does not. As the sum of two bfloat16 halves it adds less than
-0.001 %, for two products in place of one: 10·H_s·V operations a row at bfloat16 speed in place of 6·H_s·V at float32
-speed. These figures are emulated on a CPU. float16 has not the range for a slope: its products back stay wide.
+A half-precision factor is converted to float32 one block of classes at a time, except on a GPU, whose bfloat16 units
+multiply exactly and accumulate in float32. There logits are one product of the stored numbers, not rounded at the end,
+and a slope is the sum of two bfloat16 halves: 10·H_s·V operations per row at bfloat16 speed instead of 6·H_s·V at
+float32 speed. A slope rounded to bfloat16 would add an error to the gradients (`docs/benchmarks.md`). The range of
+float16 is too small for a slope, so its products are in float32.
 """
 
 from __future__ import annotations
@@ -15,16 +14,15 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 32 * 2**20
-"""Half-precision heads are widened a block of classes at a time, of about this size."""
+"""Approximate size of the blocks of classes in which half-precision heads are converted to float32."""
 FEW, TURNED_CLASSES, TURNED_BYTES = 384, 512, 2 * 2**20
-"""Logits of so few rows on a CPU are made as products of so many classes with the rows, of about this size at a time. At
-131,072 classes that took, of one product's time, 0.4 to 0.5 with 16 rows, 0.6 with 128, 0.7 with 256 and 0.8 to 0.9 with
-512 (hidden 1,024 to 4,096); at hidden 256 0.7, 0.8, 0.9 and 1.0."""
+"""On a CPU, logits of up to FEW rows are computed as products of TURNED_CLASSES classes with the rows, of about TURNED_BYTES
+at a time, which is faster there (`docs/benchmarks.md`)."""
 HALF = (torch.bfloat16, torch.float16)
 
 
 def to_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """hidden · weightᵀ in the dtype of `out`, whatever autocast says."""
+    """hidden · weightᵀ in the dtype of `out`, also under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
         if on_tensor_cores(hidden) and hidden.dtype == weight.dtype and out.dtype == torch.float32:
             return narrow(hidden, weight.T, out)
@@ -41,7 +39,7 @@ def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _turned(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The same as many weight · hiddenᵀ."""
+    """The same product as many products weight · hiddenᵀ."""
     blocks = len(weight) // TURNED_CLASSES
     split = blocks * TURNED_CLASSES
     made = torch.bmm(weight[:split].unflatten(0, (blocks, TURNED_CLASSES)), hidden.T.expand(blocks, -1, -1))
@@ -64,7 +62,8 @@ def to_hidden(slope: Tensor, weight: Tensor) -> Tensor:
 
 
 def to_weight(slope: Tensor, hidden: Tensor, out: Tensor, keep: float) -> Tensor:
-    """`out` `[classes, hidden]` becomes keep · out + slopeᵀ · hidden; with `keep` 0 it is not read, and may be narrower."""
+    """Set `out` `[classes, hidden]` to keep · out + slopeᵀ · hidden. With `keep` 0 it is not read and may have a
+    narrower dtype."""
     with torch.autocast(slope.device.type, enabled=False):
         halves = _by_halves(slope, hidden)
         wide = hidden if halves else hidden.to(slope.dtype)
@@ -81,8 +80,7 @@ def to_weight(slope: Tensor, hidden: Tensor, out: Tensor, keep: float) -> Tensor
 
 
 def _blocks(weight: Tensor, split: bool, most: int | None = None) -> list[slice]:
-    """All classes at once, or block by block, of up to `most`, where something must be widened, narrowed or turned on the
-    way."""
+    """All classes at once, or blocks of up to `most` where a factor must be converted or transposed."""
     classes, size = len(weight), max(1, len(weight))
     if split:
         size = max(1, min(BLOCK_BYTES // (4 * weight.shape[1]), most or classes))
@@ -91,7 +89,7 @@ def _blocks(weight: Tensor, split: bool, most: int | None = None) -> list[slice]
 
 
 def on_tensor_cores(x: Tensor) -> bool:
-    """Half-precision numbers on a GPU, whose products are exact and summed in float32."""
+    """Whether products are exact with float32 sums: half-precision numbers on a GPU."""
     return x.device.type == "cuda" and x.dtype in HALF
 
 
@@ -107,6 +105,6 @@ def _by_halves(slope: Tensor, other: Tensor) -> bool:
 
 
 def _add_halves(out: Tensor, slope: Tensor, other: Tensor) -> None:
-    """Add slope · other to `out`, the slope being high + low but for 2⁻¹⁷ of it."""
+    """Add slope · other to `out`, with the slope as high + low, up to a relative error of 2⁻¹⁷."""
     high = slope.to(other.dtype)
     out.add_(narrow(high, other)).add_(narrow((slope - high).to(other.dtype), other))

@@ -1,7 +1,7 @@
-"""From a loss and its target to launches of the Triton kernels: what `by_hand` covers, over a tile on a GPU.
+"""Launches the Triton kernels for a loss and its target: the cases of `by_hand`, on a tile on a GPU.
 
-Import it only where Triton is installed; nothing else needs that. A class that was sampled twice is added twice, on a GPU
-in no fixed order: the last bit of such a gradient can differ between runs, by hand as well as here.
+Import it only if Triton is installed. A class that was sampled twice is added twice, on a GPU in no fixed order, so the
+last bit of such a gradient can differ between runs, as in `by_hand`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from understudy.streaming.kernels import INTERPRETED, divergence, normalisers, s
 from understudy.targets import Dense, Sampled, Target, TopK
 
 BLOCK = 4096
-"""Classes a program holds at a time."""
+"""Number of classes that a program holds at a time."""
 PROGRAMS = 1024
-"""Programs that fill a GPU: rows are cut until there are as many."""
+"""Number of programs that fill a GPU: rows are split until there are as many."""
 
 Writer = Callable[[Tensor, float, float | None], Tensor]
-"""`writer(logits, scale, softcap) -> values`: the gradient is left in the place of the logits."""
+"""`writer(logits, scale, softcap) -> values`: the gradient overwrites the logits."""
 
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether kernels run there: on a GPU for which Triton can compile, on a CPU if interpreted."""
+    """Whether kernels run on the device: a GPU that Triton can compile for, or a CPU in interpreter mode."""
     if device.type != "cuda":
         return INTERPRETED and device.type == "cpu"
     try:
         _norms(torch.zeros(1, 32, device=device), 1.0)
-    except Exception as error:  # no compiler, an old card: whatever it is, there is another path
+    except Exception as error:  # no compiler, an old GPU: the other path is used
         warnings.warn(f"Triton kernels are off, the slower path runs instead: {error}", stacklevel=2)
         return False
     return True
@@ -50,11 +50,11 @@ def writer(
     rows: tuple[Tensor, ...],
     options: dict[str, Any],
 ) -> Writer | None:
-    """What computes `loss` on `logits`, in place, or `None` where kernels do not run or the loss is not covered.
+    """A function that computes `loss` on `logits` in place, or `None` if kernels do not run or the loss is not covered.
 
-    The same losses, targets and options as in `by_hand`. Call the writer with the finished logits (bias, scale and
-    soft-cap applied): it returns values `[rows]` and leaves the gradient with respect to the head's product. Where a
-    value is not finite the logits are spoilt, and the plain loss has to decide on logits made again.
+    The losses, targets and options are those of `by_hand`. The function gets the finished logits (bias, scale and
+    soft-cap applied), returns values `[rows]` and overwrites the logits with the gradient with respect to the head's
+    product. If a value is not finite the logits are invalid, and the plain loss must be called on recomputed ones.
     """
     if logits.dtype != torch.float32 or logits.stride(-1) != 1 or not logits.numel() or not runs_on(logits.device):
         return None
@@ -87,12 +87,12 @@ _ENDS: dict[tuple[Callable[..., Tensor], float], str] = {
     (losses.skew_kl, 0): "forward_kl",
     (losses.skew_reverse_kl, 0): "reverse_kl",
 }
-"""What a mixture is at its ends."""
+"""The limits of a mixture at its ends."""
 _BUCKETED = frozenset({*_PLAIN, *_MIXED, losses.total_variation, losses.alpha_beta})
 
 
 def _form(loss: Callable[..., Tensor], options: dict[str, Any]) -> tuple[str, float] | None:
-    """Name of a dense divergence and the share of its mixture."""
+    """Name of a dense divergence, and the weight of its mixture."""
     options = {k: v for k, v in options.items() if k != "truncation"}
     if loss in _PLAIN:
         return (_PLAIN[loss], 0.5) if not options else None
@@ -108,7 +108,7 @@ def _form(loss: Callable[..., Tensor], options: dict[str, Any]) -> tuple[str, fl
 
 
 def _cut(z: Tensor) -> tuple[tuple[int, int], int, int]:
-    """Grid (rows, parts), classes a part spans, and block."""
+    """Grid (rows, parts), number of classes per part, and block size."""
     rows, classes = z.shape
     block = min(BLOCK, 1 << (classes - 1).bit_length())
     blocks = -(-classes // block)
@@ -118,7 +118,7 @@ def _cut(z: Tensor) -> tuple[tuple[int, int], int, int]:
 
 
 def _norms(z: Tensor, inverse: float) -> Tensor:
-    """`[rows, 2]`: maximum and log Σ exp(z − maximum), kept apart since their sum would round what is left of z."""
+    """`[rows, 2]`: maximum and log Σ exp(z − maximum), kept separate since their sum would round away small parts of z."""
     grid, span, block = _cut(z)
     top, total = (z.new_empty(grid, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(z):
@@ -127,7 +127,7 @@ def _norms(z: Tensor, inverse: float) -> Tensor:
 
 
 def _joined(top: Tensor, total: Tensor) -> Tensor:
-    """Normalisers of a row from those of its parts."""
+    """Combine the normalisers of a row's parts."""
     highest = top.amax(-1, keepdim=True)
     highest = highest.masked_fill(highest == -math.inf, 0.0)
     return torch.cat([highest, (total * (top - highest).exp()).sum(-1, keepdim=True).log()], -1)
@@ -164,7 +164,7 @@ def _sparse(
 ) -> Tensor:  # fmt: skip
     kept = z.gather(-1, ids)
     if isinstance(target, TopK):
-        z.scatter_(-1, ids, -math.inf)  # what is left is the tail, summed without the classes that it excludes
+        z.scatter_(-1, ids, -math.inf)  # the tail remains, summed without the excluded classes
         norm, coefficient, added, values = _named_apart(loss, z, kept / tau, target, options, tau)
     else:
         norm = _norms(z, 1 / tau)
@@ -187,7 +187,7 @@ def _sparse(
 def _named_apart(
     loss: Callable[..., Tensor], z: Tensor, kept: Tensor, target: TopK, options: dict[str, Any], tau: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of k classes and a tail: the tail's normalisers and coefficient, what the k classes get, values."""
+    """For k classes and a tail: the tail's normalisers and coefficient, the gradient of the k classes, and the values."""
     tail = _norms(z, 1 / tau)
     whole = _joined(torch.cat([kept, tail[:, :1]], -1), torch.cat([torch.ones_like(kept), tail[:, 1:].exp()], -1))
     log_q = (torch.cat([kept, tail.sum(-1, keepdim=True)], -1) - whole[:, :1]) - whole[:, 1:]

@@ -1,4 +1,4 @@
-"""What a teacher says, as typed values. A loss states which of them it accepts."""
+"""Targets: a teacher's outputs as typed values. The type says which losses accept them."""
 
 from understudy.targets.types import (
     Clean,

@@ -12,7 +12,7 @@ from understudy.errors import InputError
 
 
 class _Rows:
-    """Shared by targets whose fields marked in `_per_row` carry one entry a row."""
+    """Base of targets whose fields marked in `_per_row` have one entry per row."""
 
     _per_row: tuple[str, ...]
 
@@ -26,7 +26,7 @@ class _Rows:
         return replace(self, **{n: change(getattr(self, n)) for n in names})  # type: ignore[type-var]
 
     def select(self, index: Any) -> Self:
-        """The rows that `index` (mask, indices or slice on the first axis) picks."""
+        """The rows selected by `index` (a mask, indices or a slice on the first axis)."""
         return self._map(self._per_row, lambda x: x[index])
 
     def _tensors(self) -> tuple[str, ...]:
@@ -55,11 +55,11 @@ class Dense(_Rows):
 
 @dataclass(frozen=True)
 class Scores(_Rows):
-    """What a model thinks of each candidate of a list, `[..., candidates]`: log-probabilities in nats, or relevance.
+    """A score for each candidate of a list, `[..., candidates]`: log-probabilities in nats, or relevance.
 
     Args:
         values: 0 where `mask` is false.
-        mask: which candidates there are.
+        mask: True for valid candidates.
     """
 
     values: Tensor
@@ -69,7 +69,7 @@ class Scores(_Rows):
 
 @dataclass(frozen=True)
 class Clean(_Rows):
-    """What a denoiser takes the clean example to be, `[rows, ...]` of any shape."""
+    """A denoiser's prediction of the clean example, `[rows, ...]` of any shape."""
 
     values: Tensor
     _per_row = ("values",)
@@ -81,7 +81,7 @@ class Clean(_Rows):
 
 @dataclass(frozen=True)
 class Projected(_Rows):
-    """Hidden states and the head that makes logits of them.
+    """Hidden states and the head that projects them to logits.
 
     `logits = scale · (hidden · weightᵀ + bias)`, then `softcap · tanh(logits / softcap)` if there is a soft-cap.
 
@@ -89,6 +89,8 @@ class Projected(_Rows):
         hidden: `[..., hidden]`.
         weight: `[classes, hidden]`.
         bias: `[classes]` or `None`.
+        scale: factor of the logits.
+        softcap: bound of the logits, or `None`.
     """
 
     hidden: Tensor
@@ -112,16 +114,17 @@ class Projected(_Rows):
 
 @dataclass(frozen=True)
 class Mixture(_Rows):
-    """Several answers in one. Row r is the weighted mean of those members that say something about it.
+    """A mixture of several outputs. Row r is the weighted mean of the members that have an output for it.
 
-    p = Σ_m w_m p_m with p_m the softmax of member m, over the members with `place[r, m]` ≥ 0 and with their weights divided
-    by their sum; with `geometric` the logits are averaged instead, log p = Σ_m w_m z_m + constant. Members stay as they are
-    given: no `[rows, classes]` tensor is made before a loss asks for some rows.
+    p = Σ_m w_m p_m with p_m the softmax of member m, over the members with `place[r, m]` ≥ 0 and with their weights
+    divided by their sum; with `geometric` the logits are averaged instead, log p = Σ_m w_m z_m + constant. Members are
+    kept separate: no `[rows, classes]` tensor is made before a loss requires some rows.
 
     Args:
-        members: `Dense` or `Projected`, of the same classes.
-        place: `[rows, members]`, int64, the row of each member that speaks about this one; −1 where it does not.
+        members: `Dense` or `Projected`, over the same classes.
+        place: `[rows, members]`, int64, the row of each member's output for this row; −1 if it has none.
         weights: `[members]`, above 0.
+        geometric: average logits instead of probabilities.
     """
 
     members: tuple[Dense | Projected, ...]
@@ -156,13 +159,13 @@ class Mixture(_Rows):
 
 @dataclass(frozen=True)
 class TopK(_Rows):
-    """The k most probable classes with the mass of the rest.
+    """The k most probable classes and the probability mass of the others.
 
     Args:
-        ids: `[..., k]`, int64, distinct; −1 where a row keeps fewer. A row that keeps none says nothing.
+        ids: `[..., k]`, int64, distinct; −1 where a row has fewer. A row without any gives no loss.
         log_probs: `[..., k]`, nats; −inf where the id is −1.
         log_tail: `[..., 1]`, log of the mass outside `ids` (−inf if none).
-        temperature: at which the probabilities were taken.
+        temperature: of the softmax that the probabilities come from.
     """
 
     ids: Tensor
@@ -183,9 +186,10 @@ class Sampled(_Rows):
     Args:
         ids: `[..., k]`, int64; repeats are allowed.
         weights: `[..., k]`; 0 where a row has fewer.
-        log_probs: `[..., k]`, the teacher's log-probability of each id, nats; it may be the mean over all that were as
-            likely to stand there, which leaves `E[Σ_i weights_i · log_probs_i] = Σ_v p_v log p_v`.
-        temperature: at which the probabilities were taken.
+        log_probs: `[..., k]`, the teacher's log-probability of each id, nats. It may be the mean over all classes that
+            were equally likely to be drawn in its place, which leaves `E[Σ_i weights_i · log_probs_i] = Σ_v p_v log
+            p_v`.
+        temperature: of the softmax that the probabilities come from.
     """
 
     ids: Tensor
@@ -205,7 +209,7 @@ Target = Dense | Projected | Mixture | TopK | Sampled
 def largest(values: Tensor, k: int) -> Tensor:
     """Ids `[..., k]` of the k largest of `values [..., classes]`, the largest first; ties go to the lowest id.
 
-    A full stable sort says the same and takes ten times as long.
+    Same result as a full stable sort, in a tenth of the time.
     """
     if k >= values.shape[-1] or bool(values.isnan().any()):
         return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
@@ -219,11 +223,12 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
-    """Truncate to the k most probable classes; ties go to the lowest index.
+    """Keep the k most probable classes; ties go to the lowest index.
 
     Args:
         logits: `[..., classes]`.
-        k: at least 1; more than `classes` keeps them all.
+        k: at least 1; more than `classes` keeps all.
+        temperature: of the softmax.
     """
     if k < 1:
         raise InputError(f"top_k: k is {k} and must be at least 1.")
@@ -239,6 +244,8 @@ def sample(logits: Tensor, k: int, *, temperature: float = 1.0, generator: torch
 
     Args:
         logits: `[rows, classes]`.
+        k: number of draws per row.
+        temperature: of the softmax.
     """
     if k < 1:
         raise InputError(f"sample: k is {k} and must be at least 1.")

@@ -1,4 +1,5 @@
-"""Tasks: data with a default teacher, a default student and a metric, each with a default that needs no download."""
+"""Tasks: data with a default teacher, a default student and a metric, each with an embedded default that needs no
+download."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ TASKS: dict[str, Task] = {
 
 
 def get(name: str) -> Task:
-    """The task called `name`; an unknown one is an `InputError` with the nearest known."""
+    """The task called `name`.
+
+    Raises:
+        InputError: an unknown name; the message names the nearest.
+    """
     if name not in TASKS:
         raise InputError(f"Unknown task {name!r}.{nearest(name, TASKS)} Known: {', '.join(TASKS)}.")
     return TASKS[name]

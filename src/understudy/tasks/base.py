@@ -1,4 +1,4 @@
-"""What a task answers: data, models and defaults."""
+"""The interface of a task: data, models and defaults."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from understudy.evaluation import evaluate
 from understudy.models import ModelAdapter
 
 MODULE = "module:"
-"""Begins the name of a model that was handed over as a module."""
+"""Prefix of the name of a model given as a module."""
 
 COPY = "teacher"
-"""As the name of a student: begin as a copy of the teacher."""
+"""Name of a student that starts as a copy of the teacher."""
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -30,16 +30,16 @@ class Prepared:
 
     Args:
         train, validation, test: indexable examples that `collate` turns into the tensors of a `Batch`.
-        teacher_train: what a teacher that is trained first may see.
+        teacher_train: the examples that a teacher which is trained first may use.
         classes: images: number of classes; text: size of the vocabulary.
-        more_tests: further test sets by name (`test_shifted`), judged beside `test`.
-        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each. warnings: likewise,
-            of what may be wrong.
+        more_tests: further test sets by name (`test_shifted`), evaluated like `test`.
+        notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
+        warnings: likewise, of what may be wrong.
         hashes: content hashes for the run folder.
-        domains: names of the examples' domains, by the number a batch gives them; empty where the data name none.
-        aligner: how the teacher's tokens lie over the student's, where it has a tokenizer of its own.
-        facts: what the task's own `model` needs to know of the data. stored: told the folder where a run, or a
-            comparison, keeps what is dear to compute.
+        domains: names of the examples' domains, indexed by `Batch.domains`; empty if the data have none.
+        aligner: the alignment of the teacher's tokens with the student's, if it has another tokenizer.
+        facts: what the task's own `model` needs to know of the data.
+        stored: called with the folder where a run, or a comparison, keeps results that are expensive to compute.
     """
 
     train: Any
@@ -62,7 +62,7 @@ class Prepared:
     stored: Callable[[Path], None] | None = None
 
     def say(self, notes: Sequence[str]) -> None:
-        """Add notes, each once: a model may be loaded several times."""
+        """Add notes, each once, since a model may be loaded several times."""
         self.notes.extend(note for note in notes if note not in self.notes)
 
     def split(self, name: str) -> Any:
@@ -71,7 +71,7 @@ class Prepared:
 
 
 class Task(Protocol):
-    """A kind of problem."""
+    """The interface of a task."""
 
     name: str
     kind: str
@@ -79,35 +79,35 @@ class Task(Protocol):
     metric: str
     higher_is_better: bool
     baseline: str
-    """The method that trains a model on the data alone: a teacher that is trained first is trained by it."""
+    """The method that trains a model on the data without a teacher, used for teachers that are trained first."""
     preflight_examples: int
-    """How many validation examples the check before a run looks at."""
+    """Number of validation examples of the pre-flight check."""
     start_data: Mapping[str, Any]
-    """Keys of `data` that name the part which a model that is trained first sees."""
+    """Keys of `data` that select the examples for a model that is trained first."""
     model_options: frozenset[str]
     """Keys that `options` of teacher and student may hold."""
     mixes: bool
-    """Whether several teachers may answer as one: rows are classes."""
+    """Whether the teacher may be an ensemble, which needs class probabilities."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The recipe with this task's defaults where it is silent."""
+        """The recipe with this task's defaults for missing keys."""
         ...
 
     def prepare(self, recipe: Any) -> Prepared:
-        """Read the data, and for text agree on the tokenizer."""
+        """Read the data, and for text choose the tokenizer."""
         ...
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-        """Build or load a model for this data; `source` stands in for the recipe's name: a folder, or a module."""
+        """Build or load a model for this data; `source`, a folder or a module, replaces the recipe's name."""
         ...
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-        """`{"rows": …, "metrics": {…}, …}` of one split, deterministic, with every module left in its mode."""
+        """`{"rows": …, "metrics": {…}, …}` of one split, deterministic; the mode of every module is restored."""
         ...
 
 
 class TaskDefaults:
-    """What most tasks answer alike."""
+    """Defaults that most tasks share."""
 
     baseline = "sft"
     preflight_examples = 256
@@ -117,16 +117,16 @@ class TaskDefaults:
 
 
 class LabelledTask(TaskDefaults):
-    """Tasks whose rows are classes with labels are judged alike."""
+    """Base of tasks whose rows have class labels."""
 
     kind: str
     mixes = True
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Accuracy, NLL, calibration; fidelity beside a teacher."""
+        """Accuracy, NLL, calibration; with a teacher also fidelity."""
         return evaluate(student, teacher, loader, kind=self.kind)
 
 
 def merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over `defaults`, one level deep."""
+    """`values` merged over `defaults`, one level deep."""
     return {**defaults, **values}

@@ -1,4 +1,4 @@
-"""The keys of `data` of each task: type, range, default and meaning. What a recipe says is checked against them first."""
+"""The keys of `data` of each task: type, range, default and meaning. A recipe is checked against them first."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Images(BaseModel):
     seed: _Number | None = Field(None, description="Of label noise and of made data.")
     size: Any = Field(None, description="Pixels that images are resized to: one number, or [height, width].")
     input_data_format: Literal["channels_first", "channels_last"] | None = Field(
-        None, description="Where the channels of arrays are; asked for where their shape does not tell."
+        None, description="Axis of the channels of arrays; needed if their shape does not tell."
     )
 
 
@@ -93,7 +93,7 @@ class _World(BaseModel):
 class _Graph(BaseModel):
     name: str = Field("topics", description="topics, a set in UNDERSTUDY_DATA, an .npz file or planetoid:Cora.")
     split: Literal["transductive", "inductive"] = Field(
-        "transductive", description="Inductive: a fifth of the test nodes is left out of training and judged."
+        "transductive", description="Inductive: a fifth of the test nodes is left out of training and evaluated."
     )
     fold: _Number = Field(0, description="Of several published splits.")
     seed: _Number = Field(0, description="Of what is drawn: hidden nodes, a split where there is none.")
@@ -103,10 +103,10 @@ class _Graph(BaseModel):
 
 class _Generation(_Images):
     name: str = Field(
-        "digits", description="digits, ring8, noise (no data: the teacher alone), a set, folder or Hub id."
+        "digits", description="digits, ring8, noise (no data, only the teacher), a set, folder or Hub id."
     )
     size: _Count = Field(64_000, description="Noises in an epoch.")
-    samples: _Count | None = Field(None, description="Samples that are judged; 4,000 points or 600 images.")
+    samples: _Count | None = Field(None, description="Number of samples for evaluation; 4,000 points or 600 images.")
     conditional: _Flag = Field(False, description="Generate by class.")
     guidance: float | None = Field(None, description="Weight of classifier-free guidance, with conditional.")
     null_class: _Flag = Field(False, description="The model has a further class that stands for none.")
@@ -138,7 +138,7 @@ class _Corpus(BaseModel):
     relations: str | None = Field(
         None, description="File of relations with their prompts; the built-in ones if not given."
     )
-    labels: str | None = Field(None, description="File of triples that people judged, for the critic.")
+    labels: str | None = Field(None, description="File of triples with human labels, for the critic.")
     world_seed: _Number | None = Field(None, description="Of events_world; the run's seed if not given.")
     max_length: _Count = Field(64, description="Tokens of a training row.")
     vocab_size: _Count | None = Field(None, description="Of the tokenizer that is trained where no model brings one.")
@@ -160,10 +160,10 @@ KEYS: dict[str, type[BaseModel]] = {
 
 
 def check_data_keys(task: str, values: Mapping[str, Any]) -> None:
-    """Refuse an unknown key of `data`, and a value of the wrong type or range.
+    """Check the keys and values of `data`.
 
     Raises:
-        InputError: with the nearest known key and all of them, or with the value and what it must be.
+        InputError: an unknown key, with the nearest known one and all of them; or a value of the wrong type or range.
     """
     known = KEYS[task].model_fields
     for key, value in values.items():

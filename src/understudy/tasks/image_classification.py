@@ -47,7 +47,7 @@ class ImageClassification(LabelledTask):
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
+        """Default: digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
         data = recipe.get("data") or {}
         data.setdefault("name", "digits")
         embedded = data["name"] in ("digits", *IMAGES)
@@ -116,7 +116,7 @@ class ImageClassification(LabelledTask):
         return rows
 
     def _processor(self, name: str, model: nn.Module, prepared: Prepared) -> Processor | None:
-        """That of a model of transformers; a plain one where its folder has none."""
+        """The processor of a model of transformers; a plain one if its folder has none."""
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig) or len(prepared.input_shape) != 3:
             return None
@@ -135,7 +135,7 @@ class ImageClassification(LabelledTask):
 
 
 def _name_classes(model: nn.Module, names: list[str], prepared: Prepared, name: str) -> None:
-    """Give a model the names of the data's classes, for whoever loads it later; mere numbers do not replace its own."""
+    """Store the names of the data's classes in a model's config; plain numbers do not replace its own names."""
     facts: dict[str, Any] | None = getattr(model, "understudy", None)
     if facts is not None and len(names) == facts["classes"]:
         facts["labels"] = list(names)

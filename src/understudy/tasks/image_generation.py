@@ -60,7 +60,7 @@ WORLDS = {"ring8": ring8()}
 
 
 class ImageGeneration(TaskDefaults):
-    """Draw samples like the data's, or like the teacher's where there are no data."""
+    """Generate samples like the data, or like the teacher's samples if there are no data."""
 
     name = "image_generation"
     kind = "noise"
@@ -71,12 +71,12 @@ class ImageGeneration(TaskDefaults):
     preflight_examples = 32
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Digits with a small U-Net trained as teacher and copied into the student; `ring8` with its closed form; a trained
-        teacher that is named without data is all that there is."""
+        """Default: digits, with a small U-Net that is trained as teacher and copied into the student; `ring8` with its
+        closed form. A trained teacher named without data needs no data."""
         data = recipe.get("data") or {}
         teacher = recipe.get("teacher") or {}
         knows = "model" in teacher and teacher.get("train") is None and not is_new_denoiser(teacher["model"])
-        # What a trained teacher makes has a shape of its own, and nothing else is asked of data.
+        # A trained teacher's samples have their own shape, and nothing else is needed of data.
         data.setdefault("name", "noise" if knows and recipe.get("method") != self.baseline else "digits")
         world = data["name"] in WORLDS
         learns = recipe.get("method") == self.baseline
@@ -114,7 +114,7 @@ class ImageGeneration(TaskDefaults):
             check_prediction(str(own["prediction"]))
         classes = source.classes if own["conditional"] else 0
         if own["conditional"] and not source.classes:
-            raise InputError("data.conditional asks for classes, and data=noise has none. Name data with classes.")
+            raise InputError("data.conditional needs classes, and data=noise has none. Name data with classes.")
         many = own["teacher_steps"] or (200 if world else 32)
         references = {s: _reference(source, s, own, many) for s in ("validation", "test")}
         samples, notes = own["samples"], list(source.notes)
@@ -123,7 +123,7 @@ class ImageGeneration(TaskDefaults):
             samples = min(most, max(LEAST, _drawn(recipe.trainer, own["size"]) // SHARE))
             if samples < most:
                 notes.append(
-                    f"A run this short is judged on {samples} samples instead of {most}: set data.samples for more."
+                    f"A run this short is evaluated on {samples} samples instead of {most}: set data.samples for more."
                 )
         sets: dict[str, Any] = {s: NoiseSet(samples, s, classes, references[s]) for s in ("validation", "test")}
         if recipe.build_method().requires.needs_teacher:
@@ -163,7 +163,7 @@ class ImageGeneration(TaskDefaults):
             prediction=facts["prediction"],
             null=facts["null_class"],
         )
-        if facts["guidance"] is not None and rows.sampler.steps:  # a sampler of one call is not guided
+        if facts["guidance"] is not None and rows.sampler.steps:  # one-call samplers use no guidance
             rows.sampler = replace(rows.sampler, guidance=facts["guidance"])
         if spec.quantization is not None:
             raise InputError("Denoisers are not quantised here: leave the model's quantization out.")
@@ -180,7 +180,7 @@ class ImageGeneration(TaskDefaults):
         return rows
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Distance from the real examples at one call, beside the teacher's at several budgets."""
+        """Distance from the real examples with one call, and that of the teacher at several step budgets."""
         examples: Any = loader.dataset
         while not isinstance(examples, NoiseSet):  # a subset of one
             examples = examples.dataset
@@ -210,7 +210,7 @@ def _examples(source: Source, conditional: bool) -> ExampleSet:
 
 
 def _drawn(trainer: Mapping[str, Any], size: int) -> int:
-    """About how many examples a run trains on, by its trainer options."""
+    """Approximate number of examples that a run trains on, from its trainer options."""
     batch = int(trainer.get("per_device_train_batch_size", 8)) * int(trainer.get("gradient_accumulation_steps", 1))
     steps = int(trainer.get("max_steps", 0))
     return steps * batch if steps > 0 else int(size * float(trainer.get("num_train_epochs", 3)))

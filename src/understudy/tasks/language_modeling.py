@@ -54,7 +54,7 @@ def _only(records: list[Any], only: str | None, domains: Sequence[str], split: s
 
 
 def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:
-    """What a reader should know of two tokenizers, on the first validation examples."""
+    """A note on the alignment of two tokenizers, from the first validation examples."""
     rows = [examples[i]["input_ids"].tolist() for i in range(min(sample, len(examples)))]
     single, longer = aligner.shares(rows)
     difference = compare_tokenizers(aligner.student.tokenizer, aligner.teacher.tokenizer)
@@ -62,7 +62,7 @@ def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:
         f"Student and teacher have different tokenizers: {difference}. They are aligned by byte offsets: "
         f"{single:.1%} of the bytes are in groups of one token to one, {longer:.1%} in longer groups, which keep the "
         f"text's likelihood alone, and {1 - single - longer:.1%} in none; {len(aligner.partner)} tokens are in both "
-        "vocabularies. The student's template is used, and the teacher is not judged beside it."
+        "vocabularies. The student's template is used, and the teacher is not evaluated beside it."
     )
 
 
@@ -71,7 +71,7 @@ def _also(other: Any) -> dict[str, str]:
 
 
 def _same_ends(first: str, one: Any, name: str, other: Any, records: Sequence[Any]) -> None:
-    """Refuse two sides that end a text, or write a conversation, in different ways: a student of both learns neither."""
+    """Raise an error if two models end a text, or format a conversation, differently: a student cannot learn both."""
     differ = None
     if one.eos_token_id != other.eos_token_id:
         differ = f"{first} ends a text with {one.eos_token!r} and {name} with {other.eos_token!r}"
@@ -82,7 +82,7 @@ def _same_ends(first: str, one: Any, name: str, other: Any, records: Sequence[An
 
 
 def _check_positions(name: str, model: nn.Module, longest: int) -> None:
-    """Refuse a model with fewer positions than the longest row has tokens, with the padding of batches."""
+    """Raise an error for a model with fewer positions than the longest row has tokens, padding of batches included."""
     config = getattr(model, "config", None)
     most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
     if most is not None and 0 < most < -(-longest // MULTIPLE) * MULTIPLE:
@@ -101,10 +101,10 @@ class LanguageModeling(LabelledTask):
     metric = "bits_per_byte"
     higher_is_better = False
     aligns = True
-    """Whether a teacher may have a tokenizer of its own."""
+    """Whether a teacher may have another tokenizer."""
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The embedded text with a small Llama trained as teacher, unless the recipe names others."""
+        """Default: the embedded text with a small Llama trained as teacher."""
         data = recipe.get("data") or {}
         data.setdefault("name", "stdlib")
         teacher = recipe.get("teacher")
@@ -167,7 +167,7 @@ class LanguageModeling(LabelledTask):
     def _tokenizers(
         self, recipe: Any, own: str | None, splits: Any, vocabulary: int, notes: list[str]
     ) -> tuple[Any, Any]:
-        """The tokenizer of a run, and that of the teacher where it is another: by content, not by vocabulary size."""
+        """The tokenizer of a run, and the teacher's if it differs in content (not only in vocabulary size)."""
         found: dict[str, Any] = {}
         if own is not None:
             found["data.tokenizer"] = load_tokenizer(own)
@@ -175,7 +175,7 @@ class LanguageModeling(LabelledTask):
         for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
             if spec.model == COPY or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue
-            if spec.endpoint is not None and spec.tokenizer is None:  # compared with the server's own, where it tells
+            if spec.endpoint is not None and spec.tokenizer is None:  # compared with the server's own later
                 continue
             if spec.tokenizer is not None or not is_new_causal_lm(spec.model):
                 found[side] = load_tokenizer(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
@@ -197,12 +197,12 @@ class LanguageModeling(LabelledTask):
                     f"{first} and {name} have different tokenizers: {difference}. Choose a student of the teacher's "
                     "family, or a new one (student=llama:hidden=...), which takes the teacher's tokenizer."
                 )
-            if first != "data.tokenizer":  # else somebody has chosen for both
+            if first != "data.tokenizer":  # else it was chosen for both
                 _same_ends(first, chosen, name, other, splits.train)
         return chosen, theirs
 
     def _same_tokens(self, folder: Path, tokenizer: Any) -> None:
-        """Refuse a model of an earlier run whose tokens are others: it would be fed ids that mean something else."""
+        """Raise an error for a model of an earlier run with other tokens, whose ids would have another meaning."""
         difference = compare_tokenizers(load_tokenizer(str(folder)), tokenizer)
         if difference is not None:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Node classification: a plain student learns from a teacher that reads the graph. Embedded: documents of topics."""
+"""Node classification: a student without the graph learns from a teacher that reads it. Embedded: documents of topics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRAINER = {
     "eval_steps": 1,
 }
 _PATIENCE = 50
-# The most accurate epoch of a teacher is often an early one that is sure of nothing; its best likelihood teaches more.
+# A teacher's most accurate epoch is often an early one with low confidence; the one with the best likelihood teaches more.
 _TEACHER = {"metric_for_best_model": "nll", "greater_is_better": False}
 
 
@@ -38,7 +38,7 @@ class NodeClassification(LabelledTask):
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The embedded graph, a GCN that is trained first, an MLP; both keep the best of their validation epochs."""
+        """Default: the embedded graph, a GCN that is trained first, and an MLP; both keep their best validation epoch."""
         data = recipe.get("data") or {}
         data.setdefault("name", "topics")
         recipe["data"] = data
@@ -74,7 +74,7 @@ class NodeClassification(LabelledTask):
         return NodeAdapter(model, prepared.classes)
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-        """As for images; beside a teacher also how alike the differences between neighbours are."""
+        """As for images; with a teacher also the similarity of the differences between neighbours."""
         found = super().evaluate(student, teacher, loader)
         if teacher is not None:
             found["metrics"] |= neighbour_cosine(student, teacher, loader)

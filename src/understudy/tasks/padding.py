@@ -1,4 +1,4 @@
-"""How much of a text run's batches is padding or repeated beginnings, said before the run."""
+"""The fraction of a text run's batches that is padding or repeated prefixes, reported before the run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from understudy.models.layouts import PACKING, Packing
 from understudy.training.order import EpochSampler
 
 BATCHES = 16
-"""How many batches of the first epoch are looked at."""
+"""Number of batches of the first epoch that are measured."""
 
 
 def checked_packing(value: Any) -> Packing:
-    """`data.packing`, if it is one that there is."""
+    """`data.packing`, if it is a valid value."""
     if value in PACKING:
         found: Packing = value
         return found
@@ -31,7 +31,7 @@ def checked_packing(value: Any) -> Packing:
 def padding_notes(
     recipe: Any, examples: Any, sequences: Callable[[dict[str, Any]], list[Tensor]], packing: Packing
 ) -> list[str]:
-    """What packing saves on the first batches of a run; nothing where there is nothing to save."""
+    """Notes on what packing saves on the first batches of a run; none if it saves nothing."""
     size = int(recipe.trainer.get("per_device_train_batch_size", 8))
     order = islice(EpochSampler(len(examples), recipe.seed), BATCHES * size)
     chosen = [sequences(examples[i]) for i in order]

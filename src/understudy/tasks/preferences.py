@@ -1,4 +1,4 @@
-"""Preferences: pairs, lists or unpaired examples for any causal LM; embedded, the order of words in real text."""
+"""Preferences: pairs, lists or unpaired examples for any causal LM. Embedded: the order of words in real text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Preferences(LanguageModeling):
     mixes = aligns = False
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Word order with a small Llama that is first trained on the best candidates, unless the recipe names others."""
+        """Default: word order, with a small Llama that is first trained on the best candidates."""
         data = recipe.get("data") or {}
         data.setdefault("name", "word_order")
         data.setdefault("max_length", 128 if data["name"] == "word_order" else 512)
@@ -80,5 +80,5 @@ class Preferences(LanguageModeling):
         return SequenceAdapter(model, vocabulary, packing)
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Order of candidates, and distance from the reference where the data stage computed it."""
+        """Order of the candidates, and the distance from the reference model if `setup` computed its log-probabilities."""
         return evaluate_preferences(student, loader)

@@ -1,4 +1,5 @@
-"""Ranking: order documents for a query. Embedded, a synthetic world; files of scored triples, folders with judgements."""
+"""Ranking: order documents for a query. Embedded: a synthetic world; also files of scored triples, folders with
+relevance grades."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ _TRAINER = {"lr_scheduler_type": "constant", "weight_decay": 0.0}
 
 
 class _RankingData(Prepared):
-    """With the view of each model, by its name."""
+    """With the tokenized view of each model, by its name."""
 
     views: dict[str, View]
 
@@ -48,7 +49,8 @@ class Ranking(TaskDefaults):
     model_options = frozenset(OPTIONS)
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The synthetic world with its recorded teacher; on a folder with judgements a cross-encoder is trained first."""
+        """Default: the synthetic world with its recorded teacher; on a folder with relevance grades a cross-encoder is
+        trained first."""
         data = recipe.get("data") or {}
         data.setdefault("name", "world")
         small = data["name"] == "world"
@@ -63,7 +65,7 @@ class Ranking(TaskDefaults):
             recipe["student"] = {"model": "embedding:24" if small else "bert:hidden=64,layers=2,heads=4"}
         new = is_new_encoder(recipe["student"]["model"])
         trainer = merged(_TRAINER, _WORLD if small else _REAL)
-        if new and not small:  # an encoder that knows no word yet takes larger steps than a pretrained one
+        if new and not small:  # untrained encoders need larger steps
             trainer["learning_rate"] = 1e-3
         recipe["trainer"] = merged(trainer, recipe.get("trainer") or {})
         return recipe
@@ -142,7 +144,7 @@ class Ranking(TaskDefaults):
 
 
 def _names(spec: Any) -> Iterator[str]:
-    """A side's model, and the other members of an ensemble."""
+    """The model of a side, and the other members of an ensemble."""
     if spec is not None:
         yield spec.model
         yield from (spec.options or {}).get("members") or []
@@ -160,7 +162,7 @@ def _warning(name: str, ranker: ModelAdapter) -> str | None:
 
 
 def show_ranking(batch: Batch, view: View) -> Text:
-    """The first query of a batch with its candidates and their grades, as the model reads them."""
+    """The first query of a batch with its candidates and their grades, as the model gets them."""
     assert isinstance(batch, RankingBatch)
     ids = {side: batch.inputs[f"{view.key}/{side}_ids"] for side in ("query", "document")}
     masks = {side: batch.inputs[f"{view.key}/{side}_mask"] for side in ("query", "document")}

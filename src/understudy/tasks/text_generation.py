@@ -1,4 +1,4 @@
-"""Text generation: seed events and relations for a teacher to write about; embedded, a small world of known truth."""
+"""Text generation: a teacher generates text about seed events and relations. Embedded: a small world with known truth."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ _TRAINER = {
 
 @dataclass
 class Material:
-    """What there is to generate from.
+    """The inputs of the generation.
 
     Args:
-        seeds: events to prompt with. relations: by name. labels: triples that people judged, or `None`.
-        judge: whether (head, relation, tail) is true, where that is known. source: the world's own teacher, or `None`.
-        notes: sentences for the report. hash: of all of it.
+        seeds: events for prompts.
+        relations: by name.
+        labels: triples with human labels, or `None`.
+        judge: whether (head, relation, tail) is true, if that is known.
+        source: the world's own teacher, or `None`.
+        notes: sentences for the report.
+        hash: of all inputs.
     """
 
     seeds: list[str]
@@ -52,7 +56,7 @@ class Material:
 
 
 class TextGeneration(TaskDefaults):
-    """Have a teacher write a corpus, keep what is good, and train a small model on it."""
+    """A teacher generates a corpus, which is filtered, and a small model is trained on it."""
 
     name = "text_generation"
     kind = "generation"
@@ -61,8 +65,8 @@ class TextGeneration(TaskDefaults):
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The embedded world with its oracle as teacher and a small Llama, unless the recipe names others. Another teacher
-        knows nothing of that world: it is asked about the relations' own examples."""
+        """Default: the embedded world with its oracle as teacher and a small Llama. Another teacher does not know that
+        world: its prompts use the relations' own examples."""
         data = recipe.get("data") or {}
         teacher = recipe.get("teacher")
         data.setdefault("name", "events_world" if teacher is None or teacher["model"] == ORACLE else "events")
@@ -84,7 +88,7 @@ class TextGeneration(TaskDefaults):
         embedded = data["name"] == "events_world"
         if teacher is None or (teacher["model"] == ORACLE and not embedded):
             raise InputError(
-                f"Data {data['name']!r} needs a teacher that writes: set teacher to a causal LM, or to a model behind an "
+                f"Data {data['name']!r} needs a teacher that generates text: set teacher to a causal LM, or to a model behind an "
                 "endpoint (teacher.endpoint.url=http://...). The oracle knows nothing but events_world."
             )
         found = self._world(data, recipe["seed"], teacher["model"] == ORACLE) if embedded else self._events(data)
@@ -114,30 +118,36 @@ class TextGeneration(TaskDefaults):
         if "world_seed" in data:
             raise InputError("data.world_seed belongs to events_world and has no effect on other data. Leave it out.")
         relations = load_relations(data.get("relations"))
-        if data["name"] == "events":  # those of the relations' own examples
+        if data["name"] == "events":  # the events of the relations' own examples
             seeds = list(dict.fromkeys(head for relation in relations.values() for head, _ in relation.examples))
         else:
             seeds = load_events(str(data["name"]), data.get("columns"))
         return Material(seeds, relations, notes=[f"{len(seeds)} seed events, {len(relations)} relations."])
 
     def prepare(self, recipe: Any) -> Prepared:
-        """The seed events as examples: for `check`. A procedure asks for `material`."""
+        """The seed events as examples, for `check`. A pipeline uses `material`."""
         found = self.material(recipe.dump())
         empty: Any = list
         seeds = found.seeds
         return Prepared(seeds, seeds, seeds, empty, 0, notes=found.notes, hashes={"data": found.hash})
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-        """No model is trained on this task itself: a procedure trains one on what was generated."""
+        """Not available: a pipeline trains a model on the generated data.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError("Models of text_generation are trained by its methods, in runs below the run folder.")
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """As `model`."""
-        raise InputError("Runs of text_generation are judged by their methods; read evaluation.json of the run folder.")
+        raise InputError(
+            "Runs of text_generation are evaluated by their methods; read evaluation.json of the run folder."
+        )
 
 
 def _oracle(world: EventsWorld, name: str) -> OracleSource:
-    """The world's teacher. About one event in fifty is cut off by the length."""
+    """The world's teacher. About one event in fifty is truncated at the maximum length."""
 
     def write(request: Request, generator: np.random.Generator) -> Completion:
         assert isinstance(request.prompt, str)

@@ -1,4 +1,4 @@
-"""Teachers: each answers `teacher(batch)`; a method never asks where the answer came from."""
+"""Teachers: each is called as `teacher(batch)`, so a method does not depend on where the outputs come from."""
 
 from understudy.teachers.alignment import Aligner
 from understudy.teachers.cache.teacher import CachedTeacher

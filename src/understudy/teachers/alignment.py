@@ -1,7 +1,7 @@
-"""One text in two tokenizers: the smallest groups of tokens that cover the same bytes.
+"""Alignment of two tokenizations of one text: the smallest groups of tokens that cover the same bytes.
 
-Both sides are laid over the UTF-8 bytes of the text. A group ends wherever both have a boundary; special tokens stand
-apart, matched by what they are for (beginning, end) or by their name.
+Both token sequences are mapped to the UTF-8 bytes of the text. A group ends wherever both have a token boundary.
+Special tokens are matched separately, by their function (beginning, end) or by their name.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Group(NamedTuple):
 
     @property
     def single(self) -> bool:
-        """One token on either side."""
+        """Whether the group has one token on each side."""
         return self.stop - self.start == 1 == self.other_stop - self.other_start
 
 
 @dataclass
 class Aligned:
-    """A row of the student's tokens: the same text as the teacher reads it, and the groups of both."""
+    """A row of the student's tokens: the teacher's tokens of the same text, and the groups."""
 
     ids: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -53,11 +53,11 @@ class Reader:
         self.tokenizer = tokenizer
         self.bytes, self.lossless = token_bytes(tokenizer)
         alone, spaced = (self._join(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("a", " a"))
-        self.begins = bool(Ends.of(tokenizer).begin)  # by its own rule, whatever tokens it has
-        self.prepends, self.always = alone == b" a", spaced == b"  a"  # a space before a text, also before one more
+        self.begins = bool(Ends.of(tokenizer).begin)  # what it adds, not which tokens it has
+        self.prepends, self.always = alone == b" a", spaced == b"  a"  # adds a space before a text, also a second one
 
     def first(self) -> dict[bytes, int]:
-        """Of each byte string the first token; a byte fallback comes after an ordinary token of that byte."""
+        """The first token of each byte string; an ordinary token precedes a byte fallback of the same byte."""
         names = self.tokenizer.convert_ids_to_tokens(range(len(self.bytes)))
         found: dict[bytes, int] = {}
         for fallback in (False, True):
@@ -67,7 +67,7 @@ class Reader:
         return found
 
     def read(self, text: str) -> tuple[list[int], list[int | None]]:
-        """Ids of a text without special tokens, and where each ends in its bytes; `None` inside of a character."""
+        """Ids of a text without special tokens, and the byte offset where each ends; `None` inside of a character."""
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids: list[int] = found["input_ids"]
         pieces, whole = [self.bytes[i] for i in ids], text.encode()
@@ -81,7 +81,7 @@ class Reader:
         spans = found["offset_mapping"]
         last: list[int | None] = [sizes[stop] for _, stop in spans]
         for i, (one, following) in enumerate(zip(spans, spans[1:], strict=False)):
-            if following[0] < one[1]:  # both are of one character: only the last ends where it says
+            if following[0] < one[1]:  # both belong to one character: only the last offset is right
                 last[i] = None
         return ids, last
 
@@ -89,18 +89,19 @@ class Reader:
         return b"".join(self.bytes[i] or b"" for i in ids)
 
     def cut(self, ids: Sequence[int], within: bool) -> int:
-        """1 where tokens begin with a space that the tokenizer itself puts before a text."""
+        """1 if the tokens begin with a space that the tokenizer itself adds before a text."""
         whole = self._join(ids)
         own = self.prepends and not within and whole[:1] == b" " != whole
         return int(own and (self.always or whole[:2] != b"  "))
 
     def text(self, ids: Sequence[int], within: bool) -> tuple[str, list[int | None], int] | None:
-        """The text of ordinary tokens, where each ends in its bytes, and how many of them begin before it.
+        """The text of ordinary tokens, the byte offset where each ends, and the number of tokens that begin before it.
 
         Args:
-            within: the tokens go on from text that is not there, so a leading space is one.
+            ids: the tokens.
+            within: the tokens continue an earlier text, so a leading space belongs to them.
 
-        A character that is cut off at an end is left out; `None` where the text is not to be had back.
+        A character that is cut off at an end is left out. `None` if the text cannot be recovered.
         """
         if not self.lossless:
             text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -126,7 +127,8 @@ class Reader:
 
 
 def lay(pieces: Sequence[bytes], whole: bytes) -> list[int] | None:
-    """Where each piece ends in `whole`; a space that a tokenizer puts before a text does not count. `None`: no fit."""
+    """The byte offset in `whole` where each piece ends, without a space that a tokenizer adds before a text. `None` if
+    they do not match."""
     joined = b"".join(pieces)
     extra = len(joined) - len(whole)
     if extra not in (0, 1) or joined[extra:] != whole or joined[:extra] not in (b"", b" "):
@@ -139,19 +141,20 @@ def lay(pieces: Sequence[bytes], whole: bytes) -> list[int] | None:
 
 
 def groups(ends: Sequence[int | None], other: Sequence[int | None], before: int = 0) -> list[Group]:
-    """The smallest groups: cut wherever both sides have a token that ends, monotone, each byte in one at most.
+    """The smallest groups: split wherever tokens of both sides end, monotone, each byte in at most one group.
 
     Args:
-        ends, other: where the tokens of each side end. before: leading tokens of the first side that the other lacks.
+        ends, other: byte offsets where the tokens of each side end.
+        before: number of leading tokens of the first side that the other does not have.
     """
     first: dict[int, int] = {}
     for j, end in enumerate(other):
         if end is not None:
-            first.setdefault(end, j + 1)  # an empty token belongs to what follows
+            first.setdefault(end, j + 1)  # an empty token belongs to the next one
     found: list[Group] = []
     whole = before == 0 or ends[before - 1] == 0
     start, other_start, at = (before if whole else before - 1), 0, 0
-    if before == 0 and [*ends[:1]] == [0] == [*other[:1]]:  # both put a space before the text
+    if before == 0 and [*ends[:1]] == [0] == [*other[:1]]:  # both add a space before the text
         found.append(Group(0, 1, 0, 1, 0))
         start = other_start = 1
     for i in range(start, len(ends)):
@@ -165,13 +168,13 @@ def groups(ends: Sequence[int | None], other: Sequence[int | None], before: int 
 
 
 class Aligner:
-    """Reads rows of one tokenizer as another would.
+    """Aligns token rows of the student with the teacher's tokenizer.
 
     Args:
         student, teacher: fast tokenizers.
 
-    Where the student's rows know no beginning, the teacher's is put before them. `partner` maps ids of the student to those
-    of the teacher: ordinary tokens of the same bytes, and special ones of the same part or name.
+    If the student's rows have no beginning-of-text token, the teacher's is added. `partner` maps ids of the student to
+    those of the teacher: ordinary tokens with the same bytes, and special tokens with the same function or name.
     """
 
     def __init__(self, student: Any, teacher: Any) -> None:
@@ -184,7 +187,8 @@ class Aligner:
                 self.partner[i] = j
 
     def _marks(self) -> dict[int, int]:
-        """The special tokens of the student that the teacher has too, the end before the beginning."""
+        """The special tokens of the student that the teacher has too; the end-of-text token takes precedence over the
+        beginning."""
         mine, theirs = self.student.tokenizer, self.teacher.tokenizer
         found: dict[int, int] = {}
         for role in ("eos_token_id", "bos_token_id"):
@@ -246,7 +250,7 @@ class Aligner:
                 out.groups.append(Group(a + at, b + at, c + base, d + base, size))
 
     def shares(self, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
-        """Shares of the rows' bytes in groups of one token to one, and in longer ones."""
+        """Fractions of the rows' bytes in groups of one token to one, and in longer groups."""
         found = [self.align(row) for row in rows]
         total = max(1, sum(a.size for a in found))
         single = sum(g.size for a in found for g in a.groups if g.single)

@@ -1,4 +1,4 @@
-"""Several teachers as one: their mixture, or each for the examples of its own domain."""
+"""Several teachers as one: their mixture, or one teacher for each domain."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from understudy.teachers.local import LocalTeacher, Teacher
 
 
 class Ensemble(ModelAdapter):
-    """Members that answer together.
+    """An ensemble of teachers.
 
-    Without `domains` every member reads every example, and the answer is their mixture p = Σ w_m p_m (or, `geometric`,
-    log p = Σ w_m z_m + constant). With them each example is read by the one member that bears its domain's name.
-    The answer is `Dense` where all members give logits; of hidden states it is a `Mixture`, which a loss projects tile by
-    tile. Temperatures of a loss apply to the mixture, not to its members.
+    Without `domains` every member runs on every example, and the output is the mixture p = Σ w_m p_m (with `geometric`,
+    log p = Σ w_m z_m + constant). With `domains` each example goes to the member with its domain's name. The output is
+    `Dense` if all members return logits; for hidden states it is a `Mixture`, which a loss projects tile by tile. A
+    loss applies its temperature to the mixture, not to the members.
 
     Args:
-        members: by name: models, or teachers that answer from elsewhere (a cache, a server).
-        weights: by name, above 0; equal where not given. They are divided by their sum.
-        geometric: average logits in place of probabilities.
-        domains: names of the domains, by the number that `Batch.domains` gives them; each must be a member's.
-        devices: by name, where a model lives that should not move with the others.
+        members: by name: models, or teachers without a model here (a cache, a server).
+        weights: by name, above 0, divided by their sum; equal if not given.
+        geometric: average logits instead of probabilities.
+        domains: names of the domains, indexed by `Batch.domains`; each must be a member's name.
+        devices: by name, the device of a model that does not move with the others.
     """
 
     weights: Tensor
@@ -54,7 +54,7 @@ class Ensemble(ModelAdapter):
         self.elsewhere = {n: m for n, m in members.items() if not isinstance(m, ModelAdapter)}
         self.domains = tuple(domains) if domains is not None else None
         if domains is not None and weights:
-            raise InputError("A routed ensemble asks one member about each example: leave the weights out.")
+            raise InputError("A routed ensemble uses one member for each example: leave the weights out.")
         for domain in domains or ():
             if domain not in members:
                 raise InputError(
@@ -63,24 +63,24 @@ class Ensemble(ModelAdapter):
                 )
         self.register_buffer("weights", _shares(self.names, weights))
         routed = [self.names.index(d) for d in self.domains or ()]
-        self.register_buffer("setting", torch.tensor([int(geometric), *routed]))  # part of what the ensemble is
+        self.register_buffer("setting", torch.tensor([int(geometric), *routed]))  # part of its hash
 
     @property
     def complete(self) -> bool:
-        """Whether it can answer about any example: a cache knows those that were captured alone."""
+        """Whether it can be run on any example: a cache only holds the captured ones."""
         return not self.elsewhere
 
     def to(self, device: Any) -> Ensemble:  # type: ignore[override]
-        """Move the models, each that has a device of its own to that one."""
+        """Move the models; one with its own device goes to that."""
         for name, model in self.model.items():
             model.to(self.devices.get(name, device))
         return self
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
-        """`Dense`, `Mixture`, or what routed members answer from elsewhere."""
+        """`Dense`, `Mixture`, or the outputs of routed members."""
         if features:
             raise InputError(
-                "An ensemble has outputs alone, and no features or inner layers of its own: choose a method that learns "
+                "An ensemble only has outputs, and no features or inner layers of its own: choose a method that learns "
                 "from outputs, or one teacher."
             )
         if self.domains is None:
@@ -98,7 +98,7 @@ class Ensemble(ModelAdapter):
         return ModelOutput(self._mixed(signals, torch.stack(places, -1), self.weights.new_ones(len(signals))))
 
     def imagined(self, batch: Batch) -> ModelOutput:
-        """An answer in which every member has a part, invented where it would come from elsewhere: for trying a loss."""
+        """An output in which every member takes part, with placeholders for caches and servers, for trying out a loss."""
         number, signals = len(self.names), []
         for name in self.names:
             kept = self.elsewhere.get(name)
@@ -135,7 +135,7 @@ class Ensemble(ModelAdapter):
 
 
 def _joined(signals: Sequence[TopK | Sampled], place: Tensor) -> Target:
-    """The rows of several answers of one kind, in the order of the batch."""
+    """The rows of several outputs of one kind, in the order of the batch."""
     first = signals[0]
     if any(s.temperature != first.temperature for s in signals):
         raise InputError("Routed members were captured at different temperatures: capture all at one.")

@@ -1,4 +1,4 @@
-"""A teacher in this process: any model with rows, in its own mode, dtype and place."""
+"""A teacher in this process: any model adapter, with its own mode, dtype and device."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from understudy.models.sharding import ranks, shard
 
 
 class Teacher(Protocol):
-    """What a method's engine asks of any teacher."""
+    """The interface of all teachers."""
 
     name: str
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """What the teacher says about the batch's rows, detached and on the batch's device."""
+        """The outputs for the rows of the batch, detached and on the batch's device."""
         ...
 
     def through(self, batch: Batch) -> ModelOutput:
-        """The same with gradient to the inputs; a teacher that cannot give it refuses."""
+        """The same with gradient to the inputs; teachers without gradient raise an `InputError`."""
         ...
 
 
 class LocalTeacher:
-    """A model that is run when it is asked.
+    """A model that is run for every batch.
 
-    Its mode is its own: it answers in evaluation mode and leaves every module, also one that it shares with the
-    student, in the mode it found it in. Its parameters are frozen unless a student shares them.
+    It runs in evaluation mode and restores the mode of every module, also of those shared with the student. Its
+    parameters are frozen unless a student shares them.
 
     Args:
-        model: gives the rows of a batch.
+        model: the adapter of the model.
         name: for messages and reports.
-        device: where it lives; `None` leaves it where it is.
+        device: of the model; `None` leaves it where it is.
         freeze: turn off the gradients of its parameters.
-        features, taps: what to answer beside the signal: features before the head, outputs of these layers.
-        sharded: spread its weights over the ranks, each on its `device`. Every rank must ask as often as the others.
+        features, taps: further outputs: features before the head, outputs of these layers.
+        sharded: shard its weights over the ranks, each on its `device`. Every rank must call it equally often.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class LocalTeacher:
         return self.through(batch).detach()
 
     def through(self, batch: Batch) -> ModelOutput:
-        """The same with gradient to the batch's inputs, for a player that makes them."""
+        """The same with gradient to the batch's inputs, for methods that optimise the inputs."""
         home = batch.labels.device
-        device = next((p.device for p in self.model.parameters()), home)  # some answer from elsewhere
+        device = next((p.device for p in self.model.parameters()), home)  # a cache or server has no parameters
         with evaluating(self.model), torch.autocast(home.type, enabled=False):
             rows: ModelOutput = self.model(batch if device == home else batch.to(device), self.features, self.taps)
         return rows if device == home else rows.to(home)

@@ -1,21 +1,26 @@
-"""A teacher with another tokenizer: it reads the same text in its own tokens, and answers for the student's.
+"""A teacher with another tokenizer: it runs on the same text in its own tokens; its outputs become targets for the
+student's.
 
-Both token sequences are laid over the bytes of the text and cut into the smallest groups that cover the same bytes
-(`alignment`). What the student's rows are told depends on their group:
+Both token sequences are mapped to the bytes of the text and split into the smallest groups that cover the same bytes
+(`alignment`). The target of a student row depends on its group:
 
-- **One token to one, of the same bytes.** Both models have read the same text and go on with the same piece of it. The
+- **One token to one, with the same bytes.** Both models have read the same text and continue with the same piece of it.
+The
   target is the teacher's distribution over the tokens that both vocabularies have, byte for byte: the `support` most
-  probable of them and the one that comes, by their probabilities; a bucket holds all the rest of the mass. Nothing is
-  renormalised. Biased where a tokenizer would spell the same text otherwise: P("the") is that of the token, not of the bytes.
-- **Any other group** of m teacher tokens and n of the student's. The teacher's probability of the group's text by the
-  chain rule, P = Π p(token | before), is kept: each of the n rows gets the two buckets *the token that comes*, with
-  probability P^(1/n), and *any other*. A student that meets all n targets gives the text the probability P (approximate
-  likelihood matching, Minixhofer et al. 2025, is the same statement about the group; GOLD of TRL merges its
-  probabilities the same way). How P is divided inside the group is a convention: the tokens that the text does not need
-  are told nothing, and P leaves out other spellings of the text, so it is a lower bound.
-- **No group**: before the teacher has read anything, unknown tokens, a character cut off at the end of a row, special
-  tokens that the teacher lacks, text beyond the teacher's limit. The row says nothing (all mass in the bucket: no loss and
-  no gradient) and is still counted; its label is left to the cross-entropy.
+  probable of them and the actual next token, with their probabilities; a bucket holds the rest of the mass. Nothing is
+  renormalised. Biased where a tokenizer would split the same text differently: P("the") is that of the token, not of
+  the bytes.
+- **Any other group** of m teacher tokens and n student tokens. The teacher's probability of the group's text by the
+chain
+  rule, P = Π p(token | before), is preserved: each of the n rows gets two buckets, *the actual next token* with
+  probability P^(1/n) and *any other*. A student that matches all n targets gives the text the probability P
+  (approximate likelihood matching, Minixhofer et al. 2025, makes the same statement about the group; GOLD of TRL merges
+  its probabilities the same way). How P is divided inside the group is a convention: there is no target for other
+  tokens, and P leaves out other tokenizations of the text, so it is a lower bound.
+- **No group**: before the teacher's first token, unknown tokens, a character cut off at the end of a row, special
+tokens
+  that the teacher does not have, text beyond the teacher's limit. The row has no target (all mass in the bucket: no
+  loss and no gradient) and is still counted; only its label is learned, by cross-entropy.
 """
 
 from __future__ import annotations
@@ -34,14 +39,14 @@ from understudy.targets import TopK
 from understudy.teachers.alignment import Aligned, Aligner
 
 TILE = 512
-"""Teacher rows whose distribution over its whole vocabulary exists at a time."""
+"""Number of teacher rows whose distribution over the whole vocabulary is in memory at a time."""
 KEPT = 50_000
-"""Aligned rows that are remembered."""
+"""Number of aligned rows in the cache."""
 
 
 @dataclass
 class _Plan:
-    """Which rows of the teacher answer for which of the student's; all `[n]`, int64.
+    """Which rows of the teacher give the targets of which rows of the student; all `[n]`, int64.
 
     `direct`: student row, teacher row of one-to-one groups. `spread`: student row, group. `parts`: teacher row, group.
     """
@@ -54,13 +59,13 @@ class _Plan:
 
 
 class OtherTokenizer(ModelAdapter):
-    """Answers for rows of the student's tokens with a model of other tokens.
+    """Targets for the rows of the student's tokens, from a model with other tokens.
 
     Args:
         model: of the teacher, over its own vocabulary.
         aligner: from the student's tokenizer to the teacher's.
-        support: how many of the shared tokens a one-to-one row keeps beside the bucket.
-        limit: longest sequence that the model reads; `None` for no limit.
+        support: number of shared tokens that a one-to-one row keeps beside the bucket.
+        limit: longest sequence of the model in tokens; `None` for no limit.
     """
 
     def __init__(self, model: ModelAdapter, aligner: Aligner, support: int = 64, limit: int | None = None) -> None:
@@ -96,7 +101,7 @@ class OtherTokenizer(ModelAdapter):
         return ModelOutput(TopK(ids, log_probs, log_tail))
 
     def _tell(self, plan: _Plan, labels: Tensor, ids: Tensor, log_probs: Tensor, log_tail: Tensor) -> None:
-        """Write the targets, a tile of the teacher's rows after the other."""
+        """Write the targets, one tile of the teacher's rows after another."""
         signal, theirs = self.model(plan.batch).signal, plan.batch.row_labels
         said = theirs.new_zeros(len(theirs), dtype=torch.float32)
         for start in range(0, len(theirs), TILE):
@@ -117,7 +122,7 @@ class OtherTokenizer(ModelAdapter):
         log_tail[rows, 0] = (-torch.expm1(share.double())).log().float()
 
     def _plan(self, batch: Batch) -> _Plan | None:
-        """The teacher's batch of these texts, and what its rows are for; `None` where no row has a group."""
+        """The teacher's batch of these texts and the use of its rows; `None` if no row has a group."""
         lengths = batch.inputs["attention_mask"].sum(-1).tolist()
         numbers = torch.full_like(batch.labels, -1)
         numbers[:, 1:][batch.mask] = torch.arange(batch.num_items, device=batch.labels.device)

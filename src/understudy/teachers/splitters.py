@@ -1,7 +1,7 @@
-"""Ways to split classes into subclasses, behind one interface: `fit` once to known embeddings, `assign` to any rows.
+"""Methods that split classes into subclasses, with one interface: `fit` to embeddings once, `assign` to any rows.
 
-A fit is a dict of tensors, so that it can be stored. LELP's linear projections are one of them; clusters, a random
-split and known subclasses are what they are compared with.
+A fit is a dict of tensors, so that it can be stored. LELP's linear projections are one of them; the baselines are
+clusters, a random split and known subclasses.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ Tables = Mapping[str, Tensor]
 
 
 class Known(NamedTuple):
-    """What a split is fitted to.
+    """The data that a split is fitted to.
 
     Args:
-        features: `[rows, width]`, as the teacher gave them. labels, ids: `[rows]`.
-        parts: `[rows, 2]`, the true class and subclass of each; `None` where the data knows none.
+        features: `[rows, width]`, the teacher's.
+        labels, ids: `[rows]`.
+        parts: `[rows, 2]`, the true class and subclass of each; `None` if the data do not have them.
     """
 
     features: Tensor
@@ -40,7 +41,7 @@ class Known(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How to split: the numbers, the seed, and whether LELP's directions are rotated and scaled."""
+    """Settings of a split: the numbers, the seed, and whether LELP's directions are rotated and scaled."""
 
     classes: int
     subclasses: int
@@ -52,8 +53,8 @@ class Shape(NamedTuple):
 
 
 class Splitter(NamedTuple):
-    """`fit(known, shape)` gives tables with at least `subclasses`; `assign(features, ids, tables, beta)` gives
-    log r(s | c, x) `[rows, classes, subclasses]`."""
+    """`fit(known, shape)` returns tables with at least `subclasses`; `assign(features, ids, tables, beta)` returns log
+    r(s | c, x) `[rows, classes, subclasses]`."""
 
     fit: Callable[[Known, Shape], dict[str, Tensor]]
     assign: Callable[[Tensor, Tensor, Tables, float], Tensor]
@@ -72,7 +73,7 @@ def _fit_linear(known: Known, shape: Shape) -> dict[str, Tensor]:
     directions = found.directions
     if shape.rotate:
         directions = random_rotations(shape.classes, number, seed=shape.seed).to(directions) @ directions
-    scale = found.scale if shape.normalise else (found.scale > 0).to(found.scale)  # 0 says uniform
+    scale = found.scale if shape.normalise else (found.scale > 0).to(found.scale)  # 0 means uniform
     return {"subclasses": torch.tensor(number), "means": found.means, "directions": directions, "scale": scale}
 
 
@@ -82,7 +83,7 @@ def _assign_linear(features: Tensor, ids: Tensor, tables: Tables, beta: float) -
 
 
 def _fit_kmeans(known: Known, shape: Shape) -> dict[str, Tensor]:
-    """k-means centres of each class, and the mean squared distance of its examples to theirs."""
+    """k-means centres of each class, and the mean squared distance of its examples to them."""
     from sklearn.cluster import KMeans
 
     centres, scales = [], []
@@ -115,7 +116,7 @@ def _assign_nearest(features: Tensor, ids: Tensor, tables: Tables, beta: float) 
 
 
 def _assign_soft(features: Tensor, ids: Tensor, tables: Tables, beta: float) -> Tensor:
-    """Softmax of −‖h − centre‖² / (β · the mean of it in the class)."""
+    """Softmax of −‖h − centre‖² / (β · the class's mean of it)."""
     return subclass_log_probs(_closeness(features, tables), beta=beta, scale=tables["scale"])
 
 
@@ -125,7 +126,7 @@ def _fit_random(known: Known, shape: Shape) -> dict[str, Tensor]:
 
 
 def _assign_random(features: Tensor, ids: Tensor, tables: Tables, beta: float) -> Tensor:
-    """A draw that hangs on the example alone: the control that has the outputs but no information."""
+    """A random draw that depends on the example's id alone: a control with the same outputs and no information."""
     number = int(tables["subclasses"])
     draw = uniform(ids, (int(tables["classes"]),), seed=int(tables["seed"]), step=0, stream=6)
     return one_hot_log((draw * number).long(), number)
@@ -155,7 +156,7 @@ def _fit_oracle(known: Known, shape: Shape) -> dict[str, Tensor]:
 
 
 def _assign_oracle(features: Tensor, ids: Tensor, tables: Tables, beta: float) -> Tensor:
-    """One-hot on the known subclass of the example's class; uniform in the other classes, where none is known."""
+    """One-hot at the known subclass in the example's class; uniform in the other classes."""
     place = lookup(ids, tables["ids"])
     number, classes = int(tables["subclasses"]), int(tables["classes"])
     values = torch.full((len(ids), classes, number), -math.log(number), dtype=torch.float64, device=ids.device)
@@ -171,7 +172,7 @@ def one_hot_log(index: Tensor, number: int) -> Tensor:
 
 
 def lookup(ids: Tensor, known: Tensor) -> Tensor:
-    """Positions of `ids` in the sorted `known`; an id that is not there is an error with its number."""
+    """Positions of `ids` in the sorted `known`; an id that is missing is an error that names it."""
     place = torch.searchsorted(known, ids).clamp(max=max(0, len(known) - 1))
     wrong = known[place] != ids if len(known) else torch.ones_like(ids, dtype=torch.bool)
     if bool(wrong.any()):

@@ -1,4 +1,4 @@
-"""Training: the method interface, the one trainer, checkpoints that resume exactly."""
+"""Training: the interface of a method, the trainer, and checkpoints that resume exactly."""
 
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete

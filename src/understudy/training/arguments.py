@@ -31,7 +31,7 @@ from understudy.models.sharding import anywhere
 RUN = frozenset(
     {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
 )
-"""Arguments that are the run's own affair."""
+"""Arguments that the run sets itself."""
 
 UNSUPPORTED = {
     "neftune_noise_alpha": "noise on the student's embeddings is not added here",
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "log_level": "error",
 }
-"""Where they are not transformers' own. A task has further ones, which it writes into the recipe."""
+"""Defaults that differ from transformers'. A task has further ones, which it writes into the recipe."""
 
 _COUNT = Annotated[int, Field(ge=1, lt=2**31)]
 _AMOUNT = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -88,7 +88,7 @@ _RANGES: dict[str, Any] = {
     "dataloader_multiprocessing_context": Literal["fork", "forkserver", "spawn"] | None,
 }
 _MODEL_BOUND = {"galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim"}
-"""Optimisers that are built over a model's own layers, and their packages."""
+"""Optimisers that need a model's layers, and their packages."""
 
 
 @cache
@@ -98,7 +98,7 @@ def fields() -> dict[str, dataclasses.Field[Any]]:
 
 
 def checked_arguments(values: Any, where: str) -> dict[str, Any]:
-    """The values of Trainer's arguments, text that is a number read as one.
+    """Check values for arguments of `transformers.TrainingArguments`; text that spells a number is read as a number.
 
     Args:
         where: `trainer`, or the key in the recipe that holds them (`teacher.train`).
@@ -145,13 +145,13 @@ _COUNTED = ("_steps", "_delay", "_epochs")
 
 
 def choices(key: str) -> list[str]:
-    """The words that an argument may hold, where it is one of a few."""
+    """The values that an argument allows, if it is an enumeration."""
     parts = typing.get_args(_type(key)) if _is_union(_type(key)) else (_type(key),)
     return [str(c) for part in parts if typing.get_origin(part) is Literal for c in typing.get_args(part)]
 
 
 def kind(key: str) -> str:
-    """The type of an argument, in a word or two."""
+    """A short name of the type of an argument."""
     if choices(key):
         return "text"
     parts = typing.get_args(_type(key)) if _is_union(_type(key)) else (_type(key),)
@@ -160,7 +160,7 @@ def kind(key: str) -> str:
 
 
 def default(key: str) -> str:
-    """The value where a recipe names none, in words: this project's, else transformers'."""
+    """The default of an argument as text: this project's, or else that of transformers."""
     value = fields()[key].default if key not in DEFAULTS else DEFAULTS[key]
     if value is None or value is dataclasses.MISSING:
         return "–"
@@ -168,7 +168,7 @@ def default(key: str) -> str:
 
 
 def meaning(key: str) -> str:
-    """The first sentence of what transformers says of an argument."""
+    """The first sentence of the description that transformers gives of an argument."""
     text = " ".join(str(fields()[key].metadata.get("help", "")).split())
     return text.split(". ")[0].rstrip(".") + "." if text else ""
 
@@ -179,7 +179,7 @@ def _is_union(annotation: Any) -> bool:
 
 @cache
 def _type(key: str) -> Any:
-    """The type of an argument, with its range; an enumeration or text is one of the enumeration's words."""
+    """The type of an argument, with its range; of an enumeration its values as literals."""
     if key in _RANGES:
         return _RANGES[key]
     found = _hints()[key]
@@ -199,7 +199,7 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def _trackers(value: Any, name: str) -> Any:
-    """`none`, `all`, or names of trackers; YAML reads `no` as false."""
+    """Check `report_to`: `none`, `all`, or names of trackers. YAML reads `no` as false."""
     if value is None or value is False:
         return "none"
     names = value if isinstance(value, list) else [value]
@@ -211,21 +211,21 @@ def _trackers(value: Any, name: str) -> Any:
 
 
 def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> TrainingArguments:
-    """Transformers' arguments with this project's defaults; a bad value is one line."""
+    """`transformers.TrainingArguments` with this project's defaults; a bad value is an `InputError` of one line."""
     defaults: dict[str, Any] = {
         **DEFAULTS,
-        # DeepSpeed finds its device by itself, a CPU too, and is left aside without a word where one is asked for.
+        # With `use_cpu` transformers silently ignores DeepSpeed, which chooses its device itself, also a CPU.
         "use_cpu": not torch.cuda.is_available() and not values.get("deepspeed"),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
         return TrainingArguments(output_dir=str(output), seed=seed, **{**defaults, **copy.deepcopy(dict(values))})
-    except Exception as error:  # whatever it is, it follows from the values alone
+    except Exception as error:  # whatever its type, the values caused it
         raise InputError(f"Bad trainer options: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def rehearse_arguments(values: Mapping[str, Any]) -> None:
-    """Build what the arguments ask for around a single weight: optimiser, schedule and trackers, on this machine.
+    """Build the optimiser, schedule and trackers that the arguments request for a single weight, as a test.
 
     Raises:
         InputError: values that contradict each other, or a package that is not installed.
@@ -235,7 +235,7 @@ def rehearse_arguments(values: Mapping[str, Any]) -> None:
             "trainer.deepspeed needs the package deepspeed, which is not installed: pip install deepspeed."
         )
     if values.get("deepspeed") or values.get("fsdp"):
-        return  # these take hold of the whole process, so they are set up once, with the model
+        return  # these change the state of the whole process, so they are set up once, with the model
     with TemporaryDirectory() as scratch:
         args = training_arguments(values, Path(scratch), 0)
     _rehearse_trackers(args)
@@ -248,7 +248,7 @@ def rehearse_arguments(values: Mapping[str, Any]) -> None:
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)
-    except Exception as error:  # of many packages, each with errors of its own
+    except Exception as error:  # many packages raise here, each its own types
         raise InputError(f"trainer.optim={name} cannot be used: {_said(error)}.") from error
     total = args.max_steps if args.max_steps > 0 else 100
     try:
@@ -281,17 +281,17 @@ def _said(error: Exception) -> str:
 
 
 def update_size(args: TrainingArguments) -> int:
-    """Examples of one update, over all micro-batches and ranks."""
+    """Number of examples in one update, over all micro-batches and ranks."""
     return int(args.train_batch_size * max(1, args.world_size) * args.gradient_accumulation_steps)
 
 
 def epoch_length(method: Any, args: TrainingArguments) -> int | None:
-    """Examples that an epoch draws where the method sets its length, else `None`: each example once."""
+    """Number of examples in an epoch if the method sets its length; `None` means each example once."""
     return method.epoch_steps * update_size(args) if method.epoch_steps is not None else None
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:
-    """Optimizer steps of a run whose epochs have `examples`."""
+    """Optimizer steps of a run whose epochs have `examples` examples."""
     if args.max_steps > 0:
         return int(args.max_steps)
     size = update_size(args)
@@ -300,7 +300,7 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM finish the step, write a checkpoint and stop; a second one stops at once."""
+    """Finish the step, write a checkpoint and stop on Ctrl-C or SIGTERM; a second signal stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -313,11 +313,11 @@ class StopOnSignal(TrainerCallback):
 
         try:
             self.before = [signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)]
-        except ValueError:  # signals belong to the main thread; elsewhere the caller handles them
+        except ValueError:  # only the main thread may set signal handlers; elsewhere the caller handles signals
             self.before = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked = anywhere(self.asked, args.device)  # ranks are told at different moments and must stop at one step
+        self.asked = anywhere(self.asked, args.device)  # the signal reaches ranks at different steps
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -1,7 +1,7 @@
-"""Auxiliary optimisers: parts of a method with an objective of their own (bilevel weights, an adversary, a critic).
+"""Auxiliary optimisers: modules of a method that have their own objective (bilevel weights, an adversary, a critic).
 
-In an update they step before the student, or instead of it, as the method's `update_schedule` says. The gradient of an
-auxiliary loss is taken with respect to its own parameters alone, so neither student nor teacher can be touched by it.
+In an update they step before the student, or instead of it, in the order that the method's `update_schedule` gives. The
+gradient of an auxiliary loss is taken with respect to its own parameters alone, so it changes neither student nor teacher.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from understudy.teachers import Teacher
 from understudy.training.reduction import Counts, Term, sum_terms
 
 MOST_FAILURES = 10
-"""Steps in a row whose gradient may be not finite; each halves the learning rate."""
+"""Most consecutive steps whose gradient may be not finite; each halves the learning rate."""
 
 
 @dataclass(frozen=True)
 class AuxiliaryOptimizer:
-    """Which of the method's modules an optimiser trains, and how.
+    """The modules that an auxiliary optimiser trains, and its settings.
 
     Args:
-        modules: names from `Method.modules`. They leave the student's optimiser.
+        modules: names from `Method.modules`. The student's optimiser does not update them.
     """
 
     modules: tuple[str, ...]
@@ -44,14 +44,16 @@ class AuxiliaryOptimizer:
 
 @dataclass
 class AuxiliaryContext:
-    """What an auxiliary loss sees of one update.
+    """The inputs of an auxiliary loss in one update.
 
     Args:
-        student: in evaluation mode. teacher: called with a batch, and `through(batch)` with gradient to the inputs.
-        batches: the micro-batches of the update on this rank. counts: what the update divides by, over all ranks.
-        reduction: how rows weigh.
-        validation: `validation(n)` gives n validation examples that depend on seed and step alone (all if there are
-            fewer, or if n is `None`), the same on every rank.
+        student: in evaluation mode.
+        teacher: called with a batch, and `through(batch)` with gradient to the inputs.
+        batches: the micro-batches of the update on this rank.
+        counts: what the update divides by, over all ranks.
+        reduction: how rows are weighted, as in `understudy.losses.reduction`.
+        validation: `validation(n)` returns n validation examples that depend on seed and step alone and are the same on
+            every rank; all of them if there are fewer, or if n is `None`.
         total: sums each tensor over the ranks.
     """
 
@@ -65,15 +67,16 @@ class AuxiliaryContext:
 
     @property
     def count(self) -> float:
-        """What a term without a count of its own is divided by."""
+        """The divisor of a term that has no count of its own."""
         return max(1.0, self.counts.units)
 
 
 class AuxiliaryOptimizers:
-    """The auxiliary optimisers of a method, and their steps.
+    """The auxiliary optimisers of a method.
 
     Args:
-        auxiliary: by name. modules: the method's own modules.
+        auxiliary: by name.
+        modules: the method's own modules.
     """
 
     def __init__(self, auxiliary: Mapping[str, AuxiliaryOptimizer], modules: Mapping[str, nn.Module]) -> None:
@@ -84,16 +87,16 @@ class AuxiliaryOptimizers:
         self.failed = dict.fromkeys(auxiliary, 0)
         for parameters in self.parameters.values():
             for parameter in parameters:
-                parameter.requires_grad_(False)  # the student's optimiser and DDP are not to know of them
+                parameter.requires_grad_(False)  # so that the student's optimiser and DDP leave them out
 
     def step(
         self, name: str, terms: Callable[[], Iterator[Mapping[str, Term]]], context: AuxiliaryContext
     ) -> dict[str, Tensor]:
-        """One step of an optimiser on its loss over the whole update.
+        """Make one step of an auxiliary optimiser on its loss over the whole update.
 
         Args:
-            terms: gives the loss's terms for each micro-batch of `context.batches`, in order. Rows weigh and terms are
-                divided as in the student's loss.
+            terms: returns the terms of the loss for each micro-batch of `context.batches`, in order. Rows are weighted
+                and terms are divided as in the student's loss.
 
         Returns:
             The sum of each term's values over this rank's rows.
@@ -127,7 +130,7 @@ class AuxiliaryOptimizers:
             if self.failed[name] >= MOST_FAILURES:
                 raise InputError(
                     f"The gradient of {name!r} was not finite {MOST_FAILURES} times in a row: lower its learning rate, or "
-                    "look at what it is fed."
+                    "check its inputs."
                 )
             for group in optimizer.param_groups:
                 group["lr"] /= 2
@@ -139,11 +142,11 @@ class AuxiliaryOptimizers:
         optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Every optimiser's state, and the failures in a row."""
+        """State of each optimiser, and the number of consecutive steps that failed."""
         return {"optimizers": {n: o.state_dict() for n, o in self.optimizers.items()}, "failed": dict(self.failed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.failed = dict(state["failed"])

@@ -23,7 +23,7 @@ def warmed_up(decay: float, step: int) -> float:
 
 @torch.no_grad()
 def take(model: nn.Module, average: nn.Module) -> None:
-    """Put the average in the model's place."""
+    """Copy the averaged weights into the model."""
     _copy(model.parameters(), average.parameters())
     _copy(model.buffers(), average.buffers())
 

@@ -1,11 +1,11 @@
-"""Weights of losses that are judged by what they lead to: one virtual step of the student, then an outer loss.
+"""Gradients of loss weights in bilevel optimisation: one virtual step of the student, then an outer loss.
 
 For L(θ) = Σ_ij w_ij ℓ_ij(θ) / n over the rows i and losses j of a whole update, θ′ = θ − η ∇L(θ) and an outer loss J,
 
     ∂J(θ′) / ∂w_ij = −(η / n) ⟨∇J(θ′), ∇ℓ_ij(θ)⟩.
 
-All inner products of a micro-batch are one directional derivative of its losses, so no row needs a backward pass of its
-own. Nothing of the student moves: parameters and buffers are stand-ins.
+All inner products of a micro-batch are one directional derivative of its losses, so no row needs its own backward pass.
+The student is not changed: the computation uses copies of its parameters and buffers.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ def weight_gradients(
     """∂J(θ′)/∂w for each micro-batch, shaped as its weights, and J(θ′).
 
     Args:
-        batches: the micro-batches of one update on this rank; the result does not depend on how it is cut.
-        losses: `losses(rows, i)` gives `[rows, losses]` of micro-batch i, from what the student says about it.
-        weights: `[rows, losses]` of each micro-batch.
-        outer: J, from a function that answers for the student at θ′.
-        rate: η. count: n, rows of the update over all micro-batches and ranks. total: sums tensors over the ranks.
-        part: the parameters that take the virtual step, those of the `head` alone being cheaper.
+        batches: the micro-batches of one update on this rank; the result does not depend on the split into them.
+        losses: `losses(rows, i)` returns `[rows, losses]` for micro-batch i from the student's output `rows`.
+        weights: `[rows, losses]` for each micro-batch.
+        outer: computes J; its argument is a function from a batch to the student's output at θ′.
+        rate: η.
+        count: n, rows of the update over all micro-batches and ranks.
+        total: sums tensors over the ranks.
+        part: the parameters that take the virtual step; `head` alone is cheaper.
 
-    The student answers in evaluation mode, without autocast, in float32 at least. Where one of its operations has no
-    forward-mode derivative, central differences along ∇J stand in and a warning says so.
+    The student runs in evaluation mode, without autocast, in float32 at least. If one of its operations has no
+    forward-mode derivative, central differences along ∇J are used instead, and a warning is logged.
     """
     moved, still = _stand_ins(student, part)
 
@@ -81,10 +83,10 @@ def weight_gradients(
 
 
 def along(function: Callable[[Parameters], Tensor], at: Parameters, direction: Parameters) -> Tensor:
-    """The derivative of `function`, entry by entry of its value, along a direction in its parameters."""
+    """The directional derivative of each entry of `function`'s value, along `direction` in its parameters."""
     at = {name: p.detach() for name, p in at.items()}
     try:
-        # Of the attention kernels only the plain one has a forward-mode derivative.
+        # Among the attention kernels only the math one has a forward-mode derivative.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             value = function({n: forward_ad.make_dual(p, direction[n]) for n, p in at.items()})
             found = forward_ad.unpack_dual(value)
@@ -104,7 +106,7 @@ _WARNED: set[str] = set()
 
 @torch.no_grad()
 def _differences(function: Callable[[Parameters], Tensor], at: Parameters, direction: Parameters) -> Tensor:
-    """Central differences, with a step in parameter space that balances truncation and rounding."""
+    """Central differences, with a step size that balances truncation and rounding error."""
     norm = sum(d.double().square().sum() for d in direction.values()) ** 0.5
     if not norm > 0:
         return torch.zeros_like(function(at))
@@ -115,20 +117,20 @@ def _differences(function: Callable[[Parameters], Tensor], at: Parameters, direc
 
 
 def _stand_ins(student: ModelAdapter, part: Part) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies of the parameters that move, with gradient, and of all else; both in float32 at least."""
+    """Copies of the parameters that take the virtual step (with gradient), and of all others; in float32 at least."""
     named = dict(student.named_parameters())
-    chosen = [name for name, p in named.items() if p.requires_grad]  # a list: all ranks must sum in one order
+    chosen = [name for name, p in named.items() if p.requires_grad]  # a list: all ranks sum in the same order
     if part == "head":
         head: nn.Module | None = find_head(student)
         if head is None:
-            raise InputError("The virtual step asks for the student's head and it has none: set options.virtual=all.")
+            raise InputError("The virtual step needs the student's head and it has none: set options.virtual=all.")
         own = set(map(id, head.parameters()))
         chosen = [name for name in chosen if id(named[name]) in own]
     if not chosen:
         raise InputError(f"No parameter of the student is trainable for a virtual step (options.virtual={part}).")
     moved = {name: _wide(named[name]).requires_grad_() for name in chosen}
     still = {name: _wide(p) for name, p in named.items() if name not in chosen}
-    # Buffers are copied, since a layer may write to its own whatever its mode.
+    # Buffers are copied, since a layer may write to its buffers in evaluation mode too.
     return moved, still | {name: _wide(b).clone() for name, b in student.named_buffers()}
 
 
@@ -137,7 +139,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _gradient(value: Tensor, parameters: Parameters) -> dict[str, Tensor]:
-    """The gradient of a scalar, zero for parameters that it does not reach."""
+    """The gradient of a scalar, zero for parameters that it does not depend on."""
     if not value.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     found: tuple[Any, ...] = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)

@@ -1,6 +1,6 @@
-"""Checkpoints without pickle: any nest of dicts, lists, numbers and tensors as one safetensors file.
+"""Checkpoints without pickle: any tree of dicts, lists, numbers and tensors as one safetensors file.
 
-The structure travels as JSON in the file's metadata; tensors are stored bit for bit, so a resumed run can be exact.
+The structure is stored as JSON in the file's metadata and tensors bit for bit, so that a resumed run is exact.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["COMPLETE", "last_complete", "load_tree", "numbered", "rng_state", "s
 def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         key = f"t{len(tensors)}"
-        # A clone gives every entry its own storage, which safetensors asks for.
+        # safetensors requires that every entry has its own storage, hence the clone.
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {"tensor": key}
     if isinstance(value, np.ndarray):
         return {"numpy": _flatten(torch.from_numpy(value.astype(np.int64)), tensors), "dtype": str(value.dtype)}
     if isinstance(value, dict):
-        # Schedulers keep functions beside their state; those are made anew, not stored.
+        # Schedulers hold functions too; those are created again on loading and not stored.
         return {"dict": [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items() if not callable(v)]}
     if isinstance(value, (list, tuple)):
         return {
@@ -57,7 +57,7 @@ def _unflatten(node: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write a nest of dicts, lists, numbers and tensors to `path`."""
+    """Write a tree of dicts, lists, numbers and tensors to `path`."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(tree, tensors))
     with writing(path):
@@ -65,7 +65,11 @@ def save_tree(tree: Any, path: Path) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """Read what `save_tree` wrote. A damaged file is an `InputError` that names it."""
+    """Read what `save_tree` wrote.
+
+    Raises:
+        InputError: the file is damaged; the message names it.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads(file.metadata()["structure"])
@@ -78,7 +82,7 @@ def load_tree(path: Path) -> Any:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random number generator that training may draw from."""
+    """The state of every random number generator that training uses."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -90,7 +94,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
+    """Restore what `rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -99,7 +103,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The folders `checkpoint-N`, by their step; others that lie beside them are not the trainer's."""
+    """The folders `checkpoint-N` by step; other folders beside them are ignored."""
     found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name, re.ASCII) for p in folder.glob("checkpoint-*") if p.is_dir()}
     return sorted((p for p, named in found.items() if named), key=lambda p: int(p.name.rsplit("-", 1)[1]))
 

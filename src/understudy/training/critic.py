@@ -1,4 +1,4 @@
-"""Fitting a binary critic of text pairs, with early stopping on its precision at a wanted recall (paper 11)."""
+"""Training a binary critic of text pairs, with early stopping on its precision at a given recall (paper 11)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ View = Callable[[int, Pair], Pair]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a critic is fitted.
+    """Hyperparameters of the training of a critic.
 
     Args:
-        lr, batch, epochs, weight_decay: of AdamW, at most. warmup: steps of linear warm-up.
+        lr, weight_decay: of AdamW.
+        batch: pairs per step.
+        epochs: the largest number of epochs.
+        warmup: steps of linear warm-up.
         patience: epochs without a better validation precision at `recall` before it stops.
-        plateau: such epochs before the rate is divided by ten. seed: of order and dropout.
+        plateau: epochs without a better validation precision before the learning rate is divided by ten.
+        seed: of the order of examples and of dropout.
     """
 
     lr: float
@@ -51,14 +55,15 @@ def fit_critic(
     fit: Fit,
     view: Callable[[int], View],
 ) -> dict[str, Any]:
-    """Minimise binary cross-entropy from the base rate on; the model ends with the weights of its best epoch.
+    """Minimise binary cross-entropy, starting from the base rate. The model ends with the weights of its best epoch.
 
     Args:
-        train, validation: text pairs and 0/1 labels. view: the wording of the pairs in an epoch; validation has the
-            wordings of the first three.
+        train, validation: text pairs and 0/1 labels.
+        view: rewords a pair for an epoch; validation uses the wordings of the first three epochs.
 
     Returns:
-        `epochs` done, `best_epoch`, `best_precision`, `seconds` and the `history` of validation precision.
+        A dictionary of `epochs` (number done), `best_epoch`, `best_precision`, `seconds` and `history` (validation
+        precision of each epoch).
     """
     pairs, labels = train
     checked, truth = validation
@@ -123,13 +128,14 @@ def probabilities(model: PairClassifier, pairs: Sequence[Pair], views: Sequence[
 
 
 def precision_at_recall(labels: Sequence[int], scores: Sequence[float], recall: float) -> float:
-    """Precision at the cutoff of a wanted recall; that of the strictest cutoff where ties leave no such cutoff."""
+    """Precision at the cutoff with the given recall; of the strictest cutoff if ties leave no such cutoff."""
     curve = recall_curve(labels, scores)
     return cutoff_at_recall(labels, scores, recall).precision if curve[-1].recall <= recall else curve[-1].precision
 
 
 class CriticOptions(BaseModel):
-    """How the critic is made. What is `None` depends on whether it is new and small, or pretrained (paper 11's values)."""
+    """Options of the critic. What `None` stands for depends on whether the critic is a new small network or a
+    pretrained model (then the values are those of paper 11)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -152,7 +158,7 @@ class CriticOptions(BaseModel):
     views: int = Field(default=5, ge=1, description="Wordings whose probabilities are averaged.")
 
     def fit(self, seed: int) -> Fit:
-        """The settings of one member."""
+        """The hyperparameters of one member of the ensemble."""
         new = is_new_pairs(self.model)
         pick = lambda value, fresh, tuned: value if value is not None else fresh if new else tuned  # noqa: E731
         return Fit(
@@ -160,14 +166,14 @@ class CriticOptions(BaseModel):
             self.batch,
             self.epochs,
             pick(self.warmup, 20, 1000),
-            pick(self.patience, 30, 10),  # an epoch of a few hundred labels is a few steps
+            pick(self.patience, 30, 10),  # with a few hundred labels an epoch has only a few steps
             pick(self.plateau, 15, 5),
             weight_decay=pick(self.weight_decay, 0.3, 0.01),
             seed=seed,
         )
 
     def build(self, texts: Iterable[str]) -> PairClassifier:
-        """A member before training; a new one knows the words of `texts`."""
+        """A member of the ensemble before training. The vocabulary of a new network is the words of `texts`."""
         if is_new_pairs(self.model):
             return new_pairs(self.model, texts, self.dropout)
         return load_pairs(self.model, self.dropout)
@@ -181,7 +187,7 @@ def fit_critics(
     folder: Path,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Fit every member and save it below `folder`; see `fit_critic` for what is returned of each.
+    """Train every member of the ensemble and save it in `folder`; for each the result is that of `fit_critic`.
 
     Args:
         pairs, labels: of `train` and `validation`.
@@ -200,7 +206,7 @@ def fit_critics(
 
 
 class Critics:
-    """Fitted critics from their folder: the mean probability over members and views."""
+    """Trained critics loaded from their folder; they return the mean probability over members and views."""
 
     def __init__(self, options: CriticOptions, folder: Path, view: Callable[[int], View]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,6 +214,6 @@ class Critics:
         self.views = [view(v) for v in range(options.views)]
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        """One probability a pair."""
+        """One probability per pair."""
         found = [probabilities(member, pairs, self.views) for member in self.members]
         return [sum(values) / len(values) for values in zip(*found, strict=True)]

@@ -1,4 +1,4 @@
-"""Whether a run can learn from what it will be given, found out on a few examples before anything is paid for."""
+"""Dry runs: whether the method's loss can be computed for this student, teacher and data, before expensive work starts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def dry_run(
     tokenizer: Any,
     collate: Callable[[list[Any]], dict[str, Tensor]],
 ) -> None:
-    """Have the method judge two short texts as if the student had written them, and leave everything as it was. Where
-    the engine is `continuous`, have it write a little first: not every model can.
+    """Compute the method's loss on two short texts as if the student had generated them; nothing is changed. With the
+    `continuous` engine it generates a few tokens first, since not every model supports that engine.
 
     Raises:
-        InputError: the student cannot write, the texts would be too long for a model, or the method needs labels.
+        InputError: the student cannot generate, the texts would be too long for a model, or the method needs labels.
     """
     student, method = train_module.student, train_module.method
     if not hasattr(student.model, "generate"):
@@ -64,10 +64,12 @@ def dry_run(
 
 
 def dry_run_stored(train_module: TrainModule, teacher: CachedTeacher | Ensemble, example: Batch) -> None:
-    """Have the method judge an example by an invented answer of the kind that the teacher keeps, or its members.
+    """Compute the method's loss on an example with a placeholder target of the kind that the cache, or each member,
+    stores.
 
     Raises:
-        InputError: the method's losses are not defined for that kind, or the members' kinds do not go together.
+        InputError: the method's losses are not defined for that kind of target, or the members' kinds cannot be
+            combined.
     """
     batch = _beginning(example).to(next(train_module.student.parameters()).device)
     try:
@@ -78,7 +80,7 @@ def dry_run_stored(train_module: TrainModule, teacher: CachedTeacher | Ensemble,
 
 
 def _beginning(batch: Batch) -> Batch:
-    """Of texts a few tokens around the first label: the student may be large and not on its device yet."""
+    """Of a text batch a few tokens around the first label, since the student may be large and not yet on its device."""
     if type(batch) is not Batch or batch.kind != "text":
         return batch
     first = int((batch.labels != IGNORE).any(0).int().argmax())
@@ -88,7 +90,7 @@ def _beginning(batch: Batch) -> Batch:
 
 
 def _try(train_module: TrainModule, batch: Batch, rows: ModelOutput | None) -> None:
-    """The losses of a batch, everything left as it was."""
+    """Compute the losses of a batch without changing any state."""
     state, random = train_module.train_state.method_state, ck.rng_state()
     before = state.state_dict() if state is not None else None
     try:

@@ -1,7 +1,7 @@
-"""The interface of a method: a typed, frozen configuration and one function from model outputs to named loss terms.
+"""The interface of a method: a typed, frozen configuration, and one function from model outputs to named loss terms.
 
-A *row* is whatever the task divides by: an image, a target token, a list of candidates. The engine hands a method only
-the rows that count, already aligned with their labels, so a method never sees a mask, a shift or a padded position.
+A *row* is the unit that the loss is averaged over: an image, a target token, a list of candidates. A method gets only the
+rows that count, already aligned with their labels: padding and ignored positions are removed, the causal shift is done.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ TeacherUse = Literal["none", "optional", "setup", "outputs", "calls"]
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a method needs of a run, with the options it has.
+    """What a method needs of a run, given its options.
 
     Args:
-        teacher: `none`; `optional`: read before training if the recipe names one; `setup`: read before training alone;
-            `outputs`: its outputs for every micro-batch are given to `loss`; `calls`: the method calls `state.teacher`
-            itself in every step, with inputs of its own, and `loss` is given no outputs.
-        features, teacher_features: the hidden state before the head, of either side.
-        teacher_layers: `taps` reads inner layers of the teacher, so its model must run here.
-        teacher_model: `setup` asks the teacher's own model about every example, which a cache or server cannot stand in for.
-        temperature: at which the teacher's probabilities are taken; a cache or server must hold them at this one.
+        teacher: how the teacher is used. `none`: not at all. `optional`: before training, if the recipe names one.
+            `setup`: only before training. `outputs`: `loss` gets its outputs for every micro-batch. `calls`: the method
+            calls `state.teacher` itself in every step, with its own inputs, and `loss` gets no outputs.
+        features, teacher_features: whether outputs must hold the hidden state before the head, of student and teacher.
+        teacher_layers: whether `taps` reads inner layers of the teacher; its model must then run in this process.
+        teacher_model: whether `setup` runs the teacher's model on every example; a cache or server cannot replace it.
+        temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
     """
 
     teacher: TeacherUse = "outputs"
@@ -55,18 +55,18 @@ class Requirements:
 
     @property
     def in_steps(self) -> bool:
-        """Whether training steps ask the teacher."""
+        """Whether training steps use the teacher."""
         return self.teacher in ("outputs", "calls")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """As the catalogue lists them."""
+        """The requirements by name, as the catalogue lists them."""
         held = {"teacher": self.needs_teacher, "features": self.features, "teacher_features": self.teacher_features}
         return tuple(sorted(name for name, needed in held.items() if needed))
 
 
 class MethodState(Protocol):
-    """What a method carries from step to step and a checkpoint must hold (a schedule, a running mean)."""
+    """State that a method updates from step to step, such as a schedule or a running mean. Checkpoints store it."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -78,11 +78,18 @@ class TrainState:
     """What a method may read during training.
 
     Args:
-        modules: the method's own modules. companions: frozen ones that are checkpointed. tables: what `setup` returned.
-        columns: numbers by example or token that `setup` added. context: what `setup` was given.
-        student: the student, for methods that show it more than the batch. teacher: likewise; `None` without.
-        phase: name of the phase; step and total are then of the phase.
-        method_state: as `Method.init_state` made it. step: optimizer steps done. total: of the run. seed: of the run.
+        modules: the method's own modules.
+        companions: its frozen modules, from `Method.companions`.
+        tables: the tensors that `setup` returned.
+        columns: numbers per example or token that `setup` added, by name.
+        context: the argument of `setup`.
+        student: the student, for methods that run it on more than the batch.
+        teacher: the teacher, for methods that call it; `None` without one.
+        phase: name of the present phase; `step` and `total` then count its steps only.
+        method_state: what `Method.init_state` returned.
+        step: optimizer steps done.
+        total: optimizer steps of the run.
+        seed: of the run.
     """
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -100,11 +107,11 @@ class TrainState:
 
 
 class Method(BaseModel):
-    """Base of all methods. Subclass it in one file, state the facts below, and write `loss`.
+    """Base class of methods. A subclass is one file: it sets the class attributes below and implements `loss`.
 
-    Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (batch kinds it
-    can train on), `cost` (one line, per step), `page` (when to use it, when not, deviations from the paper),
-    `variants` (the option whose values are methods under names of their own: `method=kto` is `dpo` with it).
+    Class attributes: `name` (on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
+    batches that it trains on), `cost` (per step, one line), `page` (when to use it, when not, deviations from the paper),
+    `variants` (an option whose values are also names of methods: `method=kto` is `dpo` with that value).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,115 +125,129 @@ class Method(BaseModel):
 
     @property
     def requires(self) -> Requirements:
-        """What the method needs of a run with these options."""
+        """What the method needs of a run, given its options."""
         return Requirements()
 
     # -- before training ----------------------------------------------------------------------------------------
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
-        """Work on the data before training: read the models, add columns to the examples. It is called again on resume,
-        so what is expensive goes through `context.once`. The tensors it returns are `state.tables`."""
+        """Compute what training needs beforehand: run the models, add columns to the examples. It is called again on
+        resume, so expensive work goes through `context.once`. The tensors it returns become `state.tables`."""
         return {}
 
     def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
-        """The student as it is trained, for example with another head; called after `setup`."""
+        """The student as it is trained, for example with another head. Called after `setup`."""
         return student
 
     def taps(self, side: Literal["student", "teacher"], model: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
-        """Inner layers of one side to read, by a name of the method's own. `batch` is an example to find them with."""
+        """Inner layers whose outputs `loss` reads, by names that the method chooses. `batch` is an example of a batch."""
         return {}
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
-        """Own trainable modules. They are optimised and checkpointed with the student, and stay behind at export."""
+        """Trainable modules of the method. They are optimised and checkpointed with the student, and not exported."""
         return {}
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
-        """Frozen modules that a checkpoint must hold (a moving anchor). They stay in evaluation mode, and behind."""
+        """Frozen modules that are checkpointed, for example a moving average. They stay in evaluation mode and are not
+        exported."""
         return {}
 
     def init_state(self, total: int) -> MethodState | None:
-        """State for a run of `total` optimizer steps, or `None`."""
+        """The method's state at the start of a run of `total` optimizer steps, or `None`."""
         return None
 
     def auxiliary_optimizers(self) -> Mapping[str, AuxiliaryOptimizer]:
-        """Optimisers of modules that have an objective of their own, by name."""
+        """Optimisers, by name, of modules that have their own objective."""
         return {}
 
     def phases(self) -> Sequence[Phase]:
-        """Parts of the run with data, arguments and frozen parts of their own, in order; a single one if empty."""
+        """Parts of the run in order, each with its own data, training arguments and frozen modules. Empty: one phase."""
         return ()
 
     # -- each epoch ---------------------------------------------------------------------------------------------
 
     @property
     def epoch_steps(self) -> int | None:
-        """Optimizer steps of an epoch; one pass over the data if `None`."""
+        """Optimizer steps per epoch; `None` means one pass over the data."""
         return None
 
     def sampling(self, state: TrainState) -> Sampling | None:
-        """Called as each epoch begins: what it draws from (a subset, weights, several streams); `None` for each example once.
-        It may look at the data through `state.context`. A checkpoint holds the choice."""
+        """How the next epoch draws its examples (a subset, weights, several streams); `None` means each example once.
+        Called at the start of each epoch. It may read the data through `state.context`. Checkpoints store the result."""
         return None
 
     # -- each update --------------------------------------------------------------------------------------------
 
     def update_schedule(self, state: TrainState) -> Sequence[str]:
-        """Which parameters this update moves, in order: auxiliary optimisers by name, and `"student"` last or not at all.
-        It may read `state.method_state`."""
+        """The optimisers that step in this update, in order: names of auxiliary optimisers, then `"student"` or not. It may
+        read `state.method_state`."""
         return ("student",)
 
     def auxiliary_loss(self, name: str, context: AuxiliaryContext, state: TrainState) -> Iterator[dict[str, Term]]:
-        """Terms of an auxiliary optimiser's loss, to be minimised, for each micro-batch of `context.batches`."""
+        """Terms of the loss that an auxiliary optimiser minimises, for each micro-batch of `context.batches`."""
         raise NotImplementedError
 
     def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
-        """The batch as both sides see it, at each step: with noise added, a part left out. Rows and ids stay."""
+        """Change the inputs of a micro-batch before student and teacher get it, for example add noise. Rows and ids
+        stay."""
         return batch
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """What terms are divided by, where that is not the number of rows: by the term's name, for this batch."""
+        """Divisors of terms that are not divided by the number of rows, by the term's name, for this micro-batch."""
         return {}
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
     ) -> dict[str, Term]:
-        """Named terms, each with one value per row and no reduction."""
+        """The named terms of the loss, each with one value per row, not reduced.
+
+        Args:
+            student: outputs of the student for the rows that count.
+            teacher: the same of the teacher, without gradient; `None` unless `requires.teacher` is `outputs`.
+            batch: the micro-batch; `batch.row_labels` are the labels of the rows.
+            state: the present state of training.
+        """
         raise NotImplementedError
 
     @property
     def merges_gradients(self) -> bool:
-        """Whether `merge` must see the gradient of each term apart."""
+        """Whether `merge` gets the gradient of each term separately."""
         return False
 
     def merge(self, gradients: Mapping[str, list[Tensor | None]], owners: Sequence[str]) -> list[Tensor | None]:
-        """Merge the whole update's gradients, one list per term (weight included), aligned with `owners`.
+        """Combine the gradients of the terms of an update into one gradient per parameter.
 
-        `owners[i]` names the part a parameter belongs to: `"backbone"`, `"head"`, or one of `modules`.
+        Args:
+            gradients: by term, its gradient (weight included) for each parameter; `None` where it does not depend on it.
+            owners: for each parameter the part it belongs to: `"backbone"`, `"head"`, or a name from `modules`.
+
+        Returns:
+            The gradient of each parameter.
         """
         raise NotImplementedError
 
     def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
-        """Called once per optimizer step that has rows, on every rank, after the backward pass, with each term's mean over
-        the whole update."""
+        """Called on every rank after the backward pass of an optimizer step that has rows, with each term's mean over the
+        whole update."""
 
     def logged(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """The means of an update as they are logged, with what follows from several of them."""
+        """The values to log for an update: the means of its terms, and values computed from them."""
         return means
 
     def on_step_end(self, state: TrainState) -> None:
-        """Called after each optimizer step, when `state.step` counts it already."""
+        """Called after each optimizer step; `state.step` already counts it."""
 
     # -- evaluation and export ----------------------------------------------------------------------------------
 
     def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
-        """The student, with the weights it has, as it is evaluated during training: an ordinary model of the task."""
+        """The student with its present weights as validation evaluates it: an ordinary model of the task."""
         return student
 
     def export(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
-        """The trained student as it is saved and evaluated: an ordinary model of the task again."""
+        """The trained student as it is saved and evaluated: an ordinary model of the task."""
         return student
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
-        """What to report beside the task's metrics, once trained: `metrics` (name to number) and `pictures` (caption to
-        an array `[height, width, 3]` of uint8)."""
+        """Results to report beside the task's metrics, after training: `metrics` (name to number) and `pictures`
+        (caption to an array `[height, width, 3]` of uint8)."""
         return {}

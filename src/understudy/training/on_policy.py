@@ -1,4 +1,4 @@
-"""How much of its training texts a student writes itself: the options."""
+"""On-policy distillation: the options for training on text that the student generates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Replay(BaseModel):
-    """Samples that are used again (DistiLLM, Ko et al. 2024).
+    """Replay buffer of generated samples (DistiLLM, Ko et al. 2024).
 
     Args:
-        size: samples that are kept; the oldest leave. Until there are so many, every sample is fresh.
-        probability: of a replay in the place of a fresh sample; `linear` goes from 0 at the first step to 1 at the last.
+        size: capacity; the oldest samples are dropped. Until the buffer is full, every sample is fresh.
+        probability: that a sample is taken from the buffer instead of generated; `linear` rises from 0 at the first step to
+            1 at the last.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,13 +25,13 @@ class Replay(BaseModel):
     )
 
     def at(self, progress: float) -> float:
-        """The probability at a share of the run."""
+        """The probability after the fraction `progress` of the run."""
         return progress if self.probability == "linear" else self.probability
 
 
 class Adaptive(BaseModel):
-    """The share of own samples rises by `by` when the validation loss is `tolerance` nats above that of the evaluation
-    before (DistiLLM, Algorithm 1; the released code compares with the last loss that made it rise)."""
+    """Adaptive fraction: it rises by `by` when the validation loss exceeds that of the previous evaluation by `tolerance`
+    nats (DistiLLM, Algorithm 1; the released code compares with the last loss that caused a rise)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,27 +40,30 @@ class Adaptive(BaseModel):
 
 
 class OnPolicy(BaseModel):
-    """How much the student writes itself, and how (GKD, Agarwal et al. 2024).
+    """On-policy samples: a fraction of the completions is replaced by text that the student generates (GKD, Agarwal et
+    al. 2024).
 
-    The teacher answers for the student's text like for any other. Its tokens are no labels: a term that reads labels is 0
-    there. Each example is decided for itself, where GKD's code decides for a whole batch. The default of `fraction` and
-    `kd` with `divergence=jsd` are GKD's; DistiLLM is `kd` with `skew_kl` or `skew_reverse_kl` (alpha 0.1), `fraction=0`,
-    `replay` and `adaptive`.
+    Generated tokens are not labels: a term that reads labels is 0 on them. Whether a completion is replaced is drawn
+    for each example, while GKD's code draws once per batch. The default of `fraction` and `kd` with `divergence=jsd`
+    are GKD; `kd` with `skew_kl` or `skew_reverse_kl` (alpha 0.1), `fraction=0`, `replay` and `adaptive` is DistiLLM.
 
-    Texts are written with a KV cache by the student itself, with the weights of the moment. Both engines are those of
-    `transformers`, draw by the example and write the same texts, up to the rounding of batched products. A server is none
-    of them: it draws by itself, and would need the weights sent at every update.
+    The student generates with its present weights and a KV cache. Both engines are those of `transformers`; their
+    random numbers depend on the example alone, so both generate the same text up to the rounding of batched products. A
+    server cannot be used: it has its own random numbers and would need the new weights at every update.
 
     Args:
-        fraction: λ, probability that an example's completion is replaced; where it starts, with `adaptive`.
-        max_new_tokens: tokens of a sample at most. temperature: 0 is greedy. top_p, top_k: 1 and 0 leave all tokens.
-        steps: optimizer steps whose samples are written at once, with the weights of the first of them (fewer before the
-            end of an epoch); 1 is strictly on-policy. in_flight: sequences that are written side by side, at most. Writing
-            is cheap where there are 64 or more, so raise `steps` where the log's `in_flight` is small.
-        engine: `padded` writes batch after batch with `generate`, each until its last text ends. `continuous` gives the place
-            of a text that ends to the next prompt: for lengths that vary and more prompts than `in_flight`
-            (`docs/benchmarks.md`). It writes in the weights' own precision, not in that of `bf16`.
-        cut: where plain text is cut into prompt and completion: a share of its length, or `random`.
+        fraction: λ, probability that an example's completion is replaced; with `adaptive` its initial value.
+        max_new_tokens: most tokens of a sample.
+        temperature: of sampling; 0 is greedy.
+        top_p, top_k: 1 and 0 keep all tokens.
+        steps: optimizer steps whose samples are generated at once, with the weights before the first of them (fewer
+            before the end of an epoch); 1 is strictly on-policy.
+        in_flight: most sequences that are generated in parallel. Generation is efficient from 64 on, so raise `steps`
+            if `in_flight` in the log is small.
+        engine: `padded` calls `generate` batch by batch, each until its longest text ends. `continuous` starts the next
+            prompt as soon as a text ends: for lengths that vary and more prompts than `in_flight`
+            (`docs/benchmarks.md`). It generates in the dtype of the weights, not in that of `bf16`.
+        cut: where plain text is split into prompt and completion: a fraction of its length, or `random`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +86,6 @@ class OnPolicy(BaseModel):
 
     @classmethod
     def known(cls, path: Sequence[Any]) -> list[str]:
-        """The keys at a place inside these options."""
+        """The known keys at a path inside these options."""
         parts: dict[str, type[BaseModel]] = {"replay": Replay, "adaptive": Adaptive}
         return list(parts.get(str(path[0]) if path else "", cls).model_fields)

@@ -1,4 +1,5 @@
-"""The order of examples, draws and shares of them: by seed, epoch and step alone, so that a resumed run sees the same."""
+"""Samplers: the order of examples and each rank's share of them depend on seed, epoch and step alone, so that a resumed run
+gets the same batches."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from understudy.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which examples an epoch draws, in place of each one once.
+    """How an epoch draws its examples. Without it an epoch has each example once.
 
     Args:
         indices: `[n]`, the examples to draw from; all if not given.
-        weights: `[n]`, draw with replacement in proportion to these; without them each once, again and again where the
-            epoch is longer.
-        streams: parts of every micro-batch in place of `indices`: pairs of indices and how many of them a micro-batch has.
-            Each stream is shuffled and begins again when it is at its end.
+        weights: `[n]`, draw with replacement with probabilities proportional to these. Without weights each example is
+            drawn once, and again in a new order if the epoch is longer.
+        streams: instead of `indices`, the composition of every micro-batch: pairs of (indices, number per micro-batch).
+            Each stream is shuffled and starts again at its end.
     """
 
     indices: Tensor | None = None
@@ -31,11 +32,12 @@ class Sampling:
 
 
 class EpochSampler(Sampler[int]):
-    """The order of an epoch's examples. It depends on seed, epoch and the epoch's `Sampling` alone, so a resumed run sees
-    the same.
+    """The order of an epoch's examples. It depends on seed, epoch and the epoch's `Sampling` alone, so that a resumed run
+    has the same order.
 
     Args:
-        examples: of the data set. length: draws an epoch; the data set's size if not given.
+        examples: number of examples in the data set.
+        length: number of examples per epoch; the size of the data set if not given.
     """
 
     def __init__(self, examples: int, seed: int, length: int | None = None) -> None:
@@ -44,10 +46,10 @@ class EpochSampler(Sampler[int]):
         self.sampling: Sampling | None = None
 
     def set_epoch(self, epoch: int, sampling: Sampling | None = None) -> None:
-        """Begin an epoch, with what it draws from.
+        """Start an epoch with the given `Sampling`.
 
         Raises:
-            InputError: there is nothing to draw from, or an index or weight that cannot be drawn.
+            InputError: there are no examples to draw from, or an index or weight is invalid.
         """
         self.epoch, self.sampling = epoch, sampling
         if sampling is not None:
@@ -76,7 +78,7 @@ class EpochSampler(Sampler[int]):
         return iter(_shuffled(every, self.length, generator).tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and what it draws from, which a method may have chosen by weights that have changed since."""
+        """The epoch and its `Sampling`, which cannot be computed again: it may depend on weights that have changed."""
         chosen = self.sampling
         held = None
         if chosen is not None:
@@ -84,7 +86,7 @@ class EpochSampler(Sampler[int]):
         return {"epoch": self.epoch, "sampling": held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         held = state["sampling"]
         chosen = None
         if held is not None:
@@ -93,7 +95,7 @@ class EpochSampler(Sampler[int]):
 
 
 def _shuffled(indices: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """`number` draws: permutations of `indices` one after the other."""
+    """`number` draws: one permutation of `indices` after another."""
     parts, left = [], number
     while left > 0:
         part = indices[torch.randperm(len(indices), generator=generator)][:left]
@@ -103,13 +105,15 @@ def _shuffled(indices: Tensor, number: int, generator: torch.Generator) -> Tenso
 
 
 class Share(Sampler[list[int]]):
-    """One rank's micro-batches: together the ranks see what one process would, each example once.
+    """One rank's micro-batches. Together the ranks process the batches of a single process, each example once.
 
-    The last round of an epoch is shared out as evenly as it goes. Every rank has as many rounds, so that none waits for
-    another in vain; one that nothing is left for gets an example that is not to count, written as −1 − index.
+    The last round of an epoch is divided as evenly as possible. Every rank has the same number of rounds, so that
+    collectives match; a rank without examples gets a padding example that does not count, encoded as −1 − index.
 
     Args:
-        order: of all examples. micro: examples of a full micro-batch. drop_last: leave out a round that is not full.
+        order: indices of all examples in order.
+        micro: examples per full micro-batch.
+        drop_last: leave out a last round that is not full.
     """
 
     def __init__(self, order: Sampler[int], micro: int, ranks: int, rank: int, drop_last: bool = False) -> None:
@@ -132,10 +136,11 @@ COUNTS = "counts_for_its_rank"
 
 
 class Shared(Dataset[Any]):
-    """A data set read through `Share`, with the key `COUNTS` in what is collated.
+    """A data set indexed by `Share`; the collated dictionary says under the key `COUNTS` whether the micro-batch counts.
 
     Args:
-        examples: by index. collate_plain: from examples to a dictionary.
+        examples: the data set.
+        collate_plain: collates a list of examples into a dictionary.
     """
 
     def __init__(self, examples: Any, collate_plain: Callable[[list[Any]], dict[str, Any]]) -> None:
@@ -148,12 +153,12 @@ class Shared(Dataset[Any]):
         return self.examples[index if index >= 0 else -1 - index], index >= 0
 
     def collate(self, found: list[tuple[Any, bool]]) -> dict[str, Any]:
-        """As `collate_plain`, with whether the micro-batch counts."""
+        """Apply `collate_plain` and add whether the micro-batch counts."""
         return {**self.collate_plain([example for example, _ in found]), COUNTS: found[0][1]}
 
 
 def draw(length: int, number: int | None, seed: int, step: int) -> list[int]:
-    """`number` of `length` examples, different at each step and the same again on resume; all where there are fewer."""
+    """Draw `number` of `length` examples, by seed and step alone; all of them if there are fewer."""
     if number is None or number >= length:
         return list(range(length))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 0x5EED)

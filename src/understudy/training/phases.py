@@ -1,4 +1,4 @@
-"""Phases: a run as an ordered list of trainings of the same parts, each with its own data, arguments and frozen parts."""
+"""Phases: consecutive parts of a run, each with its own data, training arguments and frozen modules."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from understudy.training.checkpoint import load_tree, save_tree
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a run. Every phase has an optimiser, a schedule and checkpoints of its own.
+    """One part of a run, with its own optimiser, schedule and checkpoints.
 
     Args:
-        name: letters, digits, - and _; `state.phase` during the phase.
-        share: of the run's optimizer steps.
-        train: what is trained: `"student"` and names of `Method.modules`. The rest is frozen and in evaluation mode.
-        split: of `SetupContext.splits` to train on, one that `setup` added or `"train"`.
-        trainer: training arguments over those of the recipe (not `max_steps`: that is what `share` says).
-        patience: end the phase after this many evaluations without gain.
+        name: letters, digits, - and _; the value of `state.phase` during the phase.
+        share: fraction of the run's optimizer steps.
+        train: what is trained: `"student"` and names from `Method.modules`. All other modules are frozen and in evaluation
+            mode.
+        split: the split of `SetupContext.splits` to train on: `"train"` or one that `setup` added.
+        trainer: training arguments that override those of the recipe (except `max_steps`, which follows from `share`).
+        patience: end the phase after this many evaluations without improvement.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Phase:
 
 
 def steps_of(phases: Sequence[Phase], total: int) -> list[int]:
-    """The optimizer steps of each phase: shares of `total`, one at least, that add up to it.
+    """The optimizer steps of each phase: by share of `total`, at least one each, with sum `total`.
 
     Raises:
         InputError: shares that do not sum to 1, two phases of one name, or fewer steps than phases.
@@ -56,14 +57,14 @@ def steps_of(phases: Sequence[Phase], total: int) -> list[int]:
         passed += phase.share
         ends.append(round(passed * total))
     steps = [b - a for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-    while min(steps) < 1:  # tiny runs: the longest gives one
+    while min(steps) < 1:  # short runs: take a step from the longest phase
         steps[steps.index(max(steps))] -= 1
         steps[steps.index(min(steps))] += 1
     return steps
 
 
 def save_phase(file: Path, module: Any, meter: Any) -> None:
-    """Write weights, the method's state and the cost so far as a phase leaves them; the file is whole or absent."""
+    """Write weights, method state and cost at the end of a phase, as one file that is complete or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state = module.train_state.method_state
     held = whole_state(module) if is_sharded(module) else module.state_dict()
@@ -73,7 +74,7 @@ def save_phase(file: Path, module: Any, meter: Any) -> None:
 
 
 def load_phase(file: Path, module: Any, meter: Any) -> None:
-    """Put back what `save_phase` wrote."""
+    """Restore what `save_phase` wrote."""
     tree = load_tree(file)
     load_state(module, tree["weights"])
     meter.load_state_dict(tree["meter"])
@@ -82,14 +83,18 @@ def load_phase(file: Path, module: Any, meter: Any) -> None:
 
 
 def freeze_all_but(parts: Mapping[str, nn.Module], train: Sequence[str] | None, trainable: set[int]) -> list[nn.Module]:
-    """Set what a phase trains; the parts that it leaves frozen.
+    """Enable gradients of the modules that a phase trains, and freeze the others.
 
     Args:
-        parts: `"student"` and the method's modules. train: names of those to train, or `None` for all.
-        trainable: ids of the parameters that may be trained at all (adapters alone, where there are adapters).
+        parts: `"student"` and the method's modules.
+        train: names of those to train, or `None` for all.
+        trainable: ids of the parameters that may be trained at all (only adapters, if there are any).
+
+    Returns:
+        The frozen modules.
 
     Raises:
-        InputError: a name that is no part.
+        InputError: a name that is not in `parts`.
     """
     for name in train or ():
         if name not in parts:

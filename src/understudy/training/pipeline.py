@@ -1,4 +1,4 @@
-"""Procedures: methods that are a short list of resumable stages (generate, filter, train, repeat) over the same parts."""
+"""Pipelines: methods that are a list of resumable stages (generate, filter, train, repeat)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from understudy.training.method import Method
 
 @dataclass(frozen=True)
 class PipelineContext:
-    """What the stages of a procedure work with.
+    """The inputs of a pipeline's stages.
 
     Args:
-        recipe: the whole recipe, as plain values. folder: of the run; stages keep their files in it.
-        teacher: of the recipe, as a model specification, or `None`.
-        train: `train(name, values)` carries out a recipe of its own in `folder / name` (it resumes like any run) and
-            returns its result, with `student`, `metrics` and `folder`. It has the teacher that `values` name, or none.
+        recipe: the whole recipe, as plain values.
+        folder: the run folder, where stages keep their files.
+        teacher: the recipe's teacher as a model specification, or `None`.
+        train: `train(name, values)` runs the recipe `values` in `folder / name` (it resumes like any run) and returns its
+            result, with `student`, `metrics` and `folder`. Its teacher is the one in `values`, or none.
     """
 
     recipe: Mapping[str, Any]
@@ -31,8 +32,8 @@ class PipelineContext:
     teacher: Any = None
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """`make()`, or what it gave before: JSON in `stages/NAME.json`, whole or absent. A stage that was cut off is
-        made again, so what is dear inside it must resume by itself (a request log does)."""
+        """The result of `make()`, kept as JSON in `stages/NAME.json` and read from there the next time. An interrupted
+        stage starts again, so expensive work inside it must resume by itself (a request log does)."""
         file = self.folder / "stages" / f"{name}.json"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,15 +48,19 @@ class PipelineContext:
     def ask(
         self, source: Source, requests: Sequence[Request], name: str, folder: Path | None = None, **limits: Any
     ) -> list[Completion]:
-        """Completions through the request log `NAME.jsonl` in `folder` (that of the run unless given): what the log
-        holds is not asked for again. `limits` are those of `understudy.generation.generate`."""
+        """Generate completions with the request log `NAME.jsonl` in `folder` (the run folder if not given). Requests
+        that the log holds are not sent again. `limits` are those of `understudy.generation.generate`."""
         with RequestLog((folder or self.folder / "logs") / f"{name}.jsonl", source.name) as log:
             return generate(source, requests, log, **limits)
 
 
 class Pipeline(Method):
-    """Base of procedures. Subclasses write `carry_out`; its options are fields, like those of any method."""
+    """Base class of pipelines. A subclass implements `run`; its options are fields, as for any method."""
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
-        """All stages in order. Returns the evaluation: `metrics`, and whatever panels the report is to show."""
+        """Run all stages in order.
+
+        Returns:
+            The evaluation: `metrics`, and the panels of the report.
+        """
         raise NotImplementedError

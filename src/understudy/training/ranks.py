@@ -1,4 +1,4 @@
-"""Several processes as one: DDP, FSDP2 and DeepSpeed through transformers' Trainer, and each rank's share of the data."""
+"""Multi-process training with DDP, FSDP2 or DeepSpeed through transformers' Trainer, and each rank's share of the data."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from understudy.training.order import COUNTS, Share, Shared
 from understudy.training.train_module import TrainModule
 
 LAUNCHED = "ACCELERATE_USE_FSDP"
-"""Set by `accelerate launch` whose configuration says FSDP, and by accelerate itself where a plugin is given."""
+"""Set by `accelerate launch` with an FSDP configuration, and by accelerate itself if a plugin is given."""
 
 
 class Ranks:
-    """The processes of a run: each rank's share of the data, sums over ranks, and a sharded student in one piece again.
+    """The processes of a run: each rank's share of the data, all-reduces, and gathering a sharded student after
+    training.
 
     Args:
-        trainer: whose accelerator, arguments and rollouts are used. train_module: student and method.
+        trainer: its accelerator, arguments and rollouts are used.
+        train_module: student and method.
     """
 
     def __init__(self, trainer: Any, train_module: TrainModule) -> None:
@@ -60,19 +62,20 @@ class Ranks:
 
     @staticmethod
     def check_arguments(args: TrainingArguments) -> None:
-        """Refuse to shard over one process; use one GPU of several that a single process sees."""
+        """Refuse sharding with a single process; restrict a single process to one GPU."""
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(
                 "trainer.fsdp shards over processes and there is one: start with `torchrun --nproc_per_node N -m understudy`, "
                 "or drop it."
             )
         if args.n_gpu > 1:
-            args._n_gpu = 1  # replicas in threads copy weights at each step; several GPUs are for several processes
+            args._n_gpu = 1  # `nn.DataParallel` copies the weights at each step; several GPUs need several processes
 
     @staticmethod
     @contextmanager
     def own_environment() -> Iterator[str | None]:
-        """Gives what the launcher says of FSDP; what a run's arguments put there is not for the next run."""
+        """Yield the launcher's FSDP setting; environment variables that this run's arguments set are removed for the
+        next run."""
         launched = os.environ.get(LAUNCHED)
         try:
             yield launched
@@ -83,7 +86,8 @@ class Ranks:
 
     @staticmethod
     def apply_fsdp(accelerator: Any, args: TrainingArguments, launched: str | None) -> bool:
-        """FSDP2 on CPUs too, where accelerate would leave the plugin aside without a word and run DDP. True if so."""
+        """Apply FSDP2 on CPUs too, where accelerate would silently ignore the plugin and run DDP. True if it was
+        applied."""
         state, wanted, changed = accelerator.state, args.fsdp_plugin_args, False
         if state.distributed_type == DistributedType.MULTI_CPU and (wanted or str_to_bool(launched or "false")):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**(wanted or {}))
@@ -94,14 +98,14 @@ class Ranks:
         plugin: Any = getattr(state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if isinstance(policy, MixedPrecisionPolicy):
-            # Half precision is for the products, not for sums of losses or gradients.
+            # Matrix products are in half precision; sums of losses and gradients are not.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, reduce_dtype=torch.float32)
         return changed
 
     # -- data ---------------------------------------------------------------------------------------------------
 
     def dataloader(self, order: Any, data: Any, collate: Any) -> DataLoader[Any]:
-        """This rank's share of every round, without the examples that are repeated elsewhere to make the last one even."""
+        """This rank's share of every round, without the examples that accelerate would repeat to fill the last one."""
         args = self.args
         share = Share(order, args.train_batch_size, args.world_size, args.process_index, args.dataloader_drop_last)
         shared = Shared(data, collate)
@@ -114,7 +118,7 @@ class Ranks:
         )
 
     def take(self, epoch_iterator: Iterator[Any], number: int) -> tuple[list[Any], list[bool]]:
-        """The micro-batches of an update, and which of them count on this rank."""
+        """The micro-batches of an update, and for each whether it counts on this rank."""
         rollouts = self.trainer.rollouts
         if rollouts is not None:
             step = self.trainer.state.global_step
@@ -124,8 +128,8 @@ class Ranks:
         return samples, [bool(sample.pop(COUNTS, True)) for sample in samples]
 
     def companions(self, batches: Sequence[Batch], counting: Sequence[bool]) -> list[Batch]:
-        """The batches with the labels of those that do not count here ignored, or without them where no row would be left
-        to ignore."""
+        """The micro-batches, where those that do not count on this rank have their labels ignored; or are left out, if
+        no row would remain."""
         pairs = zip(batches, counting, strict=True)
         kept = [b if counts else replace(b, labels=torch.full_like(b.labels, IGNORE)) for b, counts in pairs]
         return [b for b, counts in zip(kept, counting, strict=True) if counts or not b.num_items]
@@ -133,25 +137,26 @@ class Ranks:
     # -- sums ---------------------------------------------------------------------------------------------------
 
     def sum_numbers(self, values: list[float]) -> list[float]:
-        """Each number summed over the ranks."""
+        """All-reduce (sum) of each number."""
         if not self.several:
             return values
         found: list[float] = self.sum_tensors([torch.tensor(values, device=self.args.device)])[0].tolist()
         return found
 
     def sum_tensors(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor summed over the ranks."""
+        """All-reduce (sum) of each tensor."""
         return [self.accelerator.reduce(v, "sum") if self.several else v for v in values]
 
     def sum_gradients(self, gradients: list[Tensor | None], named: Sequence[tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Gradients of `named` parameters summed over the ranks; one that a rank lacks counts as 0."""
+        """All-reduce (sum) of the gradients of `named` parameters; a gradient that a rank does not have counts as 0."""
         if not self.several:
             return gradients
         pairs = zip(gradients, named, strict=True)
         return list(self.sum_tensors([g if g is not None else torch.zeros_like(p) for g, (_, p) in pairs]))
 
     def same_names(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums of an auxiliary loss, and 0 for those that other ranks have alone: all ranks are to reduce the same."""
+        """Add a 0 for each term of an auxiliary loss that only other ranks have, so that all ranks reduce the same
+        tensors."""
         if not self.several:
             return sums
         return {name: sums.get(name, torch.zeros((), device=self.args.device)) for name in gather_object(list(sums))}
@@ -159,8 +164,8 @@ class Ranks:
     # -- the end ------------------------------------------------------------------------------------------------
 
     def make_whole(self) -> None:
-        """After training: a student that was partitioned, or that a method or its kind ends in a way of its own, is an
-        ordinary model again, on every rank."""
+        """After training, turn a student that was sharded, or that its method or kind exports in a special way, into an
+        ordinary model on every rank."""
         if self.trainer.is_deepspeed_enabled:
             zero.whole_again(self.trainer.model_wrapped, self.model)
         if self.trainer.is_fsdp_enabled:
@@ -171,8 +176,8 @@ class Ranks:
 
 
 def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
-    """Refuse a method that cannot be sharded, and trainer options that this machine cannot carry out: before a model is
-    loaded, by the options and the launcher alone.
+    """Refuse a method that cannot be sharded and trainer options that this machine cannot run, before a model is
+    loaded, from the options and the launcher's environment alone.
 
     Raises:
         InputError: the run is to be sharded and the method cannot be, or the options cannot be used.
@@ -194,7 +199,7 @@ def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
 def _refuse_what_cannot_be_sharded(
     method: Method, student: ModelAdapter, plugin: FullyShardedDataParallelPlugin
 ) -> None:
-    """One line for whatever needs whole weights or gradients outside of a forward and backward pass."""
+    """Raise an `InputError` for each use of whole weights or gradients outside of forward and backward passes."""
     if plugin.fsdp_version != 2:
         raise InputError("FSDP 1 is not supported: set fsdp_version: 2 (trainer.fsdp_config.version=2).")
     _refuse_empty_weights(plugin.cpu_ram_efficient_loading)

@@ -1,7 +1,7 @@
-"""What an update divides by, and the one place that divides.
+"""Counting the rows of an update, and the one place that divides a loss.
 
-A loss term is one value a row. Its sum over the rows of an update, over all micro-batches and ranks, is divided once:
-by the number of rows (or sequences, as `reduction` says), or by the term's own count where the method gives one.
+A loss term has one value per row. Its sum over the rows of an update, over all micro-batches and ranks, is divided
+once: by the number of rows (or sequences, by `reduction`), or by the term's own count if the method gives one.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def sum_terms(terms: Mapping[str, Term], batch: Batch, reduction: str, own: Cont
     """Sum each term over the rows of a micro-batch.
 
     Args:
-        reduction: how rows weigh, as in `understudy.losses.reduction`. own: terms that have a count of their own; their
-            rows weigh 1.
+        reduction: how rows are weighted, as in `understudy.losses.reduction`.
+        own: terms with their own count; their rows have weight 1.
     """
     losses, values, weights = {}, {}, None
     for name, term in terms.items():
@@ -61,10 +61,11 @@ def sum_terms(terms: Mapping[str, Term], batch: Batch, reduction: str, own: Cont
 
 @dataclass(frozen=True)
 class Counts:
-    """What an update divides by, counted over its micro-batches and ranks.
+    """The divisors of an update, counted over its micro-batches and ranks.
 
     Args:
-        items: rows. units: what `reduction` divides by (rows, sequences; 0 where it divides by nothing).
+        items: number of rows.
+        units: number of units that `reduction` divides by (rows or sequences; 0 if it does not divide).
         own: counts of single terms, by name.
     """
 
@@ -74,7 +75,7 @@ class Counts:
 
     @classmethod
     def of(cls, batch: Batch, reduction: str, own: Mapping[str, float]) -> Counts:
-        """Those of one micro-batch."""
+        """The counts of one micro-batch."""
         items = batch.num_items
         if reduction == "token_mean":
             return cls(items, items, own)
@@ -82,20 +83,20 @@ class Counts:
 
     @classmethod
     def total(cls, parts: Sequence[Counts], reduce: Callable[[list[float]], list[float]]) -> Counts:
-        """The sum over micro-batches; `reduce` then sums a list of numbers over the ranks."""
+        """The sum of the counts of micro-batches; `reduce` then sums a list of numbers over the ranks."""
         names = list(parts[0].own)
         flat = [[p.items, p.units, *(p.own[n] for n in names)] for p in parts]
         items, units, *own = reduce([float(sum(column)) for column in zip(*flat, strict=True)])
         return cls(items, units, dict(zip(names, own, strict=True)))
 
     def scaled(self, factor: float) -> Counts:
-        """All counts times a factor: 0 for a micro-batch that another rank counts."""
+        """All counts times a factor: 0 for a padding micro-batch, which another rank counts."""
         return Counts(factor * self.items, factor * self.units, {n: factor * v for n, v in self.own.items()})
 
     def divide(self, name: str, total: Tensor) -> Tensor:
-        """A term's sum over its count. Nothing else in the project divides a loss; a count of 0 divides by 1."""
+        """Divide a term's sum by its count. Nothing else in the project divides a loss. A count of 0 divides by 1."""
         return total / max(1.0, self.own.get(name, self.units))
 
     def mean(self, name: str, total: Tensor) -> Tensor:
-        """The mean of a term, for logs and schedules: as `divide`, and by rows where the loss is a sum."""
+        """The mean of a term, for logs and schedules: as `divide`, or per row if the loss is a sum."""
         return total / max(1.0, self.own.get(name, self.units or self.items))

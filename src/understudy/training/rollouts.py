@@ -1,8 +1,8 @@
-"""The student's own samples as training texts: a share of the examples is written anew by the student on the way.
+"""Rollouts: during training the student generates new completions for a fraction of the examples.
 
 Which examples, their prompts and every drawn token depend on (seed, step, example id) and the weights alone, whatever
-the cut into micro-batches. Texts of several steps are written at once, and a checkpoint holds those that are still to
-come, so a resumed run sees the same.
+the split into micro-batches. The texts of several steps are generated at once, and a checkpoint holds those not used
+yet, so that a resumed run gets the same texts.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from understudy.models import ModelAdapter
 from understudy.training.on_policy import OnPolicy
 from understudy.training.order import COUNTS
 
-CHOICE, DRAWS = 0x0FF, 0x0FE  # streams of the noise
+CHOICE, DRAWS = 0x0FF, 0x0FE  # separate random streams
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The updates `start … end − 1`, and the texts that stand in for some of their examples: (update, id) → source, text."""
+    """The updates `start … end − 1`, and the texts that replace some of their examples: (update, id) → (source, text)."""
 
     start: int
     end: int
@@ -44,11 +44,17 @@ class _Window:
 
 
 class Rollouts:
-    """Takes micro-batches from the data, `policy.steps` updates ahead, and puts the student's samples into them.
+    """Takes micro-batches from the data, `policy.steps` updates ahead, and replaces completions by the student's
+    samples.
 
     Args:
-        policy: the options. student: whose `model` writes. tokenizer: of both sides. collate: of the examples.
-        seed, total: of the run. file: gets one line a sample. meter: a cost meter, or `None`.
+        policy: the options.
+        student: its `model` generates.
+        tokenizer: of student and teacher.
+        collate: collates the examples.
+        seed, total: of the run.
+        file: gets one line per sample.
+        meter: a cost meter, or `None`.
     """
 
     def __init__(
@@ -82,15 +88,15 @@ class Rollouts:
         step: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> list[dict[str, Any]]:
-        """The `number` micro-batches of update `step`. What has to be written is written inside `autocast`."""
+        """The `number` micro-batches of update `step`. If samples have to be generated, that happens inside `autocast`."""
         if not self._queue:
             held = self._window
-            resumed = held.start < step < held.end  # a checkpoint was made between writing and use
+            resumed = held.start < step < held.end  # from a checkpoint with unused samples
             end = held.end if resumed else min(step + self.policy.steps, max(self.total, step + 1))
             batches = list(itertools.islice(iterator, (end - step) * number))
-            beside = [{COUNTS: b.pop(COUNTS)} if COUNTS in b else {} for b in batches]  # of this rank alone
+            beside = [{COUNTS: b.pop(COUNTS)} if COUNTS in b else {} for b in batches]  # only of this rank
             if not resumed:
-                read = batches if self.fraction or self.policy.adaptive else []  # no share, no cost
+                read = batches if self.fraction or self.policy.adaptive else []  # with a fraction of 0 nothing is read
                 rows = [(step + i // number, row) for i, b in enumerate(read) for row in token_rows(b)]
                 self._window = _Window(step, step - (-len(batches) // number), self._texts(rows, step, autocast))
             pairs = enumerate(zip(batches, beside, strict=True))
@@ -100,7 +106,7 @@ class Rollouts:
         return taken
 
     def _dressed(self, values: dict[str, Any], step: int) -> dict[str, Any]:
-        """A micro-batch with its samples in place, and where each example comes from."""
+        """A micro-batch with its samples inserted, and the source of each example."""
         found = [self._window.texts.get((step, number)) for number in values["ids"].tolist()]
         if any(found):
             rows = [
@@ -114,7 +120,7 @@ class Rollouts:
     def _texts(
         self, rows: list[tuple[int, dict[str, Any]]], now: int, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> dict[tuple[int, int], tuple[int, Sample]]:
-        """Decide for each example of the updates ahead, and write what is to be fresh."""
+        """Decide for each example of the coming updates whether it is replaced, and generate the fresh samples."""
         texts: dict[tuple[int, int], tuple[int, Sample]] = {}
         fresh: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
         replay = self.policy.replay
@@ -140,7 +146,7 @@ class Rollouts:
         return texts
 
     def _write(self, fresh: Mapping[tuple[int, int], tuple[list[int], Tensor]], now: int) -> list[Sample]:
-        """Continue the prompts with the student as it is now."""
+        """Generate continuations of the prompts with the student's present weights."""
         policy, started = self.policy, time.perf_counter()
         prompts = [prompt for prompt, _ in fresh.values()]
         keys = torch.cat([key for _, key in fresh.values()]).to(next(self.model.parameters()).device)
@@ -159,7 +165,7 @@ class Rollouts:
             self.meter.generated += tokens
         ended = [text[-1] in self.ends for text in found]
         empty = sum(end and len(text) == 1 for text, end in zip(found, ended, strict=True))
-        rounds = max(1.0, len(found) / policy.in_flight)  # as long as prompts wait, `continuous` leaves no place free
+        rounds = max(1.0, len(found) / policy.in_flight)  # while prompts wait, `continuous` keeps all slots busy
         rounds = rounds if policy.engine == "continuous" else math.ceil(rounds)
         self._add(written=len(found), rounds=rounds, tokens=tokens, empty=empty, unended=len(found) - sum(ended))
         self._add(seconds=time.perf_counter() - started)
@@ -168,7 +174,7 @@ class Rollouts:
         return [Sample(number, now, len(prompt), (*prompt, *text)) for (_, number), prompt, text in pairs]
 
     def _note(self, fresh: Any, found: list[list[int]], ended: list[bool], now: int) -> None:
-        """One line a sample: when it was written, for which update and example, and what."""
+        """Write one line per sample: when it was generated, for which update and example, and its text."""
         if self.file is None:
             return
         with self.file.open("a") as file:
@@ -188,9 +194,13 @@ class Rollouts:
             self._add(examples=len(own), own=int(own.sum()), replayed=int(again.sum()), age=age)
 
     def logs(self) -> dict[str, dict[str, float]]:
-        """For the log. `on_policy`, of this rank since the last log: share of own samples among examples and of replays
-        among them, mean age of replays in steps; samples written, their tokens, how many were empty or did not end, how
-        many were written side by side, seconds in writing. `time_share`, of the run: where the time goes."""
+        """Values for the log.
+
+        `on_policy`, of this rank since the last log: fraction of generated samples among the examples and of replays
+        among those, mean age of replays in steps; number of samples generated, their tokens, how many were empty or did
+        not end, how many were generated in parallel, seconds of generation. `time_share`, of the run: fractions of the
+        time by role.
+        """
         t, self._tally = self._tally, {}
         own, replayed = t.get("own", 0), t.get("replayed", 0)
         found = {
@@ -205,7 +215,7 @@ class Rollouts:
         return {"on_policy": found, "time_share": self.meter.shares() if self.meter is not None else {}}
 
     def on_evaluate(self, metrics: Mapping[str, float]) -> None:
-        """Told of each evaluation; `adaptive` reads its `nll`."""
+        """Receives the metrics of each evaluation; `adaptive` reads `nll`."""
         adaptive, loss = self.policy.adaptive, metrics.get("nll")
         if adaptive is None:
             return
@@ -216,7 +226,7 @@ class Rollouts:
         self._judged = loss
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on."""
+        """All state that the next update depends on."""
         texts = self._window.texts
         return {
             "window": [self._window.start, self._window.end],
@@ -229,7 +239,7 @@ class Rollouts:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         places, texts = state["places"].tolist(), unpack(state["texts"])
         found = {(step, number): (source, t) for (step, number, source), t in zip(places, texts, strict=True)}
         start, end = state["window"]

@@ -1,7 +1,7 @@
-"""Files of a checkpoint that resumes exactly: safetensors without pickle, sealed when whole.
+"""Files of a checkpoint that resumes exactly: safetensors without pickle, marked as complete at the end.
 
-Model and optimiser are held in one piece whether they are sharded or not; random numbers and the state of the method,
-the auxiliary optimisers, the cost meter and the rollouts are those of each rank.
+Model and optimiser state are saved unsharded. Random states and the state of the method, the auxiliary optimisers, the
+cost meter and the rollouts are saved per rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STATE, OPTIMIZER, MODEL = "state.safetensors", "optimizer.safetensors", "model.s
 
 
 def _best(folder: Path) -> str:
-    """The checkpoint that was the best when this one was written; a run that goes on from here may end with it."""
+    """The best checkpoint at the time this one was written; a run resumed from here may load it at the end."""
     try:
         return f"checkpoint-{json.loads((folder / 'trainer_state.json').read_text())['best_global_step']}"
     except (OSError, ValueError, TypeError, KeyError):
@@ -30,8 +30,8 @@ def _best(folder: Path) -> str:
 
 
 def delete_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and their best ones. To be called once the newest is sealed, so that
-    a kill at any moment leaves a whole one."""
+    """Delete all but the newest `keep` checkpoints and the best checkpoints they name. Call it after the newest is
+    sealed, so that a complete checkpoint exists at any moment."""
     old = ck.numbered(folder)
     best = {_best(path) for path in old[-keep:]}
     for path in old[:-keep]:
@@ -46,13 +46,13 @@ def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """What `save_weights` wrote."""
+    """Read what `save_weights` wrote."""
     found: dict[str, Tensor] = ck.load_tree(folder / MODEL)
     return found
 
 
 def save_optimizer(folder: Path, optimizer: Any, scheduler: Any, sharded: bool, write: bool) -> None:
-    """Write optimiser and schedule. Every rank calls; the one with `write` writes."""
+    """Write optimiser and schedule. Every rank must call it; the rank with `write` writes."""
     state = optimizer.state_dict()
     tree = {"optimizer": gathered(state) if sharded else state, "scheduler": scheduler.state_dict()}
     if write:
@@ -60,25 +60,25 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any, sharded: bool, 
 
 
 def load_optimizer_tree(folder: Path) -> dict[str, Any]:
-    """`{"optimizer": …, "scheduler": …}` of `save_optimizer`."""
+    """`{"optimizer": …, "scheduler": …}` as `save_optimizer` wrote them."""
     found: dict[str, Any] = ck.load_tree(folder / OPTIMIZER)
     return found
 
 
 def state_file(folder: Path, ranks: int, rank: int) -> Path:
-    """The file of a rank's own state."""
+    """The file with a rank's own state."""
     return folder / (STATE if ranks == 1 else f"rank{rank}-{STATE}")
 
 
 def save_state(file: Path, parts: Mapping[str, Any]) -> None:
-    """Write random numbers and the `state_dict` of each part that is there."""
+    """Write random states and the `state_dict` of each part that is not `None`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tree = {name: part.state_dict() if part is not None else None for name, part in parts.items()}
     ck.save_tree({"rng": ck.rng_state(), **tree}, file)
 
 
 def load_state(file: Path, parts: Mapping[str, Any], ranks: int) -> None:
-    """Put back what `save_state` wrote into the parts that are there.
+    """Restore what `save_state` wrote into the parts that are not `None`.
 
     Raises:
         InputError: the checkpoint was written by another number of processes.

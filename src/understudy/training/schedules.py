@@ -1,4 +1,4 @@
-"""Scalars that move once per optimizer step, with what a checkpoint must hold of them."""
+"""Scalar schedules that are updated once per optimizer step, with the state that a checkpoint must hold."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ log = logging.getLogger(__name__)
 
 
 class ProgressSchedule:
-    """A value that moves from `start` to `end`, at least linearly, faster the more the loss falls (TAID, Alg. 1).
+    """A value that rises from `start` to `end`, at least linearly, and faster the more the loss falls (TAID, Alg. 1).
 
     With δ = (ℓ_prev − ℓ) / (ℓ_prev + 1e-15) and m ← β·m + (1 − β)·δ, the value becomes
-    `min(end, max(linear, value + α · sigmoid(m) · (1 − value)))`. The first call stores the loss and moves nothing.
+    `min(end, max(linear, value + α · sigmoid(m) · (1 − value)))`. The first call only stores the loss.
 
     Args:
         start, end: `0 <= start <= end <= 1`.
         alpha: size of the adaptive step.
         beta: momentum of the relative progress.
-        adaptive: `False` leaves the linear part alone.
+        adaptive: `False` keeps only the linear part.
     """
 
     def __init__(self, start: float, end: float, alpha: float, beta: float, adaptive: bool = True) -> None:
@@ -35,7 +35,7 @@ class ProgressSchedule:
         return self.start + (self.end - self.start) * step / total
 
     def update(self, loss: float, step: int, total: int) -> None:
-        """Move once. A loss that is not finite is skipped, since it would stay in the momentum for ever."""
+        """Update the value. A loss that is not finite is skipped, since it would stay in the momentum for ever."""
         linear = self.linear(step, total)
         if not self.adaptive:
             self.value = linear

@@ -1,4 +1,4 @@
-"""What a method may use outside the training loop: before the first step and after the last."""
+"""The setup context: what a method may use before the first step and after the last."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ from understudy.training.checkpoint import load_tree, save_tree
 
 @dataclass(frozen=True)
 class SetupContext:
-    """Both sides, the data, and a place to keep what was computed.
+    """Both models, the data, and a store for results.
 
     Args:
-        student: as it is at the time. teacher: answers for a batch, of whatever kind (a model, a cache, a server, several of
-            them); `None` without one. teacher_model: its model, where it runs here and answers about every example.
+        student: the student at that time.
+        teacher: called with a batch, whatever its kind (a model, a cache, a server, an ensemble); `None` without a
+            teacher.
+        teacher_model: the teacher's model, if it runs in this process and covers every example.
         splits: examples of `train`, `validation` and `test`; `setup` may add others, for phases to train on.
-        collate: from examples to the tensors of a `Batch`. classes: of the task, 0 where it has none.
-        teacher_train: what a teacher that is trained first may see.
-        eval_split: the split that the run is evaluated on. store: a folder that comparisons share. key: hash of teacher and
-            data. seed: of the run. columns: numbers by example or token, see `add_column`.
+        collate: from examples to the tensors of a `Batch`.
+        classes: number of classes of the task, 0 if it has none.
+        teacher_train: the examples that a teacher which is trained first may use.
+        eval_split: the split that the run is evaluated on.
+        store: a folder that the runs of a comparison share.
+        key: hash of teacher and data.
+        seed: of the run.
+        columns: numbers per example or token, see `add_column`.
     """
 
     student: ModelAdapter
@@ -48,7 +54,7 @@ class SetupContext:
     teacher: Teacher | None = None
 
     def add_column(self, column: Column) -> None:
-        """Give a number to every example or token of the training data, for the loss to read as `state.columns[name]`.
+        """Add a number to every example or token of the training data; `loss` reads it as `state.columns[name]`.
 
         Raises:
             InputError: there is a column of this name.
@@ -58,10 +64,10 @@ class SetupContext:
         self.columns[column.name] = column
 
     def live_teacher(self) -> ModelAdapter:
-        """The teacher's own model, for a method that reads it.
+        """The teacher's own model, for a method that runs it.
 
         Raises:
-            InputError: a cache, a server or a route to several models stands in its place.
+            InputError: the teacher is a cache, a server, or several models with one for each domain.
         """
         if self.teacher_model is None:
             raise InputError(
@@ -71,11 +77,11 @@ class SetupContext:
         return self.teacher_model
 
     def examples(self, split: str) -> Any:
-        """A split, or `teacher_train`."""
+        """The examples of a split, or of `teacher_train`."""
         return self.teacher_train if split == "teacher_train" else self.splits[split]
 
     def batches(self, split: str, size: int = 64) -> Iterator[Batch]:
-        """A split in order, as it is without augmentation, on the student's device."""
+        """The batches of a split in order, without augmentation, on the student's device."""
         examples = self.examples(split)
         device = next(self.student.parameters()).device
         for start in range(0, len(examples), size):
@@ -83,7 +89,8 @@ class SetupContext:
             yield Batch.from_dict(self.collate(chosen)).to(device)
 
     def once(self, name: str, make: Callable[[], Mapping[str, Tensor]], **settings: Any) -> dict[str, Tensor]:
-        """`make()`, or what it gave before for the same teacher, data and settings: computed once, kept whole or not."""
+        """The result of `make()`, stored under its name, teacher, data and settings and read from there the next time.
+        A stored result is complete or absent."""
         asked = hashlib.sha256(json.dumps([self.key, settings], sort_keys=True, default=str).encode()).hexdigest()
         file = self.store / f"{name}-{asked[:16]}.safetensors"
         if not file.is_file():

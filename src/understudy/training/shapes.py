@@ -1,4 +1,4 @@
-"""The widths a method's own modules need, read off two examples."""
+"""The widths that a method's own modules need, measured on two examples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from understudy.models import ModelAdapter, ModelOutput, evaluating
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a method may need to know to build its own modules.
+    """What a method may need to build its own modules.
 
     Args:
-        classes: of the task.
-        features, teacher_features: width before the head, where the method needs it.
+        classes: number of classes of the task.
+        features, teacher_features: width of the hidden state before the head, if the method requires it.
         taps, teacher_taps: shape of each tapped output, without the axis of examples.
-        inputs: likewise of each input. tables: what `setup` returned, for modules that start from it.
-        student, teacher: both models, for modules that are built from them; no teacher where it does not run here.
+        inputs: shape of each input, without the axis of examples.
+        tables: what `setup` returned, for modules that are initialised from it.
+        student, teacher: both models, for modules that are built from them; `None` for a teacher that does not run
+            here.
     """
 
     classes: int
@@ -54,7 +56,7 @@ def probe(
     batch: Batch,
     tables: Mapping[str, Tensor] | None = None,
 ) -> Shapes:
-    """The shapes a method sees on `batch`: each side shows what the method asks of it and taps."""
+    """Measure the shapes that a method gets on `batch`, with the features it requires and its taps."""
     found: dict[str, Any] = {}
     for side, prefix in (("student", ""), ("teacher", "teacher_")):
         model, asks = sides[side], getattr(method.requires, f"{prefix}features")

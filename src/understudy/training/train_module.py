@@ -1,7 +1,7 @@
-"""The student and the method's own modules as the one module that is trained, wrapped and checkpointed.
+"""The student and the method's own modules as one module that is trained, wrapped and checkpointed.
 
-The loss is computed inside `forward`, so that whatever wraps the module (DDP, FSDP, autocast, compile) sees the
-whole of it, the head product included.
+The loss is computed inside `forward`, so that wrappers of the module (DDP, FSDP, autocast, compile) cover all of it,
+including the product with the head.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ class TrainModule(nn.Module):
     """A student with its method.
 
     Args:
-        student: gives the rows of a batch.
-        method: what is minimised.
-        shapes: class count and feature width, for the method's own modules.
+        student: the adapter of the trained model.
+        method: defines the loss.
+        shapes: shapes for the method's own modules.
         total: optimizer steps of the run.
         reduction: what an update divides by, as in `understudy.losses.reduction`.
         taps: inner layers of the student that the method reads.
-        tables: what the method's `setup` returned. context: what it was given. seed: of the run.
+        tables: what the method's `setup` returned.
+        context: the argument of `setup`.
+        seed: of the run.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class TrainModule(nn.Module):
         self.own = nn.ModuleDict(method.modules(shapes))
         self.method = method
         self.reduction = reduction
-        self._taps = dict(taps or {})  # a plain dict: the layers belong to the student already
+        self._taps = dict(taps or {})  # a plain dict, since the layers are registered in the student already
         self.companions = nn.ModuleDict(method.companions(student)).requires_grad_(False).eval()
         self.train_state = TrainState(
             modules=dict(self.own.items()),
@@ -71,20 +73,23 @@ class TrainModule(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The blocks that FSDP2 shards apart; the rest, the head with it, is one group: whole while `forward` runs."""
+        """The blocks that FSDP2 shards separately. The rest, including the head, is one group and gathered while
+        `forward` runs."""
         return block_names(self.student)
 
     def begin_phase(self, phase: Phase, steps: int, trainable: set[int]) -> None:
-        """Freeze what the phase does not train, and start to count its steps.
+        """Freeze what the phase does not train, and restart the step count.
 
         Args:
+            phase: the phase that begins.
+            steps: its optimizer steps.
             trainable: ids of the parameters that may be trained at all.
         """
         self._frozen = freeze_all_but({"student": self.student, **dict(self.own.items())}, phase.train, trainable)
         self.train_state.phase, self.train_state.step, self.train_state.total = phase.name, 0, steps
 
     def train(self, mode: bool = True) -> TrainModule:
-        """Companions, and what a phase leaves frozen, stay in evaluation mode."""
+        """Set the mode; companions and modules that the phase freezes stay in evaluation mode."""
         super().train(mode)
         for part in (self.companions, *self._frozen):
             part.eval()
@@ -93,7 +98,7 @@ class TrainModule(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
     ) -> None:
-        """`trainer.gradient_checkpointing` is the student's to carry out."""
+        """Enable gradient checkpointing of the student's model, for `trainer.gradient_checkpointing`."""
         inner = self.student.model
         if not hasattr(inner, "gradient_checkpointing_enable"):
             raise InputError(
@@ -105,7 +110,7 @@ class TrainModule(nn.Module):
         )
 
     def forward(self, batch: Batch, teacher: ModelOutput | None) -> TermSums:
-        """The sum of each term over the batch's rows."""
+        """The sum of each term over the rows of the batch."""
         output = self.student(batch, self.method.requires.features, self._taps)
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
@@ -113,7 +118,7 @@ class TrainModule(nn.Module):
         return sum_terms(terms, batch, self.reduction, self.method.counts(batch))
 
     def owners(self) -> list[tuple[str, nn.Parameter]]:
-        """Trainable parameters with the part each belongs to: `backbone`, `head`, or an own module's name."""
+        """Trainable parameters with the name of the part each belongs to: `backbone`, `head`, or an own module's name."""
         head = find_head(self.student)
         in_head = set(map(id, head.parameters())) if head is not None else set()
         named: list[tuple[str, nn.Parameter]] = []

@@ -1,9 +1,9 @@
-"""One trainer for every method, on `transformers.Trainer`.
+"""The trainer of all methods, a subclass of `transformers.Trainer`.
 
-What it adds: the teacher's targets, one division by the count over the whole update and all ranks, term means for the
-method's state, gradients of single terms where a method merges them, steps of auxiliary optimisers, validation with the
-task's own metrics, and checkpoints that resume exactly. The parts are `ranks`, `saving`, `validation` and `auxiliary`;
-this class calls them from the places that `transformers.Trainer` gives.
+It adds: the teacher's targets; one division by the count over the whole update and all ranks; the mean of each term,
+for the method's state; separate gradients of terms, for methods that merge them; steps of auxiliary optimisers;
+validation with the task's own metrics; checkpoints that resume exactly. These parts are in `ranks`, `saving`,
+`validation` and `auxiliary`; this class calls them from the hooks of `transformers.Trainer`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from understudy.training.validation import Validation
 
 
 class _FollowSteps(TrainerCallback):
-    """Tells the trainer which epoch begins (also where a resumed run starts), and the method that a step has ended."""
+    """Tells the trainer which epoch begins (also on resume), and the method that a step has ended."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
@@ -59,9 +59,12 @@ class _Update:
     """One optimizer step in progress.
 
     Args:
-        samples, counting: its micro-batches on this rank, and which of them count here. counts: what it divides by.
-        roles: whose parameters it moves: auxiliary optimisers by name, and `"student"`.
-        done: micro-batches done. values: sums of terms so far. gradients: of each term, where the method merges them.
+        samples, counting: its micro-batches on this rank, and for each whether it counts here.
+        counts: the divisors.
+        roles: the optimisers that step: auxiliary ones by name, and `"student"`.
+        done: micro-batches done.
+        values: sums of terms so far.
+        gradients: gradients of each term so far, if the method merges them.
     """
 
     samples: Sequence[Any]
@@ -73,26 +76,27 @@ class _Update:
     gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add sums of terms to those so far."""
+        """Add the sums of terms of a micro-batch."""
         for name, value in values.items():
             held = self.values.get(name)
             self.values[name] = value if held is None else held + value
 
 
 class DistillationTrainer(Trainer):
-    """Trains a `TrainModule` against a teacher. The result does not depend on how many processes share the work.
+    """Trains a `TrainModule` with a teacher. The result does not depend on the number of processes.
 
     Args:
         train_module: student and method.
         args: the training arguments of `transformers`.
-        train_dataset, collate: examples, and how they become the tensors of a `Batch`.
-        teacher: gives targets, or `None` for a method that needs none.
+        train_dataset, collate: examples, and the function that collates them into the tensors of a `Batch`.
+        teacher: returns the targets of a batch; `None` for a method that needs none.
         validation_dataset: examples that auxiliary losses may draw from.
         validation: the task's metrics during training (`eval_strategy`), or `None`.
         augmentation: keyword options of `understudy.data.augment`, or `None`.
         meter: a cost meter with contexts `teacher()`, `student()`, `head()` and `step()`, or `None`.
-        metrics_file: JSON lines, one per log. rollouts: puts the student's own samples into the batches, or `None`.
-        steps_before: optimizer steps of the run's phases before this one, which the lines of files count as well.
+        metrics_file: JSON lines, one per log.
+        rollouts: replaces completions by the student's samples, or `None`.
+        steps_before: optimizer steps of earlier phases, which are added to the step in log files.
     """
 
     model: TrainModule
@@ -158,14 +162,14 @@ class DistillationTrainer(Trainer):
     # -- processes and data -------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As transformers does it, and FSDP2 on CPUs too."""
+        """As in transformers, with FSDP2 on CPUs too."""
         with Ranks.own_environment() as launched:
             super().create_accelerator_and_postprocess()
         if Ranks.apply_fsdp(self.accelerator, self.args, launched):
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """One process: as transformers makes it. Several: each rank's share of every round."""
+        """With one process that of transformers; with several, each rank's share of every round."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         return self.ranks.dataloader(self._get_train_sampler(), self.train_dataset, self.data_collator)
@@ -174,9 +178,9 @@ class DistillationTrainer(Trainer):
         return self.sampler
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set the epoch that order and augmentation depend on, and what the method draws from in it.
+        """Set the epoch that order and augmentation depend on, and ask the method how it draws its examples.
 
-        A run that is resumed inside an epoch goes on with the choice that was made as it began.
+        A run that is resumed inside an epoch keeps the `Sampling` that was chosen when the epoch began.
         """
         self._epoch = epoch
         if self._resumed_epoch != epoch:
@@ -185,7 +189,7 @@ class DistillationTrainer(Trainer):
         self._resumed_epoch = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """Collect the micro-batches of one update and count what the update divides by, over all ranks."""
+        """Collect the micro-batches of one update and count its divisors over all ranks."""
         samples, counting = self.ranks.take(epoch_iterator, num_batches)
         parts = [self._counts(s).scaled(float(c)) for s, c in zip(samples, counting, strict=True)]
         counts = Counts.total(parts, self.ranks.sum_numbers) if parts else Counts()
@@ -197,7 +201,7 @@ class DistillationTrainer(Trainer):
         return Counts.of(batch, self.model.reduction, self.model.method.counts(batch))
 
     def batch(self, inputs: Mapping[str, Any]) -> Batch:
-        """A micro-batch as both sides see it: on the device, augmented, and as the method transforms it."""
+        """A micro-batch as student and teacher get it: on the device, augmented, and changed by the method."""
         batch = Batch.from_dict(inputs).to(self.args.device)
         if self.augmentation is not None:
             batch.inputs["pixel_values"] = augment(
@@ -208,7 +212,7 @@ class DistillationTrainer(Trainer):
     # -- the step -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; auxiliary optimisers step before an update's first one."""
+        """Forward and backward pass of one micro-batch; auxiliary optimisers step before the first one of an update."""
         update, train_state = self._update, self.model.train_state
         if update.roles is None:
             train_state.step = self.state.global_step
@@ -244,7 +248,7 @@ class DistillationTrainer(Trainer):
                 target = self.teacher(batch)
         sums: TermSums = model(batch, target)
         if not self._update.counting[self._update.done]:
-            # Another rank has the last examples; this one runs the same collectives and adds nothing.
+            # A padding micro-batch: this rank runs the same collectives as the others and adds nothing.
             sums = TermSums(*({name: value * 0 for name, value in part.items()} for part in sums))
         self._update.add(sums.values)
         if self.meter is not None:
@@ -252,7 +256,7 @@ class DistillationTrainer(Trainer):
         return sums
 
     def _step_auxiliary(self) -> None:
-        """The steps of auxiliary optimisers that the method's schedule has in this update, before the student's."""
+        """The steps of auxiliary optimisers that the method schedules in this update, before the student's step."""
         update, method, train_state = self._update, self.model.method, self.model.train_state
         names = [name for name in update.roles or () if name != "student"]
         if not names:
@@ -274,7 +278,7 @@ class DistillationTrainer(Trainer):
     def _draw_validation(self, number: int | None) -> Batch:
         if self.validation_dataset is None:
             raise InputError(
-                f"Method {self.model.method.name!r} asks for validation examples and the run has none: set data with a "
+                f"Method {self.model.method.name!r} needs validation examples and the run has none: set data with a "
                 "validation split."
             )
         data: Any = self.validation_dataset
@@ -282,7 +286,7 @@ class DistillationTrainer(Trainer):
         return Batch.from_dict(self.data_collator([data[i] for i in chosen])).to(self.args.device)
 
     def _backward_by_term(self, model: Any, inputs: Any) -> Tensor:
-        """Backward of each term apart, accumulated over the update; `Method.merge` then writes the gradients."""
+        """Backward pass of each term separately, accumulated over the update; `Method.merge` then sets the gradients."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
@@ -301,7 +305,7 @@ class DistillationTrainer(Trainer):
         return total * self.accelerator.num_processes
 
     def _end_update(self) -> None:
-        """After the last backward pass: merged gradients, term means, and the method's own state."""
+        """After the last backward pass: merge gradients, compute the mean of each term, update the method's state."""
         update, method = self._update, self.model.method
         if update.values:
             names = sorted(update.values)
@@ -321,10 +325,10 @@ class DistillationTrainer(Trainer):
     # -- validation ---------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train. From a checkpoint that training had ended in, its state is loaded and no further step is taken."""
+        """Train. A checkpoint at which training had ended is loaded, and no further step is made."""
         if resume_from_checkpoint is not None:
             self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            # A run that is to be longer than its checkpoint knows of goes on.
+            # A run with more steps than its checkpoint recorded is continued.
             if self.settled or self.state.global_step >= max(self.state.max_steps, self.model.train_state.total):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self._load_rng_state(resume_from_checkpoint)
@@ -336,15 +340,15 @@ class DistillationTrainer(Trainer):
 
     @property
     def settled(self) -> bool:
-        """Whether `patience` evaluations in a row brought no gain, which ends training."""
+        """Whether the last `patience` evaluations brought no improvement, which ends training."""
         return self.validation is not None and self.validation.settled(self.state.log_history, self.args)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation metrics of the student as it is now; logged, and written to `validation.jsonl`.
+        """The validation metrics of the present student; logged, and written to `validation.jsonl`.
 
-        Evaluating changes nothing: random numbers are put back as they were.
+        Evaluation does not affect training: random states are restored.
         """
         assert self.validation is not None
         before = ck.rng_state()
@@ -364,7 +368,7 @@ class DistillationTrainer(Trainer):
         return named
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Every new best is saved at once, so the weights that are loaded in the end are those of the best evaluation."""
+        """Save at every new best evaluation, so that the weights loaded at the end are those of the best evaluation."""
         best: bool = super()._determine_best_metric(metrics, trial)
         if best and self.args.load_best_model_at_end:
             self.control.should_save = True
@@ -377,9 +381,9 @@ class DistillationTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
 
     def _finalize_training(self, *args: Any) -> Any:
-        if self._best_folder.is_dir():  # also where the run folder was moved since
+        if self._best_folder.is_dir():  # also if the run folder was moved
             self.state.best_model_checkpoint = str(self._best_folder)
-        with self._no_deletion():  # old checkpoints went when the newest was sealed
+        with self._no_deletion():  # old checkpoints were deleted when the newest was sealed
             return super()._finalize_training(*args)
 
     def _load_best_model(self) -> None:
@@ -389,7 +393,8 @@ class DistillationTrainer(Trainer):
 
     @contextmanager
     def _no_deletion(self) -> Iterator[int | None]:
-        """Keep transformers from deleting old checkpoints before the newest is sealed; gives the limit it would obey."""
+        """Prevent transformers from deleting old checkpoints before the newest is sealed; yields the limit it would
+        apply."""
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield keep
@@ -406,7 +411,7 @@ class DistillationTrainer(Trainer):
             saving.delete_old(folder, keep or 2)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The weights of student and method; sharded ones are gathered, and the first rank writes."""
+        """Save the weights of student and method; sharded weights are gathered, and the first rank writes."""
         state = whole_state(self.model) if is_sharded(self.model) else self.model.state_dict()
         if self.args.should_save:
             saving.save_weights(Path(output_dir or self.args.output_dir), state)
@@ -422,7 +427,7 @@ class DistillationTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        early = ck.load_tree(self._state_file(checkpoint))  # the first batches are taken before the rest is read
+        early = ck.load_tree(self._state_file(checkpoint))  # the first batches are drawn before the rest is loaded
         if self.rollouts is not None:
             self.rollouts.load_state_dict(early["rollouts"])
         self.sampler.load_state_dict(early["sampler"])
@@ -435,7 +440,7 @@ class DistillationTrainer(Trainer):
         return saving.state_file(Path(folder), self.args.world_size, self.args.process_index)
 
     def _stateful(self) -> dict[str, Any]:
-        """What a checkpoint holds beside weights, optimiser and random numbers, by name."""
+        """Objects whose state a checkpoint holds beside weights, optimiser and random states, by name."""
         state = self.model.train_state.method_state
         parts = {"method": state, "auxiliary": self.auxiliary, "meter": self.meter}
         return {**parts, "rollouts": self.rollouts, "sampler": self.sampler}
@@ -448,14 +453,15 @@ class DistillationTrainer(Trainer):
             parts = self._stateful() | {
                 "rollouts": None,
                 "sampler": None,
-            }  # already there, see `_load_optimizer_and_scheduler`
+            }  # already loaded, see `_load_optimizer_and_scheduler`
             saving.load_state(self._state_file(checkpoint), parts, self.args.world_size)
 
     # -- logs ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the trackers and, of training, one line to `metrics.jsonl`: with the loss go all terms of the update, those
-        named after TRL (`rewards/chosen`) as they are, others as `terms/NAME`, and the method's state as `state/NAME`."""
+        """Log to the trackers and, during training, write one line to `metrics.jsonl`. The terms of the update are
+        logged with the loss: those with TRL's names (`rewards/chosen`) as they are, others as `terms/NAME`, and the
+        method's state as `state/NAME`."""
         if "loss" not in logs:
             super().log(logs, start_time)
             return

@@ -1,4 +1,4 @@
-"""Whether the student or an auxiliary optimiser takes the next updates, as the student's loss says."""
+"""A schedule that alternates updates of the student and of an auxiliary optimiser, depending on the student's loss."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ log = logging.getLogger(__name__)
 
 
 class AlternatingSchedule:
-    """Alternates between the student and an auxiliary optimiser by two thresholds, and keeps copies of what the latter
-    had reached.
+    """Alternates between the student and an auxiliary optimiser by two thresholds, and keeps copies of the auxiliary
+    modules.
 
-    The student is updated until its loss falls below `low`, then the auxiliary modules until the loss is above `high`, and
-    so on. Both tests are strict and read the loss of the update just made. An auxiliary period that does not get there in
-    `longest` updates ends anyway, and `saturated` counts it. A loss that is not finite decides nothing.
+    The student is updated until its loss falls below `low`, then the auxiliary modules until the loss exceeds `high`,
+    and so on. Both tests are strict and use the loss of the last update. An auxiliary period that does not reach `high`
+    in `longest` updates ends anyway and is counted in `saturated`. A loss that is not finite is ignored.
 
     Args:
-        decay: of an exponential mean of the loss, which then decides in its place; 0 for none.
-        memory: how many earlier states of the auxiliary modules are kept beside the present one, each from the end of a
-            period.
+        low, high: thresholds of the loss.
+        longest: most updates of an auxiliary period.
+        decay: of an exponential moving average of the loss, which is then compared instead of it; 0 for none.
+        memory: number of earlier states of the auxiliary modules that are kept beside the present one, each from the
+            end of a period.
     """
 
     def __init__(self, low: float, high: float, longest: int, decay: float = 0.0, memory: int = 0) -> None:
@@ -35,7 +37,7 @@ class AlternatingSchedule:
         self.copies: list[dict[str, Tensor]] = []
 
     def update(self, loss: float) -> bool:
-        """Take in the loss of the update just made. True if an auxiliary period ended with it."""
+        """Record the loss of the last update. True if it ended an auxiliary period."""
         self.steps["auxiliary" if self.auxiliary else "student"] += 1
         self.period += 1
         if math.isfinite(loss):
@@ -56,21 +58,23 @@ class AlternatingSchedule:
         return True
 
     def remember(self, parameters: Mapping[str, Tensor]) -> None:
-        """Keep a copy of the auxiliary modules as their period ends. `copies` has the newest, the present one, last."""
+        """Keep a copy of the auxiliary modules at the end of a period. In `copies` the newest, which is the present
+        state, is last."""
         if self.memory:
             self.copies.append({name: value.detach().clone() for name, value in parameters.items()})
             self.copies = self.copies[-self.memory - 1 :]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """State for a checkpoint."""
         kept = ("auxiliary", "mean", "steps", "period", "saturated", "copies")
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 
     def logs(self) -> dict[str, float]:
-        """For the step log: 1 in an auxiliary period, and how often one ended without reaching `high`."""
+        """Values for the log: 1 during an auxiliary period, and the number of periods that ended without reaching
+        `high`."""
         return {"auxiliary period": float(self.auxiliary), "saturated": float(self.saturated)}

@@ -1,4 +1,4 @@
-"""Validation during training: the task's own metrics on the validation split, and when no gain ends training."""
+"""Validation during training: the task's own metrics on the validation split, and early stopping."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Validation:
     """How a student is evaluated during training.
 
     Args:
-        metrics: the validation metrics of a student.
-        patience: evaluations without gain after which training ends; `None` for no such end.
+        metrics: computes the validation metrics of a student.
+        patience: stop after this many evaluations without improvement; `None` for no early stopping.
     """
 
     metrics: Callable[[ModelAdapter], Mapping[str, float]]
     patience: int | None = None
 
     def settled(self, history: Sequence[Mapping[str, Any]], args: TrainingArguments) -> bool:
-        """Whether the last `patience` evaluations brought no gain.
+        """Whether the last `patience` evaluations brought no improvement.
 
         Args:
-            history: the trainer's log, which every checkpoint holds: there is nothing else to resume.
+            history: the trainer's log. Every checkpoint holds it, so there is no other state to resume.
         """
         if self.patience is None:
             return False

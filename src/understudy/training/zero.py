@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the head whole where the loss reads it, and an ordinary model again after training."""
+"""DeepSpeed ZeRO: gathering the head where the loss reads it, and an ordinary model after training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def stage_of(accelerator: Any) -> int:
 
 
 def check(args: Any) -> None:
-    """Refuse what would be lost or wrong."""
+    """Refuse options that would lose updates or give wrong results."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != args.world_size:
         raise InputError(
@@ -37,7 +37,7 @@ def check(args: Any) -> None:
 
 
 def share_head(train_module: TrainModule) -> None:
-    """Gather the head for the whole of the module's forward and backward pass, not for the head's own call alone."""
+    """Gather the head for the forward and backward pass of the whole module, not only for the head's own call."""
     import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
     head = find_head(train_module.student)
@@ -46,7 +46,7 @@ def share_head(train_module: TrainModule) -> None:
 
 
 def whole_again(engine: Any, model: nn.Module) -> None:
-    """Turn a partitioned model into an ordinary one, whole on every rank; the engine is done with."""
+    """Turn a partitioned model into an ordinary one on every rank; the engine cannot be used afterwards."""
     import deepspeed
 
     for parameter in model.parameters():
@@ -54,7 +54,7 @@ def whole_again(engine: Any, model: nn.Module) -> None:
             with deepspeed.zero.GatheredParameters([parameter]):
                 parameter.whole = parameter.data.clone()  # type: ignore[attr-defined]
     engine.destroy()
-    unset_hf_deepspeed_config()  # models that are loaded from now on are not to be partitioned
+    unset_hf_deepspeed_config()  # so that models loaded later are not partitioned
     for module in model.modules():
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
             getattr(module, f"_{kind}_hooks").clear()

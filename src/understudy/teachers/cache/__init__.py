@@ -1,1 +1,1 @@
-"""A teacher's answers on disk: codecs, shards, capture."""
+"""A teacher's outputs on disk: codecs, shards, capture."""

@@ -1,13 +1,13 @@
-"""How a teacher's answer is kept: a typed target in, fixed-size rows of bytes out, and back.
+"""Codecs of a cache: from a typed target to fixed-size rows of bytes, and back.
 
-| support | bytes a token at 152k classes | target | what is lost |
+| support | bytes per token at 152k classes | target | loss |
 |---|---|---|---|
 | `sampled:38B` | 38 | `Sampled` | nothing in expectation: the gradient is unbiased |
-| `sampled:12` | 38 | the same | in as many bytes as 12 ids with their probabilities take in a row of fixed size |
+| `sampled:12` | 38 | `Sampled` | the same; the size is that of 12 ids with their probabilities |
 | `top_k:50` | 130 | `TopK` with tail | log-probabilities to 1/220 of their range in the row, the tail's odds to 3 % |
-| `scored:20` | 164 | `TopK` with tail | nothing: what a server said, in float32 |
-| `hidden` | 2 a unit | `Projected` | rounding of the hidden states to bfloat16 |
-| `dense` | 2 or 4 a class | `Dense` | rounding to float16 where that is exact enough, else nothing |
+| `scored:20` | 164 | `TopK` with tail | nothing: a server's scores in float32 |
+| `hidden` | 2 per unit | `Projected` | rounding of the hidden states to bfloat16 |
+| `dense` | 2 or 4 per class | `Dense` | rounding to float16 where that is exact enough, else nothing |
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from understudy.teachers.cache.bits import pack_sets, set_bits, to_bits, to_numb
 from understudy.teachers.cache.sampling import pack_sampled, unpack_sampled
 
 DEFAULT = "sampled:38B"
-"""What a capture keeps where nothing is said: with the keys, below 40 bytes a token of texts of 20 tokens and more."""
+"""Default support of a capture: keys included, below 40 bytes per token for texts of at least 20 tokens."""
 CODECS = {"sampled": 3}
-"""The version of a code that has changed; 1 where nothing is said."""
+"""Versions of codecs that have changed; all others are 1."""
 ODDS = 16.0
-"""Largest absolute log-odds of the tail of a top-k support that is told apart."""
+"""Largest absolute log-odds of the tail of a top-k support that the code represents."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """What is kept: `kind` (`sampled`, `top_k`, `scored`, `hidden`, `dense`) and how many classes or bytes a row."""
+    """The stored support: its `kind` (`sampled`, `top_k`, `scored`, `hidden`, `dense`) and the number of classes or
+    bytes per row."""
 
     kind: str
     k: int = 0
@@ -45,7 +46,7 @@ class Support:
 
     @classmethod
     def parse(cls, text: str) -> Support:
-        """From `sampled:38B`, `sampled:12`, `top_k:50`, `scored:20`, `hidden` or `dense`."""
+        """Parse `sampled:38B`, `sampled:12`, `top_k:50`, `scored:20`, `hidden` or `dense`."""
         found = re.fullmatch(r"(sampled|top_k|scored):([1-9]\d*)|(sampled):([1-9]\d*)B|(hidden|dense)", text)
         if found is None:
             raise InputError(
@@ -59,7 +60,7 @@ class Support:
 
     @property
     def codec(self) -> int:
-        """The version of the code, which a cache must have been written in to be read."""
+        """The version of the codec; only a cache written by the same version can be read."""
         return CODECS.get(self.kind, 1)
 
 
@@ -76,7 +77,8 @@ def row_bytes(support: Support, classes: int, width: int = 0) -> float:
 
 
 def encode(signal: Dense | Projected | Mixture, support: Support, temperature: float, seed: int) -> dict[str, Tensor]:
-    """The rows of one example as arrays; `seed` draws the sampled support, the same again for the same rows."""
+    """The rows of one example as arrays; `seed` determines the sampled support, so that the same rows give the same
+    bytes."""
     if support.kind == "hidden":
         if not isinstance(signal, Projected):
             raise InputError(
@@ -112,7 +114,8 @@ def decode(
     head: dict[str, Any] | None,
     counts: list[int],
 ) -> Target:
-    """The typed target of stored rows: examples of `counts` rows each. `head` (weight, bias, scale, softcap) is of `hidden`."""
+    """The typed target of stored rows: examples of `counts` rows each. `head` (weight, bias, scale, softcap) is needed
+    for `hidden`."""
     if support.kind == "hidden":
         assert head is not None
         return Projected(arrays["hidden"].to(head["weight"].dtype), **head)
@@ -135,17 +138,17 @@ def decode(
 
 
 def pack_scored(target: TopK) -> dict[str, Tensor]:
-    """A target as it is, 8 bytes a class and 4 for the tail."""
+    """A target without loss, 8 bytes per class and 4 for the tail."""
     return {"ids": target.ids.int(), "log_probs": target.log_probs.float(), "log_tail": target.log_tail.float()}
 
 
 def _span(code: Any) -> Any:
-    """The range of log-probabilities in a row, from 6 bits: 0.01 to 67 nats, each step 15 % wider."""
+    """The range of log-probabilities in a row from its 6-bit code: 0.01 to 67 nats, each step 15 % wider."""
     return 0.01 * 1.15**code
 
 
 def _pack_top(target: TopK, classes: int) -> Tensor:
-    """Log-probabilities in 128 steps below the largest, and the odds of the tail; the sum is 1, so no more is needed."""
+    """Log-probabilities in 128 steps below the largest, and the odds of the tail; this suffices since the sum is 1."""
     order = target.ids.sort(-1).indices
     ids, log_p = target.ids.gather(-1, order).cpu(), target.log_probs.gather(-1, order).double().cpu()
     below = (log_p.amax(-1, keepdim=True) - log_p).clamp(max=66.0)

@@ -1,15 +1,16 @@
-"""A sampled support: of the rows of one example, as many classes as so many bytes a row hold, without bias.
+"""A sampled support of the rows of one example: as many classes as fit into a given number of bytes per row, without
+bias.
 
-One threshold τ serves the whole example, so a row of many likely classes gets more of them than a sure one. A pair of row
-and class with p > τ is kept with its probability; the others are drawn with probability p / τ and each weighs τ (Horvitz
-and Thompson 1952), by systematic sampling along the example: row after row, class after class. τ is the smallest for which
-all fits, whatever is drawn; it follows from the teacher alone, so the estimate stays unbiased.
+All rows of an example share one threshold τ, so a row with many probable classes gets more of them than a certain one.
+A pair of row and class with p > τ is kept with its probability; the others are drawn with probability p / τ and have
+weight τ (Horvitz and Thompson 1952), by systematic sampling along the example: row after row, class after class. τ is
+the smallest value for which every draw fits; it depends on the teacher alone, so the estimate stays unbiased.
 
-Tokenizers number their tokens from frequent to rare, or nearly. So classes are coded in bands of ids, each twice as wide as
-the one before: an id of a crowded band takes fewer bits.
+Tokenizers number their tokens roughly from frequent to rare. So classes are coded in bands of ids, each twice as wide
+as the one before: an id in a dense band takes fewer bits.
 
-    level of τ, bits of a probability · sizes of both sets, a band · kept pairs, drawn pairs, a band
-    · probabilities of the kept · mean log p of each row's rest
+    level of τ, bits of a probability · sizes of both sets, per band · kept pairs, drawn pairs, per band
+    · probabilities of the kept pairs · mean log p of the other classes of each row
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from understudy.targets import Sampled
 from understudy.teachers.cache.bits import pack_sets, set_bits, to_bits, to_numbers, unpack_sets
 
 FLOOR = 24.0
-"""Nats: probabilities below e^−24 are drawn, never kept, and τ goes no lower."""
+"""In nats: probabilities below e^−24 are drawn, never kept, and τ is at least that."""
 LEVELS = 4096
-"""Thresholds that are told apart: τ = e^(−FLOOR · level / LEVELS)."""
+"""Number of thresholds: τ = e^(−FLOOR · level / LEVELS)."""
 WIDTHS = range(4, 13)
-"""Bits that a kept probability may take."""
+"""Possible numbers of bits of a kept probability."""
 LEAST = 64
-"""Classes that are not halved again."""
+"""Smallest number of classes in a band."""
 BAND = 64
-"""Bytes of an example for each band of it."""
+"""Fewest bytes of an example per band."""
 PAD = 16
 """Supports are padded to a multiple of this, so that few widths occur."""
 
@@ -43,10 +44,12 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
     """The rows of one example as `[rows, size]` bytes.
 
     Args:
-        log_p: `[rows, classes]`, float64. size: bytes a row. chance: of the CPU, so that a device draws the same.
+        log_p: `[rows, classes]`, float64.
+        size: bytes per row.
+        chance: generator on the CPU, so that every device draws the same.
 
     Raises:
-        InputError: so few bytes hold not even one drawn class a row.
+        InputError: `size` is too small for one drawn class per row.
     """
     rows, classes = log_p.shape
     bands, surprise, p = _bands(classes, rows * size), -log_p.clamp(min=-1e4), log_p.exp()
@@ -69,7 +72,8 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
 
 
 def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: float) -> Sampled:
-    """The target of examples of `counts` rows each, from their bytes `[rows, size]`. Shorter rows have weights 0."""
+    """The target of examples of `counts` rows each, from their bytes `[rows, size]`. Shorter rows are padded with
+    weight 0."""
     parts = [_entries(part.numpy(), classes) for part in code.split(counts)]
     start = np.repeat(np.cumsum([0, *counts[:-1]]), [len(p[0]) for p in parts])
     row, ids, weights, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -79,7 +83,7 @@ def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: f
     place = np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)
     width = -(-max(1, int(number.max())) // PAD) * PAD
     first = np.minimum(np.cumsum(number) - number, max(0, len(row) - 1))
-    padded = np.repeat(ids[order][first][:, None], width, 1)  # a pad is a class that counts, of weight 0
+    padded = np.repeat(ids[order][first][:, None], width, 1)  # padding is a valid class with weight 0
     out = [padded, np.zeros((len(code), width), np.float32), np.zeros((len(code), width), np.float32)]
     for target, values in zip(out, (ids, weights, log_p), strict=True):
         target[row, place] = values[order]
@@ -88,7 +92,7 @@ def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: f
 
 
 def _bands(classes: int, size: int) -> list[slice]:
-    """Halved from above; fewer where an example has few bytes, for each band costs a few."""
+    """Bands of ids, halved from above; fewer if an example has few bytes, since each band costs a few."""
     ends = [classes]
     while ends[-1] > LEAST and len(ends) < size // BAND:
         ends.append(ends[-1] // 2)
@@ -96,7 +100,7 @@ def _bands(classes: int, size: int) -> list[slice]:
 
 
 def _finest(bins: Tensor, p: Tensor, bands: list[slice], size: int) -> tuple[int, int]:
-    """The level of τ and the bits of a kept probability that leave the least variance in so many bytes a row."""
+    """The level of τ and the bits of a kept probability with the least variance for this number of bytes per row."""
     rows, level = len(bins), np.arange(LEVELS + 1)
     pairs = np.array([[rows * (band.stop - band.start)] for band in bands])
     kept, rest, near, far = (np.stack(x) for x in zip(*(_sums(bins[:, b], p[:, b]) for b in bands), strict=True))
@@ -111,7 +115,7 @@ def _finest(bins: Tensor, p: Tensor, bands: list[slice], size: int) -> tuple[int
         fits = possible & (width * number <= room)
         whole = (fits & none).nonzero()[0]
         if fits.any():
-            best = int(whole[0] if len(whole) else fits.nonzero()[0][-1])  # nothing left to draw: lower is only coarser
+            best = int(whole[0] if len(whole) else fits.nonzero()[0][-1])  # nothing left to draw; lower is coarser
             step = _nats(best) / (2**width - 1)
             found.append((draws[best] + near.sum(0)[best] * step**2 / 6, best, width))
     if not found:
@@ -123,7 +127,7 @@ def _finest(bins: Tensor, p: Tensor, bands: list[slice], size: int) -> tuple[int
 
 
 def _sums(bins: Tensor, p: Tensor) -> tuple[Any, Any, Any, Any]:
-    """At each level: pairs kept, mass of the others, and Σ p² of both."""
+    """At each level: number of kept pairs, mass of the others, and Σ p² of both."""
     flat, mass = bins.flatten(), p.flatten()
     before = []
     for weights in (None, mass, mass * mass):
@@ -134,7 +138,7 @@ def _sums(bins: Tensor, p: Tensor) -> tuple[Any, Any, Any, Any]:
 
 
 def _systematic(inclusion: Tensor, chance: torch.Generator) -> Tensor:
-    """Indices, each with its probability of inclusion (below 1), ascending and distinct."""
+    """Indices drawn with the given inclusion probabilities (below 1), ascending and distinct."""
     ends = inclusion.cumsum(0)
     points = torch.rand(1, generator=chance, dtype=ends.dtype) + torch.arange(math.ceil(float(ends[-1])))
     return torch.searchsorted(ends, points[points < ends[-1].cpu()].to(ends.device), right=True).clamp(
@@ -162,7 +166,7 @@ def _entries(code: Any, classes: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _header(code: Any, classes: int) -> tuple[list[int], int]:
-    """Level of τ, bits of a probability, sizes of the kept and of the drawn by band; and the bytes that they take."""
+    """Level of τ, bits of a probability, sizes of the kept and the drawn set by band; and the bytes of this header."""
     stream, head, at = code.ravel(), [], 0
     for _ in range(2 + 2 * len(_bands(classes, code.size))):
         value, shift = 0, 0
@@ -180,7 +184,7 @@ def _nats(level: Any) -> Any:
 
 
 def _levels_of(surprise: Tensor, span: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The two of the levels 0 to `most` around each probability, and how near the upper one it is."""
+    """The two levels among 0 to `most` around each probability, and the position between them."""
     level = (surprise * (most / span)).clamp(0, most) if span else surprise * 0
     low, high = level.ceil(), level.floor()  # a higher level is a lower probability
     below, above = ((-x * span / most).exp() for x in (low, high))
@@ -189,13 +193,13 @@ def _levels_of(surprise: Tensor, span: float, most: int) -> tuple[Tensor, Tensor
 
 
 def _by_chance(levels: tuple[Tensor, Tensor, Tensor], chance: torch.Generator) -> Tensor:
-    """One of the two, so that the mean probability is exact."""
+    """One of the two levels at random, so that the mean probability is exact."""
     low, high, share = levels
     return torch.where(torch.rand(share.shape, generator=chance, dtype=share.dtype) < share, high, low)
 
 
 def _varint(value: int) -> Any:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    """Seven bits per byte, the lowest first; the eighth bit says that more follow."""
     groups = [value & 127]
     while value := value >> 7:
         groups.append(value & 127)

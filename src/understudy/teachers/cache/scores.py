@@ -1,6 +1,6 @@
-"""Scores of a frozen model (log-probabilities, relevance), computed once, in the store that caches of teachers use.
+"""Scores of a frozen model (log-probabilities, relevance), computed once and kept in the store that teacher caches use.
 
-A score is filed under the SHA-256 of the model's weights and of what it read of the candidate.
+The key of a score is the SHA-256 of the model's weights and of the candidate's inputs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from understudy.teachers.cache.store import ShardStore
 
 
 class ScoreStore(ShardStore):
-    """A store with one number for each candidate. Several processes may write to one.
+    """A store with one number for each candidate. Several processes may write to it.
 
     Args:
-        folder: where shards are.
+        folder: of the shards.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class ScoreStore(ShardStore):
 
 
 def sequences(example: Mapping[str, Any]) -> list[bytes]:
-    """What a policy reads of each candidate: its tokens with their labels, or its features."""
+    """The inputs of a policy for each candidate: its tokens with their labels, or its features."""
     parts = [[x if x.is_floating_point() else x.to(torch.int64) for x in pair] for pair in example["sequences"]]
     return [b"".join(x.numpy().tobytes() + b"|" for x in pair) for pair in parts]
 
@@ -57,13 +57,13 @@ def score_lists(
 ) -> int:
     """Fill `column` of each example with the model's scores of its candidates.
 
-    Only candidates the store does not hold are computed; what is computed is stored every 64 batches.
+    Only candidates that the store does not hold are computed; results are stored every 64 batches.
 
     Args:
-        contents: all that the score of each candidate depends on, beside the weights.
+        contents: the inputs that the score of each candidate depends on, apart from the weights.
 
     Returns:
-        How many candidates were computed.
+        The number of computed candidates.
     """
     name, device = state_hash(model).encode(), next(model.parameters()).device
     keys = [[hashlib.sha256(name + c).digest() for c in contents(e)] for e in examples.records]

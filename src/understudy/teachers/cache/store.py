@@ -1,8 +1,8 @@
-"""An append-only store of what a teacher said, by content: several rows of arrays for each example.
+"""An append-only, content-addressed store of a teacher's outputs: several rows of arrays for each example.
 
-Shards are safetensors files, each whole or absent, read through a memory map. A shard's name is the SHA-256 of the file,
-which is compared before the first of its rows is used. A key is the SHA-256 of an example's inputs and labels, so another
-run finds what it needs whatever the order, the split or the padding, and nothing else ever.
+Shards are safetensors files, each complete or absent, read through a memory map. A shard's name is the SHA-256 of the
+file, which is checked before its first use. A key is the SHA-256 of an example's inputs and labels, so another run
+finds its examples for any order, split or padding, and never another example's.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from understudy.files import digest, read_json, replacing, writing
 
 IDENTITY = "identity.json"
 SEAL = "sha256"
-"""In the identity: the hash of the rest of it."""
+"""Key of the identity with the hash of its other keys."""
 WHOLE = 65_536
-"""Rows from which on a shard is left as it is when small ones are merged."""
+"""Number of rows from which a shard is not merged."""
 WHOLE_BYTES = 2**26
-"""Bytes from which on it is, too: merging holds a shard in memory."""
+"""Number of bytes from which a shard is not merged, since merging holds it in memory."""
 SHARD = re.compile(r"shard-([0-9a-f]{64}|[0-9a-f]{32})\.safetensors")
-"""The name of a shard: its SHA-256. One of 32 digits was written before there were checksums."""
+"""The name of a shard is its SHA-256. Names with 32 digits are from before there were checksums."""
 BEFORE = re.compile(rf"{SHARD.pattern}|head(-[0-9a-f]+)?\.safetensors|probe\.json|merge\.lock|ids|.*\.tmp")
-"""What a store may hold that has no identity yet."""
+"""Files that a store without an identity may hold."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 
 
 def content_key(*parts: Tensor, salt: str = "") -> bytes:
-    """SHA-256 of tensors (whole numbers as int64), under a salt."""
+    """SHA-256 of tensors (integers as int64), with a salt."""
     digest = hashlib.sha256(salt.encode())
     for part in parts:
         same = (part if part.is_floating_point() else part.to(torch.int64)).contiguous().cpu()
@@ -54,8 +54,9 @@ class ShardStore:
     """A folder of shards with an identity.
 
     Args:
-        folder: made when something is written. identity: what its content depends on; a folder that was written under
-            another one is refused, with the first difference named. `None` reads whatever is there.
+        folder: created at the first write.
+        identity: what the content depends on; a folder that was written under another identity is refused, and the
+            error names the first difference. `None` reads any folder.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
@@ -63,7 +64,7 @@ class ShardStore:
         self.identity = self._agree(identity)
         self.places: dict[bytes, tuple[int, int, int]] = {}
         self.shards: list[dict[str, Any]] = []
-        self.merged: set[str] = set()  # files whose content a newer one has, and that a kill left behind
+        self.merged: set[str] = set()  # files replaced by a newer one and left by a kill
         self.refresh()
 
     def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -96,13 +97,13 @@ class ShardStore:
         return len(self.places)
 
     def length(self, key: bytes) -> int:
-        """Rows of one example."""
+        """Number of rows of one example."""
         _, start, stop = self.places[key]
         return stop - start
 
     @property
     def rows(self) -> int:
-        """Rows over all examples."""
+        """Number of rows of all examples."""
         return sum(stop - start for _, start, stop in self.places.values())
 
     @property
@@ -112,7 +113,7 @@ class ShardStore:
 
     @property
     def spent(self) -> Counter[str]:
-        """What the answers cost (`append`'s `spent`), summed."""
+        """The total cost of the outputs (`spent` of `append`)."""
         return sum((shard["spent"] for shard in self._alive()), Counter[str]())
 
     def _files(self) -> set[Path]:
@@ -123,7 +124,7 @@ class ShardStore:
         return [shard for shard in self.shards if shard and shard["file"].name not in self.merged]
 
     def claim(self) -> None:
-        """Make the folder and write its identity, if that is not done."""
+        """Create the folder and write its identity, if that is not done."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / IDENTITY).exists():
@@ -132,7 +133,7 @@ class ShardStore:
                     temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True))
 
     def refresh(self) -> None:
-        """Read the shards that were written since, by other processes too."""
+        """Read the shards written since, also by other processes."""
         while True:
             known = {shard["file"] for shard in self.shards if shard}
             try:
@@ -144,7 +145,7 @@ class ShardStore:
                     if file.name not in self.merged:
                         self._open(file, header, offset)
                 return
-            except FileNotFoundError:  # another process has just merged it into a new one
+            except FileNotFoundError:  # another process has merged it into a new one
                 continue
 
     def append(
@@ -157,7 +158,8 @@ class ShardStore:
         """Write examples as one shard, renamed into place; `arrays` hold `sum(counts)` rows each.
 
         Args:
-            spent: what these answers cost, by kind (tokens); kept in the same file, so that neither is without the other.
+            spent: cost of these outputs by kind (tokens), in the same file, so that outputs and cost are stored
+                together.
         """
         if not keys:
             return
@@ -165,7 +167,7 @@ class ShardStore:
         temporary = self.folder / f"shard-{uuid.uuid4().hex}.tmp"
         index = {"keys": torch.tensor([list(k) for k in keys], dtype=torch.uint8)}
         index["counts"] = torch.tensor(list(counts), dtype=torch.int32)
-        # What two processes paid for counts twice, even if it is the same: no two files are.
+        # Costs of two processes both count, also for the same example: files are never identical.
         facts = {"written": uuid.uuid4().hex, **{k: str(v) for k, v in (spent or {}).items()}}
         with writing(self.folder):
             try:
@@ -180,8 +182,8 @@ class ShardStore:
         self.shards[-1]["checked"] = True
 
     def compact(self, most: int = 1) -> None:
-        """Merge small shards, if there are more than `most`. The new file names those it replaces, so that what a kill
-        leaves of them is neither read nor counted, and goes the next time."""
+        """Merge small shards, if there are more than `most`. The new file names those it replaces, so that files left
+        by a kill are neither read nor counted, and are deleted the next time."""
         if sum(not is_whole(shard) for shard in self._alive()) <= most:
             return
         with self._alone() as alone:
@@ -211,14 +213,14 @@ class ShardStore:
         total, left = sum((old["spent"] for old in group), Counter[str]()), list(self.merged)
         self.append(keys, counts, arrays, {**total, "merged": " ".join(old["file"].name for old in group)})
         for file in [*(self.folder / name for name in left), *(old["file"] for old in group)]:
-            file.unlink(missing_ok=True)  # the oldest first: the names of these are known from the newer ones
+            file.unlink(missing_ok=True)  # the oldest first: newer ones hold their names
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Whether no other process merges this folder."""
+        """Whether no other process is merging this folder."""
         try:
             import fcntl
-        except ImportError:  # no such locks on this system
+        except ImportError:  # this system has no file locks
             yield False
             return
         with (self.folder / "merge.lock").open("wb") as lock:
@@ -258,10 +260,14 @@ class ShardStore:
             _compare(shard)
 
     def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
-        """The rows of these examples, one after the other; an example that is not there is an `InputError`."""
+        """The rows of these examples in order.
+
+        Raises:
+            InputError: an example is not in the store.
+        """
         missing = sum(k not in self.places for k in keys)
         if missing:
-            self.check()  # a damaged key is missing too
+            self.check()  # a damaged key looks like a missing one
             raise InputError(
                 f"{missing} of {len(keys)} examples of a batch are not in cache {self.folder}: other data, another "
                 "max_length or template, or augmented inputs. Run `understudy cache capture` with this recipe to append them."
@@ -293,7 +299,7 @@ def _hash_of(identity: Mapping[str, Any]) -> str:
 
 
 def _identity(file: Path) -> dict[str, Any] | None:
-    """What an identity file says, compared with its hash."""
+    """The content of an identity file, checked against its hash."""
     held = read_json(file)
     if held is not None and held.pop(SEAL, None) not in (None, _hash_of(held)):
         raise InputError(f"{file} is damaged: its {SEAL} is not that of the rest. Put it back, or capture again.")
@@ -301,7 +307,7 @@ def _identity(file: Path) -> dict[str, Any] | None:
 
 
 def _merged(file: Path, header: Mapping[str, Any]) -> list[str]:
-    """The shards that one replaces, by name. Of any other file a shard has nothing to say."""
+    """The names of the shards that a shard replaces."""
     try:
         names = header.get("__metadata__", {}).get("merged", "").split()
     except AttributeError as error:
@@ -317,13 +323,13 @@ def _length(shard: Mapping[str, Any]) -> int:
 
 
 def is_whole(*shards: Mapping[str, Any]) -> bool:
-    """Whether shards together are as large as a file should be."""
+    """Whether the shards together have the size of a full file."""
     size = sum(array.nbytes for shard in shards for array in shard["arrays"].values())
     return size >= WHOLE_BYTES or sum(map(_length, shards)) >= WHOLE
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its arrays, and where they begin."""
+    """The arrays of a safetensors file from its header, and the offset of the data."""
     try:
         with file.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")

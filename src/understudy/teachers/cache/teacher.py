@@ -1,4 +1,5 @@
-"""A teacher that answered before: captured once, read through a memory map, refused where it does not fit."""
+"""A teacher whose outputs are stored: captured once, read through a memory map, refused where they do not match the
+data."""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ from understudy.teachers.cache.codecs import Support, decode, encode
 from understudy.teachers.cache.store import IDENTITY, WHOLE, WHOLE_BYTES, ShardStore, content_key
 
 SECONDS = 60.0
-"""Of a teacher's work that a kill may cost."""
+"""Most seconds of a teacher's work that a kill may lose."""
 HEAD = re.compile(r"head-([0-9a-f]{64})\.safetensors|head\.safetensors")
-"""The head of hidden states; its name holds its SHA-256, but for those written before there were checksums."""
+"""File of the head of hidden states; its name holds its SHA-256, except for files from before there were checksums."""
 
 
 def example_keys(batch: Batch) -> list[bytes]:
-    """The key of each example of a batch: its inputs without padding, and its labels."""
+    """The key of each example of a batch, from its inputs without padding and its labels."""
     if batch.kind == "text":
         kept = batch.inputs["attention_mask"].bool()
         return [
@@ -43,7 +44,7 @@ def example_keys(batch: Batch) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Captured:
-    """What a capture did: examples and rows that are in the cache now, and how many of them are new."""
+    """Result of a capture: number of examples and rows in the cache, and how many of them are new."""
 
     examples: int
     rows: int
@@ -52,10 +53,11 @@ class Captured:
 
 
 class CachedTeacher:
-    """Answers from a cache what the teacher said about these very examples.
+    """Returns the stored outputs of a teacher for the examples of a batch.
 
     Args:
-        folder: of the cache. expected: identity that must hold (tokenizer, template, …), by key; others are not compared.
+        folder: of the cache.
+        expected: required identity (tokenizer, template, …), by key; other keys are not compared.
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None) -> None:
@@ -94,7 +96,7 @@ class CachedTeacher:
         return self.recall(example_keys(batch), batch)
 
     def recall(self, keys: Sequence[bytes], batch: Batch) -> ModelOutput:
-        """What is stored under these keys, one of each example of the batch."""
+        """The targets stored under these keys, one for each example of the batch."""
         arrays = self.store.read(keys)
         number = len(next(iter(arrays.values())))
         if number != batch.num_items:
@@ -108,7 +110,7 @@ class CachedTeacher:
         return ModelOutput(found.to(batch.labels.device))
 
     def imagined(self, batch: Batch) -> ModelOutput:
-        """An even answer of the kind that is kept, the same for every row: what a loss makes of it costs nothing to try."""
+        """A uniform placeholder target of the stored kind, the same for every row, for trying out a loss."""
         if self.head is not None:
             width = self.head["weight"].shape[-1]
             arrays = {"hidden": torch.zeros(1, width, dtype=torch.bfloat16)}
@@ -120,7 +122,11 @@ class CachedTeacher:
         return self._decoded(repeated, [1] * batch.num_items, batch)
 
     def through(self, batch: Batch) -> ModelOutput:
-        """A cache has no gradient: methods that ask for one are refused."""
+        """Not available: a cache has no gradient.
+
+        Raises:
+            InputError: always.
+        """
         raise InputError(f"{self.name} cannot answer for inputs that a method makes: give a live teacher instead.")
 
 
@@ -135,19 +141,20 @@ def capture(
     shard: int = WHOLE,
     tick: Callable[[int], None] | None = None,
 ) -> Captured:
-    """Run the teacher over examples that the cache does not hold yet, and keep what it says.
+    """Run the teacher on the examples that the cache does not hold, and store its outputs.
 
     Args:
-        identity: of teacher and data; a folder that was captured under another one is refused. shard: rows a file. A file is also
-            written when it has 64 MiB, and once a minute, so that a kill costs no more; these are merged at the end.
-        tick: told how many examples are done.
+        identity: of teacher and data; a folder that was captured under another one is refused.
+        shard: rows per file. A file is also written at 64 MiB and once a minute, so that a kill loses no more; these
+            files are merged at the end.
+        tick: called with the number of finished examples.
     """
     facts = {**identity, "support": str(support), "temperature": temperature, "teacher": state_hash(teacher)}
     if support.codec > 1:
         facts["support_version"] = support.codec
     store = ShardStore(folder, facts)
     new, seen = 0, set[bytes]()
-    waiting: dict[tuple[torch.dtype, ...], _Waiting] = {}  # arrays of one file have one dtype
+    waiting: dict[tuple[torch.dtype, ...], _Waiting] = {}  # the arrays of a file share dtypes
     with torch.no_grad(), evaluating(teacher):
         for batch in batches:
             keys = example_keys(batch)
@@ -181,7 +188,7 @@ def capture(
 
 
 class _Waiting:
-    """Examples on their way to a shard of so many rows."""
+    """Examples that wait to be written as a shard of a given number of rows."""
 
     def __init__(self, store: ShardStore, size: int) -> None:
         self.store, self.size = store, size
@@ -195,7 +202,7 @@ class _Waiting:
 
     @property
     def due(self) -> bool:
-        """Whether they are enough for a file, or have waited long enough."""
+        """Whether there are enough for a file, or they have waited long enough."""
         late = time.monotonic() - self.since > SECONDS
         return late or self.bytes >= WHOLE_BYTES or sum(self.counts) >= self.size
 
@@ -213,10 +220,11 @@ class _Waiting:
 
 
 def verify(teacher: ModelAdapter, batches: Iterator[Batch], folder: Path) -> dict[str, float]:
-    """Score examples again and compare: KL between fresh and stored targets, and the largest difference, over rows.
+    """Run the teacher again on some examples and compare: KL between fresh and stored targets, and the largest
+    difference, over rows.
 
     Raises:
-        InputError: the teacher's weights are not those that were captured, or a shard was changed since.
+        InputError: the teacher's weights differ from the captured ones, or a shard was changed.
     """
     cached = CachedTeacher(folder, {"teacher": state_hash(teacher)})
     cached.store.check()
@@ -231,8 +239,8 @@ def verify(teacher: ModelAdapter, batches: Iterator[Batch], folder: Path) -> dic
 
 
 def _compare(log_p: Tensor, stored: Target, temperature: float) -> tuple[Tensor, Tensor]:
-    """Per row: KL(fresh ‖ stored) where all classes are stored, else the mean |difference| of stored log-probabilities. Of a
-    class that was drawn it is known that it lies below its weight: only what it lies above counts."""
+    """Per row: KL(fresh ‖ stored) if all classes are stored, else the mean |difference| of the stored
+    log-probabilities. A sampled class is known to lie below its weight, so only the excess above it counts."""
     if isinstance(stored, (Dense, Projected, Mixture)):
         log_q = torch.log_softmax(logits_of(stored).float() / temperature, -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.exp() - log_q.exp()).abs().max()

@@ -1,4 +1,4 @@
-"""Asking a server for scores: how it is asked, how much at once, and what is done when it fails."""
+"""The client of a scoring server: the form of requests, the number in flight, and retries."""
 
 from __future__ import annotations
 
@@ -31,23 +31,25 @@ from understudy.teachers.server.scores import (
 
 MEMORY = 4 * 2**30
 """Bytes that a server may need for the log-probabilities of all tokens in flight: float32 logits and their softmax."""
-MOST_TOKENS = 16_384  # in flight, however small the vocabulary: answers of some 20 MB
-SCORE_BYTES = 256  # that an answer may have for each class that is scored at a position
+MOST_TOKENS = 16_384  # in flight, also with a small vocabulary: responses of about 20 MB
+SCORE_BYTES = 256  # most bytes of a response for each scored class at a position
 WAYS = ("prompt_logprobs", "echo with token ids", "echo")
 _TOO_LARGE = re.compile(r"HTTP 413|too large|out of memory|outofmemory", re.IGNORECASE)
 
 
 class ScoringClient(Client):
-    """Fills a store with what a server says of sequences.
+    """Fills a store with a server's scores of sequences.
 
-    An answer is in the store before its worker takes the next request, so a kill loses those in flight and no other.
-    All requests in flight together hold at most `bound` tokens, computed from the vocabulary, since servers make a row of
-    the whole vocabulary for each (a longer sequence goes alone). What fails is sent again in halves, down to single
-    sequences, and what arrived of it is kept.
+    A response is stored before its worker takes the next request, so a kill only loses those in flight. All requests in
+    flight together hold at most `bound` tokens, computed from the vocabulary, since servers allocate a row of the whole
+    vocabulary for each token (a longer sequence is sent alone). Failed requests are sent again in halves, down to
+    single sequences, and partial results are kept.
 
     Args:
-        store: where answers go. score: what is asked. classes: of the tokenizer. name, ids: text of a token and back, for
-            servers that name tokens by text.
+        store: where scores are kept.
+        score: the kind of scores requested.
+        classes: of the tokenizer.
+        name, ids: text of a token and back, for servers that identify tokens by text.
     """
 
     def __init__(
@@ -69,16 +71,16 @@ class ScoringClient(Client):
         self.writing = threading.Lock()
 
     def fill(self, asked: Sequence[Asked]) -> None:
-        """Have those scored that the store does not hold.
+        """Have the sequences scored that the store does not hold.
 
         Raises:
-            BudgetSpent, FailedRequests, InputError: as `generation.generate`; what was answered is kept.
+            BudgetSpent, FailedRequests, InputError: as in `generation.generate`; received scores are kept.
         """
         new = {a.key: a for a in asked if a.key not in self.store}
         if new:
-            self.store.refresh()  # another process may have asked
+            self.store.refresh()  # another process may have stored some
         left = [a for key, a in new.items() if key not in self.store]
-        none = [a for a in left if not a.rows]  # nothing of them counts, so nothing is asked
+        none = [a for a in left if not a.rows]  # no row counts, so no scores are needed
         if none:
             self._keep(none, [Scored(self._nothing(), [])] * len(none), {})
         requests = self._packed([a for a in left if a.rows])
@@ -93,7 +95,7 @@ class ScoringClient(Client):
         self.store.compact(most=64)
 
     def _packed(self, asked: Sequence[Asked]) -> list[ScoreRequest]:
-        """Requests of some sequences each, so that as many as may be in flight hold `bound` tokens."""
+        """Requests of several sequences each, sized so that the requests in flight hold at most `bound` tokens."""
         share = max(1, self.bound // self.endpoint.concurrency)
         found: list[list[Asked]] = []
         size = 0
@@ -106,7 +108,7 @@ class ScoringClient(Client):
         return [ScoreRequest(f"scores/{i}", group) for i, group in enumerate(found)]
 
     def complete(self, request: ScoreRequest) -> None:
-        """Have one request's sequences scored and stored; called by the crew, again after a failure."""
+        """Have one request's sequences scored and stored; called by the worker, again after a failure."""
         left = [s for s in request.sequences if s.key not in self.store]
         size = max(1, len(left) >> request.attempts)
         request.attempts += 1
@@ -142,7 +144,7 @@ class ScoringClient(Client):
         return TopK(torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k), torch.zeros(0, 1))
 
     def ask(self, piece: Sequence[Asked]) -> tuple[list[Scored], dict[str, int]]:
-        """Send sequences; what is said of each, and what it cost."""
+        """Send sequences. Returns the scores of each, and the cost."""
         scores = sum(len(a.ids) for a in piece) * (min(self.score.k, self.classes) + 2)
         reply, check_own = self.post("/completions", self._body(piece), ANSWER_BYTES + SCORE_BYTES * scores)
         try:
@@ -187,18 +189,19 @@ class ScoringClient(Client):
         return Scored(kept(positions, one, self.score, self.classes), [p.own for p in positions])
 
     def _spent(self, reply: Mapping[str, Any], piece: Sequence[Asked]) -> dict[str, int]:
-        """As the server counts, or the most that it can have been."""
+        """The tokens that the server counts, or an upper bound if it does not count."""
         prompt, written = spent(reply) or (sum(len(a.ids) for a in piece), len(piece))
         return {"prompt_tokens": prompt, "tokens": written}
 
     def settle(self, probe: Asked) -> list[float]:
-        """Find the way in which this server is asked, on a probe that is not stored.
+        """Find the request format that this server supports, with a probe that is not stored.
 
         Returns:
             The log-probability of each token of the probe after the first (of each row's first id, for `ids`).
 
         Raises:
-            OtherWay: it gives no scores in any way, with what it said. InputError: it cannot be reached.
+            OtherWay: it supports no format; with its responses.
+            InputError: it cannot be reached.
         """
         said = []
         for self.way in WAYS:
@@ -214,7 +217,7 @@ class ScoringClient(Client):
                     raise
                 said.append(str(request.refused).removeprefix(f"{self.endpoint.url}: "))
                 if self.score.kind == "ids":
-                    break  # there is one way for these
+                    break  # these have a single format
         words = "; ".join(dict.fromkeys(said))
         raise OtherWay(
             f"{self.endpoint.url} gives no scores of a text's tokens for score={self.score}: {words}. It must offer "
@@ -223,7 +226,7 @@ class ScoringClient(Client):
 
 
 class _Probe:
-    """One question as request, source and log at once, for the crew's retries and budget."""
+    """One probe as request, source and log at once, to use the workers' retries and budget."""
 
     id, path = "probe", "no store"
 
@@ -251,11 +254,11 @@ class _Probe:
         return self.found is not None
 
     def sync(self) -> None:
-        """Nothing is written."""
+        """Does nothing: a probe is not stored."""
 
 
 class _Answers:
-    """The store as the crew's log."""
+    """The store with the interface of a request log."""
 
     def __init__(self, client: ScoringClient, requests: dict[str, ScoreRequest]) -> None:
         self.client, self.requests, self.path = client, requests, client.store.folder
@@ -274,10 +277,10 @@ class _Answers:
         return self._spent["tokens"]
 
     def append(self, key: str, name: str, answer: None) -> None:
-        """It is stored already."""
+        """Does nothing: the scores are stored already."""
 
     def __contains__(self, key: str) -> bool:
         return all(s.key in self.client.store for s in self.requests[key].sequences)
 
     def sync(self) -> None:
-        """Each shard is whole when it is there."""
+        """Does nothing: each shard is complete when it exists."""

@@ -1,17 +1,17 @@
-"""What a server can say about the tokens of a text, and how its answer becomes a typed target.
+"""A server's scores of the tokens of a text, and their conversion to a typed target.
 
-| `score` | asked of the server, at each position | target | estimates |
+| `score` | requested at each position | target | estimates |
 |---|---|---|---|
-| `top_k:20` | its 20 most probable tokens | `TopK` with tail | the divergence with all other tokens as one bucket: never more than the full one, and less by what the teacher and student differ inside the bucket |
-| `ids:20` | the student's 20 most probable tokens | `TopK` with tail | the same on the student's support: tight for reverse KL, whose mass is the student's |
-| `sampled` | the token of the text alone | `TopK` of one class with tail | the divergence of two buckets, this token or another: never more than the full one |
+| `top_k:20` | the teacher's 20 most probable tokens | `TopK` with tail | the divergence with all other tokens as one bucket: a lower bound of the full one, which differs by the divergence inside the bucket |
+| `ids:20` | the student's 20 most probable tokens | `TopK` with tail | the same on the student's support: tight for reverse KL, which weights by the student |
+| `sampled` | the token of the text alone | `TopK` of one class with tail | the divergence of two buckets, this token or another: a lower bound of the full one |
 
 None of the three is unbiased for the full divergence: merging classes into a bucket only lowers it (data processing).
-Each is 0 where student and teacher agree on the kept classes. The tail is 1 − Σ p of the kept classes; what the server's
-float32 cannot resolve of it (10⁻⁷) is kept as mass, so that no divergence is infinite for a rounding error.
+Each is 0 where student and teacher agree on the kept classes. The tail is 1 − Σ p of the kept classes, at least the
+resolution of the server's float32 (10⁻⁷), so that no divergence is infinite through a rounding error.
 
-`ids` is asked with the fields of vLLM's prefill scoring (RFC 56860: `prompt_logprob_token_ids`, `prompt_logprob_start`,
-`prompt_token_id_logprobs`), as fields of `/completions`. A server that does not know them is asked for `top_k:N`, and the
+`ids` uses the fields of vLLM's prefill scoring (RFC 56860: `prompt_logprob_token_ids`, `prompt_logprob_start`,
+`prompt_token_id_logprobs`) in `/completions`. With a server that does not support them `top_k:N` is used instead, and the
 report says so.
 """
 
@@ -32,19 +32,19 @@ from understudy.generation.endpoint import number
 from understudy.targets import TopK
 
 UNRESOLVED = 1e-7
-SLACK = 1e-3  # by which the probabilities of a server may exceed 1
+SLACK = 1e-3  # by which the probabilities of a server may exceed 1 through rounding
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a served teacher is asked about each token: `kind` (`top_k`, `ids`, `sampled`) and how many classes."""
+    """The scores requested for each token: `kind` (`top_k`, `ids`, `sampled`) and number of classes."""
 
     kind: str
     k: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Score:
-        """From `top_k:20`, `ids:20` or `sampled`."""
+        """Parse `top_k:20`, `ids:20` or `sampled`."""
         found = re.fullmatch(r"(top_k|ids):([1-9]\d*)|(sampled)", text)
         if found is None:
             raise InputError(f"Score {text!r} is not one of top_k:N, ids:N, sampled (for example top_k:20).")
@@ -72,8 +72,10 @@ class Asked:
     """One sequence to be scored.
 
     Args:
-        key: of the answer in the store. ids: the tokens. rows: the positions that count; row r predicts token r + 1.
-        support: which tokens to score at each row, or `None`.
+        key: of its scores in the store.
+        ids: the tokens.
+        rows: the positions that count; row r predicts token r + 1.
+        support: the tokens to score at each row, or `None`.
     """
 
     key: bytes
@@ -84,14 +86,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Position:
-    """What a server said of one position: log-probability of the token that is there, and of others by id."""
+    """A server's scores at one position: log-probability of the token at that position, and of others by id."""
 
     own: float
     others: Mapping[int, float]
 
 
 class Scored(NamedTuple):
-    """What a server said of one sequence: the target of its rows, and the log-probability of each token after the first."""
+    """A server's scores of one sequence: the target of its rows, and the log-probability of each token after the first."""
 
     target: TopK
     own: list[float]
@@ -99,7 +101,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class ScoreRequest:
-    """Sequences that go to the server together. `attempts` makes each later attempt smaller."""
+    """Sequences that are sent to the server together. `attempts` makes each later attempt smaller."""
 
     id: str
     sequences: Sequence[Asked]
@@ -107,20 +109,20 @@ class ScoreRequest:
 
     @property
     def tokens(self) -> int:
-        """Tokens to be read."""
+        """Number of tokens in the sequences."""
         return sum(len(s.ids) for s in self.sequences)
 
     def most_tokens(self) -> tuple[int, int]:
-        """Bounds of (prompt, written) tokens: servers write one at least."""
+        """Upper bounds of (prompt, generated) tokens: servers generate at least one."""
         return self.tokens, len(self.sequences)
 
 
 class OtherWay(RefusedRequest):
-    """The server answers, and does not know this way of asking."""
+    """The server responds, but does not support this request format."""
 
 
 def prompt_log_probs(choice: Mapping[str, Any], asked: Asked) -> list[Position]:
-    """vLLM's `prompt_logprobs`: for each token after the first, its own and the k most probable ones, by id."""
+    """Parse vLLM's `prompt_logprobs`: for each token after the first, its own and the k most probable ones, by id."""
     given = choice.get("prompt_logprobs")
     if given is None:
         raise OtherWay("it gives no prompt_logprobs")
@@ -139,11 +141,12 @@ def prompt_log_probs(choice: Mapping[str, Any], asked: Asked) -> list[Position]:
 def echoed(
     choice: Mapping[str, Any], asked: Asked, others: bool, name: Callable[[int], str], ids: Callable[[str], int]
 ) -> list[Position]:
-    """OpenAI's `echo` with `logprobs`: tokens by their text, or as `token_id:N` where the server can.
+    """Parse OpenAI's `echo` with `logprobs`: tokens by their text, or as `token_id:N` where the server supports it.
 
     Args:
-        others: read the other tokens of a position too. name: the text of an id. ids: the id of a text; refuses one that
-            several ids share.
+        others: parse the other tokens of a position too.
+        name: the text of an id.
+        ids: the id of a text; raises an error for one that several ids share.
     """
     given = choice.get("logprobs")
     if not isinstance(given, Mapping) or not given.get("token_logprobs"):
@@ -167,7 +170,8 @@ def echoed(
 
 
 def given_ids(choice: Mapping[str, Any], asked: Asked, classes: int) -> TopK:
-    """vLLM's prefill scoring of given ids (RFC 56860): `prompt_token_id_logprobs`, `[rows from the first on, ids]`."""
+    """Parse vLLM's prefill scoring of given ids (RFC 56860): `prompt_token_id_logprobs`, `[rows from the first on,
+    ids]`."""
     given = choice.get("prompt_token_id_logprobs")
     if given is None:
         raise OtherWay("it scores no given ids")
@@ -184,7 +188,8 @@ def given_ids(choice: Mapping[str, Any], asked: Asked, classes: int) -> TopK:
 
 
 def kept(positions: Sequence[Position], asked: Asked, score: Score, classes: int) -> TopK:
-    """The target of the rows that count: the k most probable tokens, ties to the lowest id, or the text's own."""
+    """The target of the rows that count: the k most probable tokens, ties to the lowest id, or the token of the text
+    alone."""
     ids: list[list[int]] = []
     values: list[list[float]] = []
     k = min(score.k, classes)
@@ -213,7 +218,7 @@ def kept(positions: Sequence[Position], asked: Asked, score: Score, classes: int
 
 
 def target(ids: Tensor, log_probs: Tensor, whole: bool = False) -> TopK:
-    """`TopK` with the tail that the kept classes leave; refuses what cannot be log-probabilities."""
+    """`TopK` with the remaining mass as tail; raises an error for values that cannot be log-probabilities."""
     total = log_probs.exp().sum(-1, keepdim=True)
     if bool((total > 1 + SLACK).any()):
         raise InputError(
@@ -228,7 +233,7 @@ def target(ids: Tensor, log_probs: Tensor, whole: bool = False) -> TopK:
 
 
 def same_tokens(choice: Mapping[str, Any], asked: Asked) -> None:
-    """Where the server says which tokens it read, they are those that were sent."""
+    """Check the tokens that the server says it read, if it does, against those sent."""
     read = choice.get("prompt_token_ids")
     if read is not None and tuple(read) != asked.ids:
         raise SourceError("the answer scores other tokens than were sent")

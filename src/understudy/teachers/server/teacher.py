@@ -1,4 +1,4 @@
-"""A teacher behind a server that scores the student's tokens, through a store, so that nothing is asked twice."""
+"""A teacher on a server that scores the student's tokens, with a store, so that nothing is requested twice."""
 
 from __future__ import annotations
 
@@ -26,24 +26,28 @@ from understudy.teachers.server.scores import Asked, OtherWay, Score
 
 PROBE = "probe.json"
 PROBE_TOKENS = 64
-TILE = 1024  # rows of the student's logits at once
+TILE = 1024  # rows of the student's logits computed at once
 GROUP = 32  # batches that are sent together when capturing
-WORSE_THAN_GUESSING = 1.0  # nats a token above those of the even distribution
-ANOTHER_MODEL = 0.25  # nats a token between two answers of one model, other hardware and dtype included
+WORSE_THAN_GUESSING = 1.0  # nats per token above the uniform distribution
+ANOTHER_MODEL = 0.25  # nats per token: more than the difference of one model on other hardware or in another dtype
 TEXT = "Aé 日本 🙂\n\tdef f(x):  # 12345"
 MESSAGES = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."}]
 
 
 class ServedTeacher(CachedTeacher):
-    """Answers from a store that it fills, where an example is missing, through an OpenAI-compatible server.
+    """Returns targets from a store; missing examples are scored by an OpenAI-compatible server first.
 
-    The store is an ordinary cache: its keys are those of `understudy cache capture`, and `teacher.cache` reads it without
-    the server. With `score=ids:N` the key holds the support too, and the support costs one more forward of the student.
+    The store is an ordinary cache: its keys are those of `understudy cache capture`, and `teacher.cache` reads it
+    without the server. With `score=ids:N` the key includes the support, which needs one more forward pass of the
+    student.
 
     Args:
-        model, endpoint: the server's name of the teacher, and where it is. score: what is asked of it (`teachers.scores`).
-        folder: of the store. identity: what its content depends on beside model and score. tokenizer: of the run.
-        student: whose most probable tokens `ids:N` asks for.
+        model, endpoint: the server's name of the teacher, and its address.
+        score: the kind of scores requested (`teachers.server.scores`).
+        folder: of the store.
+        identity: what the scores depend on beside model and score.
+        tokenizer: of the run.
+        student: its most probable tokens are requested with `ids:N`.
     """
 
     def __init__(
@@ -76,13 +80,14 @@ class ServedTeacher(CachedTeacher):
         self.client = ScoringClient(model, endpoint, self.store, self.score, classes, self._text, self._id)
 
     def start(self, example: Batch, conversations: bool = False) -> None:
-        """Compare tokenizers, find out how the server scores, and check that it is the teacher of these tokens.
+        """Compare tokenizers, find the request format, and check that the server's model fits these tokens.
 
         Args:
-            example: one training example. conversations: the data are rendered by the chat template.
+            example: one training example.
+            conversations: the data are rendered by the chat template.
 
         Raises:
-            InputError: the server has another tokenizer, template or model, or scores nothing.
+            InputError: the server has another tokenizer, template or model, or supports no scoring.
         """
         self._same_tokenizer(conversations)
         ids, before, own = self._probe(example)
@@ -106,7 +111,8 @@ class ServedTeacher(CachedTeacher):
             temporary.write_text(json.dumps({"ids": ids, "log_probs": own}))
 
     def _probe(self, example: Batch) -> tuple[list[int], list[float] | None, list[float]]:
-        """A text's tokens, and their log-probabilities: as the store was begun with, if it was, and as they are now."""
+        """The tokens of a text, and their log-probabilities: those from the start of the store, if any, and the present
+        ones."""
         held = self.store.folder / PROBE
         before = json.loads(held.read_text()) if held.is_file() else None
         ids = before["ids"] if before else _sequence(example, 0)[0][:PROBE_TOKENS]
@@ -126,7 +132,8 @@ class ServedTeacher(CachedTeacher):
         return ids, before["log_probs"] if before else None, own
 
     def _same_tokenizer(self, conversations: bool) -> None:
-        """Refuse a server that splits text, spells the end or renders messages otherwise, where it tells."""
+        """Raise an error if the server splits text, names the end token or renders messages differently, where it says
+        so."""
         plain = self._tokenize({"prompt": TEXT, "add_special_tokens": False})
         if plain is None:
             self.notes.append("The server has no /tokenize: its tokenizer could not be compared, only its scores.")
@@ -149,7 +156,7 @@ class ServedTeacher(CachedTeacher):
                 )
 
     def _tokenize(self, body: Mapping[str, Any]) -> list[int] | None:
-        """How the server tokenises, or `None` where it does not say."""
+        """The server's tokenization, or `None` if it does not provide it."""
         url = self.client.endpoint.url.removesuffix("/v1") + "/tokenize"
         try:
             reply, _ = self.client.post(url, {"model": self.client.model, **body})
@@ -159,7 +166,7 @@ class ServedTeacher(CachedTeacher):
         return tokens if isinstance(tokens, list) and all(type(i) is int for i in tokens) else None
 
     def _text(self, token: int) -> str:
-        """A token as servers spell it that name tokens by text."""
+        """The text of a token, for servers that identify tokens by text."""
         text: str = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
@@ -184,7 +191,7 @@ class ServedTeacher(CachedTeacher):
         return found
 
     def __call__(self, batch: Batch) -> ModelOutput:
-        """The targets of the batch's rows, asked for where they are not stored yet."""
+        """The targets of the batch's rows; those that are not stored are requested."""
         asked = self._asked(batch)
         self.client.fill(asked)
         return self.recall([a.key for a in asked], batch)
@@ -225,7 +232,7 @@ class ServedTeacher(CachedTeacher):
 def capture_served(
     teacher: ServedTeacher, batches: Iterable[Batch], *, tick: Callable[[int], None] | None = None
 ) -> Captured:
-    """Have examples scored ahead, many at once; those that the store holds are not asked for."""
+    """Have examples scored in advance, many at once, except those in the store."""
     before, several = len(teacher.store), iter(batches)
     while group := list(islice(several, GROUP)):
         teacher.client.fill([a for batch in group for a in teacher._asked(batch)])
@@ -237,7 +244,8 @@ def capture_served(
 
 
 def verify_served(fresh: ServedTeacher, batches: Iterable[Batch], folder: Path) -> dict[str, float]:
-    """Have examples scored again, into the store of `fresh`, and compare log-probabilities of the tokens in both."""
+    """Have examples scored again into the store of `fresh`, and compare the log-probabilities of the tokens in both
+    stores."""
     stored = CachedTeacher(folder, {"teacher": fresh.store.identity["teacher"], "score": str(fresh.score)})
     rows, total, worst = 0, 0.0, 0.0
     for batch in batches:

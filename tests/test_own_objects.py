@@ -230,5 +230,5 @@ def test_a_comparison_takes_them_too(forks, tmp_path, monkeypatch):
 def test_what_a_comparison_cannot_take(tmp_path):
     with pytest.raises(InputError, match="give a function that makes one"):
         compare(digits(tmp_path, student=nn.Linear(2, 2)), ["sft"], seeds=1)
-    with pytest.raises(InputError, match="two have one name"):
+    with pytest.raises(InputError, match="is named twice"):
         compare(digits(tmp_path), [Own(share=0.1), Own(share=0.2)], seeds=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from understudy.errors import InputError
+from understudy.reading import at_home
 
 SPLITS = {
     "train": {"train", "training"},
@@ -44,7 +45,7 @@ def find(name: str) -> Path | None:
     if not name:
         return None
     try:
-        path = Path(name).expanduser()
+        path = at_home(Path(name))
         if path.exists():
             return path
         folder = data_folder()

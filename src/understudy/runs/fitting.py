@@ -75,6 +75,7 @@ def assemble_teacher(
         model,
         spec.model if spec is not None else "teacher",
         args.device if sharded else place,
+        freeze=method.requires.in_steps,
         features=method.requires.teacher_features,
         taps=method.taps("teacher", model, _example(prepared)) if method.requires.in_steps else {},
         sharded=sharded,

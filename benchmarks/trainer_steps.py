@@ -33,7 +33,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from understudy.data import IGNORE, TextSet, collate_images, collate_text, load_images
@@ -154,7 +161,14 @@ def trainer(world: World, arm: str, args: TrainingArguments, clock: _Clock) -> T
         asked = LocalTeacher(world.adapter(teacher), "teacher") if method.requires.in_steps else None
         file, meter = Path(str(args.output_dir)) / "metrics.jsonl", CostMeter("rows")
         return DistillationTrainer(
-            module, args, world.examples, world.collate, teacher=asked, meter=meter, metrics_file=file, callbacks=[clock]
+            module,
+            args,
+            world.examples,
+            world.collate,
+            teacher=asked,
+            meter=meter,
+            metrics_file=file,
+            callbacks=[clock],
         )
     args.remove_unused_columns = False
     kind: Any = partial(_Plain, teacher=world.plain(teacher)) if arm == "plain_kd" else Trainer

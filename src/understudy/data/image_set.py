@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -43,11 +44,9 @@ class ImageSet(Dataset[tuple[Any, ...]]):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, ...]]:
         """As `__getitem__` of each: a loader asks for a whole batch."""
-        columns: list[Sequence[Any]] = [
-            self.pixels[indices].unbind(),
-            self.labels[indices].tolist(),
-            self.ids[indices].tolist(),
-        ]
+        index = torch.tensor(indices)
+        labels, ids = (v.index_select(0, index).tolist() for v in (self.labels, self.ids))
+        columns: list[Sequence[Any]] = [self.pixels.index_select(0, index).unbind(), labels, ids]
         if self.domains is not None:
             columns.append([str(d) for d in self.domains[indices]])
         return list(zip(*columns, strict=True))

@@ -49,9 +49,9 @@ class Batch:
         A subclass with fields of its own is chosen by them.
         """
         for kind in cls.__subclasses__():
-            if _names(kind)[1] <= values.keys():
+            if _names(kind)[1] <= values.keys():  # type: ignore[arg-type]  # a class is hashable, its instances are not
                 return kind.from_dict(values)
-        own, _ = _names(cls)
+        own, _ = _names(cls)  # type: ignore[arg-type]
         inputs = {k: v for k, v in values.items() if k not in own}
         return cls(inputs, **{k: v for k, v in values.items() if k in own})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Self
 
 import torch
@@ -50,9 +50,9 @@ class Batch:
         Fields of a subclass select that subclass.
         """
         for kind in cls.__subclasses__():
-            if {f.name for f in fields(kind) if f.default is MISSING} <= values.keys() | {"inputs"}:
+            if _names(kind)[1] <= values.keys():  # type: ignore[arg-type]  # a class is hashable, its instances are not
                 return kind.from_dict(values)
-        own = {f.name for f in fields(cls)}
+        own, _ = _names(cls)  # type: ignore[arg-type]
         inputs = {k: v for k, v in values.items() if k not in own}
         return cls(inputs, **{k: v for k, v in values.items() if k in own})
 
@@ -72,18 +72,24 @@ class Batch:
 
     @cached_property
     def row_labels(self) -> Tensor:
-        """Labels of the rows, `[rows]`."""
-        return (self.labels[:, 1:] if self.kind == "text" else self.labels)[self.mask]
+        """`[rows]`."""
+        return self._kept(self.labels[:, 1:] if self.kind == "text" else self.labels)
 
     @cached_property
     def sequence(self) -> Tensor:
         """`[rows]`, the index of the example each row comes from."""
         index = torch.arange(len(self.labels), device=self.labels.device)
-        return (index[:, None].expand(self.mask.shape) if self.kind == "text" else index)[self.mask]
+        return self._kept(index[:, None].expand(self.mask.shape) if self.kind == "text" else index)
 
     def select(self, values: Tensor) -> Tensor:
-        """The rows that count, of `[examples, width]` or `[examples, length, width]`. The others get no gradient."""
-        return (values[:, :-1] if self.kind == "text" else values)[self.mask]
+        """The rows of `[examples, width]` or `[examples, length, width]` that count. The rest get no gradient."""
+        return self._kept(values[:, :-1] if self.kind == "text" else values)
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """The rows that count of `[*mask.shape, ...]`; where all do, none is looked for."""
+        if self.num_items == self.mask.numel():
+            return values.flatten(0, self.mask.dim() - 1)
+        return values[self.mask]
 
     def with_labels(self, signal: Any) -> tuple[Any, Tensor]:
         """The rows of a signal that have a label, and these labels: all rows, except on graphs and for generated text."""
@@ -140,3 +146,10 @@ class WholeExamples:
     def select(self, values: Tensor) -> Tensor:
         """`values`: every example counts."""
         return values
+
+
+@cache
+def _names(kind: type[Batch]) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of a kind's fields, and of those that a collator must give."""
+    named = {f.name: f.default is MISSING for f in fields(kind)}
+    return frozenset(named), frozenset(n for n, required in named.items() if required and n != "inputs")

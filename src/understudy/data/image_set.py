@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -39,6 +41,15 @@ class ImageSet(Dataset[tuple[Any, ...]]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         found = self.pixels[index], int(self.labels[index]), int(self.ids[index])
         return found if self.domains is None else (*found, str(self.domains[index]))
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, ...]]:
+        """As `__getitem__` of each: a loader asks for a whole batch."""
+        index = torch.tensor(indices)
+        labels, ids = (v.index_select(0, index).tolist() for v in (self.labels, self.ids))
+        columns: list[Sequence[Any]] = [self.pixels.index_select(0, index).unbind(), labels, ids]
+        if self.domains is not None:
+            columns.append([str(d) for d in self.domains[indices]])
+        return list(zip(*columns, strict=True))
 
     def select(self, index: Tensor | slice) -> ImageSet:
         clean, parts = (v[index] if v is not None else None for v in (self.clean, self.parts))

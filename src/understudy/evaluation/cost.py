@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -109,11 +109,9 @@ class CostMeter:
                     yield
                 self.flops["teacher"] = counter.total
 
-    @contextmanager
-    def head(self) -> Iterator[None]:
-        """Context of the losses; with streaming that is the head, forward and backward."""
-        with self._timed("head"):
-            yield
+    def head(self) -> AbstractContextManager[None]:
+        """Around the losses: with streaming that is the head, forward and backward."""
+        return self._timed("head")
 
     @contextmanager
     def step(self, kind: str = "student") -> Iterator[None]:

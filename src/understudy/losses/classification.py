@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
@@ -17,8 +18,7 @@ def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
         labels: `[rows]`, int64 in `0 … classes − 1`.
     """
     check_labels("cross_entropy", labels, student.shape[-1])
-    log_q = log_softmax(student, 1.0)
-    return checked("cross_entropy", -log_q.gather(-1, labels[:, None])[:, 0], student, None)
+    return checked("cross_entropy", F.nll_loss(log_softmax(student, 1.0), labels, reduction="none"), student, None)
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ def check_labels(loss: str, labels: Tensor, classes: int) -> None:
     called."""
     if labels.numel() == 0:
         return
-    low, high = torch.aminmax(labels)
+    low, high = map(int, torch.aminmax(labels))
     if low < 0 or high >= classes:
-        wrong = int(low if low < 0 else high)
+        wrong = low if low < 0 else high
         if wrong == -1:
             raise InputError(
                 f"{loss} needs labels and there is an example without one (label -1): use a method without."

@@ -55,7 +55,7 @@ def sum_terms(terms: Mapping[str, Term], batch: Batch, reduction: str, own: Cont
             if weights is None:
                 weights, _ = row_weights(reduction, batch.sequence, term.values.dtype)
             total = (term.values * weights).sum()
-        losses[name], values[name] = term.weight * total, total.detach()
+        losses[name], values[name] = total if term.weight == 1 else term.weight * total, total.detach()
     return TermSums(losses, values)
 
 

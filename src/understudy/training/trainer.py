@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from understudy.training import checkpoint as ck
 from understudy.training import saving
 from understudy.training.arguments import epoch_length
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizers
+from understudy.training.method import Method
 from understudy.training.order import EpochSampler, draw
 from understudy.training.ranks import Ranks
 from understudy.training.reduction import Counts, TermSums
@@ -59,15 +60,12 @@ class _Update:
     """One optimizer step in progress.
 
     Args:
-        samples, counting: its micro-batches on this rank, and for each whether it counts here.
-        counts: the divisors.
-        roles: the optimisers that step: auxiliary ones by name, and `"student"`.
-        done: micro-batches done.
-        values: sums of terms so far.
-        gradients: gradients of each term so far, if the method merges them.
+        batches, counting: its micro-batches on this rank, and which of them count here. counts: what it divides by.
+        roles: whose parameters it moves: auxiliary optimisers by name, and `"student"`.
+        done: micro-batches done. values: sums of terms so far. gradients: of each term, where the method merges them.
     """
 
-    samples: Sequence[Any]
+    batches: Sequence[Batch]
     counting: Sequence[bool]
     counts: Counts
     roles: Sequence[str] | None = None
@@ -147,8 +145,8 @@ class DistillationTrainer(Trainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         data: Any = train_dataset
         self.sampler = EpochSampler(len(data), seed, epoch_length(method, args))
-        self._means: dict[str, float] = {}
         self._update = _Update((), (), Counts())
+        self._sums: tuple[Mapping[str, Tensor], Counts] = {}, Counts()
         train_module.train_state.teacher = teacher
         self.auxiliary = AuxiliaryOptimizers(method.auxiliary_optimizers(), train_module.train_state.modules)
         if (method.merges_gradients or self.auxiliary.optimizers) and args.fp16:
@@ -191,22 +189,27 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Collect the micro-batches of one update and count its divisors over all ranks."""
         samples, counting = self.ranks.take(epoch_iterator, num_batches)
-        parts = [self._counts(s).scaled(float(c)) for s, c in zip(samples, counting, strict=True)]
+        prepare = super()._prepare_inputs
+        batches = [Batch.from_dict(prepare(sample)) for sample in samples]
+        parts = [self._counts(b).scaled(float(c)) for b, c in zip(batches, counting, strict=True)]
         counts = Counts.total(parts, self.ranks.sum_numbers) if parts else Counts()
-        self._update = _Update(samples, counting, counts)
-        return samples, torch.tensor(counts.units, device=self.args.device)
+        self._update = _Update(batches, counting, counts)
+        return samples, counts.units
 
-    def _counts(self, sample: Mapping[str, Any]) -> Counts:
-        batch = Batch.from_dict(sample)
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As they are: `get_batch_samples` has put them on the device, and steps read the update's batches."""
+        return inputs
+
+    def _counts(self, batch: Batch) -> Counts:
         return Counts.of(batch, self.model.reduction, self.model.method.counts(batch))
 
-    def batch(self, inputs: Mapping[str, Any]) -> Batch:
-        """A micro-batch as student and teacher get it: on the device, augmented, and changed by the method."""
-        batch = Batch.from_dict(inputs).to(self.args.device)
+    def shown(self, batch: Batch) -> Batch:
+        """A micro-batch as both sides see it: augmented, and as the method transforms it."""
         if self.augmentation is not None:
-            batch.inputs["pixel_values"] = augment(
+            pixels = augment(
                 batch.inputs["pixel_values"], batch.ids, seed=self.args.seed, epoch=self._epoch, **self.augmentation
             )
+            batch = replace(batch, inputs={**batch.inputs, "pixel_values": pixels})
         return self.model.method.transform_batch(batch, self.model.train_state)
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -223,34 +226,39 @@ class DistillationTrainer(Trainer):
             if "student" not in update.roles:
                 loss = torch.zeros((), device=self.args.device)
             elif self.model.method.merges_gradients:
-                loss = self._backward_by_term(model, inputs)
+                loss = self._backward_by_term(model)
             else:
                 loss = super().training_step(model, inputs, num_items_in_batch)
         update.done += 1
-        if update.done == len(update.samples):
+        if update.done == len(update.batches):
             self._end_update()
         return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one micro-batch, divided by the count of the whole update."""
-        sums = self.term_sums(model, inputs)
-        # DDP averages gradients over ranks; the count is already global, so the average is undone here.
-        factor = self.accelerator.num_processes
-        return sum(self._update.counts.divide(name, value) * factor for name, value in sums.losses.items())
+        """The loss of the update's next micro-batch, divided by the count of the whole update."""
+        losses = self.term_sums(model).losses
+        first, *others = (self._update.counts.divide(name, value) for name, value in losses.items())
+        return self._over_ranks(sum(others, start=first))
 
-    def term_sums(self, model: Any, inputs: Any) -> TermSums:
-        """The teacher's and student's forward pass on one micro-batch, and the sum of each term over its rows."""
-        batch, target = self.batch(inputs), None
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """DDP averages gradients over ranks; the count is already global, so the average is undone here."""
+        ranks = self.accelerator.num_processes
+        return loss if ranks == 1 else loss * ranks
+
+    def term_sums(self, model: Any) -> TermSums:
+        """The teacher's and student's forward pass on the update's next micro-batch, and the sum of each term over its rows."""
+        update = self._update
+        batch, target = self.shown(update.batches[update.done]), None
         if self.teacher is not None and self.model.method.requires.teacher == "outputs":
             with self.meter.teacher() if self.meter is not None else nullcontext():
                 target = self.teacher(batch)
         sums: TermSums = model(batch, target)
-        if not self._update.counting[self._update.done]:
-            # A padding micro-batch: this rank runs the same collectives as the others and adds nothing.
+        if not update.counting[update.done]:
+            # Another rank has the last examples; this one runs the same collectives and adds nothing.
             sums = TermSums(*({name: value * 0 for name, value in part.items()} for part in sums))
-        self._update.add(sums.values)
+        update.add(sums.values)
         if self.meter is not None:
             self.meter.rows += batch.num_items
         return sums
@@ -265,7 +273,7 @@ class DistillationTrainer(Trainer):
         context = AuxiliaryContext(
             student=train_state.student,
             teacher=self.teacher,
-            batches=self.ranks.companions([self.batch(s) for s in update.samples], update.counting),
+            batches=self.ranks.companions([self.shown(b) for b in update.batches], update.counting),
             counts=update.counts,
             reduction=self.model.reduction,
             validation=self._draw_validation,
@@ -285,12 +293,11 @@ class DistillationTrainer(Trainer):
         chosen = draw(len(data), number, self.args.seed, self.model.train_state.step)
         return Batch.from_dict(self.data_collator([data[i] for i in chosen])).to(self.args.device)
 
-    def _backward_by_term(self, model: Any, inputs: Any) -> Tensor:
-        """Backward pass of each term separately, accumulated over the update; `Method.merge` then sets the gradients."""
+    def _backward_by_term(self, model: Any) -> Tensor:
+        """Backward of each term apart, accumulated over the update; `Method.merge` then writes the gradients."""
         model.train()
-        inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            losses = self.term_sums(self.model, inputs).losses
+            losses = self.term_sums(self.model).losses
         owners = [p for _, p in self.model.owners()]
         total = torch.zeros((), device=self.args.device)
         for i, (name, value) in enumerate(losses.items()):
@@ -302,25 +309,32 @@ class DistillationTrainer(Trainer):
                 if grad is not None:
                     before = held[j]
                     held[j] = grad if before is None else before + grad
-        return total * self.accelerator.num_processes
+        return self._over_ranks(total)
 
     def _end_update(self) -> None:
-        """After the last backward pass: merge gradients, compute the mean of each term, update the method's state."""
+        """After the last backward pass: merged gradients, and the method's own state."""
         update, method = self._update, self.model.method
         if update.values:
-            names = sorted(update.values)
-            (sums,) = self.ranks.sum_tensors([torch.stack([update.values[n].float() for n in names])])
-            means = torch.stack([update.counts.mean(n, v) for n, v in zip(names, sums, strict=True)])
-            found = zip(names, means.tolist(), strict=True)
-            self._means = {name: mean for name, mean in found if update.counts.own.get(name, 1.0)}
+            self._sums = update.values, update.counts
         if update.gradients:
             named = self.model.owners()
             gradients = {name: self.ranks.sum_gradients(held, named) for name, held in update.gradients.items()}
             merged = method.merge(gradients, [owner for owner, _ in named])
             for (_, parameter), gradient in zip(named, merged, strict=True):
                 parameter.grad = gradient
-        if update.counts.items:
-            method.on_pre_optimizer_step(self.model.train_state, self._means)
+        # The means wait for the device and the other ranks: they are taken for a method that reads them, and for logs.
+        if update.counts.items and type(method).on_pre_optimizer_step is not Method.on_pre_optimizer_step:
+            method.on_pre_optimizer_step(self.model.train_state, self._means())
+
+    def _means(self) -> dict[str, float]:
+        """Each term's mean over the last update that had terms, over all ranks; every rank must ask."""
+        values, counts = self._sums
+        names = sorted(values)
+        if not names:
+            return {}
+        (sums,) = self.ranks.sum_tensors([torch.stack([values[n].float() for n in names])])
+        means = torch.stack([counts.mean(n, v) for n, v in zip(names, sums, strict=True)])
+        return {n: mean for n, mean in zip(names, means.tolist(), strict=True) if counts.own.get(n, 1.0)}
 
     # -- validation ---------------------------------------------------------------------------------------------
 
@@ -465,7 +479,7 @@ class DistillationTrainer(Trainer):
         if "loss" not in logs:
             super().log(logs, start_time)
             return
-        terms = dict(self.model.method.logged(self._means))
+        terms = dict(self.model.method.logged(self._means()))
         state = self.model.train_state.method_state.logs() if self.model.train_state.method_state is not None else {}
         named = {name if "/" in name else f"terms/{name}": value for name, value in terms.items()}
         super().log({**logs, **named, **{f"state/{name}": value for name, value in state.items()}}, start_time)

@@ -102,8 +102,8 @@ class TrainState:
 class Method(BaseModel):
     """Base of all methods. Subclass it in one file, state the facts below, and write `loss`.
 
-    Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (batch kinds it
-    can train on), `cost` (one line, per step), `page` (when to use it, when not, deviations from the paper),
+    Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
+    task it can train on: `classification` where rows are examples with a class, `image` where these must be images), `cost` (one line, per step), `page` (when to use it, when not, deviations from the paper),
     `variants` (the option whose values are methods under names of their own: `method=kto` is `dpo` with it).
     """
 
@@ -111,7 +111,7 @@ class Method(BaseModel):
 
     name: ClassVar[str]
     paper: ClassVar[int | None] = None
-    kinds: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"classification", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
     variants: ClassVar[str | None] = None

@@ -33,7 +33,7 @@ PAIRS = (
 TEXTS = ("text", "sentence")
 FORMATS = (*({*pair, "label"} for pair in PAIRS), *({text, "label"} for text in TEXTS))
 EMBEDDED = "subjects"
-PASSAGE = 300
+PASSAGE = 240
 """Characters of a passage of the standard library."""
 SUBJECTS = {
     "concurrency": "asyncio/base_events asyncio/events multiprocessing/managers multiprocessing/pool queue sched "
@@ -126,6 +126,9 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
     for records in splits.values():
         for record in records:
             record["label"] = int(record["label"]) if by_number else numbers[record["label"]]
+    # Files are often sorted by class, or alternate: what is set aside, and what `limit` keeps, is a fixed draw.
+    order = torch.randperm(len(splits.get("train", ())), generator=torch.Generator().manual_seed(0)).tolist()
+    splits |= {"train": [splits["train"][i] for i in order]} if order else {}
     split_off(name, splits, notes)
     for number, record in enumerate(r for records in splits.values() for r in records):
         record["id"] = number
@@ -163,7 +166,7 @@ def subjects() -> list[Record]:
         for module in modules.split():
             file = root / f"{module}.py"
             text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-            pieces = (text[start : start + PASSAGE] for start in range(0, min(len(text), 100 * PASSAGE), PASSAGE))
+            pieces = (text[start : start + PASSAGE] for start in range(0, min(len(text), 60 * PASSAGE), PASSAGE))
             records += [{"text": piece, "label": subject} for piece in pieces if piece.strip()]
     return records
 
@@ -248,11 +251,8 @@ def _classes(
 
 
 def _student(everything: list[Record], spec: Mapping[str, Any], notes: list[str]) -> list[Record]:
-    """The student's training records: `limit` of them in the order of a fixed draw, with or without labels."""
-    found, limit = everything, whole(spec, "limit", len(everything))
-    if limit < len(everything):
-        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0)).tolist()
-        found = [everything[i] for i in order[:limit]]
+    """The student's training records: the first `limit`, with or without labels."""
+    found = everything[: whole(spec, "limit", len(everything))]
     if spec.get("unlabelled"):
         notes.append("The student's training part is used without its labels.")
         found = [{**record, "label": UNLABELLED} for record in found]

@@ -19,7 +19,6 @@ from understudy.models.encoders import bert_config, is_new_encoder
 from understudy.models.heads import head_name
 from understudy.models.loading import ADAPTERS, auto_model, check_classes
 from understudy.models.ranker_loading import is_classifier
-from understudy.models.weights import check_folder, reason
 
 OPTIONS = {"freeze": ("true or false", "false", "Train the head alone: what the folder holds stays as it is.")}
 """Keys of `options`, with the type, default and meaning of each."""
@@ -101,14 +100,10 @@ def load_text_classifier(
 def class_names(name: str, trust_remote_code: bool) -> list[str] | None:
     """The names that a saved classifier has for its classes, by number; `None` where it has none of its own."""
     folder = find(name)
-    if is_new_encoder(name) or (folder is not None and (folder / ADAPTERS).is_file()):
+    adapters = folder is not None and (folder / ADAPTERS).is_file()
+    if adapters or not is_classifier(name, folder, trust_remote_code):
         return None
-    if folder is not None:
-        check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
-    except Exception as error:  # as of models: a dozen kinds
-        raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
+    config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
     found = dict(config.id2label or {})
     if sorted(found) != list(range(len(found))) or all(v == f"LABEL_{k}" for k, v in found.items()):
         return None

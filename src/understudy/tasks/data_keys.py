@@ -135,7 +135,7 @@ class _Ranking(BaseModel):
 
 class _ClassifiedTexts(BaseModel):
     name: str = Field("subjects", description="subjects, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
-    max_length: _Count = Field(128, description="Tokens of a text or pair; what is longer is cut.")
+    max_length: _Count = Field(128, description="Tokens of a text or pair; what is longer is cut. 80 for subjects.")
     limit: _Count | None = Field(None, description="Most training records of the student, drawn once; 200 of subjects.")
     columns: dict[str, str] | None = Field(None, description="Names of columns, as in {text: review, label: stars}.")
     classes: list[str] | None = Field(

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from understudy.data import Batch
+from understudy.data import Batch, find
 from understudy.data.classified_batches import Reading, TextClassCollator
 from understudy.data.classified_texts import EMBEDDED, ClassifiedTexts, load_classified
 from understudy.data.retrieval_batches import train_encoder_tokenizer
@@ -27,7 +27,7 @@ from understudy.tasks.class_names import name_classes
 _TRAINER = {"lr_scheduler_type": "linear", "warmup_steps": 20, "weight_decay": 0.01}
 _EMBEDDED = {"max_steps": 300, "per_device_train_batch_size": 32}
 _REAL = {"max_steps": 1000, "per_device_train_batch_size": 32}
-_NEW = 1e-3
+_NEW = 3e-3
 """Learning rate of a model that knows no word yet; a pretrained one takes smaller steps."""
 _PRETRAINED = 5e-5
 _MEASURED = 1000
@@ -55,13 +55,13 @@ class TextClassification(LabelledTask):
         """Passages by subject with a small BERT as teacher and word vectors as student; other data with two BERTs."""
         data = recipe.get("data") or {}
         data.setdefault("name", EMBEDDED)
-        data.setdefault("max_length", 128)
         embedded = data["name"] == EMBEDDED
+        data.setdefault("max_length", 80 if embedded else 128)
         if embedded:
             data.setdefault("limit", 200)
         recipe["data"] = data
         if recipe.get("teacher") is None:
-            name = "bert:hidden=64,layers=2,heads=4" if embedded else "bert:hidden=128,layers=4,heads=4"
+            name = "bert:hidden=64,layers=1,heads=2" if embedded else "bert:hidden=128,layers=4,heads=4"
             train = {**_TRAINER, **(_EMBEDDED if embedded else _REAL), "learning_rate": _NEW}
             recipe["teacher"] = {"model": name, "train": train}
         if recipe.get("student") is None:
@@ -77,7 +77,7 @@ class TextClassification(LabelledTask):
         texts = load_classified(data, _known(recipe))
         readings: dict[tuple[str, str | None], Reading] = {}
         trained: list[PreTrainedTokenizerBase] = []
-        for spec in _specs(recipe):
+        for spec in (s for s in _specs(recipe) if s.cache is None and s.endpoint is None):
             found = self._tokenizer(spec, own, texts, vocabulary, trained)
             readings[spec.model, spec.tokenizer] = Reading(found, length)
         same = {reading.key: reading for reading in reversed(readings.values())}
@@ -96,7 +96,11 @@ class TextClassification(LabelledTask):
             classes=len(texts.classes),
             tokenizer=mine.tokenizer,
             notes=list(texts.notes),
-            hashes={"data": texts.hash, "student_tokenizer": tokenizer_hashes(mine.tokenizer)["tokenizer"]},
+            hashes={
+                "data": texts.hash,
+                "student_tokenizer": tokenizer_hashes(mine.tokenizer)["tokenizer"],
+                "class_names": ", ".join(texts.classes),
+            },
             facts={"names": texts.classes},
             show=lambda batch: show_texts(batch, mine, texts.classes),
         )
@@ -150,9 +154,9 @@ class TextClassification(LabelledTask):
 
 
 def _specs(recipe: Any) -> Iterator[Any]:
-    """The models that are loaded here: the teacher or its members, and the student unless it begins as a copy."""
-    teachers = recipe.teacher.parts("teacher").values() if recipe.teacher is not None else ()
-    yield from (spec for spec in teachers if spec.cache is None and spec.endpoint is None)
+    """The models that the recipe names: the teacher or its members, and the student unless it begins as a copy."""
+    if recipe.teacher is not None:
+        yield from recipe.teacher.parts("teacher").values()
     if recipe.student.model != COPY:
         yield recipe.student
 
@@ -160,7 +164,8 @@ def _specs(recipe: Any) -> Iterator[Any]:
 def _known(recipe: Any) -> list[str] | None:
     """The names of the classes by number as the first model has them that has names of its own."""
     for spec in _specs(recipe):
-        if not spec.model.startswith(MODULE):
+        absent = spec.cache is not None and find(spec.model) is None  # its answers are there without it
+        if not absent and spec.endpoint is None and not spec.model.startswith(MODULE):
             found = class_names(located(spec.model), spec.trust_remote_code)
             if found is not None:
                 return found

@@ -403,7 +403,6 @@ def test_keys_of_data_are_all_described():
         "preferences": preferences.OPTIONS,
         "node_classification": graphs.OPTIONS,
         "ranking": rankings.OPTIONS,
-        "text_classification": classified.OPTIONS,
     }
     for task, known in read.items():
         assert set(known) <= set(KEYS[task].model_fields), task
@@ -422,7 +421,6 @@ METHOD = {
         "image_generation": "boot",
         "ranking": "margin-mse",
         "text_generation": "symbolic-kd",
-        "text_classification": "kd",
     },
 }
 

@@ -141,8 +141,10 @@ CASES = {
     "a small vocabulary": (lambda t: text(data={**TEXT["data"], "vocab_size": 10}), "at least 260"),
     "output is a file": (lambda t: image(output=str(write(t / "out", ""))), "is a file, not a folder"),
     "output holds another run": (
-        lambda t: image(output=str(write(t / "run" / "recipe.yaml", "method: pld\n").parent)),
-        "holds another run",
+        lambda t: image(
+            output=str(write(write(t / "run" / "recipe.yaml", "method: pld\n").parent / ".understudy", "").parent)
+        ),
+        "data.limit: ",
     ),
     "evaluate no run": (lambda t: ["evaluate", str(t)], "is not a run folder"),
     "report of nothing": (lambda t: ["report", str(t)], "neither a run folder"),
@@ -183,7 +185,8 @@ def test_a_corrupt_checkpoint_is_named(tmp_path):
     from understudy import distill
 
     distill(run)
-    (tmp_path / "run" / "evaluation.json").unlink()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts | {"status": "interrupted"}))
     newest = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
     (newest / "model.safetensors").write_bytes(b"damaged")
     done = command(run, tmp_path)

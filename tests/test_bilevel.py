@@ -64,7 +64,7 @@ def trainer_of(folder, micro, accumulate):
 
     trainer = trainer_for(TGeoKD(validation=7, every=1), folder, micro, accumulate)
     trainer.model.train_state.tables = {"means": torch.eye(5).double() * 0.5 + 0.1}
-    trainer.validation = [(p.flip(-1), y, i) for p, y, i in trainer.train_dataset]
+    trainer.validation_dataset = [(p.flip(-1), y, i) for p, y, i in trainer.train_dataset]
     return trainer
 
 

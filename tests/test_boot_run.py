@@ -138,7 +138,7 @@ def test_only_the_second_value_of_the_student_has_a_gradient(tmp_path):
     trainer = trainer_for(method, tmp_path)
     state, student = trainer.model.train_state, trainer.model.student
     batch = method.transform_batch(Batch.from_dict(collate_noise([trainer.train_dataset[i] for i in range(12)])), state)
-    trainer.model(batch, None)["bootstrap"].backward()
+    trainer.model(batch, None).losses["bootstrap"].backward()
     whole = torch.cat([p.grad.flatten() for p in student.parameters()])
     target, weight = method._target(batch, state)
     student.zero_grad()

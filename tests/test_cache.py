@@ -17,7 +17,7 @@ from understudy.losses import forward_kl
 from understudy.runs.capture import capture_recipe, describe, verify_recipe
 from understudy.runs.recipe import make
 from understudy.targets import Dense, Projected, Sampled, TopK, top_k
-from understudy.teachers import sampling
+from understudy.teachers.cache import sampling
 from understudy.teachers.cache.codecs import Support, decode, encode
 from understudy.teachers.cache.sampling import pack_sampled, unpack_sampled
 from understudy.teachers.cache.store import ShardStore, content_key
@@ -189,8 +189,8 @@ def test_cached_equals_live(name, base, support, home, tmp_path):
 
 def _capture(recipe, folder, after):
     """Capture in a process that kills itself when a shard is about to be renamed for the `after`-th time."""
-    from understudy.teachers import cached
-    from understudy.teachers import store as module
+    from understudy.teachers.cache import store as module
+    from understudy.teachers.cache import teacher as cached
 
     torch.set_num_threads(1)
     replace, seen = os.replace, [0]

@@ -12,7 +12,8 @@ from understudy.errors import InputError
 from understudy.generation import Endpoint, Limits, OracleSource, Request, RequestLog, generate, progress
 from understudy.models import ClassifierAdapter
 from understudy.runs.recipe import load, make
-from understudy.teachers import cached, store
+from understudy.teachers.cache import store
+from understudy.teachers.cache import teacher as cached
 from understudy.teachers.cache.codecs import Support
 from understudy.teachers.cache.store import ShardStore
 from understudy.teachers.cache.teacher import capture

@@ -12,7 +12,7 @@ from understudy.data import Batch
 from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
-from understudy.methods import registered
+from understudy.models import find_head
 from understudy.streaming import rowwise
 from understudy.training import Method, Phase, Requirements, Term
 from understudy.training.order import EpochSampler, Sampling
@@ -45,7 +45,7 @@ class TwoPhases(Method):
         assert shapes.student is not None and shapes.teacher is not None
         projection = nn.Linear(shapes.features, shapes.teacher_features)
         with torch.no_grad():
-            projection.weight.copy_(0.1 * shapes.teacher.model[-1].weight[:1, :].T.expand_as(projection.weight))
+            projection.weight.copy_(0.1 * find_head(shapes.teacher).weight[:1].T.expand_as(projection.weight))
         return {"projection": projection}
 
     def loss(self, student, teacher, batch, state):
@@ -81,23 +81,14 @@ class Steered(Method):
         return {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
 
 
-@pytest.fixture(autouse=True)
-def _methods():
-    with registered(TwoPhases, Steered):
-        yield
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    with registered(TwoPhases, Steered):
-        distill(
-            {**DIGITS, "method": "two-phases", "output": str(folder), "trainer": {**DIGITS["trainer"], "max_steps": 4}}
-        )
+    distill({**DIGITS, "method": TwoPhases, "output": str(folder), "trainer": {**DIGITS["trainer"], "max_steps": 4}})
     return folder / "teacher"
 
 
-def recipe(folder, teacher, method="two-phases"):
+def recipe(folder, teacher, method=TwoPhases):
     shutil.copytree(teacher, folder / "teacher")
     return {**DIGITS, "method": method, "output": str(folder), "trainer": {**DIGITS["trainer"], "max_steps": 20}}
 
@@ -119,7 +110,8 @@ def test_phases_train_what_they_say_and_resume_exactly(teacher, tmp_path):
 
 
 def test_a_steered_epoch_resumes_with_the_choice_it_began_with(teacher, tmp_path):
-    values = {**recipe(tmp_path / "whole", teacher, "steered"), "teacher": None}
+    values = {**recipe(tmp_path / "whole", teacher, Steered)}
+    del values["teacher"]
     values["trainer"] |= {"save_steps": 2, "learning_rate": 1e-2}
     distill(values)
     cut = {**values, "output": str(tmp_path / "cut")}

@@ -19,8 +19,8 @@ from understudy.pages import drawing, findings, page, rooms, table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
-    "masking errors reading targets losses streaming data models generation curation teachers training evaluation tasks methods "
-    "catalogue reporting runs planning claims keys pages cli"
+    "masking errors reading files targets losses streaming data models generation curation teachers training evaluation tasks methods "
+    "catalogue reporting workers runs planning claims keys pages cli"
 ).split()
 
 TAXONOMY = {

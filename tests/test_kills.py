@@ -30,7 +30,7 @@ def _capture(recipe, folder, seconds):
     import torch
 
     from understudy import caching
-    from understudy.teachers import cached
+    from understudy.teachers.cache import teacher as cached
 
     torch.set_num_threads(1)
     original = cached.capture

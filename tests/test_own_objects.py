@@ -16,6 +16,7 @@ from understudy import InputError, Method, Term, compare, distill
 from understudy.losses import cross_entropy, total_variation
 from understudy.models.small import build_small
 from understudy.streaming import rowwise
+from understudy.training import Requirements
 
 IMAGES = {"task": "image_classification", "teacher": "mlp:8", "student": "mlp:4"}
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1}
@@ -37,7 +38,10 @@ class Alone(Method):
     """Cross-entropy."""
 
     name = "own-ce"
-    needs = frozenset()
+
+    @property
+    def requires(self):
+        return Requirements(teacher="none")
 
     def loss(self, student, teacher, batch, live):
         return {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}

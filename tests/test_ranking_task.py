@@ -17,7 +17,7 @@ from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker
 from understudy.runs.recipe import make
 from understudy.tasks import get as get_task
-from understudy.teachers import stored
+from understudy.teachers.cache import scores as stored
 
 WORDS = "red blue green house tree river stone bread sun moon dog bird glass paper music water".split()
 TRIPLES = [

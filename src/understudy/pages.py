@@ -63,16 +63,21 @@ def table() -> str:
 
 
 def findings(folder: Path) -> str:
-    """Every check of the claims whose results lie in `folder`, as they came out, as a Markdown table."""
+    """Every check of the claims whose results lie in `folder`, as they came out, as a Markdown table.
+
+    A result in another setting than the embedded one is named `NAME.SETTING.json`.
+    """
     entries = {e.name: e for e in catalogue()}
     lines = ["| paper | what is claimed | difference [95 %] | bar | verdict |", "|---|---|---|---|---|"]
     results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
-    for name in sorted(results, key=lambda n: entries[n].number or 0):
-        seeds = results[name]["budget"]["seeds"]
-        for i, check in enumerate(results[name]["checks"]):
+    for stem in sorted(results, key=lambda n: (entries[n.partition(".")[0]].number or 0, n)):
+        name, _, setting = stem.partition(".")
+        where = f" {setting}" if setting else ""
+        seeds = results[stem]["budget"]["seeds"]
+        for i, check in enumerate(results[stem]["checks"]):
             low, high = check["interval"]
             span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
-            paper = f"{entries[name].number} `{name}`, {seeds} seeds" if i == 0 else ""
+            paper = f"{entries[name].number} `{name}`{where}, {seeds} seeds" if i == 0 else ""
             difference = f"{check['difference']:+.3g}{span} {check['metric']}"
             lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {check['verdict']} |")
     return "\n".join(lines)

@@ -74,11 +74,6 @@ def parse_json(text: str | bytes, what: str) -> Any:
         raise InputError(f"{what} is nested too deep.") from None
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The plain values of a JSON file; see `parse_json`."""
-    return parse_json(read_text(path, what), f"{what} {path}")
-
-
 def read_text(path: Path, what: str) -> str:
     """The text of a file.
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
+from understudy.claims.claim import EMBEDDED
 from understudy.claims.experiment import Claim, result_table
 from understudy.claims.experiment import reproduce as _reproduce
 from understudy.errors import InputError, nearest
+from understudy.runs.folder import held
 
 
 @cache
@@ -20,12 +22,30 @@ def claims() -> dict[str, Claim]:
     return {m.CLAIM.name: m.CLAIM for m in modules if hasattr(m, "CLAIM")}
 
 
-def reproduce(name: str, seeds: int, output: Path, *, progress: bool = False) -> dict[str, Any]:
-    """Try the claim of `name`; see `understudy.claims.experiment.reproduce`."""
+def get(name: str) -> Claim:
+    """The claim of the method `name`."""
     known = claims()
     if name not in known:
         raise InputError(f"No claim for {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
-    return _reproduce(known[name], seeds, output, progress=progress)
+    return known[name]
 
 
-__all__ = ["Claim", "claims", "reproduce", "result_table"]
+def reproduce(
+    name: str,
+    seeds: int | None,
+    output: Path,
+    *,
+    max_seeds: int | None = None,
+    hours: float | None = None,
+    setting: str = EMBEDDED,
+    data: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Try the claim of `name`; see `understudy.claims.experiment.reproduce`."""
+    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
+    claim = get(name)
+    with held(output):
+        return _reproduce(claim, seeds, output, **budget, setting=setting, data=data, progress=progress)
+
+
+__all__ = ["EMBEDDED", "Claim", "claims", "get", "reproduce", "result_table"]

@@ -2,11 +2,14 @@
 
 The card's bandit in four kinds of noise; every seed is a world of its own. `value` is the mean probability of the truly
 best item. The pairwise baseline comes twice: one pair drawn for each context, and all fifteen.
+
+On real data: pairs of answers as people preferred them, whose noise is that of people; lists are of two there, and what is
+judged is the order of answers to unseen prompts.
 """
 
 from typing import Any
 
-from understudy.claims.experiment import Arm, Check, Claim
+from understudy.claims.experiment import Arm, Check, Claim, Setting
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (5e-4, 1.5e-3))
 _TAU = {"tau": 1.0, "beta_reward": 0.5}
@@ -18,6 +21,26 @@ _ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("adpo", {**_TAU, "anchor": "dynamic", "every": 50}),
 }
 _NOISES = ("heavy", "outlier", "adversarial", "shift")
+
+_PAIRS = "preferences/hh_harmless_base_test.parquet"
+_REAL_RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (3e-4, 1e-3))
+_REAL = Setting(
+    statement="On people's pairs of answers, anchored lists with soft targets order unseen answers better than DPO.",
+    recipe={
+        "task": "preferences",
+        "data": {"name": _PAIRS, "max_length": 256},
+        "student": {"model": "lm_stories260k", "train": {"max_steps": 200, "learning_rate": 1e-3}},
+        "trainer": {"max_steps": 150, "per_device_train_batch_size": 8, "save_strategy": "no"},
+    },
+    needs=(_PAIRS, "lm_stories260k"),
+    arms={label: Arm(*_ARMS[label], _REAL_RATES) for label in ("dpo", "softmax", "kde", "dynamic")},
+    checks=(
+        Check("softmax", "dpo", 0.0, "accuracy", True, "soft targets are above DPO"),
+        Check("kde", "softmax", 0.0, "accuracy", True, "rank-smoothed targets are above the rewards' own"),
+        Check("dynamic", "softmax", 0.0, "accuracy", True, "a moving anchor is above a fixed one"),
+    ),
+    tuned_on=("accuracy", True),
+)
 
 
 def _says(a: str, b: str, noise: str, threshold: float = 0.0) -> Check:
@@ -40,4 +63,5 @@ CLAIM = Claim(
         *(_says("dynamic", "softmax", noise) for noise in _NOISES),
     ),
     tuned_on=("value", True),
+    settings={"real": _REAL},
 )

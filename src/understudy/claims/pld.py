@@ -1,9 +1,11 @@
 """9 PLD: list-wise distillation needs no mixing weight and does as well as tuned KD.
 
 Digits, as the card's experiment: the teacher sees the whole training part, the student 200 examples.
+
+On real data: photographs, a pretrained ResNet-20 as teacher, a ResNet-8 as student; four candidates for each arm.
 """
 
-from understudy.claims.experiment import Arm, Check, Claim
+from understudy.claims.experiment import Arm, Check, Claim, Setting
 
 # Nine candidates for each arm: three learning rates by three temperatures, or nine learning rates in the same range.
 _RATES = (1e-3, 3e-3, 6e-3)
@@ -11,6 +13,24 @@ _GRID = tuple(
     {"trainer": {"learning_rate": rate}, "options": {"temperature": t}} for rate in _RATES for t in (1.0, 2.0, 4.0)
 )
 _FINE = tuple({"trainer": {"learning_rate": 1e-3 * 6 ** (i / 8)}} for i in range(9))
+_REAL_GRID = tuple(
+    {"trainer": {"learning_rate": rate}, "options": {"temperature": t}} for rate in (1e-3, 3e-3) for t in (1.0, 4.0)
+)
+_REAL = Setting(
+    recipe={
+        "task": "image_classification",
+        "data": {"name": "cifar10"},
+        "teacher": "cifar10_resnets/resnet20",
+        "student": "resnet8",
+        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "save_strategy": "no"},
+    },
+    needs=("cifar10", "cifar10_resnets/resnet20.safetensors"),
+    arms={
+        "sft": Arm("sft", {}, tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 2e-3, 3e-3, 6e-3))),
+        "kd": Arm("kd", {"ce_weight": 0.1, "kd_weight": 0.9}, _REAL_GRID),
+        "pld": Arm("pld", {}, _REAL_GRID),
+    },
+)
 
 CLAIM = Claim(
     name="pld",
@@ -32,4 +52,5 @@ CLAIM = Claim(
         Check("pld", "kd", -0.01, "accuracy", True, "PLD is within one point of tuned KD"),
     ),
     tuned_on=("accuracy", True),
+    settings={"real": _REAL},
 )

@@ -4,6 +4,9 @@ The card's world: 320 events, five relations, 200 tails. A teacher that is right
 question about three quarters of the events, and students are asked about events they have not seen. All arms of a seed
 share world, text, labels and critic, and take the same steps. Nothing is tuned in an arm: the one setting was chosen
 for the unfiltered student to fit its text.
+
+There is no setting of real data: whether a text is true is known in the embedded world alone, and elsewhere only people
+could say it.
 """
 
 from typing import Any

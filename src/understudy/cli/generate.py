@@ -92,8 +92,17 @@ def _carry_out(
     from understudy.runs.specs import ModelSpec
 
     bounds: Limits = validated(Limits, limits, "limit")
+    output = output.resolve()  # a link stays one
+    beside = output.with_name(output.name + ".log")
+    if output.exists() and not output.is_file():
+        raise InputError(f"Output {output} is no regular file. Choose another --output.")
+    if output.exists() and not beside.exists():
+        raise InputError(
+            f"Output {output} is there already and no request log lies beside it ({beside.name}): it was not written here "
+            "and is left alone. Choose another --output."
+        )
     source = source_from(validated(ModelSpec, spec, "model"), batch=bounds.concurrency)
-    with RequestLog(output.with_name(output.name + ".log"), source.name) as log:
+    with RequestLog(beside, source.name) as log:
         before = sum(r.key(source.name) in log for r in requests)
         try:
             generate(source, requests, log, progress=progress, **limits)

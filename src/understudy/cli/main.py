@@ -5,18 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from safetensors import SafetensorError
 
 from understudy import __version__
 from understudy.cli import cache as cache_commands
 from understudy.cli.generate import EPILOG, generate_command
-from understudy.cli.options import AsJson, Overrides, RecipePath, keep_traceback, load_recipe, out, works_in
+from understudy.cli.options import (
+    AsJson,
+    Overrides,
+    Overwrite,
+    RecipePath,
+    Workers,
+    keep_traceback,
+    load_recipe,
+    out,
+    works_in,
+)
 from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
 from understudy.errors import InputError
@@ -160,14 +173,15 @@ def check(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
 
 
 @app.command(epilog="Example: understudy train recipe.yaml method=taid seed=1 output=runs/taid", no_args_is_help=True)
-def train(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def train(
+    recipe: RecipePath = None, overrides: Overrides = None, overwrite: Overwrite = False, as_json: AsJson = False
+) -> None:
     """Train a student as a recipe says, evaluate it, write its report. Started again, it resumes."""
     from understudy.runs.run import run
 
-    result = run(load_recipe(recipe, overrides), progress=not out.quiet)
+    result = run(load_recipe(recipe, overrides), progress=not out.quiet, overwrite=overwrite)
     if result.interrupted:
-        sys.stderr.write(f"Stopped after a checkpoint; the same command resumes {result.folder}.\n")
-        raise typer.Exit(130)
+        raise KeyboardInterrupt
     if as_json:
         _print_json({"folder": str(result.folder), "metrics": result.metrics})
         return
@@ -185,38 +199,59 @@ def train(recipe: RecipePath = None, overrides: Overrides = None, as_json: AsJso
 def compare(
     recipe: RecipePath = None,
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="Names, separated by commas; the first is the baseline.")] = "sft,kd",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods or arms of the recipe, separated by commas; the first is the baseline. Unless given: all arms "
+            "that the recipe names, else sft,kd."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here too.")] = None,
 ) -> None:
-    """Compare methods over seeds on equal budgets."""
+    """Compare methods, or named arms of them, over seeds on equal budgets."""
     from understudy.reporting import comparison_table
     from understudy.runs.comparison import compare as run_compare
 
-    result = run_compare(load_recipe(recipe, overrides), methods.split(","), seeds, progress=not out.quiet)
+    names = [name.strip() for name in methods.split(",")] if methods is not None else None
+    asked = load_recipe(recipe, overrides)
+    result = run_compare(asked, names, seeds, workers=workers, overwrite=overwrite, progress=not out.quiet)
     out.print(comparison_table(result.data))
     if json_file is not None:
         json_file.write_text(json.dumps(result.data, indent=1))
     out.print(f"Report: {result.folder / 'report.html'}")
 
 
-@app.command(epilog="Example: understudy reproduce pld --seeds 3 --json pld.json")
+@app.command(epilog="Example: understudy reproduce pld --setting real --max-seeds 12 --json pld.json")
 def reproduce(
     name: Annotated[str, typer.Argument(help="The method whose claim is tried.", autocompletion=_names)],
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    data: Annotated[Path | None, typer.Option(help="Data folder, as UNDERSTUDY_DATA.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Exactly so many; otherwise rounds of seeds until a verdict is possible.")
+    ] = None,
+    max_seeds: Annotated[int | None, typer.Option(help="At most so many seeds in rounds (default 20).")] = None,
+    hours: Annotated[float | None, typer.Option(help="Begin no round that would end later than this.")] = None,
+    setting: Annotated[str, typer.Option(help="embedded, or real: on real data.")] = "embedded",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Other data of the same columns (folder, file or Hub id), or a folder as UNDERSTUDY_DATA."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
+    ] = None,
 ) -> None:
-    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds."""
-    if data is not None:
-        if not data.is_dir():
-            raise InputError(f"Data folder {data} does not exist.")
-        os.environ["UNDERSTUDY_DATA"] = str(data)
+    """Try a paper's main claim: all arms tuned alike on validation, judged on test, over seeds until it is decided."""
+    from understudy.claims import EMBEDDED, get, result_table
     from understudy.claims import reproduce as run_claim
-    from understudy.claims import result_table
 
-    result = run_claim(name, seeds, output or Path("runs/claims") / name, progress=not out.quiet)
+    if data is not None and get(name).held_by(Path(data)):
+        os.environ["UNDERSTUDY_DATA"], data = data, None
+    parts = [name, *([setting] if setting != EMBEDDED else []), *([Path(data).name] if data is not None else [])]
+    folder = output or Path("runs/claims") / "-".join(parts)
+    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
+    result = run_claim(name, seeds, folder, **budget, setting=setting, data=data, progress=not out.quiet)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1))
     out.print(result_table(result))
@@ -263,15 +298,19 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = typer.main.get_command(app)
+    with suppress(ValueError):  # signals belong to the main thread
+        before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = command.main(args=arguments, prog_name="understudy", standalone_mode=False)
     except InputError as error:
         _fail(" ".join(str(error).split()), 2)
+    except SafetensorError as error:
+        _fail(f"{error}: free space, or put the file back.", 2)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}: free space, change permissions or choose another output.", 2)
     except (KeyboardInterrupt, EOFError, typer.Abort):
-        _fail("Stopped. The same command resumes from the last checkpoint.", 130)
+        code = 130
     except Exception as error:
         if hasattr(error, "format_message"):  # the command parser's own
             said = " ".join(error.format_message().split())
@@ -284,7 +323,16 @@ def main(arguments: list[str] | None = None) -> None:
         )
     finally:
         _leave_ranks()
+        with suppress(ValueError, UnboundLocalError):
+            signal.signal(signal.SIGTERM, before)
+    if code == 130:  # so too where the command parser caught Ctrl-C
+        _fail("Stopped. The same command goes on from what is saved.", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """SIGTERM stops like Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _leave_ranks() -> None:

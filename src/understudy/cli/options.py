@@ -31,6 +31,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, dots rea
 Shard = Annotated[
     str | None, typer.Option(help="Only part i of n of the data, as i/n (1/4 … 4/4). Each part resumes alone.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the output folder holds.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Runs at once; one a GPU, or one a core where there is none, if not given.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

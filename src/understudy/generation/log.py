@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -41,6 +42,8 @@ class RequestLog:
         self._known: dict[str, Completion] = {}
         self._lock = threading.Lock()
         self._synced = time.monotonic()
+        if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
+            raise InputError(f"Request log {self.path} is no regular file. Choose another path.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
@@ -89,7 +92,8 @@ class RequestLog:
             elif record[0] not in self._known:
                 self._keep(*record)
         if damaged:
-            log.warning("%s: %d damaged lines are left out; their requests will be sent again.", self.path, damaged)
+            lines_are = "damaged line is" if damaged == 1 else "damaged lines are"
+            log.warning("%s: %d %s left out; the requests will be sent again.", self.path, damaged, lines_are)
 
     def _check_header(self, line: bytes) -> None:
         try:
@@ -174,13 +178,14 @@ def _record(line: bytes) -> tuple[str, Completion] | None:
     """Key and completion of a line, or `None` where it is not whole."""
     try:
         values: dict[str, Any] = json.loads(line)
-        completion = Completion(
-            str(values["text"]),
-            values["finish"],
-            values["log_prob"],
-            int(values["prompt_tokens"]),
-            int(values["tokens"]),
-        )
-        return str(values["key"]), completion
-    except (ValueError, KeyError, TypeError, RecursionError):
+        key, text, finish, log_prob = (values[name] for name in ("key", "text", "finish", "log_prob"))
+        counts = [values["prompt_tokens"], values["tokens"]]
+        if not isinstance(key, str) or not isinstance(text, str) or finish not in ("stop", "length"):
+            return None
+        if any(type(count) is not int or count < 0 for count in counts):
+            return None
+        if log_prob is not None and (type(log_prob) not in (int, float) or not math.isfinite(log_prob)):
+            return None
+        return key, Completion(text, finish, log_prob, *counts)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

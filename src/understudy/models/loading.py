@@ -22,7 +22,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.bodies import check_causal
 from understudy.models.small import IMAGENET, build_small, is_small, load_small, load_weights
-from understudy.models.weights import add_note, check_folder, check_unchanged, check_weights, read_object, reason
+from understudy.models.weights import add_note, check_folder, check_weights, read_object, reason
 
 ADAPTERS = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -166,7 +166,6 @@ def _adapted(folder: Path, load: Callable[[str], nn.Module]) -> nn.Module:
         raise InputError(
             f"{folder} holds adapters of {base}, which are adapters themselves: merge those into their model."
         )
-    check_unchanged(folder)
     model = load(base)
     try:
         if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:

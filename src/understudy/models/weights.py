@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,36 +62,7 @@ def check_folder(path: Path, config: str = "config.json") -> dict[str, Any]:
         lacks = sorted({str(n) for n in named.values()} - held)
         if lacks:
             raise InputError(f"{path} is incomplete: {index.name} names {lacks[0]}, which is not there.")
-    check_unchanged(path)
     return facts
-
-
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each safetensors file in and below a run's `student` folder, by its path in the run's folder."""
-    return {str(file.relative_to(folder.parent)): _digest(file) for file in sorted(folder.rglob("*.safetensors"))}
-
-
-def check_unchanged(folder: Path) -> None:
-    """Refuse a model of a run whose weights are not those that the run wrote."""
-    for home in list(folder.absolute().parents)[:2]:
-        if not (home / "run.json").is_file():
-            continue
-        written = read_object(home / "run.json").get("hashes")
-        inside = f"{folder.absolute().relative_to(home)}/"
-        for name, digest in written.items() if isinstance(written, dict) else ():
-            if not name.startswith(inside):
-                continue
-            now = _digest(home / name) if (home / name).is_file() else "missing"
-            if now != digest:
-                raise InputError(
-                    f"{home / name} is not what its run wrote: its SHA-256 is {now[:12]} and {home / 'run.json'} says "
-                    f"{str(digest)[:12]}. Restore the file, or train again."
-                )
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_complete(name: str, found: Mapping[str, Iterable[str]]) -> None:

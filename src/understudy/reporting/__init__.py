@@ -1,6 +1,7 @@
 """Reporting: statistics over seeds, plots, one self-contained HTML file."""
 
 from understudy.reporting.html import render_comparison, render_run
+from understudy.reporting.sequential import paired_sequence, sequence
 from understudy.reporting.statistics import Interval, interval, paired, verdict
 from understudy.reporting.table import comparison_table, summarise
 
@@ -9,8 +10,10 @@ __all__ = [
     "comparison_table",
     "interval",
     "paired",
+    "paired_sequence",
     "render_comparison",
     "render_run",
+    "sequence",
     "summarise",
     "verdict",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from understudy.errors import InputError
+from understudy.files import differing, read_json, read_log, writing
 from understudy.reporting import plots
 from understudy.reporting.metrics import meaning
 from understudy.reporting.table import span
@@ -25,32 +26,43 @@ def _render(**values: Any) -> str:
     return environment.get_template("template.html.j2").render(**values)
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def _panel(title: str, svg: str, caption: str) -> Panel:
     return {"title": title, "svg": Markup(svg), "caption": caption}
 
 
 def render_run(folder: Path) -> Path:
-    """Write `report.html` of a run folder from what is in it; what is missing is left out."""
-    facts, evaluation = _read(folder / "run.json") or {}, _read(folder / "evaluation.json") or {}
-    recipe = folder / "recipe.yaml"
-    out = folder / "report.html"
-    out.write_text(
-        _render(
+    """Write `report.html` of a run folder from what is in it; what is missing is left out.
+
+    Raises:
+        InputError: a file is damaged, or differs from what the run wrote.
+    """
+    facts = read_json(folder / "run.json") or {}
+    if not isinstance(facts.get("method"), str) or not isinstance(facts.get("files", {}), dict):
+        raise InputError(f"{folder / 'run.json'} is damaged, or no run's: it names no method.")
+    changed = differing(folder, facts.get("files", {}))
+    if changed is not None:
+        raise InputError(f"{folder / changed} is missing or differs from what the run wrote. Put it back.")
+    evaluation, recipe = read_json(folder / "evaluation.json") or {}, folder / "recipe.yaml"
+    panels, damage = _training(folder)
+    return _written(
+        folder,
+        dict(
             title=f"{facts.get('method', 'run')} on {facts.get('task', '')}",
             subtitle=f"student {facts.get('student')} · teacher {facts.get('teacher')} · seed {facts.get('seed')}",
             facts=facts,
             **_metrics(facts, evaluation),
-            panels=_training(folder) + _panels(evaluation) + _pictures(folder, evaluation.get("pictures", {})),
+            panels=panels + _panels(evaluation) + _pictures(folder, evaluation.get("pictures", {})),
             sections=[{**table, "panels": [], "recipe": ""} for table in evaluation.get("tables", [])],
-            notes=evaluation.get("notes", []) + _unseen(folder),
-            recipe=recipe.read_text() if recipe.is_file() else "",
+            notes=evaluation.get("notes", []) + _unseen(folder) + damage,
+            recipe=_text(recipe) if recipe.is_file() else "",
         ),
-        encoding="utf-8",
     )
+
+
+def _written(folder: Path, values: dict[str, Any]) -> Path:
+    out = folder / "report.html"
+    with writing(out):
+        out.write_text(_render(**values), encoding="utf-8")
     return out
 
 
@@ -75,11 +87,41 @@ def _unseen(folder: Path) -> list[str]:
     return ["There is no validation curve: trainer.eval_strategy=steps with trainer.eval_steps=N draws one."]
 
 
-def _training(folder: Path) -> list[Panel]:
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged: it is no text ({error}).") from error
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_SAMPLES = ("written", "tokens", "empty", "unended", "share", "replayed", "replay_age")
+
+
+def _whole(line: dict[str, Any]) -> bool:
+    """Whether a line of `metrics.jsonl` has what a report shows."""
+    terms, state, own = line.get("terms"), line.get("state", {}), line.get("on_policy") or dict.fromkeys(_SAMPLES, 0)
+    inside = all(isinstance(v, dict) for v in (terms, state, own))
+    return inside and _number(line.get("loss")) and all(_number(own.get(n)) for n in _SAMPLES)
+
+
+def _damage(path: Path, lines: int) -> list[str]:
+    return [f"{lines} damaged line{'s' * (lines > 1)} of {path.name} {'are' if lines > 1 else 'is'} left out."] * bool(
+        lines
+    )
+
+
+def _training(folder: Path) -> tuple[list[Panel], list[str]]:
+    """The panels of what was logged, and what is said of damaged logs."""
+    path, looks = folder / "metrics.jsonl", folder / "validation.jsonl"
+    lines, damaged = read_log(path, _whole)
+    seen, wrong = _validations(folder)
+    notes = _damage(path, damaged) + _damage(looks, wrong)
     if not lines:
-        return []
+        return [], notes
     steps = [x["step"] for x in lines]
     terms = _series(lines, "terms")
     panels = [
@@ -94,12 +136,12 @@ def _training(folder: Path) -> list[Panel]:
             _panel("Terms: " + ", ".join(group), plots.curves(group, "mean per row"), "Each term before its weight.")
             for group in plots.alike(terms)
         ]
-    panels += [_looks(folder, name) for name in _watched(folder)]
+    panels += [_evaluations(seen, name) for name in _watched(folder, seen)]
     panels += [
         _panel("Method state", plots.curves(group, "value"), "What the method carries from step to step.")
         for group in plots.alike(_series(lines, "state"))
     ]
-    return panels + _own_samples(lines)
+    return panels + _own_samples(lines), notes
 
 
 def _series(lines: list[dict[str, Any]], part: str) -> dict[str, tuple[list[int], list[float | None]]]:
@@ -108,23 +150,22 @@ def _series(lines: list[dict[str, Any]], part: str) -> dict[str, tuple[list[int]
     return {n: ([x["step"] for x in lines], [x.get(part, {}).get(n) for x in lines]) for n in names}
 
 
-def _watched(folder: Path, most: int = 3) -> list[str]:
+def _watched(folder: Path, seen: Sequence[dict[str, Any]], most: int = 3) -> list[str]:
     """The metrics whose validation curves are shown: the task's own, the likelihood, then others."""
-    seen = _validation(folder)
-    task = (_read(folder / "run.json") or {}).get("task")
+    task = (read_json(folder / "run.json") or {}).get("task")
     first = [TASKS[task].metric] if task in TASKS else []
     names = [n for n in (seen[-1] if seen else {}) if n != "step"]
     return [n for n in dict.fromkeys([*first, "nll", *names]) if n in names][:most]
 
 
-def _validation(folder: Path) -> list[dict[str, Any]]:
-    looks = folder / "validation.jsonl"
-    return [json.loads(x) for x in looks.read_text().splitlines()] if looks.is_file() else []
+def _validations(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The evaluations during training, and how many lines of their log are damaged."""
+    return read_log(folder / "validation.jsonl", lambda line: all(map(_number, line.values())))
 
 
-def _looks(folder: Path, name: str) -> Panel:
-    seen = [x for x in _validation(folder) if name in x]
-    curve = {name: ([x["step"] for x in seen], [x[name] for x in seen])}
+def _evaluations(seen: Sequence[dict[str, Any]], name: str) -> Panel:
+    held = [x for x in seen if name in x]
+    curve = {name: ([x["step"] for x in held], [x[name] for x in held])}
     caption = f"On the validation split, while training. {meaning(name)}"
     return _panel(f"Validation {name}", plots.curves(curve, name), caption)
 
@@ -180,6 +221,10 @@ def _pictures(folder: Path, pictures: dict[str, str]) -> list[Panel]:
     """Pictures of the run as panels, held in the page itself."""
     panels = []
     for caption, name in pictures.items():
+        if not _inside(folder, name):
+            raise InputError(
+                f"{folder / 'evaluation.json'} names the picture {name!r}, which is not in the run folder."
+            )
         if (folder / name).is_file():
             code = base64.b64encode((folder / name).read_bytes()).decode()
             image = Markup('<img alt="{}" src="data:image/png;base64,{}">').format(caption, code)
@@ -187,13 +232,17 @@ def _pictures(folder: Path, pictures: dict[str, str]) -> list[Panel]:
     return panels
 
 
+def _inside(folder: Path, name: Any) -> bool:
+    return isinstance(name, str) and (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def render_comparison(folder: Path) -> Path:
     """Write `report.html` of a folder with `comparison.json`, or with several such folders below it."""
     found = sorted(folder.glob("*/comparison.json")) if not (folder / "comparison.json").is_file() else None
     parts = [_comparison(p.parent) for p in found] if found is not None else [_comparison(folder)]
-    out = folder / "report.html"
-    out.write_text(
-        _render(
+    return _written(
+        folder,
+        dict(
             title="Comparison",
             subtitle="equal budgets, paired over seeds",
             facts=parts[0]["facts"] if parts else {},
@@ -204,13 +253,20 @@ def render_comparison(folder: Path) -> Path:
             notes=[],
             recipe="",
         ),
-        encoding="utf-8",
     )
-    return out
 
 
 def _comparison(folder: Path) -> dict[str, Any]:
-    value = json.loads((folder / "comparison.json").read_text())
+    file = folder / "comparison.json"
+    try:
+        return _section(folder, read_json(file) or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged: {type(error).__name__} {error}.") from error
+
+
+def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
     metric, rows = value["metric"], value["table"]
     others = list(dict.fromkeys(k for r in rows for k in r["others"]))
     teacher = (value.get("teacher") or {}).get(metric)
@@ -252,22 +308,25 @@ def _first_panels(folder: Path, runs: Sequence[dict[str, Any]], metric: str) -> 
     """Of the first seed of every method: its loss on an axis of its own, for losses have different scales, and the
     validation curves of the metric together."""
     panels: list[Panel] = []
-    seen: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     first: dict[str, dict[str, Any]] = {}
     for run in runs:
+        if not _inside(folder, run["folder"]):
+            raise InputError(
+                f"{folder / 'comparison.json'} names the run {run['folder']!r}, which is not in its folder."
+            )
         first.setdefault(run["method"], run)
     for run in first.values():
         home, name = folder / run["folder"], run["method"]
-        path = home / "metrics.jsonl"
-        if path.is_file():
-            lines = [json.loads(x) for x in path.read_text().splitlines()]
+        lines, _ = read_log(home / "metrics.jsonl", _whole)
+        if lines:
             loss = {name: ([x["step"] for x in lines], [x["loss"] for x in lines])}
             panels.append(
                 _panel(f"Loss of {name}", plots.curves(loss, "loss"), "Losses of methods are not comparable.")
             )
-        looks = [x for x in _validation(home) if metric in x]
-        if looks:
-            seen[name] = ([x["step"] for x in looks], [x[metric] for x in looks])
-    if seen:
-        panels.insert(0, _panel(f"Validation {metric}", plots.curves(seen, metric), "While training."))
+        seen = [x for x in _validations(home)[0] if metric in x]
+        if seen:
+            curves[name] = ([x["step"] for x in seen], [x[metric] for x in seen])
+    if curves:
+        panels.insert(0, _panel(f"Validation {metric}", plots.curves(curves, metric), "While training."))
     return panels

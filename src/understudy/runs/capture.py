@@ -123,8 +123,13 @@ def _learnable(
 
 
 def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str, float]:
-    """Score a sample of the training examples again and compare with what is stored."""
+    """Compare every shard with its checksum, score a sample of the training examples again and compare with what is stored.
+
+    Raises:
+        InputError: a shard was changed since it was written, or another teacher's answers are stored.
+    """
     if recipe.teacher is not None and recipe.teacher.served:
+        ShardStore(folder).check()
         prepared = get_task(recipe.task).prepare(recipe)
         with tempfile.TemporaryDirectory() as fresh:
             return verify_served(served(recipe, prepared, Path(fresh)), _batches(prepared, "train", sample), folder)

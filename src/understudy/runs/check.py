@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import set_seed
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.files import read_json
 from understudy.models import ModelAdapter
-from understudy.models.own import reload
 from understudy.runs.fitting import module_for
+from understudy.runs.folder import finished, same_inputs, written
 from understudy.runs.overview import overview
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, make
 from understudy.runs.run import evaluate_split
-from understudy.runs.teachers import served, standing, teacher_of
+from understudy.runs.teachers import load_model, served, standing, teacher_of
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
@@ -45,7 +44,7 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     set_seed(recipe.seed)
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
-    student = task.model(recipe.teacher if copied else recipe.student, prepared)
+    student = load_model(task, recipe.teacher if copied else recipe.student, prepared)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     teacher = standing(recipe, prepared)
@@ -81,18 +80,18 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     """The metrics of a finished run's saved student, computed again."""
     if split not in ("test", "validation"):
         raise InputError(f"Split {split!r} is not test or validation.")
-    try:
-        recipe = make(yaml.safe_load((folder / "recipe.yaml").read_text()))
-        status = json.loads((folder / "run.json").read_text())["status"]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{folder} is not a run folder: {Path(error.filename).name} is missing.") from None
-    except (json.JSONDecodeError, KeyError, yaml.YAMLError) as error:
-        raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}.") from error
+    values, facts = written(folder), read_json(folder / "run.json")
+    for name, found in (("recipe.yaml", values), ("run.json", facts)):
+        if found is None:
+            raise InputError(f"{folder} is not a run folder: {name} is missing.")
+    finished(folder)  # compares the recipe with its hash
+    recipe, status = make(values or {}), (facts or {}).get("status")
     if status == "done" and isinstance(recipe.build_method(), Pipeline):
         raise InputError(f"{folder} is a procedure's; its evaluation.json is final, its models are in the runs below.")
     if status != "done" or not (folder / "student").is_dir():
         raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
-    student = task.model(recipe.student, prepared, reload(folder / "student", None))
+    same_inputs(folder, prepared.hashes)
+    student = load_model(task, recipe.student, prepared, folder / "student")
     return evaluate_split(task, prepared, student, standing(recipe, prepared, folder), split)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -16,21 +15,23 @@ from typing import Any
 from torch import nn
 
 from understudy.data.memory import MEMORY
-from understudy.errors import InputError
-from understudy.masking import masked
+from understudy.errors import InputError, nearest
+from understudy.files import read_json, write_json
+from understudy.methods import all_methods, resolve
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
+from understudy.runs.folder import agree, clear, differences, finished, held
 from understudy.runs.objects import Modules, method_name, named
 from understudy.runs.recipe import Recipe, load, make
-from understudy.runs.run import run, train_first
-from understudy.runs.teachers import MEMBERS, member_recipes
+from understudy.runs.run import inputs, run, trained_first
 from understudy.tasks import get as get_task
 from understudy.training import Method
+from understudy.workers import carry_out, processes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found: `table` has one row a method, `folder` holds `comparison.json` and `report.html`."""
+    """What a comparison found: `table` has one row an arm, `folder` holds `comparison.json` and `report.html`."""
 
     table: list[dict[str, Any]]
     data: dict[str, Any]
@@ -39,13 +40,16 @@ class Comparison:
 
 def compare(
     recipe: Recipe | Mapping[str, Any] | str | Path,
-    methods: Sequence[str | Method | type[Method]],
+    methods: Sequence[str | Method | type[Method]] | None = None,
     seeds: int | Sequence[int] = 3,
     *,
+    arms: Mapping[str, Mapping[str, Any]] | None = None,
     baseline: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> Comparison:
-    """Train every method over every seed as the recipe says, and compare on the judged split.
+    """Train every arm over every seed as the recipe says, and compare on the evaluation split.
 
     All arms have the same optimizer steps, batches and student initialisation per seed. The teacher is trained once.
 
@@ -53,9 +57,13 @@ def compare(
         recipe: as for `distill`: also data in memory, a teacher that is a module, and factories (a student must be one, for
             every run begins anew). Such objects reach workers that are forked; where a system cannot fork, or has a GPU,
             the runs follow one another in this process.
-        methods: names, or classes and instances of `Method`; options of those without any come from the recipe's `arms`.
+        methods: names of arms or of methods, or classes and instances of `Method`; options of those without any come from
+            the recipe's `arms`. Unless given: all arms, if the recipe names any with a method, else `sft` and `kd`.
         seeds: how many, or which.
-        baseline: what differences are against; the first method unless given.
+        arms: `{name: {"method": …, "options": {…}}}`, in place of the recipe's `arms`.
+        baseline: what differences are against; the first arm unless given.
+        workers: runs at once; one a GPU, or one a core where there is none, if not given.
+        overwrite: replace the runs that the output folder holds.
     """
     given = Modules({})
     if isinstance(recipe, Mapping):
@@ -67,85 +75,168 @@ def compare(
         recipe = make(values)
     elif not isinstance(recipe, Recipe):
         recipe = load(recipe)
-    own = bool(given) or str(recipe.data["name"]).startswith(MEMORY) or any(not isinstance(m, str) for m in methods)
-    arms = dict(map(method_name, methods))
-    if len(arms) < len(methods):
-        raise InputError(
-            f"Of the methods {', '.join(name for name, _ in map(method_name, methods))} two have one name."
-        )
-    recipe = recipe.model_copy(update={"arms": {**recipe.arms, **{n: o for n, o in arms.items() if o}}})
-    chosen = list(arms)
+    own = bool(given) or str(recipe.data["name"]).startswith(MEMORY)
+    own = own or any(not isinstance(m, str) for m in methods or ())
+    if arms is not None:
+        recipe = make(recipe.dump() | {"arms": {name: dict(arm) for name, arm in arms.items()}})
+    pairs = [method_name(m) for m in methods or ()]
+    adopted = {name: {"method": name, "options": options} for name, options in pairs if options}
+    recipe = recipe.model_copy(update={"arms": {**recipe.arms, **adopted}})
+    chosen = _chosen(recipe, None if methods is None else [name for name, _ in pairs])
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or not chosen:
         raise InputError("A comparison needs at least one method and one seed: --methods a,b --seeds 3.")
-    baseline = baseline or chosen[0]
+    baseline = baseline or next(iter(chosen))
     if baseline not in chosen:
         raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(chosen)}.")
-    folder = recipe.output
-    plans = [_arm(recipe, m, s, folder / "runs" / f"{m}-s{s}") for m in chosen for s in numbers]
-    results = run_all(plans, folder / "teacher", progress=progress, modules=given if own else None)
-    done = [
-        {"method": p.method, "seed": p.seed, "folder": os.path.relpath(p.output, folder), **r}
-        for p, r in zip(plans, results, strict=True)
-    ]
-    data = _collect(recipe, done, baseline, numbers)
-    (folder / "comparison.json").write_text(json.dumps(masked(data), indent=1))
-    render_comparison(folder)
+    folder, places = recipe.output, _places(chosen)
+    runs = [(name, s) for name in chosen for s in numbers]
+    plans = [_plan(recipe, chosen[name], s, folder / "runs" / f"{places[name]}-s{s}") for name, s in runs]
+    with held(folder, inputs(recipe)):
+        results = run_all(
+            plans,
+            folder / "teacher",
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+            modules=given if own else None,
+        )
+        done = [
+            {"method": name, "seed": seed, "folder": os.path.relpath(p.output, folder), **r}
+            for (name, seed), p, r in zip(runs, plans, results, strict=True)
+        ]
+        data = _collect(recipe, done, baseline, numbers) | {"arms": chosen}
+        write_json(folder / "comparison.json", data)
+        render_comparison(folder)
     return Comparison(data["table"], data, folder)
 
 
-def _arm(recipe: Recipe, method: str, seed: int, output: Path) -> Recipe:
-    get_method(method)
-    own = recipe.arms.get(method, recipe.options if method == recipe.method else {})
-    return make(recipe.dump() | {"method": method, "options": own, "seed": seed, "output": str(output), "arms": {}})
+_Arm = dict[str, Any]
+"""`{"method": …, "options": {…}}`."""
+_ARM_KEYS = ("method", "options")
+
+
+def _chosen(recipe: Recipe, names: Sequence[str] | None) -> dict[str, _Arm]:
+    """The arms of a comparison by name."""
+    named = {name: _arm(name, values) for name, values in recipe.arms.items()}
+    if names is None:
+        names = list(named) if any(_is_named(values) for values in recipe.arms.values()) else ["sft", "kd"]
+    chosen: dict[str, _Arm] = {}
+    for name in names:
+        if name in chosen:
+            raise InputError(
+                f"{name!r} is named twice. Arms of one method have names of their own: arms: "
+                f"{{'{name} a': {{method: {name}, options: {{...}}}}, ...}}."
+            )
+        if name not in named and not _is_method(name):
+            raise InputError(
+                f"No method {name!r}, and no arm of that name.{nearest(name, [*named, *all_methods()])} Arms of the recipe: "
+                f"{', '.join(named) or 'none'}; methods: `understudy methods`."
+            )
+        method, options = resolve(name) if name not in named else (name, {})
+        own = recipe.options if method == recipe.method else {}
+        chosen[name] = named.get(name, {"method": method, "options": {**own, **options}})
+    return chosen
+
+
+def _is_method(name: str) -> bool:
+    try:
+        get_method(name)
+    except InputError:
+        return False
+    return True
+
+
+def _is_named(values: Mapping[str, Any]) -> bool:
+    """Whether an arm says its method or has its options apart; otherwise it is the options of the method of its name."""
+    return not values.keys().isdisjoint(_ARM_KEYS)
+
+
+def _arm(name: str, values: Mapping[str, Any]) -> _Arm:
+    if not _is_named(values):
+        if not _is_method(name):
+            raise InputError(
+                f"Arm {name!r} says no method, and there is none of that name.{nearest(name, all_methods())} Write arms: "
+                f"{{{name!r}: {{method: NAME, options: {{...}}}}}}."
+            )
+        method, own = resolve(name)
+        return {"method": method, "options": {**own, **values}}
+    for key in values:
+        if key not in _ARM_KEYS:
+            raise InputError(
+                f"Unknown key arms.{name}.{key}.{nearest(key, _ARM_KEYS)} Known: method, options; options of the method "
+                "go below options."
+            )
+    options = values.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"arms.{name}.options is {options!r} and must map options of the method to values.")
+    method, own = resolve(str(values.get("method", name)))
+    return {"method": method, "options": {**own, **options}}
+
+
+def _places(names: Iterable[str]) -> dict[str, str]:
+    """A folder name for each arm."""
+    taken: dict[str, str] = {}
+    for name in names:
+        place = re.sub(r"[^\w.=+-]+", "-", name)
+        if place in taken:
+            raise InputError(f"Arms {taken[place]!r} and {name!r} would share the folder {place!r}: rename one.")
+        taken[place] = name
+    return {name: place for place, name in taken.items()}
+
+
+def _plan(recipe: Recipe, arm: _Arm, seed: int, output: Path) -> Recipe:
+    return make(recipe.dump() | {**arm, "seed": seed, "output": str(output), "arms": {}})
 
 
 def run_all(
-    plans: Sequence[Recipe], shared: Path, *, progress: bool = False, modules: Modules | None = None
+    plans: Sequence[Recipe],
+    shared: Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    modules: Modules | None = None,
 ) -> list[dict[str, Any]]:
-    """Carry out runs in parallel, one thread each; results in the order of the plans.
+    """Carry out runs in parallel, one thread each; results in the order of the plans. A finished run is read.
 
     Models that have to be trained first are trained once, in this process, and kept in `shared`.
 
     Args:
+        workers: processes; one a GPU, or one a core where there is none, if not given. overwrite: replace the runs that the
+            plans' folders hold.
         modules: models that the caller handed over; given, if only empty, where the plans name objects of this process.
     """
-    homes = [_home(p, shared) for p in plans]
-    context = _processes() if modules is None else _forked()
-    for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
-        _train_ahead(plan, home, progress)
-    if context is None:
-        jobs = zip(plans, homes, strict=True)
-        return [_work(p.dump(), str(home), modules) for p, home in _tracked(list(jobs), progress)]
-    global _modules
-    _modules = modules  # forked workers find it where it is
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plans))
-    results: dict[int, dict[str, Any]] = {}
-    with _single_threaded(), ProcessPoolExecutor(workers, context) as pool:
-        waiting = {pool.submit(_work, p.dump(), str(t)): i for i, (p, t) in enumerate(zip(plans, homes, strict=True))}
-        for future in _tracked(waiting, progress):
-            results[waiting[future]] = future.result()
+    results = {} if overwrite else {i: _measured(p) for i, p in enumerate(plans) if _is_done(p)}
+    left = [i for i in range(len(plans)) if i not in results]
+    if left:
+        found = _run_all([plans[i] for i in left], shared, workers, overwrite, progress, modules)
+        results |= zip(left, found, strict=True)
     return [results[i] for i in range(len(plans))]
 
 
-def _train_ahead(recipe: Recipe, home: Path, progress: bool = False) -> None:
-    """Train all models of a recipe that are to be trained first."""
-    for name, own in member_recipes(recipe).items():
-        if own.teacher is not None and own.teacher.train is not None:
-            train_first(own, "teacher", home / MEMBERS / name, progress)
-    for side in ("teacher", "student"):
-        spec = getattr(recipe, side)
-        if spec is not None and spec.train is not None:
-            train_first(recipe, side, home, progress)
-
-
-def _home(plan: Recipe, folder: Path) -> Path:
-    """Plans with other models or data get a folder of their own."""
-    import hashlib
-
-    models = [spec.model_dump() if spec else None for spec in (plan.teacher, plan.student)]
-    spec = json.dumps([*models, plan.data, plan.task], sort_keys=True)
-    return folder / hashlib.sha256(spec.encode()).hexdigest()[:8]
+def _run_all(
+    plans: Sequence[Recipe],
+    shared: Path,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    modules: Modules | None = None,
+) -> list[dict[str, Any]]:
+    homes = [_home(p, shared) for p in plans]
+    context = processes() if modules is None else _forked()
+    for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
+        for own in trained_first(plan, home):
+            if overwrite and differences(own.output, own):
+                clear(own.output)
+            if run(own, progress=progress).interrupted:
+                raise KeyboardInterrupt
+    jobs = [(p.dump(), str(home), overwrite) for p, home in zip(plans, homes, strict=True)]
+    if context is None:
+        return [_work(p, home, replace, modules) for p, home, replace in _tracked(iter(jobs), len(jobs), progress)]
+    global _modules
+    _modules = modules  # forked workers find it where it is
+    return carry_out(_work, jobs, workers, context, lambda done: _tracked(done, len(jobs), progress))
 
 
 _modules: Modules | None = None
@@ -160,62 +251,50 @@ def _forked() -> BaseContext | None:
     return multiprocessing.get_context("fork")
 
 
-def _tracked(waiting: Mapping[Any, int] | Sequence[Any], progress: bool) -> Iterator[Any]:
-    coming = as_completed(waiting) if isinstance(waiting, Mapping) else iter(waiting)
+def _home(plan: Recipe, folder: Path) -> Path:
+    """Plans with other models or data get a folder of their own."""
+    import hashlib
+
+    models = [spec.model_dump() if spec else None for spec in (plan.teacher, plan.student)]
+    spec = json.dumps([*models, plan.data, plan.task], sort_keys=True)
+    return folder / hashlib.sha256(spec.encode()).hexdigest()[:8]
+
+
+def _tracked(done: Iterator[Any], total: int, progress: bool) -> Iterator[Any]:
     if not progress:
-        yield from coming
+        yield from done
         return
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(coming, "runs", total=len(waiting), console=console, disable=not console.is_terminal)
+    yield from track(done, "runs", total=total, console=console, disable=not console.is_terminal)
 
 
-def _processes() -> BaseContext:
-    """How runs get their processes: forked from one that imports the library while teachers are trained.
-
-    A process that is forked cannot use a GPU that its parent has touched: where there is one, each starts afresh.
-    """
-    import torch
-
-    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    from multiprocessing.forkserver import ensure_running
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["understudy.runs.run"])
-    with _single_threaded():
-        ensure_running()
-    return context
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Children inherit one thread each: for small models that uses cores better than one process with many."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {n: os.environ.get(n) for n in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _work(recipe: dict[str, Any], home: str, modules: Modules | None = None) -> dict[str, Any]:
+def _work(recipe: dict[str, Any], home: str, overwrite: bool, modules: Modules | None = None) -> dict[str, Any]:
     import torch
 
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
     plan = make(recipe)
-    result = run(plan, home=Path(home), modules=modules or _modules)
+    result = run(plan, home=Path(home), modules=modules or _modules, overwrite=overwrite)
     if result.interrupted:
         raise KeyboardInterrupt
-    evaluation = json.loads((plan.output / "evaluation.json").read_text())
+    return _measured(plan)
+
+
+def _is_done(plan: Recipe) -> bool:
+    """Whether the folder of a plan holds its finished run.
+
+    Raises:
+        InputError: it holds another run.
+    """
+    return finished(plan.output) is not None and not agree(plan)
+
+
+def _measured(plan: Recipe) -> dict[str, Any]:
+    """What a finished run found."""
+    evaluation = finished(plan.output) or {}
     return {"metrics": evaluation["metrics"], "cost": evaluation["cost"]}
 
 
@@ -223,7 +302,7 @@ def _collect(recipe: Recipe, done: list[dict[str, Any]], baseline: str, seeds: l
     task = get_task(recipe.task)
     first = done[0]
     taught = {k.removeprefix("teacher_"): v for d in done for k, v in d["metrics"].items() if k.startswith("teacher_")}
-    facts = json.loads((recipe.output / first["folder"] / "run.json").read_text())
+    facts = read_json(recipe.output / first["folder"] / "run.json") or {}
     steps = {d["cost"]["steps"] for d in done}
     return {
         "title": f"{recipe.task} on {recipe.data['name']}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from understudy.reporting import render_comparison
 from understudy.runs.comparison import Comparison, compare
+from understudy.runs.folder import held
 from understudy.runs.recipe import load
 
 PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "taid"]}
@@ -15,8 +16,9 @@ PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "t
 
 def demo(folder: Path, seeds: int, show: Callable[[Comparison], None], progress: bool = True) -> Path:
     """Run both comparisons into `folder` and return the report's path."""
-    for part, methods in PARTS.items():
-        with as_file(files("understudy") / "recipes" / f"demo_{part}.yaml") as path:
-            recipe = load(path, [f"output={folder / part}"])
-        show(compare(recipe, methods, seeds, progress=progress))
-    return render_comparison(folder)
+    with held(folder):
+        for part, methods in PARTS.items():
+            with as_file(files("understudy") / "recipes" / f"demo_{part}.yaml") as path:
+                recipe = load(path, [f"output={folder / part}"])
+            show(compare(recipe, methods, seeds, progress=progress))
+        return render_comparison(folder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
 from understudy.evaluation import CostMeter
+from understudy.files import read_log, writing
 from understudy.models import ModelAdapter
 from understudy.models.sharding import together
 from understudy.runs.folder import first_rank
@@ -92,12 +94,13 @@ def fit(
     meter: CostMeter,
     progress: bool,
     callbacks: Sequence[TrainerCallback] = (),
+    begin: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Train the student through all phases, going on where the run was left.
 
     Args:
         teacher: as `assemble_teacher` made it. tables, context: what the method's `setup` returned and was given.
-        callbacks: the caller's own.
+        callbacks: the caller's own. begin: called once everything stands and the first step is about to be taken.
     """
     task, method = get_task(recipe.task), recipe.build_method()
     values = _with_metric(recipe, task)
@@ -111,7 +114,7 @@ def fit(
     if isinstance(kept, (CachedTeacher, Ensemble)) and method.requires.teacher == "outputs":
         dry_run_stored(module, kept, example)
     return _through_phases(
-        recipe, prepared, module, teacher, context, folder, meter, progress, values, total, callbacks
+        recipe, prepared, module, teacher, context, folder, meter, progress, values, total, callbacks, begin
     )
 
 
@@ -165,12 +168,13 @@ def _through_phases(
     values: Mapping[str, Any],
     total: int,
     callbacks: Sequence[TrainerCallback],
+    begin: Callable[[], None],
 ) -> Fitted:
     method, trainer = module.method, None
     phases: list[Phase | None] = [*method.phases()] or [None]
     steps = steps_of(method.phases(), total) if method.phases() else [total]
     trainable = {id(p) for p in module.parameters() if p.requires_grad}
-    finished = 0
+    finished, begun = 0, False
     for number, (phase, count) in enumerate(zip(phases, steps, strict=True)):
         inner = values if phase is None else {**values, **phase.trainer, "max_steps": count}
         end = folder / "phases" / f"{number}-{phase.name}.safetensors" if phase is not None else None
@@ -183,13 +187,21 @@ def _through_phases(
         trainer = trainer_for(
             recipe, prepared, module, teacher, context, folder, meter, progress, inner, phase, finished, callbacks
         )
+        if not begun:
+            begin()
+        begun = True
         if train(trainer, folder):
             return Fitted(module, trainer, interrupted=True)
         finished += count
         if end is not None and first_rank():
             save_phase(end, module, meter)
         together()
+    if not begun:
+        begin()
     return Fitted(module, trainer)
+
+
+logger = logging.getLogger(__name__)
 
 
 def trainer_for(
@@ -307,8 +319,11 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
         if log.exists() and first_rank():  # lines after the checkpoint will be written again
             # A sample is written before the step that it names, everything else after it.
             most = step - 1 if log.name.startswith("samples") else step
-            lines = [line for line in log.read_text().splitlines() if _step_of(line) <= most]
-            log.write_text("".join(line + "\n" for line in lines))
+            records, damaged = read_log(log)
+            if damaged:
+                logger.warning("%s: %d damaged lines are left out.", log, damaged)
+            with writing(log):
+                log.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= most))
     together()
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
@@ -316,10 +331,3 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start
     return trainer.state.global_step < trainer.state.max_steps and not trainer.settled
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
-        return float("inf")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,54 +16,263 @@ from typing import Any
 import yaml
 
 from understudy.errors import InputError
-from understudy.masking import masked
+from understudy.files import differing, digest, read_json, writing
 from understudy.runs.recipe import Recipe
+from understudy.training.checkpoint import numbered
+
+LOCK = ".understudy"
+"""The file that a process locks while it writes to a folder; what it holds says who that is."""
+BEFORE = {"teacher", "start", "members", "store", "runs", "tuning", "logs", "stages"}
+"""Folders that are made before a run begins, or that runs are in."""
+RESULTS = (
+    *("recipe.yaml", "run.json", "evaluation.json", "report.html", "metrics.jsonl", "validation.jsonl"),
+    *("student", "pictures", "stages", "phases", "tensorboard"),
+)
+"""What a run writes beside checkpoints and samples."""
+LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
+FREE = {"output"} | {
+    f"trainer.{key}"
+    for key in (
+        *("logging_steps", "logging_strategy", "logging_first_step", "logging_dir", "log_level", "log_level_replica"),
+        *("log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "save_steps"),
+        *("save_strategy", "save_total_limit", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
+        *("hub_private_repo", "hub_always_push", "hub_revision", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps"),
+        *("skip_memory_metrics", "include_num_input_tokens_seen"),
+    )
+}
+"""Keys that change no result, which may differ when a run goes on."""
 
 
-def open_folder(recipe: Recipe) -> Path:
-    """Make the run folder, or refuse one that holds another run."""
-    folder = recipe.output
+def _lock(file: Path) -> Any:
+    """An open file that no other process has locked, or `None` where one has. A killed process leaves no lock."""
     try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return file.open("a+")
+    while True:
+        opened = file.open("a+")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+                return opened
+        except BlockingIOError:
+            opened.close()
+            return None
+        opened.close()  # the file that was locked has just been removed by its last owner
+
+
+@contextmanager
+def held(folder: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Make a folder for a run or for runs, and keep every other process from writing to it meanwhile.
+
+    Of a folder that nothing was written to nothing is left in the end.
+
+    Args:
+        inputs: what is read; a folder that is or holds one of them is refused.
+
+    Raises:
+        InputError: the folder is no run's and not empty, another process writes to it, or it cannot be written.
+    """
+    if not first_rank():
+        yield folder
+        return
+    file = folder / LOCK
+    try:
+        _refuse_foreign(folder, inputs)
+        fresh = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        written = folder / "recipe.yaml"
-        text = yaml.safe_dump(recipe.shown(), sort_keys=False)
-        if written.exists():
-            before = yaml.safe_load(written.read_text()) or {}
-            now = yaml.safe_load(text)
-            changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k != "output"]
-            if changed:
-                key = changed[0]
-                raise InputError(
-                    f"Folder {folder} holds another run: {key} was {before.get(key)!r} and is {now.get(key)!r} now. "
-                    "Choose another output, or delete the folder."
-                )
-        elif first_rank():
-            temporary = written.with_suffix(".tmp")  # another rank may look at any moment
-            temporary.write_text(text)
-            temporary.rename(written)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied", str(folder))
+        lock = _lock(file)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"Output {folder} is a file, not a folder. Choose another output.") from None
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"Output folder {str(folder)!a} cannot be written: {reason}. Choose another output.") from None
+    if lock is None:
+        owner = file.read_text(errors="replace").strip() or "another process"
         raise InputError(
-            f"Output folder {folder} cannot be written: {error.strerror}. Choose another output."
-        ) from None
-    return folder
+            f"Output folder {folder} is being written by {owner}. Wait for it, stop it, or choose another output."
+        )
+    with lock:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        try:
+            yield folder
+        finally:
+            if os.listdir(folder) == [LOCK]:
+                file.unlink()
+                if fresh:
+                    folder.rmdir()
+
+
+def _refuse_foreign(folder: Path, inputs: Iterable[Path]) -> None:
+    """Refuse a folder that holds somebody's files, before anything is written to it."""
+    place = folder.resolve()
+    if place in (Path(place.anchor), Path.home().resolve()):
+        raise InputError(f"Output {folder} is {place}, which is no place for a run's files: choose a folder below it.")
+    for path in inputs:
+        if place == path.resolve() or place in path.resolve().parents:
+            raise InputError(f"Output {folder} is or holds {path}, which the run reads: choose another output.")
+    if not folder.is_dir() or ours(folder):
+        return
+    others = sorted(p.name for p in folder.iterdir() if not (p.name in BEFORE and p.is_dir()))
+    if others:
+        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        raise InputError(
+            f"Output {folder} holds files that are no run's ({shown}): they are left alone. Choose a new or empty folder."
+        )
+
+
+def ours(folder: Path) -> bool:
+    """Whether runs were written to a folder."""
+    if (folder / LOCK).is_file() or (folder / "comparison.json").is_file():
+        return True
+    try:
+        return {"format", "status"} <= (read_json(folder / "run.json") or {}).keys()
+    except InputError:  # damaged, or somebody else's
+        return False
+
+
+def differences(folder: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys by which a recipe and that of a folder differ, with both values; of those that a result depends on."""
+    before, now = _flat(written(folder) or {}), _flat(yaml.safe_load(yaml.safe_dump(recipe.shown())))
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    return {k: (before.get(k), now.get(k)) for k in changed if k not in FREE}
+
+
+def written(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a folder was taken for, or `None`."""
+    file = folder / "recipe.yaml"
+    try:
+        values = yaml.safe_load(file.read_bytes().decode())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"{file} is damaged: {reason}. Put it back, or start anew with --overwrite.") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{file} is damaged: it holds a {type(values).__name__}, not a recipe. Put it back, or start anew with "
+            "--overwrite."
+        )
+    return values
+
+
+def _flat(values: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{where}{key}.") if isinstance(value, dict) and value else {f"{where}{key}": value}
+    return found
+
+
+def agree(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Compare a recipe with that of its folder.
+
+    Returns:
+        Key and value of the length that the folder's run had, if it is to go on longer; else nothing.
+
+    Raises:
+        InputError: another run is in the folder; every difference is named.
+    """
+    folder = recipe.output
+    if written(folder) is None:
+        return []
+    changed = differences(folder, recipe)
+    longer = [(key, old) for key, (old, new) in changed.items() if key in LENGTHS and _more(old, new)]
+    if not changed or (len(longer) == len(changed) == 1):
+        return longer
+    said = "; ".join(f"{key}: {_said(old)} → {_said(new)}" for key, (old, new) in changed.items())
+    raise InputError(
+        f"Folder {folder} holds another run: {said}. Choose another output, or replace the run with --overwrite "
+        "(overwrite=True in Python)."
+    )
+
+
+def _more(old: Any, new: Any) -> bool:
+    numbers = all(isinstance(v, (int, float)) and v > 0 for v in (old, new))
+    return numbers and bool(new > old)
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def take(recipe: Recipe) -> None:
+    """Write the recipe into its folder: from now on the folder is this run's."""
+    if first_rank():
+        with writing(recipe.output / "recipe.yaml"):
+            temporary = recipe.output / "recipe.yaml.tmp"  # another rank may look at any moment
+            temporary.write_text(yaml.safe_dump(recipe.shown(), sort_keys=False))
+            temporary.rename(recipe.output / "recipe.yaml")
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run has written and a new one would write again. Trained teachers and paid answers stay."""
+    for path in [
+        *(folder / name for name in RESULTS),
+        *folder.glob("samples*.jsonl"),
+        *numbered(folder / "checkpoints"),
+        *(path for inner in folder.glob("checkpoints/*") for path in numbered(inner)),
+    ]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Compare data, tokenizer and models with those that the run in a folder began with.
+
+    Raises:
+        InputError: one of them was changed since.
+    """
+    held: Any = (read_json(folder / "run.json") or {}).get("hashes")
+    before: dict[str, Any] = held if isinstance(held, dict) else {}
+    for key, now in hashes.items():
+        if key in before and before[key] != now and key != "student_initial":  # a checkpoint holds the student whole
+            raise InputError(
+                f"The {key.replace('_', ' ')} of run {folder} changed since it began: SHA-256 {before[key]} then, {now} "
+                "now. Put back what it began with, choose another output, or start anew with --overwrite."
+            )
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The evaluation of a finished run, or None."""
-    try:
-        if json.loads((folder / "run.json").read_text())["status"] != "done":
-            return None
-        evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
-        return evaluation
-    except (OSError, json.JSONDecodeError, KeyError):
+    """The evaluation of a finished run, or `None`.
+
+    Raises:
+        InputError: a file of the run is damaged, or differs from what was written.
+    """
+    facts = read_json(folder / "run.json")
+    if facts is None or facts.get("status") != "done":
         return None
+    files = facts.get("files", {})
+    name = differing(folder, files if isinstance(files, dict) else {})
+    if name is not None:
+        raise InputError(
+            f"{folder / name} is missing or differs from what the run wrote. Put it back, or start the run anew with "
+            "--overwrite."
+        )
+    evaluation = read_json(folder / "evaluation.json")
+    if evaluation is not None and not isinstance(evaluation.get("metrics"), dict):
+        raise InputError(f"{folder / 'evaluation.json'} is damaged: it has no metrics.")
+    return evaluation
 
 
-def facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, started: float) -> dict[str, Any]:
+def facts(
+    recipe: Recipe,
+    hashes: Mapping[str, str],
+    findings: Any,
+    status: str,
+    started: float,
+    lengthened: Sequence[Any],
+) -> dict[str, Any]:
+    """What `run.json` holds. A finished run has the hashes of its recipe and evaluation in it."""
+    files = ("recipe.yaml", "evaluation.json") if status == "done" and first_rank() else ()
     packages = ("understudy", "torch", "transformers", "accelerate", "numpy")
     return {
         "format": 1,
@@ -72,9 +282,11 @@ def facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, st
         "student": recipe.student.model if recipe.student else None,
         "seed": recipe.seed,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "hashes": hashes,
+        "hashes": dict(hashes),
         "preflight": dataclasses.asdict(findings),
+        "lengthened": list(lengthened),
         "status": status,
+        "files": {name: digest(recipe.output / name) for name in files},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 2),
     }
@@ -83,14 +295,6 @@ def facts(recipe: Recipe, hashes: dict[str, str], findings: Any, status: str, st
 def first_rank() -> bool:
     """Whether this process writes files: the first of those that `torchrun` or `accelerate launch` started."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def write_json(path: Path, value: Any) -> None:
-    if not first_rank():
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(masked(value), indent=1))
-    temporary.rename(path)
 
 
 def save_pictures(folder: Path, pictures: Mapping[str, Any]) -> dict[str, str]:

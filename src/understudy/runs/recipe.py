@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ from understudy.training import Method, OnPolicy
 from understudy.training.arguments import checked_arguments
 from understudy.training.arguments import fields as training_fields
 
+log = logging.getLogger(__name__)
+
+RENAMED = {"judge": "eval_split"}
+"""Former names of recipe keys, which still work."""
 NONE = "none"
 """As the teacher of a recipe: none, not even the task's own."""
 
@@ -42,7 +47,8 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation and noise.")
     options: dict[str, Any] = Field(default_factory=dict, description="The method's own options.")
     arms: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="For comparisons: options of each method by its name."
+        default_factory=dict,
+        description="For comparisons: `method` and `options` of each arm by a name, or a method's options by its.",
     )
     trainer: dict[str, Any] = Field(default_factory=dict, description="Arguments of transformers' Trainer.")
     patience: int | None = Field(
@@ -169,8 +175,14 @@ def make(values: Mapping[str, Any]) -> Recipe:
 
 
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with the name of a variant (`kto`, `simpo`) as its method and options."""
+    """The values with former names of keys replaced, and the name of a variant (`kto`, `simpo`) as its method and options."""
     found = dict(values)
+    for old, new in RENAMED.items():
+        if old in found:
+            if new in found:
+                raise InputError(f"{old} is the former name of {new}, and the recipe has both: leave {old} out.")
+            log.warning("Recipe key %s is called %s now; the old name goes with the next version.", old, new)
+            found[new] = found.pop(old)
     if isinstance(found.get("method"), str):
         found["method"], options = resolve(found["method"])
         given = found.get("options")

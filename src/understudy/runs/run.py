@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,29 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+from understudy.data import find
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
 from understudy.evaluation.texts import sample_texts
+from understudy.files import COMPLETE, check_seal, read_json, seal, write_json, writing
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.own import check_saves, reload
 from understudy.models.sharding import is_sharded, together, usable
-from understudy.models.weights import weight_hashes
 from understudy.reporting import render_run
 from understudy.runs.fitting import assemble_teacher, fit
-from understudy.runs.folder import facts, finished, first_rank, open_folder, save_pictures, write_json
+from understudy.runs.folder import (
+    agree,
+    clear,
+    differences,
+    facts,
+    finished,
+    first_rank,
+    held,
+    same_inputs,
+    save_pictures,
+    take,
+    written,
+)
 from understudy.runs.objects import checked_callbacks, named
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
@@ -34,6 +47,8 @@ from understudy.runs.teachers import (
     comparable,
     copy_of,
     ensemble,
+    load_model,
+    member_recipes,
     other_side,
     other_tokenizer,
     served,
@@ -74,6 +89,7 @@ def distill(
     *,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     progress: bool = False,
+    overwrite: bool = False,
     **keys: Any,
 ) -> Result:
     """Train a student as a recipe says, and evaluate it.
@@ -86,8 +102,10 @@ def distill(
             may be a `datasets.Dataset`, a list of records, or either of these by split; they are known by their content.
         callbacks: of transformers, told of the student's training.
         progress: show a progress bar.
+        overwrite: replace the run that the output folder holds, whatever it is.
 
-    Started again on the same folder it resumes, and a finished run is read rather than repeated.
+    Started again on the same folder it resumes, and a finished run is read rather than repeated; with more steps it goes
+    on from its last checkpoint.
 
     Raises:
         InputError: anything the caller can mend, in one line.
@@ -96,7 +114,13 @@ def distill(
         recipe = load(recipe)
     values = {**(recipe.dump() if isinstance(recipe, Recipe) else dict(recipe or {})), **keys}
     values, modules = named(values)
-    return run(make(values), progress=progress, modules=modules, callbacks=checked_callbacks(callbacks))
+    return run(
+        make(values),
+        progress=progress,
+        modules=modules,
+        callbacks=checked_callbacks(callbacks),
+        overwrite=overwrite,
+    )
 
 
 def run(
@@ -106,42 +130,108 @@ def run(
     home: Path | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    overwrite: bool = False,
 ) -> Result:
     """Carry out a validated recipe.
 
     Args:
         home: where models that are trained first and stored scores are kept and shared; the run folder if not given.
         modules: `teacher` or `student` handed over as a module. callbacks: of transformers.
+        overwrite: replace the run that the folder holds.
     """
-    modules = modules or {}
-    folder = open_folder(recipe)
-    task = get_task(recipe.task)
-    done = finished(folder)
-    if done is not None and not (folder / "student").is_dir():
-        return Result(None, done["metrics"], folder)  # a procedure: its models are in the runs below
-    if done is not None:
+    with held(recipe.output, inputs(recipe)):
+        return _run(recipe, progress, home or recipe.output, modules or {}, callbacks, overwrite)
+
+
+def inputs(recipe: Recipe) -> Iterator[Path]:
+    """The files and folders that a recipe's data are read from."""
+    names = [v for k, v in recipe.data.items() if isinstance(v, str) and not k.endswith("_column")]
+    yield from filter(None, map(find, names))
+
+
+def _run(
+    recipe: Recipe,
+    progress: bool,
+    home: Path,
+    modules: Mapping[str, nn.Module],
+    callbacks: Sequence[TrainerCallback],
+    overwrite: bool,
+) -> Result:
+    folder, task = recipe.output, get_task(recipe.task)
+    if overwrite and home == folder and first_rank():
+        for own in trained_first(recipe, home):
+            if differences(own.output, own):
+                clear(own.output)
+    done = None if overwrite else finished(folder)
+    longer = [] if overwrite else agree(recipe)
+    if done is not None and not longer:
+        if first_rank() and not (folder / "report.html").is_file():  # a kill came before it
+            render_run(folder)
+        if not (folder / "student").is_dir():
+            return Result(None, done["metrics"], folder)  # a procedure: its models are in the runs below
         prepared = task.prepare(recipe)
+        same_inputs(folder, prepared.hashes)
+        check_seal(folder / "student")
         model = task.model(recipe.student, prepared, reload(folder / "student", modules.get("student")))
         return Result(model.model, done["metrics"], folder)
+    before = None if overwrite else read_json(folder / "run.json")
+    journal = _Journal(recipe, overwrite, [*(before or {}).get("lengthened", []), *longer])
     if isinstance(recipe.build_method(), Pipeline):
-        return _run_pipeline(recipe, folder, progress, callbacks)
-    return _fit(recipe, task, folder, home or folder, progress, modules, callbacks)
+        return _run_pipeline(recipe, journal, progress, callbacks)
+    return _fit(recipe, task, journal, home, progress, modules, callbacks)
+
+
+class _Journal:
+    """What `run.json` says of a run on its way. Nothing is written to the folder before the run begins."""
+
+    def __init__(self, recipe: Recipe, overwrite: bool, lengthened: list[Any]) -> None:
+        self.recipe, self.overwrite, self.lengthened = recipe, overwrite, lengthened
+        self.folder, self.started = recipe.output, time.time()
+        self.hashes: dict[str, str] = {}
+        self.findings = Findings()
+
+    def compare(self, hashes: dict[str, str]) -> None:
+        """Note the hashes of what the run reads; those of a run that goes on must be as they were."""
+        self.hashes = hashes
+        if not self.overwrite and written(self.folder) is not None:
+            same_inputs(self.folder, hashes)
+
+    def begin(self) -> None:
+        """Take the folder."""
+        if first_rank() and self.overwrite:
+            clear(self.folder)
+        self.findings.notes.extend(
+            f"The run was to end at {length} ({key}) and goes on: from there on a learning rate that falls until the end "
+            "follows the longer run."
+            for key, length in self.lengthened
+        )
+        self.record("running")
+        if first_rank():
+            take(self.recipe)
+        together()
+
+    def record(self, status: str) -> None:
+        """Write `run.json`."""
+        if first_rank():
+            found = facts(self.recipe, self.hashes, self.findings, status, self.started, self.lengthened)
+            write_json(self.folder / "run.json", found)
 
 
 def _fit(
     recipe: Recipe,
     task: Task,
-    folder: Path,
+    journal: _Journal,
     home: Path,
     progress: bool,
     modules: Mapping[str, nn.Module],
     callbacks: Sequence[TrainerCallback],
 ) -> Result:
     """Load both sides, check them, work on the data, train, save, evaluate, report."""
-    started = time.time()
+    folder = journal.folder
     check_sharding(recipe.build_method(), recipe.trainer)
     _refuse_text_alone(recipe)
     prepared = task.prepare(recipe)
+    set_seed(recipe.seed)  # a new teacher, or a head of it, is the same when the run goes on
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     shown = comparable(teacher)
     set_seed(recipe.seed)
@@ -154,33 +244,28 @@ def _fit(
     check_saves(student.model)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
-    findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
+    findings = journal.findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
     for warning in findings.warnings:
         log.warning(warning)
     hashes = {**prepared.hashes, "student_initial": state_hash(student)}
     if teacher is not None:
         hashes["teacher"] = state_hash(teacher)
-
-    def record(status: str) -> None:
-        write_json(folder / "run.json", facts(recipe, hashes, findings, status, started))
-
-    record("running")
+    journal.compare(hashes)
     method, meter = recipe.build_method(), CostMeter(task.unit)
     asked = assemble_teacher(recipe, prepared, method, teacher, student, home)
     context = _setup_context(recipe, prepared, student, shown, asked, home, hashes)
     tables = method.setup(context)
     student = method.student(student, context)
     findings.notes.extend(getattr(asked, "notes", []))
-    fitted = fit(recipe, prepared, student, asked, tables, context, folder, meter, progress, callbacks)
+    fitted = fit(
+        recipe, prepared, student, asked, tables, context, folder, meter, progress, callbacks, begin=journal.begin
+    )
     module = fitted.module
     if fitted.interrupted:
-        record("interrupted")
+        journal.record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
     student = method.export(module.student, context)
-    if first_rank() or is_sharded(student):
-        student.save(folder / "student")
-    if first_rank() and prepared.tokenizer is not None:
-        prepared.tokenizer.save_pretrained(folder / "student")
+    _save(student, prepared.tokenizer, folder / "student")
     with usable(module):
         evaluation = evaluate_split(task, prepared, student, shown, recipe.eval_split, recipe.evaluation_batch)
         found = method.finish(module.train_state, context)
@@ -191,8 +276,8 @@ def _fit(
         fitted.trainer.log({f"{prefix}_{name}": value for name, value in evaluation["metrics"].items()})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
-    hashes |= {"student": state_hash(student), **(weight_hashes(folder / "student") if first_rank() else {})}
-    return _finish(folder, evaluation, record, student.model)
+    hashes["student"] = state_hash(student)
+    return _finish(journal, evaluation, student.model)
 
 
 def _refuse_text_alone(recipe: Recipe) -> None:
@@ -206,10 +291,24 @@ def _refuse_text_alone(recipe: Recipe) -> None:
             )
 
 
-def _finish(folder: Path, evaluation: dict[str, Any], record: Callable[[str], None], student: Any) -> Result:
-    write_json(folder / "evaluation.json", evaluation)
-    record("done")
+def _save(student: ModelAdapter, tokenizer: Any, folder: Path) -> None:
+    """Save a student with its tokenizer, and seal the folder."""
+    with writing(folder):
+        if first_rank():
+            (folder / COMPLETE).unlink(missing_ok=True)
+        if first_rank() or is_sharded(student):
+            student.save(folder)
+        if first_rank() and tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     if first_rank():
+        seal(folder)
+
+
+def _finish(journal: _Journal, evaluation: dict[str, Any], student: Any) -> Result:
+    folder = journal.folder
+    if first_rank():
+        write_json(folder / "evaluation.json", evaluation)
+        journal.record("done")
         render_run(folder)
     together()
     return Result(student, evaluation["metrics"], folder)
@@ -242,25 +341,22 @@ def _setup_context(
     )
 
 
-def _run_pipeline(recipe: Recipe, folder: Path, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
+def _run_pipeline(recipe: Recipe, journal: _Journal, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
     """A procedure: its stages in order, each a file or a run of its own below the folder."""
-    started, method = time.time(), recipe.build_method()
+    folder, method = journal.folder, recipe.build_method()
     assert isinstance(method, Pipeline)
-
-    def record(status: str) -> None:
-        write_json(folder / "run.json", facts(recipe, {}, Findings(), status, started))
 
     def train_inside(name: str, values: Mapping[str, Any]) -> Result:
         inner = make({**values, "output": str(folder / name)})
-        result = run(inner, progress=progress, callbacks=callbacks)
+        result = run(inner, progress=progress, callbacks=callbacks, overwrite=journal.overwrite)
         if result.interrupted:
             raise KeyboardInterrupt
         return result
 
-    record("running")
+    journal.begin()
     evaluation = method.run(PipelineContext(recipe.dump(), folder, train_inside, recipe.teacher))
     evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))
-    return _finish(folder, evaluation, record, None)
+    return _finish(journal, evaluation, None)
 
 
 def evaluate_split(
@@ -331,17 +427,36 @@ def _model(
     """Load one side; a model that is to be trained first is trained once and kept in `home`."""
     spec: ModelSpec = getattr(recipe, side)
     if module is not None or spec.train is None:
-        model = task.model(spec, prepared, module)
+        model = load_model(task, spec, prepared, module)
         return trained(spec, model) if side == "teacher" else model
     folder = home / _FIRST[side]
-    if not (folder / "student").is_dir() or finished(folder) is None:
+    if agree(own_training(recipe, side, folder)) or finished(folder) is None:
         train_first(recipe, side, home, progress)
-    return task.model(spec, prepared, folder / "student")
+    return load_model(task, spec, prepared, folder / "student")
 
 
 _FIRST = {"teacher": "teacher", "student": "start"}
+"""The side of a recipe that is trained first, and the name of the run's folder."""
+
+
+def trained_first(recipe: Recipe, home: Path) -> list[Recipe]:
+    """The runs below `home` that train the recipe's teachers, or the student's start, on the labels."""
+    found = [
+        own_training(own, "teacher", home / MEMBERS / name / _FIRST["teacher"])
+        for name, own in member_recipes(recipe).items()
+        if own.teacher is not None and own.teacher.train is not None
+    ]
+    sides = [s for s in _FIRST if getattr(recipe, s) is not None and getattr(recipe, s).train is not None]
+    return found + [own_training(recipe, side, home / _FIRST[side]) for side in sides]
 
 
 def train_first(recipe: Recipe, side: str, home: Path, progress: bool = False) -> Result:
-    """Train the recipe's teacher, or the student's start, on the labels, as a run of its own below `home`."""
-    return run(own_training(recipe, side, home / _FIRST[side]), progress=progress)
+    """Train the recipe's teacher, or the student's start, on the labels, as a run of its own below `home`.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; started again it resumes.
+    """
+    result = run(own_training(recipe, side, home / _FIRST[side]), progress=progress)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from understudy.data import Batch, find
 from understudy.errors import InputError
+from understudy.files import check_seal
 from understudy.models import ModelAdapter
+from understudy.models.own import reload
 from understudy.models.weights import is_new
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import ModelSpec
-from understudy.tasks import Prepared
+from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
 from understudy.teachers import CachedTeacher, Ensemble, OtherTokenizer, ServedTeacher, Teacher
@@ -34,8 +38,13 @@ def teacher_of(
         model: the loaded teacher, if there is one; refused where the method asks more of it than it can say.
         home: where the scores of a server are kept and shared.
     """
-    if not method.requires.in_steps or recipe.teacher is None:
+    if method.requires.teacher == "none" or recipe.teacher is None:
         return None
+    if (recipe.teacher.cache is not None or recipe.teacher.served) and method.requires.teacher_model:
+        raise InputError(
+            f"Method {method.name!r} reads the teacher's own model before training, about every example: give a live teacher, "
+            "without teacher.cache or teacher.endpoint."
+        )
     if isinstance(model, Ensemble):
         outputs_alone(method, "an ensemble has no inner layer of its own")
     elif isinstance(model, OtherTokenizer):
@@ -50,6 +59,14 @@ def teacher_of(
     if recipe.teacher.served:
         return served(recipe, prepared, home / "store" / "served", student)
     return None
+
+
+def load_model(task: Task, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
+    """A task's model, after its folder was compared with the hashes that were written with it."""
+    folder = find(spec.model) if source is None else source
+    if isinstance(folder, Path) and folder.is_dir():
+        check_seal(folder)
+    return task.model(spec, prepared, reload(source, None) if isinstance(source, Path) else source)
 
 
 def member_recipes(recipe: Recipe) -> dict[str, Recipe]:
@@ -104,8 +121,8 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
             return None
         first = home / "teacher" / "student" if home is not None else None
         if own.teacher.train is None:
-            return trained(own.teacher, task.model(own.teacher, prepared))
-        return task.model(own.teacher, prepared, first) if first is not None and first.is_dir() else None
+            return trained(own.teacher, load_model(task, own.teacher, prepared))
+        return load_model(task, own.teacher, prepared, first) if first is not None and first.is_dir() else None
 
     if recipe.teacher is None or prepared.aligner is not None:
         return None

@@ -294,7 +294,9 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     """Optimizer steps of a run whose epochs have `examples`."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    return int(-(-examples // update_size(args)) * args.num_train_epochs)
+    size = update_size(args)
+    left_out = examples % (size // args.gradient_accumulation_steps) if args.dataloader_drop_last else 0
+    return int(-(-(examples - left_out) // size) * args.num_train_epochs)
 
 
 class StopOnSignal(TrainerCallback):

@@ -5,10 +5,9 @@ The structure travels as JSON in the file's metadata; tensors are stored bit for
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from understudy.errors import InputError
+from understudy.files import COMPLETE, differing, read_json, seal, writing
 
-COMPLETE = "complete.json"
+__all__ = ["COMPLETE", "last_complete", "load_tree", "numbered", "rng_state", "save_tree", "seal", "set_rng_state"]
 
 
 def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -60,7 +60,8 @@ def save_tree(tree: Any, path: Path) -> None:
     """Write a nest of dicts, lists, numbers and tensors to `path`."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(tree, tensors))
-    save_file(tensors, str(path), metadata={"structure": structure})
+    with writing(path):
+        save_file(tensors, str(path), metadata={"structure": structure})
 
 
 def load_tree(path: Path) -> Any:
@@ -69,11 +70,11 @@ def load_tree(path: Path) -> Any:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads(file.metadata()["structure"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        return _unflatten(structure, tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(
             f"Checkpoint file {path} cannot be read ({error}). Delete its folder to go back to the one before."
         ) from error
-    return _unflatten(structure, tensors)
 
 
 def rng_state() -> dict[str, Any]:
@@ -97,20 +98,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def seal(folder: Path) -> None:
-    """Mark a checkpoint folder complete. Written last, flushed and renamed: a folder without it was cut short."""
-    digests = {p.name: _digest(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != COMPLETE}
-    temporary = folder / (COMPLETE + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(digests, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / COMPLETE)
+def numbered(folder: Path) -> list[Path]:
+    """The folders `checkpoint-N`, by their step; others that lie beside them are not the trainer's."""
+    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name, re.ASCII) for p in folder.glob("checkpoint-*") if p.is_dir()}
+    return sorted((p for p, named in found.items() if named), key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
 
 def last_complete(folder: Path) -> Path | None:
@@ -119,16 +110,16 @@ def last_complete(folder: Path) -> Path | None:
     Raises:
         InputError: a sealed checkpoint's file is missing or was changed.
     """
-    if not folder.is_dir():
-        return None
-    sealed = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).is_file()]
+    sealed = [p for p in numbered(folder) if (p / COMPLETE).is_file()]
     if not sealed:
         return None
-    newest = max(sealed, key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    for name, digest in json.loads((newest / COMPLETE).read_text()).items():
-        if not (newest / name).is_file() or _digest(newest / name) != digest:
-            raise InputError(
-                f"Checkpoint {newest} is corrupt: {name} is missing or differs from what was saved. "
-                f"Delete that folder to resume from the checkpoint before it."
-            )
+    newest = sealed[-1]
+    remedy = "Delete that folder to resume from the checkpoint before it."
+    try:
+        digests = read_json(newest / COMPLETE) or {}
+    except InputError as error:
+        raise InputError(f"Checkpoint {newest} is corrupt: {error} {remedy}") from error
+    name = differing(newest, digests)
+    if name is not None:
+        raise InputError(f"Checkpoint {newest} is corrupt: {name} is missing or differs from what was saved. {remedy}")
     return newest

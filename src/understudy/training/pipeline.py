@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from understudy.errors import InputError
 from understudy.generation import Completion, Request, RequestLog, Source, generate
 from understudy.training.method import Method
 
@@ -40,7 +41,10 @@ class PipelineContext:
             temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
             temporary.write_text(text)
             os.replace(temporary, file)
-        return json.loads(file.read_text())
+        try:
+            return json.loads(file.read_bytes().decode())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} is damaged ({error}): delete it, and the stage is made again.") from error
 
     def ask(
         self, source: Source, requests: Sequence[Request], name: str, folder: Path | None = None, **limits: Any

@@ -25,14 +25,14 @@ def _best(folder: Path) -> str:
     """The checkpoint that was the best when this one was written; a run that goes on from here may end with it."""
     try:
         return f"checkpoint-{json.loads((folder / 'trainer_state.json').read_text())['best_global_step']}"
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return ""
 
 
 def delete_old(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and their best ones. To be called once the newest is sealed, so that
     a kill at any moment leaves a whole one."""
-    old = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    old = ck.numbered(folder)
     best = {_best(path) for path in old[-keep:]}
     for path in old[:-keep]:
         if path.name not in best:

@@ -324,7 +324,8 @@ class DistillationTrainer(Trainer):
         """Train. From a checkpoint that training had ended in, its state is loaded and no further step is taken."""
         if resume_from_checkpoint is not None:
             self.state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if self.settled or self.state.global_step >= self.state.max_steps:
+            # A run that is to be longer than its checkpoint knows of goes on.
+            if self.settled or self.state.global_step >= max(self.state.max_steps, self.model.train_state.total):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self._load_rng_state(resume_from_checkpoint)
                 self.model.train_state.step = self.state.global_step

@@ -1,14 +1,17 @@
 """An append-only store of what a teacher said, by content: several rows of arrays for each example.
 
-Shards are safetensors files, each whole or absent, read through a memory map. A key is the SHA-256 of an example's inputs
-and labels, so another run finds what it needs whatever the order, the split or the padding, and nothing else ever.
+Shards are safetensors files, each whole or absent, read through a memory map. A shard's name is the SHA-256 of the file,
+which is compared before the first of its rows is used. A key is the SHA-256 of an example's inputs and labels, so another
+run finds what it needs whatever the order, the split or the padding, and nothing else ever.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +25,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.files import digest, read_json, writing
 
 IDENTITY = "identity.json"
+SEAL = "sha256"
+"""In the identity: the hash of the rest of it."""
 WHOLE = 65_536
 """Rows from which on a shard is left as it is when small ones are merged."""
 WHOLE_BYTES = 2**26
 """Bytes from which on it is, too: merging holds a shard in memory."""
+SHARD = re.compile(r"shard-([0-9a-f]{64}|[0-9a-f]{32})\.safetensors")
+"""The name of a shard: its SHA-256. One of 32 digits was written before there were checksums."""
+BEFORE = re.compile(rf"{SHARD.pattern}|head(-[0-9a-f]+)?\.safetensors|probe\.json|merge\.lock|ids|.*\.tmp")
+"""What a store may hold that has no identity yet."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 
 
@@ -57,15 +67,17 @@ class ShardStore:
         self.refresh()
 
     def _agree(self, wanted: Mapping[str, Any] | None) -> dict[str, Any]:
-        file = self.folder / IDENTITY
-        try:
-            held = json.loads(file.read_text()) if file.is_file() else None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file} is not valid JSON: {error}.") from error
+        held = _identity(self.folder / IDENTITY)
         if held is None:
             if wanted is None:
                 raise InputError(
                     f"{self.folder} is no cache: it has no {IDENTITY}. Make one with `understudy cache capture`."
+                )
+            others = [p.name for p in self.folder.glob("*") if not BEFORE.fullmatch(p.name)]
+            if others:
+                raise InputError(
+                    f"{self.folder} holds files that are no cache's ({', '.join(sorted(others)[:3])}): they are left alone. "
+                    "Choose a new or empty folder."
                 )
             return dict(wanted)
         wanted = json.loads(json.dumps(wanted)) if wanted is not None else held
@@ -75,7 +87,7 @@ class ShardStore:
                     f"Cache {self.folder} was made with {key} {held.get(key)!r} and {wanted.get(key)!r} is asked for. "
                     "Capture again into another folder, or change the recipe."
                 )
-        return dict(held)
+        return held
 
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
@@ -96,12 +108,15 @@ class ShardStore:
     @property
     def size(self) -> int:
         """Bytes of all shards on disk."""
-        return sum(f.stat().st_size for f in self.folder.glob("shard-*.safetensors"))
+        return sum(f.stat().st_size for f in self._files())
 
     @property
     def spent(self) -> Counter[str]:
         """What the answers cost (`append`'s `spent`), summed."""
         return sum((shard["spent"] for shard in self._alive()), Counter[str]())
+
+    def _files(self) -> set[Path]:
+        return {f for f in self.folder.glob("shard-*.safetensors") if SHARD.fullmatch(f.name)}
 
     def _alive(self) -> list[dict[str, Any]]:
         """The shards that no newer one replaces."""
@@ -109,21 +124,23 @@ class ShardStore:
 
     def claim(self) -> None:
         """Make the folder and write its identity, if that is not done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / IDENTITY).exists():
-            temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
-            temporary.write_text(json.dumps(self.identity, indent=1, sort_keys=True))
-            os.replace(temporary, self.folder / IDENTITY)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / IDENTITY).exists():
+                temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+                sealed = {**self.identity, SEAL: _hash_of(self.identity)}
+                temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True))
+                os.replace(temporary, self.folder / IDENTITY)
 
     def refresh(self) -> None:
         """Read the shards that were written since, by other processes too."""
         while True:
             known = {shard["file"] for shard in self.shards if shard}
             try:
-                new = sorted(set(self.folder.glob("shard-*.safetensors")) - known)
+                new = sorted(self._files() - known)
                 headers = {file: _header(file) for file in new}
-                for header, _ in headers.values():
-                    self.merged.update(header.get("__metadata__", {}).get("merged", "").split())
+                for file, (header, _) in headers.items():
+                    self.merged.update(_merged(file, header))
                 for file, (header, offset) in headers.items():
                     if file.name not in self.merged:
                         self._open(file, header, offset)
@@ -146,15 +163,22 @@ class ShardStore:
         if not keys:
             return
         self.claim()
-        name = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
-        temporary = name.with_suffix(".tmp")
+        temporary = self.folder / f"shard-{uuid.uuid4().hex}.tmp"
         index = {"keys": torch.tensor([list(k) for k in keys], dtype=torch.uint8)}
         index["counts"] = torch.tensor(list(counts), dtype=torch.int32)
-        facts = {k: str(v) for k, v in (spent or {}).items()}
-        save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary), facts or None)
-        os.replace(temporary, name)
-        self.merged.update(facts.get("merged", "").split())
-        self._open(name, *_header(name))
+        # What two processes paid for counts twice, even if it is the same: no two files are.
+        facts = {"written": uuid.uuid4().hex, **{k: str(v) for k, v in (spent or {}).items()}}
+        with writing(self.folder):
+            try:
+                save_file({**index, **{k: v.contiguous().cpu() for k, v in arrays.items()}}, str(temporary), facts)
+                name = self.folder / f"shard-{digest(temporary)}.safetensors"
+                os.replace(temporary, name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        header, offset = _header(name)
+        self.merged.update(_merged(name, header))
+        self._open(name, header, offset)
+        self.shards[-1]["checked"] = True
 
     def compact(self, most: int = 1) -> None:
         """Merge small shards, if there are more than `most`. The new file names those it replaces, so that what a kill
@@ -208,24 +232,37 @@ class ShardStore:
 
     def _open(self, file: Path, header: Mapping[str, Any], offset: int) -> None:
         header = dict(header)
-        spent = Counter({k: int(v) for k, v in header.pop("__metadata__", {}).items() if k != "merged"})
         try:
+            metadata = header.pop("__metadata__", {})
+            spent = Counter({k: int(v) for k, v in metadata.items() if k not in ("merged", "written")})
             arrays = {name: _mapped(file, offset, facts) for name, facts in header.items()}
             keys, counts = np.asarray(arrays.pop("keys")), np.asarray(arrays.pop("counts"))
+            types = {name: header[name]["dtype"] for name in arrays}
+            if not arrays or len(keys) != len(counts) or {len(a) for a in arrays.values()} != {int(counts.sum())}:
+                raise ValueError("its arrays have other lengths than its counts say")
         except FileNotFoundError:
             raise
-        except (KeyError, OSError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, OSError, ValueError, OverflowError) as error:
             raise _unreadable(file, error) from error
         ends = counts.cumsum()
         for key, count, end in zip(keys, counts.tolist(), ends.tolist(), strict=True):
             self.places.setdefault(key.tobytes(), (len(self.shards), end - count, end))
-        types = {name: header[name]["dtype"] for name in arrays}
-        self.shards.append({"arrays": arrays, "types": types, "file": file, "spent": spent})
+        self.shards.append({"arrays": arrays, "types": types, "file": file, "spent": spent, "checked": False})
+
+    def check(self) -> None:
+        """Compare every shard with its checksum.
+
+        Raises:
+            InputError: a shard was changed since it was written.
+        """
+        for shard in self._alive():
+            _compare(shard)
 
     def read(self, keys: Sequence[bytes]) -> dict[str, Tensor]:
         """The rows of these examples, one after the other; an example that is not there is an `InputError`."""
         missing = sum(k not in self.places for k in keys)
         if missing:
+            self.check()  # a damaged key is missing too
             raise InputError(
                 f"{missing} of {len(keys)} examples of a batch are not in cache {self.folder}: other data, another "
                 "max_length or template, or augmented inputs. Run `understudy cache capture` with this recipe to append them."
@@ -233,11 +270,47 @@ class ShardStore:
         found: dict[str, list[Tensor]] = {}
         for key in keys:
             shard, start, stop = self.places[key]
+            _compare(self.shards[shard])
             for name, array in self.shards[shard]["arrays"].items():
                 part = torch.from_numpy(np.array(array[start:stop]))
                 bf16 = self.shards[shard]["types"][name] == "BF16"
                 found.setdefault(name, []).append(part.view(torch.bfloat16) if bf16 else part)
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _compare(shard: dict[str, Any]) -> None:
+    """Compare a shard with its checksum, once."""
+    if shard["checked"]:
+        return
+    found = SHARD.fullmatch(shard["file"].name)
+    assert found is not None
+    if len(found[1]) == 64 and digest(shard["file"]) != found[1]:
+        raise _unreadable(shard["file"], ValueError("its SHA-256 is not the one in its name"))
+    shard["checked"] = True
+
+
+def _hash_of(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(file: Path) -> dict[str, Any] | None:
+    """What an identity file says, compared with its hash."""
+    held = read_json(file)
+    if held is not None and held.pop(SEAL, None) not in (None, _hash_of(held)):
+        raise InputError(f"{file} is damaged: its {SEAL} is not that of the rest. Put it back, or capture again.")
+    return held
+
+
+def _merged(file: Path, header: Mapping[str, Any]) -> list[str]:
+    """The shards that one replaces, by name. Of any other file a shard has nothing to say."""
+    try:
+        names = header.get("__metadata__", {}).get("merged", "").split()
+    except AttributeError as error:
+        raise _unreadable(file, error) from error
+    wrong = [name for name in names if not SHARD.fullmatch(name)]
+    if wrong:
+        raise _unreadable(file, ValueError(f"it says that it replaces {wrong[0]!r}, which is no shard"))
+    return list(names)
 
 
 def _length(shard: Mapping[str, Any]) -> int:
@@ -255,11 +328,13 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         with file.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
-            header: dict[str, Any] = json.loads(raw.read(size))
-            return header, 8 + size
+            header: Any = json.loads(raw.read(size)) if size < file.stat().st_size else None
+        if not isinstance(header, dict):
+            raise ValueError("it has no header")
+        return header, 8 + size
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, error) from error
 
 
@@ -270,8 +345,10 @@ def _unreadable(file: Path, error: Exception) -> InputError:
 def _mapped(file: Path, offset: int, facts: Mapping[str, Any]) -> Any:
     begin, end = facts["data_offsets"]
     kind, shape = _TYPES[facts["dtype"]], tuple(facts["shape"])
+    if end - begin != math.prod(shape) * np.dtype(kind).itemsize:
+        raise ValueError("its header says another size than its shape has")
     if begin == end:
         return np.zeros(shape, kind)
-    if offset + end > file.stat().st_size:
+    if begin < 0 or offset + end > file.stat().st_size:
         raise ValueError("the file is shorter than its header says")
     return np.memmap(file, kind, "r", offset + begin, shape)

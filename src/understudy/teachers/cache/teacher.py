@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +17,17 @@ from torch import Tensor
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.files import digest, writing
 from understudy.models import ModelAdapter, ModelOutput, evaluating, state_hash
 from understudy.streaming import logits_of
 from understudy.targets import Dense, Mixture, Projected, Sampled, Target
 from understudy.teachers.cache.codecs import Support, decode, encode
-from understudy.teachers.cache.store import WHOLE, WHOLE_BYTES, ShardStore, content_key
+from understudy.teachers.cache.store import IDENTITY, WHOLE, WHOLE_BYTES, ShardStore, content_key
 
-HEAD = "head.safetensors"
-SECONDS = 60.0  # of a teacher's work that a kill may cost
+SECONDS = 60.0
+"""Of a teacher's work that a kill may cost."""
+HEAD = re.compile(r"head-([0-9a-f]{64})\.safetensors|head\.safetensors")
+"""The head of hidden states; its name holds its SHA-256, but for those written before there were checksums."""
 
 
 def example_keys(batch: Batch) -> list[bytes]:
@@ -58,15 +64,24 @@ class CachedTeacher:
                     f"Cache {folder} was captured with {key} {_short(held.get(key))} and the run has {_short(value)}. "
                     "Capture again with this recipe (understudy cache capture), or change the recipe to fit the cache."
                 )
-        self.support = Support.parse(held["support"])
+        wanting = [key for key in ("support", "temperature", "classes") if key not in held]
+        if wanting:
+            raise InputError(f"{folder / IDENTITY} is damaged: it has no {wanting[0]}. Put it back, or capture again.")
+        self.support = Support.parse(str(held["support"]))
         version = held.get("support_version", 1)
         if version != self.support.codec:
             raise InputError(
                 f"Cache {folder} is in version {version} of the {self.support.kind} code, which is read in "
                 f"version {self.support.codec}: capture it again (understudy cache capture)."
             )
-        self.temperature, self.classes = float(held["temperature"]), int(held["classes"])
-        self.head = _load_head(folder / HEAD) if self.support.kind == "hidden" else None
+        try:
+            self.temperature, self.classes = float(held["temperature"]), int(held["classes"])
+        except (TypeError, ValueError):
+            raise InputError(
+                f"{folder / IDENTITY} is damaged: temperature is {held['temperature']!r} and classes {held['classes']!r}. "
+                "Put it back, or capture again."
+            ) from None
+        self.head = _load_head(folder) if self.support.kind == "hidden" else None
 
     def __call__(self, batch: Batch) -> ModelOutput:
         """The stored targets of the batch's rows, on its device."""
@@ -195,9 +210,10 @@ def verify(teacher: ModelAdapter, batches: Iterator[Batch], folder: Path) -> dic
     """Score examples again and compare: KL between fresh and stored targets, and the largest difference, over rows.
 
     Raises:
-        InputError: the teacher's weights are not those that were captured.
+        InputError: the teacher's weights are not those that were captured, or a shard was changed since.
     """
     cached = CachedTeacher(folder, {"teacher": state_hash(teacher)})
+    cached.store.check()
     rows, kl, worst = 0, 0.0, 0.0
     with torch.no_grad(), evaluating(teacher):
         for batch in batches:
@@ -226,31 +242,47 @@ def _compare(log_p: Tensor, stored: Target, temperature: float) -> tuple[Tensor,
 
 
 def _keep_head(signal: Any, support: Support, folder: Path) -> None:
-    if support.kind != "hidden" or (folder / HEAD).exists() or not isinstance(signal, Projected):
+    if support.kind != "hidden" or _heads(folder) or not isinstance(signal, Projected):
         return
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {"weight": signal.weight} | ({"bias": signal.bias} if signal.bias is not None else {})
     facts = {"scale": str(signal.scale), "softcap": str(signal.softcap or 0)}
-    temporary = folder / "head.tmp"
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(temporary), metadata=facts)
-    temporary.rename(folder / HEAD)
+    temporary = folder / f"head-{uuid.uuid4().hex}.tmp"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(temporary), metadata=facts)
+            os.replace(temporary, folder / f"head-{digest(temporary)}.safetensors")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def _load_head(file: Path) -> dict[str, Any]:
-    from safetensors import safe_open
+def _heads(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("head*.safetensors") if HEAD.fullmatch(p.name))
 
-    if not file.is_file():
-        raise InputError(f"Cache {file.parent} keeps hidden states and lacks their head ({HEAD}): capture again.")
-    with safe_open(str(file), "pt") as opened:
-        facts = opened.metadata()
-    tensors = load_file(str(file))
-    softcap = float(facts["softcap"]) or None
-    return {
-        "weight": tensors["weight"],
-        "bias": tensors.get("bias"),
-        "scale": float(facts["scale"]),
-        "softcap": softcap,
-    }
+
+def _load_head(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    found = _heads(folder)
+    if len(found) != 1:
+        raise InputError(
+            f"Cache {folder} keeps hidden states and has {len(found)} heads of them (head-….safetensors): capture again."
+        )
+    named = HEAD.fullmatch(found[0].name)
+    try:
+        if named is not None and named[1] not in (None, digest(found[0])):
+            raise ValueError("its SHA-256 is not the one in its name")
+        with safe_open(str(found[0]), "pt") as opened:
+            facts = opened.metadata()
+        tensors = load_file(str(found[0]))
+        return {
+            "weight": tensors["weight"],
+            "bias": tensors.get("bias"),
+            "scale": float(facts["scale"]),
+            "softcap": float(facts["softcap"]) or None,
+        }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{found[0]} cannot be read ({error}): put it back, or capture again.") from error
 
 
 def _short(value: Any) -> str:

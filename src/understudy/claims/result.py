@@ -1,0 +1,105 @@
+"""The result of a claim: its checks, its arms, what it cost and where it ran."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from understudy.claims.claim import Check, Claim
+from understudy.reporting import interval, paired, paired_sequence, verdict
+
+Found = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The results of each arm, seed by seed."""
+
+
+def checked(check: Check, found: Found, sequential: bool) -> dict[str, Any]:
+    """What was found of a check: the paired difference, its interval and the verdict.
+
+    Args:
+        sequential: the interval holds at every look; otherwise it is of the one number of seeds that was asked for.
+    """
+    a = [r["metrics"][check.metric] for r in found[check.arm]]
+    b = [check.factor * r["metrics"][check.other_metric or check.metric] for r in found[check.other]]
+    difference = paired_sequence(a, b) if sequential else paired(a, b)
+    return {
+        "says": check.says,
+        "arm": check.arm,
+        "other": check.other,
+        "metric": check.metric,
+        **({"other_metric": check.other_metric} if check.other_metric else {}),
+        **({"factor": check.factor} if check.factor != 1 else {}),
+        "threshold": check.threshold,
+        "difference": difference.mean,
+        "interval": [difference.low, difference.high],
+        "verdict": verdict(difference, check.threshold, check.higher_is_better),
+    }
+
+
+def assemble(
+    claim: Claim, chosen: Mapping[str, int], found: Found, checks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The result of a claim but for how it was asked for."""
+    return {
+        "claim": claim.statement,
+        "caveat": claim.caveat,
+        "arms": {label: _arm(claim, label, chosen[label], found[label], checks) for label in claim.arms},
+        **{k: checks[0][k] for k in ("metric", "difference", "interval", "verdict")},
+        "checks": list(checks),
+        "budget": _budget(claim, found),
+        "commit": _commit(),
+        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+    }
+
+
+def _arm(
+    claim: Claim, label: str, chosen: int, results: Sequence[Mapping[str, Any]], checks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    asked = dict.fromkeys(m for c in checks for m in (c["metric"], c.get("other_metric")) if m is not None)
+    metrics = [m for m in asked if all(m in r["metrics"] for r in results)]  # some are of a method's own
+    own = {m: interval([r["metrics"][m] for r in results]) for m in metrics}
+    arm = claim.arms[label]
+    return {
+        "method": arm.method,
+        "options": dict(arm.options),
+        "chosen": dict(arm.candidates[chosen]),
+        "metrics": {m: {"mean": i.mean, "interval": [i.low, i.high]} for m, i in own.items()},
+        "values": {m: [r["metrics"][m] for r in results] for m in metrics},
+    }
+
+
+def _budget(claim: Claim, found: Found) -> dict[str, Any]:
+    return {
+        "seeds": len(next(iter(found.values()))),
+        "first_seed": claim.first_seed,
+        "tuning_trials_per_arm": claim.candidates,
+        "micro_batches": {label: rs[0]["cost"]["steps"] for label, rs in found.items()},
+        "forwards": {label: rs[0]["cost"]["forwards"] for label, rs in found.items()},
+        "seconds": {label: round(sum(r["cost"]["seconds"] for r in rs), 1) for label, rs in found.items()},
+    }
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """The checks of a claim for a terminal."""
+    table = Table("what is claimed", "metric", "difference [95 %]", "threshold", "verdict", title=str(result["claim"]))
+    for check in result["checks"]:
+        low, high = check["interval"]
+        span = f"{check['difference']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+        table.add_row(check["says"], check["metric"], span, f"{check['threshold']:+g}", check["verdict"])
+    if "stopped" in result:
+        table.caption = f"{result['budget']['seeds']} seeds, {result['setting']}: {result['stopped']}"
+    return table

@@ -1,0 +1,144 @@
+"""The project's own files: read with damage told in one line, written whole, sealed with the hash of what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from understudy.errors import InputError
+from understudy.masking import masked
+from understudy.reading import parse_json
+
+COMPLETE = "complete.json"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; `None` where there is no such file.
+
+    Raises:
+        InputError: the file is damaged or holds something else than an object.
+    """
+    try:
+        value = parse_json(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}.") from error
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error} Put the file back as it was written.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds a {type(value).__name__}, not an object with keys.")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, secrets masked, to a file that is whole or as it was before."""
+    with writing(path):
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.write_text(json.dumps(masked(value), indent=1))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_log(
+    path: Path, whole: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> tuple[list[dict[str, Any]], int]:
+    """The records of a log of JSON lines, and how many of its lines are damaged.
+
+    Args:
+        whole: what a record must fulfil beside this.
+
+    A record is an object whose `step` is a finite number, 0 or more. A last line that a kill cut short is left out and
+    not counted: its step is taken again.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    last = lines.pop()  # empty where the file ends with a whole line
+    if _record(last) is not None:
+        lines.append(last)
+    records = [_record(line) for line in lines]
+    kept = [r for r in records if r is not None and whole(r)]
+    return kept, len(records) - len(kept)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+        step = value["step"]
+        return value if not isinstance(step, bool) and math.isfinite(step) and step >= 0 else None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written (a full disk, no permission) into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be written: {_reason(error)}. Free space, change permissions or choose another output; the "
+            "same command goes on from what is whole."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())[:200].rstrip(".")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder complete: `complete.json` with the hash of each of its files, flushed, and put in place last."""
+    with writing(folder / COMPLETE):
+        digests = {
+            p.relative_to(folder).as_posix(): digest(p)
+            for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.relative_to(folder).as_posix() not in (COMPLETE, COMPLETE + ".tmp")
+        }
+        temporary = folder / (COMPLETE + ".tmp")
+        with temporary.open("w") as file:
+            json.dump(digests, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / COMPLETE)
+
+
+def differing(folder: Path, digests: Mapping[str, Any]) -> str | None:
+    """The first file of a folder that is missing or has another hash than is given, or `None`."""
+    for name, wanted in digests.items():
+        if not (folder / name).is_file() or digest(folder / name) != wanted:
+            return name
+    return None
+
+
+def check_seal(folder: Path) -> None:
+    """Compare the files of a folder with its seal, if it has one.
+
+    Raises:
+        InputError: a file is missing or was changed since.
+    """
+    name = differing(folder, read_json(folder / COMPLETE) or {})
+    if name is not None:
+        raise InputError(
+            f"{folder} is not as it was saved: {name} is missing or has another hash than {COMPLETE} says. Put the file "
+            f"back, or train again; if the change is meant, delete {COMPLETE}."
+        )

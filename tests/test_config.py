@@ -17,7 +17,7 @@ from engine_cases import DIGITS, TEXT
 from understudy import distill
 from understudy.cli import main
 from understudy.cli.options import out
-from understudy.data import graphs, images, preferences, retrieval_sources, text
+from understudy.data import classified_texts, graphs, images, preferences, retrieval_sources, text
 from understudy.errors import InputError
 from understudy.keys import matching, page, sections
 from understudy.masking import MASK, masked, masked_text
@@ -404,6 +404,7 @@ def test_keys_of_data_are_all_described():
         "preferences": preferences.OPTIONS,
         "node_classification": graphs.OPTIONS,
         "ranking": retrieval_sources.OPTIONS,
+        "text_classification": classified_texts.OPTIONS,
     }
     for task, known in read.items():
         assert set(known) <= set(KEYS[task].model_fields), task
@@ -422,6 +423,7 @@ METHOD = {
         "image_generation": "boot",
         "ranking": "margin-mse",
         "text_generation": "symbolic-kd",
+        "text_classification": "kd",
     },
 }
 

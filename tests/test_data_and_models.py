@@ -173,7 +173,7 @@ def test_small_networks_round_trip_and_show_features(tmp_path):
 def test_a_module_of_other_classes_is_refused(outputs):
     batch = Batch({"pixel_values": torch.rand(2, 1, 4, 4)}, torch.tensor([0, 4]), torch.arange(2))
     rows = ClassifierAdapter(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, outputs)), 5)
-    with pytest.raises(InputError, match=rf"Sequential gives \(2, {outputs}\) for 2 images of 5 classes"):
+    with pytest.raises(InputError, match=rf"Sequential gives \(2, {outputs}\) for 2 examples of 5 classes"):
         rows(batch)
 
 

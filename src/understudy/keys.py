@@ -16,6 +16,7 @@ from understudy.errors import InputError, nearest
 from understudy.generation.limits import Endpoint
 from understudy.methods import all_methods
 from understudy.models.ranker_loading import MEANINGS
+from understudy.models.text_classifiers import OPTIONS as TEXT_CLASSIFIER
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import ModelSpec
 from understudy.tasks.data_keys import KEYS
@@ -44,7 +45,8 @@ def sections() -> dict[str, list[Key]]:
     teacher = dict.fromkeys(("members", "weights", "mix", "route", "score", "cache"), "teacher")
     models = [*of_model(ModelSpec, "model."), *of_model(Endpoint, "model.endpoint.")]
     named = [_renamed(key, teacher.get(key.name.split(".")[1])) for key in models]
-    options = [Key(f"SIDE.options.{k}", t, d, m, "ranking") for k, (t, d, m) in MEANINGS.items()]
+    of_tasks = {"ranking": MEANINGS, "text_classification": TEXT_CLASSIFIER}
+    options = [Key(f"SIDE.options.{k}", *facts, task) for task, keys in of_tasks.items() for k, facts in keys.items()]
     on_policy = [
         *of_model(OnPolicy, "on_policy."),
         *of_model(Replay, "on_policy.replay."),

@@ -58,7 +58,16 @@ class Batch:
 
     @property
     def kind(self) -> str:
-        return "text" if self.labels.dim() == 2 else "image"
+        """`text`: rows are tokens; `classification`: rows are examples with a class."""
+        return "text" if self.labels.dim() == 2 else "classification"
+
+    @property
+    def contents(self) -> list[tuple[Tensor, ...]]:
+        """What each example consists of, without padding: equal where a model would be asked the same again."""
+        if self.kind != "text":
+            return [tuple(v[i] for v in self.inputs.values()) for i in range(len(self.labels))]
+        kept = self.inputs["attention_mask"].bool()
+        return [(i[m], y[m]) for i, y, m in zip(self.inputs["input_ids"], self.labels, kept, strict=True)]
 
     @cached_property
     def mask(self) -> Tensor:

@@ -29,7 +29,7 @@ class DHKD(Method):
 
     name = "dhkd"
     paper = 40
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = "as kd, and one small head; aligning gradients adds a second backward pass"
     page: ClassVar[dict[str, str]] = {
         "when": "Classification with the teacher's raw logits, above all when the teacher is weak or differs in kind.",

@@ -20,7 +20,7 @@ class KD(Method):
     """Match the teacher's softened distribution, beside the labels."""
 
     name = "kd"
-    kinds = frozenset({"image", "text", "graph"})
+    kinds = frozenset({"classification", "text", "graph"})
     variants = "divergence"
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "

@@ -56,7 +56,7 @@ class LELP(Method):
 
     name = "lelp"
     paper = 6
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = "as kd; once, a teacher forward an example and a singular value decomposition a class (embeddings in memory)"
     page: ClassVar[dict[str, str]] = {
         "when": "Two or a few classes that have parts the teacher can tell apart, and little transfer data. It needs no "

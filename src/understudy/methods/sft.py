@@ -17,7 +17,7 @@ class SFT(Method):
     """Cross-entropy with the labels; RankNet on rankings."""
 
     name = "sft"
-    kinds = frozenset({"image", "text", "preference", "graph", "ranking"})
+    kinds = frozenset({"classification", "text", "preference", "graph", "ranking"})
     cost = "one student forward and backward a row; no teacher"
     page: ClassVar[dict[str, str]] = {
         "when": "As the baseline, and whenever labels are plentiful.",

@@ -11,7 +11,6 @@ virtual step of θ on L.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -28,6 +27,7 @@ from understudy.models import ModelOutput, evaluating
 from understudy.streaming import rowwise
 from understudy.targets import Target
 from understudy.teachers import LocalTeacher
+from understudy.teachers.cache.store import content_key
 from understudy.training import (
     AuxiliaryContext,
     AuxiliaryOptimizer,
@@ -48,7 +48,7 @@ class TGeoKD(Method):
 
     name = "tgeo-kd"
     paper = 35
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = (
         "as kd; an update in which the ratio network moves adds three student forwards and one backward a row, one "
         "teacher forward a row, and one student forward and backward a validation example"
@@ -243,5 +243,5 @@ def _need_labels(split: str, ids: Tensor, has: Tensor) -> None:
 
 
 def _prints(batch: Batch) -> list[bytes]:
-    """A hash of each image."""
-    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in batch.inputs["pixel_values"].cpu()]
+    """A hash of each example's content."""
+    return [content_key(*parts) for parts in batch.contents]

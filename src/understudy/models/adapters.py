@@ -99,7 +99,7 @@ class ModelAdapter(nn.Module):
 
 
 class ClassifierAdapter(ModelAdapter):
-    """An image classifier.
+    """An image classifier. A subclass that reads other inputs writes `logits`.
 
     Args:
         model: takes `[images, channels, height, width]`, returns logits or an output with `logits`.
@@ -121,10 +121,8 @@ class ClassifierAdapter(ModelAdapter):
         self.class_names: tuple[dict[int, str], dict[str, int]] | None = None  # kept while the model has another head
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
-        pixels = self.shown(batch.inputs["pixel_values"])
-        dtype = next(self.model.parameters()).dtype
         if not features:
-            return ModelOutput(Dense(batch.select(self._logits(pixels.to(dtype)))))
+            return ModelOutput(Dense(batch.select(self.logits(batch))))
         head = find_head(self)
         if head is None:
             raise InputError(
@@ -133,12 +131,21 @@ class ClassifierAdapter(ModelAdapter):
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
-            logits = self._logits(pixels.to(dtype))
+            logits = self.logits(batch)
         finally:
             hook.remove()
         if not seen:
             raise InputError(f"The head of {type(self.model).__name__} was never called: its features cannot be read.")
-        return ModelOutput(Dense(batch.select(logits)), batch.select(seen[-1]))
+        return ModelOutput(Dense(batch.select(logits)), batch.select(self.head_inputs(seen[-1], batch)))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """`[examples, classes]`."""
+        pixels = self.shown(batch.inputs["pixel_values"]).to(next(self.model.parameters()).dtype)
+        return self.checked(self.model(pixels), len(pixels))
+
+    def head_inputs(self, seen: Tensor, batch: Batch) -> Tensor:
+        """`[examples, width]`, of what the head was given."""
+        return seen
 
     def shown(self, pixels: Tensor) -> Tensor:
         """Preprocess pixels in [0, 1] for the model."""
@@ -168,7 +175,7 @@ class ClassifierAdapter(ModelAdapter):
         blank = self.shown(torch.zeros(2, *shape, device=first.device)).to(first.dtype)
         with evaluating(self.model):
             try:
-                self._logits(blank)
+                self.checked(self.model(blank), len(blank))
             except InputError:
                 raise
             except Exception as error:  # models raise any type on inputs that they do not support
@@ -177,17 +184,17 @@ class ClassifierAdapter(ModelAdapter):
                     "such images, or one with a preprocessor_config.json that makes them its size."
                 ) from error
 
-    def _logits(self, pixels: Tensor) -> Tensor:
-        output = self.model(pixels)
+    def checked(self, output: Any, examples: int) -> Tensor:
+        """The logits in what a model returned for so many examples."""
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise InputError(f"{type(self.model).__name__} returns a {type(output).__name__}, not logits.")
         if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
             return torch.cat([torch.zeros_like(logits), logits], -1)
-        if logits.shape != (len(pixels), self.classes):
+        if logits.shape != (examples, self.classes):
             raise InputError(
-                f"{type(self.model).__name__} gives {tuple(logits.shape)} for {len(pixels)} images of {self.classes} classes: "
-                "one row of logits an image is expected. Choose a model of these classes, or data of its."
+                f"{type(self.model).__name__} gives {tuple(logits.shape)} for {examples} examples of {self.classes} classes: "
+                "one row of logits an example is expected. Choose a model of these classes, or data of its."
             )
         return logits
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerBase
 
 from understudy.data.folders import find
 from understudy.data.retrieval_batches import View
@@ -135,7 +135,7 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
         assert folder is not None
         body = _load_static(folder)
     elif is_new_encoder(name):
-        body = AutoModel.from_config(_bert(name, view), add_pooling_layer=False)
+        body = AutoModel.from_config(bert_config(name, view.tokenizer), add_pooling_layer=False)
     else:
         body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code, new_head=True)
     if isinstance(getattr(body, "pooler", None), nn.Module):
@@ -152,7 +152,7 @@ def load_cross(name: str, view: View, dtype: str, trust_remote_code: bool, quant
     if name.startswith("embedding"):
         raise InputError(f"{name!r} has no context, so it cannot compare a pair: use bert:... or a pretrained encoder.")
     if is_new_encoder(name):
-        config = _bert(name, view)
+        config = bert_config(name, view.tokenizer)
         config.num_labels = 1
         model: nn.Module = AutoModelForSequenceClassification.from_config(config)
     else:
@@ -197,7 +197,8 @@ def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
         )
 
 
-def _bert(name: str, view: View) -> BertConfig:
+def bert_config(name: str, tokenizer: PreTrainedTokenizerBase) -> BertConfig:
+    """That of a new BERT: `bert:hidden=64,layers=2,heads=4,context=512`."""
     values = {"hidden": 64, "layers": 2, "heads": 4, "context": 512}
     for item in filter(None, name.partition(":")[2].split(",")):
         key, _, value = item.partition("=")
@@ -207,7 +208,7 @@ def _bert(name: str, view: View) -> BertConfig:
     if values["hidden"] % values["heads"]:
         raise InputError(f"{name!r}: hidden must be a multiple of heads.")
     return BertConfig(
-        vocab_size=len(view.tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=values["hidden"],
         intermediate_size=4 * values["hidden"],
         num_hidden_layers=values["layers"],
@@ -215,7 +216,7 @@ def _bert(name: str, view: View) -> BertConfig:
         max_position_embeddings=values["context"],
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        pad_token_id=view.tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

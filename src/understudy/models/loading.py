@@ -55,12 +55,17 @@ def load_classifier(
         model = auto_model(
             AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code, new_head=True
         )
+    check_classes(name, model, classes)
+    return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
+
+
+def check_classes(name: str, model: nn.Module, classes: int) -> None:
+    """Refuse a classifier of another number of classes."""
     found = _classes(model)
     if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output has two classes
         raise InputError(
             f"{name} has {found} classes and the data has {classes}. Choose a model of these classes, or data of its."
         )
-    return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
 
 
 def _classes(model: nn.Module) -> int | None:

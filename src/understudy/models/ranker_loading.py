@@ -53,7 +53,7 @@ def load_ranker(
     folder = find(name)
     saved = _saved(folder) if folder is not None else {}
     options = {**saved, **options}
-    scorer = options.get("scorer") or ("cross" if _is_classifier(name, folder, trust_remote_code) else "dot")
+    scorer = options.get("scorer") or ("cross" if is_classifier(name, folder, trust_remote_code) else "dot")
     if scorer not in SCORERS:
         raise InputError(f"options.scorer is {scorer!r}; known: {', '.join(SCORERS)}.")
     if scorer == "cross":
@@ -89,7 +89,8 @@ def _saved(folder: Path) -> dict[str, Any]:
     return read_object(file) if file.is_file() else {}
 
 
-def _is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bool:
+def is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bool:
+    """Whether a saved model has the head of a sequence classifier."""
     if is_new_encoder(name) or (folder is not None and not (folder / "config.json").is_file()):
         return False
     if folder is not None:

@@ -130,18 +130,33 @@ class BiEncoderAdapter(RankerAdapter):
         ids, mask, _ = joined([(before, 0), (ids, mask, 0), (after, 0)], self.view.tokenizer.pad_token_id or 0)
         return self.model.side(side)(ids, mask), mask
 
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        """Scores; features are `[queries, 1 + candidates, width]`, the vectors of each query and of its documents."""
+        if not features:
+            return super().answer(batch, features)
+        if not self.searches:
+            raise InputError(f"A ranker with scorer={self.scorer} has no single vector of a text: use scorer=dot.")
+        assert isinstance(batch, RankingBatch)
+        queries, every = (self._vectors(batch, side) for side in ("query", "document"))
+        there = batch.candidates[..., None]
+        documents = every[batch.slots.clamp(min=0)].masked_fill(~there, 0.0)
+        values = (queries[:, None] * documents).sum(-1) * self.model.scale
+        return ModelOutput(Scores(values, batch.candidates), torch.cat([queries[:, None], documents], 1))
+
+    def _vectors(self, batch: RankingBatch, side: str) -> Tensor:
+        """`[texts, width]`, float32."""
+        return self.model.side(side).pooled(*self._tokens(*self._side(batch, side), side)).float()
+
     def pairs(self, batch: RankingBatch, query: Tensor, document: Tensor) -> Tensor:
+        if self.searches:
+            q, d = (self._vectors(batch, side) for side in ("query", "document"))
+            return (q[query] * d[document]).sum(1) * self.model.scale
         queries, query_mask = self._tokens(*self._side(batch, "query"), "query")
         documents, document_mask = self._tokens(*self._side(batch, "document"), "document")
-        if self.scorer == "late":
-            queries, documents = (self.model.side("query").scaled(x) for x in (queries, documents))
-            scores = max_sim(
-                queries[query].float(), documents[document].float(), query_mask[query], document_mask[document]
-            )
-        else:
-            q = self.model.side("query").pooled(queries, query_mask)
-            d = self.model.side("document").pooled(documents, document_mask)
-            scores = (q[query].float() * d[document].float()).sum(1)
+        queries, documents = (self.model.side("query").scaled(x) for x in (queries, documents))
+        scores = max_sim(
+            queries[query].float(), documents[document].float(), query_mask[query], document_mask[document]
+        )
         return scores * self.model.scale
 
     def embed(self, texts: Sequence[str], side: str) -> Tensor:
@@ -176,6 +191,11 @@ class CrossEncoderAdapter(RankerAdapter):
 
     def facts(self) -> dict[str, Any]:
         return {"scorer": "cross"}
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        if features:
+            raise InputError("A cross-encoder has no vector of a text alone: use an encoder with scorer=dot.")
+        return super().answer(batch, features)
 
     def pairs(self, batch: RankingBatch, query: Tensor, document: Tensor) -> Tensor:
         q, q_mask = (x[query] for x in self._side(batch, "query"))

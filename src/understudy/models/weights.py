@@ -114,6 +114,7 @@ def check_weights(name: str, model: nn.Module, found: Mapping[str, Iterable[str]
 
     A missing or unused pooler is accepted silently: many encoders have one, and no model here uses it.
     """
+    model.new_weights = tuple(sorted(found.get("missing_keys", ())))  # type: ignore[assignment]
     missing = sorted(k for k in found.get("missing_keys", ()) if not _of(k, model, "pooler"))
     unexpected = sorted(k for k in found.get("unexpected_keys", ()) if not _of(k, model, "pooler"))
     head = [k for k in missing if new_head and not _in_body(k, model)]

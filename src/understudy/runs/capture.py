@@ -173,7 +173,9 @@ def _batches(
 
 def _identity(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     assert recipe.teacher is not None
-    facts = {key: prepared.hashes[key] for key in ("tokenizer", "template", "ends") if key in prepared.hashes}
+    facts = {
+        key: prepared.hashes[key] for key in ("tokenizer", "template", "ends", "class_names") if key in prepared.hashes
+    }
     return {
         "format": 1,
         "task": recipe.task,

@@ -16,8 +16,8 @@ from understudy.tasks.base import MODULE
 from understudy.training import Method
 
 SIDES = ("teacher", "student")
-IN_MEMORY = ("language_modeling", "preferences", "image_classification", "image_generation")
-"""Tasks that accept data in memory."""
+IN_MEMORY = ("language_modeling", "preferences", "image_classification", "image_generation", "text_classification")
+"""Tasks whose data may be handed over in memory."""
 
 
 class Modules(Mapping[str, nn.Module]):

@@ -166,7 +166,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
                 )
     method = recipe.build_method()
     _check_on_policy(recipe, method, task.kind)
-    if task.kind not in method.kinds:
+    if not task.kinds & method.kinds:
         raise InputError(
             f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
             f"{task.kind} task. Choose another method (`understudy methods`) or task."

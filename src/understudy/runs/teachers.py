@@ -196,8 +196,10 @@ def outputs_alone(method: Method, reason: str) -> None:
 
 
 def _tokens(prepared: Prepared) -> dict[str, Any]:
-    """What a teacher's outputs depend on beside the teacher."""
-    return {key: prepared.hashes[key] for key in ("tokenizer", "template", "ends") if key in prepared.hashes}
+    """What a teacher's answers depend on beside the teacher."""
+    return {
+        key: prepared.hashes[key] for key in ("tokenizer", "template", "ends", "class_names") if key in prepared.hashes
+    }
 
 
 def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapter | None = None) -> ServedTeacher:

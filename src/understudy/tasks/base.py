@@ -75,6 +75,7 @@ class Task(Protocol):
 
     name: str
     kind: str
+    """What its batches are, as a method's `kinds` says it."""
     unit: str
     metric: str
     higher_is_better: bool
@@ -88,6 +89,11 @@ class Task(Protocol):
     """Keys that `options` of teacher and student may hold."""
     mixes: bool
     """Whether the teacher may be an ensemble, which needs class probabilities."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """All kinds that its batches are: `kind`, and more general ones."""
+        ...
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults for missing keys."""
@@ -113,13 +119,18 @@ class TaskDefaults:
     preflight_examples = 256
     start_data: Mapping[str, Any] = MappingProxyType({})
     model_options: frozenset[str] = frozenset()
+    kind: str
     mixes = False
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """`kind` alone."""
+        return frozenset({self.kind})
 
 
 class LabelledTask(TaskDefaults):
     """Base of tasks whose rows have class labels."""
 
-    kind: str
     mixes = True
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:

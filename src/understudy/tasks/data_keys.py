@@ -133,6 +133,23 @@ class _Ranking(BaseModel):
     vocab_size: _Count = Field(4000, description="Of the tokenizer that is trained where no model brings one.")
 
 
+class _ClassifiedTexts(BaseModel):
+    name: str = Field("subjects", description="subjects, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
+    max_length: _Count = Field(128, description="Tokens of a text or pair; what is longer is cut. 80 for subjects.")
+    limit: _Count | None = Field(None, description="Most training records of the student, drawn once; 200 of subjects.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {text: review, label: stars}.")
+    classes: list[str] | None = Field(
+        None, description="Names of the classes by number; the model's or the data's if not given."
+    )
+    domain_column: str | None = Field(None, description="Column that names each record's domain.")
+    unlabelled: _Flag = Field(False, description="Hide the student's training labels.")
+    for_teacher: _Flag = Field(
+        False, description="Train on the teacher's part; set for a teacher that is trained first."
+    )
+    tokenizer: str | None = Field(None, description="Folder or Hub id, for new models.")
+    vocab_size: _Count = Field(2000, description="Of the tokenizer that is trained where no model brings one.")
+
+
 class _Corpus(BaseModel):
     name: str = Field("events_world", description="events_world, events, or a file of seed events.")
     relations: str | None = Field(
@@ -155,6 +172,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "image_generation": _Generation,
     "ranking": _Ranking,
     "text_generation": _Corpus,
+    "text_classification": _ClassifiedTexts,
 }
 """By task."""
 

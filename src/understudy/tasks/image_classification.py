@@ -17,6 +17,7 @@ from understudy.models.processors import Processor, load_processor, plain_proces
 from understudy.models.weights import notes_of
 from understudy.synthetic.images import IMAGES
 from understudy.tasks.base import LabelledTask, Prepared, merged
+from understudy.tasks.class_names import name_classes
 
 _SMALL = {
     "max_steps": 1000,
@@ -41,6 +42,7 @@ class ImageClassification(LabelledTask):
 
     name = "image_classification"
     kind = "image"
+    kinds = frozenset({"image", "classification"})
     unit = "images"
     metric = "accuracy"
     start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
@@ -112,7 +114,7 @@ class ImageClassification(LabelledTask):
         processor = self._processor(name, model, prepared)
         rows = ClassifierAdapter(model, prepared.classes, normalise=normalisation(model), processor=processor)
         rows.try_on(prepared.input_shape)
-        _name_classes(model, prepared.facts["names"], prepared, spec.model)
+        name_classes(model, prepared.facts["names"], prepared, spec.model)
         return rows
 
     def _processor(self, name: str, model: nn.Module, prepared: Prepared) -> Processor | None:
@@ -132,22 +134,3 @@ class ImageClassification(LabelledTask):
                 ]
             )
         return found
-
-
-def _name_classes(model: nn.Module, names: list[str], prepared: Prepared, name: str) -> None:
-    """Store the names of the data's classes in a model's config; plain numbers do not replace its own names."""
-    facts: dict[str, Any] | None = getattr(model, "understudy", None)
-    if facts is not None and len(names) == facts["classes"]:
-        facts["labels"] = list(names)
-    config = getattr(model, "config", None)
-    own: dict[int, str] = getattr(config, "id2label", None) or {}
-    if not isinstance(config, PreTrainedConfig) or len(own) != len(names):
-        return
-    generic = all(label == f"LABEL_{i}" for i, label in own.items())
-    if not generic and all(n.isdigit() for n in names):
-        return
-    here = [own[i].casefold() for i in sorted(own)]
-    there = [n.casefold() for n in names]
-    if here != there and sorted(here) == sorted(there):
-        prepared.warnings.append(f"{name} numbers the classes otherwise than the data: {', '.join(here[:3])}, ...")
-    config.id2label, config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}

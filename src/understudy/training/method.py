@@ -110,7 +110,8 @@ class Method(BaseModel):
     """Base class of methods. A subclass is one file: it sets the class attributes below and implements `loss`.
 
     Class attributes: `name` (on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
-    batches that it trains on), `cost` (per step, one line), `page` (when to use it, when not, deviations from the paper),
+    task that it trains on: `classification` where rows are examples with a class, `image` where these must be images),
+    `cost` (per step, one line), `page` (when to use it, when not, deviations from the paper),
     `variants` (an option whose values are also names of methods: `method=kto` is `dpo` with that value).
     """
 
@@ -118,7 +119,7 @@ class Method(BaseModel):
 
     name: ClassVar[str]
     paper: ClassVar[int | None] = None
-    kinds: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"classification", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
     variants: ClassVar[str | None] = None

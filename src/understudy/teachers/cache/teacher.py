@@ -32,14 +32,8 @@ HEAD = re.compile(r"head-([0-9a-f]{64})\.safetensors|head\.safetensors")
 
 
 def example_keys(batch: Batch) -> list[bytes]:
-    """The key of each example of a batch, from its inputs without padding and its labels."""
-    if batch.kind == "text":
-        kept = batch.inputs["attention_mask"].bool()
-        return [
-            content_key(ids[m], labels[m])
-            for ids, labels, m in zip(batch.inputs["input_ids"], batch.labels, kept, strict=True)
-        ]
-    return [content_key(*(v[i] for v in batch.inputs.values())) for i in range(len(batch.labels))]
+    """The key of each example of a batch, by its content."""
+    return [content_key(*parts) for parts in batch.contents]
 
 
 @dataclass(frozen=True)

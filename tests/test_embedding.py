@@ -1,0 +1,74 @@
+"""Embedding distillation: distances, principal directions, and an encoder that becomes a narrower one."""
+
+import json
+
+import pytest
+import torch
+
+from understudy import InputError, distill
+from understudy.losses.embeddings import cosine_distance, embedding_mse, principal_directions
+
+
+def test_distances_at_their_limits():
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    near = dict(atol=1e-12, rtol=0)
+    torch.testing.assert_close(cosine_distance(x, 3 * x), torch.zeros(5).double(), **near)
+    torch.testing.assert_close(cosine_distance(x, -x), 2 * torch.ones(5).double(), **near)
+    torch.testing.assert_close(embedding_mse(x, x + 2), 4 * torch.ones(5).double(), **near)
+    zero = torch.zeros(1, 4, requires_grad=True)
+    value = cosine_distance(zero, torch.ones(1, 4))
+    value.sum().backward()
+    assert value.item() == 1 and torch.isfinite(zero.grad).all()
+
+
+def test_principal_directions_are_those_of_the_singular_values():
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(1)).double() * torch.tensor([5, 4, 3, 2, 1, 0.5])
+    found = principal_directions(x + 7, 3)
+    wanted = torch.linalg.svd(x - x.mean(0)).Vh[:3].T
+    torch.testing.assert_close((found.T @ wanted).abs(), torch.eye(3).double(), atol=1e-8, rtol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(3).double(), atol=1e-10, rtol=0)
+
+
+def triples(path, number=80):
+    """Queries of one word, with a document that has it and one that has not."""
+    words = [f"{a}{b}" for a in "bdfgklmn" for b in ("ala", "omo", "iri", "utu", "ene")]
+    rows = []
+    for i in range(number):
+        word, other = words[i % len(words)], words[(i * 7 + 3) % len(words)]
+        rows.append(
+            {"query": f"{word} {i // len(words)}", "positive": f"the {word} text", "negative": f"a {other} text"}
+        )
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def recipe(tmp_path, **more):
+    return {
+        "task": "ranking",
+        "method": "embedding",
+        "data": {"name": str(triples(tmp_path / "triples.jsonl")), "vocab_size": 300},
+        "teacher": "embedding:12",
+        "student": "embedding:6",
+        "trainer": {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 3e-2, "logging_steps": 10},
+    } | more
+
+
+def logged(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["embedding"] for row in rows if "embedding" in row]
+
+
+@pytest.mark.parametrize("options", [{"reduce": "pca", "distance": "mse"}, {"reduce": "pca"}, {"reduce": "projection"}])
+def test_a_narrower_encoder_learns_the_vectors(tmp_path, options):
+    result = distill(recipe(tmp_path, options=options), output=str(tmp_path / "run"))
+    losses = logged(tmp_path / "run")
+    assert losses[-1] < 0.6 * losses[0], losses
+    assert (tmp_path / "run" / "student" / "modules.json").is_file() and "ndcg_10" in result.metrics
+
+
+def test_widths_that_differ_are_refused_with_the_remedy(tmp_path):
+    with pytest.raises(InputError, match=r"have 6 entries and the teacher's 12: set options\.reduce=projection or pca"):
+        distill(recipe(tmp_path), output=str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"have 24 entries and the teacher's 12: set options\.reduce=projection, or"):
+        wide = recipe(tmp_path, student="embedding:24", options={"reduce": "pca"})
+        distill(wide, output=str(tmp_path / "other"))

@@ -1,0 +1,408 @@
+"""Text classification: data of all forms, models of all forms, and every method whose rows are classes."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from engine_cases import OPTIONS, killed_run, weights
+from text_classes import as_csv, as_lines, classifier, reviews
+from understudy import distill
+from understudy.cli.main import main
+from understudy.data import Batch
+from understudy.data.classified_batches import Reading, TextClassBatch, TextClassCollator
+from understudy.data.classified_texts import SETS, load_classified
+from understudy.errors import InputError
+from understudy.methods import get
+from understudy.models import load_tokenizer
+from understudy.models.text_classifiers import TextClassifierAdapter, class_names, load_text_classifier
+from understudy.runs.recipe import make
+from understudy.tasks import get as get_task
+from understudy.teachers.cache.teacher import example_keys
+from understudy.training.reduction import Counts, sum_terms
+
+TRAINER = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 8,
+    "save_steps": 4,
+    "logging_steps": 4,
+    "learning_rate": 1e-2,
+}
+
+
+def call(capsys, *words):
+    """Run a command that must succeed."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, words)))
+    assert stop.value.code == 0, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return classifier(tmp_path_factory.mktemp("models") / "teacher")
+
+
+def recipe(teacher, data, **more):
+    return {
+        "task": "text_classification",
+        "data": {"name": str(data), "max_length": 16, "vocab_size": 300},
+        "teacher": str(teacher),
+        "student": "embedding:8",
+        "trainer": TRAINER,
+        "method": "kd",
+    } | more
+
+
+def test_a_saved_bert_is_distilled_from_a_csv_in_one_command(tmp_path, teacher, capsys):
+    """What was saved by plain transformers comes back for plain transformers, smaller, with its label names."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    data, out = as_csv(tmp_path / "reviews.csv", reviews(300)), tmp_path / "run"
+    words = [
+        *(
+            "task=text_classification",
+            "method=kd",
+            f"data={data}",
+            f"teacher={teacher}",
+            "student=bert:hidden=8,layers=1,heads=2",
+        ),
+        *(
+            "data.max_length=16",
+            "data.vocab_size=300",
+            "trainer.max_steps=150",
+            "trainer.learning_rate=0.01",
+            f"output={out}",
+        ),
+    ]
+    call(capsys, "train", *words)
+    metrics = json.loads((out / "evaluation.json").read_text())["metrics"]
+    assert metrics["teacher_accuracy"] == 1 and metrics["accuracy"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(out / "student")
+    tokenizer = AutoTokenizer.from_pretrained(out / "student")
+    assert model.config.id2label == {0: "good", 1: "bad"} and model.config.hidden_size == 8
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    said = [row["label"] for row in classify([r["text"] for r in reviews(40, seed=9)])]
+    assert sum(a == r["label"] for a, r in zip(said, reviews(40, seed=9), strict=True)) >= 36
+
+
+def test_word_vectors_load_in_plain_transformers_and_do_not_see_order(tmp_path, teacher):
+    from transformers import pipeline
+
+    data = as_lines(tmp_path / "reviews.jsonl", reviews(300))
+    result = distill(recipe(teacher, data, trainer={**TRAINER, "max_steps": 100}), output=str(tmp_path / "run"))
+    assert result.metrics["accuracy"] > 0.9
+    classify = pipeline("text-classification", model=str(tmp_path / "run" / "student"))
+    one, other = classify(["the film was superb and warm", "warm and superb was the film"])
+    assert one["label"] == "good" and one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "pld", "taid", "dhkd", "lelp", "tgeo-kd"])
+def test_every_method_of_classes_works(tmp_path, teacher, method):
+    """Unchanged, with a teacher of other tokens."""
+    data = as_csv(tmp_path / "d.csv", reviews(60))
+    given = recipe(teacher, data, method=method, options=OPTIONS[method], student="bert:hidden=8,layers=1,heads=2")
+    result = distill(given, output=str(tmp_path / "run"))
+    assert 0 <= result.metrics["accuracy"] <= 1 and result.student.config.id2label == {0: "good", 1: "bad"}
+
+
+@pytest.mark.parametrize("method", ["hard", "trg"])
+def test_methods_of_images_say_so(teacher, method):
+    with pytest.raises(InputError, match=rf"Method '{method}' works on image tasks and 'text_classification' is a"):
+        make({"task": "text_classification", "method": method})
+    assert make({"task": "image_classification", "method": method}).method == method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["after", "saving"])
+def test_a_killed_run_ends_in_the_same_weights(tmp_path, teacher, moment):
+    data = as_csv(tmp_path / "d.csv", reviews(60))
+    whole, broken = ({**recipe(teacher, data), "output": str(tmp_path / name)} for name in ("whole", "broken"))
+    distill(whole)
+    assert killed_run(broken, 8, moment)
+    distill(broken)
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_gradient_of_a_batch_is_that_of_any_split(tmp_path, teacher):
+    """Padding differs from split to split, and teacher and student read other tokens."""
+    rows = [{**r, "text": r["text"] + " very" * (i % 5), "id": i, "label": i % 2} for i, r in enumerate(reviews(12))]
+    reading = Reading(load_tokenizer(str(teacher)), 16)
+    collate, method = TextClassCollator([reading]), get("kd")()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        student = load_text_classifier("bert:hidden=8,layers=1,heads=2", reading, classes=2).double()
+    ours = TextClassifierAdapter(student, 2, reading)
+    theirs = TextClassifierAdapter(load_text_classifier(str(teacher), reading, classes=2).double(), 2, reading)
+
+    def gradient(sizes):
+        student.zero_grad()
+        start, batches = 0, []
+        for size in sizes:
+            batches.append(Batch.from_dict(collate(rows[start : start + size])))
+            start += size
+        counts = Counts.total([Counts.of(b, "token_mean", {}) for b in batches], lambda values: values)
+        for batch in batches:
+            with torch.no_grad():
+                taught = theirs(batch)
+            sums = sum_terms(method.loss(ours(batch), taught, batch, None), batch, "token_mean")
+            sum(counts.divide(name, total) for name, total in sums.losses.items()).backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    whole = gradient([12])
+    assert whole.abs().max() > 1e-4
+    for sizes in ([6, 6], [1, 4, 7], [1] * 12):
+        torch.testing.assert_close(gradient(sizes), whole, rtol=1e-6, atol=1e-9)
+
+
+def test_an_example_is_known_again_whatever_the_padding_and_the_student(teacher):
+    rows = [{"text": "the film", "label": 0, "id": 0}, {"text": "a very quite dull story", "label": 1, "id": 1}]
+    reading = Reading(load_tokenizer(str(teacher)), 16)
+    both = Batch.from_dict(TextClassCollator([reading])(rows))
+    alone = Batch.from_dict(TextClassCollator([Reading(load_tokenizer(str(teacher)), 16)])(rows[:1]))
+    assert isinstance(both, TextClassBatch) and both.kind == "classification"
+    assert example_keys(both)[0] == example_keys(alone)[0] != example_keys(both)[1]
+    other = Batch.from_dict(TextClassCollator([Reading(load_tokenizer(str(teacher)), 3)])(rows[:1]))
+    assert example_keys(other) != example_keys(alone)
+
+
+def test_a_cache_answers_for_the_teacher(tmp_path, teacher, capsys):
+    data = as_csv(tmp_path / "d.csv", reviews(60))
+    live = recipe(teacher, data)
+    first = distill(live, output=str(tmp_path / "live"))
+    words = [
+        f"teacher={teacher}",
+        f"data.name={data}",
+        "data.max_length=16",
+        "student=embedding:4",
+        "data.vocab_size=290",
+    ]
+    folder = tmp_path / "cache"
+    call(
+        capsys,
+        "cache",
+        "capture",
+        "task=text_classification",
+        "method=kd",
+        *words,
+        "--output",
+        folder,
+        "--support",
+        "dense",
+    )
+    cached = {**live, "teacher": {"model": str(teacher), "cache": str(folder)}}
+    second = distill(cached, output=str(tmp_path / "cached"))
+    assert second.metrics["nll"] == pytest.approx(first.metrics["nll"], abs=5e-3)
+
+
+PAIR = [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h")] * 5
+FORMS = {
+    "text": [{"text": a, "label": i % 2} for i, (a, _) in enumerate(PAIR)],
+    "sentence": [{"sentence": a, "label": i % 2} for i, (a, _) in enumerate(PAIR)],
+    "text_pair": [{"text": a, "text_pair": b, "label": i % 2} for i, (a, b) in enumerate(PAIR)],
+    "text_a": [{"text_a": a, "text_b": b, "label": i % 2} for i, (a, b) in enumerate(PAIR)],
+    "premise": [{"premise": a, "hypothesis": b, "label": i % 2, "idx": i} for i, (a, b) in enumerate(PAIR)],
+    "sentence1": [{"sentence1": a, "sentence2": b, "label": i % 2} for i, (a, b) in enumerate(PAIR)],
+    "question": [{"question": a, "sentence": b, "label": i % 2} for i, (a, b) in enumerate(PAIR)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_by_the_names_that_others_give_them(tmp_path, form):
+    found = load_classified({"name": str(as_lines(tmp_path / "d.jsonl", FORMS[form]))})
+    paired = form not in ("text", "sentence")
+    assert all(("text_pair" in r) == paired for r in found.everything)
+    assert sorted({(r["text"], r.get("text_pair")) for r in found.everything}) == sorted(
+        {(a, b if paired else None) for a, b in PAIR}
+    )
+    assert found.classes == ["0", "1"] and len(found.train) + len(found.validation) + len(found.test) == 20
+    assert any("idx" in note for note in found.notes) == (form == "premise")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder", "memory", "dataset"])
+def test_files_folders_and_lists_hold_the_same(tmp_path, kind):
+    from understudy.data.memory import keep
+
+    rows = [{"review": r["text"], "mood": r["label"]} for r in reviews(40)]
+    if kind == "csv":
+        name = as_csv(tmp_path / "d.csv", rows)
+    elif kind == "jsonl":
+        name = as_lines(tmp_path / "d.jsonl", rows)
+    elif kind == "parquet":
+        name = tmp_path / "d.parquet"
+        Dataset.from_list(rows).to_parquet(name)
+    elif kind == "folder":
+        name = tmp_path / "d"
+        name.mkdir()
+        as_csv(name / "train.csv", rows[:30])
+        as_csv(name / "dev.csv", rows[30:])
+    else:
+        name = keep(rows if kind == "memory" else Dataset.from_list(rows))
+    found = load_classified({"name": str(name), "columns": {"text": "review", "label": "mood"}})
+    every = [*found.train, *found.validation, *found.test]
+    assert sorted((r["text"], found.classes[r["label"]]) for r in every) == sorted(
+        (r["review"], r["mood"]) for r in rows
+    )
+    assert len(found.validation) == (10 if kind == "folder" else len(found.validation)) and found.classes == [
+        "bad",
+        "good",
+    ]
+
+
+NUMBERING = {  # labels of the data, names that a model has, data.classes → classes and the numbers of the labels
+    "names by alphabet": (["b", "a"], None, None, ["a", "b"], [1, 0]),
+    "the model's order": (["good", "bad"], ["good", "bad"], None, ["good", "bad"], [0, 1]),
+    "the model's order, in capitals": (["good", "bad"], ["GOOD", "BAD"], None, ["good", "bad"], [0, 1]),
+    "a class that the data lack": (["good", "bad"], ["good", "so", "bad"], None, ["good", "so", "bad"], [0, 2]),
+    "numbers under the model's names": ([1, 0], ["no", "yes"], None, ["no", "yes"], [1, 0]),
+    "numbers as text": (["1", "0"], ["no", "yes"], None, ["no", "yes"], [1, 0]),
+    "numbers under given names": ([0, 1], ["no", "yes"], ["nay", "aye"], ["nay", "aye"], [0, 1]),
+    "given order": (["good", "bad"], ["good", "bad"], ["bad", "good"], ["bad", "good"], [1, 0]),
+    "numbers from 1": ([1, 2, 10], None, None, ["1", "2", "10"], [0, 1, 2]),
+    "whole numbers with a point": ([1.0, 0.0], None, None, ["0", "1"], [1, 0]),
+    "truth values": ([True, False], None, None, ["false", "true"], [1, 0]),
+    "other names than the model's": (["b", "a"], ["x", "y"], None, ["a", "b"], [1, 0]),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERING)
+def test_classes_are_numbered_as_the_model_has_them(tmp_path, case):
+    labels, known, chosen, classes, numbers = NUMBERING[case]
+    rows = [{"text": str(label), "label": label} for label in labels] * 10
+    spec = {"name": str(as_lines(tmp_path / "d.jsonl", rows))} | ({"classes": chosen} if chosen else {})
+    found = load_classified(spec, known)
+    assert found.classes == classes
+    given = {r["text"]: r["label"] for r in [*found.everything, *found.test]}
+    assert [given[str(label)] for label in labels] == numbers
+    assert any("none of the model's classes" in n for n in found.notes) == (case == "other names than the model's")
+
+
+BAD = {
+    "no label": ([{"text": "a", "label": None}], "record 0 .*the label is None; give one class"),
+    "an empty label": ([{"text": "a", "label": " "}], "the label is ' '"),
+    "part of a class": ([{"text": "a", "label": 0.5}], "the label is 0.5"),
+    "several classes": ([{"text": "a", "label": [0, 1]}], r"the label is \[0, 1\]"),
+    "no text": ([{"text": 3, "label": 0}], "text is int, not text"),
+    "one class": ([{"text": "a", "label": "x"}] * 20, r"has 1 class \(x\)\. Give records of at least two"),
+    "no known column": ([{"body": "a", "label": 0}], "has columns body, label; expected one of: .*premise"),
+    "texts and pairs": (
+        [{"text": "a", "label": 0}, {"text_a": "a", "text_b": "b", "label": 1}],
+        "holds single texts and pairs",
+    ),
+    "a foreign name": (
+        [{"text": "a", "label": "god"}, {"text": "b", "label": "bad"}],
+        "label 'god' is none of data.classes.*Did you mean 'good'",
+        {"classes": ["good", "bad"]},
+    ),
+    "classes twice": (
+        [{"text": "a", "label": 0}],
+        "data.classes is .* list of different names",
+        {"classes": ["a", "a"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_are_one_line(tmp_path, case):
+    rows, message, *more = BAD[case]
+    spec = {"name": str(as_lines(tmp_path / "d.jsonl", rows)), **(more[0] if more else {})}
+    with pytest.raises(InputError, match=message) as error:
+        load_classified(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_split_without_labels_is_left_out(tmp_path):
+    folder = tmp_path / "glue"
+    folder.mkdir()
+    as_lines(folder / "train.jsonl", FORMS["sentence"])
+    as_lines(folder / "test.jsonl", [{"sentence": "z", "label": -1}] * 5)
+    found = load_classified({"name": str(folder)})
+    assert any("the test split has no labels (-1)" in n for n in found.notes)
+    assert all(r["text"] != "z" for r in found.test) and len(found.test) == 2
+
+
+def test_the_students_part_is_a_fixed_draw(tmp_path):
+    """Of a file that is sorted by class both classes are drawn; a teacher that is trained first sees all."""
+    rows = sorted(reviews(100), key=lambda r: r["label"])
+    spec = {"name": str(as_lines(tmp_path / "d.jsonl", rows)), "limit": 20}
+    found = load_classified(spec)
+    assert len(found.train) == 20 and {r["label"] for r in found.train} == {0, 1}
+    assert found.train == load_classified(spec).train
+    assert (
+        load_classified({**spec, "for_teacher": True}).train
+        == found.everything
+        == load_classified({**spec, "limit": 9}).everything
+    )
+    hidden = load_classified({**spec, "unlabelled": True})
+    assert {r["label"] for r in hidden.train} == {-1} and {r["label"] for r in hidden.test} == {0, 1}
+
+
+def test_sets_of_the_data_folder_have_their_names(monkeypatch):
+    monkeypatch.delenv("UNDERSTUDY_DATA", raising=False)
+    with pytest.raises(InputError, match="'sst2' lies in UNDERSTUDY_DATA"):
+        load_classified({"name": "sst2"})
+    monkeypatch.undo()
+    from understudy.data import find
+
+    if find("text_classification") is None:
+        pytest.skip("UNDERSTUDY_DATA is not set")
+    for name, (_, classes) in SETS.items():
+        found = load_classified({"name": name, "limit": 50})
+        assert tuple(found.classes) == classes and {r["label"] for r in found.everything} == set(range(len(classes)))
+        assert all(("text_pair" in r) == (name == "rte") for r in found.test)
+
+
+def test_a_classifier_of_other_classes_is_refused(tmp_path, teacher):
+    rows = [{"text": "a", "label": str(i % 3) + "x"} for i in range(30)]
+    with pytest.raises(InputError, match="tells 2 classes apart and the data has 3"):
+        distill(recipe(teacher, as_csv(tmp_path / "d.csv", rows)), output=str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"reads 8 tokens and data.max_length is 16"):
+        short = classifier(tmp_path / "short", steps=0, max_position_embeddings=8)
+        distill(recipe(short, as_csv(tmp_path / "e.csv", reviews(30))), output=str(tmp_path / "other"))
+
+
+def test_an_encoder_is_frozen_and_its_new_head_learns(tmp_path, teacher):
+    from transformers import BertForSequenceClassification
+
+    encoder = tmp_path / "encoder"
+    BertForSequenceClassification.from_pretrained(teacher).bert.save_pretrained(encoder)
+    tokenizer = load_tokenizer(str(teacher))
+    tokenizer.save_pretrained(encoder)
+    assert class_names(str(encoder), False) is None
+    data = as_csv(tmp_path / "d.csv", reviews(80))
+    student = {"model": str(encoder), "options": {"freeze": True}}
+    given = {**recipe(teacher, data, method="sft", student=student), "teacher": None}
+    result = distill({**given, "trainer": {**TRAINER, "max_steps": 60}}, output=str(tmp_path / "run"))
+    assert result.metrics["accuracy"] > 0.9
+    before, after = BertForSequenceClassification.from_pretrained(teacher).state_dict(), result.student.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name].cpu())}
+    assert same == {name for name in before if name.startswith("bert.")}
+    with pytest.raises(InputError, match="freeze keeps what a model has learned"):
+        load_text_classifier("embedding:8", Reading(tokenizer, 16), classes=2, freeze=True)
+
+
+def test_a_decoder_classifies_from_its_last_token(tmp_path):
+    """Its head reads every token; logits and features are those of the last, whatever the padding."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    reading = Reading(load_tokenizer(str(classifier(tmp_path / "words", steps=0))), 16)
+    reading.tokenizer.padding_side = "left"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(reading.tokenizer), num_labels=3, pad_token_id=0, **sizes)
+    model = LlamaForSequenceClassification(config).eval()
+    rows = TextClassifierAdapter(model, 3, reading)
+    items = [{"text": t, "label": 0, "id": i} for i, t in enumerate(["the film", "a very dull story"])]
+    both = rows(Batch.from_dict(TextClassCollator([reading])(items)), features=True)
+    assert both.features.shape == (2, 8)
+    torch.testing.assert_close(model.score(both.features), both.signal.logits)
+    alone = rows(Batch.from_dict(TextClassCollator([reading])(items[:1])), features=True)
+    torch.testing.assert_close(alone.signal.logits[0], both.signal.logits[0])
+
+
+def test_the_task_has_both_kinds_of_methods():
+    """What works on classes works on both tasks of classes; what needs images on the one that has them."""
+    image, text = get_task("image_classification"), get_task("text_classification")
+    assert image.kinds == {"image", "classification"} and text.kinds == {"classification"}
+    assert get_task("language_modeling").kinds == {"text"}
+    assert "classification" in get("kd").kinds and "image" in get("hard").kinds

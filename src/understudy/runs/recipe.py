@@ -10,12 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from understudy.errors import InputError, nearest
+from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.masking import masked, remember
 from understudy.methods import get as get_method
 from understudy.methods import resolve
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
+from understudy.runs.roles import check_roles
 from understudy.runs.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
@@ -37,6 +39,12 @@ class Recipe(BaseModel):
     task: str = Field("image_classification", description="The kind of problem, with its data, models and metric.")
     teacher: ModelSpec | None = Field(None, description="The model to learn from; keys below.")
     student: ModelSpec | None = Field(None, description="The model that is trained; keys below.")
+    roles: dict[str, ModelSpec] | None = Field(
+        None, description="Further models that a procedure asks (a critic, a judge), by role; keys below."
+    )
+    budget: Budget | None = Field(
+        None, description="What all models that a procedure asks may use together; keys below."
+    )
     data: dict[str, Any] = Field(default_factory=dict, description="What to train on; keys below.")
     output: Path = Field(Path("runs/run"), description="The run folder.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation and noise.")
@@ -60,6 +68,16 @@ class Recipe(BaseModel):
         if value == NONE:
             return None
         return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        named = (
+            {k: {"model": v} if isinstance(v, str) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
+        return named or None
 
     @field_validator("data", mode="before")
     @classmethod
@@ -159,6 +177,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
                     f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
                 )
     method = recipe.build_method()
+    check_roles(recipe.method, method, recipe.roles or {}, recipe.budget)
     _check_on_policy(recipe, method, task.kind)
     if task.kind not in method.kinds:
         raise InputError(
@@ -239,6 +258,8 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
         "eval_split": "test",
         "arms": {},
         "on_policy": None,
+        "roles": None,
+        "budget": None,
     }
     return make(values)
 
@@ -332,8 +353,8 @@ def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     short = {"teacher": "model", "student": "model", "data": "name"}
     for i, key in enumerate(path[:-1]):
         inner = values.get(key)
-        if isinstance(inner, str) and i == 0 and key in short:
-            inner = {short[key]: inner}
+        if isinstance(inner, str) and ((i == 0 and key in short) or (i == 1 and path[0] == "roles")):
+            inner = {short.get(key, "model"): inner}
         elif inner is None:
             inner = {}
         elif not isinstance(inner, dict):

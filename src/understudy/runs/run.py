@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
+from understudy.evaluation.corpus import funnel_table, spent_table
 from understudy.evaluation.texts import sample_texts
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.own import check_saves, reload
@@ -28,6 +30,7 @@ from understudy.runs.objects import checked_callbacks, named
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, load, make, own_training
+from understudy.runs.roles import models_of
 from understudy.runs.specs import ModelSpec
 from understudy.runs.teachers import (
     MEMBERS,
@@ -258,7 +261,13 @@ def _run_pipeline(recipe: Recipe, folder: Path, progress: bool, callbacks: Seque
         return result
 
     record("running")
-    evaluation = method.run(PipelineContext(recipe.dump(), folder, train_inside, recipe.teacher))
+    values, task = recipe.dump(), get_task(recipe.task)
+    logs = Path(method.log) if method.log is not None else folder / "logs"
+    oracle = partial(task.oracle, values)
+    context = PipelineContext(values, folder, models_of(recipe), train_inside, oracle, logs, recipe.budget)
+    evaluation = method.run(context)
+    general = [funnel_table(context.funnel), spent_table(context.spent())]
+    evaluation["tables"] = [table for table in general if table["rows"]] + evaluation.get("tables", [])
     evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))
     return _finish(folder, evaluation, record, None)
 

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from understudy.data import Batch
+from understudy.errors import InputError
 from understudy.evaluation import evaluate
+from understudy.generation import Source
 from understudy.models import ModelAdapter
 
 MODULE = "module:"
@@ -105,6 +107,10 @@ class Task(Protocol):
         """`{"rows": …, "metrics": {…}, …}` of one split, deterministic, with every module left in its mode."""
         ...
 
+    def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
+        """Who writes in a role of a procedure where its model is called `oracle`: the embedded world's own."""
+        ...
+
 
 class TaskDefaults:
     """What most tasks answer alike."""
@@ -114,6 +120,11 @@ class TaskDefaults:
     start_data: Mapping[str, Any] = MappingProxyType({})
     model_options: frozenset[str] = frozenset()
     mixes = False
+    name: str
+
+    def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
+        """None, where the task's data have no world of their own."""
+        raise InputError(f"Task {self.name!r} has no oracle for {role}: name a model, or another task.")
 
 
 class LabelledTask(TaskDefaults):

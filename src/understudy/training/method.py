@@ -65,6 +65,20 @@ class Requirements:
         return tuple(sorted(name for name, needed in held.items() if needed))
 
 
+@dataclass(frozen=True)
+class Role:
+    """A model that a procedure asks, beside teacher and student; a recipe names it in `roles`.
+
+    Args:
+        does: what it is asked for, as the rest of a sentence: `judges two answers`.
+        required: the method cannot do without. many: several models may have the role (`roles.NAME.members`).
+    """
+
+    does: str
+    required: bool = True
+    many: bool = False
+
+
 class MethodState(Protocol):
     """What a method carries from step to step and a checkpoint must hold (a schedule, a running mean)."""
 
@@ -104,7 +118,8 @@ class Method(BaseModel):
 
     Class facts: `name` (as on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (batch kinds it
     can train on), `cost` (one line, per step), `page` (when to use it, when not, deviations from the paper),
-    `variants` (the option whose values are methods under names of their own: `method=kto` is `dpo` with it).
+    `variants` (the option whose values are methods under names of their own: `method=kto` is `dpo` with it), `roles` (the
+    models that a procedure asks beside teacher and student, by name).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +130,7 @@ class Method(BaseModel):
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
     variants: ClassVar[str | None] = None
+    roles: ClassVar[Mapping[str, Role]] = {}
 
     @property
     def requires(self) -> Requirements:

@@ -11,6 +11,7 @@ from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
+from understudy.tasks.reasoning import Reasoning
 from understudy.tasks.text_generation import TextGeneration
 
 TASKS: dict[str, Task] = {
@@ -23,6 +24,7 @@ TASKS: dict[str, Task] = {
         NodeClassification(),
         ImageGeneration(),
         Ranking(),
+        Reasoning(),
         TextGeneration(),
     )
 }

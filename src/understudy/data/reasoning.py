@@ -34,7 +34,8 @@ def load_reasoning(spec: Mapping[str, Any]) -> TextSplits:
     validation or test are left out.
 
     Returns:
-        Records with `question`, `rationale` (empty where there is none), `answer`, and of the sums `level`.
+        Records with `question`, `rationale` (empty where there is none), `answer`, and where the data say it `level`, their
+        difficulty as a whole number.
 
     Raises:
         InputError: an answer or question is missing; or test problems of GSM8K are trained on and judged.
@@ -83,7 +84,7 @@ def _read(name: str, spec: Mapping[str, Any], notes: list[str]) -> dict[str, lis
     splits = {"train": read_records(Path(str(found)))} if single else read_source(path, spec, (WORLD, *SETS), notes)
     if adapt is not None:
         splits = {split: [adapt(record) for record in records] for split, records in splits.items()}
-    notes += arrange(name, splits, ({"question", "answer"},), {"rationale"}, spec.get("columns"))
+    notes += arrange(name, splits, ({"question", "answer"},), {"rationale", "level"}, spec.get("columns"))
     marks = 0
     for split, records in splits.items():
         if not records:
@@ -105,6 +106,8 @@ def _check(where: str, record: Record) -> bool:
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{where}: {key} is {'empty' if value in (None, '') else type(value).__name__}, not text.")
         record[key] = checked_text(where, key, value.strip())
+    if "level" in record and (not isinstance(record["level"], int) or isinstance(record["level"], bool)):
+        raise InputError(f"{where}: level is {record['level']!r} and must be a whole number.")
     rationale = record.get("rationale") or ""
     if not isinstance(rationale, str):
         raise InputError(f"{where}: rationale is {type(rationale).__name__}, not text.")

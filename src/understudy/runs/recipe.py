@@ -22,9 +22,10 @@ from understudy.runs.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
 from understudy.tasks.data_keys import check_data_keys
-from understudy.training import Method, OnPolicy
+from understudy.training import Method, OnPolicy, Pipeline
 from understudy.training.arguments import checked_arguments
 from understudy.training.arguments import fields as training_fields
+from understudy.training.pipeline import ORACLE
 
 NONE = "none"
 """As the teacher of a recipe: none, not even the task's own."""
@@ -160,7 +161,10 @@ def make(values: Mapping[str, Any]) -> Recipe:
             f"Method {recipe.method!r} learns from a teacher and the recipe says there is none: name one, leave `teacher` out "
             f"for the task's own, or choose a method without (method={task.baseline})."
         )
-    filled = task.fill(_with_domains(recipe))
+    given = _with_domains(recipe)
+    if isinstance(recipe.build_method(), Pipeline) and requires.needs_teacher:
+        given.setdefault("teacher", {"model": ORACLE})  # where the task has none it says so
+    filled = task.fill(given)
     if alone:
         filled["teacher"] = None
     recipe = validated(Recipe, _with_arguments(filled), "recipe key")
@@ -177,7 +181,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
                     f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
                 )
     method = recipe.build_method()
-    check_roles(recipe.method, method, recipe.roles or {}, recipe.budget)
+    check_roles(recipe.method, method, recipe.teacher, recipe.roles or {}, recipe.budget)
     _check_on_policy(recipe, method, task.kind)
     if task.kind not in method.kinds:
         raise InputError(

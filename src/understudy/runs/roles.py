@@ -12,8 +12,11 @@ from understudy.runs.specs import ModelSpec
 from understudy.training import Method, Pipeline
 
 
-def check_roles(name: str, method: Method, roles: Mapping[str, ModelSpec], budget: Budget | None) -> None:
-    """Refuse roles that the method does not have, lacks, or has for one model alone; and a budget of nothing.
+def check_roles(
+    name: str, method: Method, teacher: ModelSpec | None, roles: Mapping[str, ModelSpec], budget: Budget | None
+) -> None:
+    """Refuse roles that the method does not have, lacks, or has for one model alone; a budget of nothing; and the training of
+    a teacher that is to write.
 
     Args:
         name: of the method, as the recipe has it.
@@ -23,6 +26,8 @@ def check_roles(name: str, method: Method, roles: Mapping[str, ModelSpec], budge
     """
     if budget is not None and not isinstance(method, Pipeline):
         raise InputError(f"budget bounds what a procedure asks and method {name!r} is none: leave it out.")
+    if isinstance(method, Pipeline) and teacher is not None and teacher.train is not None:
+        raise InputError(f"Method {name!r} asks its teacher to write and trains none: leave out teacher.train.")
     for role, spec in roles.items():
         if role not in method.roles:
             has = f"it has {', '.join(method.roles)}" if method.roles else "it has none"

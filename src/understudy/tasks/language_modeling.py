@@ -26,6 +26,7 @@ from understudy.models.weights import notes_of
 from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
 from understudy.tasks.padding import checked_packing, padding_notes
 from understudy.teachers import Aligner
+from understudy.training.pipeline import ORACLE
 
 _TRAINER = {
     "max_steps": 300,
@@ -177,7 +178,7 @@ class LanguageModeling(LabelledTask):
             found["data.tokenizer"] = load_tokenizer(own)
         specs = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
         for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
-            if spec.model == COPY or (spec.model.startswith(MODULE) and spec.tokenizer is None):
+            if spec.model in (COPY, ORACLE) or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue
             if spec.endpoint is not None and spec.tokenizer is None:  # compared with the server's own, where it tells
                 continue

@@ -422,6 +422,7 @@ METHOD = {
         "preference_world": "adpo",
         "image_generation": "boot",
         "ranking": "margin-mse",
+        "reasoning": "sft",
         "text_generation": "symbolic-kd",
         "text_classification": "kd",
     },

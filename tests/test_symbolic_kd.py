@@ -12,11 +12,11 @@ import yaml
 from understudy import InputError, distill
 from understudy.data.knowledge import load_relations
 from understudy.data.text import write_records
-from understudy.methods import symbolic_kd
 from understudy.runs.recipe import make
 from understudy.synthetic.events import TAILS, EventsWorld
 from understudy.tasks import get
 from understudy.tasks.text_generation import TextGeneration
+from understudy.training import pipeline
 
 TINY = {
     "method": "symbolic-kd",
@@ -44,11 +44,11 @@ COUNTED = """
 import os, signal, sys
 import understudy.synthetic.events as world
 from understudy import distill
-from understudy.training import Bench, DistillationTrainer
+from understudy.training import DistillationTrainer, PipelineContext
 recipe, calls, moment = eval(sys.argv[1]), sys.argv[2], sys.argv[3]
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-write, once, step = world.EventsWorld.write, Bench.once, DistillationTrainer.training_step
+write, once, step = world.EventsWorld.write, PipelineContext.stage, DistillationTrainer.training_step
 def counting(self, *args):
     answer = write(self, *args)
     with open(calls, "a") as file:
@@ -56,18 +56,18 @@ def counting(self, *args):
     if moment == "tails" and os.path.getsize(calls) == 900:
         die()
     return answer
-def staged(self, name, make):
-    def dying():
-        value = make()
+def staged(self, name, kind, make):
+    def dying(funnel):
+        value = make(funnel)
         if name == moment:
             die()
         return value
-    return once(self, name, dying)
+    return once(self, name, kind, dying)
 def stepping(self, *args, **kwargs):
     if moment == "training" and self.state.global_step == 7:
         die()
     return step(self, *args, **kwargs)
-world.EventsWorld.write, Bench.once, DistillationTrainer.training_step = counting, staged, stepping
+world.EventsWorld.write, PipelineContext.stage, DistillationTrainer.training_step = counting, staged, stepping
 distill(recipe)
 """
 
@@ -91,7 +91,7 @@ def test_killed_in_the_middle_of_stages_it_ends_alike_and_writes_nothing_twice(t
     assert len(calls) == asked
     read = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("whole", "cut")]
     assert read[0]["metrics"] == read[1]["metrics"]
-    for file in ("triples.jsonl", "training/student/model.safetensors", "critic/0/model.safetensors"):
+    for file in ("stages/kept.jsonl", "training/student/model.safetensors", "critic/0/model.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
     logged = len((tmp_path / "whole" / "logs" / "teacher.jsonl").read_text().splitlines()) - 1
     assert asked == logged
@@ -110,7 +110,9 @@ def filtered(tmp_path_factory):
 
 def test_filters_keep_what_they_say(filtered):
     metrics = {n: json.loads((f / "evaluation.json").read_text())["metrics"] for n, f in filtered.items()}
-    rows = {n: [json.loads(x) for x in (f / "triples.jsonl").read_text().splitlines()] for n, f in filtered.items()}
+    rows = {
+        n: [json.loads(x) for x in (f / "stages" / "kept.jsonl").read_text().splitlines()] for n, f in filtered.items()
+    }
     assert metrics["none"]["kept_share"] == 1 and all(t["kept"] for t in rows["none"])
     assert metrics["oracle"]["kept_precision"] == 1
     assert metrics["random"]["kept_size"] == metrics["critic"]["kept_size"] < metrics["none"]["kept_size"]
@@ -122,9 +124,11 @@ def test_filters_keep_what_they_say(filtered):
     assert not (
         heads["train"] & heads["test"] or heads["train"] & heads["validation"] or heads["validation"] & heads["test"]
     )
-    labels = json.loads((filtered["critic"] / "stages" / "labels.json").read_text())
-    assert {t["head"] for part in labels.values() for t in part} <= heads["train"]
-    assert not {t["head"] for t in labels["train"]} & {t["head"] for t in labels["validation"]}
+    labels = [json.loads(x) for x in (filtered["critic"] / "stages" / "labels.jsonl").read_text().splitlines()]
+    used = {s: {t["head"] for t in labels if t["split"] == s} for s in ("train", "validation")}
+    assert used["train"] | used["validation"] <= heads["train"] and not used["train"] & used["validation"]
+    ids = {t["id"] for t in rows["critic"]}
+    assert all(set(t["parents"]) <= ids for t in labels)
     one = json.loads((filtered["critic"] / "corpus" / "train.jsonl").read_text().splitlines()[0])
     assert one["prompt"].startswith("<head> PersonX ") and one["prompt"].endswith(" </relation> [GEN]")
     assert one["completion"].startswith(" ")
@@ -178,7 +182,7 @@ def hash_of(text):
 def other_teacher(monkeypatch):
     """A source that nobody knows the truth of stands for a model behind an endpoint."""
     found = TextGeneration().material({"data": {"name": "events_world"}, "teacher": {"model": "oracle"}, "seed": 0})
-    monkeypatch.setattr(symbolic_kd, "source_from", lambda spec: found.source)
+    monkeypatch.setattr(pipeline, "source_from", lambda spec: found.source)
     return {"model": "some-model", "endpoint": {"url": "http://localhost:1/v1"}}
 
 
@@ -202,11 +206,11 @@ def test_labels_of_people_and_a_teacher_of_unknown_truth(tmp_path, files, other_
     assert (tmp_path / "log" / "teacher.jsonl").read_bytes() == asked
     assert 0 < done.metrics["kept_share"] < 1 and 0 <= done.metrics["student_accepted"] <= 1
     assert "kept_precision" not in done.metrics  # a critic's verdict on its own choice says nothing
-    rows = [json.loads(x) for x in (tmp_path / "run" / "triples.jsonl").read_text().splitlines()]
+    rows = [json.loads(x) for x in (tmp_path / "run" / "stages" / "kept.jsonl").read_text().splitlines()]
     held = {t["head"] for t in rows if t["split"] != "train"}
-    used = json.loads((tmp_path / "run" / "stages" / "labels.json").read_text())
-    assert set(used) == {"train", "validation", "test"} and held
-    assert not held & {t["head"] for part in used.values() for t in part}
+    used = [json.loads(x) for x in (tmp_path / "run" / "stages" / "labels.jsonl").read_text().splitlines()]
+    assert {t["split"] for t in used} == {"train", "validation", "test"} and held
+    assert not held & {t["head"] for t in used}
 
 
 def test_a_local_model_writes(tmp_path, files, filtered):

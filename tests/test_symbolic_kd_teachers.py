@@ -7,9 +7,9 @@ import pytest
 from test_symbolic_kd import tiny
 from understudy import InputError, distill
 from understudy.generation import OracleSource
-from understudy.methods import symbolic_kd
 from understudy.runs.recipe import make
 from understudy.tasks.text_generation import TextGeneration
+from understudy.training import pipeline
 
 SERVED = {"model": "some-model", "endpoint": {"url": "http://localhost:1/v1"}}
 
@@ -25,7 +25,7 @@ def server(monkeypatch):
             asked.append(request)
             return change(found.source.write(request, generator))
 
-        monkeypatch.setattr(symbolic_kd, "source_from", lambda spec: OracleSource("server", write))
+        monkeypatch.setattr(pipeline, "source_from", lambda spec: OracleSource("server", write))
         return asked
 
     return serve

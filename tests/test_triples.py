@@ -8,7 +8,7 @@ from understudy.curation import Funnel
 from understudy.curation import triples as knowledge
 from understudy.data import train_tokenizer
 from understudy.data.knowledge import MARKS, bracketed, load_relations, marked_tokenizer
-from understudy.generation import Completion, Prompt
+from understudy.generation import Completion, Prompt, Request
 from understudy.models.pairs import WordPairs, load_pairs
 from understudy.synthetic.events import ADVERBS, RELATIONS, TAILS, VERBS, EventsWorld, choose
 from understudy.training.critic import Fit, fit_critic, probabilities
@@ -65,12 +65,13 @@ def test_prompts_hold_names_that_map_back():
 def test_tails_are_tidied_and_empty_ones_skipped():
     names = {"PersonX": "Alex", "PersonY": "Sam"}
     texts = [" to meet Sam.", "", " . ", "to meet Sam", " Alexander's Alex", " ok"]
-    asked = [("h", "xWant", names, f"id{i}") for i in range(len(texts))]
+    event = knowledge.Event(id="events/0", text="h")
+    asked = [(event, "xWant", names, f"id{i}") for i in range(len(texts))]
     funnel = Funnel()
     found = knowledge.sift_tails(asked, [Completion(t, "stop") for t in texts], funnel)
-    assert [(t["tail"], t["times"], t["source"]) for t in found] == [
-        ("to meet PersonY", 2, "id0"),
-        ("Alexander's PersonX", 1, "id4"),
+    assert [(t.tail, t.requests, t.parents) for t in found] == [
+        ("to meet PersonY", ("id0", "id3"), ("events/0",)),
+        ("Alexander's PersonX", ("id4",), ("events/0",)),
     ]
     assert funnel.rows[0]["dropped"] == {"empty": 2, "two characters or fewer": 1}
 
@@ -88,8 +89,13 @@ def test_heads_are_sifted_in_the_official_order():
     answers = [Completion(f" {t}", "stop", p, 1, 3) for t, p in zip(texts, log_probs, strict=True)]
     answers.append(Completion(" PersonX is cut", "length", 0.0, 1, 12))
     funnel = Funnel()
-    assert knowledge.sift_heads(answers, 1.0, False, 8, funnel) == ["PersonX runs far", "PersonX swims home"]
-    assert knowledge.sift_heads(answers, 0.75, False, 8, Funnel()) == ["PersonX swims home"]  # the later −9 counts
+    asked = [Request("", f"heads/{i}") for i in range(len(answers))]
+
+    def sifted(keep, counts):
+        return [(e.text, e.requests) for e in knowledge.sift_heads(asked, answers, keep, False, 8, counts)]
+
+    assert sifted(1.0, funnel) == [("PersonX runs far", ("heads/0",)), ("PersonX swims home", ("heads/5",))]
+    assert sifted(0.75, Funnel()) == [("PersonX swims home", ("heads/5",))]  # the later −9 counts
     assert [r["after"] for r in funnel.rows] == [6, 5, 4, 4, 2]
 
 
@@ -109,8 +115,8 @@ def test_a_critic_learns_keeps_its_best_epoch_and_survives_the_disk(tmp_path):
     result = fit_critic(
         model, (pairs, labels), (pairs, labels), Fit(1e-2, 32, 40, warmup=5, patience=5), knowledge.naming
     )
-    assert result["best_precision"] > 0.95 and result["epochs"] <= 40
-    assert result["history"][result["best_epoch"]] == max(result["history"])
+    assert result.best_precision > 0.95 and result.epochs <= 40
+    assert result.history[result.best_epoch] == max(result.history)
     model.save(tmp_path / "critic")
     views = [knowledge.naming(v) for v in range(3)]
     assert probabilities(load_pairs(tmp_path / "critic"), pairs, views) == probabilities(model, pairs, views)

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from understudy.errors import InputError, nearest
+from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.methods import all_methods
 from understudy.models.ranker_loading import MEANINGS
@@ -54,7 +55,7 @@ def sections() -> dict[str, list[Key]]:
     ]
     methods = [key for name, method in all_methods().items() for key in of_model(method, "options.", name)]
     return {
-        "Recipe": list(of_model(Recipe, "")),
+        "Recipe": [*of_model(Recipe, ""), *of_model(Budget, "budget.")],
         "Data": _data(),
         "Models": [*named, *options],
         "Own samples": on_policy,
@@ -89,8 +90,8 @@ def page() -> str:
         "# Keys of a recipe",
         "",
         "Every key that a recipe may hold, as a YAML mapping or `key=value` on the command line. `understudy keys PREFIX` lists",
-        "them in the terminal, for example `understudy keys data.max` or `understudy keys options.dpo`. `SIDE` is `teacher` or",
-        "`student`; a text alone is the side's `model`, and `data=NAME` is `data.name`.",
+        "them in the terminal, for example `understudy keys data.max` or `understudy keys options.dpo`. `SIDE` is `teacher`,",
+        "`student` or `roles.NAME`; a text alone is the side's `model`, and `data=NAME` is `data.name`.",
     ]
     for title, keys in sections().items():
         placed = any(k.where for k in keys)

@@ -3,26 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from understudy.curation.critics import binary_labels
 from understudy.curation.filters import Funnel, first_occurrences, most_likely, spelling
-from understudy.curation.groups import shuffled
+from understudy.curation.groups import shuffled, split_by_group
+from understudy.curation.items import Item
 from understudy.data.knowledge import NAMES, PEOPLE, Relation, bracketed, marked_tokenizer
 from understudy.data.text import write_records
+from understudy.errors import InputError
 from understudy.generation import Completion, Prompt, Request, draw_names, few_shot, name_people, restore_people
 
-Triple = dict[str, Any]
 Pair = tuple[str, str]
 
 
-def key(triple: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Head, relation and tail."""
-    return triple["head"], triple["relation"], triple["tail"]
+class Event(Item):
+    """A head, as it was written."""
+
+    text: str
+
+
+class Triple(Item):
+    """A head event, a relation and a tail.
+
+    Args:
+        split: of its head. score: a critic's probability. kept: whether the filter lets it through.
+        requests: of every answer that was this triple.
+    """
+
+    head: str
+    relation: str
+    tail: str
+    split: str = ""
+    score: float | None = None
+    kept: bool | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Head, relation and tail."""
+        return self.head, self.relation, self.tail
+
+
+class LabelledTriple(Triple):
+    """A triple that was judged, in the split that it has for the critic.
+
+    Args:
+        good: 1 or 0.
+    """
+
+    good: int
+
+
+class Answer(Triple):
+    """What a student says.
+
+    Args:
+        greedy: its likeliest tail, not a sample.
+    """
+
+    greedy: bool
 
 
 def tidy(text: str) -> str:
@@ -48,20 +92,27 @@ def head_requests(
     return requests
 
 
-def sift_heads(answers: Sequence[Completion], keep: float, per_token: bool, shortest: int, funnel: Funnel) -> list[str]:
-    """Events that ended by themselves and begin with PersonX: distinct, the most likely fraction `keep`, well spelled,
-    best first."""
-    items = [(a.text.strip(), a) for a in answers]
+def sift_heads(
+    requests: Sequence[Request],
+    answers: Sequence[Completion],
+    keep: float,
+    per_token: bool,
+    shortest: int,
+    funnel: Funnel,
+) -> list[Event]:
+    """Events that ended by themselves and begin with PersonX, once each, the likeliest share, well spelled; best first."""
+    items = [(a.text.strip(), a, r.id) for r, a in zip(requests, answers, strict=True)]
     items = funnel.sieve("events written", items, lambda x: None if x[1].finish == "stop" else "cut off")
     items = funnel.sieve("about PersonX", items, lambda x: None if x[0].startswith("PersonX") else "other start")
-    keys = [text for text, _ in items]
+    keys = [text for text, *_ in items]
     best = first = first_occurrences(keys)
     if keep < 1:
-        tokens = [a.tokens for _, a in items] if per_token else None
-        best = most_likely(keys, [a.log_prob for _, a in items], keep=keep, tokens=tokens)  # type: ignore[misc]
+        tokens = [a.tokens for _, a, _ in items] if per_token else None
+        best = most_likely(keys, [a.log_prob for _, a, _ in items], keep=keep, tokens=tokens)  # type: ignore[misc]
+    events = [Event(text=keys[i], requests=(items[i][2],)) for i in first]
     funnel.pick("distinct events", items, first, "seen before")
-    likely = funnel.pick("likely events", [keys[i] for i in first], [first.index(i) for i in best], "less likely")
-    return funnel.sieve("well spelled", likely, lambda text: spelling(text, shortest=shortest))
+    likely = funnel.pick("likely events", events, [first.index(i) for i in best], "less likely")
+    return funnel.sieve("well spelled", likely, lambda event: spelling(event.text, shortest=shortest))
 
 
 def tail_requests(
@@ -91,44 +142,95 @@ def tail_requests(
 
 
 def sift_tails(
-    asked: Sequence[tuple[str, str, Mapping[str, str], str]], answers: Sequence[Completion], funnel: Funnel
+    asked: Sequence[tuple[Event, str, Mapping[str, str], str]], answers: Sequence[Completion], funnel: Funnel
 ) -> list[Triple]:
     """Distinct triples, with names mapped back as whole words; empty and very short tails are dropped.
 
     Args:
-        asked: for each completion the head, relation, names and the request's id, which the triple keeps as `source`.
-
-    `times` counts how often a triple was generated.
+        asked: of each answer head, relation, names and the request's id.
     """
     written = [
-        {"head": head, "relation": relation, "tail": tidy(restore_people(a.text, names)), "source": source}
-        for (head, relation, names, source), a in zip(asked, answers, strict=True)
+        Triple(
+            head=event.text,
+            relation=relation,
+            tail=tidy(restore_people(a.text, names)),
+            parents=(event.id,),
+            requests=(name,),
+        )
+        for (event, relation, names, name), a in zip(asked, answers, strict=True)
     ]
 
     def problem(triple: Triple) -> str | None:
-        return "empty" if not triple["tail"] else "two characters or fewer" if len(triple["tail"]) <= 2 else None
+        return "empty" if not triple.tail else "two characters or fewer" if len(triple.tail) <= 2 else None
 
     written = funnel.sieve("tails written", written, problem)
-    found = funnel.pick("distinct triples", written, first_occurrences(map(key, written)), "seen before")
-    counts: dict[tuple[str, str, str], int] = {}
+    found = funnel.pick("distinct triples", written, first_occurrences(t.key for t in written), "seen before")
+    requests: dict[tuple[str, str, str], tuple[str, ...]] = {}
     for triple in written:
-        counts[key(triple)] = counts.get(key(triple), 0) + 1
-    return [{**triple, "times": counts[key(triple)]} for triple in found]
+        requests[triple.key] = requests.get(triple.key, ()) + triple.requests
+    return [triple.model_copy(update={"requests": requests[triple.key]}) for triple in found]
 
 
 def draw(triples: Sequence[Triple], split: str, number: int, seed: int, what: str) -> list[Triple]:
-    """Random triples of a split, by their content; different for each `what`."""
-    mine = {json.dumps(key(t)): t for t in triples if t["split"] == split}
+    """Random triples of a split, by their content; other draws for another `what`."""
+    mine = {json.dumps(t.key): t for t in triples if t.split == split}
     return [mine[k] for k in shuffled(mine, seed, what)[:number]]
 
 
-def text_pairs(
-    sets: Mapping[str, Sequence[Triple]], relations: Mapping[str, Relation]
-) -> dict[str, list[tuple[str, str]]]:
-    """Triples as text pairs for a critic: the head, and the relation's words with the tail."""
-    return {
-        name: [(t["head"], f"{relations[t['relation']].text} {t['tail']}") for t in part] for name, part in sets.items()
-    }
+def from_files(labels: Sequence[Mapping[str, Any]], triples: Sequence[Triple]) -> list[LabelledTriple]:
+    """Labels that people gave, once each, without the heads that a student is judged on."""
+    held = {t.head for t in triples if t.split != "train"}
+    pool = [row for row in labels if row["head"] not in held]
+    pool = [pool[i] for i in first_occurrences((t["head"], t["relation"], t["tail"]) for t in pool)]
+    good = binary_labels([row["label"] for row in pool])
+    return [
+        LabelledTriple(head=t["head"], relation=t["relation"], tail=t["tail"], good=g)
+        for t, g in zip(pool, good, strict=True)
+    ]
+
+
+def from_truth(triples: Sequence[Triple], is_valid: Callable[[str, str, str], bool]) -> list[LabelledTriple]:
+    """Labels that a known truth gives."""
+    return [
+        LabelledTriple(head=t.head, relation=t.relation, tail=t.tail, good=int(is_valid(*t.key)), parents=(t.id,))
+        for t in triples
+    ]
+
+
+def label_splits(pool: Sequence[LabelledTriple], sizes: Mapping[str, int], seed: int) -> list[LabelledTriple]:
+    """Labels by split, in proportion to `sizes`, none of whose heads is in two splits."""
+    total = sum(sizes.values())
+    chosen = split_by_group([t.head for t in pool], {name: size / total for name, size in sizes.items()}, seed)
+    return [pool[i].model_copy(update={"split": name}) for name, part in chosen.items() for i in part]
+
+
+def sift_triples(
+    triples: Sequence[Triple], stays: Callable[[Triple], bool], splits: Sequence[str], reason: str, funnel: Funnel
+) -> list[Triple]:
+    """All triples, with their fate.
+
+    Raises:
+        InputError: a split of which nothing is left.
+    """
+    for split in splits:
+        mine = [t for t in triples if t.split == split]
+        if not funnel.sieve(f"kept for {split}", mine, lambda t: None if stays(t) else reason):
+            raise InputError(
+                f"The filter keeps none of {len(mine)} triples of the {split} split: raise options.recall, or write more "
+                "(options.head_samples)."
+            )
+    return [t.model_copy(update={"kept": stays(t)}) for t in triples]
+
+
+def same_number(triples: Sequence[Triple], kept: Sequence[Triple], splits: Sequence[str], seed: int) -> set[str]:
+    """Ids of random triples, of each split as many as are in `kept`."""
+    numbers = {split: sum(t.split == split for t in kept) for split in splits}
+    return {t.id for split, n in numbers.items() for t in draw(triples, split, n, seed, "random")}
+
+
+def text_pairs(triples: Iterable[Triple], relations: Mapping[str, Relation]) -> list[Pair]:
+    """Triples for a critic: the head, and the relation's words with the tail."""
+    return [(t.head, f"{relations[t.relation].text} {t.tail}") for t in triples]
 
 
 def naming(view: int) -> Callable[[int, Pair], Pair]:
@@ -141,25 +243,37 @@ def naming(view: int) -> Callable[[int, Pair], Pair]:
     return named
 
 
+def student_requests(
+    heads: Iterable[str], relations: Iterable[str], samples: int, max_tokens: int, top_p: float
+) -> list[tuple[Request, Answer]]:
+    """For each head and relation one greedy tail and several samples; each request with the answer that it fills."""
+    found = []
+    for i, head in enumerate(heads):
+        for relation in relations:
+            for number in range(1 + samples):
+                how: dict[str, Any] = {"temperature": 0.0} if number == 0 else {"top_p": top_p}
+                name, prompt = f"student/{i}/{relation}/{number}", bracketed(head, relation)
+                request = Request(prompt, name, number, max_tokens=max_tokens, stop=(".", "\n"), **how)
+                answer = Answer(head=head, relation=relation, tail="", greedy=number == 0, requests=(name,))
+                found.append((request, answer))
+    return found
+
+
 def write_corpus(folder: Path, triples: Sequence[Triple], splits: Sequence[str]) -> None:
-    """Write `triples.jsonl`, with the source, score and outcome of each triple, and the kept ones as text in
-    `corpus/SPLIT.jsonl`."""
-    write_records(folder / "triples.jsonl", triples)
+    """The kept triples as a student's text, in `corpus/SPLIT.jsonl`."""
     for split in splits:
-        rows = [t for t in triples if t["split"] == split and t["kept"]]
-        texts = [{"prompt": bracketed(t["head"], t["relation"]), "completion": f" {t['tail']}"} for t in rows]
-        write_records(folder / "corpus" / f"{split}.jsonl", texts)
+        rows = [t for t in triples if t.split == split and t.kept]
+        texts = [{"prompt": bracketed(t.head, t.relation), "completion": f" {t.tail}"} for t in rows]
+        write_records(folder / f"{split}.jsonl", texts)
 
 
 def save_tokenizer(folder: Path, triples: Sequence[Triple], vocab_size: int) -> None:
-    """Train and save a tokenizer for a new student on the kept training triples."""
-    rows = [t for t in triples if t["split"] == "train" and t["kept"]]
-    texts = (f"{bracketed(t['head'], t['relation'])} {t['tail']}" for t in rows)
+    """A tokenizer for a new student of the kept training triples."""
+    rows = [t for t in triples if t.split == "train" and t.kept]
+    texts = (f"{bracketed(t.head, t.relation)} {t.tail}" for t in rows)
     marked_tokenizer(texts, vocab_size).save_pretrained(str(folder))
 
 
 def write_to_label(path: Path, triples: Sequence[Triple]) -> None:
-    """Write triples for human labelling, in the format in which labels are read."""
-    write_records(
-        path, [{**dict(zip(("head", "relation", "tail"), key(t), strict=True)), "label": None} for t in triples]
-    )
+    """Triples for people to label, in the format that labels are read in."""
+    write_records(path, [{"head": t.head, "relation": t.relation, "tail": t.tail, "label": None} for t in triples])

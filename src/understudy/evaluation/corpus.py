@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from understudy.curation import precision, summary
+from understudy.curation.triples import Answer, Triple
+from understudy.generation import Spent
 
 Table = dict[str, Any]
 
@@ -18,6 +20,17 @@ def funnel_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         for r in rows
     ]
     return {"title": "What was kept at each step", "headings": ["step", "before", "after", "dropped"], "rows": cells}
+
+
+def spent_table(spent: Mapping[str, Spent]) -> Table:
+    """What each model was asked, by role, and all of them together."""
+    total = {"all": sum(spent.values(), Spent())} if len(spent) > 1 else {}
+    rows = [
+        [role, s.requests, s.prompt_tokens, s.tokens, f"{s.cost:.4g}" if s.cost else "–"]
+        for role, s in {**spent, **total}.items()
+    ]
+    headings = ["model", "answers", "prompt tokens", "written tokens", "cost"]
+    return {"title": "What the models were asked", "headings": headings, "rows": rows}
 
 
 def cutoff_table(points: Sequence[Mapping[str, float]]) -> Table:
@@ -56,8 +69,8 @@ def sample_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[An
 
 
 def corpus_report(
-    triples: Sequence[Mapping[str, Any]],
-    answers: Sequence[Mapping[str, Any]],
+    triples: Sequence[Triple],
+    answers: Sequence[Answer],
     good: Mapping[str, Sequence[bool | None]],
     found: Mapping[str, Any],
     split: str,
@@ -67,23 +80,20 @@ def corpus_report(
     """Metrics and tables of a corpus of triples, and of the answers of a student trained on it for held-out heads.
 
     Args:
-        triples: with `split`, `kept` and `times`.
-        answers: of the student, with `greedy`.
-        good: whether each of `triples` and `answers` is valid, by name; `None` where unknown.
-        found: `funnel`, and with a critic `fits`, `cutoff`, `estimate` and `grid`.
-        split: the split that the student's heads are from.
-        known: `good` is the truth (metrics `…_valid`, `…_precision`), not a critic's estimate (`…_accepted`).
+        good: verdicts on `triples` and `answers`. found: of a critic `fits`, `cutoff`, `estimate` and `grid`.
+        split: whose heads the student is asked about.
+        known: verdicts are the truth (metrics `…_valid`, `…_precision`), not a critic's (`…_accepted`).
     """
     word = "valid" if known else "accepted"
-    train = [i for i, t in enumerate(triples) if t["split"] == "train"]
-    sets = {"corpus": train, "kept": [i for i in train if triples[i]["kept"]]}
+    train = [i for i, t in enumerate(triples) if t.split == "train"]
+    sets = {"corpus": train, "kept": [i for i in train if triples[i].kept]}
     corpora = {
         name: _summary([triples[i] for i in at], [good["triples"][i] for i in at], known) for name, at in sets.items()
     }
-    sampled = [i for i, a in enumerate(answers) if not a["greedy"]]
-    greedy = [i for i, a in enumerate(answers) if a["greedy"]]
+    sampled = [i for i, a in enumerate(answers) if not a.greedy]
+    greedy = [i for i, a in enumerate(answers) if a.greedy]
     corpora["student"] = _summary([answers[i] for i in sampled], [good["answers"][i] for i in sampled], known)
-    held = [(t["times"], g) for t, g in zip(triples, good["triples"], strict=True) if t["split"] == split]
+    held = [(len(t.requests), g) for t, g in zip(triples, good["triples"], strict=True) if t.split == split]
     metrics: dict[str, float | None] = {
         f"student_{word}": precision([good["answers"][i] for i in sampled]),
         f"student_greedy_{word}": precision([good["answers"][i] for i in greedy]),
@@ -98,35 +108,39 @@ def corpus_report(
             "cutoff": found["cutoff"],
             **{f"labels_{k}": v for k, v in found["estimate"].items() if k != "value"},
         }
-    tables = [funnel_table(found["funnel"]), corpus_table(corpora)]
+    tables = [corpus_table(corpora)]
     tables += [cutoff_table(found["grid"])] if "grid" in found else []
     tables += [_kept_samples(triples, good["triples"]), _answer_samples(answers, good["answers"])]
     kept = {k: v for k, v in metrics.items() if v is not None}
-    return {"metrics": kept, "tables": tables, **({"critic": found["fits"]} if "fits" in found else {})}
+    return {
+        "metrics": kept,
+        "tables": tables,
+        **({"critic": [f.model_dump(mode="json") for f in found["fits"]]} if "fits" in found else {}),
+    }
 
 
-def _summary(items: Sequence[Mapping[str, Any]], good: Sequence[bool | None], known: bool) -> dict[str, Any]:
-    is_valid = good.__getitem__ if known else None  # a critic cannot grade what it selected itself
-    return summary([t["tail"] for t in items], [t["head"] for t in items], is_valid)
+def _summary(items: Sequence[Triple], good: Sequence[bool | None], known: bool) -> dict[str, Any]:
+    is_valid = good.__getitem__ if known else None  # a critic's verdict on what it chose itself says nothing
+    return summary([t.tail for t in items], [t.head for t in items], is_valid)
 
 
 def _verdict(good: bool | None) -> str:
     return {True: "good", False: "bad", None: "–"}[good]
 
 
-def _kept_samples(triples: Sequence[Mapping[str, Any]], good: Sequence[bool | None], number: int = 6) -> Table:
+def _kept_samples(triples: Sequence[Triple], good: Sequence[bool | None], number: int = 6) -> Table:
     rows = []
     for kept in (True, False):
-        some = [i for i, t in enumerate(triples) if t["kept"] == kept]
+        some = [i for i, t in enumerate(triples) if t.kept == kept]
         for i in some[:: max(1, len(some) // number)][:number]:
             t = triples[i]
-            score = f"{t['score']:.3f}" if "score" in t else "–"
-            rows.append([t["head"], t["relation"], t["tail"], score, "kept" if kept else "dropped", _verdict(good[i])])
+            score = f"{t.score:.3f}" if t.score is not None else "–"
+            rows.append([t.head, t.relation, t.tail, score, "kept" if kept else "dropped", _verdict(good[i])])
     return sample_table("Triples", ["head", "relation", "tail", "critic", "fate", "judged"], rows)
 
 
-def _answer_samples(answers: Sequence[Mapping[str, Any]], good: Sequence[bool | None], number: int = 12) -> Table:
-    first = [i for i, a in enumerate(answers) if a["greedy"]]
+def _answer_samples(answers: Sequence[Answer], good: Sequence[bool | None], number: int = 12) -> Table:
+    first = [i for i, a in enumerate(answers) if a.greedy]
     some = first[:: max(1, len(first) // number)][:number]
-    rows = [[answers[i]["head"], answers[i]["relation"], answers[i]["tail"], _verdict(good[i])] for i in some]
+    rows = [[answers[i].head, answers[i].relation, answers[i].tail, _verdict(good[i])] for i in some]
     return sample_table("The student on held-out heads, greedy", ["head", "relation", "tail", "judged"], rows)

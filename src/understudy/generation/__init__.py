@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from understudy.generation.budget import Budget, Spent
 from understudy.generation.endpoint import EndpointSource
 from understudy.generation.engine import BudgetSpent, FailedRequests, generate
 from understudy.generation.limits import Endpoint, Limits
-from understudy.generation.log import RequestLog
+from understudy.generation.log import RequestLog, tally
 from understudy.generation.prompts import Prompt, draw_names, few_shot, name_people, restore_people
 from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError
 from understudy.generation.sources import OracleSource, limits_from, source_from
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from understudy.generation.local import LocalSource
 
 __all__ = [
+    "Budget",
     "BudgetSpent",
     "Completion",
     "Endpoint",
@@ -30,6 +32,7 @@ __all__ = [
     "RequestLog",
     "Source",
     "SourceError",
+    "Spent",
     "draw_names",
     "few_shot",
     "generate",
@@ -37,6 +40,7 @@ __all__ = [
     "name_people",
     "restore_people",
     "source_from",
+    "tally",
 ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from understudy.errors import InputError, nearest
+from understudy.generation.budget import Budget, Spent
 from understudy.generation.limits import LONGEST_WAIT, Limits
 from understudy.generation.log import RequestLog
 from understudy.generation.progress import counting
@@ -44,14 +45,21 @@ class _Stopped(Exception):
 
 
 def generate(
-    source: Source, requests: Sequence[Request], log: RequestLog, *, progress: bool = False, **limits: Any
+    source: Source,
+    requests: Sequence[Request],
+    log: RequestLog,
+    *,
+    progress: bool = False,
+    budget: Budget | None = None,
+    before: Spent | None = None,
+    **limits: Any,
 ) -> list[Completion]:
     """Complete requests, from the log if it holds them, else from the source.
 
     Args:
-        source: generates the completions.
-        log: opened for `source.name`.
-        progress: show a bar on stderr, or lines if that is not a terminal.
+        source: who writes. log: opened for `source.name`.
+        progress: show a bar on stderr, or lines where that is no terminal.
+        budget: of all models of a run. before: what the run's other models have spent of it.
         limits: the fields of `Limits`: `concurrency`, `rate`, `retries`, `backoff`, `longest_backoff`, `token_budget`,
             `cost_budget`, `price_in`, `price_out`.
 
@@ -67,7 +75,7 @@ def generate(
         FailedRequests: requests that were refused, or failed at every attempt.
         InputError: the source cannot complete any request (key, address, model), or a limit is invalid.
     """
-    crew = Crew(source, log, _limits(limits))
+    crew = Crew(source, log, _limits(limits), budget, before)
     if log.source != source.name:
         raise InputError(f"Log {log.path} is open for source {log.source!r}, and the source is {source.name!r}.")
     keys = [request.key(source.name) for request in requests]
@@ -100,7 +108,9 @@ class Crew:
             (`teachers.server`): the result of `complete` is given to `append`.
     """
 
-    def __init__(self, source: Any, log: Any, limits: Limits) -> None:
+    def __init__(
+        self, source: Any, log: Any, limits: Limits, budget: Budget | None = None, before: Spent | None = None
+    ) -> None:
         self.source, self.log, self.limits = source, log, limits
         self.todo: deque[tuple[str, Any]] = deque()
         self.names: dict[str, str] = {}
@@ -110,7 +120,7 @@ class Crew:
         self.warned = False
         self.stop = threading.Event()
         self.lock = threading.Lock()
-        self.purse = _Purse(limits, log)
+        self.purse = _Purse(limits, log, budget or Budget(), before or Spent())
         self.pace = _Pace(limits.rate)
 
     def run(self, progress: bool) -> None:
@@ -216,11 +226,11 @@ class Crew:
 
 
 class _Purse:
-    """The budget in tokens and money: reserved before a request is sent, settled with its actual use."""
+    """Requests, tokens and money: reserved before a request is sent, settled by what it used."""
 
-    def __init__(self, limits: Limits, log: Any) -> None:
-        self.limits, self.log = limits, log
-        self.held_in = self.held_out = 0
+    def __init__(self, limits: Limits, log: Any, budget: Budget, before: Spent) -> None:
+        self.limits, self.log, self.budget, self.before = limits, log, budget, before
+        self.held = self.held_in = self.held_out = 0
         self.empty = False
         self.what = ""
         self.changed = threading.Condition()
@@ -237,7 +247,12 @@ class _Purse:
             return (
                 f"The cost budget of {limits.cost_budget:g} does not cover the next request: {used_cost:.4g} is used."
             )
-        return ""
+        if self.budget == Budget():
+            return ""
+        answered, own = len(self.log), (self.log.prompt_tokens, self.log.tokens)
+        used = self.before + Spent(answered, *own, limits.cost(*own))
+        next_one = Spent(answered + self.held + 1, prompt, written, limits.cost(prompt, written))
+        return self.budget.exceeded(self.before + next_one, used)
 
     def reserve(self, request: Any, stop: threading.Event) -> bool:
         """Wait until the request fits beside those in flight. False if it never will, or the workers stop."""
@@ -246,10 +261,11 @@ class _Purse:
             while over := self._over(prompt, written):
                 if stop.is_set():
                     return False
-                if self.held_in == self.held_out == 0:
+                if self.held == 0:
                     self.empty, self.what = True, over
                     return False
                 self.changed.wait()
+            self.held += 1
             self.held_in, self.held_out = self.held_in + prompt, self.held_out + written
             return True
 
@@ -257,6 +273,7 @@ class _Purse:
         """Release the reservation; the log counts the actual use by now."""
         prompt, written = request.most_tokens()
         with self.changed:
+            self.held -= 1
             self.held_in, self.held_out = self.held_in - prompt, self.held_out - written
             self.changed.notify_all()
 

@@ -174,6 +174,16 @@ class RequestLog:
         self.close()
 
 
+def tally(path: Path) -> tuple[int, int, int]:
+    """Answers, prompt tokens and written tokens of a log, as it is on disk; zeros where there is none."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    known: dict[str, Completion] = {}
+    for record in filter(None, map(_record, lines[1:])):
+        known.setdefault(*record)
+    found = known.values()
+    return len(known), sum(c.prompt_tokens for c in found), sum(c.tokens for c in found)
+
+
 def _record(line: bytes) -> tuple[str, Completion] | None:
     """Key and completion of a line, or `None` if it is incomplete."""
     try:

@@ -8,33 +8,24 @@ student: maximum likelihood on {(h, r, t): p > c}, which is min KL(teacher restr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from understudy.curation import (
-    Funnel,
-    above,
-    binary_labels,
-    cutoff_at_recall,
-    cutoffs,
-    first_occurrences,
-    recall_curve,
-    split_by_group,
-)
+from understudy.curation import Funnel, above, cutoff_at_recall, cutoffs, split_by_group
 from understudy.curation import triples as knowledge
-from understudy.curation.triples import Triple, key
-from understudy.data.knowledge import bracketed
+from understudy.curation.triples import Answer, Event, LabelledTriple, Triple
 from understudy.errors import InputError
 from understudy.evaluation.corpus import corpus_report
-from understudy.generation import LocalSource, Prompt, Request, limits_from, source_from
+from understudy.generation import LocalSource, Prompt
 from understudy.models import is_new_causal_lm, load_tokenizer
 from understudy.tasks import get as get_task
 from understudy.training import Pipeline, PipelineContext
-from understudy.training.critic import CriticOptions, Critics, fit_critics
+from understudy.training.critic import CriticFit, CriticOptions, Critics, fit_critics
 
+T = TypeVar("T", bound=Triple)
 SPLITS = ("train", "validation", "test")
 _COST = "Cost is that of the student's training; what the teacher wrote is in the request log, with its tokens."
 
@@ -87,7 +78,6 @@ class SymbolicKD(Pipeline):
     )
     student_samples: int = Field(10, ge=1, description="Tails the trained student writes for each held-out question.")
     student_top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the student's sampling when it is judged.")
-    log: str | None = Field(None, description="Folder of the teacher's request log, to share it between runs.")
 
     @model_validator(mode="after")
     def _shares_sum(self) -> Self:
@@ -99,28 +89,28 @@ class SymbolicKD(Pipeline):
         task: Any = get_task(context.recipe["task"])
         material = task.material(context.recipe)
         self._check(context, material)
-        heads = context.once("heads", lambda: self._heads(context, material))
-        written = context.once("tails", lambda: self._tails(context, material, heads["heads"]))
-        triples: list[Triple] = written["triples"]
-        found: dict[str, Any] = {"funnel": heads["funnel"] + written["funnel"]}
+        events = context.stage("events", Event, partial(self._events, context, material))
+        triples = context.stage("triples", Triple, partial(self._triples, context, material, events))
+        found: dict[str, Any] = {}
         if self._asks_critic:
-            labels = context.once("labels", lambda: self._labels(context, material, triples))
-            found["fits"] = context.once("critic", lambda: self._fit(context, material, labels))
-            found["scores"] = context.once("scores", lambda: self._scores(context, material, triples, labels))
-            found |= context.once("cutoff", lambda: self._cutoff(labels, found["scores"]))
-            for triple, score in zip(triples, found["scores"]["corpus"], strict=True):
-                triple["score"] = score
-        kept = context.once("filter", lambda: self._filter(context, material, triples, found.get("cutoff")))
-        found["funnel"] += kept["funnel"]
-        self._write(context, material, triples, set(kept["kept"]))
-        student = context.train("training", self._student(context, triples))
-        answers = context.once("answers", lambda: self._answers(context, material, triples, student))
-        good = context.once("judged", lambda: self._judged(context, material, triples, answers, found.get("cutoff")))
-        report = corpus_report(
-            triples, answers, good, found, context.recipe["eval_split"], known=material.is_valid is not None
+            labels = context.stage("labels", LabelledTriple, partial(self._labels, context, material, triples))
+            found["fits"] = context.stage("critic", CriticFit, lambda _: self._fit(context, material, labels))
+            labels = context.stage("label_scores", LabelledTriple, lambda _: self._scored(context, material, labels))
+            triples = context.stage("scores", Triple, lambda _: self._scored(context, material, triples))
+            found |= self._cutoff(labels)
+        triples = context.stage(
+            "kept", Triple, partial(self._filtered, context, material, triples, found.get("cutoff"))
         )
+        corpus, tokenizer = context.folder / "corpus", context.folder / "tokenizer"
+        knowledge.write_corpus(corpus, triples, SPLITS)
+        knowledge.save_tokenizer(tokenizer, triples, task.vocabulary(context.recipe))
+        student = context.train("training", task.student_recipe(context.recipe, corpus, tokenizer))
+        answers = context.stage("answers", Answer, lambda _: self._answers(context, material, triples, student))
+        known, split = material.is_valid is not None, context.recipe["eval_split"]
+        good = {n: self._judged(context, material, x, found) for n, x in (("triples", triples), ("answers", answers))}
+        report = corpus_report(triples, answers, good, found, split, known=known)
         cost = json.loads((student.folder / "evaluation.json").read_text())["cost"]
-        return {"split": context.recipe["eval_split"], "cost": cost, **report, "notes": [*material.notes, _COST]}
+        return {"split": split, "cost": cost, **report, "notes": [*material.notes, _COST]}
 
     @property
     def _asks_critic(self) -> bool:
@@ -128,18 +118,7 @@ class SymbolicKD(Pipeline):
 
     def _check(self, context: PipelineContext, material: Any) -> None:
         """What can be known to fail before anything is written and paid for."""
-        if self.filter == "oracle" and material.is_valid is None:
-            raise InputError(
-                "options.filter=oracle needs data whose truth is known (events_world): use critic or none."
-            )
-        if self._asks_critic and material.is_valid is None and material.labels is None:
-            raise InputError(
-                f"options.filter={self.filter} needs labels for the critic: set data.labels to a file of head, relation, "
-                "tail and label. To get triples to label, run with options.filter=none first (to_label.jsonl), and set "
-                "options.log to a folder in both runs, so that nothing is written twice."
-            )
-        if self._asks_critic and material.labels is not None:
-            recall_curve(good := binary_labels([t["label"] for t in material.labels]), [0.0] * len(good))  # two classes
+        material.check(self.filter, self._asks_critic)
         relation = next(iter(material.relations.values()))
         knowledge.head_requests(Prompt.load(self.head_prompt), material.seeds, 1, 1, 0)
         knowledge.tail_requests(Prompt.load(self.tail_prompt), material.seeds[0], relation, 1, 0, "check")
@@ -149,96 +128,77 @@ class SymbolicKD(Pipeline):
 
     # -- 1, 2: what the teacher writes ----------------------------------------------------------------------------
 
-    def _ask(self, context: PipelineContext, material: Any, requests: Sequence[Request]) -> list[Any]:
-        limits = limits_from(context.teacher) if material.source is None else {}
-        source = material.source or source_from(context.teacher)
-        return context.ask(source, requests, "teacher", Path(self.log) if self.log else None, **limits)
-
-    def _heads(self, context: PipelineContext, material: Any) -> dict[str, Any]:
+    def _events(self, context: PipelineContext, material: Any, funnel: Funnel) -> list[Event]:
         how = {"top_p": self.head_top_p, "max_tokens": self.max_tokens, "log_probs": self.head_keep < 1}
         how |= {"presence_penalty": 0.5, "frequency_penalty": 0.5}
-        item, seed, funnel = Prompt.load(self.head_prompt), context.recipe["seed"], Funnel()
+        item, seed = Prompt.load(self.head_prompt), context.recipe["seed"]
         requests = knowledge.head_requests(item, material.seeds, self.head_samples, self.per_prompt, seed, **how)
         if self.head_keep < 1:
-            self._check_log_probs(context, material, requests[:1])
-        answers = self._ask(context, material, requests)
-        heads = knowledge.sift_heads(answers, self.head_keep, self.per_token, self.shortest, funnel)
-        if len(heads) < len(SPLITS):
+            context.check_log_probs(
+                "teacher",
+                requests[0],
+                f"options.head_keep={self.head_keep} keeps the likeliest events",
+                "set options.head_keep=1 to keep all",
+            )
+        answers = context.ask("teacher", requests)
+        events = knowledge.sift_heads(requests, answers, self.head_keep, self.per_token, self.shortest, funnel)
+        if len(events) < len(SPLITS):
             raise InputError(
-                f"{len(heads)} of {len(requests)} written events are left and {len(SPLITS)} splits need one each "
+                f"{len(events)} of {len(requests)} written events are left and {len(SPLITS)} splits need one each "
                 f"(dropped: {'; '.join(str(r['dropped']) for r in funnel.rows if r['dropped'])}). Ask for more "
                 "(options.head_samples), or give another prompt or teacher."
             )
-        return {"heads": heads, "funnel": funnel.rows}
+        return events
 
-    def _check_log_probs(self, context: PipelineContext, material: Any, first: Sequence[Request]) -> None:
-        """Ask once before all, for not every server tells log-probabilities; the answer is in the log and not asked again."""
-        says = "gives no log-probabilities"
-        try:
-            missing = self._ask(context, material, first)[0].log_prob is None
-        except InputError as error:
-            if "logprob" not in str(error).lower().replace("-", ""):
-                raise
-            missing, says = True, f"refuses log-probabilities ({error})"
-        if missing:
-            raise InputError(
-                f"options.head_keep={self.head_keep} keeps the likeliest events, and teacher {context.recipe['teacher']['model']!r} {says}: "
-                "set options.head_keep=1 to keep all, or have the server tell them."
-            )
-
-    def _tails(self, context: PipelineContext, material: Any, heads: list[str]) -> dict[str, Any]:
-        """Triples, each with the split of its head."""
-        item, seed, funnel = Prompt.load(self.tail_prompt), context.recipe["seed"], Funnel()
-        requests: list[Request] = []
-        asked = []
-        for i, head in enumerate(heads):
+    def _triples(
+        self, context: PipelineContext, material: Any, events: Sequence[Event], funnel: Funnel
+    ) -> list[Triple]:
+        """Each with the split of its head."""
+        item, seed = Prompt.load(self.tail_prompt), context.recipe["seed"]
+        how = {"top_p": self.tail_top_p, "max_tokens": self.max_tokens}
+        requests, asked = [], []
+        for i, event in enumerate(events):
             for name, relation in material.relations.items():
-                how = {"top_p": self.tail_top_p, "max_tokens": self.max_tokens}
                 place = f"tails/{i}/{name}"
-                new, names = knowledge.tail_requests(item, head, relation, self.tail_samples, seed, place, **how)
+                new, names = knowledge.tail_requests(item, event.text, relation, self.tail_samples, seed, place, **how)
                 requests += new
-                asked += [(head, name, names, r.id) for r in new]
-        triples = knowledge.sift_tails(asked, self._ask(context, material, requests), funnel)
-        parts = split_by_group(heads, dict(zip(SPLITS, self.shares, strict=True)), seed)
-        split = {heads[i]: name for name, part in parts.items() for i in part}
-        return {"triples": [{**t, "split": split[t["head"]]} for t in triples], "funnel": funnel.rows}
+                asked += [(event, name, names, r.id) for r in new]
+        triples = knowledge.sift_tails(asked, context.ask("teacher", requests), funnel)
+        parts = split_by_group([e.text for e in events], dict(zip(SPLITS, self.shares, strict=True)), seed)
+        split = {events[i].text: name for name, part in parts.items() for i in part}
+        return [t.model_copy(update={"split": split[t.head]}) for t in triples]
 
     # -- 3, 4: the critic and its cutoff --------------------------------------------------------------------------
 
-    def _labels(self, context: PipelineContext, material: Any, triples: list[Triple]) -> dict[str, list[Triple]]:
+    def _labels(
+        self, context: PipelineContext, material: Any, triples: Sequence[Triple], funnel: Funnel
+    ) -> list[LabelledTriple]:
         """Labelled triples of heads that no student is judged on, split by head: for the critic, for its cutoff, and
         for the official script's second cutoff."""
         seed, sizes = context.recipe["seed"], [self.labels, *[self.threshold_labels] * (1 + self.legacy_mean)]
         if material.labels is not None:
-            held = {t["head"] for t in triples if t["split"] != "train"}
-            pool = [t for t in material.labels if t["head"] not in held]
-            pool = [pool[i] for i in first_occurrences(map(key, pool))]
-            good = binary_labels([t["label"] for t in pool])
+            pool = knowledge.from_files(material.labels, triples)
         else:
-            pool = knowledge.draw(triples, "train", sum(sizes), seed, "labels")
-            good = [int(material.is_valid(*key(t))) for t in pool]
-        parts = dict(zip(SPLITS, [n / sum(sizes) for n in sizes], strict=False))
-        chosen = split_by_group([t["head"] for t in pool], parts, seed)
-        names = ("head", "relation", "tail")
-        return {s: [{**{k: pool[i][k] for k in names}, "good": good[i]} for i in chosen[s]] for s in parts}
+            pool = knowledge.from_truth(knowledge.draw(triples, "train", sum(sizes), seed, "labels"), material.is_valid)
+        return knowledge.label_splits(pool, dict(zip(SPLITS, sizes, strict=False)), seed)
 
-    def _fit(self, context: PipelineContext, material: Any, labels: dict[str, list[Triple]]) -> list[dict[str, Any]]:
-        pairs = knowledge.text_pairs(labels, material.relations)
-        good = {s: [t["good"] for t in part] for s, part in labels.items()}
+    def _fit(self, context: PipelineContext, material: Any, labels: Sequence[LabelledTriple]) -> list[CriticFit]:
+        parts = {s: [t for t in labels if t.split == s] for s in SPLITS}
+        pairs = {s: knowledge.text_pairs(part, material.relations) for s, part in parts.items()}
+        good = {s: [t.good for t in part] for s, part in parts.items()}
         return fit_critics(
             self.critic, pairs, good, knowledge.naming, context.folder / "critic", context.recipe["seed"]
         )
 
-    def _scores(
-        self, context: PipelineContext, material: Any, triples: list[Triple], labels: dict[str, list[Triple]]
-    ) -> dict[str, list[float]]:
+    def _scored(self, context: PipelineContext, material: Any, triples: Sequence[T]) -> list[T]:
         critics = Critics(self.critic, context.folder / "critic", knowledge.naming)
-        pairs = knowledge.text_pairs({"corpus": triples, **labels}, material.relations)
-        return {s: critics(part) for s, part in pairs.items()}
+        scores = critics(knowledge.text_pairs(triples, material.relations))
+        return [t.model_copy(update={"score": score}) for t, score in zip(triples, scores, strict=True)]
 
-    def _cutoff(self, labels: dict[str, list[Triple]], scores: dict[str, list[float]]) -> dict[str, Any]:
+    def _cutoff(self, labels: Sequence[LabelledTriple]) -> dict[str, Any]:
         """The cutoff of the wanted recall, and those of the paper's grid for the report."""
-        good = {s: [t["good"] for t in part] for s, part in labels.items()}
+        good = {s: [t.good for t in labels if t.split == s] for s in SPLITS}
+        scores = {s: [t.score for t in labels if t.split == s and t.score is not None] for s in SPLITS}
         found = cutoff_at_recall(good["validation"], scores["validation"], self.recall)
         value = found.value
         if self.legacy_mean:
@@ -248,82 +208,41 @@ class SymbolicKD(Pipeline):
 
     # -- 5: what stays, and who learns it -------------------------------------------------------------------------
 
-    def _filter(
-        self, context: PipelineContext, material: Any, triples: list[Triple], cutoff: float | None
-    ) -> dict[str, Any]:
-        kept = list(range(len(triples)))
+    def _filtered(
+        self, context: PipelineContext, material: Any, triples: Sequence[Triple], cutoff: float | None, funnel: Funnel
+    ) -> list[Triple]:
+        seed, kept = context.recipe["seed"], list(triples)
         if self.filter == "oracle":
-            kept = [i for i in kept if material.is_valid(*key(triples[i]))]
+            kept = [t for t in triples if material.is_valid(*t.key)]
         elif cutoff is not None:
-            kept = above([t["score"] for t in triples], cutoff)
+            kept = [triples[i] for i in above([t.score for t in triples if t.score is not None], cutoff)]
+        stay = {t.id for t in kept}
         if self.filter == "random":  # as many of each split as the critic would keep
-            numbers = {s: sum(triples[i]["split"] == s for i in kept) for s in SPLITS}
-            seed = context.recipe["seed"]
-            chosen = {key(t) for s, n in numbers.items() for t in knowledge.draw(triples, s, n, seed, "random")}
-            kept = [i for i, t in enumerate(triples) if key(t) in chosen]
-        stays, funnel = set(kept), Funnel()
-        for split in SPLITS:
-            mine = [i for i, t in enumerate(triples) if t["split"] == split]
-            stay = [n for n, i in enumerate(mine) if i in stays]
-            if not funnel.pick(f"kept for {split}", mine, stay, f"filter {self.filter}"):
-                raise InputError(
-                    f"The filter keeps none of {len(mine)} triples of the {split} split: raise options.recall, or write "
-                    "more (options.head_samples)."
-                )
-        return {"kept": kept, "funnel": funnel.rows}
-
-    def _write(self, context: PipelineContext, material: Any, triples: list[Triple], kept: set[int]) -> None:
-        """The corpus as files: all triples with their provenance, the student's text, and what people could label."""
-        for i, triple in enumerate(triples):
-            triple["kept"] = i in kept
-        knowledge.write_corpus(context.folder, triples, SPLITS)
+            stay = knowledge.same_number(triples, kept, SPLITS, seed)
         if material.is_valid is None and material.labels is None:
-            some = knowledge.draw(
-                triples, "train", self.labels + self.threshold_labels, context.recipe["seed"], "labels"
-            )
+            some = knowledge.draw(triples, "train", self.labels + self.threshold_labels, seed, "labels")
             knowledge.write_to_label(context.folder / "to_label.jsonl", some)
+        return knowledge.sift_triples(triples, lambda t: t.id in stay, SPLITS, f"filter {self.filter}", funnel)
 
-    def _student(self, context: PipelineContext, triples: list[Triple]) -> dict[str, Any]:
-        """The student's own run: language modelling on the kept triples. A new model gets a tokenizer of their words."""
-        recipe, data = context.recipe, {"vocab_size": 1024, **context.recipe["data"]}
-        if is_new_causal_lm(recipe["student"]["model"]) and "tokenizer" not in data:
-            data["tokenizer"] = str(context.folder / "tokenizer")
-            knowledge.save_tokenizer(context.folder / "tokenizer", triples, data["vocab_size"])
-        passed = {k: data[k] for k in ("max_length", "vocab_size", "tokenizer") if k in data}
-        passed |= {"name": str(context.folder / "corpus"), "pack": False}
-        own = {k: recipe[k] for k in ("student", "trainer", "seed", "reduction", "eval_split")}
-        return {"task": "language_modeling", "method": "sft", "data": passed, **own}
-
-    def _answers(self, context: PipelineContext, material: Any, triples: list[Triple], student: Any) -> list[Triple]:
+    def _answers(
+        self, context: PipelineContext, material: Any, triples: Sequence[Triple], student: Any
+    ) -> list[Answer]:
         """What the student says about held-out heads: one greedy tail and several samples for each question."""
-        tokenizer = load_tokenizer(str(student.folder / "student"))
-        source = LocalSource(student.student, tokenizer, "student", batch=64)
-        heads = dict.fromkeys(t["head"] for t in triples if t["split"] == context.recipe["eval_split"])
-        requests, asked = [], []
-        for i, head in enumerate(heads):
-            for relation in material.relations:
-                for draw in range(1 + self.student_samples):
-                    how = {"temperature": 0.0} if draw == 0 else {"top_p": self.student_top_p}
-                    name = f"student/{i}/{relation}/{draw}"
-                    prompt, most = bracketed(head, relation), self.max_tokens
-                    requests.append(Request(prompt, name, draw, max_tokens=most, stop=(".", "\n"), **how))  # type: ignore[arg-type]
-                    asked.append({"head": head, "relation": relation, "greedy": draw == 0})
-        texts = [a.text for a in context.ask(source, requests, "student", concurrency=64)]
-        return [{**a, "tail": knowledge.tidy(text)} for a, text in zip(asked, texts, strict=True)]
+        source = LocalSource(student.student, load_tokenizer(str(student.folder / "student")), "student", batch=64)
+        heads = dict.fromkeys(t.head for t in triples if t.split == context.recipe["eval_split"])
+        asked = knowledge.student_requests(
+            heads, material.relations, self.student_samples, self.max_tokens, self.student_top_p
+        )
+        texts = [a.text for a in context.ask_trained(source, [request for request, _ in asked], "student")]
+        return [a.model_copy(update={"tail": knowledge.tidy(t)}) for (_, a), t in zip(asked, texts, strict=True)]
 
     def _judged(
-        self,
-        context: PipelineContext,
-        material: Any,
-        triples: list[Triple],
-        answers: list[Triple],
-        cutoff: float | None,
-    ) -> dict[str, list[bool | None]]:
-        """Whether triples and answers are good: by the known truth, else by the critic, else nobody knows."""
+        self, context: PipelineContext, material: Any, triples: Sequence[Triple], found: Mapping[str, Any]
+    ) -> list[bool | None]:
+        """Whether triples are good: by the known truth, else by the critic, else nobody knows."""
         if material.is_valid is not None:
-            return {n: [material.is_valid(*key(t)) for t in x] for n, x in (("triples", triples), ("answers", answers))}
-        if cutoff is None:
-            return {"triples": [None] * len(triples), "answers": [None] * len(answers)}
-        critics = Critics(self.critic, context.folder / "critic", knowledge.naming)
-        scores = critics(knowledge.text_pairs({"answers": answers}, material.relations)["answers"])
-        return {"triples": [t["score"] > cutoff for t in triples], "answers": [s > cutoff for s in scores]}
+            return [material.is_valid(*t.key) for t in triples]
+        if "cutoff" not in found:
+            return [None] * len(triples)
+        scored = triples if triples and triples[0].score is not None else self._scored(context, material, triples)
+        return [t.score is not None and t.score > found["cutoff"] for t in scored]

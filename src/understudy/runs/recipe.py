@@ -11,19 +11,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from understudy.errors import InputError, nearest
+from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.masking import masked, remember
 from understudy.methods import get as get_method
 from understudy.methods import resolve
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
+from understudy.runs.roles import check_roles
 from understudy.runs.specs import ModelSpec, said_no
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
 from understudy.tasks.data_keys import check_data_keys
-from understudy.training import Method, OnPolicy
+from understudy.training import Method, OnPolicy, Pipeline
 from understudy.training.arguments import checked_arguments
 from understudy.training.arguments import fields as training_fields
+from understudy.training.pipeline import ORACLE
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,12 @@ class Recipe(BaseModel):
     task: str = Field("image_classification", description="The kind of problem, with its data, models and metric.")
     teacher: ModelSpec | None = Field(None, description="The model to learn from; keys below.")
     student: ModelSpec | None = Field(None, description="The model that is trained; keys below.")
+    roles: dict[str, ModelSpec] | None = Field(
+        None, description="Further models that a procedure asks (a critic, a judge), by role; keys below."
+    )
+    budget: Budget | None = Field(
+        None, description="What all models that a procedure asks may use together; keys below."
+    )
     data: dict[str, Any] = Field(default_factory=dict, description="What to train on; keys below.")
     output: Path = Field(Path("runs/run"), description="The run folder.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of initial weights, order, augmentation and noise.")
@@ -66,6 +75,16 @@ class Recipe(BaseModel):
         if value == NONE:
             return None
         return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _names_alone(cls, value: Any) -> Any:
+        named = (
+            {k: {"model": v} if isinstance(v, str) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
+        return named or None
 
     @field_validator("data", mode="before")
     @classmethod
@@ -148,7 +167,10 @@ def make(values: Mapping[str, Any]) -> Recipe:
             f"Method {recipe.method!r} learns from a teacher and the recipe says there is none: name one, leave `teacher` out "
             f"for the task's own, or choose a method without (method={task.baseline})."
         )
-    filled = task.fill(_with_domains(recipe))
+    given = _with_domains(recipe)
+    if isinstance(recipe.build_method(), Pipeline) and requires.needs_teacher:
+        given.setdefault("teacher", {"model": ORACLE})  # where the task has none it says so
+    filled = task.fill(given)
     if alone:
         filled["teacher"] = None
     recipe = validated(Recipe, _with_arguments(filled), "recipe key")
@@ -165,6 +187,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
                     f"Unknown key {side}.options.{key}.{nearest(key, known)} Known: {', '.join(sorted(known)) or 'none'}."
                 )
     method = recipe.build_method()
+    check_roles(recipe.method, method, recipe.teacher, recipe.roles or {}, recipe.budget)
     _check_on_policy(recipe, method, task.kind)
     if not task.kinds & method.kinds:
         raise InputError(
@@ -253,6 +276,8 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
         "eval_split": "test",
         "arms": {},
         "on_policy": None,
+        "roles": None,
+        "budget": None,
     }
     return make(values)
 
@@ -346,8 +371,8 @@ def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     short = {"teacher": "model", "student": "model", "data": "name"}
     for i, key in enumerate(path[:-1]):
         inner = values.get(key)
-        if isinstance(inner, str) and i == 0 and key in short:
-            inner = {short[key]: inner}
+        if isinstance(inner, str) and ((i == 0 and key in short) or (i == 1 and path[0] == "roles")):
+            inner = {short.get(key, "model"): inner}
         elif inner is None:
             inner = {}
         elif not isinstance(inner, dict):

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from understudy.data import find
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
+from understudy.evaluation.corpus import funnel_table, spent_table
 from understudy.evaluation.texts import sample_texts
 from understudy.files import COMPLETE, check_seal, read_json, seal, write_json, writing
 from understudy.models import ModelAdapter, state_hash
@@ -41,6 +43,7 @@ from understudy.runs.objects import checked_callbacks, named
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, load, make, own_training
+from understudy.runs.roles import models_of
 from understudy.runs.specs import ModelSpec
 from understudy.runs.teachers import (
     MEMBERS,
@@ -357,7 +360,13 @@ def _run_pipeline(recipe: Recipe, journal: _Journal, progress: bool, callbacks: 
         return result
 
     journal.begin()
-    evaluation = method.run(PipelineContext(recipe.dump(), folder, train_inside, recipe.teacher))
+    values, task = recipe.dump(), get_task(recipe.task)
+    logs = Path(method.log) if method.log is not None else folder / "logs"
+    oracle = partial(task.oracle, values)
+    context = PipelineContext(values, folder, models_of(recipe), train_inside, oracle, logs, recipe.budget)
+    evaluation = method.run(context)
+    general = [funnel_table(context.funnel), spent_table(context.spent())]
+    evaluation["tables"] = [table for table in general if table["rows"]] + evaluation.get("tables", [])
     evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))
     return _finish(journal, evaluation, None)
 

@@ -12,6 +12,7 @@ from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
+from understudy.tasks.reasoning import Reasoning
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
 
@@ -25,6 +26,7 @@ TASKS: dict[str, Task] = {
         NodeClassification(),
         ImageGeneration(),
         Ranking(),
+        Reasoning(),
         TextGeneration(),
         TextClassification(),
     )

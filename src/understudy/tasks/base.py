@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from understudy.data import Batch
+from understudy.errors import InputError
 from understudy.evaluation import evaluate
+from understudy.generation import Source
 from understudy.models import ModelAdapter
 
 MODULE = "module:"
@@ -111,6 +113,10 @@ class Task(Protocol):
         """`{"rows": …, "metrics": {…}, …}` of one split, deterministic; the mode of every module is restored."""
         ...
 
+    def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
+        """Who writes in a role of a procedure where its model is called `oracle`: the embedded world's own."""
+        ...
+
 
 class TaskDefaults:
     """Defaults that most tasks share."""
@@ -121,6 +127,11 @@ class TaskDefaults:
     model_options: frozenset[str] = frozenset()
     kind: str
     mixes = False
+    name: str
+
+    def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
+        """None, where the task's data have no world of their own."""
+        raise InputError(f"Task {self.name!r} has no oracle for {role}: name a model, or another task.")
 
     @property
     def kinds(self) -> frozenset[str]:

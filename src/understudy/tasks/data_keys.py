@@ -150,6 +150,44 @@ class _ClassifiedTexts(BaseModel):
     vocab_size: _Count = Field(2000, description="Of the tokenizer that is trained where no model brings one.")
 
 
+class _Reasoning(BaseModel):
+    name: str = Field(
+        "sums", description="sums, gsm8k, svamp, aqua, commonsense_qa, strategyqa, a file, a folder or a Hub id."
+    )
+    max_length: _Count = Field(48, description="Tokens of question, rationale and answer; 512 of other data than sums.")
+    packing: _Packing = Field(
+        "auto", description="How batches are computed without padding: always, where cheaper, never."
+    )
+    truncation: Literal["end", "start", "error"] = Field(
+        "start", description="Which end of a row that is too long goes."
+    )
+    limit: _Count | None = Field(None, description="Most training records.")
+    eval_limit: _Count | None = Field(None, description="Most questions of validation, and of test.")
+    tokenizer: str | None = Field(None, description="Folder or Hub id whose way both sides use.")
+    vocab_size: _Count = Field(1024, description="Of the tokenizer that is trained where no model brings one.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {question: problem}.")
+    prompt: str = Field(
+        "question", description="File with the slot `question`; `bare` (of sums) is the question alone."
+    )
+    rationale: _Flag = Field(True, description="Train on rationale and answer; off, on the answer alone.")
+    answers: Literal["number", "choice", "yes_no", "text"] | None = Field(
+        None, description="What an answer is; by all the answers of the data if not given."
+    )
+    samples: _Number = Field(4, description="Sampled answers to each judged question, for pass@k and majority@k.")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.7, description="Of these samples.")
+    max_new_tokens: _Count = Field(
+        32, description="Of a written answer with its rationale; 256 of other data than sums."
+    )
+    digits: tuple[_Count, _Count] | None = Field(
+        None, description="Least and most digits of sums; 4 and 6 if not given."
+    )
+    size: _Count | None = Field(None, description="Training questions of sums; 3000 if not given.")
+    seed: _Number | None = Field(None, description="Of sums.")
+    teacher_error: _Share = Field(
+        0.03, description="Share of wrong steps of the oracle of sums, as a teacher that writes."
+    )
+
+
 class _Corpus(BaseModel):
     name: str = Field("events_world", description="events_world, events, or a file of seed events.")
     relations: str | None = Field(
@@ -171,6 +209,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "node_classification": _Graph,
     "image_generation": _Generation,
     "ranking": _Ranking,
+    "reasoning": _Reasoning,
     "text_generation": _Corpus,
     "text_classification": _ClassifiedTexts,
 }

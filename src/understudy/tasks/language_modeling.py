@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from understudy.data import collate_text, encode, load_text, show_batch, train_tokenizer
+from understudy.data import TextSplits, collate_text, encode, load_text, show_batch, train_tokenizer
 from understudy.data.packing import MULTIPLE
 from understudy.errors import InputError, nearest
 from understudy.models import (
@@ -26,6 +26,7 @@ from understudy.models.weights import notes_of
 from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
 from understudy.tasks.padding import checked_packing, padding_notes
 from understudy.teachers import Aligner
+from understudy.training.pipeline import ORACLE
 
 _TRAINER = {
     "max_steps": 300,
@@ -35,6 +36,7 @@ _TRAINER = {
     "warmup_steps": 20,
     "weight_decay": 0.0,
 }
+_HOW = {"max_length", "pack", "packing", "truncation", "vocab_size", "tokenizer", "only"}
 _TEACHER = {"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
 
 
@@ -124,11 +126,14 @@ class LanguageModeling(LabelledTask):
         return recipe
 
     def prepare(self, recipe: Any) -> Prepared:
-        data = dict(recipe.data)
-        length, pack, packing = data.pop("max_length"), data.pop("pack"), checked_packing(data.pop("packing"))
-        truncation, vocabulary = data.pop("truncation"), data.pop("vocab_size", 1024)
-        own_tokenizer, only = data.pop("tokenizer", None), data.pop("only", None)
-        splits = load_text(data)
+        how = {k: v for k, v in recipe.data.items() if k in _HOW}
+        return self._prepared(recipe, how, load_text({k: v for k, v in recipe.data.items() if k not in _HOW}))
+
+    def _prepared(self, recipe: Any, how: Mapping[str, Any], splits: TextSplits) -> Prepared:
+        """Encoded records. `how` is what of the recipe's data says how to encode them."""
+        length, pack, packing = how["max_length"], how["pack"], checked_packing(how["packing"])
+        truncation, vocabulary = how["truncation"], how.get("vocab_size", 1024)
+        own_tokenizer, only = how.get("tokenizer"), how.get("only")
         notes = list(splits.notes)
         tokenizer, other = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
@@ -173,7 +178,7 @@ class LanguageModeling(LabelledTask):
             found["data.tokenizer"] = load_tokenizer(own)
         specs = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
         for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
-            if spec.model == COPY or (spec.model.startswith(MODULE) and spec.tokenizer is None):
+            if spec.model in (COPY, ORACLE) or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue
             if spec.endpoint is not None and spec.tokenizer is None:  # compared with the server's own later
                 continue

@@ -13,14 +13,15 @@ import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
+from understudy.curation import binary_labels, recall_curve
 from understudy.data.knowledge import Relation, load_events, load_labels, load_relations
 from understudy.errors import InputError, nearest
 from understudy.generation import Completion, OracleSource, Request, Source
-from understudy.models import ModelAdapter
+from understudy.models import ModelAdapter, is_new_causal_lm
 from understudy.synthetic.events import EventsWorld
 from understudy.tasks.base import Prepared, TaskDefaults, merged
+from understudy.training.pipeline import ORACLE
 
-ORACLE = "oracle"
 _OPTIONS = ("name", "relations", "labels", "world_seed", "max_length", "vocab_size", "tokenizer", "columns")
 _TRAINER = {
     "max_steps": 1500,
@@ -53,6 +54,26 @@ class Material:
     source: Source | None = None
     notes: list[str] = field(default_factory=list)
     hash: str = ""
+
+    def check(self, filter_: str, asks_critic: bool) -> None:
+        """Refuse a filter that these data cannot serve.
+
+        Raises:
+            InputError: it needs a known truth, or labels of both classes for a critic.
+        """
+        if filter_ == "oracle" and self.is_valid is None:
+            raise InputError(
+                "options.filter=oracle needs data whose truth is known (events_world): use critic or none."
+            )
+        if asks_critic and self.is_valid is None and self.labels is None:
+            raise InputError(
+                f"options.filter={filter_} needs labels for the critic: set data.labels to a file of head, relation, "
+                "tail and label. To get triples to label, run with options.filter=none first (to_label.jsonl), and set "
+                "options.log to a folder in both runs, so that nothing is written twice."
+            )
+        if asks_critic and self.labels is not None:
+            good = binary_labels([t["label"] for t in self.labels])
+            recall_curve(good, [0.0] * len(good))
 
 
 class TextGeneration(TaskDefaults):
@@ -123,6 +144,25 @@ class TextGeneration(TaskDefaults):
         else:
             seeds = load_events(str(data["name"]), data.get("columns"))
         return Material(seeds, relations, notes=[f"{len(seeds)} seed events, {len(relations)} relations."])
+
+    def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
+        """The world's own teacher."""
+        source = self.material(recipe).source if role == "teacher" else None
+        return source if source is not None else super().oracle(recipe, role)
+
+    def vocabulary(self, recipe: Mapping[str, Any]) -> int:
+        """Of the tokenizer that is trained for a new student."""
+        return int(recipe["data"].get("vocab_size", 1024))
+
+    def student_recipe(self, recipe: Mapping[str, Any], corpus: Path, tokenizer: Path) -> dict[str, Any]:
+        """The student's own run: language modelling on a corpus. A new model takes `tokenizer`, unless the recipe names one."""
+        data = {"vocab_size": self.vocabulary(recipe), **recipe["data"]}
+        if is_new_causal_lm(recipe["student"]["model"]):
+            data.setdefault("tokenizer", str(tokenizer))
+        passed = {k: data[k] for k in ("max_length", "vocab_size", "tokenizer") if k in data}
+        passed |= {"name": str(corpus), "pack": False}
+        own = {k: recipe[k] for k in ("student", "trainer", "seed", "reduction", "eval_split")}
+        return {"task": "language_modeling", "method": "sft", "data": passed, **own}
 
     def prepare(self, recipe: Any) -> Prepared:
         """The seed events as examples, for `check`. A pipeline uses `material`."""

@@ -2,7 +2,7 @@
 
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete
-from understudy.training.method import Method, MethodState, Requirements, TeacherUse, TrainState
+from understudy.training.method import Method, MethodState, Requirements, Role, TeacherUse, TrainState
 from understudy.training.on_policy import OnPolicy
 from understudy.training.phases import Phase
 from understudy.training.pipeline import Pipeline, PipelineContext
@@ -24,6 +24,7 @@ __all__ = [
     "Pipeline",
     "PipelineContext",
     "Requirements",
+    "Role",
     "Rollouts",
     "SetupContext",
     "Shapes",

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from understudy.curation import base_rate_bias, cutoff_at_recall, recall_curve, score
+from understudy.curation import Item, base_rate_bias, cutoff_at_recall, recall_curve, score
 from understudy.errors import InputError
 from understudy.losses import binary_cross_entropy
 from understudy.models import evaluating
@@ -48,22 +47,35 @@ class Fit:
     seed: int = 0
 
 
+class CriticFit(Item):
+    """How the fit of a critic went.
+
+    Args:
+        epochs: done. best_epoch: whose weights were kept. history: validation precision after each.
+    """
+
+    epochs: int
+    best_epoch: int
+    best_precision: float
+    history: list[float]
+    seconds: float
+
+
 def fit_critic(
     model: PairClassifier,
     train: tuple[Sequence[Pair], Sequence[int]],
     validation: tuple[Sequence[Pair], Sequence[int]],
     fit: Fit,
     view: Callable[[int], View],
-) -> dict[str, Any]:
-    """Minimise binary cross-entropy, starting from the base rate. The model ends with the weights of its best epoch.
+) -> CriticFit:
+    """Minimise binary cross-entropy from the base rate on; the model ends with the weights of its best epoch.
 
     Args:
         train, validation: text pairs and 0/1 labels.
         view: rewords a pair for an epoch; validation uses the wordings of the first three epochs.
 
     Returns:
-        A dictionary of `epochs` (number done), `best_epoch`, `best_precision`, `seconds` and `history` (validation
-        precision of each epoch).
+        What happened.
     """
     pairs, labels = train
     checked, truth = validation
@@ -105,8 +117,13 @@ def fit_critic(
         if epoch - best >= fit.patience:
             break
     model.load_state_dict(best_state)
-    result = {"epochs": len(history), "best_epoch": best, "best_precision": history[best], "history": history}
-    return {**result, "seconds": time.time() - started}
+    return CriticFit(
+        epochs=len(history),
+        best_epoch=best,
+        best_precision=history[best],
+        history=history,
+        seconds=time.time() - started,
+    )
 
 
 def _need_both(split: str, labels: Sequence[int]) -> None:
@@ -186,8 +203,8 @@ def fit_critics(
     view: Callable[[int], View],
     folder: Path,
     seed: int,
-) -> list[dict[str, Any]]:
-    """Train every member of the ensemble and save it in `folder`; for each the result is that of `fit_critic`.
+) -> list[CriticFit]:
+    """Fit every member and save it below `folder`; see `fit_critic` for what is returned of each.
 
     Args:
         pairs, labels: of `train` and `validation`.

@@ -65,6 +65,20 @@ class Requirements:
         return tuple(sorted(name for name, needed in held.items() if needed))
 
 
+@dataclass(frozen=True)
+class Role:
+    """A model that a procedure asks, beside teacher and student; a recipe names it in `roles`.
+
+    Args:
+        does: what it is asked for, as the rest of a sentence: `judges two answers`.
+        required: the method cannot do without. many: several models may have the role (`roles.NAME.members`).
+    """
+
+    does: str
+    required: bool = True
+    many: bool = False
+
+
 class MethodState(Protocol):
     """State that a method updates from step to step, such as a schedule or a running mean. Checkpoints store it."""
 
@@ -112,7 +126,8 @@ class Method(BaseModel):
     Class attributes: `name` (on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
     task that it trains on: `classification` where rows are examples with a class, `image` where these must be images),
     `cost` (per step, one line), `page` (when to use it, when not, deviations from the paper),
-    `variants` (an option whose values are also names of methods: `method=kto` is `dpo` with that value).
+    `variants` (an option whose values are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
+    that a pipeline uses beside teacher and student, by name).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,6 +138,7 @@ class Method(BaseModel):
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
     variants: ClassVar[str | None] = None
+    roles: ClassVar[Mapping[str, Role]] = {}
 
     @property
     def requires(self) -> Requirements:

@@ -1,0 +1,73 @@
+"""Running sums: questions with a known step-by-step solution, whose difficulty is their number of digits.
+
+A question is `3529=`. Its solution is the running sums modulo 10, `3 8 0 9`, and its answer the last of them. Whoever writes
+the sums down needs one small step at a time; whoever writes the answer alone needs all of them at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from understudy.errors import InputError
+
+MODULUS = 10
+
+
+def digits_of(question: str) -> list[int]:
+    """The digits of the last question in a text.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = re.findall(r"(\d+)=", question)
+    if not found:
+        raise InputError(f"{question[-60:]!r} holds no question of the running sums, such as 3529=.")
+    return [int(digit) for digit in found[-1]]
+
+
+def running_sums(digits: Sequence[int]) -> list[int]:
+    """The sums of the first one, two, … digits, modulo 10."""
+    return list(accumulate(digits, lambda a, b: (a + b) % MODULUS))
+
+
+def attempt(digits: Sequence[int], error: float, chance: np.random.Generator) -> list[int]:
+    """Running sums of one who errs: each step is wrong with probability `error`, and the error is carried on."""
+    sums = [digits[0]]
+    for digit in digits[1:]:
+        wrong = int(chance.integers(1, MODULUS)) if chance.random() < error else 0
+        sums.append((sums[-1] + digit + wrong) % MODULUS)
+    return sums
+
+
+def shown(sums: Sequence[int]) -> str:
+    """Sums as text."""
+    return " ".join(map(str, sums))
+
+
+def questions(levels: tuple[int, int], number: int, seed: int) -> Iterator[str]:
+    """Different questions, with each number of digits from the first to the second level equally often.
+
+    Raises:
+        InputError: levels that are none, or fewer questions than are wanted.
+    """
+    least, most = levels
+    if not 1 <= least <= most:
+        raise InputError(f"data.digits is {list(levels)}: give the least and the most digits, at least 1.")
+    kinds = range(least, most + 1)
+    if number > len(kinds) * MODULUS**least // 2:
+        raise InputError(
+            f"There are {MODULUS**least} questions of {least} digits, too few for {number} different ones with "
+            f"data.digits={list(levels)}: ask for more digits, or fewer questions (data.size)."
+        )
+    chance, seen = np.random.default_rng([seed, 0x5C]), set()
+    for i in range(number):
+        while True:
+            question = "".join(map(str, chance.integers(0, MODULUS, kinds[i % len(kinds)]))) + "="
+            if question not in seen:
+                break
+        seen.add(question)
+        yield question

@@ -1,0 +1,144 @@
+"""Reasoning: questions answered step by step, judged by their final answer; embedded, running sums of known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Subset
+
+from understudy.curation import Checker, kind_of
+from understudy.data import TextSplits
+from understudy.data.reasoning import MARK, WORLD, load_reasoning
+from understudy.data.reasoning_world import attempt, digits_of, shown
+from understudy.evaluation.reasoning import Grading, QuestionSet, judge, write_answers
+from understudy.generation import OracleSource, Prompt, Request, Source
+from understudy.models import ModelAdapter
+from understudy.tasks.base import Prepared, merged
+from understudy.tasks.language_modeling import LanguageModeling
+
+_TRAINER = {
+    "max_steps": 800,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "weight_decay": 0.0,
+}
+_MODEL = "llama:hidden=64,layers=2,heads=4"
+STEPS = "step by step"
+"""What a prompt says to the world's oracle that is to write its steps, and not the answer alone."""
+EXPLAINED = {
+    "accuracy": "Share of questions whose greedy answer, in the trained format, is right. What cannot be read is wrong.",
+    "accuracy_lenient": "The same where the last answer in the text counts, wherever it stands.",
+    "unparsed": "Share of greedy answers that cannot be read in the trained format.",
+    "token_accuracy": "Share of the reference's tokens that are the likeliest ones, given those before.",
+    "answer_tokens": "Mean length of a greedy answer with its rationale, in tokens.",
+}
+
+
+def completion(rationale: str, answer: str) -> str:
+    """The text that a student is trained to write: the rationale, and the answer behind the mark."""
+    return f" {rationale}\n{MARK} {answer}" if rationale else f" {MARK} {answer}"
+
+
+class Reasoning(LanguageModeling):
+    """Answer questions step by step."""
+
+    name = "reasoning"
+    metric = "accuracy"
+    higher_is_better = True
+    preflight_examples = 16  # each is written
+
+    def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The running sums, with a small Llama trained as teacher, unless the recipe names others."""
+        data = recipe.get("data") or {}
+        data.setdefault("name", WORLD)
+        embedded = data["name"] == WORLD
+        data.setdefault("max_length", 48 if embedded else 512)
+        data.setdefault("max_new_tokens", 32 if embedded else 256)
+        if embedded:
+            data.setdefault("vocab_size", 260)  # a token a character
+        data.setdefault("prompt", "bare" if embedded else "question")
+        data.setdefault("truncation", "start")
+        data.setdefault("packing", "auto")
+        recipe["data"] = data
+        if recipe.get("teacher") is None:
+            recipe["teacher"] = {"model": _MODEL, "train": dict(_TRAINER)}
+        if recipe.get("student") is None:
+            recipe["student"] = {"model": _MODEL}
+        recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
+        return recipe
+
+    def read(self, data: Mapping[str, Any]) -> TextSplits:
+        """Questions, with the prompt and completion that a student is trained on. `data` as in a recipe."""
+        own = ("prompt", "rationale", *_HOW, *_GRADED)
+        splits = load_reasoning({k: v for k, v in data.items() if k not in own})
+        prompt, keep = Prompt.load(data["prompt"]), data.get("rationale", True)
+        for records in (splits.train, splits.validation, splits.test):
+            for record in records:
+                record["prompt"] = prompt.render(question=record["question"])
+                record["completion"] = completion(record["rationale"] if keep else "", record["answer"])
+        splits.hash = f"{splits.hash} {prompt.hash[:16]} {keep}"
+        return splits
+
+    def checkers(self, data: Mapping[str, Any], splits: TextSplits) -> tuple[Checker, Checker]:
+        """What reads an answer in the trained format, and wherever it stands last."""
+        answers = [r["answer"] for r in (*splits.train, *splits.validation, *splits.test)]
+        kind = data.get("answers") or kind_of(answers)
+        return Checker(kind), Checker(kind, "last")
+
+    def prepare(self, recipe: Any) -> Prepared:
+        splits = self.read(recipe.data)
+        strict, lenient = self.checkers(recipe.data, splits)
+        every = [*splits.train, *splits.validation, *splits.test]
+        golds = {r["id"]: (strict.gold(r["answer"]), r.get("level")) for r in every}
+        how = {k: recipe.data[k] for k in _HOW if k in recipe.data}
+        prepared = self._prepared(recipe, {**how, "pack": False}, splits)
+        most, samples = recipe.data["max_new_tokens"], recipe.data.get("samples", 4)
+        grading = Grading(strict, lenient, prepared.tokenizer, most, samples, recipe.data.get("temperature", 0.7))
+        for split in ("train", "validation", "test"):
+            rows = prepared.split(split).records
+            for row in rows:
+                row["gold"], row["level"] = golds[row["id"]]
+            setattr(prepared, split, QuestionSet(rows, grading))
+        prepared.teacher_train = prepared.train
+        prepared.say([f"Answers are read as {strict.kind}, behind {MARK}."])
+        return prepared
+
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Final answers, beside likelihood and calibration of the reference's tokens."""
+        found = super().evaluate(student, teacher, loader)
+        metrics = found["metrics"]
+        for side in ("", "teacher_"):
+            if f"{side}accuracy" in metrics:
+                metrics[f"{side}token_accuracy"] = metrics.pop(f"{side}accuracy")
+        data = loader.dataset
+        examples: Any = data.dataset if isinstance(data, Subset) else data
+        rows, grading = [data[i] for i in range(len(data))], examples.grading  # type: ignore[arg-type]
+        written = write_answers(student, rows, grading, range(1 + grading.samples))
+        judged = judge(written, rows, grading)
+        found["metrics"] = {**judged["metrics"], **metrics}
+        if teacher is not None:
+            taught = judge(write_answers(teacher, rows, grading, [0]), rows, grading)["metrics"]
+            found["metrics"] |= {f"teacher_{n}": taught[n] for n in ("accuracy", "accuracy_lenient", "unparsed")}
+        return {**found, "tables": judged["tables"], "explained": EXPLAINED}
+
+    def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
+        """Who answers the running sums, and errs: the world's own teacher."""
+        data = recipe["data"]
+        if data["name"] != WORLD or role != "teacher":
+            return super().oracle(recipe, role)
+        error = data.get("teacher_error", 0.03)
+
+        def write(request: Request, chance: np.random.Generator) -> str:
+            text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
+            sums = attempt(digits_of(text), error, chance)
+            return completion(shown(sums) if STEPS in text else "", str(sums[-1]))
+
+        return OracleSource(f"sums {error}", write)
+
+
+_HOW = ("max_length", "packing", "truncation", "vocab_size", "tokenizer")
+_GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error")

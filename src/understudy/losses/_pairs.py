@@ -62,7 +62,7 @@ def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
     kept = log_p.gather(-1, ids.clamp(min=0))
     kept = kept.masked_fill(ids < 0, -torch.inf) if padded else kept
     if truncation == "renorm":
-        return _renormalised(kept)
+        return renormalised(kept)
     if padded:
         inside = torch.zeros_like(log_p).scatter_add(-1, ids.clamp(min=0), (ids >= 0).to(log_p.dtype))
         outside = log_p.masked_fill(inside > 0, -torch.inf)
@@ -72,7 +72,7 @@ def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
     return torch.cat([kept, tail], dim=-1)
 
 
-def _renormalised(x: Tensor) -> Tensor:
+def renormalised(x: Tensor) -> Tensor:
     """`log_softmax`, all −inf where nothing is kept."""
     return torch.where((x == -torch.inf).all(-1, keepdim=True), x, x - _logsumexp(x))
 
@@ -98,7 +98,7 @@ def pair(
         log_q = bucketed(log_softmax(student, temperature), target.ids, truncation)
         log_p = full(target.log_probs.detach())
         if truncation == "renorm":
-            return log_q, _renormalised(log_p)
+            return log_q, renormalised(log_p)
         return log_q, torch.cat([log_p, full(target.log_tail.detach())], dim=-1)
     if isinstance(target, Projected):
         raise InputError(f"{loss} reads logits: pass Projected targets through streaming.rowwise.")

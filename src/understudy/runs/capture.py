@@ -44,7 +44,7 @@ def capture_recipe(
 
     Args:
         support: `sampled:38B` (as many ids as 38 bytes a row hold), `sampled:12`, `top_k:50`, `hidden` or `dense`; unless
-            given `sampled:38B`, or `dense` where the recipe's method cannot learn from that. A served teacher has its `score`.
+            given what the recipe's method asks for, else `sampled:38B`, or `dense` where it cannot learn from that. A served teacher has its `score`.
         temperature: at which probabilities are kept; that of the recipe's method unless given.
         shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose files
             are put together: their union is the whole, to the bit.
@@ -89,7 +89,8 @@ def _learnable(
     asked = method.requires.temperature
     at = temperature if temperature is not None else asked
     # Dense logits know no temperature, but a wrong one is not mended by keeping a hundred times as much.
-    names = [support] if support is not None else [DEFAULT, "dense"] if at == asked else [DEFAULT]
+    wanted = support if support is not None else method.requires.support
+    names = [wanted] if wanted is not None else [DEFAULT, "dense"] if at == asked else [DEFAULT]
     choices = [Support.parse(name) for name in names]
     if not method.requires.in_steps:
         return choices[0], at

@@ -39,6 +39,7 @@ class Requirements:
         teacher_layers: `taps` reads inner layers of the teacher, so its model must run here.
         teacher_model: `setup` asks the teacher's own model about every example, which a cache or server cannot stand in for.
         temperature: at which the teacher's probabilities are taken; a cache or server must hold them at this one.
+        support: what a capture keeps of the teacher's answers unless it is told otherwise, where little will not do.
     """
 
     teacher: TeacherUse = "outputs"
@@ -47,6 +48,7 @@ class Requirements:
     teacher_layers: bool = False
     teacher_model: bool = False
     temperature: float = 1.0
+    support: str | None = None
 
     @property
     def needs_teacher(self) -> bool:

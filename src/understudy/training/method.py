@@ -167,7 +167,8 @@ class Method(BaseModel):
 
     def sampling(self, state: TrainState) -> Sampling | None:
         """Called as each epoch begins: what it draws from (a subset, weights, several streams); `None` for each example once.
-        It may look at the data through `state.context`. A checkpoint holds the choice."""
+        It may look at the data through `state.context`, and read and change `state.method_state`. A checkpoint holds the
+        choice."""
         return None
 
     # -- each update --------------------------------------------------------------------------------------------
@@ -229,6 +230,6 @@ class Method(BaseModel):
         return student
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
-        """What to report beside the task's metrics, once trained: `metrics` (name to number) and `pictures` (caption to
-        an array `[height, width, 3]` of uint8)."""
+        """What to report beside the task's metrics, once trained: `metrics` (name to number), `pictures` (caption to
+        an array `[height, width, 3]` of uint8) and `tables` (each of `title`, `headings` and `rows`)."""
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class SetupContext:
         teacher_train: what a teacher that is trained first may see.
         eval_split: the split that the run is evaluated on. store: a folder that comparisons share. key: hash of teacher and
             data. seed: of the run. columns: numbers by example or token, see `add_column`.
+        domains: names of the examples' domains, by the number a batch gives them; empty where the data name none.
+        tokenizer: of both sides, for text.
     """
 
     student: ModelAdapter
@@ -46,6 +48,8 @@ class SetupContext:
     eval_split: str = "test"
     columns: dict[str, Column] = field(default_factory=dict)
     teacher: Teacher | None = None
+    domains: Sequence[str] = ()
+    tokenizer: Any = None
 
     def add_column(self, column: Column) -> None:
         """Give a number to every example or token of the training data, for the loss to read as `state.columns[name]`.

@@ -42,14 +42,25 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
-def check_temperature(loss: str, temperature: float) -> None:
-    if not temperature > 0:
+Temperature = float | Tensor
+"""One for all rows, or `[rows]`."""
+
+
+def check_temperature(loss: str, temperature: Temperature) -> None:
+    if isinstance(temperature, Tensor):
+        wrong = (~(temperature > 0)).nonzero()
+        if len(wrong):
+            row = int(wrong[0, 0])
+            raise InputError(f"{loss}: temperature of row {row} is {float(temperature[row])} and must be above 0.")
+    elif not temperature > 0:
         raise InputError(f"{loss}: temperature is {temperature} and must be above 0.")
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax(logits: Tensor, temperature: Temperature) -> Tensor:
     """`[rows, classes]` log-probabilities at a temperature, in float32 at least."""
     logits = full(logits)
+    if isinstance(temperature, Tensor):
+        return torch.log_softmax(logits / temperature.to(logits)[:, None], dim=-1)
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
@@ -85,7 +96,7 @@ def _logsumexp(x: Tensor) -> Tensor:
 
 
 def pair(
-    loss: str, student: Tensor, target: Target | Tensor, temperature: float, truncation: Truncation
+    loss: str, student: Tensor, target: Target | Tensor, temperature: Temperature, truncation: Truncation
 ) -> tuple[Tensor, Tensor]:
     """`(log_q, log_p)`, both `[rows, n]`: the student's (with gradient) and the teacher's (without)."""
     check_temperature(loss, temperature)
@@ -106,7 +117,11 @@ def pair(
     raise InputError(f"{loss} is not defined for {type(target).__name__} targets{why}; it accepts Dense and TopK.")
 
 
-def same_temperature(loss: str, taken: float, asked: float) -> None:
+def same_temperature(loss: str, taken: float, asked: Temperature) -> None:
+    if isinstance(asked, Tensor):
+        raise InputError(
+            f"{loss}: a temperature of each row needs the teacher's logits: give a live teacher or dense ones."
+        )
     if taken != asked:
         raise InputError(
             f"{loss}: the target's probabilities were taken at temperature {taken} and the loss asks for {asked}. "

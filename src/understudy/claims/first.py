@@ -9,7 +9,7 @@ CLAIM = Claim(
     statement="The student of a calibrated teacher has a lower calibration error than one of the teacher as it is.",
     recipe={
         "task": "image_classification",
-        "data": {"name": "digits", "limit": 500, "validation_size": 300, "label_noise": 0.4, "teacher_limit": 500},
+        "data": {"name": "clusters", "limit": 500, "validation_size": 300},
         "teacher": {"model": "mlp:256", "train": {"max_steps": 600, "per_device_train_batch_size": 64}},
         "student": "mlp:64",
         "trainer": {"max_steps": 800, "per_device_train_batch_size": 64},

@@ -117,7 +117,9 @@ class FIRST(Method):
             tile = max(1, TILE_BYTES // (4 * context.classes))
             for start in range(0, batch.num_items, tile):
                 part = slice(start, start + tile)
-                found = most_probable(dense(signal.select(part)), self.k, context.classes)
+                answers = dense(signal.select(part))
+                assert answers is not None
+                found = most_probable(answers, self.k, context.classes)
                 probs.append(found.log_probs.exp().double().cpu())
                 correct.append((found.ids[:, 0] == batch.row_labels[part]).double().cpu())
         return torch.cat(probs), torch.cat(correct)

@@ -50,7 +50,8 @@ class HiddenMatch(Method):
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
     ) -> dict[str, Term]:
         assert teacher is not None and student.features is not None and teacher.features is not None
-        projected = state.modules["projection"](student.features.to(state.modules["projection"].weight.dtype))
+        projection = state.modules["projection"]
+        projected = projection(student.features.to(next(projection.parameters()).dtype))
         terms = {"hidden": Term(hidden_distance(projected, teacher.features, distance=self.distance), self.weight)}
         if self.kd_weight:
             kd = rowwise(forward_kl, student.signal, teacher.signal, temperature=self.temperature, tau_squared=True)

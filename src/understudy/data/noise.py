@@ -32,6 +32,12 @@ def uniform(ids: Tensor, shape: Sequence[int], *, seed: int, step: int | Tensor,
     return ((bits.double() + 0.5) / 2**53).view(len(ids), *shape)
 
 
-def normal(ids: Tensor, shape: Sequence[int], *, seed: int, step: int, stream: int = 0) -> Tensor:
+def normal(ids: Tensor, shape: Sequence[int], *, seed: int, step: int | Tensor, stream: int = 0) -> Tensor:
     """Standard normals `[ids, *shape]`, float64, by inversion."""
     return torch.special.ndtri(uniform(ids, shape, seed=seed, step=step, stream=stream))
+
+
+def laplace(ids: Tensor, shape: Sequence[int], *, seed: int, step: int | Tensor, stream: int = 0) -> Tensor:
+    """Laplace draws of scale 1 `[ids, *shape]`, float64, by inversion."""
+    drawn = uniform(ids, shape, seed=seed, step=step, stream=stream) - 0.5
+    return -drawn.sign() * torch.log1p(-2 * drawn.abs())

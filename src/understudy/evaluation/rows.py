@@ -43,7 +43,7 @@ class RowStatistics:
 
 @torch.no_grad()
 def row_statistics(
-    student: Dense | Projected,
+    student: Dense | Projected | Mixture,
     teacher: Dense | Projected | Mixture | None,
     labels: Tensor,
     tile_bytes: int = TILE_BYTES,

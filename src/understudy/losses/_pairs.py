@@ -48,14 +48,25 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
-def check_temperature(loss: str, temperature: float) -> None:
-    if not temperature > 0:
+Temperature = float | Tensor
+"""One for all rows, or `[rows]`."""
+
+
+def check_temperature(loss: str, temperature: Temperature) -> None:
+    if isinstance(temperature, Tensor):
+        wrong = (~(temperature > 0)).nonzero()
+        if len(wrong):
+            row = int(wrong[0, 0])
+            raise InputError(f"{loss}: temperature of row {row} is {float(temperature[row])} and must be above 0.")
+    elif not temperature > 0:
         raise InputError(f"{loss}: temperature is {temperature} and must be above 0.")
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax(logits: Tensor, temperature: Temperature) -> Tensor:
     """`[rows, classes]` log-probabilities at a temperature, in float32 at least."""
     logits = full(logits)
+    if isinstance(temperature, Tensor):
+        return torch.log_softmax(logits / temperature.to(logits)[:, None], dim=-1)
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
@@ -68,7 +79,7 @@ def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
     kept = log_p.gather(-1, ids.clamp(min=0))
     kept = kept.masked_fill(ids < 0, -torch.inf) if padded else kept
     if truncation == "renorm":
-        return _renormalised(kept)
+        return renormalised(kept)
     if padded:
         inside = torch.zeros_like(log_p).scatter_add(-1, ids.clamp(min=0), (ids >= 0).to(log_p.dtype))
         outside = log_p.masked_fill(inside > 0, -torch.inf)
@@ -78,8 +89,8 @@ def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
     return torch.cat([kept, tail], dim=-1)
 
 
-def _renormalised(x: Tensor) -> Tensor:
-    """`log_softmax`; all −inf if no class is kept."""
+def renormalised(x: Tensor) -> Tensor:
+    """`log_softmax`, all −inf where nothing is kept."""
     return torch.where((x == -torch.inf).all(-1, keepdim=True), x, x - _logsumexp(x))
 
 
@@ -91,7 +102,7 @@ def _logsumexp(x: Tensor) -> Tensor:
 
 
 def pair(
-    loss: str, student: Tensor, target: Target | Tensor, temperature: float, truncation: Truncation
+    loss: str, student: Tensor, target: Target | Tensor, temperature: Temperature, truncation: Truncation
 ) -> tuple[Tensor, Tensor]:
     """`(log_q, log_p)`, both `[rows, n]`, of the student (with gradient) and the teacher (without)."""
     check_temperature(loss, temperature)
@@ -104,7 +115,7 @@ def pair(
         log_q = bucketed(log_softmax(student, temperature), target.ids, truncation)
         log_p = full(target.log_probs.detach())
         if truncation == "renorm":
-            return log_q, _renormalised(log_p)
+            return log_q, renormalised(log_p)
         return log_q, torch.cat([log_p, full(target.log_tail.detach())], dim=-1)
     if isinstance(target, Projected):
         raise InputError(f"{loss} reads logits: pass Projected targets through streaming.rowwise.")
@@ -112,7 +123,11 @@ def pair(
     raise InputError(f"{loss} is not defined for {type(target).__name__} targets{why}; it accepts Dense and TopK.")
 
 
-def same_temperature(loss: str, taken: float, asked: float) -> None:
+def same_temperature(loss: str, taken: float, asked: Temperature) -> None:
+    if isinstance(asked, Tensor):
+        raise InputError(
+            f"{loss}: a temperature of each row needs the teacher's logits: give a live teacher or dense ones."
+        )
     if taken != asked:
         raise InputError(
             f"{loss}: the target's probabilities were taken at temperature {taken} and the loss requires {asked}. "

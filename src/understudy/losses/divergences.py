@@ -1,9 +1,9 @@
 """Divergences between a student and a target, one value per row. Nothing is reduced.
 
-All take `student` logits `[rows, classes]` and a target (`Dense` or a bare tensor of logits, `TopK`; where linear in p
-also `Sampled`) and return values `[rows]` in nats, in float32 at least. p is the teacher (never differentiated), q the
-student, both softmaxes of logits over `temperature`. `tau_squared` multiplies by temperature², as Hinton et al. do and
-TRL, DistiLLM and TAID do not; it is never implied. A row that is not a distribution (nan, +inf, all −inf) is an
+All take `student` logits `[rows, classes]` and a target (`Dense` or a bare tensor of logits, `TopK`; where linear in
+p also `Sampled`) and return values `[rows]` in nats, at least float32. p is the teacher (never differentiated), q the
+student, both softmaxes of logits over `temperature`, one for all or `[rows]`. `tau_squared` multiplies by temperature²,
+as Hinton et al. do and as TRL, DistiLLM and TAID do not; it is never inferred. A row that is no distribution (nan, +inf, all −inf) is an
 `InputError` with its position; single −inf logits mean forbidden classes and follow 0 · log 0 = 0.
 
 With `TopK`, `truncation="tail"` compares k + 1 buckets, the last of which holds all mass outside; `"renorm"`
@@ -17,6 +17,7 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses._kernels import alpha_beta_sum, kl, mix, tv, weighted
 from understudy.losses._pairs import (
+    Temperature,
     Truncation,
     as_target,
     check_temperature,
@@ -33,7 +34,7 @@ def forward_kl(
     student: Tensor,
     target: Target | Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -55,7 +56,7 @@ def cross_entropy_soft(
     student: Tensor,
     target: Target | Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -74,7 +75,7 @@ def reverse_kl(
     student: Tensor,
     target: Target | Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -88,7 +89,7 @@ def jsd(
     target: Target | Tensor,
     *,
     beta: float = 0.5,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -115,7 +116,7 @@ def skew_kl(
     target: Target | Tensor,
     *,
     alpha: float = 0.1,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -130,7 +131,7 @@ def skew_reverse_kl(
     target: Target | Tensor,
     *,
     alpha: float = 0.1,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -145,7 +146,7 @@ def total_variation(
     student: Tensor,
     target: Target | Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -160,7 +161,7 @@ def alpha_beta(
     *,
     alpha: float,
     beta: float,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     tau_squared: bool = False,
     truncation: Truncation = "tail",
 ) -> Tensor:
@@ -172,14 +173,14 @@ def alpha_beta(
     return _done("alpha_beta", alpha_beta_sum(log_p, log_q, alpha, beta), student, target, temperature, tau_squared)
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+def entropy(logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:
     """−Σ p log p of each row, in nats."""
     check_temperature("entropy", temperature)
     log_p = log_softmax(logits, temperature)
     return -weighted(log_p, log_p)
 
 
-def _at_samples(loss: str, student: Tensor, target: Sampled, temperature: float) -> Tensor:
+def _at_samples(loss: str, student: Tensor, target: Sampled, temperature: Temperature) -> Tensor:
     check_temperature(loss, temperature)
     same_temperature(loss, target.temperature, temperature)
     return log_softmax(student, temperature).gather(-1, target.ids)
@@ -191,7 +192,7 @@ def _check_alpha(loss: str, alpha: float) -> None:
 
 
 def _done(
-    loss: str, values: Tensor, student: Tensor, target: Target | Tensor, temperature: float, tau_squared: bool
+    loss: str, values: Tensor, student: Tensor, target: Target | Tensor, temperature: Temperature, tau_squared: bool
 ) -> Tensor:
     values = checked(loss, values, student, target)
     return values * temperature**2 if tau_squared else values

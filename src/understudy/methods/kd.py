@@ -24,22 +24,26 @@ class KD(Method):
     variants = "divergence"
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "
-        "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD.",
+        "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD. `alpha_beta` is "
+        "ABKD (with ce_weight 0).",
         "not": "When only the teacher's text is known.",
         "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9. On "
         "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN. "
         "A student's own samples have no labels: their cross-entropy is 0.",
     }
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = Field(
-        "forward_kl", description="Between the softened distributions, teacher first."
-    )
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"
+    ] = Field("forward_kl", description="Between the softened distributions, teacher first.")
     temperature: float = Field(2.0, gt=0, description="Divides both sides' logits before the softmax.")
     tau_squared: bool = Field(True, description="Multiply the divergence by temperature².")
     ce_weight: float = Field(0.1, ge=0, description="Weight of the cross-entropy with the labels.")
     kd_weight: float = Field(0.9, ge=0, description="Weight of the divergence.")
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of `jsd`.")
     alpha: float = Field(0.1, ge=0, lt=1, description="Share of the other side in the mixture of the skew divergences.")
+    ab: tuple[float, float] = Field(
+        (0.2, 0.7), description="α and β of `alpha_beta`: (1, 0) is forward_kl, (0, 1) reverse_kl."
+    )
 
     @property
     def requires(self) -> Requirements:
@@ -58,6 +62,8 @@ class KD(Method):
             options["beta"] = self.beta
         elif self.divergence.startswith("skew"):
             options["alpha"] = self.alpha
+        elif self.divergence == "alpha_beta":
+            options["alpha"], options["beta"] = self.ab
         terms = {"kd": Term(rowwise(divergence, student.signal, teacher.signal, **options), self.kd_weight)}
         if self.ce_weight:
             signal, labels = batch.with_labels(student.signal)

@@ -44,7 +44,8 @@ def capture_recipe(
 
     Args:
         support: `sampled:38B` (as many ids as fit 38 bytes per row), `sampled:12`, `top_k:50`, `hidden` or `dense`.
-            Default: `sampled:38B`, or `dense` if the recipe's method cannot learn from that. A served teacher has its
+            Default: what the recipe's method requires, else
+            `sampled:38B`, or `dense` if the method cannot learn from that. A served teacher has its
             `score`.
         temperature: of the stored probabilities; by default that of the recipe's method.
         shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose
@@ -89,8 +90,9 @@ def _learnable(
     method = recipe.build_method()
     asked = method.requires.temperature
     at = temperature if temperature is not None else asked
-    # Dense logits have no temperature, but take a hundred times the space: a wrong temperature is an error instead.
-    names = [support] if support is not None else [DEFAULT, "dense"] if at == asked else [DEFAULT]
+    # Dense logits know no temperature, but a wrong one is not mended by keeping a hundred times as much.
+    wanted = support if support is not None else method.requires.support
+    names = [wanted] if wanted is not None else [DEFAULT, "dense"] if at == asked else [DEFAULT]
     choices = [Support.parse(name) for name in names]
     if not method.requires.in_steps:
         return choices[0], at

@@ -275,7 +275,8 @@ def _fit(
     with usable(module):
         evaluation = evaluate_split(task, prepared, student, shown, recipe.eval_split, recipe.evaluation_batch)
         found = method.finish(module.train_state, context)
-        evaluation.setdefault("tables", []).extend(_sample_texts(prepared, student, shown, recipe.eval_split, findings))
+        evaluation.setdefault("tables", []).extend(found.get("tables", []))
+        evaluation["tables"].extend(_sample_texts(prepared, student, shown, recipe.eval_split, findings))
     evaluation["metrics"] |= found.get("metrics", {})
     if fitted.trainer is not None:
         prefix = TRACKED_AS[recipe.eval_split]
@@ -344,6 +345,8 @@ def _setup_context(
         teacher_train=prepared.teacher_train,
         eval_split=recipe.eval_split,
         teacher=teacher,
+        domains=prepared.domains,
+        tokenizer=prepared.tokenizer,
     )
 
 

@@ -46,12 +46,11 @@ def rowwise(
     """Values `[rows]` of a row-wise loss, differentiable, with no `[rows, classes]` tensor beyond one tile.
 
     Args:
-        loss: `loss(logits [strip, classes], target, *rows, **options) -> [strip]`; without the argument `target` if
-            that is `None`.
-        student: `Dense` logits are given to the loss directly, `Projected` ones tile by tile.
-        target: any target; hidden states are projected tile by tile.
-        rows: further tensors with one entry per row, for example labels.
-        tile_bytes: size of one tile of logits; by default from `bytes_of_tile`.
+        loss: `loss(logits [strip, classes], target, *rows, **options) -> [strip]`; without target if that is `None`.
+        student: `Dense` logits go straight to the loss; `Projected` ones tile by tile.
+        target: any target; hidden states are projected a tile at a time.
+        rows: further tensors with one entry a row, for example labels. So are tensors among `options`.
+        tile_bytes: size of one tile of logits, if not `bytes_of_tile`.
         kernels: use the Triton kernels where they run and cover the loss.
 
     Gradients flow to the student's hidden states, head weight and bias. Their products are done in the forward pass,
@@ -125,8 +124,9 @@ class _Work:
         for start in range(0, len(logits), self.strip):
             strip = slice(start, start + self.strip)
             rows = tuple(r[at][strip] for r in self.rows)
+            options = {k: v[at][strip] if isinstance(v, Tensor) else v for k, v in self.options.items()}
             values[strip] = self._strip(
-                logits[strip], target.select(strip) if target is not None else None, rows, wants
+                logits[strip], target.select(strip) if target is not None else None, rows, options, wants
             )
         return values
 
@@ -145,16 +145,18 @@ class _Work:
         to_logits(student.hidden[part], student.weight, logits)  # for the plain loss
         return None
 
-    def _strip(self, logits: Tensor, target: Any, rows: tuple[Tensor, ...], wants: bool) -> Tensor:
-        """Values of a strip; its gradient overwrites `logits`: written out by hand if available, else by autograd."""
+    def _strip(
+        self, logits: Tensor, target: Any, rows: tuple[Tensor, ...], options: dict[str, Any], wants: bool
+    ) -> Tensor:
+        """Values of a strip; `logits` becomes their gradient: by hand where that is known, else by autograd."""
         if wants and self.student.softcap is None:
-            done = by_hand(self.loss, finish(logits, self.student), target, rows, self.options)
+            done = by_hand(self.loss, finish(logits, self.student), target, rows, options)
             if done is not None:
                 logits.copy_(done[1].mul_(self.student.scale) if self.student.scale != 1 else done[1])
                 return done[0]
         leaf = logits.detach().clone().requires_grad_(wants)
         with torch.set_grad_enabled(wants):
-            out = call(self.loss, finish(leaf, self.student), target, rows, self.options)
+            out = call(self.loss, finish(leaf, self.student), target, rows, options)
         if wants:
             logits.copy_(torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
         return out.detach()

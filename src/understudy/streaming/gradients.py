@@ -56,10 +56,12 @@ def by_hand(
 def scaling(
     target: Target | None, rows: tuple[Tensor, ...], options: dict[str, Any]
 ) -> tuple[float, float, dict[str, Any]] | None:
-    """Temperature, the factor of `tau_squared`, and all other options; `None` if the plain loss is needed, also for
-    rows that keep fewer classes than others."""
+    """Temperature, the factor of `tau_squared` and all other options, or `None` where the plain loss has to look: at rows
+    that keep fewer classes than others, or have temperatures of their own, too."""
     options = dict(options)
     tau = options.pop("temperature", 1.0)
+    if isinstance(tau, Tensor):
+        return None
     factor = tau**2 if options.pop("tau_squared", False) else 1.0
     if not tau > 0 or rows or getattr(target, "temperature", tau) != tau:
         return None

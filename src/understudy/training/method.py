@@ -39,6 +39,7 @@ class Requirements:
         teacher_layers: whether `taps` reads inner layers of the teacher; its model must then run in this process.
         teacher_model: whether `setup` runs the teacher's model on every example; a cache or server cannot replace it.
         temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
+        support: what a capture stores of the teacher's outputs by default, if the method needs more than the usual.
     """
 
     teacher: TeacherUse = "outputs"
@@ -47,6 +48,7 @@ class Requirements:
     teacher_layers: bool = False
     teacher_model: bool = False
     temperature: float = 1.0
+    support: str | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -190,7 +192,8 @@ class Method(BaseModel):
 
     def sampling(self, state: TrainState) -> Sampling | None:
         """How the next epoch draws its examples (a subset, weights, several streams); `None` means each example once.
-        Called at the start of each epoch. It may read the data through `state.context`. Checkpoints store the result."""
+        Called at the start of each epoch. It may read the data through `state.context`, and read
+        and change `state.method_state`. Checkpoints store the result."""
         return None
 
     # -- each update --------------------------------------------------------------------------------------------
@@ -265,6 +268,6 @@ class Method(BaseModel):
         return student
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
-        """Results to report beside the task's metrics, after training: `metrics` (name to number) and `pictures`
-        (caption to an array `[height, width, 3]` of uint8)."""
+        """Results to report beside the task's metrics, after training: `metrics` (name to number), `pictures`
+        (caption to an array `[height, width, 3]` of uint8) and `tables` (each of `title`, `headings` and `rows`)."""
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class SetupContext:
         key: hash of teacher and data.
         seed: of the run.
         columns: numbers per example or token, see `add_column`.
+        domains: names of the examples' domains, by their number in a batch; empty if the data have none.
+        tokenizer: of both models, for text.
     """
 
     student: ModelAdapter
@@ -52,6 +54,8 @@ class SetupContext:
     eval_split: str = "test"
     columns: dict[str, Column] = field(default_factory=dict)
     teacher: Teacher | None = None
+    domains: Sequence[str] = ()
+    tokenizer: Any = None
 
     def add_column(self, column: Column) -> None:
         """Add a number to every example or token of the training data; `loss` reads it as `state.columns[name]`.

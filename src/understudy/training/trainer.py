@@ -446,6 +446,8 @@ class DistillationTrainer(Trainer):
             self.rollouts.load_state_dict(early["rollouts"])
         self.sampler.load_state_dict(early["sampler"])
         self._resumed_epoch = self.sampler.epoch
+        if early["method"] is not None:  # `Method.sampling` may read it, and be asked before the rest is loaded
+            self.model.train_state.method_state.load_state_dict(early["method"])
         tree = saving.load_optimizer_tree(Path(checkpoint))
         load_optimizer(self.optimizer, tree["optimizer"])
         self.lr_scheduler.load_state_dict(tree["scheduler"])
@@ -464,10 +466,8 @@ class DistillationTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            parts = self._stateful() | {
-                "rollouts": None,
-                "sampler": None,
-            }  # already loaded, see `_load_optimizer_and_scheduler`
+            # already there, see `_load_optimizer_and_scheduler`
+            parts = self._stateful() | {"method": None, "rollouts": None, "sampler": None}
             saving.load_state(self._state_file(checkpoint), parts, self.args.world_size)
 
     # -- logs ---------------------------------------------------------------------------------------------------

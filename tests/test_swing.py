@@ -1,0 +1,240 @@
+"""Paper 13, Swing Distillation: golden vectors, limits of temperatures, noise and exposure, bad input, and a run that resumes."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine_cases import DIGITS, TEXT, killed_run, weights
+from golden_vectors import close, golden, reduce
+from understudy import InputError, distill, losses
+from understudy.curation.private import detector, private_tokens
+from understudy.data.noise import laplace
+from understudy.evaluation.leakage import canaries, exposure, plant, text_exposures
+from understudy.losses.privacy import noisy_forward_kl, perturbed, private_temperature
+from understudy.methods.swing import Swing
+from understudy.streaming import rowwise
+from understudy.targets import Dense, Projected, top_k
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("form", ["clean", "clean_tau2", "noisy", "noisy_tau2"])
+def test_golden(form):
+    g = golden("13-swing")
+    mask, student = g["labels"] >= 0, g["student_logits"].clone().requires_grad_()
+    tau = private_temperature(g["private_score"], float(g["t_base"]), float(g["t_max"]))
+    close(tau[mask], g["tau"][mask])
+    clean = torch.softmax(g["teacher_logits"] / tau[..., None], -1)
+    close(clean[mask], g["soft_target_clean"][mask])
+    noise = float(g["noise_scale"]) * g["unit_laplace"]
+    assert float(g["noise_scale"]) == pytest.approx(float(g["sensitivity"] / g["privacy_budget"]))
+    noise[1, 1] = (g["noisy_raw"] - clean)[1, 1]  # the file's case of a row that is clipped whole
+    close(perturbed(clean[mask], noise[mask]), g["soft_target_noisy"][mask])
+    values = noisy_forward_kl(
+        student[mask],
+        g["teacher_logits"][mask],
+        tau[mask],
+        noise[mask] if "noisy" in form else None,
+        tau_squared=form.endswith("tau2"),
+    )
+    close(values, g[f"tok_{form}"][mask], rtol=1e-9)
+    kd = reduce(values, "token_mean")
+    close(kd, g[f"kd_{form}"], rtol=1e-9)
+    ce = reduce(losses.cross_entropy(student[mask], g["labels"][mask]), "token_mean")
+    close(ce, g["ce"], rtol=1e-9)
+    share = float(g["kd_weight"])
+    total = share * kd + (1 - share) * ce
+    close(total, g[f"loss_{form}"], rtol=1e-9)
+    total.backward()
+    close(student.grad, g[f"grad_{form}"])
+
+
+@pytest.mark.golden
+def test_golden_exposure():
+    g = golden("13-swing")
+    for value, rank, size, expected in zip(
+        g["canary_logppl"].tolist(),
+        g["canary_rank"].tolist(),
+        g["space_size"].tolist(),
+        g["exposure"].tolist(),
+        strict=True,
+    ):
+        found = exposure(value, g["candidate_logppl"])
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert found == pytest.approx(math.log2(size) - math.log2(rank), abs=1e-12)
+
+
+def test_a_temperature_of_each_row():
+    s, t = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 9, dtype=torch.float64)
+    tau = torch.tensor([0.5, 1.0, 2.0, 1.0, 7.0, 3.0], dtype=torch.float64)
+    for name, options in (
+        ("forward_kl", {}),
+        ("reverse_kl", {}),
+        ("jsd", {"beta": 0.3}),
+        ("skew_kl", {}),
+        ("total_variation", {}),
+        ("alpha_beta", {"alpha": 0.2, "beta": 0.7}),
+    ):
+        loss = getattr(losses, name)
+        for squared in (False, True):
+            found = loss(s, t, temperature=tau, tau_squared=squared, **options)
+            each = [
+                loss(s[i : i + 1], t[i : i + 1], temperature=float(tau[i]), tau_squared=squared, **options)
+                for i in range(6)
+            ]
+            torch.testing.assert_close(found, torch.cat(each))
+    hidden, head = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 9))
+    streamed = rowwise(losses.forward_kl, Projected(hidden, head), Dense(t), tile_bytes=150, temperature=tau)
+    plain = losses.forward_kl(hidden @ head.T, t, temperature=tau)
+    torch.testing.assert_close(streamed, plain)
+    grads = [torch.autograd.grad(v.sum(), (hidden, head), retain_graph=True) for v in (streamed, plain)]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(InputError, match=r"temperature of row 2 is 0\.0"):
+        losses.forward_kl(s, t, temperature=tau * (tau != 2))
+    with pytest.raises(InputError, match="needs the teacher's logits"):
+        losses.forward_kl(s, top_k(t, 3), temperature=tau)
+
+
+def test_limits_of_the_temperature():
+    s, t = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
+    score = torch.tensor([0.0, 0.2, 0.5, 1.0, 1.0], dtype=torch.float64)
+    plain = losses.forward_kl(s, t)
+    torch.testing.assert_close(noisy_forward_kl(s, t, private_temperature(score * 0, 1.0, 8.0)), plain)
+    torch.testing.assert_close(noisy_forward_kl(s, t, private_temperature(score, 1.0, 1.0)), plain)
+    slopes = []
+    for most in (1e3, 1e4):
+        leaf = s.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(noisy_forward_kl(leaf, t, private_temperature(score, 1.0, most)).sum(), leaf)
+        slopes.append(grad[3:].norm())
+    assert float(slopes[0] / slopes[1]) == pytest.approx(100, rel=0.01)
+    one = t[:1].expand(5, -1)
+    entropies = torch.distributions.Categorical(logits=one / private_temperature(score, 1.0, 8.0)[:, None]).entropy()
+    assert bool((entropies.diff() >= -1e-12).all())
+    torch.testing.assert_close(noisy_forward_kl(s + 3, t - 2, 2.0), noisy_forward_kl(s, t, 2.0))
+
+
+def test_limits_of_the_noise():
+    p = torch.softmax(torch.randn(2000, 7, dtype=torch.float64) * 2, -1)
+    ids = torch.arange(2000)
+    drawn = laplace(ids, (7,), seed=1, step=0)
+    assert torch.equal(drawn, laplace(ids, (7,), seed=1, step=0)) and not torch.equal(drawn[0], drawn[1])
+    assert float(drawn.abs().mean()) == pytest.approx(1, abs=0.03) and float(drawn.mean()) == pytest.approx(0, abs=0.03)
+    assert not torch.equal(drawn, laplace(ids, (7,), seed=1, step=ids + 1))
+    for scale in (0.1, 10.0):
+        found = perturbed(p, scale * drawn)
+        torch.testing.assert_close(found.sum(-1), torch.ones(2000, dtype=p.dtype))
+        assert bool((found >= 0).all())
+    torch.testing.assert_close(perturbed(p, 1e-12 * drawn), p, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(perturbed(p[:1], torch.full((1, 7), -2.0)), torch.full((1, 7), 1 / 7, dtype=p.dtype))
+    barred = torch.tensor([[0.0, 1.0, 0.0]])
+    assert perturbed(barred, torch.ones(1, 3), keep_support=True).tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_exposure_at_its_ends():
+    r = torch.arange(16.0)
+    assert exposure(0.0, r) == 4 and exposure(15.0, r) == 0
+    assert exposure(1.0, torch.ones(16)) == 0 and exposure(1.0, torch.ones(1)) == 0
+    assert exposure(math.exp(3.0), r.exp()) == exposure(3.0, r)
+    assert sum(exposure(float(v), torch.arange(4096.0)) for v in range(4096)) / 4096 == pytest.approx(1.44, abs=0.01)
+
+
+def test_what_looks_private():
+    pieces = ["Call", " Ada", " at", " 55", "5", "-12", " or", " a", "@b", ".org", "!"]
+    found = private_tokens(pieces, detector(names=["ada"]))
+    assert found == [False, True, False, True, True, True, False, True, True, True, False]
+    with pytest.raises(InputError, match="no regular expression"):
+        detector(["("])
+    with pytest.raises(InputError, match="nothing to look for"):
+        detector([])
+
+
+def test_canaries_are_planted():
+    secrets = canaries(14, digits=2, seed=1)
+    assert len({c.prefix for c in secrets}) == 14 and all(c.secret in c.space and len(c.space) == 100 for c in secrets)
+    texts = [{"text": str(i)} for i in range(20)]
+    planted = plant(texts, secrets[:2], 3)
+    assert [r for r in planted if r in texts] == texts
+    assert sum(r["text"] == secrets[0].text for r in planted) == 3
+    with pytest.raises(InputError, match="needs the slots"):
+        canaries(1, sentence="{name} has none.")
+
+
+class Reader(torch.nn.Module):
+    """A language model of characters that knows one sentence."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.scale = text, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(*input_ids.shape, 128)
+        for i in range(min(input_ids.shape[1], len(self.text) - 1)):
+            logits[:, i, ord(self.text[i + 1])] = 5.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_model_exposes_what_it_knows():
+    first, second = canaries(2, digits=2, seed=3)
+
+    def tokenizer(text):
+        return {"input_ids": [ord(c) for c in text]}
+
+    known, unknown = text_exposures(Reader(first.text), tokenizer, [first, second], batch=30)
+    assert known == pytest.approx(math.log2(100)) and unknown < known
+
+
+SHORT = {**TEXT["trainer"], "max_steps": 9}
+RECIPE = {**TEXT, "method": "swing", "trainer": SHORT}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swing")
+    return folder, distill(RECIPE, output=str(folder)), {"model": str(folder / "teacher" / "student")}
+
+
+def test_a_run_tells_private_tokens_from_others_and_resumes(taught, tmp_path):
+    _, result, teacher = taught
+    assert {"private_nll", "public_nll"} <= result.metrics.keys()
+    values = {**RECIPE, "teacher": teacher}
+    distill(values, output=str(tmp_path / "whole"))
+    assert killed_run({**values, "output": str(tmp_path / "cut")}, 5, "after")
+    distill(values, output=str(tmp_path / "cut"))
+    torch.testing.assert_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), rtol=0, atol=0)
+    split = {**SHORT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    distill(values, output=str(tmp_path / "split"), trainer=split)
+    torch.testing.assert_close(weights(tmp_path / "split"), weights(tmp_path / "whole"), rtol=1e-3, atol=1e-5)
+
+
+def test_without_noise_and_flat_targets_it_is_kd(tmp_path):
+    base = {**DIGITS, "trainer": {**DIGITS["trainer"], "max_steps": 5, "save_strategy": "no"}}
+    plain = distill(
+        base, method="kd", options={"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}, output=str(tmp_path / "kd")
+    )
+    assert plain.metrics
+    options = {"score": "memorisation", "most": 1.0, "privacy_budget": None, "mask_labels": False}
+    teacher = {"model": str(tmp_path / "kd" / "teacher" / "student")}
+    distill(base, method="swing", options=options, teacher=teacher, output=str(tmp_path / "swing"))
+    torch.testing.assert_close(weights(tmp_path / "swing"), weights(tmp_path / "kd"), rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="detector reads text"):
+        distill(base, method="swing", teacher=teacher, output=str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        ({"most": 0.5}, "below base"),
+        ({"privacy_budget": 0}, "greater than 0"),
+        ({"score": "domains"}, "needs private_domains"),
+    ],
+)
+def test_bad_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        Swing(**options)
+
+
+def test_bad_scores():
+    for score in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match="score of row 1"):
+            private_temperature(torch.tensor([0.0, score]), 1.0, 8.0)

@@ -84,6 +84,43 @@ class ListBatch(WholeExamples, Batch):
         """From `[sequences]` to `[lists, candidates]`, 0 where there is no candidate."""
         return values[self.slots.clamp(min=0)].masked_fill(~self.candidates, 0)
 
+    def sum_tokens(self, values: Tensor) -> Tensor:
+        """From `[tokens]`, the rows of `tokens`, to the sum over each candidate, `[lists, candidates]`."""
+        sums = values.new_zeros(len(self.labels)).index_add(0, self.tokens.sequence, values)
+        return self.by_candidate(sums)
+
+    def mean_tokens(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
+        """From `[tokens]` to the mean over each candidate's tokens, `[lists, candidates]`; 0 where no token counts.
+
+        Args:
+            counted: `[tokens]`, which tokens count; all if not given.
+        """
+        if counted is None:
+            return self.sum_tokens(values) / self.lengths.clamp(min=1)
+        kept = self.sum_tokens(values.masked_fill(~counted, 0.0))
+        return kept / self.sum_tokens(counted.to(values.dtype)).clamp(min=1)
+
+    @cached_property
+    def token_lists(self) -> Tensor:
+        """`[tokens]`, the list that each token is in."""
+        lists, candidates = self.candidates.nonzero(as_tuple=True)
+        owner = torch.empty_like(self.labels[:, 0])
+        owner[self.slots[lists, candidates]] = lists
+        return owner[self.tokens.sequence]
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """`[tokens]`, which belong to the beginning that all completions of a list have in common; none in a list of one."""
+        said = self.tokens.row_labels.split(self.tokens.mask.sum(1).tolist())
+        found = [torch.zeros_like(s, dtype=torch.bool) for s in said]
+        for group in (g for g in self.groups if len(g) > 1):
+            width = min(len(said[s]) for s in group)
+            first = torch.stack([said[s][:width] for s in group])
+            same = (first == first[0]).all(0).long().cumprod(0).bool()
+            for s in group:
+                found[s][:width] = same
+        return torch.cat(found)
+
     @cached_property
     def row_labels(self) -> Tensor:
         return self.best

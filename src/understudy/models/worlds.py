@@ -15,7 +15,7 @@ from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.small import load_weights
 from understudy.models.weights import read_object, reason
-from understudy.targets import Scores
+from understudy.targets import Dense, Scores
 
 
 class _Saved(nn.Module):
@@ -74,7 +74,8 @@ class ChoiceAdapter(ModelAdapter):
 
 
 class BigramAdapter(ModelAdapter):
-    """Answers with `Scores`: the log-probability of each candidate's transitions.
+    """Answers with `Scores`: the log-probability of each candidate's transitions, and of each of them alone. Features are
+    the embeddings of the tokens before them, `[tokens, rank]`.
 
     Args:
         world: the chains that judge it.
@@ -87,10 +88,11 @@ class BigramAdapter(ModelAdapter):
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, ListBatch)
         tokens = batch.tokens
-        log_p = self.model(batch.inputs["input_ids"][:, :-1])[tokens.mask]
+        read = batch.inputs["input_ids"][:, :-1][tokens.mask]
+        log_p = self.model(read)
         values = log_p.gather(-1, tokens.row_labels[:, None])[:, 0]
-        sums = values.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, values)
-        return ModelOutput(Scores(batch.by_candidate(sums), batch.candidates))
+        found = Scores(batch.sum_tokens(values), batch.candidates, values, Dense(log_p))
+        return ModelOutput(found, self.model.into(read) if features else None)
 
 
 def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Chains | None = None) -> ModelAdapter:

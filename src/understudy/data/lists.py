@@ -14,6 +14,7 @@ from understudy.data.batch import IGNORE, Batch, WholeExamples
 from understudy.data.ends import Ends
 from understudy.data.records import Record, place
 from understudy.data.tokenize import Counts, TextSet, check_length, collate_text, completion_tokens, is_endless
+from understudy.data.trees import token_steps
 from understudy.errors import InputError
 
 STRAY = "stray/"
@@ -81,8 +82,9 @@ class ListBatch(WholeExamples, Batch):
         return self.slots.shape[1] - 1 - flipped
 
     def by_candidate(self, values: Tensor) -> Tensor:
-        """From `[sequences]` to `[lists, candidates]`, 0 where there is no candidate."""
-        return values[self.slots.clamp(min=0)].masked_fill(~self.candidates, 0)
+        """From `[sequences, …]` to `[lists, candidates, …]`, 0 where there is no candidate."""
+        there = self.candidates.view(*self.candidates.shape, *[1] * (values.dim() - 1))
+        return values[self.slots.clamp(min=0)].masked_fill(~there, 0)
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """From `[tokens]`, the rows of `tokens`, to the sum over each candidate, `[lists, candidates]`."""
@@ -155,6 +157,8 @@ def encode_lists(
             counts.dropped += 1
             continue
         row = {"id": record["id"], "scores": record["scores"], "log_probs": record.get("log_probs")}
+        if "steps" in record:
+            row["steps"] = [_steps(*e, texts, tokenizer) for e, texts in zip(encoded, record["steps"], strict=True)]
         rows.append(row | {"sequences": [(torch.tensor(i), torch.tensor(t)) for i, t in encoded]})
         counts.tokens += sum(len(i) for i, _ in encoded)
         counts.longest = max(counts.longest, *(len(i) for i, _ in encoded))
@@ -165,6 +169,13 @@ def encode_lists(
         )
     counts.rows = len(rows)
     return TextSet(rows), counts
+
+
+def _steps(ids: list[int], labels: list[int], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The step of each token that is trained on, `[tokens]`."""
+    said = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE]
+    found = token_steps(said, texts, tokenizer)
+    return found[1:] if labels[0] != IGNORE else found  # nothing predicts the first token
 
 
 def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:

@@ -102,6 +102,11 @@ class ListBatch(WholeExamples, Batch):
         kept = self.sum_tokens(values.masked_fill(~counted, 0.0))
         return kept / self.sum_tokens(counted.to(values.dtype)).clamp(min=1)
 
+    def tokens_of(self, candidate: Tensor) -> Tensor:
+        """`[tokens]`, which belong to one candidate of each list, `[lists]`."""
+        chosen = self.slots.gather(1, candidate[:, None])
+        return torch.isin(self.tokens.sequence, chosen)
+
     @cached_property
     def token_lists(self) -> Tensor:
         """`[tokens]`, the list that each token is in."""

@@ -115,6 +115,14 @@ class Chains:
     length: int
     splits: dict[str, TextSet]
 
+    def soft_optimal(self) -> Tensor:
+        """`[tokens, tokens]`, log-probabilities of the policy whose return minus KL is highest, as it begins a sequence."""
+        ahead = torch.zeros(len(self.reward), dtype=self.reward.dtype)
+        for _ in range(self.length):
+            scores = self.log_p + self.reward + ahead
+            ahead = scores.logsumexp(-1)
+        return scores.log_softmax(-1)
+
     def value(self, log_q: Tensor) -> dict[str, float]:
         """Exact return, KL to the reference chain and their difference for a policy `[tokens, tokens]`, per sequence."""
         q = log_q.exp()

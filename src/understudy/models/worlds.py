@@ -95,17 +95,36 @@ class BigramAdapter(ModelAdapter):
         return ModelOutput(found, self.model.into(read) if features else None)
 
 
+def exact_policy(name: str, log_p: Tensor) -> Bigram:
+    """A bigram of full rank with these log-probabilities `[tokens, tokens]`."""
+    model = Bigram(name, len(log_p))
+    with torch.no_grad():
+        model.into.weight.copy_(torch.eye(len(log_p)))
+        model.out.weight.copy_(log_p.T)
+        model.out.bias.zero_()
+    return model
+
+
 def load_policy(name: str, source: Path | nn.Module | None, size: int, world: Chains | None = None) -> ModelAdapter:
-    """Rows of a policy by its name, from a folder, or around a module; `size` is the feature width or token count."""
+    """Rows of a policy by its name, from a folder, or around a module; `size` is the feature width or token count.
+
+    Of chains there are two policies that nobody trains: `reference`, which samples its sequences, and `soft_optimal`.
+    """
     if isinstance(source, nn.Module):
         model = source
     else:
         if source is not None:
             name = str(read_object(source / "config.json").get("policy"))
+        if world is not None and source is None and name in ("reference", "soft_optimal"):
+            log_p = world.log_p if name == "reference" else world.soft_optimal()
+            return BigramAdapter(exact_policy(f"bigram:{len(log_p)}", log_p), world)
         kinds = {"policy": ChoicePolicy, "bigram": Bigram}
         kind = kinds.get(name.partition(":")[0])
         if kind is None:
-            raise InputError(f"Model {name!r} is no policy of these worlds: give policy:64,64 (bandit) or bigram:16.")
+            raise InputError(
+                f"Model {name!r} is no policy of these worlds: give policy:64,64 (bandit), bigram:16, reference or "
+                "soft_optimal (chains)."
+            )
         try:
             model = kind(name, size)
         except (ValueError, RuntimeError, MemoryError) as error:

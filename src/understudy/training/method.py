@@ -38,6 +38,7 @@ class Requirements:
         features, teacher_features: the hidden state before the head, of either side.
         teacher_layers: `taps` reads inner layers of the teacher, so its model must run here.
         teacher_model: `setup` asks the teacher's own model about every example, which a cache or server cannot stand in for.
+        members: names of models that `setup` reads one by one: the recipe gives them in `teacher.members`, and they need not mix.
         temperature: at which the teacher's probabilities are taken; a cache or server must hold them at this one.
     """
 
@@ -46,6 +47,7 @@ class Requirements:
     teacher_features: bool = False
     teacher_layers: bool = False
     teacher_model: bool = False
+    members: tuple[str, ...] = ()
     temperature: float = 1.0
 
     @property

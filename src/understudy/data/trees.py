@@ -41,12 +41,13 @@ def paths(where: str, tree: Any) -> tuple[list[list[str]], list[Any], int]:
                 f"{where}: a node of tree below step {len(before)} is no object with text, the step's words."
             )
         steps = (*before, checked_text(where, "a step", node["text"]))
-        children, score = node.get("children"), node.get("score")
+        score = node.get("score")
+        children: list[Any] | None = node.get("children")
         if children is not None and not isinstance(children, list):
             raise InputError(f"{where}: children of a node of tree is {type(children).__name__}, not a list of nodes.")
         if children and score is not None:
             raise InputError(f"{where}: a node of tree has children and a score: score the leaves alone.")
-        open_nodes += [(steps, child) for child in reversed(children or ())]
+        open_nodes += [(steps, child) for child in reversed(children or [])]
         if not children and score is None:
             unscored += 1
         elif not children:

@@ -20,8 +20,8 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""The chat-template names of ShareGPT's roles; other roles keep their name."""
-LISTS = {"messages", "completions", "scores", "log_probs", "tools"}
+"""Roles of ShareGPT by those of chat templates; others keep their name."""
+LISTS = {"messages", "completions", "scores", "log_probs", "tools", "tree", "steps"}
 """Columns that hold a list; files without lists, such as CSV, hold it as JSON text."""
 
 

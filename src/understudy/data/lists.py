@@ -14,6 +14,7 @@ from understudy.data.batch import IGNORE, Batch, WholeExamples
 from understudy.data.ends import Ends
 from understudy.data.records import Record, place
 from understudy.data.tokenize import Counts, TextSet, check_length, collate_text, completion_tokens, is_endless
+from understudy.data.trees import token_steps
 from understudy.errors import InputError
 
 STRAY = "stray/"
@@ -81,8 +82,51 @@ class ListBatch(WholeExamples, Batch):
         return self.slots.shape[1] - 1 - flipped
 
     def by_candidate(self, values: Tensor) -> Tensor:
-        """From `[sequences]` to `[lists, candidates]`, 0 for no candidate."""
-        return values[self.slots.clamp(min=0)].masked_fill(~self.candidates, 0)
+        """From `[sequences, …]` to `[lists, candidates, …]`, 0 where there is no candidate."""
+        there = self.candidates.view(*self.candidates.shape, *[1] * (values.dim() - 1))
+        return values[self.slots.clamp(min=0)].masked_fill(~there, 0)
+
+    def sum_tokens(self, values: Tensor) -> Tensor:
+        """From `[tokens]`, the rows of `tokens`, to the sum over each candidate, `[lists, candidates]`."""
+        sums = values.new_zeros(len(self.labels)).index_add(0, self.tokens.sequence, values)
+        return self.by_candidate(sums)
+
+    def mean_tokens(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
+        """From `[tokens]` to the mean over each candidate's tokens, `[lists, candidates]`; 0 where no token counts.
+
+        Args:
+            counted: `[tokens]`, which tokens count; all if not given.
+        """
+        if counted is None:
+            return self.sum_tokens(values) / self.lengths.clamp(min=1)
+        kept = self.sum_tokens(values.masked_fill(~counted, 0.0))
+        return kept / self.sum_tokens(counted.to(values.dtype)).clamp(min=1)
+
+    def tokens_of(self, candidate: Tensor) -> Tensor:
+        """`[tokens]`, which belong to one candidate of each list, `[lists]`."""
+        chosen = self.slots.gather(1, candidate[:, None])
+        return torch.isin(self.tokens.sequence, chosen)
+
+    @cached_property
+    def token_lists(self) -> Tensor:
+        """`[tokens]`, the list that each token is in."""
+        lists, candidates = self.candidates.nonzero(as_tuple=True)
+        owner = torch.empty_like(self.labels[:, 0])
+        owner[self.slots[lists, candidates]] = lists
+        return owner[self.tokens.sequence]
+
+    @cached_property
+    def shared(self) -> Tensor:
+        """`[tokens]`, which belong to the beginning that all completions of a list have in common; none in a list of one."""
+        said = self.tokens.row_labels.split(self.tokens.mask.sum(1).tolist())
+        found = [torch.zeros_like(s, dtype=torch.bool) for s in said]
+        for group in (g for g in self.groups if len(g) > 1):
+            width = min(len(said[s]) for s in group)
+            first = torch.stack([said[s][:width] for s in group])
+            same = (first == first[0]).all(0).long().cumprod(0).bool()
+            for s in group:
+                found[s][:width] = same
+        return torch.cat(found)
 
     @cached_property
     def row_labels(self) -> Tensor:
@@ -118,6 +162,8 @@ def encode_lists(
             counts.dropped += 1
             continue
         row = {"id": record["id"], "scores": record["scores"], "log_probs": record.get("log_probs")}
+        if "steps" in record:
+            row["steps"] = [_steps(*e, texts, tokenizer) for e, texts in zip(encoded, record["steps"], strict=True)]
         rows.append(row | {"sequences": [(torch.tensor(i), torch.tensor(t)) for i, t in encoded]})
         counts.tokens += sum(len(i) for i, _ in encoded)
         counts.longest = max(counts.longest, *(len(i) for i, _ in encoded))
@@ -128,6 +174,13 @@ def encode_lists(
         )
     counts.rows = len(rows)
     return TextSet(rows), counts
+
+
+def _steps(ids: list[int], labels: list[int], texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The step of each token that is trained on, `[tokens]`."""
+    said = [i for i, label in zip(ids, labels, strict=True) if label != IGNORE]
+    found = token_steps(said, texts, tokenizer)
+    return found[1:] if labels[0] != IGNORE else found  # nothing predicts the first token
 
 
 def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from understudy.data.batch import Batch
+from understudy.data.lists import ListBatch
 from understudy.errors import InputError
 
 
@@ -52,7 +53,8 @@ class Column:
 
     @classmethod
     def by_token(cls, name: str, ids: Tensor, values: Sequence[Tensor]) -> Column:
-        """One number for each row (counted token) of an example: `values` holds a `[rows]` tensor per example."""
+        """Numbers for each row (counted token) of an example: `values` holds a `[rows, …]` tensor an example. The tokens of a
+        list are those of its candidates, one after the other."""
         lengths = torch.tensor([len(v) for v in values], dtype=torch.long)
         return cls(name, ids, torch.cat(list(values)) if values else torch.empty(0), lengths)
 
@@ -76,8 +78,18 @@ class Column:
         """The numbers of a batch's rows, `[rows, …]`: by token, or that of each row's example."""
         if self.lengths is None:
             return self.of_examples(batch)[batch.sequence]
+        return self._by_token(batch, batch.sequence)
+
+    def of_tokens(self, batch: ListBatch) -> Tensor:
+        """The numbers of the completion tokens of a batch of lists, `[tokens, …]`: by token, in the order of `batch.tokens`'
+        rows."""
+        return self._by_token(batch, batch.token_lists)
+
+    def _by_token(self, batch: Batch, owner: Tensor) -> Tensor:
+        """`owner`, `[rows]`, is the example each number belongs to."""
+        assert self.lengths is not None
         place = self._place(batch)
-        counts = torch.bincount(batch.sequence.cpu(), minlength=len(batch.ids))
+        counts = torch.bincount(owner.cpu(), minlength=len(batch.ids))
         wrong = (counts != self.lengths[place]).nonzero()
         if len(wrong):
             i = int(wrong[0, 0])

@@ -6,6 +6,7 @@
 | `chosen`, `rejected` (text or messages) | the same; the shared beginning is the prompt |
 | `prompt`, `completions`, `scores` | as many candidates, of any number |
 | `prompt`, `completion`, `label` | one candidate with score 1 or 0 (unpaired) |
+| `prompt`, `tree` or `prompt`, `steps`, `scores` | as many candidates, each of several steps (`understudy.data.trees`) |
 
 Messages may also be ShareGPT's (`from`, `value`), the columns LLaMA-Factory's (`conversations` or `instruction` and `input`
 beside `chosen` and `rejected`; `messages` and `label`). A record may carry `log_probs`, one per candidate, as recorded
@@ -31,6 +32,7 @@ from understudy.data.text import (
     repetition,
     shared_length,
 )
+from understudy.data.trees import checked_steps, paths
 from understudy.errors import InputError
 
 OPTIONS = {"name", "limit", "characters", "candidates", "columns"}
@@ -40,6 +42,8 @@ FORMATS = (
     {"chosen", "rejected"},
     {"prompt", "completions", "scores"},
     {"prompt", "completion", "label"},
+    {"prompt", "tree"},
+    {"prompt", "steps", "scores"},
 )
 
 
@@ -64,13 +68,18 @@ def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> lis
     """The records of a split in the common form, without those that have no information; changes are noted."""
     kept: list[Record] = []
     left: dict[str, list[int]] = {}
-    repeated = 0
+    repeated = unscored = 0
     for i, record in enumerate(records):
+        if "tree" in record:
+            where = place(f"{name}, {split} record {i}", record)
+            record["steps"], record["scores"], leaves = paths(where, record.pop("tree"))
+            unscored += leaves
         found = candidates(name, split, i, record)
         if found is None:
             left.setdefault(_EQUAL, []).append(i)
             continue
-        bare = without_prompt(found["prompt"], found["completions"]) if all(found["completions"]) else None
+        whole_texts = all(found["completions"]) and "steps" not in found
+        bare = without_prompt(found["prompt"], found["completions"]) if whole_texts else None
         if bare is not None:
             found["prompt"], found["completions"] = bare
             repeated += 1
@@ -84,6 +93,8 @@ def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> lis
         if not kept:
             raise InputError(f"{name}, {split}: no record is left: {why} ({which}). Fix the records.")
         notes.append(f"{name}, {split}: {len(numbers)} records were left out: {why} ({which}).")
+    if unscored:
+        notes.append(f"{name}, {split}: {unscored} answers of trees were left out: their leaf has no score.")
     if repeated:
         notes.append(repetition(name, split, repeated))
     alike = sum(len(r["completions"]) > 1 and all(c == r["completions"][0] for c in r["completions"]) for r in kept)
@@ -105,6 +116,8 @@ def candidates(name: str, split: str, index: int, record: Record) -> Record | No
     if len(said) != len(scores) or not said:
         raise InputError(f"{where} has {len(said)} completions and {len(scores)} scores: give one score for each.")
     out: Record = Row({"prompt": prompt, "completions": said, "scores": scores}, getattr(record, "at", ""))
+    if "steps" in record:
+        out["steps"] = record["steps"]
     if "log_probs" in record:
         out["log_probs"] = _numbers(where, "log_probs", record["log_probs"])
         if len(out["log_probs"]) != len(said):
@@ -132,6 +145,9 @@ def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[floa
         if score not in (0.0, 1.0):
             raise InputError(f"{where}: label is {reprlib.repr(record['label'])} and must be true or false (1 or 0).")
         return prompt, [readable(where, "the completion", record["completion"])], [score]
+    if "steps" in record:
+        steps = checked_steps(where, record["steps"])
+        return prompt, ["".join(texts) for texts in steps], _numbers(where, "scores", record["scores"])
     said = record["completions"]
     if not isinstance(said, list):
         raise InputError(f"{where}: completions is {type(said).__name__}, not a list of them.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -167,11 +168,22 @@ def _row(ids: list[int], labels: list[int], number: int, tokenizer: PreTrainedTo
 
 
 def byte_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the counted tokens. A byte-level token has one character per byte, also inside a multi-byte
-    character."""
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    if "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", "")):
-        return sum(len(p) for p in pieces)
+    """UTF-8 bytes of the counted tokens. A byte-level token is one character a byte, also inside a character."""
+    return byte_starts(ids, tokenizer)[-1] if _is_byte_level(tokenizer) else _decoded_length(ids, tokenizer)
+
+
+def byte_starts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """UTF-8 bytes before each token, and of all of them: `len(ids) + 1` numbers."""
+    if _is_byte_level(tokenizer):
+        return [0, *accumulate(len(piece) for piece in tokenizer.convert_ids_to_tokens(ids))]
+    return [_decoded_length(ids[:n], tokenizer) for n in range(len(ids) + 1)]
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "ByteLevel" in str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", ""))
+
+
+def _decoded_length(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())
 
 

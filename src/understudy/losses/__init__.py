@@ -20,6 +20,7 @@ from understudy.losses.plackett_luce import (
     position_weights,
     teacher_permutation,
 )
+from understudy.losses.preference import signed_likelihood
 from understudy.losses.truncation import truncate
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "plackett_luce_distillation",
     "position_weights",
     "reverse_kl",
+    "signed_likelihood",
     "skew_kl",
     "skew_reverse_kl",
     "teacher_permutation",

@@ -137,6 +137,25 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected
     return softplus(-((a - b) - (_log1mexp(a) - _log1mexp(b))))
 
 
+def signed_likelihood(log_probs: Tensor, weights: Tensor, *, gamma: float = 0.0) -> Tensor:
+    """−Σ_i w_i ℓ_i, with e^{γ ℓ_i} as another factor where w_i < 0: raise some completions, lower others. `[lists]`.
+
+    Linear in ℓ at γ = 0, so no completion's gradient depends on its own value and the loss has no lower bound. With γ > 0 the
+    term of a completion fades as it becomes unlikely; the gradient flows through the factor.
+
+    Args:
+        log_probs: ℓ, the mean log-probability a token of each completion in nats, `[lists, completions]`.
+        weights: w, which broadcast; 1 and −α of a correct and a wrong completion are REDI.
+
+    Source: REDI (2025, arXiv 2505.24850), Eq. for L_REDI; the factor is `negw` of its released code.
+    """
+    _check("signed_likelihood", log_probs)
+    if gamma < 0:
+        raise InputError(f"signed_likelihood: gamma is {gamma} and must be at least 0.")
+    faded = torch.where(weights < 0, gamma * log_probs, 0.0).exp()
+    return -(weights * faded * log_probs).sum(-1)
+
+
 def per_token(log_prob: Tensor, tokens: Tensor) -> Tensor:
     """Turn sums over completions into means over their tokens; an empty completion is an `InputError`."""
     empty = (tokens < 1).nonzero()

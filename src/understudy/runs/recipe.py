@@ -294,12 +294,18 @@ def check_members(recipe: Recipe, task: Any) -> None:
         raise InputError("student.members: a student is one model; several models are a teacher's (teacher.members).")
     if teacher is None:
         return
+    asked = recipe.build_method().requires.members
+    if asked and set(teacher.members or ()) != set(asked):
+        raise InputError(
+            f"Method {recipe.method!r} reads {len(asked)} teachers one by one: name a model for each of "
+            f"{', '.join(f'teacher.members.{name}' for name in asked)}."
+        )
     if not teacher.members:
         for key in ("members", "weights", "route"):
             if getattr(teacher, key) is not None:
                 raise InputError(f"teacher.{key} is about several teachers: name them in teacher.members.")
         return
-    if not task.mixes:
+    if not task.mixes and not asked:
         raise InputError(f"Task {recipe.task!r} has no rows of classes that teachers could share: name one teacher.")
     for key in ("cache", "train", "endpoint", "peft", "quantization", "device", "options"):
         if getattr(teacher, key) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,8 @@ from understudy.data.lists import ListBatch
 from understudy.data.tokenize import TextSet
 from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
-from understudy.synthetic.policies import Policy
-from understudy.targets import Scores
+from understudy.synthetic.policies import Policy, load_policy
+from understudy.targets import Dense, Scores
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Chains:
     reward: Tensor
     length: int
     splits: dict[str, TextSet]
+
+    def soft_optimal(self) -> Tensor:
+        """`[tokens, tokens]`, log-probabilities of the policy whose return minus KL is highest, as it begins a sequence."""
+        ahead = torch.zeros(len(self.reward), dtype=self.reward.dtype)
+        for _ in range(self.length):
+            scores = self.log_p + self.reward + ahead
+            ahead = scores.logsumexp(-1)
+        return scores.log_softmax(-1)
 
     def value(self, log_q: Tensor) -> dict[str, float]:
         """Exact return, KL to the reference chain and their difference for a policy `[tokens, tokens]`, per sequence."""
@@ -107,7 +116,8 @@ class Bigram(Policy):
 
 
 class BigramAdapter(ModelAdapter):
-    """Answers with `Scores`: the log-probability of each candidate's transitions.
+    """Returns `Scores`: the log-probability of each candidate's transitions, and of each of them. Features are the embeddings
+    of the tokens before them, `[tokens, rank]`.
 
     Args:
         world: the chains that judge it.
@@ -120,7 +130,26 @@ class BigramAdapter(ModelAdapter):
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, ListBatch)
         tokens = batch.tokens
-        log_p = self.model(batch.inputs["input_ids"][:, :-1])[tokens.mask]
+        read = batch.inputs["input_ids"][:, :-1][tokens.mask]
+        log_p = self.model(read)
         values = log_p.gather(-1, tokens.row_labels[:, None])[:, 0]
-        sums = values.new_zeros(len(batch.labels)).index_add(0, tokens.sequence, values)
-        return ModelOutput(Scores(batch.by_candidate(sums), batch.candidates))
+        found = Scores(batch.sum_tokens(values), batch.candidates, values, Dense(log_p))
+        return ModelOutput(found, self.model.into(read) if features else None)
+
+
+def exact_policy(log_p: Tensor) -> Bigram:
+    """A bigram of full rank with these log-probabilities, `[tokens, tokens]`."""
+    model = Bigram(f"bigram:{len(log_p)}", len(log_p))
+    with torch.no_grad():
+        model.into.weight.copy_(torch.eye(len(log_p)))
+        model.out.weight.copy_(log_p.T)
+        model.out.bias.zero_()
+    return model
+
+
+def chain_policy(name: str, source: Path | nn.Module | None, world: Chains, size: int) -> Bigram:
+    """A policy of the chains: as `load_policy`, or by name one that nobody trains: `reference`, which samples the sequences,
+    and `soft_optimal`."""
+    if source is None and name in ("reference", "soft_optimal"):
+        return exact_policy(world.log_p if name == "reference" else world.soft_optimal())
+    return load_policy(Bigram, name, source, size)

@@ -38,7 +38,7 @@ def word_order(spec: Mapping[str, Any]) -> list[Record]:
             records.append(
                 {
                     "prompt": " ".join(prompt),
-                    "completions": [" " + " ".join(made[i]) for i in order],
+                    "steps": [[f" {word}" for word in made[i]] for i in order],
                     "scores": [scores[i] for i in order],
                 }
             )

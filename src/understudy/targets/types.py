@@ -59,12 +59,47 @@ class Scores(_Rows):
 
     Args:
         values: 0 where `mask` is false.
-        mask: True for valid candidates.
+        mask: which candidates there are.
+        tokens: `[tokens]`, the log-probability of each completion token, in the order of `ListBatch.tokens`' rows; `None` of a
+            model that scores a candidate as a whole.
+        token_signal: what the model says about the rows of these tokens, before the tokens are known.
     """
 
     values: Tensor
     mask: Tensor
+    tokens: Tensor | None = None
+    token_signal: Dense | Projected | None = None
     _per_row = ("values", "mask")
+
+    def by_token(self, asker: str) -> tuple[Tensor, Dense | Projected]:
+        """`tokens` and `token_signal`.
+
+        Args:
+            asker: the method, for the message.
+
+        Raises:
+            InputError: the model scores whole candidates.
+        """
+        if self.tokens is None or self.token_signal is None:
+            raise InputError(
+                f"{asker} reads the tokens of each candidate and this model scores a candidate as a whole: use a causal LM "
+                "(task preferences), or the world `chains`."
+            )
+        return self.tokens, self.token_signal
+
+    def select(self, index: Any) -> Self:
+        """The lists that `index` picks, without what is said of single tokens."""
+        return replace(super().select(index), tokens=None, token_signal=None)
+
+    def detach(self) -> Self:
+        """The same values without gradient."""
+        signal = self.token_signal.detach() if self.token_signal is not None else None
+        return replace(super().detach(), token_signal=signal)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same values on another device."""
+        signal = self.token_signal.to(device) if self.token_signal is not None else None
+        return replace(super().to(device), token_signal=signal)
 
 
 @dataclass(frozen=True)

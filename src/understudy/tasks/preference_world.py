@@ -17,7 +17,7 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import ModelAdapter, evaluating
 from understudy.synthetic.bandit import ChoiceAdapter, ChoiceBatch, ChoicePolicy, bandit, collate_choices
-from understudy.synthetic.chains import Bigram, BigramAdapter, chains
+from understudy.synthetic.chains import BigramAdapter, chain_policy, chains
 from understudy.synthetic.policies import load_policy
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
@@ -88,7 +88,7 @@ class PreferenceWorld(TaskDefaults):
         world = prepared.facts["world"]
         if world is None:
             return ChoiceAdapter(load_policy(ChoicePolicy, spec.model, source, prepared.classes))
-        return BigramAdapter(load_policy(Bigram, spec.model, source, prepared.classes), world)
+        return BigramAdapter(chain_policy(spec.model, source, world, prepared.classes), world)
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
         """`value`: the mean probability of the truly best item (bandit), or return minus KL to the chain (exact)."""

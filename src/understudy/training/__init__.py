@@ -1,5 +1,6 @@
 """Training: the interface of a method, the trainer, and checkpoints that resume exactly."""
 
+from understudy.models import ModelOutput
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete
 from understudy.training.method import Method, MethodState, Requirements, Role, TeacherUse, TrainState
@@ -10,6 +11,7 @@ from understudy.training.reduction import Term
 from understudy.training.rollouts import Rollouts
 from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
+from understudy.training.token_columns import add_token_columns
 from understudy.training.train_module import TrainModule
 from understudy.training.trainer import DistillationTrainer
 
@@ -19,6 +21,7 @@ __all__ = [
     "DistillationTrainer",
     "Method",
     "MethodState",
+    "ModelOutput",
     "OnPolicy",
     "Phase",
     "Pipeline",
@@ -32,5 +35,6 @@ __all__ = [
     "Term",
     "TrainModule",
     "TrainState",
+    "add_token_columns",
     "last_complete",
 ]

@@ -38,6 +38,7 @@ class Requirements:
         features, teacher_features: whether outputs must hold the hidden state before the head, of student and teacher.
         teacher_layers: whether `taps` reads inner layers of the teacher; its model must then run in this process.
         teacher_model: whether `setup` runs the teacher's model on every example; a cache or server cannot replace it.
+        members: names of models that `setup` reads one by one; the recipe gives them in `teacher.members`.
         temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
         support: what a capture stores of the teacher's outputs by default, if the method needs more than the usual.
     """
@@ -47,6 +48,7 @@ class Requirements:
     teacher_features: bool = False
     teacher_layers: bool = False
     teacher_model: bool = False
+    members: tuple[str, ...] = ()
     temperature: float = 1.0
     support: str | None = None
 

@@ -1,4 +1,5 @@
-"""Scores of a frozen model (log-probabilities, relevance), computed once and kept in the store that teacher caches use.
+"""Scores of a frozen model (log-probabilities, relevance) by candidate or by token, computed once, in the store that caches
+of teachers use.
 
 The key of a score is the SHA-256 of the model's weights and of the candidate's inputs.
 """
@@ -11,26 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from understudy.data import Batch
-from understudy.models import ModelAdapter, evaluating, state_hash
+from understudy.data import Batch, ListBatch
+from understudy.models import ModelAdapter, ModelOutput, evaluating, state_hash
+from understudy.targets import Scores
 from understudy.teachers.cache.store import ShardStore
+
+Arrays = Mapping[str, Tensor]
 
 
 class ScoreStore(ShardStore):
-    """A store with one number for each candidate. Several processes may write to it.
+    """A store of what a model says of each candidate: a number, or arrays with one row a token. Several processes may write
+    to one.
 
     Args:
-        folder: of the shards.
+        folder: where shards are.
+        kind: of what is kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, {"format": 1, "kind": "scores"})
+    def __init__(self, folder: Path, kind: str = "scores") -> None:
+        super().__init__(folder, {"format": 1, "kind": kind})
 
-    def keep(self, found: Mapping[bytes, float]) -> None:
-        """Write new scores as one shard."""
-        values = torch.tensor(list(found.values()), dtype=torch.float64)
-        self.append(list(found), [1] * len(found), {"score": values})
+    def keep(self, found: Mapping[bytes, Arrays]) -> None:
+        """Write what is new as one shard."""
+        if not found:
+            return
+        said = list(found.values())
+        arrays = {name: torch.cat([one[name] for one in said]) for name in said[0]}
+        self.append(list(found), [len(next(iter(one.values()))) for one in said], arrays)
 
     def scores(self, keys: Sequence[bytes]) -> list[float]:
         """The scores of these candidates."""
@@ -44,7 +54,6 @@ def sequences(example: Mapping[str, Any]) -> list[bytes]:
     return [b"".join(x.numpy().tobytes() + b"|" for x in pair) for pair in parts]
 
 
-@torch.no_grad()
 def score_lists(
     model: ModelAdapter,
     examples: Any,
@@ -65,22 +74,79 @@ def score_lists(
     Returns:
         The number of computed candidates.
     """
-    name, device = state_hash(model).encode(), next(model.parameters()).device
-    keys = [[hashlib.sha256(name + c).digest() for c in contents(e)] for e in examples.records]
+
+    def read(said: ModelOutput, batch: Batch) -> list[list[Arrays]]:
+        values: Tensor = said.signal.values.double().cpu()
+        return [[{"score": value[None]} for value in row] for row in values]
+
+    keys = _keys(model, examples, contents)
+    computed = _compute(model, examples, collate, store, keys, read, batch)
+    for example, ks in zip(examples.records, keys, strict=True):
+        example[column] = store.scores(ks)
+    return computed
+
+
+def score_tokens(
+    model: ModelAdapter,
+    examples: Any,
+    collate: Callable[[list[Any]], Any],
+    store: ScoreStore,
+    read: Callable[[Scores], Arrays],
+    batch: int = 16,
+) -> list[dict[str, Tensor]]:
+    """What the model says of the completion tokens of each example, `[tokens, …]`, one candidate after the other.
+
+    Args:
+        store: holds nothing but what this `read` gave.
+        read: from the model's answer to arrays with one row a token of the batch.
+    """
+
+    def cut(said: ModelOutput, batch: Batch) -> list[list[Arrays]]:
+        assert isinstance(batch, ListBatch)
+        sizes = batch.tokens.mask.sum(1).tolist()
+        parts = {name: array.cpu().split(sizes) for name, array in read(said.signal).items()}
+        return [[{name: part[s] for name, part in parts.items()} for s in group] for group in batch.groups]
+
+    keys = _keys(model, examples, sequences)
+    _compute(model, examples, collate, store, keys, cut, batch)
+    return [store.read(ks) for ks in keys]
+
+
+def _keys(
+    model: ModelAdapter, examples: Any, contents: Callable[[Mapping[str, Any]], list[bytes]]
+) -> list[list[bytes]]:
+    name = state_hash(model).encode()
+    return [[hashlib.sha256(name + c).digest() for c in contents(e)] for e in examples.records]
+
+
+@torch.no_grad()
+def _compute(
+    model: ModelAdapter,
+    examples: Any,
+    collate: Callable[[list[Any]], Any],
+    store: ScoreStore,
+    keys: Sequence[Sequence[bytes]],
+    read: Callable[[ModelOutput, Batch], list[list[Arrays]]],
+    size: int,
+) -> int:
+    """Store what is missing of each example's candidates; how many were computed.
+
+    Args:
+        read: from an answer to arrays, by example and candidate.
+    """
+    device = next(model.parameters()).device
     missing = [i for i, ks in enumerate(keys) if any(k not in store for k in ks)]
-    found: dict[bytes, float] = {}
+    found: dict[bytes, Arrays] = {}
     computed = 0
     with evaluating(model):
-        for start in range(0, len(missing), batch):
-            chosen = missing[start : start + batch]
-            values = model(Batch.from_dict(collate([examples[i] for i in chosen])).to(device)).signal.values.cpu()
-            for row, i in enumerate(chosen):
-                found.update(zip(keys[i], values[row].tolist(), strict=False))
+        for start in range(0, len(missing), size):
+            chosen = missing[start : start + size]
+            batch = Batch.from_dict(collate([examples[i] for i in chosen])).to(device)
+            for i, said in zip(chosen, read(model(batch), batch), strict=True):
+                found.update(zip(keys[i], said, strict=False))  # a list may have fewer candidates than the longest
                 computed += len(keys[i])
-            if (start // batch) % 64 == 63:
+            if (start // size) % 64 == 63:
                 store.keep(found)
                 found = {}
     store.keep(found)
-    for example, ks in zip(examples.records, keys, strict=True):
-        example[column] = store.scores(ks)
     return computed

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import InputError
+from understudy.losses.two_heads import mixed_log_probabilities
 
 if TYPE_CHECKING:
     from understudy.models.adapters import ClassifierAdapter
@@ -28,13 +29,30 @@ class SubclassHead(nn.Linear):
         return super().forward(features).unflatten(-1, (self.classes, self.subclasses)).logsumexp(-1)
 
 
+class MixtureHead(nn.Linear):
+    """A linear layer of two heads, the first outputs one's and the last the other's, called as their mixture.
+
+    It gives log(α softmax(first) + (1 − α) softmax(second / β)), `[..., classes]`, like any head.
+    """
+
+    def __init__(self, inputs: int, classes: int, alpha: float, beta: float, bias: bool = True) -> None:
+        super().__init__(inputs, 2 * classes, bias)
+        self.classes, self.alpha, self.beta = classes, alpha, beta
+
+    def forward(self, features: Tensor) -> Tensor:
+        first, second = super().forward(features).chunk(2, -1)
+        return mixed_log_probabilities(first, second, alpha=self.alpha, beta=self.beta)
+
+
 def head_name(model: nn.Module, classes: int) -> str | None:
     """The name of a classifier's head: its last linear layer of `classes` outputs, or of subclasses of them.
 
     For two classes a single output (a logit of the second class) will also do.
     """
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    outputs = [(name, m.classes if isinstance(m, SubclassHead) else m.out_features) for name, m in linear]
+    outputs = [
+        (name, m.classes if isinstance(m, (SubclassHead, MixtureHead)) else m.out_features) for name, m in linear
+    ]
     found = [name for name, number in outputs if number == classes]
     if not found and classes == 2:
         found = [name for name, number in outputs if number == 1]
@@ -80,6 +98,7 @@ def set_classes(rows: ClassifierAdapter, classes: int) -> None:
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
     if facts is not None:
         facts.pop("subclasses", None)
+        facts.pop("mixture", None)
         facts["classes"] = classes
     config = getattr(rows.model, "config", None)
     if config is None or getattr(config, "num_labels", classes) == classes:
@@ -111,6 +130,34 @@ def sum_subclasses(rows: ClassifierAdapter, classes: int) -> None:
     head.load_state_dict(wide.state_dict())
     set_classes(rows, classes)
     facts["subclasses"] = subclasses
+
+
+def mix_heads(rows: ClassifierAdapter, classes: int, alpha: float, beta: float) -> bool:
+    """Turn a head of 2 · `classes` outputs into one that mixes its halves as `MixtureHead`: the same function, exactly.
+
+    Returns:
+        Whether that was possible: for the small networks always, for others where α is 0 or 1 and one half is left over.
+    """
+    name = head_name(rows.model, rows.classes)
+    facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
+    if name is None or (facts is None and 0 < alpha < 1):
+        return False
+    wide = rows.model.get_submodule(name)
+    assert isinstance(wide, nn.Linear)
+    bias = wide.bias is not None
+    if 0 < alpha < 1:
+        head: nn.Linear = MixtureHead(wide.in_features, classes, alpha, beta, bias)
+        state = wide.state_dict()
+    else:
+        head = nn.Linear(wide.in_features, classes, bias)
+        half, scale = (slice(0, classes), 1.0) if alpha == 1 else (slice(classes, 2 * classes), 1 / beta)
+        state = {k: scale * v[half] for k, v in wide.state_dict().items()}
+    put_head(rows.model, name, head)
+    head.load_state_dict(state)
+    set_classes(rows, classes)
+    if facts is not None and isinstance(head, MixtureHead):
+        facts["mixture"] = [alpha, beta]
+    return True
 
 
 def linear_readout(

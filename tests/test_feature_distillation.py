@@ -221,7 +221,7 @@ def test_it_learns_digits(method, tmp_path):
         teacher={"model": base["teacher"]["model"], "train": {"max_steps": 200, "learning_rate": 1e-2}},
         trainer={"max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 1e-2, "save_strategy": "no"},
     )
-    assert result.metrics["accuracy"] > 0.6  # chance is 0.1
+    assert result.metrics["accuracy"] > 0.4  # chance is 0.1
     assert not any("regressor" in name for name in weights(tmp_path))
 
 

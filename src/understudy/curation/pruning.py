@@ -91,17 +91,17 @@ def moderate_scores(features: Tensor, labels: Tensor) -> Tensor:
 def herding_scores(features: Tensor, labels: Tensor) -> Tensor:
     """−(place in the order of herding) / (examples of the class): the first ones of each class have its mean together.
 
-    Costs examples² · width operations in each class. Source: Welling 2009.
+    Costs examples² · width operations in each class. Source: Welling 2009; greedy, as Rebuffi et al. 2017.
     """
     scores = torch.empty(len(labels), dtype=torch.float64)
     for rows in _by_class(labels):
         x = features[rows].double()
-        mean, left = x.mean(0), torch.zeros(len(rows), dtype=torch.float64)
-        weight = mean.clone()
+        wanted, taken = torch.zeros_like(x[0]), torch.zeros(len(rows), dtype=torch.float64)
         for place in range(len(rows)):
-            i = int((x @ weight + left).argmax())
-            left[i] = -torch.inf
-            weight = weight + mean - x[i]
+            wanted = wanted + x.mean(0)  # what brings the sum of those taken to the mean
+            i = int(((x - wanted).square().sum(1) + taken).argmin())
+            taken[i] = torch.inf
+            wanted = wanted - x[i]
             scores[rows[i]] = -place / len(rows)
     return scores
 

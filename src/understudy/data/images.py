@@ -22,7 +22,7 @@ from understudy.errors import InputError, nearest
 OPTIONS = {
     *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
     *("validation_size", "with_validation", "label_noise", "teacher_random_classes"),
-    *("modulo", "label_map", "unlabelled", "domain_column", "only", "size", "input_data_format"),
+    *("modulo", "label_map", "unlabelled", "labelled", "domain_column", "only", "size", "input_data_format"),
 }
 
 
@@ -74,7 +74,7 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
             labels where the teacher is trained), `seed` (of such noise, and of made-up sets), `modulo` or `label_map` (coarser
             classes: the label modulo a number, or a new class for each; the old labels stay known as subclasses),
-            `unlabelled` (hide the student's training labels), `domain_column` (names each domain), `only` (drop the others),
+            `unlabelled` (hide the student's training labels), `labelled` (hide all but so many of each class), `domain_column` (names each domain), `only` (drop the others),
             `size` (a side in pixels, or [height, width]: every image is resized to it),
             `input_data_format` (`channels_first` or `channels_last`, of arrays whose shape does not tell).
         embedded: sets that need no file, by name: from `spec` to the examples of each split and the classes' names.
@@ -109,6 +109,8 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
     teacher_train = _mistaught(pool.select(slice(0, teacher_limit)), spec, classes)
     student = teacher_train if spec.get("for_teacher") else _noisy(pool.select(slice(0, limit)), spec, len(classes))
+    if spec.get("labelled") is not None and not spec.get("for_teacher"):
+        student = _few_labels(student, spec, len(classes), notes)
     if _flag(spec, "with_validation") and not spec.get("for_teacher"):
         student = _joined(student, validation)
     if _flag(spec, "unlabelled") and not spec.get("for_teacher"):
@@ -243,6 +245,17 @@ def _draw(part: ImageSet, spec: Mapping[str, Any], stream: int) -> Tensor:
 def _relabelled(part: ImageSet, chosen: Tensor, drawn: Tensor, classes: int) -> ImageSet:
     labels = torch.where(chosen, (drawn * classes).long(), part.labels)
     return part.relabelled(labels, clean=part.labels)
+
+
+def _few_labels(part: ImageSet, spec: Mapping[str, Any], classes: int, notes: list[str]) -> ImageSet:
+    """The labels of the first examples of each class; the rest has none."""
+    number = _count(spec, "labelled", len(part))
+    labels = torch.full_like(part.labels, UNLABELLED)
+    for c in range(classes):
+        first = (part.labels == c).nonzero()[:number, 0]
+        labels[first] = part.labels[first]
+    notes.append(f"{int((labels >= 0).sum())} of the student's {len(part)} training examples have a label.")
+    return part.relabelled(labels)
 
 
 def _joined(a: ImageSet, b: ImageSet) -> ImageSet:

@@ -13,7 +13,7 @@ from understudy.losses.divergences import (
     total_variation,
 )
 from understudy.losses.interpolation import interpolate_logits, interpolated_kl
-from understudy.losses.logits import binary_kl, binary_kl_norm
+from understudy.losses.logits import binary_kl, binary_kl_norm, decoupled_kl
 from understudy.losses.plackett_luce import (
     plackett_luce,
     plackett_luce_distillation,
@@ -30,6 +30,7 @@ __all__ = [
     "binary_kl_norm",
     "cross_entropy",
     "cross_entropy_soft",
+    "decoupled_kl",
     "entropy",
     "forward_kl",
     "interpolate_logits",

@@ -42,6 +42,15 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their norms; one of norm 0 stays 0 and gets no gradient."""
+    # The norm is clamped under the root, where its gradient at 0 would be nan. What is clamped is 0 and has gradient 0:
+    # divided by the clamp its gradient would be 1e12 times all others.
+    x = full(x)
+    square = x.square().sum(-1, keepdim=True)
+    return torch.where(square > 1e-24, x, 0.0) * square.clamp(min=1e-24).rsqrt()
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + eˣ), exact everywhere. torch's own returns x from 20 on, with an error of 2e−9 there in value and
     gradient."""
@@ -85,16 +94,16 @@ def bucketed(log_p: Tensor, ids: Tensor, truncation: Truncation) -> Tensor:
         outside = log_p.masked_fill(inside > 0, -torch.inf)
     else:
         outside = log_p.scatter(-1, ids, float("-inf"))
-    tail = _logsumexp(outside)
+    tail = logsumexp(outside)
     return torch.cat([kept, tail], dim=-1)
 
 
 def renormalised(x: Tensor) -> Tensor:
     """`log_softmax`, all −inf where nothing is kept."""
-    return torch.where((x == -torch.inf).all(-1, keepdim=True), x, x - _logsumexp(x))
+    return torch.where((x == -torch.inf).all(-1, keepdim=True), x, x - logsumexp(x))
 
 
-def _logsumexp(x: Tensor) -> Tensor:
+def logsumexp(x: Tensor) -> Tensor:
     """`logsumexp` whose gradient is 0, not nan, where everything is −inf."""
     empty = (x == float("-inf")).all(-1, keepdim=True)
     safe = torch.where(empty, torch.zeros_like(x), x)

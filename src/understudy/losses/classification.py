@@ -39,6 +39,22 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return y * softplus(-v) + (1 - y) * softplus(v)
 
 
+def probability_mse(student: Tensor, target: Tensor) -> Tensor:
+    """Mean over classes of (softmax(v) − p)². Its gradient vanishes where the student is sure, also of a wrong class.
+
+    Args:
+        student: logits v `[rows, classes]`. target: probabilities p `[rows, classes]`, a teacher's or one-hot labels.
+
+    Source: Borup & Andersen 2021, the networks' loss.
+    """
+    if student.shape != target.shape:
+        raise InputError(
+            f"probability_mse: student {tuple(student.shape)} and target {tuple(target.shape)} differ in shape."
+        )
+    q = log_softmax(student, 1.0).exp()
+    return checked("probability_mse", (q - target.detach().to(q.dtype)).square().mean(-1), student, None)
+
+
 def check_labels(loss: str, labels: Tensor, classes: int) -> None:
     """Raise an error that names the first label outside `0 … classes − 1`. Ignored rows are removed before a loss is
     called."""

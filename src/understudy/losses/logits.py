@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import check_temperature, checked, full, need_dense, softplus
+from understudy.losses._kernels import kl
+from understudy.losses._pairs import (
+    check_temperature,
+    checked,
+    full,
+    log_softmax,
+    logsumexp,
+    need_dense,
+    renormalised,
+    softplus,
+)
+from understudy.losses.classification import check_labels
 from understudy.targets import Target
 
 
@@ -41,6 +52,38 @@ def binary_kl_norm(student: Tensor, target: Target | Tensor, *, temperature: flo
     x = ((full(student) - teacher) / (2 * temperature)).abs()
     log_cosh = x + softplus(-2 * x) - math.log(2)
     return checked("binary_kl_norm", temperature**2 * log_cosh.sum(-1), student, target)
+
+
+def decoupled_kl(
+    student: Tensor,
+    target: Target | Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    tau_squared: bool = True,
+) -> Tensor:
+    """α KL(b_p ‖ b_q) + β KL(p̂ ‖ q̂), `[rows]`: label against the rest, and the classes without the label among themselves.
+
+    b is (p[label], 1 − p[label]), p̂ the other classes' probabilities divided by their sum. With α = 1 and β = 1 − p[label]
+    (an example's own) it is `forward_kl`. With two classes the second part is 0.
+
+    Args:
+        student: logits `[rows, classes]`. target: `Dense` teacher logits. labels: `[rows]`, int64 in `0 … classes − 1`.
+        alpha, beta: weights of the two parts. temperature: of both softmaxes. tau_squared: multiply by temperature².
+
+    Source: Zhao et al. 2022 (DKD), Eqs. 6 and 7.
+    """
+    check_labels("decoupled_kl", labels, student.shape[-1])
+    check_temperature("decoupled_kl", temperature)
+    teacher = need_dense("decoupled_kl", target, student.shape[-1])
+    log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    at = labels[:, None]
+    rest_q, rest_p = (x.scatter(-1, at, -torch.inf) for x in (log_q, log_p))
+    side_q, side_p = (torch.cat([x.gather(-1, at), logsumexp(r)], -1) for x, r in ((log_q, rest_q), (log_p, rest_p)))
+    values = alpha * kl(side_p, side_q) + beta * kl(renormalised(rest_p), renormalised(rest_q))
+    return checked("decoupled_kl", temperature**2 * values if tau_squared else values, student, target)
 
 
 def _finite(loss: str, target: Target | Tensor, student: Tensor) -> Tensor:

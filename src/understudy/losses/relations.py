@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import full
+from understudy.losses._pairs import full, unit
+from understudy.losses.features import feature_map
 
 # Distances computed from products lose precision if the tokens have a large common mean.
 _EXACT = "donot_use_mm_for_euclid_dist"
@@ -28,18 +29,8 @@ def grid_tokens(features: Tensor, grid: int, prefix: int | None = None) -> Tenso
         prefix: number of tokens before the grid, which are dropped (class token, registers). Default: 0, or 1 if that
             leaves a square number.
     """
-    features = full(features)
-    if features.dim() == 3:
-        number = features.shape[1]
-        if prefix is None:
-            prefix = 0 if math.isqrt(number) ** 2 == number else 1
-        side = math.isqrt(max(0, number - prefix))
-        if side * side != number - prefix or not side:
-            raise InputError(
-                f"grid_tokens: {number} tokens are no square grid behind {prefix} others: say with `prefix` how many stand in front of it."
-            )
-        features = features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
-    if features.dim() != 4 or min(features.shape[2:]) < grid:
+    features = feature_map(features, prefix)
+    if min(features.shape[2:]) < grid:
         raise InputError(
             f"grid_tokens: features of shape {tuple(features.shape)} have no {grid} × {grid} grid. Choose a smaller grid "
             "or an earlier layer."
@@ -143,16 +134,8 @@ def paired_info_nce(student: Tensor, teacher: Tensor, *, temperature: float) -> 
         )
     if temperature <= 0:
         raise InputError(f"paired_info_nce: temperature is {temperature} and must be positive.")
-    similarity = _unit(student) @ _unit(teacher.detach()).transpose(-1, -2) / temperature
+    similarity = unit(student) @ unit(teacher.detach()).transpose(-1, -2) / temperature
     return torch.logsumexp(similarity, -1) - similarity.diagonal(dim1=-2, dim2=-1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    # The norm is clamped inside the root, whose gradient at 0 would be nan. A clamped token becomes 0 with gradient 0:
-    # otherwise the division by the clamp would make its gradient 1e12 times all others.
-    x = full(x)
-    square = x.square().sum(-1, keepdim=True)
-    return torch.where(square > 1e-24, x, 0.0) * square.clamp(min=1e-24).rsqrt()
 
 
 def contextual_mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.losses.subclasses import marginal_logits
+from understudy.losses.two_heads import mixed_log_probabilities
 from understudy.models.bodies import body, try_head, watched
 from understudy.models.heads import head_name
 from understudy.models.layouts import Layouts, Packing, needs_gpu
@@ -209,6 +210,19 @@ class MarginalAdapter(ModelAdapter):
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         rows: ModelOutput = self.wide(batch, features)
         return rows._replace(signal=Dense(marginal_logits(rows.signal.logits, self.classes)))
+
+
+class MixtureAdapter(ModelAdapter):
+    """A classifier with two heads side by side, read as their mixture: α softmax(first) + (1 − α) softmax(second / β)."""
+
+    def __init__(self, wide: ModelAdapter, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.wide, self.alpha, self.beta = wide, alpha, beta
+
+    def answer(self, batch: Batch, features: bool) -> ModelOutput:
+        rows: ModelOutput = self.wide(batch, features)
+        first, second = rows.signal.logits.chunk(2, -1)
+        return rows._replace(signal=Dense(mixed_log_probabilities(first, second, alpha=self.alpha, beta=self.beta)))
 
 
 class CausalLMAdapter(ModelAdapter):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from understudy.errors import InputError
 from understudy.models.adapters import ClassifierAdapter
-from understudy.models.heads import SubclassHead, head_name, put_head
+from understudy.models.heads import MixtureHead, SubclassHead, head_name, put_head
 
 
 def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.Linear:
@@ -43,6 +43,7 @@ def set_classes(rows: ClassifierAdapter, classes: int) -> None:
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
     if facts is not None:
         facts.pop("subclasses", None)
+        facts.pop("mixture", None)
         facts["classes"] = classes
     config = getattr(rows.model, "config", None)
     if config is None or getattr(config, "num_labels", classes) == classes:
@@ -74,6 +75,34 @@ def sum_subclasses(rows: ClassifierAdapter, classes: int) -> None:
     head.load_state_dict(wide.state_dict())
     set_classes(rows, classes)
     facts["subclasses"] = subclasses
+
+
+def mix_heads(rows: ClassifierAdapter, classes: int, alpha: float, beta: float) -> bool:
+    """Turn a head of 2 · `classes` outputs into one that mixes its halves as `MixtureHead`: the same function, exactly.
+
+    Returns:
+        Whether that was possible: for the small networks always, for others where α is 0 or 1 and one half is left over.
+    """
+    name = head_name(rows.model, rows.classes)
+    facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
+    if name is None or (facts is None and 0 < alpha < 1):
+        return False
+    wide = rows.model.get_submodule(name)
+    assert isinstance(wide, nn.Linear)
+    bias = wide.bias is not None
+    if 0 < alpha < 1:
+        head: nn.Linear = MixtureHead(wide.in_features, classes, alpha, beta, bias)
+        state = wide.state_dict()
+    else:
+        head = nn.Linear(wide.in_features, classes, bias)
+        half, scale = (slice(0, classes), 1.0) if alpha == 1 else (slice(classes, 2 * classes), 1 / beta)
+        state = {k: scale * v[half] for k, v in wide.state_dict().items()}
+    put_head(rows.model, name, head)
+    head.load_state_dict(state)
+    set_classes(rows, classes)
+    if facts is not None and isinstance(head, MixtureHead):
+        facts["mixture"] = [alpha, beta]
+    return True
 
 
 def linear_readout(

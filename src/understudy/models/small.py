@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from understudy.errors import InputError
-from understudy.models.heads import SubclassHead, head_name, put_head
+from understudy.models.heads import MixtureHead, SubclassHead, head_name, put_head
 from understudy.models.networks import graph_network, has_options, read_options
 from understudy.models.weights import read_object, reason, write_model
 
@@ -184,6 +184,7 @@ class Facts(BaseModel):
     shape: list[PositiveInt] = Field(min_length=1)
     normalise: tuple[list[FiniteFloat], list[FiniteFloat]] | None = None
     subclasses: int | None = Field(None, ge=1)
+    mixture: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[FiniteFloat, Field(gt=0)]] | None = None
 
     @classmethod
     def read(cls, file: Path) -> Facts:
@@ -203,12 +204,15 @@ def load_small(folder: Path) -> nn.Module:
         if not is_small(facts.understudy_model):
             raise InputError(f"no small network is called {facts.understudy_model!r}")
         model = build_small(facts.understudy_model, facts.classes, tuple(facts.shape))
-        if facts.subclasses is not None:
-            name = head_name(model, facts.classes)
-            assert name is not None
+        name = head_name(model, facts.classes)
+        if facts.subclasses is not None and name is not None:
             inputs = model.get_submodule(name).in_features
             put_head(model, name, SubclassHead(inputs, facts.classes, facts.subclasses))  # type: ignore[arg-type]
             model.understudy["subclasses"] = facts.subclasses  # type: ignore[index,operator]
+        elif facts.mixture is not None and name is not None:
+            inputs = model.get_submodule(name).in_features
+            put_head(model, name, MixtureHead(inputs, facts.classes, *facts.mixture))  # type: ignore[arg-type]
+            model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator]
     except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:
         # invalid sizes, or sizes beyond the memory
         raise InputError(f"{folder / 'config.json'} describes no network: {reason(error)}") from None

@@ -3,6 +3,7 @@ model from one layer on (`entered`). Every hook is removed afterwards, also afte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -152,3 +153,29 @@ def called_layers(model: nn.Module, run: Any) -> list[tuple[nn.Module, Tensor]]:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def stages(calls: list[tuple[nn.Module, Tensor]]) -> list[nn.Module]:
+    """The last layer of each resolution, in order: where features of an image classifier are usually compared.
+
+    Resolutions are those of maps `[images, channels, height, width]`, or of tokens `[images, tokens, width]` where the
+    network ends in tokens. A network with neither has those of its vectors `[images, width]` before the logits.
+
+    Args:
+        calls: as `called_layers` gives them.
+    """
+    learned = [any(True for _ in module.parameters(recurse=False)) for module, _ in calls]
+    own = calls[learned.index(True) if True in learned else 0 :]  # what is flattened or scaled before is the input
+    seen = [(y.dim(), _place(y.shape), m) for m, y in own]
+    last = next((axes for axes, place, _ in reversed(seen) if place is not None), None)
+    found = [(place, m) for axes, place, m in seen if axes == last and place is not None]
+    if last is None:
+        found = [(tuple(y.shape[1:]), m) for m, y in own if y.dim() == 2 and y is not own[-1][1]]
+    return list(dict(found).values())
+
+
+def _place(shape: torch.Size) -> tuple[int, ...] | None:
+    """The resolution of a layer's output; `None` of one that has a single position."""
+    if len(shape) == 3 and shape[1] > 1 and shape[2] > 1:  # a pooled map [images, width, 1] has no tokens
+        return (math.isqrt(shape[1]),)  # a class token more is the same grid
+    return tuple(shape[2:]) if len(shape) == 4 and shape[2:].numel() > 1 else None

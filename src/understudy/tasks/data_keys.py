@@ -37,6 +37,7 @@ class _Images(BaseModel):
     modulo: Annotated[int, Field(strict=True)] | None = Field(None, description="Coarser classes: label modulo this.")
     label_map: list[int] | None = Field(None, description="Coarser classes: the new class of each class.")
     unlabelled: _Flag = Field(False, description="Hide the student's training labels.")
+    labelled: _Count | None = Field(None, description="Hide all labels but so many of each class.")
     domain_column: str | None = Field(None, description="Column that names each example's domain.")
     only: str | None = Field(None, description="The one domain that is used.")
     for_teacher: _Flag = Field(

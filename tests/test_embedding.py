@@ -55,7 +55,7 @@ def recipe(tmp_path, **more):
         "data": {"name": str(triples(tmp_path / "triples.jsonl")), "vocab_size": 300},
         "teacher": "embedding:12",
         "student": "embedding:6",
-        "trainer": {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 3e-2, "logging_steps": 20},
+        "trainer": {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 3e-2, "logging_steps": 5},
     } | more
 
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from understudy import InputError, distill
+from understudy.data import Batch
+from understudy.data.retrieval_batches import RankingCollator, RankingSet, View, train_encoder_tokenizer
 from understudy.losses.embeddings import cosine_distance, embedding_mse, principal_directions
+from understudy.methods.embedding import Embedding
+from understudy.models.ranker_loading import load_ranker
+from understudy.training import TrainState
+from understudy.training.reduction import Counts, sum_terms
 
 
 def test_distances_at_their_limits():
@@ -49,13 +55,13 @@ def recipe(tmp_path, **more):
         "data": {"name": str(triples(tmp_path / "triples.jsonl")), "vocab_size": 300},
         "teacher": "embedding:12",
         "student": "embedding:6",
-        "trainer": {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 3e-2, "logging_steps": 10},
+        "trainer": {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 3e-2, "logging_steps": 5},
     } | more
 
 
 def logged(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["embedding"] for row in rows if "embedding" in row]
+    return [row["terms"]["embedding"] for row in rows if "terms" in row]
 
 
 @pytest.mark.parametrize("options", [{"reduce": "pca", "distance": "mse"}, {"reduce": "pca"}, {"reduce": "projection"}])
@@ -72,3 +78,42 @@ def test_widths_that_differ_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"have 24 entries and the teacher's 12: set options\.reduce=projection, or"):
         wide = recipe(tmp_path, student="embedding:24", options={"reduce": "pca"})
         distill(wide, output=str(tmp_path / "other"))
+
+
+def test_the_gradient_of_a_batch_is_that_of_any_split():
+    """Also where queries share a document, and lists are of different length."""
+    words = ["bala", "domo", "firi", "gutu", "kene", "lala"]
+    rows = [
+        {
+            "id": i,
+            "query": w,
+            "documents": [w + " text", "the text", "no text"][: 1 + i % 3],
+            "labels": [1.0, 0.0, 0.0][: 1 + i % 3],
+        }
+        for i, w in enumerate(words)
+    ]
+    view = View(train_encoder_tokenizer(words, 300), 8, 8)
+    items, collate, method = RankingSet(rows).records, RankingCollator([view]), Embedding()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student, teacher = (load_ranker("embedding:4", view, {}) for _ in range(2))
+
+    def gradient(*sizes):
+        student.zero_grad()
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        batches = [Batch.from_dict(collate(items[a : a + n])) for a, n in zip(starts, sizes, strict=True)]
+        counts = Counts.total([Counts.of(b, "token_mean", method.counts(b)) for b in batches], list)
+        assert counts.own["embedding"] == sum(1 + len(r["documents"]) for r in rows)
+        for batch in batches:
+            terms = method.loss(
+                student(batch, features=True), teacher(batch, features=True).detach(), batch, TrainState()
+            )
+            assert [t.values.shape for t in terms.values()] == [(batch.num_items,)]
+            sums = sum_terms(terms, batch, "token_mean", own=["embedding"])
+            counts.divide("embedding", sums.losses["embedding"]).backward()
+        return student.model.encoders[0].body.embedding.weight.grad.clone()
+
+    whole = gradient(6)
+    assert whole.abs().max() > 1e-2
+    for sizes in ((3, 3), (1, 5), (1,) * 6):
+        torch.testing.assert_close(gradient(*sizes), whole, rtol=1e-6, atol=1e-7)

@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, secrets masked, to a file that is whole or as it was before."""
+    """Write JSON atomically, with secrets masked."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(masked(value), indent=1))
 
@@ -92,7 +92,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of `path` when the block ends: that is whole or as it was before.
+    """A temporary path to write to, which replaces `path` atomically at the end of the block.
 
     Raises:
         InputError: as `writing`.

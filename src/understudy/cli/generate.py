@@ -184,7 +184,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _write(output: Path, requests: Sequence[Request], log: RequestLog) -> int:
-    """One line a completion, as prompt + completion columns that training reads; written in whole, then put in place."""
+    """Write one completion per line as prompt and completion columns that training reads; the file is replaced when
+    complete."""
     count = 0
     with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for request in requests:

@@ -1,4 +1,4 @@
-"""Where graphs come from: embedded ones, .npz files, Planetoid; and the cleaning of their edges."""
+"""Sources of graphs: embedded ones, .npz files, Planetoid; and the cleaning of their edges."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Graph:
 
 
 def _path(name: str, embedded: Mapping[str, Embedded], notes: list[str]) -> Path:
-    """The file of a graph: as a path or a set in the data folder, with or without its ending, or the only one of a folder."""
+    """The file of a graph: a path or a set in the data folder, with or without suffix, or the only file of a folder."""
     places = [p for p in map(find, (name, f"{name}.npz", f"graphs/{name}.npz")) if p]
     path = next((p for p in places if p.is_file()), None) or next(iter(places), None)
     if path is None:
@@ -72,7 +72,8 @@ def read_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded]) -> Gra
     """Find a graph by name, check it and clean its edges.
 
     Args:
-        embedded: graphs that need no file, by name: from `spec` to what an .npz file holds.
+        spec: see `load_graph`.
+        embedded: built-in graphs by name, as functions from `spec` to the content of an .npz file.
     """
     name = str(spec["name"])
     notes: list[str] = []

@@ -120,11 +120,12 @@ def load_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mappi
     """Read a graph.
 
     Args:
-        spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split` (`transductive`, or
-            `inductive`: a fifth of the test nodes is left out of training, edges and all, and judged), `fold` (of
-            several published splits), `seed` (of what is drawn: hidden nodes, a split where there is none), `normalize`
-            (divide each node's features by the sum of their magnitudes), `root` (where Planetoid is downloaded to).
-        embedded: graphs that need no file, by name: from `spec` to what an .npz file holds.
+        spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, an .npz or .pt file, `planetoid:Cora`), `split`
+            (`transductive`, or `inductive`: a fifth of the test nodes is removed from training with their edges, and
+            evaluated), `fold` (of several published splits), `seed` (of the random choices: removed nodes, a split if
+            there is none), `normalize` (divide each node's features by the sum of their absolute values), `root` (where
+            Planetoid is downloaded to).
+        embedded: built-in graphs by name, as functions from `spec` to the content of an .npz file.
     """
     for key in spec:
         if key not in OPTIONS:

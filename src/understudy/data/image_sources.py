@@ -33,10 +33,10 @@ Embedded = Callable[[Mapping[str, Any]], tuple[dict[str, ImageSet], list[str]]]
 def read_source(
     name: str, spec: Mapping[str, Any], embedded: Mapping[str, Embedded], notes: list[str]
 ) -> tuple[dict[str, ImageSet], list[str]]:
-    """The sets of each split and the names of the classes; what was changed or left out is noted.
+    """The image sets of each split and the names of the classes; changes and omissions are noted.
 
     Args:
-        embedded: sets that need no file, by name, beside `digits`.
+        embedded: built-in sets by name, beside `digits`.
     """
     embedded = {"digits": lambda _: _digits(), **embedded}
     counts: Counter[str] = Counter()

@@ -119,12 +119,14 @@ def collate_noise(items: list[Any]) -> dict[str, Tensor]:
 
 @dataclass
 class Source:
-    """What generation learns from.
+    """The data of a generation task.
 
     Args:
-        examples: reads those of a split with their classes, when asked and not before; `None` where there are none.
-        shape: of an example. classes: 0 where it has none. key: content hash.
-        centres, deviation: of the modes, `[modes, dimensions]`, where they are known.
+        examples: reads the examples of a split and their classes on demand; `None` without examples.
+        shape: of an example.
+        classes: 0 for none.
+        key: content hash.
+        centres, deviation: of the modes, `[modes, dimensions]`, if they are known.
     """
 
     examples: Callable[[str], tuple[Tensor, Tensor]] | None
@@ -137,7 +139,7 @@ class Source:
 
 
 def load_source(spec: dict[str, Any], embedded: Mapping[str, Source] = MappingProxyType({})) -> Source:
-    """`noise` (no data at all), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1]."""
+    """`noise` (no data), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1]."""
     name = str(spec["name"])
     if name == "noise":
         return Source(None)

@@ -48,12 +48,14 @@ FORMATS = (
 
 
 def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> TextSplits:
-    """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs` and `tools`.
+    """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs` and
+    `tools`.
 
     Args:
         spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, a file, folder or Hub id), `limit` (most training
-            records), `characters` and `candidates` (of made-up records), `columns` (names of columns, `{ours: theirs}`).
-        embedded: sets that need no file, by name: from `spec` to records.
+            records), `characters` and `candidates` (of synthetic records), `columns` (names of columns, `{ours:
+            theirs}`).
+        embedded: built-in sets by name, as functions from `spec` to records.
     """
     check_keys(spec, OPTIONS)
     name = str(spec["name"])

@@ -1,4 +1,4 @@
-"""Sources of queries with documents: embedded sets, files of scored triples, folders with graded judgements."""
+"""Sources of queries with documents: embedded sets, files of scored triples, folders with relevance grades."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of what losses are given."""
+"""Checks of the inputs of losses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from understudy.errors import InputError
 
 
 def check_finite(values: Tensor, say: Callable[..., str], mask: Tensor | None = None) -> None:
-    """Refuse the first value that counts and is infinite or nan.
+    """Raise an error for the first valid value that is infinite or nan.
 
     Args:
-        say: what is wrong, in one line, given the value and its index on each axis. mask: which values count; all if `None`.
+        say: returns the message, one line, from the value and its index on each axis.
+        mask: True for valid values; all if `None`.
 
     Raises:
-        InputError: what `say` says.
+        InputError: with the message from `say`.
     """
     wrong = ~values.detach().isfinite()
     if mask is not None:

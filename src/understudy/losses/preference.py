@@ -176,7 +176,7 @@ def margin(
 
 
 def _check(loss: str, *log_probs: Tensor) -> None:
-    """Refuse −inf and nan, by position."""
+    """Raise an error that names the position of −inf or nan."""
     for values in log_probs:
         check_finite(
             values.flatten(),

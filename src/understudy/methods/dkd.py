@@ -41,8 +41,16 @@ class DKD(Method):
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
     ) -> dict[str, Term]:
         assert teacher is not None
-        options = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
-        terms = {"dkd": Term(rowwise(decoupled_kl, student.signal, teacher.signal, batch.row_labels, **options))}
+        values = rowwise(
+            decoupled_kl,
+            student.signal,
+            teacher.signal,
+            batch.row_labels,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )
+        terms = {"dkd": Term(values)}
         if self.ce_weight:
             terms["ce"] = Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.ce_weight)
         return terms

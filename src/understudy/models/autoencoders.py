@@ -34,7 +34,7 @@ class Autoencoder(nn.Module):
         return self.decoder(latent).view(-1, *self.shape)
 
     def fit(self, x: Tensor, *, steps: int = 1000, batch: int = 128, learning_rate: float = 1e-3) -> Autoencoder:
-        """Train on the squared error of reconstruction, in the order the global generator gives."""
+        """Train on the squared reconstruction error, with torch's global random generator."""
         draws = (x[torch.randint(len(x), (batch,)).to(x.device)] for _ in range(steps))
         losses = (F.mse_loss(self.decode(self.encode(chosen)), chosen) for chosen in draws)
         minimise(losses, torch.optim.Adam(self.parameters(), lr=learning_rate))

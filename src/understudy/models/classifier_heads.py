@@ -1,4 +1,4 @@
-"""Another head for a classifier: of other classes, with subclasses summed, or fitted to given probabilities."""
+"""Replacing the head of a classifier: with other classes, with summed subclasses, or fitted to given probabilities."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from understudy.models.heads import MixtureHead, SubclassHead, head_name, put_he
 
 
 def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.Linear:
-    """Give an image classifier a new linear head of `outputs` classes, in place, and return it.
+    """Give an image classifier a new linear head with `outputs` classes, in place, and return it.
 
-    The new weights hang on `seed` alone. The model's own count of classes follows (`rows.classes`, a small network's
-    facts, `config.num_labels`); names of classes come back when their number does.
+    The new weights depend on `seed` alone. The model's own number of classes is updated (`rows.classes`, a small
+    network's facts, `config.num_labels`); names of classes are restored when their number is.
 
     Raises:
-        InputError: no linear head is found, or it belongs to adapters, which would not save another.
+        InputError: no linear head is found, or it has adapters, which could not be saved with another head.
     """
     name = head_name(rows.model, rows.classes)
     kind = type(rows.model).__name__
@@ -30,7 +30,7 @@ def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.
     old = rows.model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed + 1) * 1_000_003)  # not the stream that the body was drawn from
+        torch.manual_seed((seed + 1) * 1_000_003)  # another stream than that of the body
         head = nn.Linear(old.in_features, outputs, old.bias is not None)
     put_head(rows.model, name, head)
     set_classes(rows, outputs)
@@ -38,7 +38,7 @@ def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.
 
 
 def set_classes(rows: ClassifierAdapter, classes: int) -> None:
-    """Tell a classifier that its head has another number of classes."""
+    """Update a classifier's record of its number of classes."""
     rows.classes = classes
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
     if facts is not None:
@@ -59,7 +59,8 @@ def set_classes(rows: ClassifierAdapter, classes: int) -> None:
 
 
 def sum_subclasses(rows: ClassifierAdapter, classes: int) -> None:
-    """Turn a small network's wide head into one of `classes` that sums over subclasses: the same function, exactly."""
+    """Turn a small network's wide head into one with `classes` outputs that sums over subclasses: exactly the same
+    function."""
     name = head_name(rows.model, rows.classes)
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
     if name is None or facts is None:
@@ -108,16 +109,17 @@ def mix_heads(rows: ClassifierAdapter, classes: int, alpha: float, beta: float) 
 def linear_readout(
     features: Tensor, probabilities: Tensor, *, bias: bool = True, ridge: float = 1e-6, steps: int = 500
 ) -> nn.Linear:
-    """The linear head whose softmax is nearest to given probabilities in KL(given ‖ head), mean over rows.
+    """The linear head whose softmax has the smallest KL(given ‖ head) to given probabilities, mean over rows.
 
-    Convex, from zero, by L-BFGS in float64 on standardised features: nothing in it is random.
+    Convex and deterministic: L-BFGS from zero in float64 on standardised features.
 
     Args:
-        features: `[rows, width]`. probabilities: `[rows, classes]`.
-        ridge: times half the squared weights, which bounds them where the rows can be fitted exactly.
+        features: `[rows, width]`.
+        probabilities: `[rows, classes]`.
+        ridge: weight of half the squared weights, which bounds them if the rows can be fitted exactly.
     """
     x, p = features.detach().double(), probabilities.detach().double()
-    mean = x.mean(0) if bias else x.new_zeros(x.shape[1])  # without a bias nothing could undo the shift
+    mean = x.mean(0) if bias else x.new_zeros(x.shape[1])  # without a bias the shift could not be undone
     deviation = (x - mean).square().mean(0).sqrt()
     deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
     standard = (x - mean) / deviation

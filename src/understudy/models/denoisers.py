@@ -54,11 +54,13 @@ def load_denoiser(
     """Load or build a denoiser.
 
     Args:
-        name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
-            a folder, a Hub id, or a `DenoiserAdapter`.
-        shape: of an example; a model from a folder knows its own. classes: to be asked for, 0 for none.
-        centres, deviation: of the world's modes. sampler, null, prediction: of models whose folder has no `sampler.json`. `null`
-            means that the last class of a model stands for none; `prediction` goes over what its scheduler says.
+        name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel), a
+            folder, a Hub id, or a `DenoiserAdapter`.
+        shape: of an example; a model from a folder has its own.
+        classes: number of classes for conditioning, 0 for none.
+        centres, deviation: of the world's modes.
+        sampler, null, prediction: of models whose folder has no `sampler.json`. `null` means that the last class of a
+            model is the unconditional one; `prediction` overrides that of its scheduler.
     """
     if isinstance(name, DenoiserAdapter):
         return name

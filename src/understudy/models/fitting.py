@@ -1,4 +1,4 @@
-"""Ordinary training of a small helper model: no schedule, no checkpoints."""
+"""Plain training loops for small auxiliary models, without schedule and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def minimise(losses: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None
     """One optimizer step for each loss, in order.
 
     Args:
-        losses: scalars. A generator computes each with the weights that the step before left.
+        losses: scalars. A generator computes each loss with the weights after the previous step.
     """
     for loss in losses:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The classifier's head: where it is, how to exchange it, and one that sums over subclasses."""
+"""The head of a classifier: finding it, replacing it, and a head that sums over subclasses."""
 
 from __future__ import annotations
 

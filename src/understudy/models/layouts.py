@@ -168,7 +168,7 @@ def obstacle(model: Any) -> str | None:
     try:
         with evaluating(model):
             return _trial(model, attention.startswith("flash"))
-    except Exception as error:  # a model may fail in any way on inputs that it does not know
+    except Exception as error:  # models raise any type on inputs that they do not support
         return f"it does not take them ({' '.join(f'{type(error).__name__}: {error}'.split())})"
 
 

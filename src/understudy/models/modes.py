@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode it was in, whatever happened."""
+    """Evaluation mode inside the block; the mode of every module is restored, also after an exception."""
     training = [m for model in models for m in model.modules() if m.training]
     for module in training:
         module.training = False

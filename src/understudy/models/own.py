@@ -19,7 +19,7 @@ MARK = "understudy_module"
 
 
 def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors`, and a `config.json` that names the class; see `write_model`."""
+    """Write `model.safetensors`, and a `config.json` with the name of the class; see `write_model`."""
     write_model(model, folder, {MARK: type(model).__name__}, state)
 
 

@@ -169,7 +169,7 @@ def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
 
 
 def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `config.json` and `model.safetensors`: of the model's state, or of `state` where that is held elsewhere."""
+    """Write `config.json` and `model.safetensors`, with the model's state or the given `state`."""
     facts: Any = model.understudy
     write_model(model, folder, facts, state)
 
@@ -212,7 +212,7 @@ def load_small(folder: Path) -> nn.Module:
         elif facts.mixture is not None and name is not None:
             inputs = model.get_submodule(name).in_features
             put_head(model, name, MixtureHead(inputs, facts.classes, *facts.mixture))  # type: ignore[arg-type]
-            model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator]
+            model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator,assignment]
     except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:
         # invalid sizes, or sizes beyond the memory
         raise InputError(f"{folder / 'config.json'} describes no network: {reason(error)}") from None

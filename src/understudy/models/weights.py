@@ -1,4 +1,4 @@
-"""A model's folder: how ours are written, and what is read: whole, as it was written, and every weight in its place."""
+"""A model's folder: writing it, and checks that it is complete, unchanged, and has every weight in its place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_model(
     """Write `model.safetensors` and, if given, `config.json`. Tied weights are stored once.
 
     Args:
-        state: in place of the module's own, where that is held elsewhere.
+        state: instead of the module's own state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = str(folder / "model.safetensors")

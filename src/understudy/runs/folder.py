@@ -207,7 +207,7 @@ def _said(value: Any) -> str:
 def take(recipe: Recipe) -> None:
     """Write the recipe into its folder, which then belongs to this run."""
     if first_rank():
-        with replacing(recipe.output / "recipe.yaml") as temporary:  # another rank may look at any moment
+        with replacing(recipe.output / "recipe.yaml") as temporary:  # another rank may read it at any time
             temporary.write_text(yaml.safe_dump(recipe.shown(), sort_keys=False))
 
 

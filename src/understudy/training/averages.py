@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move an average of weights towards `model` once: decay · average + (1 − decay) · model; buffers are copied."""
+    """Update an average of weights in place: decay · average + (1 − decay) · model; buffers are copied."""
     for old, new in zip(average.parameters(), model.parameters(), strict=True):
         old.lerp_(new.to(old.dtype), 1 - decay)
     _copy(average.buffers(), model.buffers())
 
 
 def warmed_up(decay: float, step: int) -> float:
-    """A decay that is at most (1 + step) / (10 + step), so that the weights of the start do not linger in short runs."""
+    """A decay of at most (1 + step) / (10 + step), so that in short runs the initial weights do not dominate."""
     return min(decay, (1 + step) / (10 + step))
 
 

@@ -94,7 +94,7 @@ def fit_critic(
 
     def losses(epoch: int, rate: float) -> Iterator[torch.Tensor]:
         order.set_epoch(epoch)
-        chosen, worded = list(order), view(1000 + epoch)  # other wordings than those of scoring
+        chosen, worded = list(order), view(1000 + epoch)  # wordings that scoring does not use
         starts = range(0, len(chosen), fit.batch)
         for step, start in enumerate(starts, epoch * len(starts) + 1):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, step / max(1, fit.warmup))

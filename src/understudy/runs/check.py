@@ -12,13 +12,13 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.files import read_json
 from understudy.models import ModelAdapter
+from understudy.runs.evaluating import evaluate_split
 from understudy.runs.fitting import module_for
 from understudy.runs.folder import finished, same_inputs, written
 from understudy.runs.overview import overview
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, make
-from understudy.runs.run import evaluate_split
 from understudy.runs.teachers import load_model, served, standing, teacher_of
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task

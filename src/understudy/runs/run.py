@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -19,28 +17,25 @@ from understudy.data import find
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
 from understudy.evaluation.corpus import funnel_table, spent_table
-from understudy.evaluation.texts import sample_texts
 from understudy.files import COMPLETE, check_seal, read_json, seal, write_json, writing
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.own import check_saves, reload
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.reporting import render_run
+from understudy.runs.evaluating import evaluate_split, text_tables
 from understudy.runs.fitting import assemble_teacher, fit
 from understudy.runs.folder import (
     agree,
     clear,
     differences,
-    facts,
     finished,
     first_rank,
     held,
     same_inputs,
     save_pictures,
-    take,
-    written,
 )
+from understudy.runs.journal import Journal
 from understudy.runs.objects import checked_callbacks, named
-from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, load, make, own_training
 from understudy.runs.roles import models_of
@@ -181,52 +176,16 @@ def _run(
         model = task.model(recipe.student, prepared, reload(folder / "student", modules.get("student")))
         return Result(model.model, done["metrics"], folder)
     before = None if overwrite else read_json(folder / "run.json")
-    journal = _Journal(recipe, overwrite, [*(before or {}).get("lengthened", []), *longer])
+    journal = Journal(recipe, overwrite, [*(before or {}).get("lengthened", []), *longer])
     if isinstance(recipe.build_method(), Pipeline):
         return _run_pipeline(recipe, journal, progress, callbacks)
     return _fit(recipe, task, journal, home, progress, modules, callbacks)
 
 
-class _Journal:
-    """The content of `run.json` during a run. Nothing is written to the folder before the run begins."""
-
-    def __init__(self, recipe: Recipe, overwrite: bool, lengthened: list[Any]) -> None:
-        self.recipe, self.overwrite, self.lengthened = recipe, overwrite, lengthened
-        self.folder, self.started = recipe.output, time.time()
-        self.hashes: dict[str, str] = {}
-        self.findings = Findings()
-
-    def compare(self, hashes: dict[str, str]) -> None:
-        """Record the hashes of the run's inputs; on resume compare them with the earlier ones."""
-        self.hashes = hashes
-        if not self.overwrite and written(self.folder) is not None:
-            same_inputs(self.folder, hashes)
-
-    def begin(self) -> None:
-        """Write the recipe into the folder."""
-        if first_rank() and self.overwrite:
-            clear(self.folder)
-        self.findings.notes.extend(
-            f"The run was to end at {length} ({key}) and goes on: from there on a learning rate that falls until the end "
-            "follows the longer run."
-            for key, length in self.lengthened
-        )
-        self.record("running")
-        if first_rank():
-            take(self.recipe)
-        together()
-
-    def record(self, status: str) -> None:
-        """Write `run.json`."""
-        if first_rank():
-            found = facts(self.recipe, self.hashes, self.findings, status, self.started, self.lengthened)
-            write_json(self.folder / "run.json", found)
-
-
 def _fit(
     recipe: Recipe,
     task: Task,
-    journal: _Journal,
+    journal: Journal,
     home: Path,
     progress: bool,
     modules: Mapping[str, nn.Module],
@@ -276,7 +235,7 @@ def _fit(
         evaluation = evaluate_split(task, prepared, student, shown, recipe.eval_split, recipe.evaluation_batch)
         found = method.finish(module.train_state, context)
         evaluation.setdefault("tables", []).extend(found.get("tables", []))
-        evaluation["tables"].extend(_sample_texts(prepared, student, shown, recipe.eval_split, findings))
+        evaluation["tables"].extend(text_tables(prepared, student, shown, recipe.eval_split, findings))
     evaluation["metrics"] |= found.get("metrics", {})
     if fitted.trainer is not None:
         prefix = TRACKED_AS[recipe.eval_split]
@@ -311,7 +270,7 @@ def _save(student: ModelAdapter, tokenizer: Any, folder: Path) -> None:
         seal(folder)
 
 
-def _finish(journal: _Journal, evaluation: dict[str, Any], student: Any) -> Result:
+def _finish(journal: Journal, evaluation: dict[str, Any], student: Any) -> Result:
     folder = journal.folder
     if first_rank():
         write_json(folder / "evaluation.json", evaluation)
@@ -350,7 +309,7 @@ def _setup_context(
     )
 
 
-def _run_pipeline(recipe: Recipe, journal: _Journal, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
+def _run_pipeline(recipe: Recipe, journal: Journal, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
     """Run the stages of a pipeline in order, each with a file or a run of its own in the folder."""
     folder, method = journal.folder, recipe.build_method()
     assert isinstance(method, Pipeline)
@@ -372,38 +331,6 @@ def _run_pipeline(recipe: Recipe, journal: _Journal, progress: bool, callbacks: 
     evaluation["tables"] = [table for table in general if table["rows"]] + evaluation.get("tables", [])
     evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))
     return _finish(journal, evaluation, None)
-
-
-def evaluate_split(
-    task: Task, prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None, split: str, batch: int = 64
-) -> dict[str, Any]:
-    """The evaluation of a student on a split, compared with the teacher if there is one.
-
-    Metrics of further test sets are added to those of `test`, with the name of the set as suffix (`accuracy_clean`).
-    """
-
-    def on(data: Any) -> dict[str, Any]:
-        loader: DataLoader[Any] = DataLoader(data, batch_size=batch, collate_fn=prepared.collate)
-        return task.evaluate(student, teacher, loader)
-
-    found = on(prepared.split(split))
-    for name, data in prepared.more_tests.items() if split == "test" else ():
-        found["metrics"] |= {f"{k}_{name.removeprefix('test_')}": v for k, v in on(data)["metrics"].items()}
-    return {"split": split, **found}
-
-
-def _sample_texts(
-    prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None, split: str, findings: Findings
-) -> list[dict[str, Any]]:
-    """Sample texts of the student for the report; none for a model that generates no text."""
-    if prepared.tokenizer is None:
-        return []
-    try:
-        table = sample_texts(student, teacher, prepared.split(split), prepared.tokenizer)
-    except Exception as error:  # from a model's own code; the evaluation is complete without samples
-        findings.notes.append(f"No sample texts: {type(student.model).__name__} cannot write ({type(error).__name__}).")
-        return []
-    return [table] if table is not None else []
 
 
 def load_teacher(

@@ -9,9 +9,9 @@ validation with the task's own metrics; checkpoints that resume exactly. These p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,47 +37,8 @@ from understudy.training.ranks import Ranks
 from understudy.training.reduction import Counts, TermSums
 from understudy.training.rollouts import Rollouts
 from understudy.training.train_module import TrainModule
+from understudy.training.update import FollowSteps, Update
 from understudy.training.validation import Validation
-
-
-class _FollowSteps(TrainerCallback):
-    """Tells the trainer which epoch begins (also on resume), and the method that a step has ended."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin_epoch(int((state.epoch or 0) + 1e-9))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        module = self.trainer.model
-        module.train_state.step = state.global_step
-        module.method.on_step_end(module.train_state)
-
-
-@dataclass
-class _Update:
-    """One optimizer step in progress.
-
-    Args:
-        batches, counting: its micro-batches on this rank, and which of them count here. counts: what it divides by.
-        roles: whose parameters it moves: auxiliary optimisers by name, and `"student"`.
-        done: micro-batches done. values: sums of terms so far. gradients: of each term, where the method merges them.
-    """
-
-    batches: Sequence[Batch]
-    counting: Sequence[bool]
-    counts: Counts
-    roles: Sequence[str] | None = None
-    done: int = 0
-    values: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, list[Tensor | None]] = field(default_factory=dict)
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add the sums of terms of a micro-batch."""
-        for name, value in values.items():
-            held = self.values.get(name)
-            self.values[name] = value if held is None else held + value
 
 
 class DistillationTrainer(Trainer):
@@ -134,7 +95,7 @@ class DistillationTrainer(Trainer):
         self.ranks = Ranks(self, train_module)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(_FollowSteps(self))
+        self.add_callback(FollowSteps(self))
         self.loss_is_scaled_for_ga = True  # `compute_loss` already divides by the count of the whole update
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
         self.augmentation, self.validation, self.rollouts = augmentation, validation, rollouts
@@ -145,7 +106,7 @@ class DistillationTrainer(Trainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         data: Any = train_dataset
         self.sampler = EpochSampler(len(data), seed, epoch_length(method, args))
-        self._update = _Update((), (), Counts())
+        self._update = Update((), (), Counts())
         self._sums: tuple[Mapping[str, Tensor], Counts] = {}, Counts()
         train_module.train_state.teacher = teacher
         self.auxiliary = AuxiliaryOptimizers(method.auxiliary_optimizers(), train_module.train_state.modules)
@@ -193,7 +154,7 @@ class DistillationTrainer(Trainer):
         batches = [Batch.from_dict(prepare(sample)) for sample in samples]
         parts = [self._counts(b).scaled(float(c)) for b, c in zip(batches, counting, strict=True)]
         counts = Counts.total(parts, self.ranks.sum_numbers) if parts else Counts()
-        self._update = _Update(batches, counting, counts)
+        self._update = Update(batches, counting, counts)
         return samples, counts.units
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -304,11 +265,7 @@ class DistillationTrainer(Trainer):
             loss = self._update.counts.divide(name, value)
             total = total + loss.detach()
             grads = torch.autograd.grad(loss, owners, retain_graph=i + 1 < len(losses), allow_unused=True)
-            held = self._update.gradients.setdefault(name, [None] * len(owners))
-            for j, grad in enumerate(grads):
-                if grad is not None:
-                    before = held[j]
-                    held[j] = grad if before is None else before + grad
+            self._update.add_gradients(name, grads)
         return self._over_ranks(total)
 
     def _end_update(self) -> None:

@@ -5,7 +5,7 @@ loss = CE + τ² [ α KL(b_teacher ‖ b_student) + β KL(p̂_teacher ‖ p̂_st
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class DKD(Method):
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
     ) -> dict[str, Term]:
         assert teacher is not None
-        options = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
+        options: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
         terms = {"dkd": Term(rowwise(decoupled_kl, student.signal, teacher.signal, batch.row_labels, **options))}
         if self.ce_weight:
             terms["ce"] = Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.ce_weight)

@@ -214,7 +214,7 @@ def load_small(folder: Path) -> nn.Module:
         elif facts.mixture is not None and name is not None:
             inputs = model.get_submodule(name).in_features
             put_head(model, name, MixtureHead(inputs, facts.classes, *facts.mixture))  # type: ignore[arg-type]
-            model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator]
+            model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator,assignment]
     except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:
         # sizes that no network can have, or no memory can hold
         raise InputError(f"{folder / 'config.json'} describes no network: {reason(error)}") from None

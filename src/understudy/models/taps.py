@@ -174,4 +174,4 @@ def _place(shape: torch.Size) -> tuple[int, ...] | None:
     """The resolution of a layer's output; `None` of one that has a single position."""
     if len(shape) == 3 and shape[1] > 1 and shape[2] > 1:  # a pooled map [images, width, 1] has no tokens
         return (math.isqrt(shape[1]),)  # a class token more is the same grid
-    return tuple(shape[2:]) if len(shape) == 4 and shape[2:].numel() > 1 else None
+    return tuple(shape[2:]) if len(shape) == 4 and math.prod(shape[2:]) > 1 else None

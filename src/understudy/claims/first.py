@@ -9,7 +9,7 @@ CLAIM = Claim(
     statement="The student of a calibrated teacher has a lower calibration error than one of the teacher as it is.",
     recipe={
         "task": "image_classification",
-        "data": {"name": "clusters", "limit": 500, "validation_size": 300},
+        "data": {"name": "digits", "teacher_limit": 500, "validation_size": 300, "teacher_random_classes": [7, 8, 9]},
         "teacher": {"model": "mlp:256", "train": {"max_steps": 600, "per_device_train_batch_size": 64}},
         "student": "mlp:64",
         "trainer": {"max_steps": 800, "per_device_train_batch_size": 64},
@@ -20,13 +20,12 @@ CLAIM = Claim(
         "tail": Arm("first", {"recalibration": "none", "truncation": "tail"}, _LR),
         "released": Arm("first", {"student_c": 1.0}, _LR),
         "kd": Arm("kd", {"temperature": 1.0, "ce_weight": 0.0, "kd_weight": 1.0}, _LR),
-        "sft": Arm("sft", {}, _LR),
     },
     checks=(
         Check("first", "linear", 0.0, "ece", False, "it is 30 % below the same classes as they are", factor=0.7),
-        Check("first", "sft", 0.0, "ece", False, "it is 30 % below training on the labels", factor=0.7),
         Check("first", "released", 0.0, "ece", False, "it is below the released code's form"),
         Check("first", "kd", -0.015, "accuracy", True, "accuracy is within 1.5 points of forward KL's"),
     ),
     tuned_on=("accuracy", True),
+    caveat="The teacher is overconfident because it learnt random labels for three classes, where the paper's was fine-tuned.",
 )

@@ -80,7 +80,7 @@ def test_targets_come_from_the_elaborate_prompt_and_are_learned_with_the_short_o
     assert done.metrics["target_accuracy"] == right == sum(t["right"] for t in targets) / 40 and 0.5 < right < 1
     assert 0 <= done.metrics["teacher_answer_accuracy"] <= 1 and "teacher_reasoning_accuracy" in done.metrics
     corpus = lines(done.folder / "corpus" / "train.jsonl")
-    assert corpus[0]["rationale"].split()[-1] == corpus[0]["answer"] == targets[0]["answer"]
+    assert corpus[0]["rationale"][-1] == corpus[0]["answer"] == targets[0]["answer"]
     judged = lines(done.folder / "corpus" / "test.jsonl")  # the data's own answers, and not the teacher's
     assert all(r["answer"] == str(running_sums(digits_of(r["question"]))[-1]) for r in judged) and len(judged) == 6
     inner = json.loads((done.folder / "training" / "evaluation.json").read_text())

@@ -47,7 +47,7 @@ def test_the_sums_are_what_they_say():
     asked = [{r["question"] for r in part} for part in (splits.train, splits.validation, splits.test)]
     assert [len(a) for a in asked] == [500, 200, 500] and not (asked[0] & asked[1] or asked[0] & asked[2])
     record = splits.test[0]
-    assert record["answer"] == str(running_sums(digits_of(record["question"]))[-1]) == record["rationale"].split()[-1]
+    assert record["answer"] == str(running_sums(digits_of(record["question"]))[-1]) == record["rationale"][-1]
 
 
 def test_a_users_file_is_read_as_question_rationale_and_answer(tmp_path):
@@ -168,19 +168,17 @@ def test_reasoning_is_learned_where_answers_alone_are_not(tmp_path):
     """At equal data and steps (paper 36, card): steps are small, the answer alone is all of them at once."""
     found = {}
     for keep in (True, False):
-        recipe = tiny(
-            tmp_path / str(keep), size=1200, digits=[4, 4], rationale=keep, max_new_tokens=20, eval_limit=100, samples=0
-        )
-        recipe |= {"student": "llama:hidden=48,layers=2,heads=4"}
+        recipe = tiny(tmp_path / str(keep), size=3000, digits=[4, 4], rationale=keep, max_new_tokens=14, eval_limit=100)
+        recipe |= {"student": "llama:hidden=64,layers=2,heads=4,init=0.1"}
         recipe["trainer"] = {"max_steps": 300, "learning_rate": 4e-3, "save_strategy": "no"}
         found[keep] = distill(recipe).metrics["accuracy"]
-    assert found[True] > found[False] + 0.3
+    assert found[True] > found[False] + 0.5
 
 
 def test_the_oracle_writes_steps_where_it_is_asked_for_them():
     recipe = make({"task": "reasoning", "method": "sft", "data": {"teacher_error": 0.0}}).dump()
     source = get("reasoning").oracle(recipe, "teacher")
-    assert source.complete(Request("Solve step by step: 3529=", "a")).text == " 3 8 0 9\n#### 9"
+    assert source.complete(Request("Solve step by step: 3529=", "a")).text == " 3809\n#### 9"
     assert source.complete(Request(({"role": "user", "content": "3529="},), "b")).text == " #### 9"
     with pytest.raises(InputError, match="has no oracle for critic"):
         get("reasoning").oracle(recipe, "critic")

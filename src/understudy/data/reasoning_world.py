@@ -1,7 +1,8 @@
 """Running sums: questions with a known step-by-step solution, whose difficulty is their number of digits.
 
-A question is `3529=`. Its solution is the running sums modulo 10, `3 8 0 9`, and its answer the last of them. Whoever writes
-the sums down needs one small step at a time; whoever writes the answer alone needs all of them at once.
+A question is `3529=`. Its solution is the running sums modulo 10, `3809`, and its answer the last of them. Whoever writes the
+sums down needs one small step at a time; whoever writes the answer alone needs all of them at once. Digits stand side by
+side, so a sum is always as far from its digit as the question is long.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def attempt(digits: Sequence[int], error: float, chance: np.random.Generator) ->
 
 def shown(sums: Sequence[int]) -> str:
     """Sums as text."""
-    return " ".join(map(str, sums))
+    return "".join(map(str, sums))
 
 
 def questions(levels: tuple[int, int], number: int, seed: int) -> Iterator[str]:

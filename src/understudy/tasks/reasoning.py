@@ -26,7 +26,7 @@ _TRAINER = {
     "warmup_steps": 20,
     "weight_decay": 0.0,
 }
-_MODEL = "llama:hidden=64,layers=2,heads=4"
+_MODEL = "llama:hidden=64,layers=2,heads=4,init=0.1"
 STEPS = "step by step"
 """What a prompt says to the world's oracle that is to write its steps, and not the answer alone."""
 EXPLAINED = {

@@ -117,13 +117,8 @@ def fit_critic(
         if epoch - best >= fit.patience:
             break
     model.load_state_dict(best_state)
-    return CriticFit(
-        epochs=len(history),
-        best_epoch=best,
-        best_precision=history[best],
-        history=history,
-        seconds=time.time() - started,
-    )
+    taken = time.time() - started
+    return CriticFit(epochs=len(history), best_epoch=best, best_precision=history[best], history=history, seconds=taken)
 
 
 def _need_both(split: str, labels: Sequence[int]) -> None:

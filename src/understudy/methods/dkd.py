@@ -5,7 +5,7 @@ loss = CE + τ² [ α KL(b_teacher ‖ b_student) + β KL(p̂_teacher ‖ p̂_st
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 

@@ -107,7 +107,7 @@ def test_the_catalogue_has_all_papers_once():
         assert {v for r in papers() for v in r[column].split(";")} == set(known.split()), column
     assert find("19").name == "taid" and find("taid").number == 19
     with pytest.raises(InputError, match="Did you mean 'dhkd'"):
-        find("dkhd")
+        find("dhkdd")
 
 
 def test_committed_pages_are_current():

@@ -231,7 +231,7 @@ def test_smoothing_that_takes_the_first_place_is_told(teacher, tmp_path, caplog)
     options = {"recalibration": "label_smoothing", "delta": 0.9}
     short = {**RECIPE["trainer"], "max_steps": 1}
     distill(RECIPE, teacher=spec, output=str(tmp_path), options=options, trainer=short)
-    assert "takes the first place" in caplog.text
+    assert "takes the first place" in caplog.text and "raises the calibration error" in caplog.text
 
 
 def test_killed_and_resumed(teacher, tmp_path):

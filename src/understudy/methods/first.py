@@ -41,7 +41,8 @@ class FIRST(Method):
     page: ClassVar[dict[str, str]] = {
         "when": "The student's confidence is to be trusted, or the large model can be run only once: a capture keeps k "
         "classes a row (`understudy cache capture` with `--splits train,validation`).",
-        "not": "When every class matters (k = 5 of 10 does not cover much), or without labelled held-out data. On examples "
+        "not": "When every class matters (k = 5 of 10 does not cover much), without labelled held-out data, or "
+        "with a calibrated teacher: no c leaves its probabilities as they are. On examples "
         "that the teacher was trained on its probabilities are more certain than elsewhere: other inputs teach more.",
         "deviations": "The student's probabilities are renormalised; the released code takes their softmax too "
         "(`student_c=1`), which bounds their ratios by e and leaves a student that is less calibrated than without. "
@@ -98,6 +99,13 @@ class FIRST(Method):
                 self.delta,
                 100 * dethroned,
                 self.calibrate_on,
+            )
+        if after > before:
+            log.warning(
+                "Recalibration raises the calibration error from %.3f to %.3f: options.recalibration=none leaves the teacher "
+                "as it is.",
+                before,
+                after,
             )
         found = {"c": c, "ece_before": before, "ece_after": after}
         found |= {"accuracy": float(correct.mean()), "coverage": float(probs.sum(-1).mean())}

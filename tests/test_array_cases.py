@@ -428,7 +428,7 @@ BAD_IMAGES = {
         "classes.json cannot be read",
     ),
     "a seed that is none": (lambda t: {"name": "clusters", "seed": "x"}, "data.seed is 'x'"),
-    "a user that does not exist": (lambda t: {"name": "~nobody_of_this_name/x"}, "is not a path that can be read"),
+    "a user that does not exist": (lambda t: {"name": "~nobody_of_this_name/x"}, "there is no user of this name"),
     "a name with NUL": (lambda t: {"name": "a\0b"}, "nor a path"),
     "a name that is too long": (lambda t: {"name": "x" * 5000}, "is not a path that can be read"),
 }

@@ -283,7 +283,7 @@ def test_methods_that_read_inside_the_teacher_are_refused(home, tmp_path):
 
     recipe = teach(CONV, home / "conv", output=str(tmp_path / "run"), method="trg", options={"group": 4, "k": 3})
     capture_recipe(make({**recipe, "method": "kd", "options": {}}), tmp_path / "cache", "dense")
-    with pytest.raises(InputError, match="reads inside the teacher"):
+    with pytest.raises(InputError, match="reads the teacher's own model"):
         distill({**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}})
 
 

@@ -385,7 +385,8 @@ def test_every_key_is_listed_with_its_meaning(capsys):
         "dpo or cdpo or robust"
     )
     assert "kd" in {k.where for k in matching("options.kd")} and {k.name for k in matching("data.max")} == {
-        "data.max_length"
+        "data.max_length",
+        "data.max_new_tokens",
     }
     assert all("ranking" in k.where for k in matching("data.ranking")) and matching("teacher.endpoint.timeout")
     code, shown, _ = call(capsys, "keys", "trainer.learning_rate", "--json")

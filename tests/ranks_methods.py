@@ -65,7 +65,7 @@ CASES = {
 PLAYERS = ("hard", "tgeo-kd")
 RESUMED = ("trg", "lelp", "adpo", "kd")
 # Text models are read in float32, and so is what an augmentor sees, which moves by Adam.
-TOLERANCE = {"hard": 1e-5, "kd": 1e-6, "adpo": 2e-6}
+TOLERANCE = {"hard": 1e-5, "kd": 1e-6, "adpo": 3e-6}
 RATES = {"margin-mse": 1e-2, "kd": 3.0}
 
 

@@ -1,6 +1,8 @@
 """Bounds of endpoints, keys that are refused, shards of a sensible size, and lines of progress."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,3 +175,24 @@ def test_a_capture_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     assert not left.value.code
     lines = capsys.readouterr().err.splitlines()
     assert [line.rsplit(",", 1)[0] for line in lines] == ["examples: 4 done", "examples: 8 done"]
+
+
+def test_threads_that_begin_together_share_one_event_loop(monkeypatch):
+    """A connection of one loop fails in another, so the first requests of a process must not make a loop each."""
+    from functools import cache
+    from threading import Barrier
+
+    from understudy.generation import transport
+
+    made = []
+
+    def slow():
+        time.sleep(0.05)
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(transport, "_started", cache(slow))
+    together = Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: together.wait() >= 0 and transport._loop(), range(4)))
+    assert len(made) == 1 and set(found) == set(made)

@@ -109,7 +109,7 @@ def test_a_root_a_home_and_the_data_are_no_output(place, tmp_path, monkeypatch):
 
 
 def test_a_refused_run_takes_no_folder(tmp_path):
-    with pytest.raises(InputError, match="tells"):
+    with pytest.raises(InputError, match="has 7 classes"):
         distill(recipe(tmp_path / "run", student=str(_student_of(7, tmp_path / "seven"))))
     assert not (tmp_path / "run").exists()
     assert distill(recipe(tmp_path / "run")).metrics
@@ -280,15 +280,16 @@ def test_pictures_and_runs_are_of_the_folder(tmp_path):
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
 @pytest.mark.parametrize("where", ["checkpoint", "student"])
 def test_a_full_disk_is_one_line_and_resumes(error, where, tmp_path, monkeypatch):
-    from understudy.models import small
+    from understudy.models import weights
     from understudy.training import checkpoint
 
     def full(*args, **kwargs):
         raise error
 
-    module = checkpoint if where == "checkpoint" else small
+    module = checkpoint if where == "checkpoint" else weights
     with monkeypatch.context() as patched:
-        patched.setattr(module, "save_file", full)
+        for name in ("save_file", "save_model"):
+            patched.setattr(module, name, full, raising=False)
         with pytest.raises(InputError, match=r"cannot be written: .*No space left"):
             distill(recipe(tmp_path / "run"))
     assert distill(recipe(tmp_path / "run")).metrics
@@ -297,7 +298,7 @@ def test_a_full_disk_is_one_line_and_resumes(error, where, tmp_path, monkeypatch
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["teacher", "outside"])
 def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp_path, monkeypatch, capsys):
-    from understudy import run
+    from understudy.runs import run
     from understudy.training import DistillationTrainer
 
     step = DistillationTrainer.training_step
@@ -312,7 +313,7 @@ def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp
         raise AssertionError
 
     monkeypatch.setattr(
-        *((DistillationTrainer, "training_step", stepping) if moment == "teacher" else (run, "judge", judging))
+        *((DistillationTrainer, "training_step", stepping) if moment == "teacher" else (run, "evaluate_split", judging))
     )
     train = {"max_steps": 4, "per_device_train_batch_size": 16}
     asked = recipe(tmp_path / "run", method="kd", teacher={"model": "mlp:4", "train": train})

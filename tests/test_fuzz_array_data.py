@@ -321,7 +321,7 @@ def sound(found):
             assert len(values["labels"]) == nodes and values["labels"].max() < found.classes
     else:
         for part in (found.train, found.validation, found.test):
-            for row in part.rows:
+            for row in part.records:
                 assert row["query"].strip() and all(isinstance(d, str) for d in row["documents"])
                 assert len(row["labels"]) == len(row["documents"])
                 assert all(len(m) == len(row["documents"]) and np.isfinite(m).all() for m in row.get("members", []))

@@ -29,7 +29,7 @@ def _die_after(seconds):
 def _capture(recipe, folder, seconds):
     import torch
 
-    from understudy import caching
+    from understudy.runs import capture as caching
     from understudy.teachers.cache import teacher as cached
 
     torch.set_num_threads(1)

@@ -179,11 +179,11 @@ def test_any_split_of_a_batch_gives_the_same_update_and_reaches_the_student_alon
         args = training_arguments({**values, **fixed, "max_grad_norm": 0.0}, tmp_path / "t", 0)
         train_module = TrainModule(student, method, Shapes(2), 2, tables=method.setup(context)).double()
         before = [p.clone() for p in train_module.parameters()]
-        local = LocalTeacher(context.teacher, "teacher", features=True)
+        local = LocalTeacher(context.teacher_model, "teacher", features=True)
         items = [context.splits["train"][i] for i in range(12)]
         DistillationTrainer(train_module, args, items, collate_images, teacher=local).train()
         assert all(not torch.equal(a, b) for a, b in zip(before, train_module.parameters(), strict=True))
-        assert all(p.grad is None for p in context.teacher.parameters())
+        assert all(p.grad is None for p in context.teacher_model.parameters())
         results.append(torch.cat([p.detach().flatten() for p in train_module.parameters()]))
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=0, atol=1e-6)

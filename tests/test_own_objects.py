@@ -211,7 +211,7 @@ def test_callbacks_are_told_of_the_training(given, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("forks", [True, False])
 def test_a_comparison_takes_them_too(forks, tmp_path, monkeypatch):
-    from understudy import comparison
+    from understudy.runs import comparison
 
     if not forks:
         monkeypatch.setattr(comparison, "_forked", lambda: None)

@@ -270,5 +270,5 @@ def test_a_run_ends_in_the_same_student_and_says_what_it_saved(tmp_path):
 
 
 def test_an_unknown_packing_is_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"data\.packing is True.* Known: auto, free, none"):
+    with pytest.raises(InputError, match=r"data\.packing is True: .*'auto', 'free' or 'none'"):
         distill({**RUN, "data": {**RUN["data"], "packing": True}, "output": str(tmp_path)})

@@ -150,6 +150,9 @@ def test_the_report_shows_the_funnel_and_escapes_text(filtered):
     evaluation = json.loads((folder / "evaluation.json").read_text())
     evaluation["tables"][-1]["rows"][0][0] = "<script>alert(1)</script>"
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["files"]["evaluation.json"]  # it differs from what the run wrote, and would be refused
+    (folder / "run.json").write_text(json.dumps(facts))
     assert "<script>alert" not in render_run(folder).read_text()
 
 
@@ -235,7 +238,7 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path):
         assert "\n" not in str(caught.value) and not (tmp_path / "bad" / "logs").exists()
         (tmp_path / "bad" / "recipe.yaml").unlink(missing_ok=True)
 
-    run("needs a teacher that writes", data=data)
+    run("needs a teacher that generates text", data=data)
     run("oracle knows nothing but events_world", data=data, teacher="oracle")
     run("needs labels for the critic", data=data, teacher="some/model")
     run("filter=oracle needs data whose truth", data=data, teacher="some/model", options={"filter": "oracle"})

@@ -611,7 +611,7 @@ def test_real_sets_of_other_tools(data_folder, tokenizer):
     tools = load_text({"name": "instructions/toolcall_dialogues.parquet", "limit": 3})
     rows, _ = encode(tools.train, tokenizer, max_length=5000, pack=False)
     assert len(rows) == 3 and any(record.get("tools") for record in tools.train)
-    for record, row in zip(tools.train, rows.rows, strict=True):
+    for record, row in zip(tools.train, rows.records, strict=True):
         said = len(record.get("tools", []))
         assert tokenizer.decode(row["input_ids"]).startswith(f"[{said} tools]<user>" if said else "<user>")
     assert load_text({"name": "instructions/alpaca_gpt4_demo.parquet"}).train[0].keys() == {

@@ -63,7 +63,7 @@ def quick(folder, **keys):
         ({"data": {"name": "digits", "teacher_random_classes": [10]}}, "teacher_random_classes names 10"),
         ({"data": {"name": "digits", "validation_size": 0}}, "data.validation_size is 0"),
         ({"data": {"name": "digits", "with_validation": 1}}, "data.with_validation is 1"),
-        ({"task": "language_modeling", "data": {"name": "stdlib"}}, "works on image tasks"),
+        ({"task": "language_modeling", "data": {"name": "stdlib"}}, "works on classification tasks"),
     ],
 )
 def test_bad_recipes(keys, says, tmp_path):

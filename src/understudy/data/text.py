@@ -80,11 +80,12 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
     for split, records in splits.items():
         if not records:
             raise InputError(f"{name}: the {split} split is empty.")
+    columns = {split: names(records[0]) for split, records in splits.items()}
     notes += arrange(
         name, splits, FORMATS, {"tools"} | ({column} if column is not None else set()), spec.get("columns")
     )
     for split, records in splits.items():
-        repeated = sum([_check(place(f"{name}, {split} record {i}", r), r, column) for i, r in enumerate(records)])
+        repeated = sum([_check(place(f"{name}, {split} record {i}", r), r, column, columns[split]) for i, r in enumerate(records)])
         if repeated:
             notes.append(repetition(name, split, repeated))
     return finish(name, spec, splits, notes, column)
@@ -127,8 +128,8 @@ def finish(
     return TextSplits(splits["train"], splits["validation"], splits["test"], notes, digest, domains)
 
 
-def _check(where: str, record: Record, column: str | None) -> bool:
-    """Check a record's text. Returns whether its completion repeated the prompt."""
+def _check(where: str, record: Record, column: str | None, columns: str) -> bool:
+    """Check a record's text and its domain. `columns` are those of its split. Returns whether its completion repeated the prompt."""
     repeated = False
     if "text" in record:
         if not isinstance(record["text"], str):
@@ -148,7 +149,7 @@ def _check(where: str, record: Record, column: str | None) -> bool:
         domain = record.get(column)
         if domain is None or isinstance(domain, (list, dict)):
             raise InputError(
-                f"{where} has no {column!r} to name its domain: its columns are {names(record)}. Choose another column "
+                f"{where} has no {column!r} to name its domain: its columns are {columns}. Choose another column "
                 "(teacher.route, data.domain_column), or fill it."
             )
         if column not in set().union(*FORMATS):

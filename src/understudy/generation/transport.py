@@ -16,6 +16,7 @@ from understudy.generation.limits import Endpoint
 
 ERROR_BYTES = 2**16  # read of a response with an error status: its beginning has the reason
 _most_bytes: ContextVar[int] = ContextVar("_most_bytes")
+_starting = threading.Lock()
 
 
 class Transport:
@@ -62,9 +63,15 @@ class Transport:
             return raw.content, raw.headers
 
 
-@cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all requests of this process."""
+    """The event loop of all requests of this process. The lock is needed: `cache` alone lets two threads make one each,
+    and a connection that was opened in one loop fails in the other."""
+    with _starting:
+        return _started()
+
+
+@cache
+def _started() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="understudy-http").start()
     return loop

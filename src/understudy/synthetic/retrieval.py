@@ -82,9 +82,9 @@ def _rows(
             for other in range(len(chosen))
             if other != labelled
         ]
-    grades = {int(d): float(g) for d, g in zip(chosen, grades, strict=True)}
+    judged = {int(d): float(g) for d, g in zip(chosen, grades, strict=True)}
     documents = [texts[d] for d in chosen]
-    return [{"documents": documents, "labels": [float(g) for g in grades], "members": [scores], "grades": grades}]
+    return [{"documents": documents, "labels": [float(g) for g in grades], "members": [scores], "grades": judged}]
 
 
 def _names(rng: np.random.Generator) -> list[str]:

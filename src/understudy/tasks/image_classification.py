@@ -45,7 +45,7 @@ class ImageClassification(LabelledTask):
     kinds = frozenset({"image", "classification"})
     unit = "images"
     metric = "accuracy"
-    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
+    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True, "unlabelled": False, "labelled": None})
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class TextClassification(LabelledTask):
     kind = "classification"
     unit = "texts"
     metric = "accuracy"
-    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
+    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True, "unlabelled": False})
     higher_is_better = True
     model_options = frozenset(OPTIONS)
 

@@ -87,7 +87,7 @@ def test_the_latent_family_freezes_its_autoencoder(tmp_path):
     for number, facts in enumerate(("[]", '{"understudy_autoencoder": [4, 8]}')):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.json").write_text(facts)
-        with pytest.raises(InputError, match="describes no autoencoder|holds a list"):
+        with pytest.raises(InputError, match=r"describes no autoencoder|holds a list"):
             load_autoencoder(str(tmp_path / str(number)), (1, 8, 8))
     options = {"augmentor": "latent", "autoencoder": str(tmp_path / "none")}
     with pytest.raises(InputError, match=r"none' is not a folder with a config.json"):

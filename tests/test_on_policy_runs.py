@@ -214,7 +214,10 @@ def test_the_student_is_in_its_own_mode_after_writing(world):
         ({"on_policy": {"engine": "vllm"}}, "on_policy.engine"),
         ({"method": "sft", "options": {}}, "uses none"),
         ({"teacher": {"model": "llama:hidden=16", "cache": "nowhere"}}, "live teacher"),
-        ({"task": "image_classification", "student": "mlp:8", "teacher": None, "data": {"name": "digits"}}, "image task"),
+        (
+            {"task": "image_classification", "student": "mlp:8", "teacher": None, "data": {"name": "digits"}},
+            "image task",
+        ),
         ({"on_policy": {"adaptive": {}}}, "set trainer.eval_strategy"),
     ],
 )

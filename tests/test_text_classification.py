@@ -104,7 +104,13 @@ HEADS = {"dhkd": {"head": "linear"}}  # the nonlinear one normalises over a batc
 def test_every_method_of_classes_works(tmp_path, teacher, method):
     """Unchanged, with a teacher of other tokens."""
     data = as_csv(tmp_path / "d.csv", reviews(60))
-    given = recipe(teacher, data, method=method, options=HEADS.get(method, OPTIONS[method]), student="bert:hidden=8,layers=1,heads=2")
+    given = recipe(
+        teacher,
+        data,
+        method=method,
+        options=HEADS.get(method, OPTIONS[method]),
+        student="bert:hidden=8,layers=1,heads=2",
+    )
     result = distill(given, output=str(tmp_path / "run"))
     assert 0 <= result.metrics["accuracy"] <= 1 and result.student.config.id2label == {0: "good", 1: "bad"}
 

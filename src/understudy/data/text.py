@@ -85,7 +85,9 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
         name, splits, FORMATS, {"tools"} | ({column} if column is not None else set()), spec.get("columns")
     )
     for split, records in splits.items():
-        repeated = sum([_check(place(f"{name}, {split} record {i}", r), r, column, columns[split]) for i, r in enumerate(records)])
+        repeated = sum(
+            [_check(place(f"{name}, {split} record {i}", r), r, column, columns[split]) for i, r in enumerate(records)]
+        )
         if repeated:
             notes.append(repetition(name, split, repeated))
     return finish(name, spec, splits, notes, column)

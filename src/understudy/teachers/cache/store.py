@@ -36,7 +36,9 @@ WHOLE_BYTES = 2**26
 """Number of bytes from which a shard is not merged, since merging holds it in memory."""
 SHARD = re.compile(r"shard-([0-9a-f]{64}|[0-9a-f]{32})\.safetensors")
 """The name of a shard is its SHA-256. Names with 32 digits are from before there were checksums."""
-BEFORE = re.compile(rf"{SHARD.pattern}|head(-[0-9a-f]+)?\.safetensors|probe\.json|merge\.lock|ids|teacher|members|.*\.tmp")
+BEFORE = re.compile(
+    rf"{SHARD.pattern}|head(-[0-9a-f]+)?\.safetensors|probe\.json|merge\.lock|ids|teacher|members|.*\.tmp"
+)
 """Files that a store without an identity may hold; a teacher that a capture trains first is one of them."""
 _TYPES = {"U8": np.uint8, "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
 

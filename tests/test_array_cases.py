@@ -400,7 +400,7 @@ BAD_IMAGES = {
     "five dimensions": (lambda t: archive(t / "x.npz", PIXELS[..., None]), r"images is uint8 \(40, 3, 8, 8, 1\)"),
     "objects": (lambda t: archive(t / "x.npz", PIXELS.astype(object)), "images holds Python objects"),
     "text": (lambda t: archive(t / "x.npz", PIXELS.astype(str)), "images is <U3"),
-    "no images": (lambda t: archive(t / "x.npz", PIXELS[:0]), r"images is uint8 \(0, 3, 8, 8\)"),
+    "no images": (lambda t: archive(t / "x.npz", PIXELS[:0]), r"images is empty: uint8 \(0, 3, 8, 8\)"),
     "no columns": (
         lambda t: np.savez(t / "x.npz") or {"name": str(t / "x.npz")},
         "has columns none; expected image, label",

@@ -90,7 +90,7 @@ def test_bad_sets(tmp_path, caplog):
     quick(tmp_path / "a", data=table(tmp_path / "overlap", twelve, slice(0, 3)))
     assert "ended at 0 or 1" not in caplog.text
     assert "No training example has label 3" in caplog.text and "3 validation examples are also" in caplog.text
-    with pytest.raises(InputError, match="validation split is empty"):
+    with pytest.raises(InputError, match=r"validation.npz: images is empty"):
         quick(tmp_path / "b", data=table(tmp_path / "empty", twelve, slice(0, 0)))
     with pytest.raises(InputError, match="example 5 has none"):
         quick(tmp_path / "c", data=table(tmp_path / "unlabelled", [*twelve[:5], -100, *twelve[6:]], slice(0, 3)))

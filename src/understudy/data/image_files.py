@@ -223,7 +223,9 @@ def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Colum
 
 def _array(path: Path, column: str, raw: np.ndarray[Any, Any], spec: Mapping[str, Any], counts: Counter[str]) -> Tensor:
     """`[images, channels, height, width]` of an array: uint8 unchanged, other integers by their range, or floats."""
-    if raw.dtype.kind not in "fiub" or not 2 <= raw.ndim <= 4 or 0 in raw.shape[1:]:
+    if raw.ndim and not len(raw):
+        raise InputError(f"{path}: {column} is empty: {raw.dtype} {raw.shape}. Give images, or remove the file.")
+    if raw.dtype.kind not in "fiub" or not 2 <= raw.ndim <= 4 or 0 in raw.shape:
         raise InputError(
             f"{path}: {column} is {raw.dtype} {raw.shape}; give numbers, (images, height, width, channels), (images, "
             "channels, height, width), (images, height, width) or (images, features)."
@@ -233,7 +235,7 @@ def _array(path: Path, column: str, raw: np.ndarray[Any, Any], spec: Mapping[str
         if len(wrong):
             raise InputError(f"{path}: {column} has values of image {wrong[0]} that are not finite. Remove the image.")
         raw = raw.astype(np.float32 if raw.dtype.itemsize > 8 else raw.dtype.newbyteorder("="))
-    elif raw.dtype != np.uint8 and len(raw):
+    elif raw.dtype != np.uint8:
         low, high = int(raw.min()), int(raw.max())
         if low < 0 or high > 65535:
             raise InputError(

@@ -308,12 +308,14 @@ def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp
             os.kill(os.getpid(), signal_number)
         return step(self, *args, **kwargs)
 
-    def judging(*args, **kwargs):
+    def evaluating(*args, **kwargs):
         os.kill(os.getpid(), signal_number)
+        for _ in range(500):  # the handler runs a moment later if another thread got the signal
+            time.sleep(0.01)
         raise AssertionError
 
     monkeypatch.setattr(
-        *((DistillationTrainer, "training_step", stepping) if moment == "teacher" else (run, "evaluate_split", judging))
+        *((DistillationTrainer, "training_step", stepping) if moment == "teacher" else (run, "evaluate_split", evaluating))
     )
     train = {"max_steps": 4, "per_device_train_batch_size": 16}
     asked = recipe(tmp_path / "run", method="kd", teacher={"model": "mlp:4", "train": train})

@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-slow test-all lint docs clean
 
 # What the demo needs: the package alone.
 $(VENV)/package: pyproject.toml constraints.txt
@@ -23,7 +23,12 @@ demo: $(VENV)/package
 	$(BIN)/understudy demo --output runs/demo
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check src tests benchmarks docs

@@ -215,7 +215,7 @@ def test_the_student_is_in_its_own_mode_after_writing(world):
         ({"method": "sft", "options": {}}, "uses none"),
         ({"teacher": {"model": "llama:hidden=16", "cache": "nowhere"}}, "live teacher"),
         (
-            {"task": "image_classification", "student": "mlp:8", "teacher": None, "data": {"name": "digits"}},
+            {"task": "image_classification", "student": "mlp:8", "teacher": "mlp:8", "data": {"name": "digits"}},
             "image task",
         ),
         ({"on_policy": {"adaptive": {}}}, "set trainer.eval_strategy"),
@@ -223,7 +223,7 @@ def test_the_student_is_in_its_own_mode_after_writing(world):
 )
 def test_bad_recipes_are_refused_in_one_line(keys, said, tmp_path):
     with pytest.raises(InputError) as error:
-        make(recipe("stdlib", tmp_path, **keys))
+        make({**recipe("stdlib", tmp_path), **keys})
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

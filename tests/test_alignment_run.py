@@ -56,6 +56,7 @@ def test_a_student_learns_from_a_teacher_of_other_tokens_alone(world, tmp_path, 
     assert again["metrics"]["bits_per_byte"] == pytest.approx(taught)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(world, tmp_path):
     few = {"max_steps": 5, "per_device_train_batch_size": 8}
     distill(world("one", steps=8, teacher=few, other="unigram"))

@@ -46,6 +46,7 @@ def recipe_of(comparison, run):
     return yaml.safe_load((comparison.folder / run["folder"] / "recipe.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_one_method_at_two_temperatures(tmp_path):
     found = compare(small(tmp_path), seeds=1, arms=ARMS)
     assert [row["method"] for row in found.table] == list(ARMS) and found.data["baseline"] == "kd τ=1"

@@ -247,6 +247,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and "No space left" in error[-1] and not any("Traceback" in e for e in error)
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_one_line(tmp_path):
     target = tmp_path / "locked"
     target.mkdir(mode=0o500)

@@ -68,6 +68,7 @@ def trainer_of(folder, micro, accumulate):
     return trainer
 
 
+@pytest.mark.slow
 def test_any_split_and_two_ranks_give_the_same_update(tmp_path):
     def end(trainer):
         start = torch.cat([p.detach().flatten() for p in trainer.model.own.parameters()]).clone()

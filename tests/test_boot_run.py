@@ -38,6 +38,7 @@ def ring(output, **keys):
     return distill({**RING, **merged, "output": str(output)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["bootstrap", "regression"])
 def test_killed_and_resumed_ends_in_the_same_weights(target, tmp_path):
     options = {"target": target, "ema": 0.9, "steps": 4}

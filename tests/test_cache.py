@@ -209,6 +209,7 @@ def _capture(recipe, folder, after):
     capture_recipe(make(recipe), folder, "sampled:8")
 
 
+@pytest.mark.slow
 def test_a_capture_that_is_killed_goes_on_and_doubles_nothing(home, tmp_path):
     recipe = teach(TEXT, home / "text", output=str(tmp_path))
     for after in (1, 2, 5, 9):

@@ -48,6 +48,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads the peak as Linux tells it")
 def test_the_step_that_is_counted_keeps_what_checkpointing_gave_up_no_longer_than_others():
     quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -190,6 +190,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index,text", [(1, True), (3, False), (4, False)])
 def test_two_ranks_give_the_result_of_one(index, text, tmp_path):
     script = tmp_path / "ranks.py"
@@ -305,6 +306,7 @@ def test_modules_teach_and_learn(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_a_run_that_resumes(teachers, tmp_path):
     shutil.copytree(teachers["digits"], tmp_path / "run" / "teacher")
     long = recipe(DIGITS, "kd", tmp_path / "run", max_steps=3000, save_steps=5000)

@@ -126,6 +126,7 @@ def _student_of(classes, folder):
 # -- one writer
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_writes(tmp_path, capsys):
     with held(tmp_path / "run"):
         with pytest.raises(InputError, match=f"being written by process {os.getpid()} on"):
@@ -316,7 +317,11 @@ def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp
         raise AssertionError
 
     monkeypatch.setattr(
-        *((DistillationTrainer, "training_step", stepping) if moment == "teacher" else (run, "evaluate_split", evaluating))
+        *(
+            (DistillationTrainer, "training_step", stepping)
+            if moment == "teacher"
+            else (run, "evaluate_split", evaluating)
+        )
     )
     train = {"max_steps": 4, "per_device_train_batch_size": 16}
     asked = recipe(tmp_path / "run", method="kd", teacher={"model": "mlp:4", "train": train})

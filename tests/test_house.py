@@ -110,7 +110,8 @@ def test_the_catalogue_has_all_papers_once():
         find("dhkdd")
 
 
-def test_committed_pages_are_current():
+def test_committed_pages_are_current(monkeypatch):
+    monkeypatch.setattr("understudy.methods._adopted", {})  # classes that other tests made known
     docs = ROOT / "docs"
     for entry in catalogue():
         if entry.status == "works":
@@ -150,6 +151,7 @@ py-modules = ["mine"]
 """
 
 
+@pytest.mark.slow
 def test_a_users_method_needs_no_edit(tmp_path):
     """The example of CONTRIBUTING.md in a package of its own, installed by pip: the command line lists and trains it."""
     pytest.importorskip("setuptools")

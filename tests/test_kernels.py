@@ -23,6 +23,7 @@ def run_cases(**environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     assert " passed" in run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

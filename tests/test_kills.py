@@ -15,6 +15,8 @@ from understudy.runs.capture import capture_recipe
 from understudy.runs.recipe import make
 from understudy.teachers.cache.store import ShardStore
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

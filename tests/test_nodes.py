@@ -197,6 +197,7 @@ def taught(tmp_path_factory):
     return root / "teacher"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_best_weights(taught, tmp_path):
     whole, cut = ({**RUN, "method": "ff-g2m", "output": str(tmp_path / name)} for name in ("whole", "cut"))
     for run in (whole, cut):

@@ -77,6 +77,7 @@ def test_an_update_is_the_same_however_it_is_cut(world, tmp_path):
     assert same(tmp_path / "whole", tmp_path / "halves", atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["padded", "continuous"])
 def test_killed_and_resumed_ends_in_the_same_weights(engine, world, tmp_path):
     """Windows of 3 updates and checkpoints every 4: kills before, after and inside, with replay and a share that grows."""
@@ -110,6 +111,7 @@ def test_killed_and_resumed_ends_in_the_same_weights(engine, world, tmp_path):
     assert any(line["on_policy"]["replay_age"] > 0 for line in found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 @pytest.mark.parametrize("student", [{}, {"peft": {"r": 4}}])
 def test_both_engines_write_the_same_run(precision, student, world, tmp_path):

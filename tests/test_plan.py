@@ -107,6 +107,7 @@ def llama(folder, **more):
     return pages.recipe(folder, more)
 
 
+@pytest.mark.slow
 def test_a_large_pair_from_its_shapes_alone(tmp_path):
     found = plan(llama(tmp_path), gpu="h100", rows=1e6)
     assert found.sides["student"].parameters == 8_030_261_248
@@ -159,6 +160,7 @@ def test_the_command_prints_tables_and_json(capsys, tmp_path):
     assert not values["fits"] and values["machine"]["half"] == CARDS["a100"].half
 
 
+@pytest.mark.slow
 def test_parts_of_a_capture_are_the_whole_and_resume_alone(tmp_path):
     recipe = make(small())
 
@@ -191,6 +193,7 @@ def test_parts_of_requests_are_the_whole():
             shard_of(bad)
 
 
+@pytest.mark.slow
 def test_the_worked_plans_are_current():
     page = (ROOT / "docs" / "scaling.md").read_text()
     assert module(ROOT / "docs" / "scaling.py").current(page) == page, "run `make docs`"

@@ -94,6 +94,7 @@ def test_unpaired_kto_in_one_command_starts_at_a_half(tmp_path):
         distill({**recipe, "options": {"loss_type": "kto"}, "output": str(tmp_path / "third")})
 
 
+@pytest.mark.slow
 def test_unpaired_kto_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     rows = [{**SINGLES[i % 4], "prompt": f"{SINGLES[i % 4]['prompt']} {i}"} for i in range(40)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

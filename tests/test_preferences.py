@@ -150,6 +150,7 @@ def test_a_run_starts_at_margin_zero_and_ln_two(tmp_path):
     assert first["terms"]["rewards/rejected"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method,options",
     [

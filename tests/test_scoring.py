@@ -145,6 +145,7 @@ def test_budgets_hold_and_what_was_paid_is_kept(home, world, tmp_path):
         assert teacher.store.spent["prompt_tokens"] == int(batch.inputs["attention_mask"].sum())
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_points_nothing_is_lost_or_doubled(home, world, tmp_path):
     chance, crew = random.Random(0), 2
     with Scorer(*world) as server:

@@ -78,6 +78,7 @@ def launched(recipe, calls, moment=""):
     )
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_stages_it_ends_alike_and_writes_nothing_twice(tmp_path, monkeypatch):
     whole, cut, calls = tiny(tmp_path / "whole"), tiny(tmp_path / "cut"), []
     write = EventsWorld.write

@@ -21,6 +21,8 @@ print("rows", len(found.table))
 """
 LONG = """
 from understudy.workers import carry_out, processes
+
+pytestmark = pytest.mark.slow
 work = "open({pid!r}, 'w').write(str(__import__('os').getpid())), __import__('time').sleep(600)"
 carry_out(eval, [(work,)], 1, processes())
 """

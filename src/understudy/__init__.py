@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from understudy.runs.run import distill
     from understudy.training import Method, Term
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["InputError", "Method", "Term", "compare", "distill", "plan"]
 
 _LAZY = {

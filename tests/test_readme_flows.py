@@ -103,7 +103,7 @@ def test_a_command_does_what_it_says(command, there, capsys):
             words += ["teacher=convnet:2"]
         if "endpoint" in command:
             url = stack.enter_context(Scorer(*sides(there / "teacher"))).url
-            words = [w.replace("http://HOST:8000/v1", url) for w in words] + ["options.temperature=1.0"]  # a server's
+            words = [w.replace("http://HOST:8000/v1", url) for w in words]
         if "teacher.cache" in command and not (there / "caches").exists():
             call(["cache", "capture", "recipe.yaml", "--output", "caches/teacher"], capsys)
         if words[0] == "evaluate" and not (there / "runs" / "cifar").exists():

@@ -103,7 +103,7 @@ def test_limits_of_selection():
 
 def test_limits_of_the_schedule():
     shares = [teacher_share(e) for e in range(1, 241)]
-    assert all(b <= a for a, b in zip(shares, shares[1:], strict=False)) and 0 <= min(shares) and max(shares) < 1
+    assert all(b <= a for a, b in zip(shares, shares[1:], strict=False)) and min(shares) >= 0 and max(shares) < 1
     assert shares[0] == pytest.approx(0.992, abs=1e-3) and shares[118] > 0 and set(shares[119:]) == {0.0}
 
 

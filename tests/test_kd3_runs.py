@@ -17,6 +17,8 @@ from understudy.models import ClassifierAdapter, load_classifier, normalisation
 from understudy.models.heads import SubclassHead
 from understudy.models.small import build_small
 from understudy.models.transfer import TransferClassifier, last_map, read_by_teacher
+from understudy.planning.sizes import outline_classifier
+from understudy.runs.specs import ModelSpec
 from understudy.synthetic.images import IMAGES
 from understudy.teachers import LocalTeacher
 from understudy.training import SetupContext, TrainModule
@@ -153,6 +155,8 @@ def test_the_student_is_read_by_the_teachers_head_and_saved_with_it(student, tea
     again = load_classifier(tmp_path, classes=4, input_shape=shape).eval()
     assert normalisation(again) == normalisation(body)
     close(again(x.inputs["pixel_values"]), ours.model(x.inputs["pixel_values"]), rtol=0, atol=0)
+    outlined = outline_classifier(ModelSpec(model=str(tmp_path)), 4, shape)
+    assert {k: v.shape for k, v in outlined.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
     config = json.loads((tmp_path / "config.json").read_text())
     config["understudy_transfer"]["factor"] = "two"
     (tmp_path / "config.json").write_text(json.dumps(config))

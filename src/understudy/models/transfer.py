@@ -132,21 +132,28 @@ class TransferClassifier(nn.Module):
         write_model(self, Path(folder), {TRANSFER: self.facts.model_dump()}, own)
 
 
+def read_facts(folder: Path) -> Facts:
+    """The facts in the folder of a `TransferClassifier`.
+
+    Raises:
+        InputError: they describe none.
+    """
+    file = folder / "config.json"
+    try:
+        given = read_object(file)[TRANSFER]
+        return Facts.model_validate({**given, "grid": given["grid"] and tuple(given["grid"])})
+    except (ValidationError, TypeError, KeyError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "keys are missing"
+        raise InputError(f"{file} describes no student with a teacher's head: {said}.") from None
+
+
 def load_transfer(folder: Path, body: nn.Module) -> TransferClassifier:
     """Read what `TransferClassifier.save_pretrained` wrote, around the body, which is loaded already.
 
     Raises:
         InputError: the folder does not describe one, or its weights are others.
     """
-    file = folder / "config.json"
-    try:
-        given = read_object(file)[TRANSFER]
-        grid = given["grid"] and tuple(given["grid"])
-        facts = Facts.model_validate({**given, "grid": grid})
-    except (ValidationError, TypeError, KeyError) as error:
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "keys are missing"
-        raise InputError(f"{file} describes no student with a teacher's head: {said}.") from None
-    model = TransferClassifier(body, facts)
+    model = TransferClassifier(body, read_facts(folder))
     load_weights(nn.ModuleDict({"transfer": model.transfer, "head": model.head}), folder / "model.safetensors")
     return model
 

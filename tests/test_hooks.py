@@ -1,6 +1,7 @@
 """Hooks of the engine that a method may use: phases, columns, an epoch's sampling, modules that see both models."""
 
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from engine_cases import DIGITS, killed_run, weights
 from understudy import distill
-from understudy.data import Batch
+from understudy.data import Batch, load_images
 from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
@@ -120,6 +121,26 @@ def test_a_steered_epoch_resumes_with_the_choice_it_began_with(teacher, tmp_path
     torch.testing.assert_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
+class EvenOnly(Steered):
+    """Draws every other example, and notes what it is shown."""
+
+    name = "even-only"
+    shown: ClassVar[set] = set()
+
+    def sampling(self, state):
+        return Sampling(indices=torch.arange(0, len(state.context.splits["train"]), 2))
+
+    def loss(self, student, teacher, batch, state):
+        self.shown.update(batch.ids.tolist())
+        return super().loss(student, teacher, batch, state)
+
+
+def test_batches_hold_what_the_method_draws(tmp_path):
+    trainer = {**DIGITS["trainer"], "max_steps": 9, "save_strategy": "no"}
+    distill({**DIGITS, "method": EvenOnly, "teacher": None, "trainer": trainer, "output": str(tmp_path)})
+    assert EvenOnly.shown == set(load_images(DIGITS["data"]).train.ids[::2].tolist())
+
+
 def test_shares_of_steps():
     phases = [Phase("a", 0.5), Phase("b", 0.3), Phase("c", 0.2)]
     assert steps_of(phases, 10) == [5, 3, 2] and steps_of(phases, 3) == [1, 1, 1]
@@ -137,7 +158,7 @@ def test_what_an_epoch_draws():
     sampler = EpochSampler(10, seed=3)
     plain = list(sampler)
     assert sorted(plain) == list(range(10)) and list(sampler) == plain
-    sampler.set_epoch(1, Sampling(indices=torch.tensor([2, 5, 7])))
+    sampler.begin(1, Sampling(indices=torch.tensor([2, 5, 7])))
     drawn = list(sampler)
     assert len(drawn) == 10 and {drawn.count(i) for i in (2, 5, 7)} == {3, 4}
     state = sampler.state_dict()
@@ -145,11 +166,11 @@ def test_what_an_epoch_draws():
     again.load_state_dict(state)
     assert list(again) == drawn
     streams = EpochSampler(10, seed=0, length=12)
-    streams.set_epoch(0, Sampling(streams=[(torch.tensor([0, 1]), 1), (torch.arange(2, 10), 3)]))
+    streams.begin(0, Sampling(streams=[(torch.tensor([0, 1]), 1), (torch.arange(2, 10), 3)]))
     blocks = [list(streams)[i : i + 4] for i in range(0, 12, 4)]
     assert all(b[0] in (0, 1) and min(b[1:]) > 1 for b in blocks)
     weighted = EpochSampler(4, seed=0, length=4000)
-    weighted.set_epoch(0, Sampling(weights=torch.tensor([0.0, 1.0, 1.0, 2.0])))
+    weighted.begin(0, Sampling(weights=torch.tensor([0.0, 1.0, 1.0, 2.0])))
     found = torch.bincount(torch.tensor(list(weighted)), minlength=4)
     assert found[0] == 0 and abs(int(found[3]) - 2000) < 150
     for bad, message in (
@@ -159,7 +180,7 @@ def test_what_an_epoch_draws():
         (Sampling(weights=torch.ones(3)), "one number"),
     ):
         with pytest.raises(InputError, match=message):
-            sampler.set_epoch(0, bad)
+            sampler.begin(0, bad)
 
 
 def text(lengths, ids):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.data.noise import mix_bits, shift
+from understudy.errors import InputError
 
 
 def augment(pixels: Tensor, ids: Tensor, *, seed: int, epoch: int, crop: int = 4, flip: bool = True) -> Tensor:
@@ -29,3 +30,30 @@ def augment(pixels: Tensor, ids: Tensor, *, seed: int, epoch: int, crop: int = 4
     padded = F.pad(pixels, (crop,) * 4).permute(0, 2, 3, 1)
     picked = padded[torch.arange(number, device=pixels.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def mix_statistics(pixels: Tensor, share: Tensor, order: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+    """Give each image a mixture of its own mean and deviation in every channel and those of another image.
+
+    With m and s = √(variance + ε) of a channel: (x − m) / s · (λ s + (1 − λ) s_π) + λ m + (1 − λ) m_π. A constant
+    channel stays constant.
+
+    Args:
+        pixels: `[images, channels, height, width]`, of two positions at least.
+        share: λ `[images]`, in [0, 1]; 1 keeps the image as it is. order: π `[images]`, the other image of each.
+        epsilon: ε, added to the unbiased variance.
+
+    Raises:
+        InputError: the images have one position, whose variance is undefined.
+
+    Source: Zhou et al. 2021 (MixStyle) on the inputs, as Tang et al. 2023 (KD³, MixDistribution) released it.
+    """
+    if pixels.shape[2:].numel() < 2:
+        raise InputError(
+            f"Images of {pixels.shape[2]} × {pixels.shape[3]} have one position and no variance to mix: give larger ones."
+        )
+    kept = share.to(pixels)[:, None, None, None]
+    mean = pixels.mean((2, 3), keepdim=True).detach()
+    deviation = (pixels.var((2, 3), keepdim=True) + epsilon).sqrt().detach()
+    mixed_mean, mixed_deviation = (kept * v + (1 - kept) * v[order] for v in (mean, deviation))
+    return (pixels - mean) / deviation * mixed_deviation + mixed_mean

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from understudy.data.folders import split_folders, visible
+from understudy.data.batch import UNLABELLED
+from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
 from understudy.data.tables import cells, class_numbers, columns_of, read_npz, read_parquet
 from understudy.errors import InputError
@@ -166,6 +167,16 @@ def _images(folder: Path, counts: Counter[str]) -> list[Path]:
     return images
 
 
+def loose_images(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> ImageSet:
+    """All images below a folder, without labels; of folders named after splits those of `train`."""
+    root = split_folders(path).get("train", path)
+    images = [f for f in files_below(root) if f.suffix.lower() in formats()[1]]
+    if not images:
+        raise InputError(f"{root} holds no images: give a folder with a .png, .jpg, .tif, .gif, … in it.")
+    pixels = decode(images, str(root), counts, spec.get("size"))
+    return ImageSet(pixels, torch.full((len(images),), UNLABELLED), torch.arange(len(images)))
+
+
 def image_table(files: list[Path], spec: Mapping[str, Any], counts: Counter[str]) -> ImageSet:
     """The images of one split from its parquet or .npz files, concatenated."""
     read = {".npz": _archive, ".parquet": _parquet}
@@ -193,12 +204,12 @@ Columns = tuple[Tensor, Tensor, list[np.ndarray[Any, Any]]]
 
 
 def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
+    image, label = str(spec.get("image_column", "image")), label_column(spec)
     table = read_parquet(path)
-    need_columns(path, set(table.column_names), {image, label, *domain_column(spec)})
+    need_columns(path, set(table.column_names), {image, *label, *domain_column(spec)})
     found = [_cell(path, c) for c in cells(path, table, image)]
     pixels = decode(found, str(path), counts, spec.get("size"))
-    labels = torch.from_numpy(class_numbers(str(path), cells(path, table, label), "image"))
+    labels = labels_in(str(path), [cells(path, table, column) for column in label], len(pixels))
     domains = [np.asarray([str(v) for v in cells(path, table, column)]) for column in domain_column(spec)]
     return pixels, labels, domains
 
@@ -212,12 +223,12 @@ def _cell(path: Path, cell: Any) -> Any:
 
 def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
     have = columns_of(path)
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
-    image, label = ("images" if "images" in have else image), ("labels" if "labels" in have else label)
-    need_columns(path, have, {image, label, *domain_column(spec)})
-    arrays = read_npz(path, [image, label, *domain_column(spec)])
+    image, label = str(spec.get("image_column", "image")), label_column(spec)
+    image, label = ("images" if "images" in have else image), ["labels"] if label and "labels" in have else label
+    need_columns(path, have, {image, *label, *domain_column(spec)})
+    arrays = read_npz(path, [image, *label, *domain_column(spec)])
     pixels = _array(path, image, arrays[image], spec, counts)
-    labels = torch.from_numpy(class_numbers(str(path), arrays[label], "image"))
+    labels = labels_in(str(path), [arrays[column] for column in label], len(pixels))
     return pixels, labels, [arrays[column].astype(str) for column in domain_column(spec)]
 
 
@@ -271,6 +282,18 @@ def _layout(path: Path, column: str, shape: tuple[int, ...], spec: Mapping[str, 
             f"{' or '.join(LAYOUTS)}."
         )
     return LAYOUTS[first < last]
+
+
+def label_column(spec: Mapping[str, Any]) -> list[str]:
+    """The column of labels; none where `label_column` is given as `None`, for images without labels."""
+    return [] if spec.get("label_column", "") is None else [str(spec.get("label_column", "label"))]
+
+
+def labels_in(where: str, columns: list[Any], number: int) -> Tensor:
+    """The labels of so many images in their column, or `UNLABELLED` without one."""
+    if not columns:
+        return torch.full((number,), UNLABELLED)
+    return torch.from_numpy(class_numbers(where, columns[0], "image"))
 
 
 def domain_column(spec: Mapping[str, Any]) -> list[str]:

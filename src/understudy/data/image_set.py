@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
+def training_order(number: int) -> Tensor:
+    """The order in which training examples are given out: those set aside first, then as many as limits allow."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))
+
+
 class ImageSet(Dataset[tuple[Any, ...]]):
     """Images with labels and ids, held in memory.
 

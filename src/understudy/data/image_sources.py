@@ -18,13 +18,15 @@ from understudy.data.image_files import (
     decode,
     domain_column,
     image_table,
+    label_column,
+    labels_in,
+    loose_images,
     need_columns,
     resized,
     wanted_size,
 )
 from understudy.data.image_set import ImageSet
 from understudy.data.memory import MEMORY
-from understudy.data.tables import class_numbers
 from understudy.errors import InputError, nearest
 
 Embedded = Callable[[Mapping[str, Any]], tuple[dict[str, ImageSet], list[str]]]
@@ -38,7 +40,7 @@ def read_source(
     Args:
         embedded: built-in sets by name, beside `digits`.
     """
-    embedded = {"digits": lambda _: _digits(), **embedded}
+    embedded = {"digits": lambda _: digits(), **embedded}
     counts: Counter[str] = Counter()
     path = None if name in embedded or name.startswith(MEMORY) else find(name)
     if name.startswith(MEMORY):
@@ -89,6 +91,8 @@ def _path(
         return {"train": part}, _names(part)
     left: list[str] = []
     tables = split_files(path, (".parquet", ".npz"), left, further=True)
+    if not tables and not label_column(spec):
+        return {"train": loose_images(path, spec, counts)}, []
     if not tables:
         return class_folders(path, spec, counts)
     notes += left
@@ -114,7 +118,7 @@ def _names(part: ImageSet) -> list[str]:
     return [str(i) for i in range(int(part.labels.max()) + 1)] if len(part) else []
 
 
-def _digits() -> tuple[dict[str, ImageSet], list[str]]:
+def digits() -> tuple[dict[str, ImageSet], list[str]]:
     """scikit-learn's 1,797 digits of 8 × 8: 600 for test, the rest for training."""
     from sklearn.datasets import load_digits
 
@@ -139,16 +143,16 @@ def _columns(
     name: str, loaded: Mapping[str, Any], spec: Mapping[str, Any], counts: Counter[str]
 ) -> tuple[dict[str, ImageSet], list[str]]:
     """The splits of a set of `datasets`, by its columns."""
-    image, label = str(spec.get("image_column", "image")), str(spec.get("label_column", "label"))
+    image, label = str(spec.get("image_column", "image")), label_column(spec)
     parts: dict[str, ImageSet] = {}
     for split, own in own_names(name, loaded).items():
         rows = loaded[own]
-        need_columns(name, set(rows.column_names), {image, label, *domain_column(spec)})
+        need_columns(name, set(rows.column_names), {image, *label, *domain_column(spec)})
         domains = [np.asarray([str(v) for v in rows[column]]) for column in domain_column(spec)]
         pixels = decode(rows[image], name, counts, spec.get("size"))
-        labels = torch.from_numpy(class_numbers(name, rows[label], "image"))
+        labels = labels_in(name, [rows[column] for column in label], len(rows))
         parts[split] = ImageSet(pixels, labels, torch.arange(len(rows)), None, None, *domains)
     if "train" not in parts:
         raise InputError(f"{name} has splits {', '.join(parts)} but no train split.")
-    names = getattr(loaded["train"].features[label], "names", None)
-    return parts, names or _names(parts["train"])
+    names = [getattr(loaded["train"].features[column], "names", None) for column in label]
+    return parts, next(filter(None, names), None) or _names(parts["train"])

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from understudy.data.batch import IGNORE, UNLABELLED
-from understudy.data.image_set import ImageSet
+from understudy.data.image_pools import read_pool
+from understudy.data.image_set import ImageSet, training_order
 from understudy.data.image_sources import Embedded, read_source
 from understudy.data.noise import uniform
 from understudy.errors import InputError, nearest
@@ -22,7 +23,7 @@ from understudy.errors import InputError, nearest
 OPTIONS = {
     *("name", "limit", "image_column", "label_column", "for_teacher", "teacher_limit", "imbalance", "seed"),
     *("validation_size", "with_validation", "label_noise", "teacher_random_classes"),
-    *("modulo", "label_map", "unlabelled", "labelled", "domain_column", "only", "size", "input_data_format"),
+    *("modulo", "label_map", "unlabelled", "labelled", "domain_column", "only", "size", "input_data_format", "pool"),
 }
 
 
@@ -74,7 +75,8 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
             training labels that become random ones), `teacher_random_classes` (classes whose examples have random
             labels where the teacher is trained), `seed` (of such noise, and of made-up sets), `modulo` or `label_map` (coarser
             classes: the label modulo a number, or a new class for each; the old labels stay known as subclasses),
-            `unlabelled` (hide the student's training labels), `labelled` (hide all but so many of each class), `domain_column` (names each domain), `only` (drop the others),
+            `pool` (a set, or a list of them, whose images the student trains on without labels, in place of its part of
+            the training examples; `limit` counts these), `unlabelled` (hide the student's training labels), `labelled` (hide all but so many of each class), `domain_column` (names each domain), `only` (drop the others),
             `size` (a side in pixels, or [height, width]: every image is resized to it),
             `input_data_format` (`channels_first` or `channels_last`, of arrays whose shape does not tell).
         embedded: sets that need no file, by name: from `spec` to the examples of each split and the classes' names.
@@ -88,7 +90,7 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
     pools, classes = _coarser(*read_source(name, spec, embedded, notes), spec)
     pools, domains = _of_domains(name, pools, spec)
     train, test = pools["train"], pools.get("test")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    order = training_order(len(train))
     if test is None:
         cut = max(1, len(train) // 5)
         test, order = train.select(order[:cut]), order[cut:]
@@ -108,14 +110,12 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
         pools |= _rare(test, len(classes))
     limit, teacher_limit = _count(spec, "limit", len(pool)), _count(spec, "teacher_limit", len(pool))
     teacher_train = _mistaught(pool.select(slice(0, teacher_limit)), spec, classes)
-    student = teacher_train if spec.get("for_teacher") else _noisy(pool.select(slice(0, limit)), spec, len(classes))
-    if spec.get("labelled") is not None and not spec.get("for_teacher"):
-        student = _few_labels(student, spec, len(classes), notes)
-    if _flag(spec, "with_validation") and not spec.get("for_teacher"):
-        student = _joined(student, validation)
-    if _flag(spec, "unlabelled") and not spec.get("for_teacher"):
-        student = student.relabelled(torch.full_like(student.labels, UNLABELLED))
-        notes.append("The student's training part is used without its labels.")
+    if spec.get("for_teacher"):
+        student = teacher_train
+    elif spec.get("pool") is not None:
+        student, domains = read_pool(spec, embedded, train, notes)
+    else:
+        student = _students(pool.select(slice(0, limit)), validation, spec, len(classes), notes)
     parts = {"train": student, "validation": validation, "test": test}
     more = {split: part for split, part in pools.items() if split.startswith("test_")}
     for split, part in {**parts, **more}.items():
@@ -124,6 +124,21 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
     for part in (*parts.values(), teacher_train, *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
     return Splits(student, validation, test, classes, teacher_train, notes, digest.hexdigest(), more, domains)
+
+
+def _students(
+    part: ImageSet, validation: ImageSet, spec: Mapping[str, Any], classes: int, notes: list[str]
+) -> ImageSet:
+    """The student's part of the training examples, with the labels that it may read."""
+    part = _noisy(part, spec, classes)
+    if spec.get("labelled") is not None:
+        part = _few_labels(part, spec, classes, notes)
+    if _flag(spec, "with_validation"):
+        part = _joined(part, validation)
+    if _flag(spec, "unlabelled"):
+        part = part.relabelled(torch.full_like(part.labels, UNLABELLED))
+        notes.append("The student's training part is used without its labels.")
+    return part
 
 
 def _check_keys(spec: Mapping[str, Any]) -> None:

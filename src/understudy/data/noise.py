@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 
@@ -41,3 +43,9 @@ def laplace(ids: Tensor, shape: Sequence[int], *, seed: int, step: int | Tensor,
     """Laplace draws of scale 1 `[ids, *shape]`, float64, by inversion."""
     drawn = uniform(ids, shape, seed=seed, step=step, stream=stream) - 0.5
     return -drawn.sign() * torch.log1p(-2 * drawn.abs())
+
+
+def beta(ids: Tensor, alpha: float, *, seed: int, step: int | Tensor, stream: int = 0) -> Tensor:
+    """Draws `[ids]` of the symmetric Beta(α, α), float64, by inversion."""
+    drawn = uniform(ids, (), seed=seed, step=step, stream=stream)
+    return torch.from_numpy(np.asarray(betaincinv(alpha, alpha, drawn.cpu().numpy()))).to(drawn.device)

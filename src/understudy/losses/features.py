@@ -99,3 +99,21 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
         )
     ours, theirs = attention_map(student, power=power), attention_map(teacher.detach(), power=power)
     return (ours - theirs).square().mean(1)
+
+
+def disagreement_weights(student: Tensor, teacher: Tensor) -> Tensor:
+    """sigmoid(‖student − teacher + 10⁻⁶‖₂), `[images]`, without gradient: ½ where both agree, near 1 where they do not.
+
+    Args:
+        student, teacher: logits `[images, classes]`.
+
+    Raises:
+        InputError: the shapes differ.
+
+    Source: Tang et al. 2023 (KD³), weights of the aligned features, as released.
+    """
+    if student.shape != teacher.shape:
+        raise InputError(
+            f"disagreement_weights: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape."
+        )
+    return (full(student.detach()) - full(teacher.detach()) + 1e-6).norm(dim=1).sigmoid()

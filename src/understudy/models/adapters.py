@@ -20,12 +20,10 @@ from understudy.models.bodies import body, try_head, watched
 from understudy.models.heads import head_name
 from understudy.models.layouts import Layouts, Packing, needs_gpu
 from understudy.models.modes import evaluating
-from understudy.models.own import save_state
 from understudy.models.processors import Processor
 from understudy.models.sharding import is_sharded, whole, whole_state
-from understudy.models.small import save_small
 from understudy.models.taps import tapped
-from understudy.models.weights import reason
+from understudy.models.weights import reason, save_network
 from understudy.targets import Dense, Projected
 
 
@@ -80,12 +78,7 @@ class ModelAdapter(nn.Module):
         if state is not None and dist.get_rank() > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
-        elif hasattr(self.model, "understudy"):
-            save_small(self.model, folder, state)
-        else:
-            save_state(self.model, folder, state)
+        save_network(self.model, folder, state)
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Add LoRA adapters, which are trained instead of the model; `options` are those of `peft.LoraConfig`."""

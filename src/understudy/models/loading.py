@@ -22,6 +22,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.bodies import check_causal
 from understudy.models.small import IMAGENET, build_small, is_small, load_small, load_weights
+from understudy.models.transfer import BODY, TRANSFER, load_transfer
 from understudy.models.weights import add_note, check_folder, check_weights, read_object, reason
 
 ADAPTERS = "adapter_config.json"
@@ -51,6 +52,9 @@ def load_classifier(
         load_weights(model, weights)
     elif path is not None and small_folder(path):
         model = load_small(path)
+    elif path is not None and TRANSFER in _config(path):
+        body = load_classifier(path / BODY, classes=classes, input_shape=input_shape)
+        model = load_transfer(path, body)
     else:
         model = auto_model(
             AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code, new_head=True

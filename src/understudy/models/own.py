@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from understudy.errors import InputError
-from understudy.models.weights import check_folder, reason, write_model
-
-MARK = "understudy_module"
-"""Key of `config.json` with the name of the module's class."""
-
-
-def save_state(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors`, and a `config.json` with the name of the class; see `write_model`."""
-    write_model(model, folder, {MARK: type(model).__name__}, state)
+from understudy.models.transfer import BODY, TRANSFER, load_transfer
+from understudy.models.weights import MODULE, check_folder, reason, save_network
 
 
 def check_saves(model: nn.Module) -> None:
@@ -32,10 +24,7 @@ def check_saves(model: nn.Module) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if hasattr(model, "save_pretrained"):
-                model.save_pretrained(folder)  # type: ignore[operator]
-            else:
-                save_state(model, Path(folder))
+            save_network(model, Path(folder))
         except Exception as error:  # the caller's code raises any type
             raise InputError(
                 f"{type(model).__name__} cannot be saved: {reason(error)}. Its state must be tensors by name, or give it a "
@@ -61,11 +50,14 @@ def reload(folder: Path, module: nn.Module | None) -> Path | nn.Module:
             )
         return read(str(folder))
     facts = check_folder(folder) if (folder / "config.json").is_file() else {}
-    if MARK not in facts:
+    if TRANSFER in facts:
+        body = reload(folder / BODY, module)
+        return folder if isinstance(body, Path) else load_transfer(folder, body)
+    if MODULE not in facts:
         return folder
     if module is None:
         raise InputError(
-            f"{folder} holds the state of your module {facts[MARK]}: hand it over again in Python (student=...), for its code is "
+            f"{folder} holds the state of your module {facts[MODULE]}: hand it over again in Python (student=...), for its code is "
             "not stored."
         )
     try:

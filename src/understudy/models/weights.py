@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from understudy.errors import InputError
 
+MODULE = "understudy_module"
+"""Key of `config.json` with the name of the class of the caller's own module."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -31,6 +33,20 @@ def write_model(
         save_file({k: v.contiguous() for k, v in state.items()}, file)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def save_network(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Save with `save_pretrained`, in the small networks' own format, or as the module's state.
+
+    Args:
+        state: instead of the module's own state.
+    """
+    if hasattr(model, "save_pretrained"):
+        more: dict[str, Any] = {} if state is None else {"state_dict": state}
+        model.save_pretrained(str(folder), **more)  # type: ignore[operator]
+    else:
+        facts: Any = getattr(model, "understudy", None)
+        write_model(model, folder, {MODULE: type(model).__name__} if facts is None else facts, state)
 
 
 def read_object(file: Path) -> dict[str, Any]:

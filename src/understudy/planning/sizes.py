@@ -19,6 +19,7 @@ from understudy.errors import InputError
 from understudy.models import is_new_causal_lm, load_causal_lm
 from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, ModelAdapter
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
+from understudy.models.transfer import BODY, TRANSFER, TransferClassifier, read_facts
 from understudy.runs.specs import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,6 +90,9 @@ def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) ->
         elif path is not None and "understudy_model" in _facts(path):
             facts = _facts(path)
             model = build_small(facts["understudy_model"], facts["classes"], tuple(facts["shape"]))
+        elif path is not None and TRANSFER in _facts(path):
+            body = outline_classifier(spec.model_copy(update={"model": str(path / BODY)}), classes, shape).model
+            model = TransferClassifier(body, read_facts(path))
         else:
             model = AutoModelForImageClassification.from_config(config_of(spec))
         if spec.dtype in DTYPES:

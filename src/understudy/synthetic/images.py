@@ -1,4 +1,5 @@
-"""Made-up sets in the place of images, drawn from `data.seed`: a mixture of classes, classes with subclasses, moved signals."""
+"""Made-up sets in the place of images, drawn from `data.seed`: a mixture of classes, classes with subclasses, moved signals, a pool
+of images from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from understudy.data.image_set import ImageSet
-from understudy.data.image_sources import Embedded
+from understudy.data.batch import UNLABELLED
+from understudy.data.image_set import ImageSet, training_order
+from understudy.data.image_sources import Embedded, digits
 
 
 def clusters(
@@ -71,5 +73,55 @@ def subclusters(spec: Mapping[str, Any], parts: int = 5, width: int = 20) -> tup
     return {"train": every.select(slice(4000, None)), "test": every.select(slice(0, 4000))}, ["0", "1"]
 
 
-IMAGES: dict[str, Embedded] = {"clusters": clusters, "subclusters": subclusters, "templates": templates}
+def digits_web(spec: Mapping[str, Any], number: int = 540) -> tuple[dict[str, ImageSet], list[str]]:
+    """A pool as if found elsewhere for `digits`: 540 other digits of another style, and 810 images of no digit.
+
+    The digits are the last of the training part, which a teacher with `teacher_limit` up to 538 does not see. Each has its
+    own contrast (0.3 to 1.5) and brightness (±0.3); half are blurred and three in ten inverted. The others are noise,
+    smooth textures, and digits whose quarters are shuffled. The name of each image's kind is its domain.
+    """
+    rng = np.random.default_rng(int(spec.get("seed", 0)))
+    train = digits()[0]["train"]
+    found = train.select(training_order(len(train))[-number:])
+    x, others = found.pixels.numpy()[:, 0] / 255, number // 2
+    blur = rng.random(number) < 0.5
+    x[blur] = _smooth(x[blur])
+    x[rng.random(number) < 0.3] *= -1
+    x += x.min((1, 2), keepdims=True) < 0
+    contrast, brightness = rng.uniform(0.3, 1.5, (number, 1, 1)), rng.uniform(-0.3, 0.3, (number, 1, 1))
+    kinds = {
+        "digits": (x - 0.5) * contrast + 0.5 + brightness,
+        "noise": rng.random((others, 8, 8)),
+        "textures": _smooth(_smooth(rng.normal(size=(others, 8, 8)))) + 0.5,
+        "shuffled": np.stack([_quarters(image, rng) for image in found.pixels.numpy()[:others, 0] / 255]),
+    }
+    values = np.concatenate(list(kinds.values())).clip(0, 1)
+    pixels = torch.from_numpy((values * 255).round().astype(np.uint8))[:, None]
+    labels = torch.cat([found.labels, torch.full((len(pixels) - number,), UNLABELLED)])
+    names = np.repeat(list(kinds), [len(part) for part in kinds.values()])
+    every = ImageSet(pixels, labels, torch.arange(len(pixels)), domains=names)
+    return {"train": every}, [str(i) for i in range(10)]
+
+
+def _smooth(images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The mean over the 3 × 3 pixels around each, the border repeated."""
+    padded, (high, wide) = np.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge"), images.shape[1:]
+    parts = [padded[:, i : i + high, j : j + wide] for i in range(3) for j in range(3)]
+    return np.asarray(np.mean(parts, 0))
+
+
+def _quarters(image: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """An image whose four quarters have changed places, all of them."""
+    parts = [image[i : i + 4, j : j + 4] for i in (0, 4) for j in (0, 4)]
+    moved = np.roll(np.arange(4), int(rng.integers(1, 4)))
+    a, b, c, d = (parts[i] for i in moved)
+    return np.block([[a, b], [c, d]])
+
+
+IMAGES: dict[str, Embedded] = {
+    "clusters": clusters,
+    "subclusters": subclusters,
+    "templates": templates,
+    "digits_web": digits_web,
+}
 """By name, for `load_images`."""

@@ -20,7 +20,9 @@ _Packing = Literal["auto", "free", "none"]
 
 class _Images(BaseModel):
     name: str = Field("digits", description="digits, clusters, subclusters, templates, a set, folder, file or Hub id.")
-    limit: _Count | None = Field(None, description="Most training examples of the student; 200 of digits.")
+    limit: _Count | None = Field(
+        None, description="Most training examples of the student; 200 of digits without a pool."
+    )
     teacher_limit: _Count | None = Field(None, description="Most training examples of a teacher that is trained first.")
     image_column: str | None = Field(None, description="Column of a table that holds the images.")
     label_column: str | None = Field(None, description="Column of a table that holds the classes.")
@@ -36,6 +38,9 @@ class _Images(BaseModel):
     )
     modulo: Annotated[int, Field(strict=True)] | None = Field(None, description="Coarser classes: label modulo this.")
     label_map: list[int] | None = Field(None, description="Coarser classes: the new class of each class.")
+    pool: str | list[str] | None = Field(
+        None, description="A set, or several, whose images the student trains on without labels; limit counts these."
+    )
     unlabelled: _Flag = Field(False, description="Hide the student's training labels.")
     labelled: _Count | None = Field(None, description="Hide all labels but so many of each class.")
     domain_column: str | None = Field(None, description="Column that names each example's domain.")

@@ -45,7 +45,9 @@ class ImageClassification(LabelledTask):
     kinds = frozenset({"image", "classification"})
     unit = "images"
     metric = "accuracy"
-    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True, "unlabelled": False, "labelled": None})
+    start_data: Mapping[str, Any] = MappingProxyType(
+        {"for_teacher": True, "unlabelled": False, "labelled": None, "pool": None}
+    )
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class ImageClassification(LabelledTask):
         data = recipe.get("data") or {}
         data.setdefault("name", "digits")
         embedded = data["name"] in ("digits", *IMAGES)
-        if data["name"] == "digits":
+        if data["name"] == "digits" and data.get("pool") is None:
             data.setdefault("limit", 200)
         if data["name"] == "clusters":
             data.setdefault("limit", 1600)

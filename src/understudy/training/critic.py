@@ -93,7 +93,7 @@ def fit_critic(
     views = [lambda i, pair, told=told: told[i] for told in wordings]  # type: ignore[misc]
 
     def losses(epoch: int, rate: float) -> Iterator[torch.Tensor]:
-        order.set_epoch(epoch)
+        order.begin(epoch)
         chosen, worded = list(order), view(1000 + epoch)  # wordings that scoring does not use
         starts = range(0, len(chosen), fit.batch)
         for step, start in enumerate(starts, epoch * len(starts) + 1):

@@ -45,8 +45,8 @@ class EpochSampler(Sampler[int]):
         self.length = examples if length is None else length
         self.sampling: Sampling | None = None
 
-    def set_epoch(self, epoch: int, sampling: Sampling | None = None) -> None:
-        """Start an epoch with the given `Sampling`.
+    def begin(self, epoch: int, sampling: Sampling | None = None) -> None:
+        """Start an epoch with the given `Sampling`. Data loaders call a `set_epoch` of their own accord, which would drop it.
 
         Raises:
             InputError: there are no examples to draw from, or an index or weight is invalid.
@@ -91,7 +91,7 @@ class EpochSampler(Sampler[int]):
         chosen = None
         if held is not None:
             chosen = Sampling(held["indices"], held["weights"], [(i, int(n)) for i, n in held["streams"]])
-        self.set_epoch(state["epoch"], chosen)
+        self.begin(state["epoch"], chosen)
 
 
 def _shuffled(indices: Tensor, number: int, generator: torch.Generator) -> Tensor:

@@ -144,7 +144,7 @@ class DistillationTrainer(Trainer):
         self._epoch = epoch
         if self._resumed_epoch != epoch:
             self.model.train_state.step = self.state.global_step
-            self.sampler.set_epoch(epoch, self.model.method.sampling(self.model.train_state))
+            self.sampler.begin(epoch, self.model.method.sampling(self.model.train_state))
         self._resumed_epoch = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:

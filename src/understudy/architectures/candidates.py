@@ -62,16 +62,16 @@ class Budget:
     operations: float | None = None
     latency: float | None = None
 
-    def excess(self, parameters: int, operations: float, latency: float | None) -> str:
-        """What is beyond the budget, or an empty string."""
-        if parameters < self.min_parameters:
-            return f"{parameters} parameters, fewer than {self.min_parameters}"
-        if self.parameters is not None and parameters > self.parameters:
-            return f"{parameters} parameters, more than {self.parameters}"
-        if self.operations is not None and operations > self.operations:
-            return f"{operations:.3g} operations, more than {self.operations:.3g}"
-        if self.latency is not None and latency is not None and latency > self.latency:
-            return f"{latency:.3g} ms, more than {self.latency:.3g}"
+    def excess(self, found: Candidate) -> str:
+        """What of a candidate is beyond the budget, or an empty string."""
+        if found.parameters < self.min_parameters:
+            return f"{found.parameters} parameters, fewer than {self.min_parameters}"
+        if self.parameters is not None and found.parameters > self.parameters:
+            return f"{found.parameters} parameters, more than {self.parameters}"
+        if self.operations is not None and found.operations > self.operations:
+            return f"{found.operations:.3g} operations, more than {self.operations:.3g}"
+        if self.latency is not None and found.latency is not None and found.latency > self.latency:
+            return f"{found.latency:.3g} ms, more than {self.latency:.3g}"
         return ""
 
 
@@ -154,20 +154,19 @@ class Examiner:
             raise InputError(f"{name!r} names no small network: mlp, convnet, cnn, resnet or circular with their sizes")
         with torch.device("meta"):  # a network beyond the budget may be larger than the memory
             outline = build_small(name, self.classes, self.shape)
-            parameters, operations = sum(p.numel() for p in outline.parameters()), _operations(outline, self.shape)
-        costs = {"student": name, "parameters": parameters, "operations": operations}
-        excess = self.budget.excess(parameters, operations, None)
-        if excess:
-            return Candidate(**costs, why=excess)
+            size, operations = sum(p.numel() for p in outline.parameters()), _operations(outline, self.shape)
+        found = Candidate(student=name, parameters=size, operations=operations)
+        if excess := self.budget.excess(found):
+            return found.model_copy(update={"why": excess})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = build_small(name, self.classes, self.shape)
-        costs["latency"] = latency(model, self.shape) if self.budget.latency is not None else None
-        excess = self.budget.excess(parameters, operations, costs["latency"])
-        if excess:
-            return Candidate(**costs, why=excess)
-        scores = dict(self.score(name, ClassifierAdapter(model, self.classes, normalise=normalisation(model))))
-        return Candidate(**costs, fits=True, scores=scores)
+        if self.budget.latency is not None:
+            found = found.model_copy(update={"latency": latency(model, self.shape)})
+        if excess := self.budget.excess(found):
+            return found.model_copy(update={"why": excess})
+        scores = self.score(name, ClassifierAdapter(model, self.classes, normalise=normalisation(model)))
+        return found.model_copy(update={"fits": True, "scores": dict(scores)})
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def synflow_score(model: nn.Module, shape: tuple[int, ...]) -> float | None:
     weights = [p for p in positive.parameters() if p.requires_grad]
     total = positive(torch.ones(1, *shape, dtype=torch.float64)).sum()
     slopes = torch.autograd.grad(total, weights, allow_unused=True)
-    value = sum(float((w * g).abs().sum()) for w, g in zip(weights, slopes, strict=True) if g is not None)
+    value = sum(float((w.detach() * g).abs().sum()) for w, g in zip(weights, slopes, strict=True) if g is not None)
     return _finite(math.log(value)) if value > 0 else None
 
 

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -55,11 +55,11 @@ from understudy.streaming import rowwise
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.tasks.base import MODULE
-from understudy.training import Method, Pipeline, PipelineContext, Requirements, Term, TrainState
+from understudy.training import Method, Pipeline, PipelineContext, Requirements, SetupContext, Term, TrainState
 from understudy.training.shapes import look
 
 Score = Literal["diswot", "relation", "semantic", "synflow", "jacobian", "parameters", "operations", "random"]
-SCORES: tuple[Score, ...] = Score.__args__  # type: ignore[attr-defined]
+SCORES: tuple[str, ...] = get_args(Score)
 _SHOWN = 20  # candidates in the report
 
 
@@ -262,7 +262,7 @@ class DisWOT(Pipeline):
         }
 
 
-def _correlation(seen: Sequence[Candidate], score: Score, accuracies: Mapping[str, float]) -> Correlation | None:
+def _correlation(seen: Sequence[Candidate], score: str, accuracies: Mapping[str, float]) -> Correlation | None:
     pairs = [(value, accuracies[c.student]) for c in seen if (value := c.score(score)) is not None]
     return rank_correlation([x for x, _ in pairs], [y for _, y in pairs])
 
@@ -342,30 +342,38 @@ class DisWOTKD(Method):
     def requires(self) -> Requirements:
         return Requirements(teacher_layers=True, teacher_model=True, temperature=self.temperature)
 
+    def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
+        head: Any = find_head(context.live_teacher())
+        if head is None:
+            raise InputError(f"Method {self.name!r} needs a teacher with a linear head of the classes.")
+        return {"teacher_head": head.weight.detach()}
+
     def taps(self, side: Literal["student", "teacher"], model: ModelAdapter, batch: Batch) -> Mapping[str, nn.Module]:
         name = self.student_layer if side == "student" else self.teacher_layer
         if name is not None:
             return {"map": layer(model.model, name)}
         found = stages(called_layers(model.model, lambda: look(model, batch)))
         if not found or find_head(model) is None:
-            raise InputError(f"Method {self.name!r} needs a {side} with features and a linear head of the classes.")
+            raise InputError(
+                f"Method {self.name!r} needs a {side} with inner features and a linear head of the classes."
+            )
         return {"map": found[-1]}
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
     ) -> dict[str, Term]:
-        assert teacher is not None and state.student is not None and state.context is not None
-        assert state.context.teacher_model is not None
+        assert teacher is not None and state.student is not None
         kd = rowwise(forward_kl, student.signal, teacher.signal, temperature=self.temperature, tau_squared=True)
         terms = {"kd": Term(kd, self.kd_weight)}
         if self.ce_weight:
             terms["ce"] = Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.ce_weight)
         ours, theirs = (feature_map(side.taps["map"][batch.mask]) for side in (student, teacher))
-        heads: list[Any] = [find_head(model) for model in (state.student, state.context.teacher_model)]
-        weights: list[Tensor] = [head.weight for head in heads]
-        semantic = partial(class_map_mse, student_head=weights[0], teacher_head=weights[1])
+        head: Any = find_head(state.student)
+        heads = {"student_head": head.weight, "teacher_head": state.tables["teacher_head"].to(theirs.device)}
         with torch.autocast(ours.device.type, enabled=False):
             relation = by_group(similarity_mse, ours.flatten(1), theirs.flatten(1), self.group)
             terms["relation"] = Term(relation, self.relation_weight)
-            terms["semantic"] = Term(by_group(semantic, ours, theirs, self.group), self.semantic_weight)
+            terms["semantic"] = Term(
+                by_group(partial(class_map_mse, **heads), ours, theirs, self.group), self.semantic_weight
+            )
         return terms

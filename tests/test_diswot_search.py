@@ -264,6 +264,7 @@ def test_a_search_ranks_trains_and_distils_and_resumes(tmp_path, monkeypatch):
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "Scores before training" in page and "diswot, before training" in page and whole.student in page
     assert whole.model.understudy["understudy_model"] == whole.student
+    assert (tmp_path / "whole" / "teacher").is_dir() and not list((tmp_path / "whole" / "runs").glob("*/teacher"))
 
     add, number = CandidateLog.add, []
 
@@ -314,6 +315,12 @@ def test_bad_options_are_refused_before_anything_runs(options, says, tmp_path):
     with pytest.raises(InputError, match=says):
         search({**SEARCH, "options": {**SEARCH["options"], **options}}, output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_an_architecture_of_its_own_is_refused(tmp_path):
+    members = {"members": {"a": "mlp:4", "b": "mlp:5"}}
+    with pytest.raises(InputError, match="name one model that runs here"):
+        search({**SEARCH, "teacher": members}, output=str(tmp_path / "run"))
 
 
 def test_its_losses_split_between_groups_and_reach_student_alone():

@@ -11,9 +11,7 @@ from rich.table import Table
 
 from understudy.cli.options import AsJson, Overrides, Overwrite, RecipePath, finite, load_recipe, out
 
-EPILOG = (
-    "Example: understudy search recipe.yaml --parameters 20000 --train 24 'options.students=[\"convnet:{width}\"]' …"
-)
+EPILOG = "Example: understudy search recipe.yaml --parameters 20000 --train 24 output=runs/search"
 _SHOWN = 10
 
 
@@ -34,7 +32,8 @@ def search_command(
 ) -> None:
     """Rank students of a teacher without training, and distil the best. Started again, it resumes.
 
-    The space and the rest are options of method `diswot` (`understudy show diswot`).
+    The space and the rest are options of method diswot, see `understudy show diswot`: options.students holds names with
+    blanks (resnet{depth}:{width}), options.ranges their values ({depth: [8, 14], width: {low: 4, high: 32, step: 4}}).
     """
     from understudy.runs.search import METHOD, search
 

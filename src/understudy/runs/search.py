@@ -43,7 +43,9 @@ def search(
     """Rank students of a teacher without training, by options of method `diswot`, and distil the best.
 
     Args:
-        recipe: as for `distill`, with the method `diswot`; `keys` override it.
+        recipe: as for `distill`, with the method `diswot`; `keys` override it. The space is in its options:
+            `students=["convnet:{width}", "resnet{depth}:{width}"]`,
+            `ranges={"width": {"low": 4, "high": 32, "step": 4}, "depth": [8, 14, 20]}`, `parameters=20000`.
 
     Started again on the same folder it resumes: candidates that are scored and runs that are finished are read.
 

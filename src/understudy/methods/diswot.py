@@ -104,7 +104,7 @@ class DisWOT(Pipeline):
     semantic: Semantic = Field("cam", description="Semantic score: of class maps, or of the head's gradients.")
     images: int = Field(64, ge=2, description="Of the batch that all candidates see.")
     repeats: int = Field(3, ge=1, description="Initialisations that a score is the mean of.")
-    evaluations: int = Field(1000, ge=1, description="Candidates to score.")
+    evaluations: int = Field(1000, ge=1, description="Candidates to score, at most.")
     population: int = Field(36, ge=2, description="Of the evolution.")
     tournament: int = Field(8, ge=1, description="Candidates of which the best becomes a parent.")
     train: int = Field(0, ge=0, description="Candidates, drawn at random, to train for the rank correlation.")

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from understudy.planning.plan import plan
     from understudy.runs.comparison import compare
     from understudy.runs.run import distill
+    from understudy.runs.search import search
     from understudy.training import Method, Term
 
 __version__ = "0.3.0"
-__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan"]
+__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan", "search"]
 
 _LAZY = {
     "distill": "understudy.runs.run",
     "compare": "understudy.runs.comparison",
     "plan": "understudy.planning",
+    "search": "understudy.runs.search",
     "Method": "understudy.training",
     "Term": "understudy.training",
 }

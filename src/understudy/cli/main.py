@@ -32,6 +32,8 @@ from understudy.cli.options import (
 )
 from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
+from understudy.cli.search import EPILOG as SEARCH_EPILOG
+from understudy.cli.search import search_command
 from understudy.errors import InputError
 from understudy.masking import masked_text
 
@@ -65,6 +67,7 @@ def common(
 app.add_typer(cache_commands.app, name="cache")
 app.command("generate", epilog=EPILOG)(generate_command)
 app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
+app.command("search", epilog=SEARCH_EPILOG, no_args_is_help=True)(search_command)
 
 
 def _names(incomplete: str) -> list[str]:

@@ -117,3 +117,25 @@ def disagreement_weights(student: Tensor, teacher: Tensor) -> Tensor:
             f"disagreement_weights: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape."
         )
     return (full(student.detach()) - full(teacher.detach()) + 1e-6).norm(dim=1).sigmoid()
+
+
+def channel_similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ over pairs of channels of (E_s[c, d] − E_t[c, d])², divided by the channels: `[images]`.
+
+    E is the Gram matrix of an image's channels over positions, its rows divided by their norms.
+
+    Args:
+        student, teacher: maps `[images, channels, height, width]` of equally many channels; sizes may differ.
+
+    Raises:
+        InputError: the channels differ.
+
+    Source: Liu et al. 2021 (ICKD), as released with DisWOT, whose semantic score is this on the gradients of each class.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise InputError(
+            f"channel_similarity_mse: the student has {student.shape[1]} channels and the teacher {teacher.shape[1]}: compare "
+            "layers of one width, or use class_map_mse."
+        )
+    ours, theirs = (unit(a @ a.transpose(1, 2)) for a in (full(x).flatten(2) for x in (student, teacher.detach())))
+    return (ours - theirs.to(ours.dtype)).square().sum((1, 2)) / student.shape[1]

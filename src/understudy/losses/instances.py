@@ -46,6 +46,38 @@ def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (gram_s - gram_t.to(gram_s.dtype)).square().mean(1)
 
 
+def class_map_mse(student: Tensor, teacher: Tensor, *, student_head: Tensor, teacher_head: Tensor) -> Tensor:
+    """Mean over pairs of classes of (S_s[n, m] − S_t[n, m])²: how the maps of the classes resemble each other.
+
+    The map of class n is Σ_c w[n, c] A[:, c] over all images and positions of the group; S is the Gram matrix of the maps,
+    its rows divided by their norms. The group has one value, which each of its images gets: `[images]`.
+
+    Args:
+        student, teacher: A, maps `[images, channels, height, width]`; channels and sizes may differ.
+        student_head, teacher_head: w, weights of the linear head `[classes, channels]`; the teacher's has no gradient.
+
+    Raises:
+        InputError: a head reads another number of channels than its map has, or the classes differ or are fewer than two.
+
+    Source: Dong et al. 2023 (DisWOT), the semantic similarity; the normalisation is reconstructed.
+    """
+    sides = {"student": (student, student_head), "teacher": (teacher.detach(), teacher_head.detach())}
+    for side, (features, head) in sides.items():
+        if features.shape[1] != head.shape[1]:
+            raise InputError(
+                f"class_map_mse: the {side}'s map has {features.shape[1]} channels and its head reads {head.shape[1]}: choose "
+                "the map that is pooled before the head."
+            )
+    if len(student_head) != len(teacher_head) or len(student_head) < 2:
+        raise InputError(
+            f"class_map_mse: the student has {len(student_head)} classes and the teacher {len(teacher_head)}: they must be the "
+            "same, and two or more."
+        )
+    maps = [torch.einsum("nc,bchw->nbhw", full(w), full(a)).flatten(1) for a, w in sides.values()]
+    gram_s, gram_t = (unit(g @ g.T) for g in maps)
+    return (gram_s - gram_t.to(gram_s.dtype)).square().mean().expand(len(student))
+
+
 def distance_relation(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over j of huber(ψ_s[i, j] − ψ_t[i, j]), with ψ the distances divided by their mean in the group: `[images]`.
 

@@ -55,6 +55,45 @@ class ConvNet(nn.Module):
         return self.head(self.body(pixels))
 
 
+class StagedConvNet(nn.Module):
+    """Stages of convolutions with batch normalisation, halved in size between stages, average pooling and a linear head.
+
+    Args:
+        stages: width, number of convolutions and kernel size of each.
+        skip: add its input to a convolution's output where both have one width.
+    """
+
+    def __init__(self, channels: int, stages: list[tuple[int, int, int]], classes: int, skip: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (width, depth, kernel) in enumerate(stages):
+            if not (width and depth and kernel % 2):
+                raise InputError(
+                    f"A stage of width {width}, depth {depth} and kernel {kernel}: both must be 1 or more, and the kernel odd."
+                )
+            layers += [nn.MaxPool2d(2)] if i else []
+            for inputs in (channels, *[width] * (depth - 1)):
+                layers.append(_Convolution(inputs, width, kernel, skip))
+            channels = width
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.body(pixels))
+
+
+class _Convolution(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int, skip: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.skip = skip and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        return x + y if self.skip else y
+
+
 class Circular(nn.Module):
     """Three convolutions with circular padding, and a linear head on the maximum of each channel.
 
@@ -120,9 +159,11 @@ class ResNet(nn.Module):
 
 def is_small(name: str) -> bool:
     """Whether `name` is a small network: `mlp:64,64`, `mlp:hidden=64,layers=3,dropout=0.5`, `convnet:16`, `resnet20`,
-    `resnet20:8` (width 8), `circular:32`, `circular:32,flat`, or a graph network (`gcn`, `sage`, `gat`, with options
-    like the MLP's)."""
-    known = r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?"
+    `resnet20:8` (width 8), `cnn:8x1k3,16x2k5,skip` (stages of width x depth k kernel, with skip connections),
+    `circular:32`, `circular:32,flat`, or a graph network (`gcn`, `sage`, `gat`, with options like the MLP's)."""
+    known = (
+        r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?|cnn:\d+x\d+k\d+(,\d+x\d+k\d+)*(,skip)?"
+    )
     return re.fullmatch(known, name) is not None or has_options(name)
 
 
@@ -139,6 +180,9 @@ def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         model = MLP(torch.Size(shape).numel(), hidden, classes)
     elif kind == "convnet":
         model = ConvNet(shape[0], int(rest or 16), classes)
+    elif kind == "cnn":
+        stages = [(int(w), int(d), int(k)) for w, d, k in re.findall(r"(\d+)x(\d+)k(\d+)", rest)]
+        model = StagedConvNet(shape[0], stages, classes, rest.endswith(",skip"))
     elif kind == "circular":
         width, _, flat = rest.partition(",")
         model = Circular(shape, int(width), classes, bool(flat))

@@ -171,7 +171,11 @@ def stages(calls: list[tuple[nn.Module, Tensor]]) -> list[nn.Module]:
     found = [(place, m) for axes, place, m in seen if axes == last and place is not None]
     if last is None:
         found = [(tuple(y.shape[1:]), m) for m, y in own if y.dim() == 2 and y is not own[-1][1]]
-    return list(dict(found).values())
+    last_of: dict[Any, nn.Module] = {}
+    for place, module in found:
+        last_of.pop(place, None)  # a resolution that comes back takes its place behind those before
+        last_of[place] = module
+    return list(last_of.values())
 
 
 def _place(shape: torch.Size) -> tuple[int, ...] | None:

@@ -189,7 +189,10 @@ def _own_samples(lines: list[dict[str, Any]]) -> list[Panel]:
 
 
 def _panels(evaluation: dict[str, Any]) -> list[Panel]:
-    panels = []
+    panels: list[Panel] = [
+        _panel(s["title"], plots.scatter(s["points"], s["xlabel"], s["ylabel"]), s["caption"])
+        for s in evaluation.get("scatters", [])
+    ]
     if "reliability" in evaluation:
         panels.append(
             _panel(

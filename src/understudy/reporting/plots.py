@@ -115,6 +115,15 @@ def intervals(rows: Sequence[Mapping[str, Any]], metric: str, reference: float |
         return _svg(figure)
 
 
+def scatter(points: Sequence[tuple[float, float]], xlabel: str, ylabel: str) -> str:
+    """Points `(x, y)`."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure()
+        axes.scatter([x for x, _ in points], [y for _, y in points], color=_SERIES[0], alpha=0.8)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        return _svg(figure)
+
+
 def reliability_diagram(table: Mapping[str, Any]) -> str:
     """Accuracy against confidence; the size of a dot is the fraction of rows in its bin."""
     with plt.rc_context(_STYLE):

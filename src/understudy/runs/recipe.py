@@ -168,7 +168,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
             f"for the task's own, or choose a method without (method={task.baseline})."
         )
     given = _with_domains(recipe)
-    if isinstance(recipe.build_method(), Pipeline) and requires.needs_teacher:
+    method = recipe.build_method()
+    if isinstance(method, Pipeline) and method.teacher_writes and requires.needs_teacher:
         given.setdefault("teacher", {"model": ORACLE})  # where the task has none it says so
     filled = task.fill(given)
     if alone:

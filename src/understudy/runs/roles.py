@@ -26,7 +26,8 @@ def check_roles(
     """
     if budget is not None and not isinstance(method, Pipeline):
         raise InputError(f"budget bounds what a procedure asks and method {name!r} is none: leave it out.")
-    if isinstance(method, Pipeline) and teacher is not None and teacher.train is not None:
+    writes = isinstance(method, Pipeline) and method.teacher_writes
+    if writes and teacher is not None and teacher.train is not None:
         raise InputError(f"Method {name!r} asks its teacher to write and trains none: leave out teacher.train.")
     for role, spec in roles.items():
         if role not in method.roles:

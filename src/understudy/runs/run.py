@@ -178,7 +178,7 @@ def _run(
     before = None if overwrite else read_json(folder / "run.json")
     journal = Journal(recipe, overwrite, [*(before or {}).get("lengthened", []), *longer])
     if isinstance(recipe.build_method(), Pipeline):
-        return _run_pipeline(recipe, journal, progress, callbacks)
+        return _run_pipeline(recipe, journal, home, progress, callbacks)
     return _fit(recipe, task, journal, home, progress, modules, callbacks)
 
 
@@ -309,14 +309,17 @@ def _setup_context(
     )
 
 
-def _run_pipeline(recipe: Recipe, journal: Journal, progress: bool, callbacks: Sequence[TrainerCallback]) -> Result:
+def _run_pipeline(
+    recipe: Recipe, journal: Journal, home: Path, progress: bool, callbacks: Sequence[TrainerCallback]
+) -> Result:
     """Run the stages of a pipeline in order, each with a file or a run of its own in the folder."""
     folder, method = journal.folder, recipe.build_method()
     assert isinstance(method, Pipeline)
 
     def train_inside(name: str, values: Mapping[str, Any]) -> Result:
         inner = make({**values, "output": str(folder / name)})
-        result = run(inner, progress=progress, callbacks=callbacks, overwrite=journal.overwrite)
+        shared = None if method.teacher_writes else home
+        result = run(inner, progress=progress, home=shared, callbacks=callbacks, overwrite=journal.overwrite)
         if result.interrupted:
             raise KeyboardInterrupt
         return result

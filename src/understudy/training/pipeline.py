@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import Field
 
@@ -172,7 +172,13 @@ class PipelineContext:
 
 
 class Pipeline(Method):
-    """Base of procedures. Subclasses write `run`; their options are fields, like those of any method."""
+    """Base of procedures. Subclasses write `run`; their options are fields, like those of any method.
+
+    Class attribute: `teacher_writes`, whether the teacher is asked for text: it is the world's oracle where a recipe names
+    none, and is not trained first. Otherwise the procedure's runs learn from it, and share it if it is trained first.
+    """
+
+    teacher_writes: ClassVar[bool] = True
 
     log: str | None = Field(None, description="Folder of the request logs, to share them between runs.")
 

@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from understudy.planning.plan import plan
     from understudy.runs.comparison import compare
     from understudy.runs.run import distill
+    from understudy.runs.study import study
     from understudy.training import Method, Term
 
 __version__ = "0.2.0"
-__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan"]
+__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan", "study"]
 
 _LAZY = {
     "distill": "understudy.runs.run",
     "compare": "understudy.runs.comparison",
     "plan": "understudy.planning",
+    "study": "understudy.runs.study",
     "Method": "understudy.training",
     "Term": "understudy.training",
 }

@@ -15,7 +15,7 @@ FEWEST = 3
 """Values below which no test is made."""
 
 
-class Test(NamedTuple):
+class SignificanceTest(NamedTuple):
     """A test's result.
 
     Args:
@@ -33,7 +33,7 @@ class Test(NamedTuple):
         return {**numbers, "n": self.n, "reason": self.reason}
 
 
-def gains_above_zero(gains: Sequence[float]) -> Test:
+def gains_above_zero(gains: Sequence[float]) -> SignificanceTest:
     """One-sided one-sample t-test of the mean gain against 0: p is small where gains are above 0.
 
     Raises:
@@ -44,10 +44,10 @@ def gains_above_zero(gains: Sequence[float]) -> Test:
     if reason is not None:
         return _none(len(values), reason)
     found = stats.ttest_1samp(values, 0.0, alternative="greater")
-    return Test(float(found.statistic), float(found.pvalue), len(values))
+    return SignificanceTest(float(found.statistic), float(found.pvalue), len(values))
 
 
-def anova(groups: Mapping[str, Sequence[float]]) -> Test:
+def anova(groups: Mapping[str, Sequence[float]]) -> SignificanceTest:
     """One-way ANOVA of gains across methods: p is small where methods differ.
 
     Args:
@@ -68,10 +68,10 @@ def anova(groups: Mapping[str, Sequence[float]]) -> Test:
     if reason is not None:
         return _none(n, reason)
     found = stats.f_oneway(*parts)
-    return Test(float(found.statistic), float(found.pvalue), n)
+    return SignificanceTest(float(found.statistic), float(found.pvalue), n)
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], what: str = "the values") -> Test:
+def rank_correlation(x: Sequence[float], y: Sequence[float], what: str = "the values") -> SignificanceTest:
     """Spearman's ρ with two-sided p; ties have their average rank.
 
     Args:
@@ -91,7 +91,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], what: str = "the va
     if reason is not None:
         return _none(len(first), reason)
     found = stats.spearmanr(first, second)
-    return Test(float(found.statistic), float(found.pvalue), len(first))
+    return SignificanceTest(float(found.statistic), float(found.pvalue), len(first))
 
 
 def _finite(what: str, values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -111,5 +111,5 @@ def _too_few(n: int) -> str | None:
     return f"{n} of at least {FEWEST} values" if n < FEWEST else None
 
 
-def _none(n: int, reason: str) -> Test:
-    return Test(math.nan, math.nan, n, reason)
+def _none(n: int, reason: str) -> SignificanceTest:
+    return SignificanceTest(math.nan, math.nan, n, reason)

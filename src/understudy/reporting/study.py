@@ -28,6 +28,11 @@ VARIABLES = {
     "fidelity": "fidelity to the teacher",
 }
 """What gains are correlated with, by the key of a point."""
+FIDELITY = {
+    "kl": "KL divergence from the teacher (smaller is closer)",
+    "rationale_bleu": "BLEU of rationales against the teacher's",
+}
+"""What the measures of fidelity are."""
 
 
 @dataclass(frozen=True)
@@ -249,14 +254,13 @@ ANSWERED = ["question", "test", "p", "points", "answer"]
 
 def answers(tests: Mapping[str, Any], measures: Sequence[str]) -> list[list[str]]:
     """The tests as questions with their answers."""
-    named = dict(zip(("agreement", "fidelity"), measures, strict=True))
+    named = {**VARIABLES, "fidelity": FIDELITY.get(measures[1], measures[1])}
     asked: list[tuple[str, str, Mapping[str, Any], Callable[[Mapping[str, Any]], str]]]
     asked = [("Is the student better than alone?", "t", tests["gains"], _yes)]
     asked += [(f"… with {name}?", "t", test, _yes) for name, test in tests["by_method"].items()]
     asked.append(("Do the methods differ?", "F", tests["anova"], _yes))
     for key, test in tests["spearman"].items():
-        what = VARIABLES[key] + (f" ({named[key]})" if key in named else "")
-        asked.append((f"Do gains go with {what}?", "ρ", test, _direction))
+        asked.append((f"Do gains go with {named[key]}?", "ρ", test, _direction))
     found = []
     for question, sign, test, say in asked:
         if test["reason"] is not None:

@@ -55,8 +55,9 @@ def test_objectives_have_the_values_and_gradients_of_the_official_code(g):
     loss.backward()
     close(loss, g["code_gkd"], rtol=1e-6)
     close(student.grad, g["grad_code_gkd"], rtol=1e-6)
-    noisy = g["teacher_logits"] + g["sigma"] * g["unit_noise"]
-    values = losses.forward_kl(g["student_logits"][mask], noisy[mask])
+    sides, noise = [g[f"{side}_logits"][mask] for side in ("student", "teacher")], g["sigma"] * g["unit_noise"][mask]
+    values = losses.with_noise(losses.forward_kl, *sides, noise)
+    assert torch.equal(losses.with_noise(losses.forward_kl, *sides, 0 * noise), losses.forward_kl(*sides))
     close(sequence_mean(values, mask), g["noisy_exact_kld_tau1.0"])
 
 

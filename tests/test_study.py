@@ -2,20 +2,25 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from torch.utils.data import DataLoader
 
 from engine_cases import DIGITS
 from golden_vectors import golden
-from understudy import InputError, compare, distill, study
+from understudy import InputError, compare, distill, losses, study
 from understudy.cli.main import main
+from understudy.data import Batch
 from understudy.evaluation.fidelity import answer_agreement
 from understudy.files import digest, read_json, write_json
+from understudy.methods import get as get_method
 from understudy.reporting.study import Record, answers, assemble, best_temperature, notes, points, rows
 from understudy.runs.measured import family_of, label_of
 from understudy.runs.recipe import make
+from understudy.targets import Dense
 from understudy.tasks import get
 
 
@@ -204,6 +209,30 @@ def test_a_run_that_was_not_compared_with_its_teacher_is_evaluated_again(tmp_pat
     assert point["agreement_alone"] == pytest.approx(wanted["sft"][0])
     monkeypatch.setattr("understudy.runs.measured.evaluate_run", None)  # kept, not computed again
     assert study(tmp_path / "c", output=tmp_path / "s").data == first.data
+
+
+def test_noise_on_the_teacher_depends_on_step_and_example_alone():
+    method, state = get_method("kd")(teacher_noise=2.0, ce_weight=0), SimpleNamespace(step=3, seed=1)
+    sides = [torch.randn(7, 5).double() for _ in range(2)]
+    labels = torch.tensor([[-100, 1, 2, -100], [-100, -100, 3, 4], [-100, 0, 1, 2]])
+
+    def values(examples, step=3):
+        rows = torch.isin(torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor(examples))
+        batch = Batch({}, labels[examples], torch.tensor([10, 11, 12])[examples])
+        student, teacher = (SimpleNamespace(signal=Dense(side[rows])) for side in sides)
+        state.step = step
+        return method.loss(student, teacher, batch, state)["kd"].values
+
+    whole = values([0, 1, 2])
+    torch.testing.assert_close(torch.cat([values([0]), values([1, 2])]), whole, rtol=1e-12, atol=0)
+    assert not torch.isclose(values([0, 1, 2], step=4), whole).any()
+    clean = get_method("kd")(teacher_noise=0.0, ce_weight=0)
+    assert not torch.isclose(whole, losses.forward_kl(*sides, temperature=2.0, tau_squared=True)).any()
+    method = clean
+    assert torch.equal(values([0, 1, 2]), losses.forward_kl(*sides, temperature=2.0, tau_squared=True))
+    for bad in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="teacher_noise"):
+            make({"method": "kd", "options": {"teacher_noise": bad}})
 
 
 LLAMA = "llama:hidden=16,layers=1,heads=2"

@@ -20,6 +20,7 @@ from understudy.methods import get as get_method
 from understudy.reporting.study import Record, answers, assemble, best_temperature, notes, points, rows
 from understudy.runs.measured import family_of, label_of
 from understudy.runs.recipe import make
+from understudy.runs.study import EXAMPLE
 from understudy.targets import Dense
 from understudy.tasks import get
 
@@ -58,7 +59,10 @@ def test_the_published_table_through_the_whole_study():
         pytest.skip("only the public file holds the published table")
     records = []
     for i, gain in enumerate(g["paper_math_improvement"].tolist()):
-        facts = {"student_size": float(g["paper_math_size"][i]), "teacher_score": float(g["paper_math_teacher_score"][i])}
+        facts = {
+            "student_size": float(g["paper_math_size"][i]),
+            "teacher_score": float(g["paper_math_teacher_score"][i]),
+        }
         own = {"student": f"s{i}", "teacher": f"t{i}"}
         records += [record(gain, f"m{int(g['paper_math_method'][i])}", **own, **facts), record(0.0, "sft", **own)]
     found = assemble(records, baseline="sft", metric="accuracy")["best_temperature"]
@@ -95,7 +99,9 @@ def test_temperatures_are_maximised_over_and_also_held():
 
 
 def test_gains_are_paired_over_seeds_and_signed_by_the_metric():
-    records = [record(s, m, seed=i) for m, scores in {"sft": (3, 4), "kd": (1, 3)}.items() for i, s in enumerate(scores)]
+    records = [
+        record(s, m, seed=i) for m, scores in {"sft": (3, 4), "kd": (1, 3)}.items() for i, s in enumerate(scores)
+    ]
     (up,), (down,) = points(records, "sft"), points(records, "sft", higher_is_better=False)
     assert up["gain"] == -1.5 and down["gain"] == 1.5 and down["seeds"] == 2
     assert down["gain_interval"] == [-x for x in up["gain_interval"][::-1]]
@@ -109,7 +115,10 @@ def test_gains_are_paired_over_seeds_and_signed_by_the_metric():
     ("records", "says"),
     [
         ([record(0.5, "sft")], "Every run is of 'sft'"),
-        ([record(0.5, "sft", student="s"), record(0.5, student="r")], "no run of 'sft' with student r, data d and seed 0"),
+        (
+            [record(0.5, "sft", student="s"), record(0.5, student="r")],
+            "no run of 'sft' with student r, data d and seed 0",
+        ),
         ([record(0.5, "sft"), record(0.5, seed=1)], "seed 1 to measure its gain"),
         ([record(0.5, "sft"), record(0.5), record(0.6)], "have the same data, teacher, student, method"),
         ([record(0.5, "sft", temperature=t) for t in (1.0, 2.0)] + [record(0.5)], "'sft' has several temperatures"),
@@ -149,6 +158,7 @@ def stamps(folder):
     return {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file() and "student" in f.parts}
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_once_and_resumes(done, tmp_path):
     found, folder = done.data, done.folder
     assert {(p["teacher"], p["student"], p["method"], p["temperature"]) for p in done.table} == {
@@ -156,7 +166,9 @@ def test_a_grid_is_trained_once_and_resumes(done, tmp_path):
     }
     assert found["baseline"] == "sft" and len(found["runs"]) == 6 and found["notes"] == []
     assert {p["student_size"] for p in done.table} == {64 * 4 + 4 + 50, 64 * 6 + 6 + 70}
-    assert all(p[k] is not None for p in done.table for k in ("agreement", "agreement_alone", "fidelity", "teacher_score"))
+    assert all(
+        p[k] is not None for p in done.table for k in ("agreement", "agreement_alone", "fidelity", "teacher_score")
+    )
     assert len(list(folder.rglob("teacher/student"))) == 1  # trained once, not once a pair
     assert read_json(folder / "study.json") == json.loads(json.dumps(found))
     html = (folder / "report.html").read_text()
@@ -172,6 +184,7 @@ def test_a_grid_is_trained_once_and_resumes(done, tmp_path):
     assert read_json(folder / "study.json") == json.loads(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_folders_of_runs_are_studied_as_the_grid_is(done, tmp_path, monkeypatch, capsys):
     again = study([done.folder], output=tmp_path / "again")
     assert again.table == done.table
@@ -184,7 +197,9 @@ def test_folders_of_runs_are_studied_as_the_grid_is(done, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         main(words)
     said = capsys.readouterr().out
-    assert stop.value.code == 0 and "Do gains go with the student's size?" in said and "no test: 1 of at least 3" in said
+    assert (
+        stop.value.code == 0 and "Do gains go with the student's size?" in said and "no test: 1 of at least 3" in said
+    )
     assert len(json.loads((tmp_path / "out.json").read_text())["points"]) == 2
     (tmp_path / "runs" / "report.html").unlink()
     with pytest.raises(SystemExit):
@@ -259,6 +274,19 @@ def test_language_models_and_reasoning(tmp_path):
     loader = DataLoader(prepared.test, batch_size=6, collate_fn=prepared.collate)
     metrics = task.evaluate(model, model, loader)["metrics"]
     assert metrics["answer_agreement"] == 1 and metrics["rationale_bleu"] == pytest.approx(100)
+
+
+def test_the_example_of_the_page_is_a_grid(tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def held(*given):
+        raise Begun
+
+    monkeypatch.setattr("understudy.runs.study.held", held)
+    (tmp_path / "study.yaml").write_text(EXAMPLE)
+    with pytest.raises(Begun):
+        study(tmp_path / "study.yaml")
 
 
 @pytest.mark.parametrize(

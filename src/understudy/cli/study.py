@@ -38,7 +38,9 @@ def study_command(
     overrides = [item for item in given if "=" in item and not Path(item).exists()]
     paths = [item for item in given if item not in overrides]
     if not paths:
-        raise InputError("A study needs a YAML recipe, or folders of runs: understudy study study.yaml output=runs/study.")
+        raise InputError(
+            "A study needs a YAML recipe, or folders of runs: understudy study study.yaml output=runs/study."
+        )
     if output is not None:
         works_in(output)
     found = study(

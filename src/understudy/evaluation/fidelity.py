@@ -110,7 +110,9 @@ def rationale_bleu(teacher: Sequence[str], student: Sequence[str]) -> float:
         InputError: different numbers of rationales, or none.
     """
     if len(teacher) != len(student) or not teacher:
-        raise InputError(f"The teacher has {len(teacher)} rationales and the student {len(student)}: give both of each.")
+        raise InputError(
+            f"The teacher has {len(teacher)} rationales and the student {len(student)}: give both of each."
+        )
     return fmean(sentence_bleu(words(t), words(s)) for t, s in zip(teacher, student, strict=True))
 
 

@@ -127,7 +127,8 @@ def dots(
         figure, axes = _figure()
         axes.axhline(0, color=_INK, linewidth=0.8)
         for i, (name, points) in enumerate(groups.items()):
-            axes.scatter(*zip(*points, strict=True), color=_SERIES[i % len(_SERIES)], s=28, label=name)
+            x, y = ([p[axis] for p in points] for axis in (0, 1))
+            axes.scatter(x, y, color=_SERIES[i % len(_SERIES)], s=28, label=name)
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
         if len(groups) > 1:
             axes.legend()

@@ -132,7 +132,9 @@ class _Alone:
     def of(self, run: Record, baseline: str) -> Record:
         candidates = self.known.get((run.data, run.student, run.seed), [])
         if len({c.temperature for c in candidates}) > 1:
-            raise InputError(f"The baseline {baseline!r} has several temperatures: choose one that gains are measured against.")
+            raise InputError(
+                f"The baseline {baseline!r} has several temperatures: choose one that gains are measured against."
+            )
         if not candidates:
             raise InputError(
                 f"{run.folder or run.method}: there is no run of {baseline!r} with student {run.student}, data {run.data} and "
@@ -215,7 +217,10 @@ def assemble(
         "points": found,
         "best_temperature": tested(best_temperature(found)),
         "fixed_temperature": fixed if len(fixed) > 1 else {},
-        "gains_with_less_agreement": [sum(p["gain"] > 0 > p["agreement"] - p["agreement_alone"] for p in known), len(known)],
+        "gains_with_less_agreement": [
+            sum(p["gain"] > 0 > p["agreement"] - p["agreement_alone"] for p in known),
+            len(known),
+        ],
         "runs": [vars(r) for r in records],
     }
 
@@ -291,9 +296,13 @@ def notes(study: Mapping[str, Any]) -> list[str]:
         "Points that share a teacher or a student are not independent, and the tests take them as if they were.",
     ]
     if study["fixed_temperature"]:
-        said.append("The best τ is chosen by the gain that is tested, which is optimistic; tests with τ fixed are beside it.")
+        said.append(
+            "The best τ is chosen by the gain that is tested, which is optimistic; tests with τ fixed are beside it."
+        )
     if known:
-        said.append(f"{fewer} of {known} points gain and yet agree less with the teacher than the student trained alone.")
+        said.append(
+            f"{fewer} of {known} points gain and yet agree less with the teacher than the student trained alone."
+        )
     return [*said, *study.get("notes", [])]
 
 

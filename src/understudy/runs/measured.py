@@ -136,9 +136,7 @@ def _hash(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(str(facts.get("hashes", {}).get("data")).encode()).hexdigest()
 
 
-def _record(
-    place: Place, recipe: Recipe, metrics: Mapping[str, Any], data: str, task: Task, home: Path
-) -> Record:
+def _record(place: Place, recipe: Recipe, metrics: Mapping[str, Any], data: str, task: Task, home: Path) -> Record:
     agreement, fidelity = (metrics.get(name) for name in task.fidelity)
     option = getattr(recipe.build_method(), "temperature", None)
     return Record(

@@ -25,6 +25,35 @@ from understudy.runs.run import inputs, run, trained_first
 from understudy.runs.specs import ModelSpec
 from understudy.tasks import get as get_task
 
+PAGE = {
+    "when": "To know whether distillation pays for your teachers and students, which method and temperature, and whether what "
+    "is gained is the teacher's way of answering. It reports the gain over training alone with its interval over seeds, "
+    "agreement (of classes, tokens, or parsed answers), the KL divergence or the BLEU of rationales, and which of the "
+    "differences are real: a t-test of gains, an ANOVA across methods, rank correlations with size, scores, agreement and "
+    "fidelity. SeqKD is `understudy generate` and then `sft`; token-level KL on the data is the arm `forward_kl`, RevKD "
+    "`reverse_kl`, GKD `jsd` with `on_policy` (each with `ce_weight: 0`), noise `teacher_noise`, a teacher that does not "
+    "know the task one without `train`.",
+    "not": "With fewer than three teacher-student-method points there is no test, and a point's runs need a run of the same "
+    "student, data and seed without a teacher.",
+    "deviations": "A gain is paired over seeds. The paper takes the best temperature before it tests; the same tests with the "
+    "temperature fixed stand beside it. BLEU is BLEU itself, not the cosine that the paper's table calls so. The 1e-9 that the "
+    "official code adds to probabilities is left out. Correlations with KL have the opposite sign of those with BLEU.",
+}
+EXAMPLE = """
+task: image_classification
+data: {name: digits, limit: 150, teacher_limit: 900}
+teachers:
+  knows: {model: "mlp:256", train: {max_steps: 800}}
+  unaware: {model: "mlp:256"}
+students: ["mlp:6", "mlp:16", "mlp:64"]
+arms:
+  sft: {}
+  fkl: {method: forward_kl, options: {ce_weight: 0}}
+  rkl: {method: reverse_kl, options: {ce_weight: 0}}
+temperatures: [1, 2, 5]
+output: runs/study
+"""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -139,7 +168,9 @@ def _grown(
     with held(folder, inputs(base)):
         found: list[Place] = []
         for name, (teacher, student) in pairs.items():
-            cell = _taught(cells[name], folder / "teachers" / places(teachers, "Teachers")[teacher], overwrite, progress)
+            cell = _taught(
+                cells[name], folder / "teachers" / places(teachers, "Teachers")[teacher], overwrite, progress
+            )
             done = compare(cell, list(arms), seeds, arms=arms, workers=workers, overwrite=overwrite, progress=progress)
             found += [
                 Place(done.folder / r["folder"], teacher, student, families[r["method"]]) for r in done.data["runs"]
@@ -151,9 +182,7 @@ def _plain(spec: ModelSpec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude_none=True)
 
 
-def _arms(
-    base: Recipe, given: Mapping[str, Any], grid: Grid
-) -> tuple[dict[str, dict[str, Any]], dict[str, str], str]:
+def _arms(base: Recipe, given: Mapping[str, Any], grid: Grid) -> tuple[dict[str, dict[str, Any]], dict[str, str], str]:
     """The arms with their temperatures, the method that each is called by in the study, and that of the baseline."""
     alone = get_task(base.task).baseline
     read = {name: read_arm(name, values) for name, values in (given or {"kd": {"method": "kd"}}).items()}

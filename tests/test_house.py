@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from engine_cases import DIGITS
-from understudy.catalogue import catalogue, find, papers
+from understudy.catalogue import STUDIES, catalogue, find, papers
 from understudy.errors import InputError
 from understudy.methods import all_methods
 from understudy.pages import drawing, findings, page, rooms, table
@@ -101,7 +101,7 @@ def test_files_and_functions_keep_their_size():
 def test_the_catalogue_has_all_papers_once():
     entries = [e for e in catalogue() if e.number is not None]
     assert [e.number for e in entries] == list(range(1, 42))
-    assert {e.name for e in catalogue() if e.status == "works"} == set(all_methods())
+    assert {e.name for e in catalogue() if e.status == "works" and e.number not in STUDIES} == set(all_methods())
     assert {e.number for e in entries if e.access == "black"} == {1, 11, 16, 21, 24, 28, 34, 36}
     for column, known in TAXONOMY.items():  # no word that the survey lacks, and each of its words at least once
         assert {v for r in papers() for v in r[column].split(";")} == set(known.split()), column

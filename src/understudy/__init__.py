@@ -11,16 +11,18 @@ if TYPE_CHECKING:
     from understudy.runs.comparison import compare
     from understudy.runs.run import distill
     from understudy.runs.search import search
+    from understudy.runs.study import study
     from understudy.training import Method, Term
 
 __version__ = "0.3.0"
-__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan", "search"]
+__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan", "search", "study"]
 
 _LAZY = {
     "distill": "understudy.runs.run",
     "compare": "understudy.runs.comparison",
     "plan": "understudy.planning",
     "search": "understudy.runs.search",
+    "study": "understudy.runs.study",
     "Method": "understudy.training",
     "Term": "understudy.training",
 }

@@ -1,6 +1,6 @@
 """The catalogue: all 41 papers with their place in the survey's taxonomy, and which of them are implemented here.
 
-The facts of the papers are in `papers.csv`; the status is derived from the methods.
+The facts of the papers are in `papers.csv`; the status is derived from the methods and from `STUDIES`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 from understudy.errors import InputError, nearest
 from understudy.methods import all_methods, variants
 from understudy.training import Method, Requirements
+
+STUDIES = {14: "study"}
+"""The commands of papers that are no method but a study of methods, by number."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def _paper(row: dict[str, str], method: type[Method] | None) -> Entry:
         title=row["title"],
         year=int(row["year"]),
         family=row["family"],
-        status="works" if method else "planned",
+        status="works" if method or int(row["number"]) in STUDIES else "planned",
         kind=row["kind"],
         elicitation=tuple(row["elicitation"].split(";")),
         algorithm=tuple(row["algorithm"].split(";")),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
-from understudy.catalogue import Entry, catalogue, requirements
+from understudy.catalogue import STUDIES, Entry, catalogue, requirements
 from understudy.claims import claims
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
+from understudy.runs import study
 
 
 def page(entry: Entry) -> str:
@@ -18,14 +21,12 @@ def page(entry: Entry) -> str:
     head = f"# {entry.number}. {entry.title} ({entry.year})" if entry.number else f"# {entry.title}"
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
-    if method is None:
+    if entry.number in STUDIES:
+        lines += _study(entry)
+    elif method is None:
         lines += ["Planned: no method of this name is registered yet.", ""]
     else:
-        facts = method.page
-        lines += [(method.__doc__ or "").strip(), ""]
-        for key, title in (("when", "Use it"), ("not", "Do not use it"), ("deviations", "Deviations from the paper")):
-            if key in facts:
-                lines += [f"**{title}.** {facts[key]}", ""]
+        lines += [(method.__doc__ or "").strip(), "", *_facts(method.page)]
         lines += [f"**Cost.** {method.cost}.", ""]
         lines += [
             f"**Needs.** {', '.join(requirements(method).names) or 'labels alone'}; "
@@ -33,23 +34,49 @@ def page(entry: Entry) -> str:
             "",
         ]
         if method.model_fields:
-            lines += ["| option | values | default | what |", "|---|---|---|---|"]
-            lines += [
-                f"| `{k.name.removeprefix('options.')}` | {k.type} | `{k.default}` | {k.meaning} |"
-                for k in of_model(method, "options.")
-            ]
-            lines.append("")
+            lines += _options(method, "option")
         others = [f"`method={other}`" for other, (name, _) in variants().items() if name == entry.name]
         if others:
             lines += [f"Variants have names of their own: {', '.join(others)}.", ""]
-        claimed = f" · `understudy reproduce {entry.name}`" if entry.name in claims() else ""
-        lines += [f"`understudy train method={entry.name}`{claimed}", ""]
+        lines += [f"`understudy train method={entry.name}`{_claimed(entry)}", ""]
     if entry.number:
         lines.append(
             f"Taxonomy: knowledge by {', '.join(entry.elicitation)}; algorithm {', '.join(entry.algorithm)}; "
             f"access {entry.access}."
         )
     return "\n".join(lines)
+
+
+def _facts(facts: Mapping[str, str]) -> list[str]:
+    """When to use it, when not, and deviations from the paper."""
+    titles = {"when": "Use it", "not": "Do not use it", "deviations": "Deviations from the paper"}
+    return [line for key, title in titles.items() if key in facts for line in (f"**{title}.** {facts[key]}", "")]
+
+
+def _options(model: Any, heading: str) -> list[str]:
+    """The fields of a method or of a study's keys as a table."""
+    lines = [f"| {heading} | values | default | what |", "|---|---|---|---|"]
+    return [*lines, *(f"| `{k.name}` | {k.type} | `{k.default}` | {k.meaning} |" for k in of_model(model, "")), ""]
+
+
+def _study(entry: Entry) -> list[str]:
+    """What a study says, which keys it has beside a recipe's, and an example of one."""
+    return [
+        *((study.study.__doc__ or "").strip().splitlines()[:1]),
+        "",
+        *_facts(study.PAGE),
+        *_options(study.Grid, "key beside a recipe's"),
+        "```yaml",
+        *study.EXAMPLE.strip().splitlines(),
+        "```",
+        "",
+        f"`understudy study study.yaml` · `understudy study runs/a runs/b --output runs/study`{_claimed(entry)}",
+        "",
+    ]
+
+
+def _claimed(entry: Entry) -> str:
+    return f" · `understudy reproduce {entry.name}`" if entry.name in claims() else ""
 
 
 def table() -> str:

@@ -34,6 +34,8 @@ from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
 from understudy.cli.search import EPILOG as SEARCH_EPILOG
 from understudy.cli.search import search_command
+from understudy.cli.study import EPILOG as STUDY_EPILOG
+from understudy.cli.study import study_command
 from understudy.errors import InputError
 from understudy.masking import masked_text
 
@@ -68,6 +70,7 @@ app.add_typer(cache_commands.app, name="cache")
 app.command("generate", epilog=EPILOG)(generate_command)
 app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
 app.command("search", epilog=SEARCH_EPILOG, no_args_is_help=True)(search_command)
+app.command("study", epilog=STUDY_EPILOG, no_args_is_help=True)(study_command)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -282,17 +285,21 @@ def evaluate(
 
 
 @app.command(epilog="Example: understudy report runs/demo")
-def report(folder: Annotated[Path, typer.Argument(help="A run folder, or one of a comparison.")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(help="A run folder, or one of a comparison or study.")]) -> None:
     """Write report.html again from what a folder holds."""
-    from understudy.reporting import render_comparison, render_run
+    from understudy.reporting import render_comparison, render_run, render_study
 
     works_in(folder)
     if (folder / "run.json").is_file():
         out.print(f"Report: {render_run(folder)}")
+    elif (folder / "study.json").is_file():
+        out.print(f"Report: {render_study(folder)}")
     elif (folder / "comparison.json").is_file() or list(folder.glob("*/comparison.json")):
         out.print(f"Report: {render_comparison(folder)}")
     else:
-        raise InputError(f"{folder} is neither a run folder (run.json) nor a comparison (comparison.json).")
+        raise InputError(
+            f"{folder} is neither a run folder (run.json), a comparison (comparison.json) nor a study (study.json)."
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -62,7 +62,7 @@ def works_in(folder: Path) -> None:
 
 def keep_traceback() -> Path:
     """Write the traceback of the present exception to a file, without secrets; in the run folder if there is one."""
-    ours = ("recipe.yaml", "run.json", "comparison.json")
+    ours = ("recipe.yaml", "run.json", "comparison.json", "study.json")
     text = masked_text(traceback.format_exc())
     rank = os.environ.get("RANK", "0")
     for folder in reversed(_folders):

@@ -115,6 +115,12 @@ class Checker:
         found = boxed(text) if self.form == "box" else marked(text, self.mark)
         return found if found.value is None else self._read(found.value)
 
+    def before(self, text: str) -> str:
+        """What stands before the final answer: the rationale; the whole text if there is no mark or box, or `form="last"`."""
+        start = {"mark": self.mark, "box": "\\boxed{"}.get(self.form)
+        head, found, _ = text.rpartition(start) if start is not None else ("", "", "")
+        return (head if found else text).strip()
+
     def _read(self, text: str) -> Parsed:
         found = READERS[self.kind](text)
         if not found:

@@ -90,6 +90,12 @@ class Batch:
         index = torch.arange(len(self.labels), device=self.labels.device)
         return self._kept(index[:, None].expand(self.mask.shape) if self.kind == "text" else index)
 
+    @cached_property
+    def places(self) -> Tensor:
+        """`[rows]`, the place of each row among those of its example."""
+        counts = torch.bincount(self.sequence, minlength=len(self.ids))
+        return torch.arange(len(self.sequence), device=counts.device) - (counts.cumsum(0) - counts)[self.sequence]
+
     def select(self, values: Tensor) -> Tensor:
         """The rows of `[examples, width]` or `[examples, length, width]` that count. The rest get no gradient."""
         return self._kept(values[:, :-1] if self.kind == "text" else values)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.evaluation.calibration import expected_calibration_error, reliability
-from understudy.evaluation.fidelity import by_confidence
+from understudy.evaluation.fidelity import by_confidence, by_teacher
 from understudy.evaluation.rows import RowStatistics, row_statistics
 from understudy.models import ModelAdapter, evaluating
 
@@ -58,5 +58,6 @@ def _summary(rows: RowStatistics, taught: bool, size: int) -> dict[str, Any]:
         if size:
             metrics["teacher_bits_per_byte"] = float(rows.teacher_nll.sum()) / math.log(2) / size
         out["fidelity_by_confidence"] = by_confidence(rows.confidence, rows.agree, rows.kl)
+        out["fidelity_by_teacher"] = by_teacher(rows.agree, rows.teacher_correct)
     out["reliability"] = reliability(rows.confidence, rows.correct)
     return out

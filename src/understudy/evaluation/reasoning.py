@@ -14,6 +14,7 @@ from understudy.curation import Checker, majority
 from understudy.data.batch import IGNORE
 from understudy.data.tokenize import TextSet
 from understudy.evaluation.answers import Proportion, pass_at_k, wilson
+from understudy.evaluation.fidelity import answer_agreement, rationale_bleu
 from understudy.generation.decoding import end_tokens, sample, writer
 from understudy.models import ModelAdapter
 
@@ -118,6 +119,19 @@ def judge(attempts: Sequence[Sequence[Attempt]], rows: Sequence[Any], grading: G
     if levels:
         tables.append(_levels_table(levels, rows, right))
     return {"metrics": metrics, "tables": tables}
+
+
+def compare_answers(
+    student: Sequence[Sequence[Attempt]], teacher: Sequence[Sequence[Attempt]], grading: Grading
+) -> dict[str, float]:
+    """How far the student's greedy answers are the teacher's, right or wrong, and its rationales worded like them (paper 14)."""
+    sides = [[tries[0] for tries in attempts] for attempts in (teacher, student)]
+    answers = [[attempt.read(grading.checker)[0] for attempt in side] for side in sides]
+    rationales = [[grading.checker.before(attempt.text) for attempt in side] for side in sides]
+    return {
+        "answer_agreement": answer_agreement(*answers),
+        "rationale_bleu": rationale_bleu(*rationales),
+    }
 
 
 def _sampled(attempts: Sequence[Sequence[Attempt]], golds: Sequence[str], checker: Checker) -> dict[str, Proportion]:

@@ -14,6 +14,7 @@ from understudy.losses.divergences import (
 )
 from understudy.losses.interpolation import interpolate_logits, interpolated_kl
 from understudy.losses.logits import binary_kl, binary_kl_norm, decoupled_kl
+from understudy.losses.noisy import with_noise
 from understudy.losses.plackett_luce import (
     plackett_luce,
     plackett_luce_distillation,
@@ -46,4 +47,5 @@ __all__ = [
     "teacher_permutation",
     "total_variation",
     "truncate",
+    "with_noise",
 ]

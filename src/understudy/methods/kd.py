@@ -5,15 +5,22 @@ loss = ce_weight · CE(labels, student) + kd_weight · τ² · D(teacher_τ, stu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from understudy import losses
 from understudy.data import Batch, GraphBatch
+from understudy.data.noise import normal
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
+from understudy.targets import Target
 from understudy.training import Method, Requirements, Term, TrainState
+
+_ROWS = 1 << 24
+"""More than the rows of an example, so that those of different steps have different noise."""
 
 
 class KD(Method):
@@ -25,7 +32,8 @@ class KD(Method):
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "
         "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD. `alpha_beta` is "
-        "ABKD (with ce_weight 0).",
+        "ABKD (with ce_weight 0). `teacher_noise` is the ablation of paper 14: it asks whether a good teacher's precise "
+        "probabilities matter.",
         "not": "When only the teacher's text is known.",
         "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9. On "
         "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN. "
@@ -41,6 +49,9 @@ class KD(Method):
     kd_weight: float = Field(0.9, ge=0, description="Weight of the divergence.")
     beta: float = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of `jsd`.")
     alpha: float = Field(0.1, ge=0, lt=1, description="Share of the other side in the mixture of the skew divergences.")
+    teacher_noise: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="σ of normal noise on the teacher's logits, anew in every step."
+    )
     ab: tuple[float, float] = Field(
         (0.2, 0.7), description="α and β of `alpha_beta`: (1, 0) is forward_kl, (0, 1) reverse_kl."
     )
@@ -64,9 +75,31 @@ class KD(Method):
             options["alpha"] = self.alpha
         elif self.divergence == "alpha_beta":
             options["alpha"], options["beta"] = self.ab
-        terms = {"kd": Term(rowwise(divergence, student.signal, teacher.signal, **options), self.kd_weight)}
+        if self.teacher_noise:
+            drawn = batch.ids[batch.sequence], state.step * _ROWS + batch.places
+            options |= {"divergence": divergence, "sigma": self.teacher_noise, "seed": state.seed}
+            values = rowwise(_noisy, student.signal, teacher.signal, *drawn, **options)
+        else:
+            values = rowwise(divergence, student.signal, teacher.signal, **options)
+        terms = {"kd": Term(values, self.kd_weight)}
         if self.ce_weight:
             signal, labels = batch.with_labels(student.signal)
             ce = batch.among_rows(rowwise(losses.cross_entropy, signal, None, labels))
             terms["ce"] = Term(ce, self.ce_weight)
         return terms
+
+
+def _noisy(
+    student: Tensor,
+    target: Target | Tensor,
+    ids: Tensor,
+    places: Tensor,
+    *,
+    divergence: Callable[..., Tensor],
+    sigma: float,
+    seed: int,
+    **options: Any,
+) -> Tensor:
+    """A divergence from teacher logits U + σ ξ, with ξ ~ N(0, 1) drawn by example and place (paper 14)."""
+    noise = sigma * normal(ids, (student.shape[-1],), seed=seed, step=places)
+    return losses.with_noise(divergence, student, target, noise, **options)

@@ -145,7 +145,7 @@ class Swing(Method):
             teacher.signal,
             private_temperature(score, self.base, self.most),
             batch.ids[batch.sequence],
-            _positions(batch),
+            batch.places,
             noisy,
             seed=state.seed,
         )
@@ -196,9 +196,3 @@ class Swing(Method):
         every, marked = torch.cat(nll), torch.cat(private)
         parts = {"private_nll": every[marked], "public_nll": every[~marked]}
         return {"metrics": {name: float(part.mean()) for name, part in parts.items() if len(part)}}
-
-
-def _positions(batch: Batch) -> Tensor:
-    """The place of each row among those of its example, `[rows]`."""
-    counts = torch.bincount(batch.sequence, minlength=len(batch.ids))
-    return torch.arange(len(batch.sequence), device=counts.device) - (counts.cumsum(0) - counts)[batch.sequence]

@@ -1,6 +1,6 @@
 """Reporting: statistics over seeds, plots, one self-contained HTML file."""
 
-from understudy.reporting.html import render_comparison, render_run
+from understudy.reporting.html import render_comparison, render_run, render_study
 from understudy.reporting.sequential import paired_sequence, sequence
 from understudy.reporting.statistics import Interval, interval, paired, verdict
 from understudy.reporting.table import comparison_table, summarise
@@ -13,6 +13,7 @@ __all__ = [
     "paired_sequence",
     "render_comparison",
     "render_run",
+    "render_study",
     "sequence",
     "summarise",
     "verdict",

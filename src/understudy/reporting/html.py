@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from understudy.errors import InputError
 from understudy.files import differing, read_json, read_log, writing
-from understudy.reporting import plots
+from understudy.reporting import plots, study
 from understudy.reporting.metrics import meaning
 from understudy.reporting.table import span
 from understudy.tasks import TASKS
@@ -206,7 +206,8 @@ def _panels(evaluation: dict[str, Any]) -> list[Panel]:
             _panel(
                 "Fidelity",
                 plots.confidence_bars(evaluation["fidelity_by_confidence"]),
-                "How often student and teacher choose the same class, by the student's confidence.",
+                "How often student and teacher choose the same class, by the student's confidence."
+                + _by_teacher(evaluation.get("fidelity_by_teacher")),
             )
         )
     if "cost" in evaluation:
@@ -218,6 +219,13 @@ def _panels(evaluation: dict[str, Any]) -> list[Panel]:
         )
         panels.append(_panel("Cost", plots.time_bar({"run": cost["time_share"]}), caption))
     return panels
+
+
+def _by_teacher(found: dict[str, Any] | None) -> str:
+    """A sentence on the agreement where the teacher is right, and where it is wrong."""
+    parts = {"right": "is right", "wrong": "is wrong"} if found is not None else {}
+    said = [f"{found[k]:.3f} where the teacher {name}" for k, name in parts.items() if found and found[k] is not None]
+    return f" It is {' and '.join(said)}." if said else ""
 
 
 def _pictures(folder: Path, pictures: dict[str, str]) -> list[Panel]:
@@ -257,6 +265,57 @@ def render_comparison(folder: Path) -> Path:
             recipe="",
         ),
     )
+
+
+def render_study(folder: Path) -> Path:
+    """Write `report.html` of a folder with `study.json`."""
+    file = folder / "study.json"
+    value = read_json(file) or {}
+    try:
+        sections = _study_sections(value)
+        return _written(
+            folder,
+            dict(
+                title=value["title"],
+                subtitle=f"gains over {value['baseline']}, and agreement with the teacher",
+                facts={},
+                headings=study.headings(value),
+                rows=study.rows(value),
+                panels=_study_panels(value),
+                sections=sections,
+                notes=study.notes(value),
+                recipe="",
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged: {type(error).__name__} {error}.") from error
+
+
+def _study_sections(value: dict[str, Any]) -> list[dict[str, Any]]:
+    fixed = value["fixed_temperature"]
+    parts = {"Tests, with the best τ of each" if fixed else "Tests": value["best_temperature"]}
+    parts |= {f"Tests, with τ = {tau}": found for tau, found in fixed.items()}
+    return [
+        {"title": title, "headings": study.ANSWERED, "rows": study.answers(found, value["measures"]), "panels": []}
+        for title, found in parts.items()
+    ]
+
+
+def _study_panels(value: dict[str, Any]) -> list[Panel]:
+    """The gain of each point against what gains are correlated with, as far as it varies."""
+    panels = []
+    for key, what in study.VARIABLES.items():
+        known = [p for p in value["points"] if p[key] is not None]
+        if len({p[key] for p in known}) > 1:
+            name = dict(zip(("agreement", "fidelity"), value["measures"], strict=True)).get(key, what)
+            dots: dict[str, list[tuple[float, float]]] = {}
+            for p in known:
+                dots.setdefault(p["method"], []).append((p[key], p["gain"]))
+            caption = f"Each dot is a teacher, student, method and temperature, by {what}."
+            panels.append(_panel(f"Gain by {name}", plots.dots(dots, name, "gain", key == "student_size"), caption))
+    return panels
 
 
 def _comparison(folder: Path) -> dict[str, Any]:

@@ -124,6 +124,26 @@ def scatter(points: Sequence[tuple[float, float]], xlabel: str, ylabel: str) -> 
         return _svg(figure)
 
 
+def dots(
+    groups: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, logarithmic: bool = False
+) -> str:
+    """Points by group, `{name: [(x, y), …]}`, with a line at y = 0.
+
+    Args:
+        xlabel, ylabel: labels of the axes. logarithmic: of x.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure()
+        axes.axhline(0, color=_INK, linewidth=0.8)
+        for i, (name, points) in enumerate(groups.items()):
+            x, y = ([p[axis] for p in points] for axis in (0, 1))
+            axes.scatter(x, y, color=_SERIES[i % len(_SERIES)], s=28, label=name)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
+        if len(groups) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
 def reliability_diagram(table: Mapping[str, Any]) -> str:
     """Accuracy against confidence; the size of a dot is the fraction of rows in its bin."""
     with plt.rc_context(_STYLE):

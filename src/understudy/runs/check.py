@@ -12,6 +12,7 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.files import read_json
 from understudy.models import ModelAdapter
+from understudy.runs.comparison import home_of
 from understudy.runs.evaluating import evaluate_split
 from understudy.runs.fitting import module_for
 from understudy.runs.folder import finished, same_inputs, written
@@ -77,7 +78,7 @@ def _compare_cache(recipe: Recipe, prepared: Prepared, student: ModelAdapter, te
 
 
 def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
-    """The metrics of a finished run's saved student, computed again."""
+    """The metrics of a finished run's saved student, computed again; of a run in a comparison beside the teacher they share."""
     if split not in ("test", "validation"):
         raise InputError(f"Split {split!r} is not test or validation.")
     values, facts = written(folder), read_json(folder / "run.json")
@@ -94,4 +95,6 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     prepared = task.prepare(recipe)
     same_inputs(folder, prepared.hashes)
     student = load_model(task, recipe.student, prepared, folder / "student")
-    return evaluate_split(task, prepared, student, standing(recipe, prepared, folder), split)
+    shared = home_of(recipe, folder.parent.parent / "teacher")
+    teacher = standing(recipe, prepared, shared if shared.is_dir() else folder)
+    return evaluate_split(task, prepared, student, teacher, split)

@@ -90,9 +90,9 @@ def compare(
     baseline = baseline or next(iter(chosen))
     if baseline not in chosen:
         raise InputError(f"Baseline {baseline!r} is not among the methods {', '.join(chosen)}.")
-    folder, places = recipe.output, _places(chosen)
+    folder, homes = recipe.output, places(chosen)
     runs = [(name, s) for name in chosen for s in numbers]
-    plans = [_plan(recipe, chosen[name], s, folder / "runs" / f"{places[name]}-s{s}") for name, s in runs]
+    plans = [_plan(recipe, chosen[name], s, folder / "runs" / f"{homes[name]}-s{s}") for name, s in runs]
     with held(folder, inputs(recipe)):
         results = run_all(
             plans,
@@ -113,13 +113,13 @@ def compare(
 
 
 _Arm = dict[str, Any]
-"""`{"method": …, "options": {…}}`."""
-_ARM_KEYS = ("method", "options")
+"""`{"method": …, "options": {…}}`, and `on_policy` where it differs from the recipe's."""
+_ARM_KEYS = ("method", "options", "on_policy")
 
 
 def _chosen(recipe: Recipe, names: Sequence[str] | None) -> dict[str, _Arm]:
     """The arms of a comparison by name."""
-    named = {name: _arm(name, values) for name, values in recipe.arms.items()}
+    named = {name: read_arm(name, values) for name, values in recipe.arms.items()}
     if names is None:
         names = list(named) if any(_is_named(values) for values in recipe.arms.values()) else ["sft", "kd"]
     chosen: dict[str, _Arm] = {}
@@ -154,7 +154,12 @@ def _is_named(values: Mapping[str, Any]) -> bool:
     return not values.keys().isdisjoint(_ARM_KEYS)
 
 
-def _arm(name: str, values: Mapping[str, Any]) -> _Arm:
+def read_arm(name: str, values: Mapping[str, Any]) -> _Arm:
+    """The method and options of an arm as a recipe has it.
+
+    Raises:
+        InputError: an unknown key or method.
+    """
     if not _is_named(values):
         if not _is_method(name):
             raise InputError(
@@ -166,23 +171,28 @@ def _arm(name: str, values: Mapping[str, Any]) -> _Arm:
     for key in values:
         if key not in _ARM_KEYS:
             raise InputError(
-                f"Unknown key arms.{name}.{key}.{nearest(key, _ARM_KEYS)} Known: method, options; options of the method "
-                "go below options."
+                f"Unknown key arms.{name}.{key}.{nearest(key, _ARM_KEYS)} Known: {', '.join(_ARM_KEYS)}; options of "
+                "the method go below options."
             )
     options = values.get("options") or {}
     if not isinstance(options, Mapping):
         raise InputError(f"arms.{name}.options is {options!r} and must map options of the method to values.")
     method, own = resolve(str(values.get("method", name)))
-    return {"method": method, "options": {**own, **options}}
+    samples = {"on_policy": values["on_policy"]} if "on_policy" in values else {}
+    return {"method": method, "options": {**own, **options}, **samples}
 
 
-def _places(names: Iterable[str]) -> dict[str, str]:
-    """A folder name for each arm."""
+def places(names: Iterable[str], what: str = "Arms") -> dict[str, str]:
+    """A folder name for each of `what`.
+
+    Raises:
+        InputError: two would share one.
+    """
     taken: dict[str, str] = {}
     for name in names:
         place = re.sub(r"[^\w.=+-]+", "-", name)
         if place in taken:
-            raise InputError(f"Arms {taken[place]!r} and {name!r} would share the folder {place!r}: rename one.")
+            raise InputError(f"{what} {taken[place]!r} and {name!r} would share the folder {place!r}: rename one.")
         taken[place] = name
     return {name: place for place, name in taken.items()}
 
@@ -225,7 +235,7 @@ def _run_all(
     progress: bool = False,
     modules: Modules | None = None,
 ) -> list[dict[str, Any]]:
-    homes = [_home(p, shared) for p in plans]
+    homes = [home_of(p, shared) for p in plans]
     context = processes() if modules is None else _forked()
     for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
         for own in trained_first(plan, home):
@@ -254,8 +264,8 @@ def _forked() -> BaseContext | None:
     return multiprocessing.get_context("fork")
 
 
-def _home(plan: Recipe, folder: Path) -> Path:
-    """The folder of a plan's shared models; plans with other models or data have separate ones."""
+def home_of(plan: Recipe, folder: Path) -> Path:
+    """The folder of a plan's shared models in `folder`; plans with other models or data have separate ones."""
     import hashlib
 
     models = [spec.model_dump() if spec else None for spec in (plan.teacher, plan.student)]

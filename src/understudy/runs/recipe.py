@@ -356,6 +356,11 @@ def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (dots reach inside, values are YAML)."""
+    return make(read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a YAML recipe with `key=value` overrides, not validated yet."""
     values: Any = {}
     if path is not None:
         file = Path(path)
@@ -371,7 +376,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
         if not sep or not key:
             raise InputError(f"Override {item!r} is not of the form key=value (for example trainer.max_steps=100).")
         _assign(values, key.split("."), parse_yaml(text, f"Override {item!r}") if text else None)
-    return make(values)
+    found: dict[str, Any] = values
+    return found
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:

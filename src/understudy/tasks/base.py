@@ -91,6 +91,8 @@ class Task(Protocol):
     """Keys that `options` of teacher and student may hold."""
     mixes: bool
     """Whether the teacher may be an ensemble, which needs class probabilities."""
+    fidelity: tuple[str, str]
+    """Metrics that say how often the student answers as its teacher does, and how closely it gets there."""
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -127,6 +129,7 @@ class TaskDefaults:
     model_options: frozenset[str] = frozenset()
     kind: str
     mixes = False
+    fidelity: tuple[str, str] = ("agreement", "kl")
     name: str
 
     def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:

@@ -12,7 +12,7 @@ from understudy.curation import Checker, kind_of
 from understudy.data import TextSplits
 from understudy.data.reasoning import MARK, WORLD, load_reasoning
 from understudy.data.reasoning_world import attempt, digits_of, shown
-from understudy.evaluation.reasoning import Grading, QuestionSet, judge, write_answers
+from understudy.evaluation.reasoning import Grading, QuestionSet, compare_answers, judge, write_answers
 from understudy.generation import OracleSource, Prompt, Request, Source
 from understudy.models import ModelAdapter
 from understudy.tasks.base import Prepared, merged
@@ -34,6 +34,8 @@ EXPLAINED = {
     "accuracy_lenient": "The same where the last answer in the text counts, wherever it stands.",
     "unparsed": "Share of greedy answers that cannot be read in the trained format.",
     "token_accuracy": "Share of the reference's tokens that are the likeliest ones, given those before.",
+    "answer_agreement": "Share of questions on which student and teacher give the same final answer, right or wrong.",
+    "rationale_bleu": "Mean BLEU of the student's rationales against the teacher's, 0 to 100. 100 is the same words.",
     "answer_tokens": "Mean length of a greedy answer with its rationale, in tokens.",
 }
 
@@ -49,6 +51,7 @@ class Reasoning(LanguageModeling):
     name = "reasoning"
     metric = "accuracy"
     higher_is_better = True
+    fidelity = ("answer_agreement", "rationale_bleu")
     preflight_examples = 16  # each is written
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,9 @@ class Reasoning(LanguageModeling):
         judged = judge(written, rows, grading)
         found["metrics"] = {**judged["metrics"], **metrics}
         if teacher is not None:
-            taught = judge(write_answers(teacher, rows, grading, [0]), rows, grading)["metrics"]
+            said = write_answers(teacher, rows, grading, [0])
+            taught = judge(said, rows, grading)["metrics"]
+            found["metrics"] |= compare_answers(written, said, grading)
             found["metrics"] |= {f"teacher_{n}": taught[n] for n in ("accuracy", "accuracy_lenient", "unparsed")}
         return {**found, "tables": judged["tables"], "explained": EXPLAINED}
 

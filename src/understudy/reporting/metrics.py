@@ -18,6 +18,8 @@ MEANINGS = {
     "rewards/accuracies": "Share of pairs whose better candidate has the higher reward. 1 is perfect.",
     "logps/chosen": "Mean log-probability of the better candidates under the student, in nats.",
     "logps/rejected": "Mean log-probability of the worse candidates under the student, in nats.",
+    "displacement/both_fall": "Share of pairs both of whose answers are less likely than under the reference model.",
+    "displacement/preferred_falls": "Share of pairs whose better answer is less likely than under the reference model.",
     "value": "Worth of the policy in a world of known truth: probability of the best item, or return less KL. Higher is better.",
     "return": "Exact expected return of the policy in its world. Higher is better.",
     "kl_to_reference": "Exact KL divergence of the policy from the world's reference chain, in nats.",

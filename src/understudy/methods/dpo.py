@@ -31,6 +31,7 @@ from understudy.training.reference import (
     attach,
     check_starts_at_zero,
     finite,
+    need_order,
     recorded,
     reward_counts,
     reward_terms,
@@ -228,7 +229,7 @@ class DPO(Method):
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
         unpaired = self.loss_type == "kto" and _unpaired(context)
         if not unpaired:
-            _need_order(context)
+            need_order(self.name, context)
         rewarded(context, self._reward)
         if not self._anchored:
             if self.reference != "start":
@@ -403,13 +404,3 @@ def _unpaired(context: SetupContext) -> bool:
             "pairs (or lists) alone, or single answers with labels alone."
         )
     return not lists
-
-
-def _need_order(context: SetupContext) -> None:
-    for split, examples in context.splits.items():
-        for row in examples.records:
-            if max(row["scores"]) == min(row["scores"]):
-                raise InputError(
-                    f"dpo: {split} list {row['id']} has one candidate or equal scores, no better and worse. Use "
-                    "options.loss_type=kto for unpaired examples, or drop it."
-                )

@@ -13,7 +13,7 @@ from understudy.methods.dpo import DPO
 from understudy.methods.dpo_pg import DPOPG
 from understudy.training import TrainState
 
-WORLD = {"task": "preference_world", "data": {"name": "chains"}, "method": "dpo_pg"}
+WORLD = {"task": "preference_world", "data": {"name": "chains"}, "method": "dpo-pg"}
 
 
 def gradients(terms, parameters):
@@ -64,13 +64,13 @@ def test_any_split_of_a_batch_gives_the_same_update(tokenizer, tmp_path):
 
 def test_it_keeps_the_better_answers_likelier_than_dpo_does(tmp_path):
     found = {}
-    for method in ("dpo", "dpo_pg"):
+    for method in ("dpo", "dpo-pg"):
         trainer = {"max_steps": 60, "learning_rate": 5.0, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
         recipe = {**WORLD, "method": method, "trainer": trainer, "output": str(tmp_path / method)}
         found[method] = distill(recipe).metrics
-    assert found["dpo_pg"]["logps/chosen"] > found["dpo"]["logps/chosen"]
-    assert found["dpo_pg"]["displacement/preferred_falls"] < found["dpo"]["displacement/preferred_falls"]
-    assert found["dpo_pg"]["rewards/margins"] > 0
+    assert found["dpo-pg"]["logps/chosen"] > found["dpo"]["logps/chosen"]
+    assert found["dpo-pg"]["displacement/preferred_falls"] < found["dpo"]["displacement/preferred_falls"]
+    assert found["dpo-pg"]["rewards/margins"] > 0
 
 
 @pytest.mark.slow
@@ -90,5 +90,5 @@ def test_bad_input(tokenizer, tmp_path):
         staged(DPOPG(reference="teacher"), examples, scorer(tokenizer), tmp_path)
     for row in examples.records:
         row["scores"] = [1.0, 1.0]
-    with pytest.raises(InputError, match="dpo_pg: train list 0 has one candidate or equal scores"):
+    with pytest.raises(InputError, match="dpo-pg: train list 0 has one candidate or equal scores"):
         staged(DPOPG(), examples, scorer(tokenizer), tmp_path)

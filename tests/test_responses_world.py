@@ -78,7 +78,7 @@ def test_a_tuned_start_prefers_rewards():
 
 
 def test_every_arm_of_these_claims_is_a_valid_recipe(tmp_path):
-    for claim in (get("dpo_pg"), get("dpo").at("losses")):
+    for claim in (get("dpo-pg"), get("dpo").at("losses")):
         assert claim.candidates == 2
         for label in claim.arms:
             claim.judging(label, 1, 0, tmp_path).build_method()

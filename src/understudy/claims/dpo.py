@@ -18,27 +18,14 @@ _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (5e-3, 2e-2))
 _LOSSES = ("dpo", "ipo", "kto", "cpo", "simpo")
 _STARTS = {"sft": "own", "base": "mixture"}
 _ALL_STARTS = {**_STARTS, "tuned": "tuned"}
-_PLAIN: tuple[Any, ...] = (
-    *(
-        "dpo",
-        "ipo",
-        "hinge",
-        "cdpo",
-        "robust",
-        "sigmoid_norm",
-        "exo_pair",
-        "discopop",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-    ),
-    *("aot", "aot_unpaired", "apo_zero", "apo_down", "simpo"),
-)
-_OTHERS = {
-    **{loss: {"loss_type": loss} for loss in ("kto", "cpo", "cpo_simpo", "orpo", "sft")},
+_OF_PAIRS = (
+    "dpo ipo kto cpo simpo hinge cdpo robust sigmoid_norm exo_pair discopop nca_pair bco_pair sppo_hard aot aot_unpaired "
+    "apo_zero apo_down cpo_simpo orpo sft"
+).split()
+_ALL: dict[str, dict[str, Any]] = {
+    **{loss: {"loss_type": loss} for loss in _OF_PAIRS},
     "dpo+sft": {"loss_type": ["dpo", "sft"]},
 }
-_ALL: dict[str, dict[str, Any]] = {**{loss: {"loss_type": loss} for loss in _PLAIN}, **_OTHERS}
 
 _PAIRS = "preferences/hh_harmless_base_test.parquet"
 _REAL_RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (3e-4, 1e-3))

@@ -28,20 +28,20 @@ def _worse_than_start(rejected: str) -> Check:
 
 
 CLAIM = Claim(
-    name="dpo_pg",
+    name="dpo-pg",
     statement="With optimally rejected answers DPO comes 0.05 nats nearer to the target than any other loss.",
     recipe={"task": "preference_world", **_data("optimal")},
     arms={
         "dpo": Arm("dpo", _ANCHORED, _RATES),
         **{name: Arm("dpo", options, _RATES) for name, options in _OTHERS.items()},
-        "dpo_pg": Arm("dpo_pg", _ANCHORED, _RATES),
+        "dpo-pg": Arm("dpo-pg", _ANCHORED, _RATES),
         **{f"dpo, {wrong}": Arm("dpo", _ANCHORED, _RATES, _data(wrong)) for wrong in ("perturbed", "target")},
     },
     checks=(
         *(Check("dpo", name, 0.05, "value", True, f"DPO is 0.05 nats nearer than {name}") for name in _OTHERS),
         _worse_than_start("perturbed"),
         _worse_than_start("target"),
-        Check("dpo_pg", "dpo", 0.0, "did_entropy", False, "projected gradients lower the entropy of what is learned"),
+        Check("dpo-pg", "dpo", 0.0, "did_entropy", False, "projected gradients lower the entropy of what is learned"),
     ),
     tuned_on=("value", True),
 )

@@ -211,7 +211,7 @@ class DPO(Method):
         return self.loss_type if isinstance(self.loss_type, tuple) else (self.loss_type,)
 
     @property
-    def _weights(self) -> dict[LossType, float]:
+    def _weights(self) -> dict[str, float]:
         return dict(zip(self._types, self.loss_weights or [1.0] * len(self._types), strict=True))
 
     @property
@@ -321,7 +321,7 @@ class DPO(Method):
         return [(ours[row, i], theirs[row, i]) for i in sides]
 
     def _of_ratios(
-        self, name: LossType, chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], nw: Tensor, nl: Tensor
+        self, name: str, chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], nw: Tensor, nl: Tensor
     ) -> Tensor:
         sides = [chosen[0], rejected[0], chosen[1], rejected[1]]
         length = self.length if name in USED_BY["length"] else None

@@ -36,7 +36,7 @@ from understudy.training.reference import (
 class DPOPG(Method):
     """DPO whose step does not lower the likelihood of the better answers, on the best and the worst candidate of each list."""
 
-    name = "dpo_pg"
+    name = "dpo-pg"
     paper = 32
     kinds = frozenset({"preference"})
     cost = "as dpo, with a second backward pass and the gradients of both sides in memory"
@@ -66,7 +66,7 @@ class DPOPG(Method):
             return {}
         scorer = context.teacher_model if self.reference == "teacher" else context.student
         if scorer is None:
-            raise InputError("dpo_pg with reference='teacher' needs a teacher as its reference: set `teacher`.")
+            raise InputError("dpo-pg with reference='teacher' needs a teacher as its reference: set `teacher`.")
         attach(context, {"reference": scorer})
         return {}
 

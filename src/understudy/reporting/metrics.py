@@ -22,7 +22,7 @@ MEANINGS = {
     "displacement/preferred_falls": "Share of pairs whose better answer is less likely than under the reference model.",
     "value": "Worth of the policy in a world of known truth: probability of the best item, return less KL, or less the KL from the target. Higher is better.",
     "start_value": "`value` of the world's reference policy.",
-    "did_entropy": "Entropy of policy / reference, normalised, in nats. Low is reinforcement, high is likelihood displacement.",
+    "did_entropy": "Entropy of policy / reference, normalised, in nats: at most log of the number of responses, as where nothing changed.",
     "return": "Exact expected return of the policy in its world. Higher is better.",
     "kl_to_reference": "Exact KL divergence of the policy from the world's reference chain, in nats.",
     "ndcg_10": "Normalised discounted gain of the first ten documents, graded. 1 is the ideal order.",

@@ -145,6 +145,8 @@ def test_a_setting_stands_in_for_the_claims_own(tmp_path, monkeypatch):
     assert real.recipe["data"]["name"] == "folder" and (real.caveat, real.first_seed, real.new_data) == ("", 0, False)
     assert real.arms == CLAIM.arms and real.statement == CLAIM.statement
     assert seen.at() == dataclasses.replace(seen, settings={})
+    embedded = dataclasses.replace(CLAIM, settings={"other": Setting({**DIGITS}, needs=())})
+    assert not embedded.held_by(tmp_path)
     assert CLAIM.held_by(tmp_path) and not CLAIM.held_by(tmp_path / "folder")
 
 
@@ -162,6 +164,7 @@ def test_other_data_take_the_place_of_a_settings_own():
 WITHOUT_REAL_DATA = {
     "symbolic-kd",  # nothing but its own world knows whether a text is true
     *("adpa", "redi", "tpo"),  # the return of a chain, and the grade of a list, are known in a world alone
+    "dpo-pg",  # so is the target of a policy
     *("ddk", "first", "swing"),
 }
 

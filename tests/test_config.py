@@ -360,7 +360,7 @@ def test_names_of_other_libraries_point_here():
     with pytest.raises(InputError, match="leave one of them out"):
         make({"task": "preferences", "method": "kto", "options": {"loss_type": "ipo"}})
     with pytest.raises(InputError, match="'kto', 'cpo', 'simpo'"):
-        make({"task": "preferences", "method": "dpo", "options": {"loss_type": "bco_pair"}})
+        make({"task": "preferences", "method": "dpo", "options": {"loss_type": "grpo"}})
     with pytest.raises(InputError, match=r"Did you mean 'simpo'.*variants: .*orpo"):
         make({"method": "simp"})
 

@@ -181,7 +181,8 @@ def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
     for row in examples.records:
         row["log_probs"] = [-9.0, -11.0]
     splits = {"train": examples}
-    method.setup(SetupContext(student, other, splits, collate_lists, len(tokenizer), tmp_path / "store", "key"))
+    context = SetupContext(student, other, splits, collate_lists, len(tokenizer), tmp_path / "store", "key")
+    method.setup(context)
     values = {
         "max_steps": 2,
         "per_device_train_batch_size": micro,
@@ -192,7 +193,7 @@ def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
     }
-    train_module = TrainModule(student, method, Shapes(len(tokenizer)), 2).double()
+    train_module = TrainModule(student, method, Shapes(len(tokenizer)), 2, context=context).double()
     return DistillationTrainer(train_module, training_arguments(values, tmp_path, 0), examples.records, collate_lists)
 
 

@@ -127,7 +127,8 @@ class Claim:
 
     def held_by(self, folder: Path) -> bool:
         """Whether a folder holds what a setting needs, so that it may stand in for `UNDERSTUDY_DATA`."""
-        return any(all((folder / n).exists() for n in setting.needs) for setting in self.settings.values())
+        needed = [setting.needs for setting in self.settings.values() if setting.needs]
+        return any(all((folder / n).exists() for n in needs) for needs in needed)
 
     def _on(self, data: str) -> Claim:
         """The same experiment on other data: only their name changes."""

@@ -116,6 +116,11 @@ class ListBatch(WholeExamples, Batch):
         return owner[self.tokens.sequence]
 
     @cached_property
+    def token_places(self) -> Tensor:
+        """`[tokens]`, how many tokens of its completion are before each."""
+        return (self.tokens.mask.long().cumsum(1) - 1)[self.tokens.mask]
+
+    @cached_property
     def shared(self) -> Tensor:
         """`[tokens]`, which belong to the beginning that all completions of a list have in common; none in a list of one."""
         said = self.tokens.row_labels.split(self.tokens.mask.sum(1).tolist())

@@ -10,8 +10,11 @@ from torch.utils.data import DataLoader, Subset
 
 from understudy.data import Batch, ListBatch
 from understudy.errors import InputError
+from understudy.evaluation.displacement import displacement
 from understudy.models import ModelAdapter, evaluating
 from understudy.training.reference import Reward, with_margin
+
+_PREFERRED, _REJECTED = "change of the preferred", "change of the rejected"
 
 
 @torch.no_grad()
@@ -20,7 +23,7 @@ def evaluate_preferences(model: ModelAdapter, loader: DataLoader[Any]) -> dict[s
 
     `accuracy`: fraction of ordered pairs of candidates that the mean log-probability per token orders as the scores do.
     `nll`: of the best candidate, nats per token. If the method's `setup` defined a reward: `rewards/…` and `logps/…` by
-    TRL's names. If both rewards fall, probability moves away from all responses in the data.
+    TRL's names. With a reference model, `displacement/…` and the table of where the probability of both sides went.
     """
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}
@@ -36,8 +39,12 @@ def evaluate_preferences(model: ModelAdapter, loader: DataLoader[Any]) -> dict[s
     joined = {name: torch.cat(found) for name, found in parts.items()}
     if not joined or len(joined["nll"]) == 0:
         raise InputError("The split has no list to evaluate.")
-    means = {k: float(v.mean()) for k, v in joined.items() if len(v)}
-    return {"rows": len(joined["nll"]), "metrics": with_margin(means)}
+    changes = [joined.pop(side, torch.empty(0)) for side in (_PREFERRED, _REJECTED)]
+    metrics = with_margin({k: float(v.mean()) for k, v in joined.items() if len(v)})
+    if not len(changes[0]):
+        return {"rows": len(joined["nll"]), "metrics": metrics}
+    moved = displacement(*changes)
+    return {"rows": len(joined["nll"]), "metrics": metrics | moved["metrics"], "tables": [moved["table"]]}
 
 
 def _score(parts: dict[str, list[Tensor]], scores: Tensor, batch: ListBatch, reward: Reward | None) -> None:
@@ -50,6 +57,10 @@ def _score(parts: dict[str, list[Tensor]], scores: Tensor, batch: ListBatch, rew
         return
     for name, (value, counts) in reward.rows(scores, batch.reference, batch).items():
         _add(parts, name, value[counts])
+    if reward.anchored and batch.reference is not None:
+        several = batch.candidates.sum(1) > 1
+        for name, value in zip((_PREFERRED, _REJECTED), pick(scores - batch.reference), strict=True):
+            _add(parts, name, value[several])
 
 
 def _add(parts: dict[str, list[Tensor]], name: str, value: Tensor) -> None:

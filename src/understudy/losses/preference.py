@@ -27,14 +27,16 @@ def dpo(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    offset: float | Tensor = 0.0,
 ) -> Tensor:
-    """(1 − e) softplus(−h) + e softplus(h) with h = β (log-ratio of chosen − of rejected).
+    """(1 − e) softplus(−h) + e softplus(h) with h = β (log-ratio of chosen − of rejected) + offset.
 
-    e = 0 is DPO (Rafailov et al. 2023, Eq. 7); e > 0 is cDPO, whose minimum is at h = log((1 − e) / e).
-    At policy = reference it is ln 2.
+    e = 0 is DPO (Rafailov et al. 2023, Eq. 7); e > 0 is cDPO, whose minimum is at h = log((1 − e) / e). With α (tokens of
+    chosen − of rejected) as `offset`, `[pairs]`, it is R-DPO (Park et al. 2024): a longer chosen one is preferred for its
+    length in part, and teaches less. At policy = reference and no offset it is ln 2.
     """
     smoothing("dpo", label_smoothing)
-    h = beta * margin("dpo", chosen, rejected, chosen_ref, rejected_ref, beta)
+    h = beta * margin("dpo", chosen, rejected, chosen_ref, rejected_ref, beta) + offset
     return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
 
 
@@ -69,6 +71,166 @@ def ipo(chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tens
     number of tokens first (`per_token`). The two differ by orders of magnitude.
     """
     return (margin("ipo", chosen, rejected, chosen_ref, rejected_ref, beta) - 1 / (2 * beta)).square()
+
+
+def exo_pair(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+) -> Tensor:
+    """KL((σ(h), σ(−h)) ‖ (1 − e, e)), h = β times the margin: the reverse KL to smoothed labels (EXO, Ji et al. 2024, Eq. 16).
+
+    e must be above 0, where the KL would be infinite.
+    """
+    smoothing("exo_pair", label_smoothing)
+    if label_smoothing == 0:
+        raise InputError("exo_pair: label_smoothing is 0, where its KL is infinite; EXO takes 0.001.")
+    h = beta * margin("exo_pair", chosen, rejected, chosen_ref, rejected_ref, beta)
+    q, log_q, log_other = torch.sigmoid(h), -softplus(-h), -softplus(h)
+    return q * (log_q - math.log1p(-label_smoothing)) + torch.sigmoid(-h) * (log_other - math.log(label_smoothing))
+
+
+def nca_pair(
+    chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """softplus(−a) + ½ softplus(a) + ½ softplus(b) with a, b = β times the log-ratios of chosen and rejected.
+
+    It holds the chosen likelihood by itself, not only the margin. Source: NCA, Chen et al. 2024, Eq. for pairs.
+    """
+    a, b = rewards("nca_pair", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return softplus(-a) + 0.5 * softplus(a) + 0.5 * softplus(b)
+
+
+def bco_pair(
+    chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """softplus(−a) + softplus(b), a, b = β times the log-ratios: a binary classifier of chosen and rejected.
+
+    Source: BCO, Jung et al. 2024, without its reward shift, as TRL has it for pairs.
+    """
+    a, b = rewards("bco_pair", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return softplus(-a) + softplus(b)
+
+
+def sppo_hard(
+    chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """(log-ratio of chosen − 1/(2β))² + (log-ratio of rejected + 1/(2β))².
+
+    Source: SPPO, Wu et al. 2024, Eq. 4.7 with the chosen one certain to win.
+    """
+    a, b = rewards("sppo_hard", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return ((a - 0.5) / beta).square() + ((b + 0.5) / beta).square()
+
+
+def apo_zero(
+    chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """σ(−a) + σ(b), a, b = β times the log-ratios: raise chosen, lower rejected.
+
+    For chosen answers better than the model's own; 1 at policy = reference. Source: APO, D'Oosterlinck et al. 2024, Eq. 7.
+    """
+    a, b = rewards("apo_zero", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return torch.sigmoid(-a) + torch.sigmoid(b)
+
+
+def apo_down(
+    chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """σ(a) + σ(b − a), a, b = β times the log-ratios: lower chosen, and rejected more.
+
+    For chosen answers worse than the model's own; 1 at policy = reference. Source: APO, D'Oosterlinck et al. 2024, Eq. 8.
+    """
+    a, b = rewards("apo_down", chosen, rejected, chosen_ref, rejected_ref, beta)
+    return torch.sigmoid(a) + torch.sigmoid(b - a)
+
+
+def aot(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """cDPO of the sorted log-odds of the policy, less the sorted log-odds of the reference, over the pairs given.
+
+    The k-th value belongs to the k-th smallest pair of the policy, so the pairs are one group: stochastic dominance of the
+    policy's margins over the reference's. Source: AOT (paired), Melnyk et al. 2024.
+    """
+    smoothing("aot", label_smoothing)
+    margin("aot", chosen, rejected, chosen_ref, rejected_ref, beta)
+    ours, theirs = chosen - rejected, (chosen_ref - rejected_ref).detach()
+    h = beta * (ours.sort().values - theirs.sort().values)
+    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+
+
+def aot_unpaired(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """cDPO of the sorted log-ratios of all chosen, less those of all rejected, so that the pairs are one group.
+
+    Source: AOT (unpaired), Melnyk et al. 2024.
+    """
+    smoothing("aot_unpaired", label_smoothing)
+    a, b = rewards("aot_unpaired", chosen, rejected, chosen_ref, rejected_ref, beta)
+    h = a.sort().values - b.sort().values
+    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+
+
+def discopop(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    tau: float = 0.05,
+) -> Tensor:
+    """(1 − s) softplus(−h) + s exp(−h) with s = σ(h / τ), h = β times the margin (DiscoPOP, Lu et al. 2024, Eq. 5).
+
+    Where s underflows, the exponential, which would overflow, has no part.
+    """
+    if not tau > 0:
+        raise InputError(f"discopop: tau is {tau} and must be positive.")
+    h = beta * margin("discopop", chosen, rejected, chosen_ref, rejected_ref, beta)
+    exponential = torch.exp(-softplus(-h / tau) - h)  # σ(h / τ) e^(−h), as one exponent
+    return torch.sigmoid(-h / tau) * softplus(-h) + exponential
+
+
+def f_divergence_score(log_ratio: Tensor, divergence: str, *, alpha: float = 0.5) -> Tensor:
+    """f′(t) at t = π / π_ref, what the log-ratio becomes in DPO under another f-divergence than the reverse KL.
+
+    `reverse_kl`: log t. `forward_kl`: 1 − 1/t. `js_divergence`: log(2t / (1 + t)). `alpha_divergence`:
+    (t^(α − 1) − 1) / (α − 1), log t at α = 1. Only differences of two scores have a meaning. Exponents are cut off at 80, as in TRL,
+    where the gradient is 0.
+
+    Source: f-DPO, Wang et al. 2023, Table 1.
+    """
+    if divergence == "reverse_kl":
+        return log_ratio
+    if divergence == "forward_kl":
+        return 1 - (-log_ratio).clamp(max=80).exp()
+    if divergence == "js_divergence":
+        return math.log(2) - softplus(-log_ratio)
+    if divergence != "alpha_divergence":
+        raise InputError(
+            f"Unknown f-divergence {divergence!r}. Known: reverse_kl, forward_kl, js_divergence, alpha_divergence."
+        )
+    if abs(alpha - 1) < 1e-6:
+        return log_ratio
+    return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80)) / (alpha - 1)
 
 
 def kto(
@@ -173,6 +335,15 @@ def margin(
     positive(loss, beta)
     _check(loss, chosen, rejected, chosen_ref, rejected_ref)
     return (chosen - chosen_ref.detach()) - (rejected - rejected_ref.detach())
+
+
+def rewards(
+    loss: str, chosen: Tensor, rejected: Tensor, chosen_ref: Tensor, rejected_ref: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """β times the log-ratios of chosen and of rejected, `[pairs]` each; the references are detached."""
+    positive(loss, beta)
+    _check(loss, chosen, rejected, chosen_ref, rejected_ref)
+    return beta * (chosen - chosen_ref.detach()), beta * (rejected - rejected_ref.detach())
 
 
 def _check(loss: str, *log_probs: Tensor) -> None:

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
-from typing import get_args
+from typing import Any, Literal, get_args, get_origin
 
 from understudy.errors import InputError, nearest
 from understudy.training import Method
@@ -53,13 +53,19 @@ def adopt(method: type[Method]) -> str:
     return name
 
 
+def _names(annotation: Any) -> tuple[str, ...]:
+    """The values that an option may have by name, apart from lists of them."""
+    parts = [annotation, *get_args(annotation)]
+    return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
+
+
 def variants() -> dict[str, tuple[str, dict[str, str]]]:
     """Names that stand for a method with one option: `kto` for `dpo` with `loss_type=kto`."""
     known = all_methods()
     found: dict[str, tuple[str, dict[str, str]]] = {}
     for method in known.values():
         if method.variants is not None:
-            for value in get_args(method.model_fields[method.variants].annotation):
+            for value in _names(method.model_fields[method.variants].annotation):
                 if value not in known:
                     found.setdefault(value, (method.name, {method.variants: value}))
     return found

@@ -1,15 +1,18 @@
 """39. Insights into Alignment: Evaluating DPO and its Variants Across Multiple Tasks (2024).
 
-One method, `loss` chooses the variant. With h = β (log-ratio of the better − of the worse candidate):
+One method, `loss_type` chooses the variant. With h = β (log-ratio of the better − of the worse candidate):
 
-    dpo: softplus(−h)    cdpo, robust: for noisy labels    hinge: relu(1 − h)    ipo: (h/β − 1/(2β))²
-    kto: each side alone, against the batch's KL    cpo, simpo, orpo: without a reference
+    dpo: softplus(−h)    cdpo, robust, exo_pair: for noisy labels    hinge: relu(1 − h)    ipo: (h/β − 1/(2β))²
+    apo_zero, apo_down, nca_pair, bco_pair, sppo_hard: each side's log-ratio    aot, aot_unpaired: sorted over the batch
+    kto: each side alone, against the batch's KL    cpo, simpo, orpo: without a reference    sft: NLL of the better one
+
+Several of them, such as `[dpo, bco_pair, sft]` with `loss_weights`, are added up.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -28,25 +31,75 @@ from understudy.training.reference import (
     attach,
     check_starts_at_zero,
     finite,
+    need_order,
     recorded,
     reward_counts,
     reward_terms,
     rewarded,
     with_margin,
 )
+from understudy.training.token_columns import add_token_columns
 
-WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo"})
+LossType = Literal[
+    "dpo",
+    "cdpo",
+    "robust",
+    "hinge",
+    "ipo",
+    "kto",
+    "cpo",
+    "simpo",
+    "cpo_simpo",
+    "orpo",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+]
+OF_RATIOS: Mapping[str, Callable[..., Tensor]] = {
+    "dpo": preference.dpo,
+    "cdpo": preference.dpo,
+    "robust": preference.robust_dpo,
+    "hinge": preference.hinge,
+    "ipo": preference.ipo,
+    "sigmoid_norm": preference.dpo,
+    "exo_pair": preference.exo_pair,
+    "nca_pair": preference.nca_pair,
+    "bco_pair": preference.bco_pair,
+    "sppo_hard": preference.sppo_hard,
+    "aot": preference.aot,
+    "aot_unpaired": preference.aot_unpaired,
+    "apo_zero": preference.apo_zero,
+    "apo_down": preference.apo_down,
+    "discopop": preference.discopop,
+}
+"""Losses of the log-probabilities of both sides under policy and reference; these and `sft` may be added up."""
+WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "cpo_simpo", "orpo", "sft"})
 WITH_NLL = frozenset({"cpo", "cpo_simpo", "orpo"})
 MEAN_REWARD = frozenset({"simpo", "cpo_simpo", "orpo"})
 """Variants whose reward is of the mean log-probability a token, as in TRL."""
-SMOOTHED = frozenset({"cdpo", "robust"})
+SMOOTHING = {"cdpo": 0.1, "robust": 0.1, "exo_pair": 1e-3, "aot": 0.0, "aot_unpaired": 0.0}
+"""Label smoothing of the variants that have it, unless given."""
+SORTED = frozenset({"aot", "aot_unpaired"})
+OF_MARGIN = frozenset({"dpo", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop", "sft"})
+"""Variants that another f-divergence leaves defined: those of the difference of scores, and `sft`."""
 USED_BY = {
-    "label_smoothing": SMOOTHED,
+    "label_smoothing": frozenset(SMOOTHING),
     "gamma": frozenset({"simpo", "cpo_simpo"}),
     "nll_weight": WITH_NLL,
     "desirable_weight": frozenset({"kto"}),
     "undesirable_weight": frozenset({"kto"}),
     "length": frozenset({"dpo", "cdpo", "robust", "hinge", "ipo"}),
+    "length_penalty": frozenset({"dpo"}),
+    "ld_alpha": frozenset(OF_RATIOS),
+    "discopop_tau": frozenset({"discopop"}),
 }
 """Options that some variants alone read."""
 BETA = {"simpo": 2.0, "cpo_simpo": 2.0}
@@ -68,18 +121,34 @@ class DPO(Method):
         "when": "Pairs of better and worse completions. KTO and CPO need no supervised start, DPO and IPO do.",
         "not": "With graded lists or noisy scores see `adpo`. SimPO, CPO and ORPO have no anchor to hold them.",
         "deviations": "The NLL of CPO and ORPO covers completion tokens (TRL's ORPO adds the prompt). IPO takes means a "
-        "token unless `length=sum`. KTO's KL couples the examples of a micro-batch, which is the group: it depends on how a "
+        "token unless `length=sum`. AOT sorts within a micro-batch, which is its group: it depends on how a batch is cut. `sft` is "
+        "the NLL a token over the whole update. With `ld_alpha` the logged rewards stay those of whole completions. KTO's KL couples the examples of a micro-batch, which is the group: it depends on how a "
         "batch is cut, and gets no gradient. In pairs it is the mean log-ratio of the other side; for single answers that "
         "of each prompt with the answer of another example, chosen once for the whole set.",
     }
 
-    loss_type: Literal["dpo", "cdpo", "robust", "hinge", "ipo", "kto", "cpo", "simpo", "cpo_simpo", "orpo"] = Field(
-        "dpo", description="The variant."
+    loss_type: LossType | tuple[LossType, ...] = Field("dpo", description="The variant, or several to add up.")
+    loss_weights: tuple[float, ...] | None = Field(
+        None, description="Weights of several losses, in their order; 1 unless given."
     )
     beta: float | None = Field(None, gt=0, description="0.1 unless given, 2.0 for simpo.")
     label_smoothing: float | None = Field(
-        None, ge=0, lt=0.5, description="Share of flipped labels, for cdpo and robust."
+        None,
+        ge=0,
+        lt=0.5,
+        description="Share of flipped labels: 0.1 unless given for cdpo and robust, 0.001 for exo_pair, 0 for aot.",
     )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        "reverse_kl", description="What holds the policy near its reference, for losses of the margin."
+    )
+    f_alpha_divergence_coef: float = Field(0.5, description="α of alpha_divergence.")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="Weight of tokens beyond the shorter side's length (LD-DPO); 1 changes nothing."
+    )
+    length_penalty: float = Field(
+        0.0, ge=0, description="α of R-DPO: α times the tokens that the better side has more is added to the margin h."
+    )
+    discopop_tau: float = Field(0.05, gt=0, description="Temperature of discopop.")
     length: Literal["sum", "mean"] | None = Field(
         None, description="Log-ratios as sums or as means a token; sum unless given, mean for ipo."
     )
@@ -97,25 +166,61 @@ class DPO(Method):
     @field_validator("loss_type", mode="before")
     @classmethod
     def _name_in_trl(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            names = tuple("dpo" if v == "sigmoid" else v for v in value)
+            return names[0] if len(names) == 1 else names
         return "dpo" if value == "sigmoid" else value
 
     @model_validator(mode="after")
     def _options_have_effect(self) -> Self:
+        types, said = self._types, " + ".join(self._types)
         for name, variants in USED_BY.items():
             given = getattr(self, name) != type(self).model_fields[name].default
-            if given and self.loss_type not in variants:
-                raise ValueError(
-                    f"{name} has no effect on {self.loss_type}; it belongs to {', '.join(sorted(variants))}"
-                )
+            if given and not variants & set(types):
+                raise ValueError(f"{name} has no effect on {said}; it belongs to {', '.join(sorted(variants))}")
+        if self.f_divergence_type != "reverse_kl" and (not set(types) <= OF_MARGIN or types == ("sft",)):
+            raise ValueError(
+                f"f_divergence_type is not defined for {said}; it belongs to {', '.join(sorted(OF_MARGIN))}"
+            )
+        if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
+            raise ValueError(f"f_alpha_divergence_coef has no effect on {self.f_divergence_type}")
+        if "exo_pair" in types and self.label_smoothing == 0:
+            raise ValueError("label_smoothing is 0, where exo_pair is infinite; the paper takes 0.001")
+        if self.pairs == "all" and SORTED & set(types):
+            raise ValueError(f"pairs=all does not go with {said}, which sorts one pair of each list")
+        if self.ld_alpha is not None and (self.pairs != "extremes" or self.reference == "recorded"):
+            raise ValueError(
+                "ld_alpha reads the tokens of best and worst: it needs pairs=extremes and no recorded reference"
+            )
+        return self._mix_is_defined()
+
+    def _mix_is_defined(self) -> Self:
+        types, addable = self._types, {*OF_RATIOS, "sft"}
+        if not types or len(types) != len(set(types)) or (len(types) > 1 and not set(types) <= addable):
+            raise ValueError(
+                f"loss_type {list(types)} cannot be added up: name each once, out of {', '.join(sorted(addable))}"
+            )
+        if self.loss_weights is not None and (len(types) < 2 or len(self.loss_weights) != len(types)):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} values for {len(types)} losses of loss_type: give each of several one"
+            )
         return self
 
     @property
-    def _beta(self) -> float:
-        return self.beta if self.beta is not None else BETA.get(self.loss_type, 0.1)
+    def _types(self) -> tuple[LossType, ...]:
+        return self.loss_type if isinstance(self.loss_type, tuple) else (self.loss_type,)
 
     @property
-    def _smoothing(self) -> float:
-        return 0.1 if self.label_smoothing is None else self.label_smoothing
+    def _weights(self) -> dict[str, float]:
+        return dict(zip(self._types, self.loss_weights or [1.0] * len(self._types), strict=True))
+
+    @property
+    def _anchored(self) -> bool:
+        return not set(self._types) <= WITHOUT_REFERENCE
+
+    @property
+    def _beta(self) -> float:
+        return self.beta if self.beta is not None else BETA.get(self._types[0], 0.1)
 
     @property
     def requires(self) -> Requirements:
@@ -124,9 +229,9 @@ class DPO(Method):
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
         unpaired = self.loss_type == "kto" and _unpaired(context)
         if not unpaired:
-            _need_order(context)
+            need_order(self.name, context)
         rewarded(context, self._reward)
-        if self.loss_type in WITHOUT_REFERENCE:
+        if not self._anchored:
             if self.reference != "start":
                 log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
             return {}
@@ -143,6 +248,8 @@ class DPO(Method):
         scorer = context.teacher_model if self.reference == "teacher" else context.student
         assert scorer is not None
         attach(context, {"reference": scorer})
+        if self.ld_alpha is not None:
+            add_token_columns(context, scorer, lambda s: {"reference": s.by_token(self.name)[0]}, kind="log_probs")
         if unpaired:
             train, strays = context.splits["train"], mismatched(context.splits["train"])
             attach(replace(context, splits={"mismatched": strays}), {"reference": scorer})
@@ -152,7 +259,8 @@ class DPO(Method):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         assert isinstance(batch, ListBatch)
-        nll = {"nll": float(batch.lengths.gather(1, batch.best[:, None]).sum())} if self.loss_type in WITH_NLL else {}
+        with_nll = {"sft", *WITH_NLL} & set(self._types)
+        nll = {"nll": float(batch.lengths.gather(1, batch.best[:, None]).sum())} if with_nll else {}
         return {**nll, **reward_counts(batch)}
 
     def logged(self, means: Mapping[str, float]) -> Mapping[str, float]:
@@ -161,7 +269,7 @@ class DPO(Method):
     @property
     def _reward(self) -> Reward:
         mean = self.loss_type in MEAN_REWARD or self.length == "mean"
-        return Reward(self._beta, self.loss_type not in WITHOUT_REFERENCE, mean)
+        return Reward(self._beta, self._anchored, mean)
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
@@ -174,23 +282,59 @@ class DPO(Method):
             assert batch.reference is not None  # the data stage computed it
             ratio = values - batch.reference.to(values.dtype)
             return {"kto": Term(self._kto(ratio, batch, state)), **seen}
+        nll = Term(-values.gather(1, batch.best[:, None])[:, 0], self._weights.get("sft", self.nll_weight))
         row, *sides = self._pairs(batch)
         lengths = [batch.lengths[row, i] for i in sides]
-        chosen, rejected = (values[row, i] for i in sides)
-        if self.loss_type in WITHOUT_REFERENCE:
-            found = self._without_reference(chosen, rejected, *lengths)
-            nll = {"nll": Term(-values.gather(1, batch.best[:, None])[:, 0], self.nll_weight)}
-            own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
-            return {**own, **(nll if self.loss_type in WITH_NLL else {}), **seen}
+        if self._anchored:
+            chosen, rejected = self._scores(student, values, batch, state, row, sides)
+            found = {
+                name: Term(self._of_ratios(name, chosen, rejected, *lengths), weight)
+                for name, weight in self._weights.items()
+                if name != "sft"
+            }
+        else:
+            found = self._without_reference(*(values[row, i] for i in sides), *lengths)
+        own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
+        return {**own, **({"nll": nll} if {"sft", *WITH_NLL} & set(self._types) else {}), **seen}
+
+    def _scores(
+        self,
+        student: ModelOutput,
+        values: Tensor,
+        batch: ListBatch,
+        state: TrainState,
+        row: Tensor,
+        sides: list[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Policy and reference of better and worse candidate, `[pairs]` each."""
         assert batch.reference is not None
-        ratios = [chosen, rejected, *(batch.reference.to(values.dtype)[row, i] for i in sides)]
-        if (self.length or ("mean" if self.loss_type == "ipo" else "sum")) == "mean":
-            ratios = [preference.per_token(x, n) for x, n in zip(ratios, lengths * 2, strict=True)]
-        function = {"robust": preference.robust_dpo, "hinge": preference.hinge, "ipo": preference.ipo}
-        variant: Any = function.get(self.loss_type, preference.dpo)
-        options = {} if self.loss_type not in SMOOTHED else {"label_smoothing": self._smoothing}
-        loss = _by_list(variant(*ratios, beta=self._beta, **options), row, batch)
-        return {self.loss_type: Term(loss), **seen}
+        ours, theirs = values, batch.reference.to(values.dtype)
+        if self.ld_alpha is not None:
+            tokens, _ = student.signal.by_token(self.name)
+            shared = batch.lengths.gather(1, torch.stack([batch.best, batch.worst], 1)).amin(1)
+            reference = state.columns["reference"].of_tokens(batch).to(tokens.dtype)
+            beyond = batch.token_places >= shared[batch.token_lists]
+            ours, theirs = (batch.sum_tokens(torch.where(beyond, self.ld_alpha * x, x)) for x in (tokens, reference))
+        if self.f_divergence_type != "reverse_kl":  # the score holds the reference
+            kind, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
+            ours, theirs = preference.f_divergence_score(ours - theirs, kind, alpha=alpha), torch.zeros_like(ours)
+        return [(ours[row, i], theirs[row, i]) for i in sides]
+
+    def _of_ratios(
+        self, name: str, chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], nw: Tensor, nl: Tensor
+    ) -> Tensor:
+        sides = [chosen[0], rejected[0], chosen[1], rejected[1]]
+        length = self.length if name in USED_BY["length"] else None
+        if name == "sigmoid_norm" or (length or ("mean" if name == "ipo" else "sum")) == "mean":
+            sides = [preference.per_token(x, n) for x, n in zip(sides, (nw, nl) * 2, strict=True)]
+        options: dict[str, Any] = {}
+        if name in SMOOTHING:
+            options["label_smoothing"] = SMOOTHING[name] if self.label_smoothing is None else self.label_smoothing
+        if name == "discopop":
+            options["tau"] = self.discopop_tau
+        if name == "dpo":
+            options["offset"] = self.length_penalty * (nw - nl)
+        return OF_RATIOS[name](*sides, beta=self._beta, **options)
 
     def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
         """List, better and worse candidate of each pair."""
@@ -209,6 +353,8 @@ class DPO(Method):
     def _without_reference(self, chosen: Tensor, rejected: Tensor, nw: Tensor, nl: Tensor) -> dict[str, Term]:
         if self.loss_type == "orpo":
             return {"odds_ratio": Term(preference.odds_ratio(chosen, rejected, nw, nl), self._beta)}
+        if self.loss_type == "sft":
+            return {}
         if self.loss_type == "cpo":
             return {"cpo": Term(preference.cpo(chosen, rejected, beta=self._beta))}
         return {"simpo": Term(preference.simpo(chosen, rejected, nw, nl, beta=self._beta, gamma=self.gamma))}
@@ -258,13 +404,3 @@ def _unpaired(context: SetupContext) -> bool:
             "pairs (or lists) alone, or single answers with labels alone."
         )
     return not lists
-
-
-def _need_order(context: SetupContext) -> None:
-    for split, examples in context.splits.items():
-        for row in examples.records:
-            if max(row["scores"]) == min(row["scores"]):
-                raise InputError(
-                    f"dpo: {split} list {row['id']} has one candidate or equal scores, no better and worse. Use "
-                    "options.loss_type=kto for unpaired examples, or drop it."
-                )

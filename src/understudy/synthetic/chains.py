@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +52,25 @@ class Chains:
         return {"return": total, "kl_to_reference": distance, "value": total - distance}
 
 
+class World(Protocol):
+    """What judges a policy of transitions `[tokens, tokens]`, and two policies of that form that it knows."""
+
+    @property
+    def log_p(self) -> Tensor: ...
+    def soft_optimal(self) -> Tensor: ...
+    def value(self, log_q: Tensor) -> dict[str, float]: ...
+
+
 def chains(
-    seed: int, start: Literal["own", "mixture"], *, pairs: int = 600, tokens: int = 16, length: int = 10
+    seed: int, start: Literal["own", "mixture", "tuned"], *, pairs: int = 600, tokens: int = 16, length: int = 10
 ) -> Chains:
     """The world of card 39: pairs from a chain, labelled with probability σ(difference of returns).
 
-    `clean` holds 1,000 sequences for a start: of this chain (`own`), or 85 % of another one (`mixture`).
+    `clean` holds 1,000 sequences for a start: of this chain (`own`), 85 % of another one (`mixture`), or of this chain after
+    half the reward of each transition raised it (`tuned`).
     """
-    if start not in ("own", "mixture"):
-        raise InputError(f"data.start is {start!r}; known: own, mixture.")
+    if start not in ("own", "mixture", "tuned"):
+        raise InputError(f"data.start is {start!r}; known: own, mixture, tuned.")
     chance = torch.Generator().manual_seed(seed)
 
     def matrix(scale: float) -> Tensor:
@@ -85,7 +95,8 @@ def chains(
         better = torch.rand(number, generator=chance) < torch.sigmoid(gain[0] - gain[1])
         splits[split] = TextSet([_pair(count + i, a[i], b[i], bool(better[i])) for i in range(number)])
         count += number
-    own = walk(begin(1000), log_p.exp())
+    tuned = (log_p + reward / 2).log_softmax(-1)
+    own = walk(begin(1000), (tuned if start == "tuned" else log_p).exp())
     if start == "mixture":
         own[:850] = walk(begin(850), other.exp())
     splits["clean"] = TextSet([_pair(count + i, s, s, True) for i, s in enumerate(own)])
@@ -120,10 +131,10 @@ class BigramAdapter(ModelAdapter):
     of the tokens before them, `[tokens, rank]`.
 
     Args:
-        world: the chains that judge it.
+        world: judges it.
     """
 
-    def __init__(self, model: Bigram, world: Chains | None = None) -> None:
+    def __init__(self, model: Bigram, world: World | None = None) -> None:
         super().__init__()
         self.model, self.padding, self.world = model, 0, world
 
@@ -147,9 +158,9 @@ def exact_policy(log_p: Tensor) -> Bigram:
     return model
 
 
-def chain_policy(name: str, source: Path | nn.Module | None, world: Chains, size: int) -> Bigram:
-    """A policy of the chains: as `load_policy`, or by name one that nobody trains: `reference`, which samples the sequences,
-    and `soft_optimal`."""
+def chain_policy(name: str, source: Path | nn.Module | None, world: World, size: int) -> Bigram:
+    """A policy of transitions: as `load_policy`, or by name one that the world knows: `reference`, which samples the
+    sequences, and `soft_optimal`."""
     if source is None and name in ("reference", "soft_optimal"):
         return exact_policy(world.log_p if name == "reference" else world.soft_optimal())
     return load_policy(Bigram, name, source, size)

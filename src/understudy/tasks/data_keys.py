@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from understudy.errors import InputError, nearest
 from understudy.synthetic.bandit import Noise
+from understudy.synthetic.responses import Rejected
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Number = Annotated[int, Field(ge=0, strict=True)]
@@ -88,10 +89,17 @@ class _Preferences(BaseModel):
 
 
 class _World(BaseModel):
-    name: str = Field("bandit", description="bandit or chains.")
+    name: str = Field("bandit", description="bandit, chains or responses.")
     seed: _Number | None = Field(None, description="Of the world; the run's seed if not given.")
     noise: Noise = Field("heavy", description="Of the bandit's rewards.")
-    start: Literal["own", "mixture"] = Field("own", description="Whose samples the chains' pairs are.")
+    start: Literal["own", "mixture", "tuned"] = Field(
+        "own",
+        description="Whose samples a policy of the chains is started on: their own, mostly another chain's, or better ones.",
+    )
+    rejected: Rejected = Field("optimal", description="Where rejected responses come from.")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="Of the DPO that optimally rejected responses are for."
+    )
     limit: _Count | None = Field(None, description="Most training contexts.")
     for_teacher: _Flag = Field(False, description="Train on the clean part; set for a policy that is trained first.")
 

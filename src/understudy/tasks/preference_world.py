@@ -17,15 +17,23 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import ModelAdapter, evaluating
 from understudy.synthetic.bandit import ChoiceAdapter, ChoiceBatch, ChoicePolicy, bandit, collate_choices
-from understudy.synthetic.chains import BigramAdapter, chain_policy, chains
+from understudy.synthetic.chains import BigramAdapter, Chains, chain_policy, chains
 from understudy.synthetic.policies import load_policy
+from understudy.synthetic.responses import Responses, responses
 from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _OPTIONS = {
     "bandit": {"name", "seed", "noise", "for_teacher", "limit"},
     "chains": {"name", "seed", "start", "for_teacher", "limit"},
+    "responses": {"name", "seed", "rejected", "beta", "for_teacher", "limit"},
 }
 _BANDIT = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
+_RESPONSES = {
+    "max_steps": 1000,
+    "per_device_train_batch_size": 256,
+    "learning_rate": 2e-2,
+    "lr_scheduler_type": "linear",
+}
 _CHAINS = {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
 
 
@@ -40,11 +48,16 @@ class PreferenceWorld(TaskDefaults):
     start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """The bandit with heavy-tailed noise, its policy started on 512 clean contexts; each seed is a world of its own."""
+        """The bandit with heavy-tailed noise, its policy started on 512 clean contexts; each seed is a world of its own. In
+        `responses` the policy starts at the reference."""
         data = recipe.get("data") or {}
         data.setdefault("name", "bandit")
         data.setdefault("seed", recipe["seed"])
         recipe["data"] = data
+        if data["name"] == "responses":
+            recipe["student"] = recipe.get("student") or "reference"
+            recipe["trainer"] = merged({**_RESPONSES, "weight_decay": 0.0}, recipe.get("trainer") or {})
+            return recipe
         chain = data["name"] == "chains"
         if not chain:
             data.setdefault("noise", "heavy")
@@ -70,7 +83,11 @@ class PreferenceWorld(TaskDefaults):
             if key not in _OPTIONS[name]:
                 known = _OPTIONS[name]
                 raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
-        world = chains(data["seed"], data["start"]) if name == "chains" else None
+        world: Chains | Responses | None = None
+        if name == "chains":
+            world = chains(data["seed"], data["start"])
+        elif name == "responses":
+            world = responses(data["seed"], data.get("rejected", "optimal"), beta=data.get("beta", 0.5))
         splits = world.splits if world is not None else bandit(data["noise"], data["seed"])
         train = splits["clean" if data.get("for_teacher") else "train"]
         train.records = train.records[: data.get("limit")]
@@ -79,7 +96,7 @@ class PreferenceWorld(TaskDefaults):
             validation=splits["validation"],
             test=splits["test"],
             collate=collate_lists if world is not None else collate_choices,
-            classes=16 if world is not None else 24,
+            classes=len(world.log_p) if world is not None else 24,
             hashes={"data": hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()},
             facts={"world": world},
         )
@@ -91,7 +108,8 @@ class PreferenceWorld(TaskDefaults):
         return BigramAdapter(chain_policy(spec.model, source, world, prepared.classes), world)
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
-        """`value`: the mean probability of the truly best item (bandit), or return minus KL to the chain (exact)."""
+        """`value`: the mean probability of the truly best item (bandit), return minus KL to the chain, or minus the KL from the
+        target (responses); the latter two are exact."""
         found = evaluate_preferences(student, loader)
         if isinstance(student, BigramAdapter):
             assert student.world is not None  # `model` gave it

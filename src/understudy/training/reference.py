@@ -103,6 +103,17 @@ def recorded(context: SetupContext) -> None:
             row["reference"] = row["log_probs"]
 
 
+def need_order(method: str, context: SetupContext) -> None:
+    """Refuse lists without a better and a worse candidate."""
+    for split, examples in context.splits.items():
+        for row in examples.records:
+            if max(row["scores"]) == min(row["scores"]):
+                raise InputError(
+                    f"{method}: {split} list {row['id']} has one candidate or equal scores, no better and worse. Use "
+                    "dpo with options.loss_type=kto for unpaired examples, or drop it."
+                )
+
+
 def reward_terms(reward: Reward, log_probs: Tensor, reference: Tensor | None, batch: ListBatch) -> dict[str, Term]:
     """Rewards and log-probabilities of both sides by TRL's names, logged and not trained on. If both rewards fall,
     probability moves away from all responses in the data."""

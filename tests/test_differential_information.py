@@ -1,0 +1,135 @@
+"""Paper 32: the differential information of two policies against golden vectors, its limits, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from golden_vectors import close, golden
+from understudy import InputError
+from understudy.losses import differential_information as did
+from understudy.losses.gradients import align
+
+
+@pytest.fixture(scope="module")
+def g():
+    return golden("32-differential-information")
+
+
+@pytest.mark.golden
+def test_golden_distributions(g):
+    ref, star, beta = g["logp_ref"], g["logp_star"], float(g["beta"])
+    forth, back = did.log_ratio_distribution(star, ref), did.log_ratio_distribution(ref, star)
+    close(forth, g["did_logp"], rtol=1e-9)
+    close(back, g["did_reverse_logp"], rtol=1e-9)
+    close(did.entropy_of(forth), g["did_entropy"], rtol=1e-9)
+    close(did.entropy_of(back), g["did_reverse_entropy"], rtol=1e-9)
+    rejected = did.rejected_distribution(ref, star, beta=beta)
+    close(rejected, g["logp_rejected_opt"], rtol=1e-9)
+    close(did.preference_matrix(ref, rejected), g["pref_matrix"], rtol=1e-9)
+    assert did.ordered_pairs(star, ref, rejected) == 1
+    close(did.ordered_pairs(star, ref, g["logp_rejected_bad"]).double(), g["frac_pairs_ordered_bad"], atol=1e-6)
+    policies = ((1 + g["power_alpha"])[:, None] * g["power_logp_ref"]).log_softmax(-1)
+    powers = did.log_ratio_distribution(policies, g["power_logp_ref"].expand_as(policies))
+    close(did.entropy_of(powers), g["power_did_entropy"], rtol=1e-9)
+    close((policies.exp() * g["power_logp_ref"]).sum(-1), g["power_expected_ref_logp"], rtol=1e-9)
+
+
+@pytest.mark.golden
+def test_golden_expected_loss(g):
+    ref, rejected, beta = g["logp_ref"], g["logp_rejected_opt"], float(g["beta"])
+    theta = g["theta"].clone().requires_grad_()
+    value = did.expected_preference_loss(beta * (theta.log_softmax(-1) - ref), ref, rejected)
+    close(value, g["pop_loss"], rtol=1e-9)
+    value.backward()
+    close(theta.grad, g["pop_grad"], rtol=1e-9)
+    star = did.expected_preference_loss(beta * (g["logp_star"] - ref), ref, rejected)
+    close(star, g["pop_loss_at_star"], rtol=1e-9)
+
+
+@pytest.mark.golden
+def test_golden_estimate(g):
+    entropy, log_z, effective = did.sampled_entropy(g["est_logp_policy"], g["est_logp_ref"])
+    close(entropy, g["est_entropy"], rtol=1e-9)
+    close(log_z, g["est_logZ"], rtol=1e-9)
+    assert did.FEW < effective <= len(g["est_logp_ref"])
+    assert abs(entropy - g["exact_entropy"]) < 0.05
+
+
+@pytest.mark.golden
+def test_golden_projection(g):
+    weight = float(g["pg_weight"])
+    chosen, rejected = -weight * g["pg_gw"], weight * g["pg_gl"]
+    close(chosen + rejected, g["pg_dpo_grad"], rtol=1e-9)
+    (kept,) = align([chosen], [rejected])
+    close(chosen + kept, g["pg_projected_grad"], rtol=1e-9)
+    assert (-(chosen + kept) @ g["pg_gw"]) >= 0  # the step does not lower the chosen one, to first order
+    (same,) = align([chosen], [-rejected])
+    assert same.equal(-rejected)  # nothing conflicts
+
+
+policies = st.lists(st.floats(-40, 5), min_size=5, max_size=5).map(
+    lambda v: torch.tensor(v, dtype=torch.float64).log_softmax(-1)
+)
+
+
+@given(policies, policies, policies, st.floats(0.05, 2), st.floats(-30, 30))
+def test_limits(a, b, c, beta, shift):
+    def q(x, y):
+        return did.log_ratio_distribution(x, y)
+
+    close(q(a, a), torch.full_like(a, -math.log(5)))
+    close(did.entropy_of(q(a, a)), torch.tensor(math.log(5), dtype=torch.float64))
+    assert did.entropy_of(q(a, b)) <= math.log(5) + 1e-12
+    close(q(a + shift, b), q(a, b), atol=1e-8)
+    close(q(b, a), (-q(a, b)).log_softmax(-1), atol=1e-9)
+    close(q(a, c), (q(a, b) + q(b, c)).log_softmax(-1), atol=1e-8)
+    rejected = did.rejected_distribution(a, b, beta=beta)
+    matrix = did.preference_matrix(a, rejected)
+    power = beta * q(b, a)
+    close(matrix, torch.sigmoid(power[:, None] - power[None]), atol=1e-9)
+    close(matrix + matrix.T, torch.ones_like(matrix), atol=1e-12)
+    close(did.rejected_distribution(a, b, beta=1e-12), a, atol=1e-9)
+    theta = b.clone().requires_grad_()
+    did.expected_preference_loss(beta * (theta.log_softmax(-1) - a), a, rejected).backward()
+    assert theta.grad.abs().max() < 1e-12
+
+
+def test_rejected_are_uniform_where_the_target_is_the_square():
+    ref = torch.tensor([0.3, -1.0, 2.0, 0.1]).double().log_softmax(-1)
+    uniform = did.rejected_distribution(ref, (2 * ref).log_softmax(-1), beta=1.0)
+    close(uniform, torch.full_like(ref, -math.log(4)))
+
+
+def test_responses_of_probability_zero():
+    a, b = torch.tensor([0.0, -1.0, -math.inf]), torch.tensor([-1.0, 0.0, -2.0])
+    log_q = did.log_ratio_distribution(a, b)
+    assert log_q[2] == -math.inf and did.entropy_of(log_q) == pytest.approx(0.36533, abs=1e-4)
+    with pytest.raises(InputError, match="response 2 has probability 0"):
+        did.log_ratio_distribution(b, a)
+    with pytest.warns(UserWarning, match="left out"):
+        both = did.log_ratio_distribution(a, torch.tensor([-1.0, 0.0, -math.inf]))
+    close(both, log_q)
+    assert did.entropy_of(did.log_ratio_distribution(torch.zeros(1), torch.zeros(1))) == 0
+
+
+@pytest.mark.parametrize(
+    "call,says",
+    [
+        (lambda x: did.rejected_distribution(x, x, beta=0.0), "beta is 0.0"),
+        (lambda x: did.log_ratio_distribution(x * math.nan, x), "response 0 is not a number"),
+        (lambda x: did.log_ratio_distribution(x, x[:2]), "3 responses of one policy and 2 of the other"),
+        (lambda x: did.sampled_entropy(x, x - math.inf), "finite log-probability under both"),
+        (lambda x: did.ordered_pairs(x[:1], x[:1], x[:1]), "makes no pair"),
+    ],
+)
+def test_bad_input(call, says):
+    with pytest.raises(InputError, match=says):
+        call(torch.zeros(3))
+
+
+def test_few_effective_samples_are_said():
+    with pytest.warns(UserWarning, match=r"effective number of samples is 1\.0"):
+        did.sampled_entropy(torch.tensor([-1.0, -2.0]), torch.tensor([-100.0, -1.0]))

@@ -32,6 +32,8 @@ from understudy.cli.options import (
 )
 from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
+from understudy.cli.push import EPILOG as PUSH_EPILOG
+from understudy.cli.push import push_command
 from understudy.errors import InputError
 from understudy.masking import masked_text
 
@@ -65,6 +67,7 @@ def common(
 app.add_typer(cache_commands.app, name="cache")
 app.command("generate", epilog=EPILOG)(generate_command)
 app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
+app.command("push", epilog=PUSH_EPILOG, no_args_is_help=True)(push_command)
 
 
 def _names(incomplete: str) -> list[str]:

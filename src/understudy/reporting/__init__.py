@@ -1,6 +1,7 @@
 """Reporting: statistics over seeds, plots, one self-contained HTML file."""
 
-from understudy.reporting.html import render_comparison, render_run
+from understudy.reporting.card import write_card
+from understudy.reporting.html import render_comparison, render_run, run_panels
 from understudy.reporting.sequential import paired_sequence, sequence
 from understudy.reporting.statistics import Interval, interval, paired, verdict
 from understudy.reporting.table import comparison_table, summarise
@@ -13,7 +14,9 @@ __all__ = [
     "paired_sequence",
     "render_comparison",
     "render_run",
+    "run_panels",
     "sequence",
     "summarise",
     "verdict",
+    "write_card",
 ]

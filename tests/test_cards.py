@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from engine_cases import DIGITS, TEXT
-from text_classes import classifier, reviews
+from text_classes import as_lines, classifier, reviews
 from understudy import distill
 from understudy.cli.main import main
 from understudy.data import Batch
@@ -18,7 +18,10 @@ from understudy.evaluation.gain import sentence, sizes, speeds
 from understudy.files import check_seal
 from understudy.models import ModelAdapter
 from understudy.models.adapters import ModelOutput
+from understudy.reporting import write_card
+from understudy.runs.capture import capture_recipe
 from understudy.runs.pushing import prepare, push
+from understudy.runs.recipe import make
 
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 8, "logging_steps": 1}
 DATA = {
@@ -32,7 +35,7 @@ def runs(tmp_path_factory):
     """One short run of each kind; text classification learns from a teacher in a folder."""
     root = tmp_path_factory.mktemp("cards")
     teacher = str(classifier(root / "secret-place" / "a-teacher"))
-    reviews(root / "reviews.jsonl")
+    as_lines(root / "reviews.jsonl", reviews(120))
     recipes = {
         "image": {**DIGITS, "teacher": {"model": "mlp:64", "train": SHORT}},
         "text": {**TEXT, "teacher": {"model": "llama:hidden=32,layers=2,heads=2", "train": SHORT}},
@@ -157,12 +160,9 @@ def test_without_a_teacher_beside_it_nothing_is_compared(runs, tmp_path):
         {**DIGITS, "method": "sft", "teacher": "mlp:16", "trainer": SHORT, "output": str(tmp_path / "alone")}
     )
     cache = tmp_path / "cache"
-    from understudy.runs.capture import capture
-    from understudy.runs.recipe import make
-
     saved = str(runs["image"].folder / "teacher" / "student")
     base = {**DIGITS, "method": "kd", "trainer": SHORT, "output": str(tmp_path / "cached")}
-    capture(make({**base, "teacher": saved}), cache)
+    capture_recipe(make({**base, "teacher": saved}), cache)
     cached = distill({**base, "teacher": {"model": saved, "cache": str(cache)}})
     found = evaluation(cached.folder)
     assert "teacher" not in found["gain"] and "speed" not in found["cost"]
@@ -183,7 +183,7 @@ def test_a_card_is_one_of_the_hub(runs, name):
     assert list(results) == card.data.metrics
     wanted = {"image": "image-classification", "text": "text-generation", "classification": "text-classification"}
     assert card.data.pipeline_tag == wanted[name] and card.data.base_model is None  # a new small model has none
-    assert card.data.library_name == ("transformers" if name == "text" else "understudy")
+    assert card.data.library_name == ("understudy" if name == "image" else "transformers")
     assert "Match the teacher's softened distribution" in card.text and "## Cost" in card.text
     panels = re.findall(r"\]\((panels/[^)]*)\)", card.text)
     assert panels and all("var(--" not in (folder / "student" / p).read_text() for p in panels)
@@ -202,8 +202,6 @@ def test_a_card_names_no_folder_of_this_machine(runs):
 
 
 def test_hub_names_are_base_model_and_dataset(run):
-    from understudy.reporting import write_card
-
     for name in ("run.json", "recipe.yaml"):
         file = run / name
         file.write_text(file.read_text().replace("mlp:8", "org/small-1b").replace("name: digits", "name: org/images"))

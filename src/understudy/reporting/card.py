@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from scipy.stats import binomtest
+from transformers import CONFIG_MAPPING
 
 from understudy.catalogue import Entry, find
 from understudy.data import find as find_data
@@ -37,6 +38,8 @@ PIPELINES = {
 }
 """The Hub's name of each task."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PATH = re.compile(r"(?<![\w:/.])~?/(?:[^\s/|]+/)*([^\s/|]+)")
+"""An absolute path, whose last part alone is shown."""
 _COUNTED = ("accuracy", "agreement", "teacher_accuracy")
 """Metrics that are a share of the rows."""
 
@@ -112,7 +115,6 @@ def _metadata(student: Path, facts: dict[str, Any], evaluation: dict[str, Any], 
         )
         for metric, value in numbers.items()
     ]
-    transformers = "architectures" in (read_json(student / "config.json") or {})
     data_id = _hub_id(_data_name(recipe))
     return ModelCardData(
         base_model=_hub_id(facts["student"]),
@@ -120,10 +122,18 @@ def _metadata(student: Path, facts: dict[str, Any], evaluation: dict[str, Any], 
         metrics=list(numbers),
         eval_results=results or None,
         model_name=_title(facts, recipe),
-        library_name="transformers" if transformers else "understudy",
+        library_name=_library(student),
         pipeline_tag=PIPELINES.get(task),
         tags=["understudy", "knowledge-distillation", facts["method"]],
     )
+
+
+def _library(student: Path) -> str:
+    """The library that loads the student."""
+    if (student / "adapter_config.json").is_file():
+        return "peft"
+    config = read_json(student / "config.json") or {}
+    return "transformers" if config.get("model_type") in CONFIG_MAPPING or "auto_map" in config else "understudy"
 
 
 def _title(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
@@ -157,7 +167,7 @@ def _body(
         lines += ["## Panels", ""]
         for caption, file in pictures:
             lines += [f"![{caption.split('.')[0]}]({file})", "", caption, ""]
-    notes = evaluation.get("notes", [])
+    notes = [_PATH.sub(r"\1", note) for note in evaluation.get("notes", [])]
     lines += ["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []
     versions = ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items())
     return [*lines, f"Made with Understudy ({versions})."]

@@ -19,6 +19,8 @@ from understudy.masking import masked
 from understudy.reading import parse_json
 
 COMPLETE = "complete.json"
+CARD = "README.md"
+"""The model card, which its owner may edit: it is not part of a seal."""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -119,12 +121,12 @@ def digest(path: Path) -> str:
 
 def seal(folder: Path) -> None:
     """Mark a folder as complete: `complete.json` with the hash of each of its files, flushed, and renamed into place
-    last."""
+    last. The model card is left out."""
     with writing(folder / COMPLETE):
         digests = {
             p.relative_to(folder).as_posix(): digest(p)
             for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.relative_to(folder).as_posix() not in (COMPLETE, COMPLETE + ".tmp")
+            if p.is_file() and p.relative_to(folder).as_posix() not in (COMPLETE, COMPLETE + ".tmp", CARD)
         }
         temporary = folder / (COMPLETE + ".tmp")
         with temporary.open("w") as file:

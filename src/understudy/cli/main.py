@@ -36,6 +36,8 @@ from understudy.cli.search import EPILOG as SEARCH_EPILOG
 from understudy.cli.search import search_command
 from understudy.cli.study import EPILOG as STUDY_EPILOG
 from understudy.cli.study import study_command
+from understudy.cli.push import EPILOG as PUSH_EPILOG
+from understudy.cli.push import push_command
 from understudy.errors import InputError
 from understudy.masking import masked_text
 
@@ -71,6 +73,7 @@ app.command("generate", epilog=EPILOG)(generate_command)
 app.command("plan", epilog=PLAN_EPILOG, no_args_is_help=True)(plan_command)
 app.command("search", epilog=SEARCH_EPILOG, no_args_is_help=True)(search_command)
 app.command("study", epilog=STUDY_EPILOG, no_args_is_help=True)(study_command)
+app.command("push", epilog=PUSH_EPILOG, no_args_is_help=True)(push_command)
 
 
 def _names(incomplete: str) -> list[str]:

@@ -92,10 +92,10 @@ class CostMeter:
 
     @contextmanager
     def _timed(self, role: str) -> Iterator[None]:
-        _wait()
+        synchronize()
         start = time.perf_counter()
         yield
-        _wait()
+        synchronize()
         self.seconds[role] += time.perf_counter() - start
 
     @contextmanager
@@ -193,7 +193,8 @@ class CostMeter:
             setattr(self, key, value)
 
 
-def _wait() -> None:
+def synchronize() -> None:
+    """Wait until a GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -212,9 +213,9 @@ def matmul_peak(size: int = 768, repeats: int = 5) -> float:
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     times = []
     for _ in range(repeats + 1):
-        _wait()
+        synchronize()
         start = time.perf_counter()
         torch.mm(a, b)
-        _wait()
+        synchronize()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times[1:])

@@ -14,11 +14,13 @@ from markupsafe import Markup
 from understudy.errors import InputError
 from understudy.files import differing, read_json, read_log, writing
 from understudy.reporting import plots, study
+from understudy.reporting.gains import gain_table, headline
 from understudy.reporting.metrics import meaning
 from understudy.reporting.table import span
 from understudy.tasks import TASKS
 
 Panel = dict[str, Any]
+Drawn = tuple[list[Panel], list[str]]
 
 
 def _render(**values: Any) -> str:
@@ -30,8 +32,11 @@ def _panel(title: str, svg: str, caption: str) -> Panel:
     return {"title": title, "svg": Markup(svg), "caption": caption}
 
 
-def render_run(folder: Path) -> Path:
+def render_run(folder: Path, drawn: Drawn | None = None) -> Path:
     """Write `report.html` from the files of a run folder; panels without data are left out.
+
+    Args:
+        drawn: the result of `run_panels`, if it was called already.
 
     Raises:
         InputError: a file is damaged, or differs from what the run wrote.
@@ -43,20 +48,28 @@ def render_run(folder: Path) -> Path:
     if changed is not None:
         raise InputError(f"{folder / changed} is missing or differs from what the run wrote. Put it back.")
     evaluation, recipe = read_json(folder / "evaluation.json") or {}, folder / "recipe.yaml"
-    panels, damage = _training(folder)
+    panels, damage = drawn or run_panels(folder)
+    gains = gain_table(evaluation)
     return _written(
         folder,
         dict(
             title=f"{facts.get('method', 'run')} on {facts.get('task', '')}",
             subtitle=f"student {facts.get('student')} · teacher {facts.get('teacher')} · seed {facts.get('seed')}",
             facts=facts,
+            headline=headline(evaluation),
             **_metrics(facts, evaluation),
-            panels=panels + _panels(evaluation) + _pictures(folder, evaluation.get("pictures", {})),
-            sections=[{**table, "panels": [], "recipe": ""} for table in evaluation.get("tables", [])],
+            panels=panels + _pictures(folder, evaluation.get("pictures", {})),
+            sections=[{**table, "panels": [], "recipe": ""} for table in [*gains, *evaluation.get("tables", [])]],
             notes=evaluation.get("notes", []) + _unseen(folder) + damage,
             recipe=_text(recipe) if recipe.is_file() else "",
         ),
     )
+
+
+def run_panels(folder: Path) -> Drawn:
+    """The drawn panels of a run, and notes on damaged lines of its logs."""
+    panels, damage = _training(folder)
+    return panels + _panels(read_json(folder / "evaluation.json") or {}), damage
 
 
 def _written(folder: Path, values: dict[str, Any]) -> Path:

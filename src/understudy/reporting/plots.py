@@ -194,3 +194,11 @@ def time_bar(shares: Mapping[str, Mapping[str, float]]) -> str:
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=len(roles))
         return _svg(figure)
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own: with colours in place of the page's variables, readable on light and dark."""
+    grey = {_INK: "#7a828a", _GRID: "#a9afb5"}
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(variable, grey.get(colour, colour))
+    return svg

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from understudy.evaluation.gain import gained, speeds
 from understudy.evaluation.texts import sample_texts
 from understudy.models import ModelAdapter
 from understudy.runs.preflight import Findings
+from understudy.runs.recipe import Recipe
 from understudy.tasks import Prepared, Task
+from understudy.tasks.base import LabelledTask
 
 
 def evaluate_split(
@@ -42,3 +46,32 @@ def text_tables(
         findings.notes.append(f"No sample texts: {type(student.model).__name__} cannot write ({type(error).__name__}).")
         return []
     return [table] if table is not None else []
+
+
+def gain(
+    recipe: Recipe,
+    task: Task,
+    prepared: Prepared,
+    student: ModelAdapter,
+    teacher: ModelAdapter | None,
+    metrics: Mapping[str, float],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was gained over the teacher: `gain` of the evaluation, and its timing, `{"speed": …}` of the cost.
+
+    The timing is left out, with a `note` in `gain`, if the teacher does not run beside the student, or if the use of a
+    model is more than one forward pass.
+    """
+    found = gained(student, teacher, metrics, task.metric, task.higher_is_better)
+    if teacher is None:
+        if recipe.teacher is not None:
+            found["note"] = (
+                "The teacher did not run beside the student (its outputs are stored or served, or it has other tokens): its "
+                "size and speed are not compared."
+            )
+        return found, {}
+    if not isinstance(task, LabelledTask):
+        found["note"] = f"Speed is not compared: a model of {task.name} is used by more than one forward pass."
+        return found, {}
+    split = prepared.split(recipe.eval_split)
+    items = [split[i] for i in range(min(recipe.evaluation_batch, len(split)))]
+    return found, {"speed": speeds(student, teacher, prepared.collate(items[:1]), prepared.collate(items))}

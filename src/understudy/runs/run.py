@@ -21,8 +21,8 @@ from understudy.files import COMPLETE, check_seal, read_json, seal, write_json, 
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.own import check_saves, reload
 from understudy.models.sharding import is_sharded, together, usable
-from understudy.reporting import render_run
-from understudy.runs.evaluating import evaluate_split, text_tables
+from understudy.reporting import render_run, run_panels, write_card
+from understudy.runs.evaluating import evaluate_split, gain, text_tables
 from understudy.runs.fitting import assemble_teacher, fit
 from understudy.runs.folder import (
     agree,
@@ -236,12 +236,13 @@ def _fit(
         found = method.finish(module.train_state, context)
         evaluation.setdefault("tables", []).extend(found.get("tables", []))
         evaluation["tables"].extend(text_tables(prepared, student, shown, recipe.eval_split, findings))
-    evaluation["metrics"] |= found.get("metrics", {})
+        evaluation["metrics"] |= found.get("metrics", {})
+        evaluation["gain"], speed = gain(recipe, task, prepared, student, shown, evaluation["metrics"])
     if fitted.trainer is not None:
         prefix = TRACKED_AS[recipe.eval_split]
         fitted.trainer.log({f"{prefix}_{name}": value for name, value in evaluation["metrics"].items()})
     evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
-    evaluation |= {"cost": meter.summary(), "notes": findings.notes + findings.warnings}
+    evaluation |= {"cost": {**meter.summary(), **speed}, "notes": findings.notes + findings.warnings}
     hashes["student"] = state_hash(student)
     return _finish(journal, evaluation, student.model)
 
@@ -258,7 +259,7 @@ def _refuse_text_alone(recipe: Recipe) -> None:
 
 
 def _save(student: ModelAdapter, tokenizer: Any, folder: Path) -> None:
-    """Save a student with its tokenizer, and seal the folder."""
+    """Save a student with its tokenizer; `_finish` adds the model card and seals the folder."""
     with writing(folder):
         if first_rank():
             (folder / COMPLETE).unlink(missing_ok=True)
@@ -266,16 +267,18 @@ def _save(student: ModelAdapter, tokenizer: Any, folder: Path) -> None:
             student.save(folder)
         if first_rank() and tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    if first_rank():
-        seal(folder)
 
 
 def _finish(journal: Journal, evaluation: dict[str, Any], student: Any) -> Result:
     folder = journal.folder
     if first_rank():
         write_json(folder / "evaluation.json", evaluation)
+        drawn = run_panels(folder)
+        if student is not None:
+            write_card(folder, drawn)
+            seal(folder / "student")
         journal.record("done")
-        render_run(folder)
+        render_run(folder, drawn)
     together()
     return Result(student, evaluation["metrics"], folder)
 

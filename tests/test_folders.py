@@ -315,7 +315,11 @@ def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp
         raise AssertionError
 
     monkeypatch.setattr(
-        *((DistillationTrainer, "training_step", stepping) if moment == "teacher" else (run, "evaluate_split", evaluating))
+        *(
+            (DistillationTrainer, "training_step", stepping)
+            if moment == "teacher"
+            else (run, "evaluate_split", evaluating)
+        )
     )
     train = {"max_steps": 4, "per_device_train_batch_size": 16}
     asked = recipe(tmp_path / "run", method="kd", teacher={"model": "mlp:4", "train": train})

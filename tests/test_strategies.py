@@ -8,6 +8,7 @@ import torch
 from golden_vectors import close, golden
 from understudy import InputError
 from understudy.curation import Funnel
+from understudy.curation.refining import refinement
 from understudy.curation.strategies import (
     Strategy,
     StrategyLibrary,
@@ -16,7 +17,6 @@ from understudy.curation.strategies import (
     nearest_entries,
     rating,
     read_library,
-    refinement,
     refusal,
     similarities,
     transcript,
@@ -158,11 +158,23 @@ def test_controls_choose_without_the_scenario_or_by_chance():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("7", 7.0), (" 7.5\n", 7.5), ("Score: 8/10", 8.0), ("10", 10.0), ("-3", None), ("0", None), ("11", None)]
-    + [("good", None), ("", None), ("7 or 8", None), ("nan", None)],
+    [
+        ("7", 7.0),
+        (" 7.5\n", 7.5),
+        ("Score: 8/10", 8.0),
+        ("10", 10.0),
+        ("-3", None),
+        ("0", None),
+        ("11", None),
+        ("", None),
+    ],
 )
 def test_only_one_number_from_1_to_10_is_a_rating(text, value):
     assert rating(text) == value
+
+
+def test_words_and_several_numbers_are_no_rating():
+    assert [rating(text) for text in ("good", "7 or 8", "nan", "8 of 10")] == [None] * 4
 
 
 def test_the_audit_filter_says_what_is_wrong():

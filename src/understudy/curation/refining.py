@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from understudy.curation.items import Item
 from understudy.curation.strategies import Strategy, transcript
@@ -81,13 +81,13 @@ class Attempt:
         """Of the scores so far."""
         return refinement(self.goal, self.scores, tolerance)
 
-    def entry(self, tolerance: float, status: Literal["pending", "approved"]) -> Strategy:
-        """The best strategy, as an entry of the library."""
+    def entry(self, tolerance: float, pending: bool) -> Strategy:
+        """The best strategy, as an entry of the library that is pending or approved."""
         state = self.state(tolerance)
         return Strategy(
             scenario=self.scenario.text,
             strategy=self.advice[state.best],
-            status=status,
+            status="pending" if pending else "approved",
             score=self.scores[state.best],
             base_score=self.scores[0],
             teacher_score=self.goal,

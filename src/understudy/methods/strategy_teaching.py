@@ -156,8 +156,7 @@ class StrategyTeaching(Pipeline):
             self._refine(talk, below, library, t)
         gains = lambda a: None if a.state(self.tolerance).best else "no gain"  # noqa: E731
         better = funnel.sieve("strategies that help", attempts, gains)
-        status = "pending" if self.audit else "approved"
-        entries = [(a.entry(self.tolerance, status), a.answer) for a in better]
+        entries = [(a.entry(self.tolerance, self.audit), a.answer) for a in better]
         allowed = lambda pair: refusal(pair[0].strategy, pair[1], self.deny, self.longest)  # noqa: E731
         return [entry for entry, _ in funnel.sieve("strategies that may be stored", entries, allowed)]
 

@@ -1,4 +1,4 @@
-"""Metrics of final answers: shares with intervals, several attempts at each question, two graders, two models."""
+"""Metrics of final answers: shares with intervals, several attempts at each question, two graders, two treatments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 
 from understudy.errors import InputError
 
@@ -94,3 +94,40 @@ def win_rate(verdicts: Sequence[int]) -> float:
     if not verdicts:
         raise InputError("There is no verdict to count.")
     return sum((v + 1) / 2 for v in verdicts) / len(verdicts)
+
+
+class Gain(NamedTuple):
+    """Paired scores of two treatments of the same items.
+
+    Args:
+        mean: of second − first. t, p: paired t-test; 0 and 1 where all differences are 0.
+        win, tie, loss: items whose second score is higher, equal, lower. sign_p: exact two-sided sign test without ties.
+    """
+
+    mean: float
+    t: float
+    p: float
+    win: int
+    tie: int
+    loss: int
+    sign_p: float
+
+
+def paired_gain(first: Sequence[float], second: Sequence[float]) -> Gain:
+    """How much the second score of each item is above its first one.
+
+    Raises:
+        InputError: not the same number of both, or none.
+    """
+    if len(first) != len(second) or not first:
+        raise InputError(f"{len(first)} items have {len(second)} second scores: give both for each, at least one.")
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    win, loss = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    t, p = 0.0, 1.0
+    if len(set(differences)) > 1:
+        found = ttest_rel(second, first)
+        t, p = float(found.statistic), float(found.pvalue)
+    elif differences[0] and len(differences) > 1:  # the same gain for all
+        t, p = math.copysign(math.inf, differences[0]), 0.0
+    mean, tie = math.fsum(differences) / len(differences), len(differences) - win - loss
+    return Gain(mean, t, p, win, tie, loss, float(binomtest(win, win + loss).pvalue) if win + loss else 1.0)

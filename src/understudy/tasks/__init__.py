@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from understudy.errors import InputError, nearest
 from understudy.tasks.base import Prepared, Task
+from understudy.tasks.conversation import Conversations
 from understudy.tasks.image_classification import ImageClassification
 from understudy.tasks.image_generation import ImageGeneration
 from understudy.tasks.language_modeling import LanguageModeling
@@ -29,6 +30,7 @@ TASKS: dict[str, Task] = {
         Reasoning(),
         TextGeneration(),
         TextClassification(),
+        Conversations(),
     )
 }
 

@@ -215,6 +215,18 @@ class _Corpus(BaseModel):
     columns: dict[str, str] | None = Field(None, description="Names of columns, as in {event: text}.")
 
 
+class _Conversations(BaseModel):
+    name: str = Field("support", description="support, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
+    limit: _Count | None = Field(None, description="Most training conversations.")
+    eval_limit: _Count | None = Field(None, description="Most conversations of validation, and of test.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {prompt: message, type: topic}.")
+    seed: _Number | None = Field(None, description="Of support; the run's seed if not given.")
+    teacher_error: _Share = Field(
+        0.05, description="Share of requests whose best action the teacher of support mistakes."
+    )
+    follows: _Share = Field(0.85, description="How often the student of support follows advice.")
+
+
 KEYS: dict[str, type[BaseModel]] = {
     "image_classification": _Images,
     "language_modeling": _Text,
@@ -226,6 +238,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "reasoning": _Reasoning,
     "text_generation": _Corpus,
     "text_classification": _ClassifiedTexts,
+    "conversation": _Conversations,
 }
 """By task."""
 

@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from understudy.curation.answers import MARK, Checker, majority
 from understudy.curation.filters import Funnel
 from understudy.curation.items import Item
 from understudy.data.reasoning import same_question
 from understudy.generation import Completion, Request
+
+TEACHER = "rationales/"
+"""Begins the ids of the requests to the teacher."""
 
 
 class Rationale(Item):
@@ -28,6 +33,11 @@ class Rationale(Item):
     good: bool
     right: bool
     log_quality: float = 0.0
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the teacher wrote it."""
+        return self.requests[0].startswith(TEACHER)
 
 
 def read_rationale(request: Request, said: Completion, question: int, gold: str, checker: Checker) -> Rationale:
@@ -91,3 +101,22 @@ def contrast_lists(
             row = {"prompt": explain(record["question"]), "completions": [r.text for r in sets[i]]}
             rows.append({**row, "scores": scores, "log_probs": log_probs})
     return rows
+
+
+def rationale_report(found: Sequence[Rationale], questions: int, samples: int) -> dict[str, float]:
+    """How good a teacher's rationales are, and whether D tells the right ones from the others.
+
+    Args:
+        found: those that can be read, of `samples` for each of `questions`.
+
+    `discriminator_auc`: the probability that a right rationale has a higher D than a wrong one, ties counted half; 0.5 where
+    there is none of a kind.
+    """
+    right, wrong = ([r.log_quality for r in found if r.right is side] for side in (True, False))
+    both = np.sign(np.asarray(right)[:, None] - np.asarray(wrong)[None])
+    return {
+        "teacher_sample_accuracy": len(right) / (questions * samples),
+        "teacher_vote_accuracy": len({r.question for r in found if r.good and r.right}) / questions,
+        "positives": sum(r.good for r in found) / questions,
+        "discriminator_auc": float((both.mean() + 1) / 2) if both.size else 0.5,
+    }

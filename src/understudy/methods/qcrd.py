@@ -16,110 +16,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from understudy.curation import Checker, Funnel
 from understudy.curation.rationales import (
     Rationale,
     answer_list,
     contrast_lists,
+    rationale_report,
     read_rationale,
     sort_rationales,
     without_positives,
 )
-from understudy.data import Batch, ListBatch
 from understudy.data.text import write_records
 from understudy.errors import InputError
 from understudy.evaluation.answers import wilson
 from understudy.generation import Completion, LocalSource, Prompt, Request
-from understudy.losses.rationales import many_to_one
-from understudy.models.discriminators import load_discriminator
 from understudy.tasks import get as get_task
-from understudy.training import (
-    Method,
-    ModelOutput,
-    Pipeline,
-    PipelineContext,
-    Requirements,
-    SetupContext,
-    Term,
-    TrainState,
-)
-from understudy.training.discriminator import auc, balanced, fit_discriminator, log_qualities
-from understudy.training.reference import recorded
+from understudy.training import Pipeline, PipelineContext
+from understudy.training.contrast import ContrastOptions
+from understudy.training.discriminator import DiscriminatorFit, update_discriminator
 
 _COST = "Cost is that of the last iteration's training; what the teacher wrote is in the table of what the models were asked."
 
 
-class _Objective(Method):
-    """The options of the loss."""
-
-    beta: float = Field(0.2, ge=0, description="β, weight of negatives; 0 asks the student for none.")
-    delta: float = Field(3.0, description="δ, nats a token: a negative less likely than this is let be.")
-    reduce: Literal["max", "min"] = Field(
-        "max", description="The negative that counts: of most or least cross-entropy."
-    )
-    quality: bool = Field(True, description="Weigh rationales by the discriminator; off, all alike.")
-    alpha_label: float = Field(0.5, ge=0, description="α₁, weight of the answer alone.")
-    alpha_rationale: float = Field(0.5, ge=0, description="α₂, weight of the contrast of rationales.")
-
-
-class RationaleContrast(_Objective):
-    """One iteration of QCRD: the weighted contrast of given rationales, beside the answer alone."""
-
-    name = "rationale-contrast"
-    paper = 21
-    kinds = frozenset({"preference"})
-    cost = "one student forward and backward a rationale; of these, two carry a gradient"
-    page: ClassVar[dict[str, str]] = {
-        "when": "Rationales that are sorted already: lists whose scores are 1 (positive) or −1 (negative) with log D as "
-        "`log_probs`, and lists of one answer with score 0.",
-        "not": "To make the rationales too: that is `qcrd`.",
-        "deviations": "Answer and rationales are lists of their own, each kind with its own mean.",
-    }
-
-    @property
-    def requires(self) -> Requirements:
-        return Requirements(teacher="none")
-
-    def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        for row in context.splits["train"].records:
-            if not set(row["scores"]) <= {1.0, 0.0, -1.0} or (0.0 in row["scores"] and len(row["scores"]) > 1):
-                raise InputError(
-                    f"{self.name}: scores of train example {row['id']} are {row['scores']}: give 1 for a positive rationale "
-                    "and -1 for a negative one, or 0 for an answer in a list of its own."
-                )
-        if self.quality:
-            recorded(context)
-        return {}
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        assert isinstance(batch, ListBatch)
-        labels = float((batch.scores[:, 0] == 0).sum())
-        both = float(((batch.scores < 0) & batch.candidates).any(1).sum())
-        return {"label": labels, "contrast": len(batch.scores) - labels, "active": both}
-
-    def loss(
-        self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
-    ) -> dict[str, Term]:
-        assert isinstance(batch, ListBatch)
-        tokens, _ = student.signal.by_token(self.name)
-        entropy = -batch.mean_tokens(tokens)
-        kind = torch.where(batch.candidates, batch.scores, 0.0)
-        weights = batch.reference.exp() if self.quality and batch.reference is not None else None
-        found = many_to_one(entropy, kind, weights, beta=self.beta, delta=self.delta, reduce=self.reduce)
-        label = torch.where(batch.scores[:, 0] == 0, entropy[:, 0], 0.0)
-        active = (found.negative < 0).to(tokens.dtype)
-        return {
-            "label": Term(label, self.alpha_label),
-            "contrast": Term(found.values, self.alpha_rationale),
-            "active": Term(active, 0.0),
-        }
-
-
-class QCRD(_Objective, Pipeline):
+class QCRD(ContrastOptions, Pipeline):
     """A teacher's rationales, denoised by vote, against the student's own mistakes, weighed by a discriminator."""
 
     name = "qcrd"
@@ -256,22 +177,20 @@ class QCRD(_Objective, Pipeline):
         funnel: Funnel,
     ) -> list[Rationale]:
         """The rationales with log D, after D has been fitted to them from its present weights on."""
-        folder, seed = context.folder / "discriminator", context.recipe["seed"] * 1000 + number
-        torch.manual_seed(seed)
-        model = load_discriminator(folder / str(number - 1) if number else self.discriminator)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        folder = context.folder / "discriminator"
         pairs = [(records[r.question]["question"], r.text.strip()) for r in rationales]
-        both = zip(pairs, rationales, strict=True)
-        classes: dict[bool, list[Any]] = {True: [], False: []}
-        for pair, r in both:
-            classes[r.good].append(pair)
-        good, bad = balanced(classes[True], classes[False], self.corruption, seed)
-        steps = self.discriminator_steps if number == 0 else max(1, self.discriminator_steps // 10)
-        rate = self.discriminator_rate * self.decay_of(number)
-        fit_discriminator(model, good, bad, steps=steps, batch=64, lr=rate, seed=seed)
-        model.save(folder / str(number))
-        found = zip(rationales, log_qualities(model, pairs), strict=True)
-        return [r.model_copy(update={"id": "", "parents": (r.id,), "log_quality": q}) for r, q in found]
+        fit = DiscriminatorFit(
+            steps=self.discriminator_steps if number == 0 else max(1, self.discriminator_steps // 10),
+            lr=self.discriminator_rate * self.decay_of(number),
+            corruption=self.corruption,
+            seed=context.recipe["seed"] * 1000 + number,
+        )
+        start = folder / str(number - 1) if number else self.discriminator
+        values = update_discriminator(start, pairs, [r.good for r in rationales], fit, folder / str(number))
+        return [
+            r.model_copy(update={"id": "", "parents": (r.id,), "log_quality": q})
+            for r, q in zip(rationales, values, strict=True)
+        ]
 
     def _write(self, corpus: Path, splits: Any, rationales: Sequence[Rationale]) -> None:
         """What `rationale-contrast` trains on; the other splits hold answers alone."""
@@ -294,7 +213,7 @@ class QCRD(_Objective, Pipeline):
         return {
             "task": "preferences",
             "method": "rationale-contrast",
-            "options": {k: getattr(self, k) for k in _Objective.model_fields if k != "log"},
+            "options": self.model_dump(include=set(ContrastOptions.model_fields)),
             "data": {**data, "name": str(folder / f"round-{number}" / "corpus")},
             "student": student,
             "trainer": {**recipe["trainer"], "max_steps": steps},
@@ -312,7 +231,8 @@ class QCRD(_Objective, Pipeline):
         temperature: float = 0.0,
     ) -> list[tuple[Request, Completion]]:
         """A student's rationale of each question, or its answer alone, with the request."""
-        source = LocalSource.load(str(student / "student"), batch=64)
+        loaded = LocalSource.load(str(student / "student"))
+        source = LocalSource(loaded.model, loaded.tokenizer, "student", batch=64)  # draws do not depend on the folder
         prompt = Prompt.load(self.rationale_prompt if what == "rationale" else self.answer_prompt)
         how: Any = {"max_tokens": int(context.recipe["data"]["max_new_tokens"]), "temperature": temperature}
         requests = [Request(_asked(prompt, r["question"]), f"{name}/{i}", i, **how) for i, r in enumerate(records)]
@@ -331,14 +251,7 @@ class QCRD(_Objective, Pipeline):
             found = wilson(sum(right), len(right))
             metrics[name] = found.share
             rows.append([what, f"{found.share:.3f}", f"{found.low:.3f} to {found.high:.3f}", len(right)])
-        teacher = [r for r in sets if r.requests[0].startswith("rationales/")]
-        sides = [[r.log_quality for r in teacher if r.right is side] for side in (True, False)]
-        metrics |= {
-            "teacher_sample_accuracy": len(sides[0]) / (len(splits.train) * self.samples),
-            "teacher_vote_accuracy": len({r.question for r in teacher if r.good and r.right}) / len(splits.train),
-            "positives": sum(r.good for r in teacher) / len(splits.train),
-            "discriminator_auc": auc(*sides),
-        }
+        metrics |= rationale_report([r for r in sets if r.sampled], len(splits.train), self.samples)
         table = {"title": "The student on the judged questions", "headings": _HEADINGS, "rows": rows}
         cost = json.loads((student / "evaluation.json").read_text())["cost"]
         return {"split": split, "metrics": metrics, "tables": [table], "cost": cost, "notes": [*splits.notes, _COST]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses import binary_cross_entropy
 from understudy.models import evaluating
+from understudy.models.discriminators import load_discriminator
 from understudy.models.fitting import minimise
-from understudy.models.pairs import Pair, PairClassifier
+from understudy.models.pairs import Pair
 from understudy.training.order import EpochSampler
 
 
@@ -33,57 +36,64 @@ def corrupted(text: str, share: float, chance: np.random.Generator) -> str:
     return between.join(parts)
 
 
-def balanced(good: Sequence[Pair], bad: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Both classes, with corruptions of good pairs added to the bad ones until there are as many."""
+def corruptions(good: Sequence[Pair], number: int, share: float, seed: int) -> list[Pair]:
+    """Corruptions of up to `number` of the good pairs, to balance the classes."""
     chance = np.random.default_rng([seed, 0xD15C])
-    order = chance.permutation(len(good))[: max(0, len(good) - len(bad))]
-    return list(good), [*bad, *((good[i][0], corrupted(good[i][1], share, chance)) for i in order)]
+    order = chance.permutation(len(good))[: max(0, number)]
+    return [(good[i][0], corrupted(good[i][1], share, chance)) for i in order]
 
 
-def fit_discriminator(
-    model: PairClassifier, good: Sequence[Pair], bad: Sequence[Pair], *, steps: int, batch: int, lr: float, seed: int
-) -> float:
-    """Minimise −log D of good pairs and −log (1 − D) of bad ones with AdamW, from the model's weights on.
+@dataclass(frozen=True)
+class DiscriminatorFit:
+    """Hyperparameters of a fit.
+
+    Args:
+        steps: of AdamW. lr: its rate. corruption: share of a good text that is changed for extra bad ones. batch: pairs a step.
+        seed: of new weights, order and corruptions.
+    """
+
+    steps: int
+    lr: float
+    corruption: float = 0.3
+    batch: int = 64
+    seed: int = 0
+
+
+def update_discriminator(
+    start: str | Path, pairs: Sequence[Pair], labels: Sequence[bool], fit: DiscriminatorFit, folder: Path
+) -> list[float]:
+    """Minimise −log D of good pairs and −log (1 − D) of bad ones, from the weights of `start` on, and save it in `folder`.
+
+    Args:
+        start: as of `load_discriminator`. labels: True for good pairs.
 
     Returns:
-        The mean loss of the last tenth of the steps, nats.
+        log D of each pair, nats: finite however sure it is.
 
     Raises:
-        InputError: there is no pair of a class.
+        InputError: there is no good pair, or nothing to tell it from.
     """
-    if not good or not bad:
+    good, bad = ([p for p, y in zip(pairs, labels, strict=True) if y is side] for side in (True, False))
+    if not good:
         raise InputError(
-            f"The discriminator has {len(good)} good and {len(bad)} bad rationales and needs both: ask for more samples."
+            f"None of {len(pairs)} rationales is positive, which the discriminator needs: ask for more samples."
         )
-    pairs = [(pair, 1.0) for pair in good] + [(pair, 0.0) for pair in bad]
-    order, found = EpochSampler(len(pairs), seed, steps * batch), list[float]()
+    bad += corruptions(good, len(good) - len(bad), fit.corruption, fit.seed)
+    torch.manual_seed(fit.seed)
+    model = load_discriminator(start).to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [(pair, 1.0) for pair in good] + [(pair, 0.0) for pair in bad]
+    order = list(EpochSampler(len(rows), fit.seed, fit.steps * fit.batch))
 
     def losses() -> Iterator[Tensor]:
-        chosen = list(order)
-        for start in range(0, steps * batch, batch):
-            rows = [pairs[i] for i in chosen[start : start + batch]]
-            logits = model([pair for pair, _ in rows])
-            loss = binary_cross_entropy(logits, torch.tensor([y for _, y in rows], device=logits.device)).mean()
-            found.append(float(loss.detach()))
-            yield loss
+        for s in range(0, len(order), fit.batch):
+            chosen = [rows[i] for i in order[s : s + fit.batch]]
+            logits = model([pair for pair, _ in chosen])
+            yield binary_cross_entropy(logits, torch.tensor([y for _, y in chosen], device=logits.device)).mean()
 
     model.train()
-    minimise(losses(), torch.optim.AdamW(model.parameters(), lr=lr))
-    return float(np.mean(found[-max(1, steps // 10) :]))
-
-
-@torch.no_grad()
-def log_qualities(model: PairClassifier, pairs: Sequence[Pair], batch: int = 256) -> list[float]:
-    """log D of each pair, nats, in evaluation mode: finite however sure the model is."""
-    with evaluating(model):
-        parts = [model(pairs[s : s + batch]).double().cpu() for s in range(0, len(pairs), batch)]
-    found: list[float] = torch.nn.functional.logsigmoid(torch.cat(parts)).tolist() if parts else []
+    minimise(losses(), torch.optim.AdamW(model.parameters(), lr=fit.lr))
+    model.save(folder)
+    with evaluating(model), torch.no_grad():
+        parts = [model(pairs[s : s + 256]).double().cpu() for s in range(0, len(pairs), 256)]
+    found: list[float] = torch.nn.functional.logsigmoid(torch.cat(parts)).tolist()
     return found
-
-
-def auc(good: Sequence[float], bad: Sequence[float]) -> float:
-    """The probability that a good pair is above a bad one, ties counted half; 0.5 where there is none of a kind."""
-    if not good or not bad:
-        return 0.5
-    difference = np.sign(np.asarray(good)[:, None] - np.asarray(bad)[None])
-    return float((difference.mean() + 1) / 2)

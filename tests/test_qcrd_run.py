@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
 def test_a_teacher_that_cannot_be_read_stops_the_run_with_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(Reasoning, "oracle", lambda *_: OracleSource("other", lambda request, chance: "I think 7"))
     with pytest.raises(
-        InputError, match="None of 60 rationales of the teacher can be read: mend options.teacher_prompt"
+        InputError, match=r"None of 60 rationales of the teacher can be read: mend options\.teacher_prompt"
     ):
         distill(tiny(tmp_path / "run"))
 

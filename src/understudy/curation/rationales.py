@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from understudy.curation.answers import MARK, Checker, majority
 from understudy.curation.filters import Funnel
 from understudy.curation.items import Item
 from understudy.data.reasoning import same_question
-from understudy.generation import Completion, Request
+from understudy.generation import Completion, Prompt, Request
 
 TEACHER = "rationales/"
 """Begins the ids of the requests to the teacher."""
@@ -74,32 +74,30 @@ def without_positives(found: Sequence[Rationale], positives: Sequence[Rationale]
     return funnel.sieve("negatives of the student", found, problem)
 
 
-def answer_list(question: str, answer: str) -> dict[str, Any]:
+def answer_list(prompt: Prompt, record: Mapping[str, Any]) -> dict[str, Any]:
     """The answer alone as a list of one, with score 0."""
-    return {"prompt": question, "completions": [f" {MARK} {answer}"], "scores": [0], "log_probs": [0.0]}
+    asked, said = prompt.render(question=record["question"]), f" {MARK} {record['answer']}"
+    return {"prompt": asked, "completions": [said], "scores": [0], "log_probs": [0.0]}
 
 
 def contrast_lists(
-    records: Sequence[Mapping[str, Any]],
-    rationales: Sequence[Rationale],
-    answer: Callable[[str], str],
-    explain: Callable[[str], str],
+    records: Sequence[Mapping[str, Any]], rationales: Sequence[Rationale], answer: Prompt, explain: Prompt
 ) -> list[dict[str, Any]]:
     """Of each question its answer alone, and its rationales with score 1 or −1 and log D; no second list without any.
 
     Args:
-        answer, explain: from a question to the prompt for its answer, and for its rationale.
+        answer, explain: the prompts, with the slot `question`, for an answer alone and for a rationale.
     """
     sets: dict[int, list[Rationale]] = {}
     for r in rationales:
         sets.setdefault(r.question, []).append(r)
     rows = []
     for i, record in enumerate(records):
-        rows.append(answer_list(answer(record["question"]), record["answer"]))
+        rows.append(answer_list(answer, record))
         if i in sets:
             scores, log_probs = [1 if r.good else -1 for r in sets[i]], [r.log_quality for r in sets[i]]
-            row = {"prompt": explain(record["question"]), "completions": [r.text for r in sets[i]]}
-            rows.append({**row, "scores": scores, "log_probs": log_probs})
+            asked, said = explain.render(question=record["question"]), [r.text for r in sets[i]]
+            rows.append({"prompt": asked, "completions": said, "scores": scores, "log_probs": log_probs})
     return rows
 
 

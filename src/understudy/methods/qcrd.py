@@ -37,7 +37,7 @@ from understudy.training import Pipeline, PipelineContext
 from understudy.training.contrast import ContrastOptions
 from understudy.training.discriminator import DiscriminatorFit, update_discriminator
 
-_COST = "Cost is that of the last iteration's training; what the teacher wrote is in the table of what the models were asked."
+_COST = "Cost is that of the last iteration's training; what the teacher wrote has a table of its own."
 
 
 class QCRD(ContrastOptions, Pipeline):
@@ -46,7 +46,7 @@ class QCRD(ContrastOptions, Pipeline):
     name = "qcrd"
     paper = 21
     kinds = frozenset({"text"})
-    cost = "samples completions a question; in every iteration a sample of the student a question, a fit of D, and a share of training"
+    cost = "samples completions a question; an iteration: a sample of the student a question, a fit of D, training"
     page: ClassVar[dict[str, str]] = {
         "when": "A teacher that errs at random and can be asked several times, and a student that is to answer alone.",
         "not": "Where the teacher errs alike every time: the vote then confirms the error. With `beta` the contrast can hurt: "
@@ -55,33 +55,22 @@ class QCRD(ContrastOptions, Pipeline):
         "the answer and one for the rationale in the place of prefixes. An iteration is a run of its own, with a new optimiser "
         "and schedule. D has its own optimiser (AdamW, which does not see the scale of a loss): α₃ is left out and its decay is "
         "that of D's learning rate. A rationale includes its answer. What cannot be read is dropped, and a question without "
-        "rationales is learned by its answer alone and is not in the contrast's mean. A new D reads bytes; a pretrained one pools in its own way.",
+        "rationales is learned by its answer alone and is not in the contrast's mean. A new D reads bytes; a pretrained one "
+        "pools in its own way.",
     }
 
     samples: int = Field(5, ge=1, description="K, rationales of the teacher for each question.")
     temperature: float = Field(0.7, ge=0, description="Of the teacher.")
     max_tokens: int = Field(512, ge=1, description="Of a rationale.")
-    agree: Literal["vote", "gold"] = Field(
-        "vote", description="Positives agree with the majority, or with the data's answer."
-    )
-    iterations: int = Field(
-        10, ge=1, description="Parts of the student's training; between them, negatives and D are renewed."
-    )
-    age: int = Field(
-        5, ge=1, description="Iterations since the student that writes negatives; the oldest if there are fewer."
-    )
+    agree: Literal["vote", "gold"] = Field("vote", description="Positives have the majority's answer, or the data's.")
+    iterations: int = Field(10, ge=1, description="Parts of training; negatives and D are renewed for each.")
+    age: int = Field(5, ge=1, description="Iterations since the student that writes negatives.")
     negative_temperature: float = Field(1.5, gt=0, description="Of the student's negatives.")
-    discriminator: str = Field(
-        "bytes", description="`bytes:width=N,layers=N,length=N` (new), or any sequence classifier."
-    )
+    discriminator: str = Field("bytes", description="`bytes:width=N,layers=N` (new), or a sequence classifier.")
     discriminator_steps: int = Field(500, ge=1, description="Of its first fit; later fits take a tenth.")
-    discriminator_rate: float = Field(
-        1e-3, gt=0, description="Learning rate of a new one; 5e-5 suits a pretrained one."
-    )
+    discriminator_rate: float = Field(1e-3, gt=0, description="Learning rate; 5e-5 suits a pretrained one.")
     discriminator_decay: float = Field(0.9, gt=0, le=1, description="Of that rate, an iteration.")
-    corruption: float = Field(
-        0.3, gt=0, le=1, description="Share of a positive that is changed for extra negatives of D."
-    )
+    corruption: float = Field(0.3, gt=0, le=1, description="Changed share of a positive, for extra negatives of D.")
     teacher_prompt: str = Field("solve_steps", description="File with the slot `question`, for the teacher.")
     rationale_prompt: str = Field("explain", description="File with the slot `question`: the student's rationale.")
     answer_prompt: str = Field("predict", description="File with the slot `question`: the student's answer alone.")
@@ -194,11 +183,11 @@ class QCRD(ContrastOptions, Pipeline):
 
     def _write(self, corpus: Path, splits: Any, rationales: Sequence[Rationale]) -> None:
         """What `rationale-contrast` trains on; the other splits hold answers alone."""
-        answer, explain = (partial(_asked, Prompt.load(p)) for p in (self.answer_prompt, self.rationale_prompt))
+        answer, explain = (Prompt.load(p) for p in (self.answer_prompt, self.rationale_prompt))
         used = [r for r in rationales if r.good or self.beta]
         write_records(corpus / "train.jsonl", contrast_lists(splits.train, used, answer, explain))
         for name in ("validation", "test"):
-            rows = [answer_list(answer(r["question"]), r["answer"]) for r in getattr(splits, name)]
+            rows = [answer_list(answer, r) for r in getattr(splits, name)]
             write_records(corpus / f"{name}.jsonl", rows)
 
     def _student(
@@ -235,7 +224,9 @@ class QCRD(ContrastOptions, Pipeline):
         source = LocalSource(loaded.model, loaded.tokenizer, "student", batch=64)  # draws do not depend on the folder
         prompt = Prompt.load(self.rationale_prompt if what == "rationale" else self.answer_prompt)
         how: Any = {"max_tokens": int(context.recipe["data"]["max_new_tokens"]), "temperature": temperature}
-        requests = [Request(_asked(prompt, r["question"]), f"{name}/{i}", i, **how) for i, r in enumerate(records)]
+        requests = [
+            Request(prompt.render(question=r["question"]), f"{name}/{i}", i, **how) for i, r in enumerate(records)
+        ]
         return list(zip(requests, context.ask_trained(source, requests, name), strict=True))
 
     def _evaluation(
@@ -252,13 +243,10 @@ class QCRD(ContrastOptions, Pipeline):
             metrics[name] = found.share
             rows.append([what, f"{found.share:.3f}", f"{found.low:.3f} to {found.high:.3f}", len(right)])
         metrics |= rationale_report([r for r in sets if r.sampled], len(splits.train), self.samples)
-        table = {"title": "The student on the judged questions", "headings": _HEADINGS, "rows": rows}
+        table = {
+            "title": "The student on the judged questions",
+            "headings": ["asked for", "accuracy", "interval", "questions"],
+            "rows": rows,
+        }
         cost = json.loads((student / "evaluation.json").read_text())["cost"]
         return {"split": split, "metrics": metrics, "tables": [table], "cost": cost, "notes": [*splits.notes, _COST]}
-
-
-_HEADINGS = ["asked for", "accuracy", "interval", "questions"]
-
-
-def _asked(prompt: Prompt, question: str) -> str:
-    return prompt.render(question=question)

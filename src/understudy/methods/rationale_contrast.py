@@ -23,7 +23,6 @@ class RationaleContrast(ContrastOptions, Method):
     """One iteration of QCRD: the weighted contrast of given rationales, beside the answer alone."""
 
     name = "rationale-contrast"
-    paper = 21
     kinds = frozenset({"preference"})
     cost = "one student forward and backward a rationale; of these, two carry a gradient"
     page: ClassVar[dict[str, str]] = {

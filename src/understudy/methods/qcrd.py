@@ -55,8 +55,7 @@ class QCRD(ContrastOptions, Pipeline):
         "the answer and one for the rationale in the place of prefixes. An iteration is a run of its own, with a new optimiser "
         "and schedule. D has its own optimiser (AdamW, which does not see the scale of a loss): α₃ is left out and its decay is "
         "that of D's learning rate. A rationale includes its answer. What cannot be read is dropped, and a question without "
-        "rationales is learned by its answer alone and is not in the contrast's mean. A new D reads bytes; a pretrained one "
-        "pools in its own way.",
+        "rationales is learned by its answer alone, outside the contrast's mean. A pretrained D pools in its own way.",
     }
 
     samples: int = Field(5, ge=1, description="K, rationales of the teacher for each question.")
@@ -233,12 +232,12 @@ class QCRD(ContrastOptions, Pipeline):
         self, context: PipelineContext, splits: Any, checker: Checker, sets: Sequence[Rationale], student: Path
     ) -> dict[str, Any]:
         """Greedy answers to the judged questions, alone and behind a rationale; the teacher's, and what D tells apart."""
-        split = context.recipe["eval_split"]
-        records, rows, metrics = getattr(splits, split), [], {}
+        split, rows, metrics = context.recipe["eval_split"], [], {}
+        records = getattr(splits, split)
         for what, name in (("answer", "accuracy"), ("rationale", "rationale_accuracy")):
             said = self._said(context, student, records, what, f"judged_{what}")  # type: ignore[arg-type]
-            golds = [checker.gold(r["answer"]) for r in records]
-            right = [a.finish == "stop" and checker.correct(a.text, g) for (_, a), g in zip(said, golds, strict=True)]
+            pairs = zip(said, (checker.gold(r["answer"]) for r in records), strict=True)
+            right = [a.finish == "stop" and checker.correct(a.text, gold) for (_, a), gold in pairs]
             found = wilson(sum(right), len(right))
             metrics[name] = found.share
             rows.append([what, f"{found.share:.3f}", f"{found.low:.3f} to {found.high:.3f}", len(right)])

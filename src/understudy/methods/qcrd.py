@@ -232,8 +232,7 @@ class QCRD(ContrastOptions, Pipeline):
         self, context: PipelineContext, splits: Any, checker: Checker, sets: Sequence[Rationale], student: Path
     ) -> dict[str, Any]:
         """Greedy answers to the judged questions, alone and behind a rationale; the teacher's, and what D tells apart."""
-        split, rows, metrics = context.recipe["eval_split"], [], {}
-        records = getattr(splits, split)
+        rows, metrics, records = [], {}, getattr(splits, split := context.recipe["eval_split"])
         for what, name in (("answer", "accuracy"), ("rationale", "rationale_accuracy")):
             said = self._said(context, student, records, what, f"judged_{what}")  # type: ignore[arg-type]
             pairs = zip(said, (checker.gold(r["answer"]) for r in records), strict=True)

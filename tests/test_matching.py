@@ -16,7 +16,7 @@ from understudy.losses.matching import (
     mmd,
     trajectory_distance,
 )
-from understudy.training.unrolled import gradients, unrolled_sgd
+from understudy.training.unrolled import flat, gradients, unrolled_sgd
 
 NAME = "37-survey-kd-dd"
 
@@ -28,10 +28,6 @@ def near(value, expected):
 def softmax_regression(x, y):
     """Mean cross-entropy of a linear classifier, as a function of its parameters."""
     return lambda p: F.cross_entropy(F.linear(x, p["w"], p["b"]), y)
-
-
-def flat(parameters):
-    return torch.cat([p.flatten() for p in parameters.values()])
 
 
 def unflat(vector, classes, width):

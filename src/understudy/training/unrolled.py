@@ -1,4 +1,4 @@
-"""Steps of gradient descent that can be differentiated, with respect to the data and the step size."""
+"""Steps of gradient descent on parameters by name, which can be differentiated by the data and the step size."""
 
 from __future__ import annotations
 
@@ -36,3 +36,14 @@ def unrolled_sgd(
         slopes = gradients(loss, moved, differentiable=True)
         moved = {name: p - rate * g for (name, p), g in zip(moved.items(), slopes, strict=True)}
     return moved
+
+
+def sgd_step(loss: Callable[[Parameters], Tensor], parameters: Parameters, rate: float) -> dict[str, Tensor]:
+    """Parameters after a step θ ← θ − η ∇loss(θ), detached."""
+    slopes = gradients(loss, parameters, differentiable=False)
+    return {name: (p - rate * g).detach() for (name, p), g in zip(parameters.items(), slopes, strict=True)}
+
+
+def flat(parameters: Parameters) -> Tensor:
+    """All parameters as one vector, in their order."""
+    return torch.cat([p.flatten() for p in parameters.values()])

@@ -288,7 +288,7 @@ def need_columns(path: Path | str, have: set[str], want: set[str]) -> None:
         )
 
 
-def write_image_split(file: Path, pixels: Tensor, labels: Tensor, **more: np.ndarray[Any, Any]) -> None:
+def write_image_split(file: Path, pixels: Tensor, labels: Tensor, **more: Any) -> None:
     """Write `[images, channels, height, width]` and classes as an `.npz` that `image_table` reads, whole or not at all.
 
     Axes of one channel or one row are left out, so that nothing has to say which axis is which.

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -130,6 +131,7 @@ class DatasetDistillation(Method):
     experts: int = Field(5, ge=1, description="Networks trained on the data, whose trajectories are followed.")
     expert_steps: int = Field(60, ge=2, description="Their steps of gradient descent.")
     expert_rate: float = Field(0.2, gt=0, description="Their step size.")
+    latest_start: int = Field(25, ge=0, description="Last step of an expert that a match starts from.")
     span: int = Field(15, ge=1, description="M, steps of an expert that are matched.")
     student_steps: int = Field(5, ge=1, description="n, steps on the images that are to match them.")
     ridge: float = Field(1e-3, gt=0, description="λ of kernel.")
@@ -305,13 +307,8 @@ class Matching:
         state: Any = {"x": x.cpu(), "rate": torch.tensor(o.expert_rate), "optimizer": None}
         ends = [round(part * total / PARTS) for part in range(PARTS + 1)]
         for first, last in zip(ends, ends[1:], strict=False):
-            before = state
-            state = context.once(
-                "distilled",
-                lambda a=first, b=last, s=before: self._advance(s, a, b, trajectories),
-                **settings,
-                end=last,
-            )
+            make = partial(self._advance, state, first, last, trajectories)
+            state = context.once("distilled", make, **settings, end=last)
         found: Tensor = state["x"]
         return found
 
@@ -347,7 +344,7 @@ class Matching:
         return self._kernel(x, generator)
 
     def _gradient(self, x: Tensor, net: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
-        o, parameters = self.options, dict(net.named_parameters())
+        o, parameters = self.options, dict[str, Tensor](net.named_parameters())
         for _ in range(o.outer):
             distances = []
             for label in range(self.classes):
@@ -376,7 +373,7 @@ class Matching:
     ) -> Iterator[Tensor]:
         o, net = self.options, self._new_network(0, generator)
         expert = int(torch.randint(len(trajectories), (), generator=generator))
-        t = int(torch.randint(o.expert_steps - o.span + 1, (), generator=generator))
+        t = int(torch.randint(min(o.latest_start, o.expert_steps - o.span) + 1, (), generator=generator))
         start, target = (trajectories[expert, at].to(x.device) for at in (t, t + o.span))
         shapes = {name: p.shape for name, p in net.named_parameters()}
         parts = start.split([s.numel() for s in shapes.values()])

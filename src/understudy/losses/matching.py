@@ -83,13 +83,13 @@ def mmd(synthetic: Tensor, real: Tensor, bandwidths: Sequence[float], *, unbiase
     _check_items("mmd", synthetic, real, 2 if unbiased else 1)
     x, z = real.detach(), synthetic
 
-    def mean(a: Tensor, b: Tensor, same: bool) -> Tensor:
+    def _mean(a: Tensor, b: Tensor, same: bool) -> Tensor:
         kernel = torch.stack([gaussian_kernel(a, b, s) for s in bandwidths]).sum(0)
         if not (same and unbiased):
             return kernel.mean()
         return (kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(a) - 1))
 
-    return mean(x, x, True) + mean(z, z, True) - 2 * mean(x, z, False)
+    return _mean(x, x, True) + _mean(z, z, True) - 2 * _mean(x, z, False)
 
 
 def gaussian_kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:

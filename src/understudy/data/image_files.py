@@ -20,6 +20,7 @@ from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
 from understudy.data.tables import cells, class_numbers, columns_of, read_npz, read_parquet
 from understudy.errors import InputError
+from understudy.files import replacing
 
 UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow lists but cannot read itself; some would start another program."""
@@ -308,3 +309,16 @@ def need_columns(path: Path | str, have: set[str], want: set[str]) -> None:
             f"{path} has columns {', '.join(sorted(have)) or 'none'}; expected {', '.join(sorted(want))}. "
             "Name yours with data.image_column, data.label_column and data.domain_column."
         )
+
+
+def write_image_split(file: Path, pixels: Tensor, labels: Tensor, **more: Any) -> None:
+    """Write `[images, channels, height, width]` and classes as an `.npz` that `image_table` reads, whole or not at all.
+
+    Axes of one channel or one row are left out, so that nothing has to say which axis is which.
+
+    Args:
+        more: further arrays, which are not read.
+    """
+    shape = [n for i, n in enumerate(pixels.shape) if i in (0, 3) or n > 1]
+    with replacing(file) as temporary, temporary.open("wb") as opened:
+        np.savez_compressed(opened, image=pixels.numpy().reshape(shape), label=labels.numpy(), **more)

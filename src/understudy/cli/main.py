@@ -32,12 +32,12 @@ from understudy.cli.options import (
 )
 from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
+from understudy.cli.push import EPILOG as PUSH_EPILOG
+from understudy.cli.push import push_command
 from understudy.cli.search import EPILOG as SEARCH_EPILOG
 from understudy.cli.search import search_command
 from understudy.cli.study import EPILOG as STUDY_EPILOG
 from understudy.cli.study import study_command
-from understudy.cli.push import EPILOG as PUSH_EPILOG
-from understudy.cli.push import push_command
 from understudy.errors import InputError
 from understudy.masking import masked_text
 

@@ -292,8 +292,10 @@ def test_a_full_disk_is_one_line_and_resumes(error, where, tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         for name in ("save_file", "save_model"):
             patched.setattr(module, name, full, raising=False)
+        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(InputError, match=r"cannot be written: .*No space left"):
             distill(recipe(tmp_path / "run"))
+        assert signal.getsignal(signal.SIGINT) is before
     assert distill(recipe(tmp_path / "run")).metrics
 
 

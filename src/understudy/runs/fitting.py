@@ -332,7 +332,12 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
                 log.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= most))
     together()
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnSignal):
+                callback.restore()
     trainer.ranks.make_whole()
     if trainer.meter is not None:
         trainer.meter.wall += time.perf_counter() - start

@@ -304,6 +304,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         def ask(number: int, frame: Any) -> None:
@@ -321,6 +322,7 @@ class StopOnSignal(TrainerCallback):
         if self.asked and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def restore(self) -> None:
+        """Put the former handlers back. `on_train_end` is not called when training ends with an exception."""
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), self.before, strict=False):
             signal.signal(number, handler)

@@ -12,6 +12,8 @@ import pytest
 from understudy import InputError
 from understudy.workers import carry_out, processes
 
+pytestmark = pytest.mark.slow
+
 CALL = """
 from understudy.runs.comparison import compare
 recipe = {{"task": "image_classification", "data": {{"name": "digits", "limit": 32}}, "student": "mlp:4",
@@ -22,7 +24,6 @@ print("rows", len(found.table))
 LONG = """
 from understudy.workers import carry_out, processes
 
-pytestmark = pytest.mark.slow
 work = "open({pid!r}, 'w').write(str(__import__('os').getpid())), __import__('time').sleep(600)"
 carry_out(eval, [(work,)], 1, processes())
 """

@@ -146,7 +146,8 @@ def _body(
     lines = [f"# {_title(facts, recipe)}", ""]
     first = headline(evaluation)
     lines += [first, ""] if first else []
-    teacher = recipe.get("teacher") or {}
+    teacher = recipe.get("teacher")
+    teacher = teacher if isinstance(teacher, dict) else {}  # or the name of scores that the data hold
     members = teacher.get("members") or {}
     named = ", ".join(_public(m["model"]) for m in members.values()) or _public(facts["teacher"])
     lines += [

@@ -12,6 +12,9 @@ MEANINGS = {
     "bits_per_byte": "Negative log-likelihood in bits for each byte of text; comparable between tokenizers. Lower is better.",
     "agreement": "Share of rows (or pairs, for rankings) where student and teacher choose alike. 1 is a perfect copy.",
     "kl": "Mean KL divergence from the teacher's distribution to the student's, in nats. 0 is a perfect copy.",
+    "satisfaction": "Mean score of the student's answers with the library, by the judge, 1 to 10.",
+    "baseline_satisfaction": "Satisfaction without the library, on the same conversations.",
+    "right_type": "Share of the advised conversations whose first strategy was written for their type.",
     "rewards/chosen": "Mean implicit reward of the better candidates: beta times the log-ratio to the reference, as in TRL.",
     "rewards/rejected": "The same of the worse candidates. Both falling together is a collapse.",
     "rewards/margins": "Mean reward of the better candidate less that of the worse one. Higher is better.",
@@ -85,6 +88,8 @@ def meaning(name: str, explained: Mapping[str, str] | None = None) -> str:
         return f"`distance` of the teacher's samples at {found[1]} steps."
     if name.startswith("teacher_"):
         return f"Of the teacher: {meaning(name.removeprefix('teacher_'), explained)}"
+    if name.startswith("transfer_"):
+        return f"Of another student with the same library: {meaning(name.removeprefix('transfer_'), explained)}"
     if found := re.fullmatch(r"retrieval_(\w+?)_(\d+)", name):
         first = known.get(f"{found[1]}_10", "").replace("ten", found[2])
         return f"In exact search through all documents: {first}"

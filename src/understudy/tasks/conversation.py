@@ -24,13 +24,10 @@ WRITE = "what to do in this situation"
 TRANSFER_FOLLOWS = 0.7
 """How often another student than the one that the strategies were written for follows them."""
 EXPLAINED = {
-    "satisfaction": "Mean score of the student's answers with the library, by the judge, 1 to 10.",
-    "baseline_satisfaction": "The same without the library, on the same conversations.",
     "gain": "Mean paired difference of both.",
     "paired_p": "Two-sided p-value of the paired t-test.",
     "sign_p": "Exact two-sided p-value of the sign test, ties left out.",
     "advised": "Share of conversations for which the library has a strategy.",
-    "right_type": "Share of the advised conversations whose first strategy was written for their type.",
 }
 
 

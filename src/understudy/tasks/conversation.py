@@ -23,12 +23,6 @@ WRITE = "what to do in this situation"
 """What a prompt says to the world's teacher that is to write advice, and not to answer."""
 TRANSFER_FOLLOWS = 0.7
 """How often another student than the one that the strategies were written for follows them."""
-EXPLAINED = {
-    "gain": "Mean paired difference of both.",
-    "paired_p": "Two-sided p-value of the paired t-test.",
-    "sign_p": "Exact two-sided p-value of the sign test, ties left out.",
-    "advised": "Share of conversations for which the library has a strategy.",
-}
 
 
 class Conversations(TaskDefaults):

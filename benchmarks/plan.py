@@ -120,7 +120,8 @@ def status(key: str) -> int:
 
 def measure(name: str, seed: int) -> dict[str, float]:
     """Run a recipe and plan it."""
-    from understudy import distill, plan, run
+    from understudy import distill, plan
+    from understudy.runs import run
     from understudy.runs.capture import capture_recipe
     from understudy.runs.recipe import make
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from understudy.evaluation.gain import gained, speeds
 from understudy.evaluation.texts import sample_texts
 from understudy.models import ModelAdapter
+from understudy.models.sharding import is_sharded
 from understudy.runs.preflight import Findings
 from understudy.runs.recipe import Recipe
 from understudy.tasks import Prepared, Task
@@ -71,6 +72,9 @@ def gain(
         return found, {}
     if not isinstance(task, LabelledTask):
         found["note"] = f"Speed is not compared: a model of {task.name} is used by more than one forward pass."
+        return found, {}
+    if is_sharded(student) or is_sharded(teacher):
+        found["note"] = "Speed is not compared: FSDP's communication would be timed with the models."
         return found, {}
     split = prepared.split(recipe.eval_split)
     items = [split[i] for i in range(min(recipe.evaluation_batch, len(split)))]

@@ -179,6 +179,7 @@ def command(recipe, folder, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_named(tmp_path):
     run = image(output=str(tmp_path / "run"), teacher=None)
     run["trainer"] = {**run["trainer"], "max_steps": 10}
@@ -223,6 +224,7 @@ def test_other_tokenizers_are_refused_by_content(tmp_path):
     assert "differ" in compare_tokenizers(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

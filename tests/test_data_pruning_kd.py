@@ -202,6 +202,7 @@ def test_alpha_0_is_cross_entropy_on_the_kept_and_alpha_1_reads_no_label(tmp_pat
     assert ends[0] == ends[1] and result.metrics["kept_wrong"] > 0.5
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     recipes = [run(tmp_path / way, steps=8, score="el2n", fraction=0.5) for way in ("whole", "cut")]
     distill(recipes[0])

@@ -151,6 +151,7 @@ def test_domains_with_larger_gaps_are_drawn_more(taught):
     assert shares.index(max(shares)) == ratios.index(max(ratios))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step,moment", [(7, "after"), (10, "before")])
 def test_killed_inside_an_interval_and_at_its_end(taught, tmp_path, step, moment):
     _, _, teacher = taught

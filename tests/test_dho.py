@@ -183,6 +183,7 @@ def test_other_models_get_the_linear_head_that_fits_best(tmp_path):
     assert vit.classifier.out_features == 10 and vit.config.num_labels == 10
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     trainer = {**DIGITS["trainer"], "max_steps": 8, "save_steps": 2}
     recipes = [{**RUN, "trainer": trainer, "output": str(tmp_path / way)} for way in ("whole", "cut")]

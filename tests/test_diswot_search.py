@@ -360,6 +360,7 @@ def test_it_learns_digits(tmp_path):
     assert result.metrics["accuracy"] > 0.4  # chance is 0.1
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     trainer = {**CONV["trainer"], "max_steps": 8, "save_steps": 2}
     recipe = {**CONV, "method": "diswot-kd", "trainer": trainer}

@@ -59,6 +59,7 @@ CASES = [(task, method) for method in OPTIONS for task in (["conv"] if method ==
 CASES += [("text", m) for m in ("kd", "taid")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task,method", CASES)
 def test_killed_and_resumed_ends_in_the_same_weights(task, method, teachers, tmp_path):
     """One run is left alone; the other dies four times, at random steps and inside a checkpoint."""

@@ -225,6 +225,7 @@ def test_it_learns_digits(method, tmp_path):
     assert not any("regressor" in name for name in weights(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fitnets", "sp"])
 def test_killed_and_resumed_ends_in_the_same_weights(method, tmp_path):
     options = {"hint_share": 0.3} if method == "fitnets" else {"group": 8}

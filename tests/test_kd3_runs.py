@@ -246,6 +246,7 @@ def test_it_learns_from_the_pool_and_reports_what_was_selected(tmp_path):
     assert again.metrics == result.metrics and isinstance(again.student, TransferClassifier)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     trainer = {**DIGITS["trainer"], "max_steps": 9, "save_steps": 2, "learning_rate": 1e-2}
     recipes = [{**RUN, "trainer": trainer, "output": str(tmp_path / way)} for way in ("whole", "cut")]

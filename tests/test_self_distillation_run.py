@@ -93,6 +93,7 @@ def test_the_estimated_weight_is_the_best_on_the_line(tmp_path, monkeypatch):
     assert (done.folder / "generation-2-pure" / "student").is_dir()
 
 
+@pytest.mark.slow
 def test_stopped_between_and_inside_generations_it_ends_in_the_same_bits(tmp_path, monkeypatch):
     recipe = {**TINY, "options": {"generations": 3}}
     whole, train = distill(recipe, output=str(tmp_path / "whole")), PipelineContext.train

@@ -58,6 +58,7 @@ def test_a_run_pays_once_a_cache_repeats_it_to_the_bit_and_it_nears_the_live_run
     assert gain > 0.5 and before - found.metrics["nll"] > 0.8 * gain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score,way,divergence", [("ids:6", "ids", "reverse_kl"), ("sampled", "vllm", "jsd")])
 def test_a_run_that_is_killed_ends_the_same_and_asks_nothing_again(score, way, divergence, home, world, tmp_path):
     with Scorer(*world, way=way) as server:

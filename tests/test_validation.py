@@ -59,6 +59,7 @@ def test_patience_ends_a_run_which_is_then_done(tmp_path):
     assert evaluate_run(tmp_path, "validation")["metrics"]["accuracy"] == max(values)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_moved_ends_in_the_same_best(tmp_path):
     distill(recipe(tmp_path / "whole", BEST, patience=3))
     end = looks(tmp_path / "whole")[-1]["step"]

@@ -328,9 +328,11 @@ def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp
     train = {"max_steps": 4, "per_device_train_batch_size": 16}
     asked = recipe(tmp_path / "run", method="kd", teacher={"model": "mlp:4", "train": train})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         main(["train", str(tmp_path / "recipe.yaml")])
+    signal.signal(signal.SIGINT, ours)
     assert signal.getsignal(signal.SIGTERM) == before
     assert stop.value.code == 130 and "The same command goes on" in capsys.readouterr().err
     monkeypatch.undo()

@@ -37,7 +37,7 @@ def dpo(
     """
     smoothing("dpo", label_smoothing)
     h = beta * margin("dpo", chosen, rejected, chosen_ref, rejected_ref, beta) + offset
-    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+    return _smoothed(h, label_smoothing)
 
 
 def robust_dpo(
@@ -167,7 +167,7 @@ def aot(
     margin("aot", chosen, rejected, chosen_ref, rejected_ref, beta)
     ours, theirs = chosen - rejected, (chosen_ref - rejected_ref).detach()
     h = beta * (ours.sort().values - theirs.sort().values)
-    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+    return _smoothed(h, label_smoothing)
 
 
 def aot_unpaired(
@@ -186,7 +186,7 @@ def aot_unpaired(
     smoothing("aot_unpaired", label_smoothing)
     a, b = rewards("aot_unpaired", chosen, rejected, chosen_ref, rejected_ref, beta)
     h = a.sort().values - b.sort().values
-    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
+    return _smoothed(h, label_smoothing)
 
 
 def discopop(
@@ -344,6 +344,11 @@ def rewards(
     positive(loss, beta)
     _check(loss, chosen, rejected, chosen_ref, rejected_ref)
     return beta * (chosen - chosen_ref.detach()), beta * (rejected - rejected_ref.detach())
+
+
+def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
+    """(1 − e) softplus(−h) + e softplus(h), the cross-entropy of σ(h) with labels of which a share e is flipped."""
+    return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
 
 
 def _check(loss: str, *log_probs: Tensor) -> None:

@@ -47,7 +47,7 @@ CASES = {
     "trg": {**DIGITS, "options": {"group": 4, "k": 3, "sigma": 1.0}, "student": "vit", "teacher": "vit-teacher"},
     # another head while training
     "lelp": {**DIGITS, "options": {"subclasses": 2, "strict": False}, "teacher": "conv/student"},
-    # players with optimisers of their own; their second update has one example, and a process has none
+    # auxiliary optimisers; their second update has one example, and a process has none
     "hard": {
         **UNEVEN,
         "options": {"l_min": 2.0, "l_max": 2.5, "spread": 0.3, "max_augmentor_steps": 1},
@@ -62,9 +62,10 @@ CASES = {
     # adapters, inside wrappers that change the names of layers
     "kd": {**TEXT, "teacher": "lm/student", "student": {"model": "lm/student", "peft": LORA}},
 }
-PLAYERS = ("hard", "tgeo-kd")
+AUXILIARY = ("hard", "tgeo-kd")
 RESUMED = ("trg", "lelp", "adpo", "kd")
-# Text models are read in float32, and so is what an augmentor sees, which moves by Adam.
+# Text models are read in float32, and so is what an augmentor sees, which moves by Adam. The factor of DDP is applied to the
+# summed loss, one rounding more than the one process has.
 TOLERANCE = {"hard": 1e-5, "kd": 1e-6, "adpo": 3e-6}
 RATES = {"margin-mse": 1e-2, "kd": 3.0}
 
@@ -128,7 +129,7 @@ STEP = DistillationTrainer.training_step
 def launched(root):
     """Every case under DDP, and under FSDP2 where that is possible; some of these are cut in the last step and resumed."""
     for way, name in [(way, name) for way in ("ddp", "fsdp") for name in CASES]:
-        if way == "fsdp" and name in PLAYERS:
+        if way == "fsdp" and name in AUXILIARY:
             continue
         first = 0
         if way == "fsdp" and name in RESUMED:
@@ -149,7 +150,7 @@ def refused(root):
     def trainer(**fsdp_config):
         return lambda: trainer_of(root / "none", METHODS["sft"], 4, 1, 8, fsdp=True, fsdp_config=fsdp_config)
 
-    lines = {name: refusal(lambda n=name: run(root, n, "fsdp", 2)) for name in PLAYERS}
+    lines = {name: refusal(lambda n=name: run(root, n, "fsdp", 2)) for name in AUXILIARY}
     lines["lean"] = refusal(trainer(cpu_ram_efficient_loading=True))
     lines["offload"] = refusal(trainer(cpu_offload=True)) if not torch.accelerator.is_available() else None
     if dist.get_rank() == 0:

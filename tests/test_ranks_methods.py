@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("ranks_methods"),
 ]  # its fixture takes a minute: one process makes it
-WAYS = [(way, name) for way in ("ddp", "fsdp") for name in cases.CASES if way == "ddp" or name not in cases.PLAYERS]
+WAYS = [(way, name) for way in ("ddp", "fsdp") for name in cases.CASES if way == "ddp" or name not in cases.AUXILIARY]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_saved_student_is_an_ordinary_whole_model(folder, way, name):
 
 def test_what_cannot_be_sharded_is_one_line(folder):
     lines = json.loads((folder / "refused.json").read_text())
-    for name in cases.PLAYERS:
+    for name in cases.AUXILIARY:
         assert repr(name) in lines[name] and "trainer.fsdp" in lines[name] and "DDP" in lines[name]
     assert "cpu_ram_efficient_loading" in lines["lean"] and "false" in lines["lean"]
     assert lines["offload"] is None or "no GPU" in lines["offload"]

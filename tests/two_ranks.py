@@ -12,7 +12,7 @@ def two_ranks(script, *arguments):
     """The finished launch of `script` by torchrun, its output kept.
 
     Twice, in whole suites, a rank ended in SIGABRT and no cause was found. One way to it is known: ranks that reduce
-    different sums, as a player's turn without examples did until it was mended. A launch that aborts is repeated once, and
+    different sums, as an auxiliary update without examples did until it was mended. A launch that aborts is repeated once, and
     what it said is shown as a warning; an error of Python, or a second abort, is a failure as ever.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]

@@ -187,7 +187,9 @@ class TGeoKD(Method):
         """The teacher's weight, `[rows]`, with gradient to the ratio network alone."""
         network = state.modules["ratio"]
         seen = self._read(student.signal.logits, teacher.signal, batch.row_labels, state.tables["means"])
-        with torch.autocast(seen.device.type, enabled=False):  # the student's step weighs as the player's was judged
+        with torch.autocast(
+            seen.device.type, enabled=False
+        ):  # the student's step has the weights that the auxiliary loss evaluated
             return torch.sigmoid(network(seen.to(next(network.parameters()).dtype))[:, 0])
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:

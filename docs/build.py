@@ -8,6 +8,7 @@ from understudy.catalogue import catalogue
 from understudy.claims import claims
 from understudy.keys import page as keys_page
 from understudy.pages import drawing, findings, page, table
+from understudy.scoreboard import PILLARS, branch, render_scoreboard, rows
 
 
 def build(folder: Path) -> None:
@@ -28,6 +29,14 @@ def build(folder: Path) -> None:
         f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
     )
     (folder / "claims" / "README.md").write_text(found + findings(folder / "claims") + care, encoding="utf-8")
+    render_scoreboard(folder / "claims", folder / "scoreboard")
+    board = rows(folder / "claims")
+    (folder / "survey").mkdir(exist_ok=True)
+    for pillar, values in PILLARS.items():
+        for value in values:
+            (folder / "survey" / f"{pillar}-{value}.md").write_text(
+                branch(pillar, value, board) + "\n", encoding="utf-8"
+            )
     architecture = folder / "architecture.md"
     before, _, rest = architecture.read_text(encoding="utf-8").partition("```mermaid")
     architecture.write_text(before + drawing() + rest.partition("```")[2], encoding="utf-8")

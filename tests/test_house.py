@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
     "masking errors reading files targets losses streaming data models synthetic generation curation teachers training evaluation architectures tasks methods "
-    "catalogue reporting workers runs planning claims keys pages cli"
+    "catalogue reporting workers runs planning claims keys pages scoreboard cli"
 ).split()
 
 TAXONOMY = {

@@ -15,8 +15,10 @@ from understudy.errors import InputError, nearest
 from understudy.methods import all_methods, variants
 from understudy.training import Method, Requirements
 
-STUDIES = {14: "study"}
+STUDIES = {7: "methods", 14: "study"}
 """The commands of papers that are no method but a study of methods, by number."""
+TAXONOMY = ("family", "elicitation", "algorithm", "skill", "vertical", "access")
+"""What a selection may ask for; `all` in a paper's row is every value."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Entry:
 
     number: int | None
     name: str
+    slug: str
     title: str
     year: int | None
     family: str
@@ -33,6 +36,7 @@ class Entry:
     elicitation: tuple[str, ...]
     algorithm: tuple[str, ...]
     skill: tuple[str, ...]
+    vertical: tuple[str, ...]
     access: str
     needs: tuple[str, ...]
     cost: str
@@ -62,6 +66,7 @@ def _paper(row: dict[str, str], method: type[Method] | None) -> Entry:
     return Entry(
         number=int(row["number"]),
         name=method.name if method else row["slug"],
+        slug=row["slug"],
         title=row["title"],
         year=int(row["year"]),
         family=row["family"],
@@ -70,6 +75,7 @@ def _paper(row: dict[str, str], method: type[Method] | None) -> Entry:
         elicitation=tuple(row["elicitation"].split(";")),
         algorithm=tuple(row["algorithm"].split(";")),
         skill=tuple(row["skill"].split(";")),
+        vertical=tuple(row["vertical"].split(";")),
         access=row["access"],
         needs=requirements(method).names if method else (),
         cost=method.cost if method else "",
@@ -81,11 +87,13 @@ def _other(method: type[Method]) -> Entry:
     return Entry(
         None,
         method.name,
+        method.name,
         title,
         None,
         "baseline",
         "works",
         "method",
+        (),
         (),
         (),
         (),
@@ -100,12 +108,34 @@ def requirements(method: type[Method]) -> Requirements:
     return method.model_construct().requires
 
 
+def select(**asked: str | None) -> list[Entry]:
+    """The entries of these values of the taxonomy (`TAXONOMY`); `None` asks for nothing.
+
+    Raises:
+        InputError: no paper has such a value.
+    """
+    entries = every = catalogue()
+    for key, value in asked.items():
+        if value is None:
+            continue
+        known = sorted({v for e in every for v in _values(e, key)} - {"all"})
+        if value not in known:
+            raise InputError(f"No method has {key} {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
+        entries = [e for e in entries if {value, "all"} & set(_values(e, key))]
+    return entries
+
+
+def _values(entry: Entry, key: str) -> tuple[str, ...]:
+    value = getattr(entry, key)
+    return (value,) if isinstance(value, str) else value
+
+
 def find(name: str) -> Entry:
-    """The entry with this name, number, or name of a variant."""
+    """The entry with this name, number, name of the paper, or name of a variant."""
     entries, others = catalogue(), variants()
     asked = others[name][0] if name in others else name
     for entry in entries:
-        if asked in (entry.name, str(entry.number)):
+        if asked in (entry.name, entry.slug, str(entry.number)):
             return entry
     raise InputError(
         f"No method or paper {name!r}.{nearest(name, [*(e.name for e in entries), *others])} See `understudy methods`."

@@ -22,7 +22,7 @@ def page(entry: Entry) -> str:
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
     if entry.number in STUDIES:
-        lines += _study(entry)
+        lines += _STUDIES[entry.number](entry)
     elif method is None:
         lines += ["Planned: no method of this name is registered yet.", ""]
     else:
@@ -73,6 +73,27 @@ def _study(entry: Entry) -> list[str]:
         f"`understudy study study.yaml` · `understudy study runs/a runs/b --output runs/study`{_claimed(entry)}",
         "",
     ]
+
+
+def _survey(entry: Entry) -> list[str]:
+    """The taxonomy that the catalogue has its words from, and how to ask it."""
+    return [
+        "How knowledge is got from a teacher (elicitation) and how a student learns it (algorithm): the catalogue has a place for "
+        "every method in this taxonomy, and `understudy methods` answers which ones fit.",
+        "",
+        "**Use it.** To choose by what you have: `--access black` are methods that need a teacher's text alone, "
+        "`--elicitation self_knowledge` those without a larger teacher, `--algorithm none_prompting` those that change no weights. "
+        "A page for every branch (`docs/survey`) puts first what was found to work here.",
+        "",
+        "**Deviations from the paper.** The classification is this project's; `none_prompting` and the skills `vision`, `graph` and "
+        "`general_model_compression` are added for papers that the survey's words do not fit.",
+        "",
+        "`understudy methods --elicitation labeling --algorithm sft --access black`",
+        "",
+    ]
+
+
+_STUDIES = {7: _survey, 14: _study}
 
 
 def _claimed(entry: Entry) -> str:

@@ -100,16 +100,24 @@ def demo(
     out.print(f"Report: {report}")
 
 
-@app.command(epilog="Example: understudy methods --json | jq '.[] | select(.status == \"works\")'")
+@app.command(
+    epilog="Example: understudy methods --elicitation labeling --algorithm divergence_similarity --access black"
+)
 def methods(
     as_json: AsJson = False,
-    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
-    access: Annotated[str | None, typer.Option(help="Only this access: white, gray, black or self.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family, such as language.")] = None,
+    elicitation: Annotated[str | None, typer.Option(help="How knowledge is got, such as labeling or feature.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="How it is learned, such as sft or rank_optimization.")] = None,
+    skill: Annotated[str | None, typer.Option(help="What is taught, such as nlp_task or vision.")] = None,
+    vertical: Annotated[str | None, typer.Option(help="The field, such as medical.")] = None,
+    access: Annotated[str | None, typer.Option(help="To the teacher: white, gray, black or self.")] = None,
 ) -> None:
-    """List all papers and baselines: number, title, year, family, status."""
-    from understudy.catalogue import catalogue
+    """List all papers and baselines by the survey's taxonomy (paper 7): number, title, year, family, status."""
+    from understudy.catalogue import select
 
-    entries = [e for e in catalogue() if (not family or e.family == family) and (not access or e.access == access)]
+    entries = select(
+        family=family, elicitation=elicitation, algorithm=algorithm, skill=skill, vertical=vertical, access=access
+    )
     if as_json:
         _print_json([e.as_json() for e in entries])
         return
@@ -303,6 +311,24 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, or one of 
         raise InputError(
             f"{folder} is neither a run folder (run.json), a comparison (comparison.json) nor a study (study.json)."
         )
+
+
+@app.command(epilog="Example: understudy scoreboard docs/claims --output docs/scoreboard")
+def scoreboard(
+    folder: Annotated[Path, typer.Argument(help="Results of `understudy reproduce NAME --json FOLDER/NAME.json`.")],
+    output: Annotated[Path | None, typer.Option(help="Write index.html into this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the claims that are decided, and draw all of them as a page that sorts and filters."""
+    from understudy.scoreboard import dumped, render_scoreboard, rows, summary
+
+    board = rows(folder)
+    if as_json:
+        sys.stdout.write(dumped(board) + "\n")
+    else:
+        out.print(summary(board))
+    if output is not None:
+        out.print(f"Scoreboard: {render_scoreboard(folder, output)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

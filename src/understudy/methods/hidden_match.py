@@ -7,14 +7,14 @@ h are the states before the head; W is learnt with the student and stays behind.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from understudy.data import Batch
 from understudy.losses import cross_entropy, forward_kl
-from understudy.losses.hidden import hidden_distance
+from understudy.losses.hidden import Distance, hidden_distance
 from understudy.models import ModelOutput
 from understudy.streaming import rowwise
 from understudy.training import Method, Requirements, Shapes, Term, TrainState
@@ -33,7 +33,7 @@ class HiddenMatch(Method):
     }
 
     weight: float = Field(1.0, ge=0, description="Of the distance between hidden states.")
-    distance: Literal["mse", "cosine"] = Field("mse", description="Mean squared difference, or 1 − cosine.")
+    distance: Distance = Field("mse", description="Mean squared difference, 1 − cosine, or a norm of the difference.")
     temperature: float = Field(2.0, gt=0, description="Of the softened classes.")
     ce_weight: float = Field(0.1, ge=0, description="Weight of the cross-entropy with the labels.")
     kd_weight: float = Field(0.9, ge=0, description="Weight of the softened classes, times temperature².")

@@ -1,0 +1,171 @@
+"""The scoreboard: what was found of every paper's claim, counted and drawn from the result files of `understudy reproduce`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from understudy.catalogue import Entry, catalogue
+from understudy.claims import EMBEDDED
+from understudy.errors import InputError
+from understudy.files import read_json, writing
+
+VERDICTS = ("supported", "not supported", "inconclusive", "not run")
+DECIDED = VERDICTS[:2]
+PILLARS = {
+    "elicitation": {
+        "labeling": "the teacher writes answers or rationales for given inputs",
+        "expansion": "the teacher grows inputs and answers from a few demonstrations",
+        "curation": "data are made from topics or rules and filtered for quality",
+        "feature": "logits, hidden states or gradients of the teacher are read",
+        "feedback": "the teacher scores, ranks or corrects what the student wrote",
+        "self_knowledge": "the student is its own teacher, with a filter",
+    },
+    "algorithm": {
+        "sft": "cross-entropy on the teacher's text or labels",
+        "divergence_similarity": "a distance between distributions or features of the two",
+        "rl": "a reward is maximised, near a reference",
+        "rank_optimization": "better answers are made likelier than worse ones",
+        "none_prompting": "no weight changes; what was learned is text that is retrieved",
+    },
+}
+"""The branches of the survey's taxonomy (paper 7) that a method is chosen by."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim in one setting; `result` is `None` where it was not run."""
+
+    entry: Entry
+    setting: str
+    result: dict[str, Any] | None
+
+    @property
+    def check(self) -> dict[str, Any]:
+        """The main check."""
+        return self.result["checks"][0] if self.result else {}
+
+    @property
+    def verdict(self) -> str:
+        return str(self.check.get("verdict", "not run"))
+
+    @property
+    def effect(self) -> str:
+        """Difference and interval of the main check, with the threshold that decides."""
+        if not self.check:
+            return ""
+        low, high = self.check["interval"]
+        span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
+        return f"{self.check['difference']:+.3g}{span} {self.check['metric']} (threshold {self.check['threshold']:+g})"
+
+    @property
+    def seeds(self) -> int:
+        return int(self.result["budget"]["seeds"]) if self.result else 0
+
+    @property
+    def tally(self) -> str:
+        """Supported, decided and all checks."""
+        found = [c["verdict"] for c in self.result["checks"]] if self.result else []
+        decided = sum(v in DECIDED for v in found)
+        return f"{found.count('supported')} of {decided} decided, {len(found)} in all" if found else ""
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds of training of the arm in the main check, divided by those of the arm that it is compared with."""
+        if not self.result:
+            return None
+        spent = self.result["budget"]["seconds"]
+        other = spent.get(self.check["other"])
+        return spent[self.check["arm"]] / other if other and self.check["arm"] != self.check["other"] else None
+
+    @property
+    def machine(self) -> str:
+        if not self.result:
+            return ""
+        return f"{self.result['machine']['platform'].split('-')[0]}, Python {self.result['machine']['python']}"
+
+
+def rows(folder: Path) -> list[Row]:
+    """All papers by number, one row for each setting that there is a result of.
+
+    Args:
+        folder: holds `NAME.json`, and `NAME.SETTING.json` of other settings than `embedded`.
+
+    Raises:
+        InputError: there is no such folder, or a file in it is no result.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no folder {folder}: give one with results of `understudy reproduce NAME --json FILE`."
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.json")):
+        name, _, setting = file.stem.partition(".")
+        result = read_json(file) or {}
+        if not result.get("checks") or "budget" not in result:
+            raise InputError(f"{file} is no result of `understudy reproduce`: it has no checks or no budget.")
+        found.setdefault(name, {})[setting or EMBEDDED] = result
+    papers = [e for e in catalogue() if e.number is not None]
+    return [Row(e, setting, result) for e in papers for setting, result in found.get(e.name, {EMBEDDED: None}).items()]
+
+
+def counted(board: Sequence[Row]) -> dict[str, int]:
+    """How many papers have each verdict: the best decided one of a paper's settings counts."""
+    best: dict[int, str] = {}
+    for row in board:
+        assert row.entry.number is not None
+        known = best.get(row.entry.number, VERDICTS[-1])
+        best[row.entry.number] = min(known, row.verdict, key=VERDICTS.index)
+    return {verdict: list(best.values()).count(verdict) for verdict in VERDICTS}
+
+
+def summary(board: Sequence[Row]) -> str:
+    """One sentence: decided, and how the others stand."""
+    number = counted(board)
+    decided = sum(number[v] for v in DECIDED)
+    parts = ", ".join(f"{number[v]} {v}" for v in VERDICTS)
+    return f"{decided} of {sum(number.values())} claims decided: {parts}."
+
+
+def render_scoreboard(folder: Path, output: Path) -> Path:
+    """Write `index.html`: a table of `rows(folder)` that a browser sorts and filters."""
+    board = rows(folder)
+    environment = Environment(loader=PackageLoader("understudy", "reporting"), autoescape=True)
+    page = environment.get_template("scoreboard.html.j2")
+    families = sorted({r.entry.family for r in board})
+    output.mkdir(parents=True, exist_ok=True)
+    with writing(output / "index.html"):
+        text = page.render(rows=board, summary=summary(board), verdicts=VERDICTS, families=families)
+        (output / "index.html").write_text(text + "\n", encoding="utf-8")
+    return output / "index.html"
+
+
+def branch(pillar: str, value: str, board: Sequence[Row]) -> str:
+    """A branch of the taxonomy as Markdown: its methods, those first whose claim was supported by the most."""
+    order = ("supported", "inconclusive", "not run", "not supported")
+    own = [r for r in board if {value, "all"} & set(getattr(r.entry, pillar)) and r.entry.kind != "survey"]
+    own.sort(key=lambda r: (order.index(r.verdict), r.entry.number))
+    title = f"# {pillar.capitalize()}: {value.replace('_', ' ')}"
+    lines = [title, "", f"{PILLARS[pillar][value].capitalize()}.", ""]
+    lines += [f"`understudy methods --{pillar} {value}` lists these with titles and years.", ""]
+    lines += [
+        "Try them in this order: what was supported here first, then what is open, last what was not supported.",
+        "",
+    ]
+    lines += ["| method | access to the teacher | verdict | measured | why |", "|---|---|---|---|---|"]
+    for r in own:
+        link = f"[`{r.entry.name}`](../methods/{r.entry.name}.md)" if r.entry.status == "works" else f"`{r.entry.name}`"
+        where = f" ({r.setting})" if r.setting != EMBEDDED else ""
+        said = r.check.get("says", "planned" if r.entry.status != "works" else "no result yet")
+        lines.append(f"| {link}{where} | {r.entry.access} | {r.verdict} | {r.effect} | {said} |")
+    return "\n".join(lines)
+
+
+def dumped(board: Sequence[Row]) -> str:
+    """The counts as JSON."""
+    return json.dumps({**counted(board), "decided": sum(counted(board)[v] for v in DECIDED)})

@@ -31,7 +31,7 @@ test-slow: $(VENV)/ready
 test-all: test test-slow
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs examples
 	$(BIN)/mypy
 
 docs: $(VENV)/ready

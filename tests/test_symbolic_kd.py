@@ -12,6 +12,7 @@ import yaml
 from understudy import InputError, distill
 from understudy.data.knowledge import load_relations
 from understudy.data.text import write_records
+from understudy.runs.check import check_recipe
 from understudy.runs.recipe import make
 from understudy.synthetic.events import TAILS, EventsWorld
 from understudy.tasks import get
@@ -268,3 +269,5 @@ def test_the_task_checks_out_and_shows_its_seeds():
     prepared = get("text_generation").prepare(recipe)
     assert prepared.train[0].startswith("PersonX ") and prepared.hashes["data"]
     assert len(load_relations()) == 7
+    said = check_recipe(recipe)[0].overview["teacher scores"]
+    assert "every training batch" not in said and "stages of symbolic-kd" in said

@@ -8,6 +8,7 @@ from understudy.errors import InputError
 
 if TYPE_CHECKING:
     from understudy.planning.plan import plan
+    from understudy.runs.capture import capture_recipe
     from understudy.runs.comparison import compare
     from understudy.runs.run import distill
     from understudy.runs.search import search
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from understudy.training import Method, Term
 
 __version__ = "0.3.0"
-__all__ = ["InputError", "Method", "Term", "compare", "distill", "plan", "search", "study"]
+__all__ = ["InputError", "Method", "Term", "capture_recipe", "compare", "distill", "plan", "search", "study"]
 
 _LAZY = {
     "distill": "understudy.runs.run",
+    "capture_recipe": "understudy.runs.capture",
     "compare": "understudy.runs.comparison",
     "plan": "understudy.planning",
     "search": "understudy.runs.search",

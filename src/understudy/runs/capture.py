@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter
 from understudy.runs.fitting import module_for
-from understudy.runs.recipe import Recipe
+from understudy.runs.recipe import Recipe, make
 from understudy.runs.run import load_teacher
 from understudy.runs.teachers import copy_of, outputs_alone, served
 from understudy.tasks import Prepared
@@ -30,7 +30,7 @@ from understudy.training.dry_run import dry_run_stored
 
 
 def capture_recipe(
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any],
     folder: Path,
     support: str | None = None,
     *,
@@ -43,6 +43,7 @@ def capture_recipe(
     """Capture the teacher's outputs for a recipe's data. It resumes when started again; other data are appended.
 
     Args:
+        recipe: as for `distill`.
         support: `sampled:38B` (as many ids as fit 38 bytes per row), `sampled:12`, `top_k:50`, `hidden` or `dense`.
             Default: what the recipe's method requires, else
             `sampled:38B`, or `dense` if the method cannot learn from that. A served teacher has its
@@ -54,6 +55,7 @@ def capture_recipe(
     Raises:
         InputError: the recipe's method could not learn from the stored targets; nothing is captured then.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else make(recipe)
     for split in splits:
         if split not in ("train", "validation", "test"):
             raise InputError(f"Split {split!r} is not train, validation or test.")

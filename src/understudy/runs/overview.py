@@ -14,7 +14,7 @@ from understudy.models import ModelAdapter
 from understudy.runs.preflight import sample_loader
 from understudy.runs.recipe import Recipe
 from understudy.tasks import Prepared
-from understudy.training import Method
+from understudy.training import Method, Pipeline
 
 
 def overview(
@@ -138,6 +138,9 @@ def _numbers(values: Any) -> str:
 def _teacher(recipe: Recipe, method: Method, teacher: ModelAdapter | None) -> str:
     """The kind of teacher, the outputs used, and whether it was run here."""
     spec = recipe.teacher
+    if isinstance(method, Pipeline):
+        who = spec.model if spec is not None else "the embedded world's own, or none"
+        return f"what the stages of {recipe.method} ask for, of {who}"
     if spec is None or not method.requires.in_steps:
         named = f"; {spec.model} is evaluated beside the student" if spec is not None and teacher is not None else ""
         return f"nothing: method {recipe.method} uses no teacher's outputs in training{named}"

@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-slow test-all lint docs clean
+.PHONY: demo test test-slow test-all lint docs site clean
 
 # What the demo needs: the package alone.
 $(VENV)/package: pyproject.toml constraints.txt
@@ -38,5 +38,9 @@ docs: $(VENV)/ready
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/scaling.py
 
+# Generated pages first: what they show is checked by tests, and the site is built from them.
+site: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

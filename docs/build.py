@@ -8,7 +8,7 @@ from understudy.catalogue import catalogue
 from understudy.claims import claims
 from understudy.keys import page as keys_page
 from understudy.pages import drawing, findings, page, table
-from understudy.scoreboard import PILLARS, branch, render_scoreboard, rows
+from understudy.scoreboard import PILLARS, branch, choice, render_scoreboard, rows
 
 
 def build(folder: Path) -> None:
@@ -31,6 +31,7 @@ def build(folder: Path) -> None:
     (folder / "claims" / "README.md").write_text(found + findings(folder / "claims") + care, encoding="utf-8")
     render_scoreboard(folder / "claims", folder / "scoreboard")
     board = rows(folder / "claims")
+    (folder / "choose.md").write_text(choice(board) + "\n", encoding="utf-8")
     (folder / "survey").mkdir(exist_ok=True)
     for pillar, values in PILLARS.items():
         for value in values:

@@ -37,6 +37,46 @@ PILLARS = {
 """The branches of the survey's taxonomy (paper 7) that a method is chosen by."""
 
 
+CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Logits of the teacher, images or texts with classes": (
+        "Start with `kd` and its temperature on validation data, then try one of these.",
+        ("pld", "dhkd", "tgeo-kd", "lelp", "trg", "hard"),
+    ),
+    "Logits of the teacher, language models": (
+        "Start with `kd` at temperature 1 (`forward_kl`, `reverse_kl`, `jsd` with `on_policy`).",
+        ("taid", "ddk", "first", "swing"),
+    ),
+    "Only text of the teacher": (
+        "`understudy generate` and `sft` first; then procedures that filter, rank or contrast what it wrote.",
+        ("symbolic-kd", "frontier-synthetic", "qcrd", "ded", "redi", "strategy-teaching"),
+    ),
+    "Preferences": (
+        "`dpo` on pairs; with noise, lists, trees, or an aligned teacher one of these.",
+        ("dpo", "adpo", "tpo", "adpa", "redi", "dpo-pg", "mcts-dpo"),
+    ),
+    "Few labels, many inputs without": (
+        "The teacher labels what has no label; two heads keep both signals apart.",
+        ("dho", "kd3", "data-pruning-kd"),
+    ),
+    "No data of the task": (
+        "Collect or make some, and let the teacher label them.",
+        ("kd3", "boot", "i2d2", "dataset-distillation"),
+    ),
+    "No larger teacher": (
+        "The student's own answers, filtered or searched.",
+        ("ground-truth-self-distillation", "i2d2", "mcts-dpo"),
+    ),
+    "Rankings": ("`embedding` for vectors, this one for scores.", ("margin-mse",)),
+    "Graphs": ("`kd` on nodes is GLNN; this one adds what neighbours know.", ("ff-g2m",)),
+    "Diffusion": ("Fewer calls of the network.", ("boot", "distillation-dpo", "lightgen")),
+    "Several modalities": (
+        "Teachers of other or more modalities than the student.",
+        ("mst-distill", "llava-mod", "dho"),
+    ),
+}
+"""What a reader has, what to start with, and the papers to try then (names of methods)."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One claim in one setting; `result` is `None` where it was not run."""
@@ -159,11 +199,33 @@ def branch(pillar: str, value: str, board: Sequence[Row]) -> str:
     ]
     lines += ["| method | access to the teacher | verdict | measured | why |", "|---|---|---|---|---|"]
     for r in own:
-        link = f"[`{r.entry.name}`](../methods/{r.entry.name}.md)" if r.entry.status == "works" else f"`{r.entry.name}`"
-        where = f" ({r.setting})" if r.setting != EMBEDDED else ""
         said = r.check.get("says", "planned" if r.entry.status != "works" else "no result yet")
-        lines.append(f"| {link}{where} | {r.entry.access} | {r.verdict} | {r.effect} | {said} |")
+        lines.append(f"| {_link(r, '../methods')} | {r.entry.access} | {r.verdict} | {r.effect} | {said} |")
     return "\n".join(lines)
+
+
+def choice(board: Sequence[Row]) -> str:
+    """The page that leads from what a reader has to methods, with what was measured of each."""
+    lines = [
+        "# Choose a method",
+        "",
+        "By what you have. The numbers are those of the [scoreboard](scoreboard/index.html).",
+        "",
+    ]
+    for have, (start, names) in CHOICES.items():
+        lines += [f"## {have}", "", start, "", "| method | verdict | measured | what was asked |", "|---|---|---|---|"]
+        for name in names:
+            own = [r for r in board if name in (r.entry.name, r.entry.slug)]
+            lines += [f"| {_link(r, 'methods')} | {r.verdict} | {r.effect} | {r.check.get('says', '')} |" for r in own]
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _link(row: Row, folder: str) -> str:
+    """The method's name, linked to its page if there is one, with the setting if it is not the embedded one."""
+    name = f"`{row.entry.name}`"
+    linked = f"[{name}]({folder}/{row.entry.name}.md)" if row.entry.status == "works" else name
+    return linked + (f" ({row.setting})" if row.setting != EMBEDDED else "")
 
 
 def dumped(board: Sequence[Row]) -> str:

@@ -465,3 +465,11 @@ def test_check_says_on_one_screen_what_is_read(tmp_path, capsys):
     assert (
         "1 × 8 × 8" in found["processor"] and "uses no teacher" in found["teacher scores"] and "template" not in found
     )
+
+
+@pytest.mark.parametrize(
+    "task,method",
+    [("image_classification", "kd"), ("preferences", "sft"), ("image_generation", "denoise"), ("ranking", "sft")],
+)
+def test_a_task_without_a_method_has_one_that_works_on_it(task, method):
+    assert make({"task": task}).method == method

@@ -20,6 +20,7 @@ from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
 from understudy.runs.roles import check_roles
 from understudy.runs.specs import ModelSpec, said_no
+from understudy.tasks import TASKS
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
 from understudy.tasks.data_keys import check_data_keys
@@ -41,7 +42,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field("kd", description="What the student learns by: `understudy methods` lists them.")
+    method: str = Field(
+        "kd",
+        description="What the student learns by: `understudy methods` lists them. Where `kd` does not apply, the task's baseline.",
+    )
     task: str = Field("image_classification", description="The kind of problem, with its data, models and metric.")
     teacher: ModelSpec | None = Field(None, description="The model to learn from; keys below.")
     student: ModelSpec | None = Field(None, description="The model that is trained; keys below.")
@@ -155,7 +159,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
     check_plain(values)
     remember(values)
-    values = _placed(resolved(values))
+    values = _placed(resolved(_with_method(values)))
     recipe: Recipe = validated(Recipe, values, "recipe key")
     task = get_task(recipe.task)
     check_data_keys(recipe.task, recipe.data)
@@ -196,6 +200,17 @@ def make(values: Mapping[str, Any]) -> Recipe:
             f"{task.kind} task. Choose another method (`understudy methods`) or task."
         )
     return recipe
+
+
+def _with_method(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with a method that works on their task: the task's baseline where none is named and the default does not."""
+    default = Recipe.model_fields["method"].default
+    name = values.get("task")
+    if "method" in values or not isinstance(name, str) or name not in TASKS:
+        return values
+    task = TASKS[name]
+    fits = [name for name in (default, task.baseline) if task.kinds & get_method(name).kinds]
+    return {**values, "method": fits[0]} if fits and fits[0] != default else values
 
 
 def resolved(values: Mapping[str, Any]) -> dict[str, Any]:

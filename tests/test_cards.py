@@ -125,7 +125,7 @@ def test_models_are_timed_in_turns_on_the_same_batches(monkeypatch):
     def batch(n):
         return {"x": torch.zeros(n, 2), "labels": torch.zeros(n, dtype=torch.long), "ids": torch.arange(n)}
 
-    found = speeds(student, teacher, batch(1), batch(5))
+    found = speeds({"student": student, "teacher": teacher}, batch(1), batch(5))
     assert found["latency_seconds"] == pytest.approx({"student": 0.002, "teacher": 0.008})
     assert found["examples_per_second"] == pytest.approx({"student": 500, "teacher": 125})
     assert (found["examples"], found["rounds"]) == (5, 3)  # one round takes 0.05 s

@@ -313,6 +313,28 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, or one of 
         )
 
 
+@app.command(epilog="Example: understudy export runs/reviews --int8")
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    int8: Annotated[bool, typer.Option("--int8", help="Also quantise the weights (dynamic quantisation).")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a student to ONNX (RUN/export), and compare quality, size and speed with the student's own."""
+    from understudy.runs.exporting import export_run
+
+    works_in(run)
+    found = export_run(run, int8)
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("model", found["metric"], "agreement", "MiB", "ms an example", "examples a second")
+    for name, one in found["models"].items():
+        shown = (one["quality"], one["agreement"], one["bytes"] / 2**20, 1e3 * one["latency_seconds"])
+        table.add_row(name, *(f"{value:.4f}" for value in shown), f"{one['examples_per_second']:,.0f}")
+    out.print(table)
+    out.print(f"Files: {run / 'export'}; the report shows them too.")
+
+
 @app.command(epilog="Example: understudy scoreboard docs/claims --output docs/scoreboard")
 def scoreboard(
     folder: Annotated[Path, typer.Argument(help="Results of `understudy reproduce NAME --json FOLDER/NAME.json`.")],

@@ -54,21 +54,21 @@ def gained(
 
 
 @torch.no_grad()
-def speeds(student: ModelAdapter, teacher: ModelAdapter, one: Mapping[str, Any], many: Mapping[str, Any]) -> Any:
-    """Time forward passes of both models in this process, alternating, after a warm-up; medians.
+def speeds(models: Mapping[str, ModelAdapter], one: Mapping[str, Any], many: Mapping[str, Any]) -> Any:
+    """Time forward passes of models in this process, alternating, after a warm-up; medians.
 
     Every rank must call it.
 
     Args:
+        models: by name.
         one: a batch of one example.
         many: a batch of the evaluation.
 
     Returns:
-        `latency_seconds` of one example and `examples_per_second` of the batch for student and teacher, the number of
+        `latency_seconds` of one example and `examples_per_second` of the batch by name, the number of
         examples of the batch, and how often each was timed.
     """
-    models = {"student": student, "teacher": teacher}
-    with evaluating(student, teacher):
+    with evaluating(*models.values()):
         alone, _ = _medians(models, Batch.from_dict(one))
         batch = Batch.from_dict(many)
         together, rounds = _medians(models, batch)

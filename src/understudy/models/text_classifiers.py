@@ -41,17 +41,17 @@ class TextClassifierAdapter(ClassifierAdapter):
         self.takes = [name for name in INPUTS if name in known]
 
     def logits(self, batch: Batch) -> Tensor:
-        return self.checked(self.model(**self._inputs(batch)), len(batch.ids))
+        return self.checked(self.model(**self.inputs(batch)), len(batch.ids))
 
     def head_inputs(self, seen: Tensor, batch: Batch) -> Tensor:
         """Of a decoder, whose head reads every token: what it reads at the last token of each text."""
         if seen.dim() == 2:
             return seen
-        mask = self._inputs(batch)["attention_mask"]
+        mask = self.inputs(batch)["attention_mask"]
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
         return seen[torch.arange(len(seen), device=seen.device), last]
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
         found = {name: batch.inputs.get(f"{self.reading.key}/{name}") for name in self.takes}
         return {name: value for name, value in found.items() if value is not None}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from understudy.evaluation.gain import sentence
+from understudy.files import read_json
 
 
 def headline(evaluation: dict[str, Any]) -> str:
@@ -47,3 +49,29 @@ def gain_table(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(row)
     headings = ["", *sides, *(["student / teacher"] if len(sides) > 1 else [])]
     return [{"title": "What was gained", "headings": headings, "rows": rows, "notes": notes}]
+
+
+def export_table(folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Quality, size and speed of what was exported beside the student's, as a table of the report; none if nothing was, or if
+    the student has been trained since.
+
+    Args:
+        folder: of the run. facts: of its `run.json`.
+    """
+    found = read_json(folder / "export" / "export.json")
+    if found is None or found["student"] != facts.get("hashes", {}).get("student"):
+        return []
+    models = found["models"]
+    lines = [
+        (found["metric"], "quality", 1.0, "{:.4f}"),
+        ("agreement with the student", "agreement", 1.0, "{:.4f}"),
+        ("file, MiB", "bytes", 2.0**-20, "{:,.3f}"),
+        ("latency of one example, ms", "latency_seconds", 1e3, "{:,.3f}"),
+        (f"examples a second, {found['examples']} at a time", "examples_per_second", 1.0, "{:,.0f}"),
+    ]
+    rows = [[name, *(form.format(scale * m[key]) for m in models.values())] for name, key, scale, form in lines]
+    note = (
+        f"The student in torch, and its exported files in onnxruntime, on the CPU with {found['threads']} threads: forward passes "
+        f"of the same batches in turns, medians; the batch was timed {found['rounds']} times."
+    )
+    return [{"title": "What was exported", "headings": ["", *models], "rows": rows, "notes": [note]}]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from understudy.errors import InputError
 from understudy.files import differing, read_json, read_log, writing
 from understudy.reporting import plots, study
-from understudy.reporting.gains import gain_table, headline
+from understudy.reporting.gains import export_table, gain_table, headline
 from understudy.reporting.metrics import meaning
 from understudy.reporting.table import span
 from understudy.tasks import TASKS
@@ -49,7 +49,7 @@ def render_run(folder: Path, drawn: Drawn | None = None) -> Path:
         raise InputError(f"{folder / changed} is missing or differs from what the run wrote. Put it back.")
     evaluation, recipe = read_json(folder / "evaluation.json") or {}, folder / "recipe.yaml"
     panels, damage = drawn or run_panels(folder)
-    gains = gain_table(evaluation)
+    gains = [*gain_table(evaluation), *export_table(folder, facts)]
     return _written(
         folder,
         dict(

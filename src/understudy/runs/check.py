@@ -81,6 +81,18 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     """The metrics of a finished run's saved student, computed again; of a run in a comparison beside the teacher they share."""
     if split not in ("test", "validation"):
         raise InputError(f"Split {split!r} is not test or validation.")
+    recipe, prepared, student = saved_student(folder)
+    shared = home_of(recipe, folder.parent.parent / "teacher")
+    teacher = standing(recipe, prepared, shared if shared.is_dir() else folder)
+    return evaluate_split(get_task(recipe.task), prepared, student, teacher, split)
+
+
+def saved_student(folder: Path) -> tuple[Recipe, Prepared, ModelAdapter]:
+    """The recipe of a finished run, its data, and the student that it saved.
+
+    Raises:
+        InputError: it is no finished run of one student, or its files or inputs have changed.
+    """
     values, facts = written(folder), read_json(folder / "run.json")
     for name, found in (("recipe.yaml", values), ("run.json", facts)):
         if found is None:
@@ -94,7 +106,4 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
     same_inputs(folder, prepared.hashes)
-    student = load_model(task, recipe.student, prepared, folder / "student")
-    shared = home_of(recipe, folder.parent.parent / "teacher")
-    teacher = standing(recipe, prepared, shared if shared.is_dir() else folder)
-    return evaluate_split(task, prepared, student, teacher, split)
+    return recipe, prepared, load_model(task, recipe.student, prepared, folder / "student")

@@ -76,6 +76,11 @@ def gain(
     if is_sharded(student) or is_sharded(teacher):
         found["note"] = "Speed is not compared: FSDP's communication would be timed with the models."
         return found, {}
+    return found, {"speed": speeds({"student": student, "teacher": teacher}, *timed_batches(recipe, prepared))}
+
+
+def timed_batches(recipe: Recipe, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What models are timed on: the first example of the evaluation split, and its first batch."""
     split = prepared.split(recipe.eval_split)
     items = [split[i] for i in range(min(recipe.evaluation_batch, len(split)))]
-    return found, {"speed": speeds(student, teacher, prepared.collate(items[:1]), prepared.collate(items))}
+    return prepared.collate(items[:1]), prepared.collate(items)

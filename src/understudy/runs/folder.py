@@ -26,7 +26,7 @@ BEFORE = {"teacher", "start", "members", "store", "runs", "tuning", "logs", "sta
 """Folders that are created before a run begins, or that contain runs."""
 RESULTS = (
     *("recipe.yaml", "run.json", "evaluation.json", "report.html", "metrics.jsonl", "validation.jsonl"),
-    *("student", "pictures", "stages", "phases", "tensorboard"),
+    *("student", "pictures", "stages", "phases", "tensorboard", "export"),
 )
 """Files of a run other than checkpoints and samples."""
 LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")

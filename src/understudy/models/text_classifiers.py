@@ -51,6 +51,9 @@ class TextClassifierAdapter(ClassifierAdapter):
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
         return seen[torch.arange(len(seen), device=seen.device), last]
 
+    def text(self, batch: Batch) -> tuple[str, Tensor]:
+        return self.reading.key, batch.inputs[f"{self.reading.key}/attention_mask"]
+
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         found = {name: batch.inputs.get(f"{self.reading.key}/{name}") for name in self.takes}
         return {name: value for name, value in found.items() if value is not None}

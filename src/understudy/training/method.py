@@ -100,6 +100,7 @@ class TrainState:
         companions: its frozen modules, from `Method.companions`.
         tables: the tensors that `setup` returned.
         columns: numbers per example or token that `setup` added, by name.
+        taps: the student's tapped layers, by name, for methods that enter one.
         context: the argument of `setup`.
         student: the student, for methods that run it on more than the batch.
         teacher: the teacher, for methods that call it; `None` without one.
@@ -114,6 +115,7 @@ class TrainState:
     companions: Mapping[str, nn.Module] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, Column] = field(default_factory=dict)
+    taps: Mapping[str, nn.Module] = field(default_factory=dict)
     context: SetupContext | None = None
     student: ModelAdapter | None = None
     teacher: Teacher | None = None

@@ -84,7 +84,7 @@ class TalkingModels(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(teacher_layers=True)
+        return Requirements(teacher_layers=True, teacher_classes=False)
 
     @property
     def _talks(self) -> bool:

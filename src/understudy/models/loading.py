@@ -38,7 +38,11 @@ def load_classifier(
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """An image classifier: a module, a small network's name, a folder, `cifar10_resnets/resnetN`, or a Hub id."""
+    """An image classifier: a module, a small network's name, a folder, `cifar10_resnets/resnetN`, or a Hub id.
+
+    Args:
+        classes: number of classes; 0 for those that the model has.
+    """
     if isinstance(name, nn.Module):
         return name
     name = str(name)
@@ -64,12 +68,27 @@ def load_classifier(
 
 
 def check_classes(name: str, model: nn.Module, classes: int) -> None:
-    """Refuse a classifier of another number of classes."""
+    """Refuse a classifier of another number of classes, unless that is 0."""
     found = _classes(model)
-    if found is not None and found != classes and (found, classes) != (1, 2):  # one sigmoid output has two classes
+    if (
+        classes and found is not None and found != classes and (found, classes) != (1, 2)
+    ):  # one sigmoid output has two classes
         raise InputError(
             f"{name} has {found} classes and the data has {classes}. Choose a model of these classes, or data of its."
         )
+
+
+def own_classes(model: nn.Module) -> int:
+    """The number of a classifier's own classes: as it says, or outputs of its last linear layer.
+
+    Raises:
+        InputError: it neither says nor has a linear layer.
+    """
+    last = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    found = _classes(model) or (last[-1] if last else None)
+    if found is None:
+        raise InputError(f"{type(model).__name__} does not say how many classes it has: set config.num_labels.")
+    return found
 
 
 def _classes(model: nn.Module) -> int | None:

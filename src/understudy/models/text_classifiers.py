@@ -74,6 +74,7 @@ def load_text_classifier(
     Args:
         name: a module, `embedding:32` (new: the mean of word vectors), `bert:hidden=64,layers=2,heads=4` (new), a folder or
             Hub id of a classifier, or of another model of transformers, which is given a new head.
+        classes: number of classes; 0 for those that the model has.
         freeze: train the weights that are new, or the head where none are.
     """
     if isinstance(name, nn.Module):
@@ -89,7 +90,7 @@ def load_text_classifier(
     else:
         folder = find(name)
         kept = is_classifier(name, folder, trust_remote_code)
-        kind, more = AutoModelForSequenceClassification, {} if kept else {"num_labels": classes}
+        kind, more = AutoModelForSequenceClassification, {} if kept or not classes else {"num_labels": classes}
         model = auto_model(kind, name, folder, dtype, quantization, trust_remote_code, new_head=True, **more)
     check_classes(name, model, classes)
     _check_fit(name, model, reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Prepared:
     Args:
         train, validation, test: indexable examples that `collate` turns into the tensors of a `Batch`.
         teacher_train: the examples that a teacher which is trained first may use.
-        classes: images: number of classes; text: size of the vocabulary.
+        classes: images: number of classes; text: size of the vocabulary; 0 for those of the model that is loaded.
         more_tests: further test sets by name (`test_shifted`), evaluated like `test`.
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
         warnings: likewise, of what may be wrong.
@@ -66,6 +67,12 @@ class Prepared:
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""
         self.notes.extend(note for note in notes if note not in self.notes)
+
+    def of_any_classes(self) -> Prepared:
+        """The same data for a model whose classes may be others: it is loaded with those that it has."""
+        found = copy.copy(self)
+        found.classes, found.facts = 0, {**self.facts, "names": []}
+        return found
 
     def split(self, name: str) -> Any:
         """`train`, `validation` or `test`."""

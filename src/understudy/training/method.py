@@ -37,6 +37,8 @@ class Requirements:
             calls `state.teacher` itself in every step, with its own inputs, and `loss` gets no outputs.
         features, teacher_features: whether outputs must hold the hidden state before the head, of student and teacher.
         teacher_layers: whether `taps` reads inner layers of the teacher; its model must then run in this process.
+        teacher_classes: whether the teacher's classes must be those of the data; not for a method that reads its inner layers
+            alone. Its head may then be of other classes, or new.
         teacher_model: whether `setup` runs the teacher's model on every example; a cache or server cannot replace it.
         members: names of models that `setup` reads one by one; the recipe gives them in `teacher.members`.
         temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
@@ -47,6 +49,7 @@ class Requirements:
     features: bool = False
     teacher_features: bool = False
     teacher_layers: bool = False
+    teacher_classes: bool = True
     teacher_model: bool = False
     members: tuple[str, ...] = ()
     temperature: float = 1.0

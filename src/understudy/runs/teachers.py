@@ -138,9 +138,10 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
 
 
 def _of_any_classes(recipe: Recipe) -> bool:
-    """Whether the teacher's head may be of other classes, or new: the method reads its inner layers alone."""
+    """Whether the teacher's head may be of other classes, or new: the method reads its inner layers alone, or nothing."""
     assert recipe.student is not None
-    return not recipe.build_method().requires.teacher_classes and recipe.student.model != COPY
+    requires = recipe.build_method().requires
+    return recipe.student.model != COPY and (requires.teacher == "none" or not requires.teacher_classes)
 
 
 def for_teacher(recipe: Recipe, prepared: Prepared) -> Prepared:

@@ -34,7 +34,7 @@ class Prepared:
     Args:
         train, validation, test: indexable examples that `collate` turns into the tensors of a `Batch`.
         teacher_train: the examples that a teacher which is trained first may use.
-        classes: images: number of classes; text: size of the vocabulary; 0 for those of the model that is loaded.
+        classes: images: number of classes; text: size of the vocabulary.
         more_tests: further test sets by name (`test_shifted`), evaluated like `test`.
         notes: what a reader should know (splits made, rows dropped, truncation), one sentence each.
         warnings: likewise, of what may be wrong.
@@ -43,6 +43,7 @@ class Prepared:
         aligner: the alignment of the teacher's tokens with the student's, if it has another tokenizer.
         facts: what the task's own `model` needs to know of the data.
         stored: called with the folder where a run, or a comparison, keeps results that are expensive to compute.
+        exact: whether a classifier that is loaded must have these classes.
     """
 
     train: Any
@@ -63,15 +64,16 @@ class Prepared:
     aligner: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     stored: Callable[[Path], None] | None = None
+    exact: bool = True
 
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""
         self.notes.extend(note for note in notes if note not in self.notes)
 
     def of_any_classes(self) -> Prepared:
-        """The same data for a model whose classes may be others: it is loaded with those that it has."""
+        """The same data for a classifier whose classes may be others."""
         found = copy.copy(self)
-        found.classes, found.facts = 0, {**self.facts, "names": []}
+        found.exact, found.facts = False, {**self.facts, "names": []}
         return found
 
     def split(self, name: str) -> Any:

@@ -114,11 +114,12 @@ class ImageClassification(LabelledTask):
             dtype=spec.dtype,
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
+            exact=prepared.exact,
         )
         prepared.say(notes_of(model))
         name = str(spec.model if source is None else source) if not isinstance(source, nn.Module) else ""
         processor = self._processor(name, model, prepared)
-        classes = prepared.classes or own_classes(model)
+        classes = prepared.classes if prepared.exact else own_classes(model)
         rows = ClassifierAdapter(model, classes, normalise=normalisation(model), processor=processor)
         rows.try_on(prepared.input_shape)
         name_classes(model, prepared.facts["names"], prepared, spec.model)

@@ -147,10 +147,11 @@ class TextClassification(LabelledTask):
             dtype=spec.dtype,
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
+            exact=prepared.exact,
         )
         prepared.say(notes_of(model))
         name_classes(model, prepared.facts["names"], prepared, spec.model)
-        return TextClassifierAdapter(model, prepared.classes or own_classes(model), reading)
+        return TextClassifierAdapter(model, prepared.classes if prepared.exact else own_classes(model), reading)
 
 
 def _specs(recipe: Any) -> Iterator[Any]:

@@ -166,30 +166,28 @@ class TalkingModels(Method):
         terms = {"ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels))}
         if not state.modules:
             return terms
-        rows = batch if bool(batch.mask.all()) else batch.take(batch.mask.nonzero()[:, 0])
         sides = {"student": (student, state.student), "teacher": (teacher, state.teacher.model)}
         taps = {f"{side}_{p}": out.taps[p] for side, (out, _) in sides.items() for p in ("low", "high")}
-        if rows is not batch:
-            taps = {name: tap[batch.mask] for name, tap in taps.items()}
-        own = {name: states_of(tap, sides[name.split("_")[0]][1], rows) for name, tap in taps.items()}
-        _check_teacher(own, rows)
+        own = {name: states_of(tap, sides[name.split("_")[0]][1], batch) for name, tap in taps.items()}
+        _check_teacher(own, batch)
         modules = state.modules
         if self.message_weight:
             pairs = [
                 compared(*(own[f"{side}_{p}"].encoded(modules[f"encode_{side}_{p}"]) for side in sides))
                 for p in ("low", "high")
             ]
-            terms["message"] = Term(message_consistency(*pairs), self.message_weight)
-        rounds = self._rounds(own, taps, rows, state) if self._talks else []
+            terms["message"] = Term(batch.select(message_consistency(*pairs)), self.message_weight)
+        # All examples take part, also those that do not count: ranks call sharded models equally often.
+        rounds = self._rounds(own, taps, batch, state) if self._talks else []
         if self.interact_weight:
-            values = [self._answered(r.student_high, taps["student_high"], rows, state) for r in rounds]
+            values = [self._answered(r.student_high, taps["student_high"], batch, state) for r in rounds]
             terms["interact"] = Term(torch.stack(values).mean(0), self.interact_weight)
         if self.state_weight:
-            terms["state"] = Term(self._state_consistency(own, rounds, modules), self.state_weight)
+            terms["state"] = Term(batch.select(self._state_consistency(own, rounds, modules)), self.state_weight)
         return terms
 
     def _rounds(
-        self, own: Mapping[str, States], taps: Mapping[str, Tensor], rows: Batch, state: TrainState
+        self, own: Mapping[str, States], taps: Mapping[str, Tensor], batch: Batch, state: TrainState
     ) -> list[_Round]:
         """The states of each round."""
         modules, teacher = state.modules, state.teacher
@@ -202,18 +200,18 @@ class TalkingModels(Method):
                 said = again.decoded(modules["decode_student_low"], own["student_low"])
             question = said.encoded(modules["encode_student_low"])
             low = question.decoded(modules["decode_teacher_low"], own["teacher_low"])
-            output = teacher.resumed(rows, "low", as_output(low, taps["teacher_low"])).taps["high"]
-            high = states_of(output, teacher.model, rows)
+            output = teacher.resumed(batch, "low", as_output(low, taps["teacher_low"])).taps["high"]
+            high = states_of(output, teacher.model, batch)
             answer = high.encoded(modules["encode_teacher_high"])
             found.append(_Round(low, high, answer.decoded(modules["decode_student_high"], own["student_high"])))
         return found
 
-    def _answered(self, heard: States, like: Tensor, rows: Batch, state: TrainState) -> Tensor:
+    def _answered(self, heard: States, like: Tensor, batch: Batch, state: TrainState) -> Tensor:
         """Cross-entropy of the student's own head on what the student decoded, `[rows]`."""
         assert state.student is not None
         with entered(state.taps["high"], as_output(heard, like), state.student):
-            signal = state.student(rows).signal
-        return rowwise(cross_entropy, signal, None, rows.row_labels)
+            signal = state.student(batch).signal
+        return rowwise(cross_entropy, signal, None, batch.row_labels)
 
     def _state_consistency(self, own: Mapping[str, States], rounds: list[_Round], modules: Any) -> Tensor:
         def against(found: States, name: str) -> Compared:
@@ -251,15 +249,16 @@ class TalkingModels(Method):
         return {"metrics": {"message_variance": variance}}
 
 
-def _check_teacher(own: Mapping[str, States], rows: Batch) -> None:
+def _check_teacher(own: Mapping[str, States], batch: Batch) -> None:
     """Raise an error for an example for which the teacher has a state that is no number."""
     for name in ("teacher_low", "teacher_high"):
-        values, _, mask = own[name]
+        values, _, text = own[name]
+        counts = batch.mask[:, None].expand(values.shape[:2])
         check_finite(
             values.abs().amax(2),
             lambda value, row, position, name=name: (
-                f"The teacher's states at its {name.split('_')[1]} layer are {value} for example {int(rows.ids[row])}: its "
+                f"The teacher's states at its {name.split('_')[1]} layer are {value} for example {int(batch.ids[row])}: its "
                 "weights are damaged, or dtype is too small."
             ),
-            mask,
+            counts if text is None else counts & text,
         )

@@ -45,6 +45,13 @@ WRAPPED = {"fsdp_config": {"activation_checkpointing": True}}
 CASES = {
     # a tap on a block that is sharded, and a projector
     "trg": {**DIGITS, "options": {"group": 4, "k": 3, "sigma": 1.0}, "student": "vit", "teacher": "vit-teacher"},
+    # both models entered at an inner layer, also by a process that has no example
+    "talking-models": {
+        **UNEVEN,
+        "options": {"rounds": 2, "message_width": 4},
+        "student": "vit",
+        "teacher": "vit-teacher",
+    },
     # another head while training
     "lelp": {**DIGITS, "options": {"subclasses": 2, "strict": False}, "teacher": "conv/student"},
     # auxiliary optimisers; their second update has one example, and a process has none

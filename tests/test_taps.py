@@ -68,6 +68,21 @@ def test_entering_runs_the_rest_and_only_the_rest_has_a_gradient(net):
         assert torch.autograd.grad(net(x).sum(), value)[0].abs().sum() > 0
 
 
+def test_layers_before_the_entry_neither_count_the_batch_nor_draw(net):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).double()
+    x, value = torch.randn(8, 3).double(), torch.randn(8, 4).double()
+    random = torch.get_rng_state()
+    with entered(model[2], value, model):
+        out = model(x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [model[0].num_batches_tracked.item(), model[3].num_batches_tracked.item()] == [0, 1]
+    torch.testing.assert_close(out, (value - value.mean(0)) / (value.var(0, correction=0) + 1e-5).sqrt())
+    assert all(m.training for m in model.modules()) and hooks(model) == 0
+    with pytest.raises(RuntimeError, match="elements"), entered(model[3], value, model):
+        model(x[:, :2])  # an exception before the entry
+    assert all(m.training for m in model.modules()) and hooks(model) == 0 and torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     ("inside", "message"),
     [

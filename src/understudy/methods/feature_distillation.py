@@ -52,7 +52,12 @@ class _WithLayers(_WithLabels):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(teacher_layers=True, teacher_model=True, temperature=self.temperature)
+        return Requirements(
+            teacher_layers=True,
+            teacher_model=True,
+            teacher_classes=self.kd_weight > 0,
+            temperature=self.temperature,
+        )
 
     def _layers(self, side: Side) -> Sequence[str]:
         """Names of layers to read that the options give."""

@@ -13,7 +13,7 @@ from understudy.models.adapters import (
 from understudy.models.classifier_heads import replace_head
 from understudy.models.diffusion import DenoiserAdapter, Sampler
 from understudy.models.heads import SubclassHead
-from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier
+from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier, own_classes
 from understudy.models.modes import evaluating
 from understudy.models.nodes import NodeAdapter, load_nodes
 from understudy.models.sequences import SequenceAdapter
@@ -42,6 +42,7 @@ __all__ = [
     "load_small",
     "load_tokenizer",
     "normalisation",
+    "own_classes",
     "replace_head",
     "save_small",
     "state_hash",

@@ -68,6 +68,11 @@ class ModelAdapter(nn.Module):
         """Signal and, if requested, features of the rows."""
         raise NotImplementedError
 
+    def text(self, batch: Batch) -> tuple[str, Tensor] | None:
+        """The tokens that the model reads: which tokenizer's they are, and `[examples, length]`, which are text; `None` for
+        other inputs."""
+        return None
+
     def save(self, folder: Path) -> None:
         """Save with `save_pretrained`, in the small networks' own format, or as the module's state. PEFT adapters are
         saved as adapters.

@@ -37,8 +37,13 @@ def load_classifier(
     dtype: str = "auto",
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    exact: bool = True,
 ) -> nn.Module:
-    """An image classifier: a module, a small network's name, a folder, `cifar10_resnets/resnetN`, or a Hub id."""
+    """An image classifier: a module, a small network's name, a folder, `cifar10_resnets/resnetN`, or a Hub id.
+
+    Args:
+        classes: number of classes. exact: refuse a model that has others.
+    """
     if isinstance(name, nn.Module):
         return name
     name = str(name)
@@ -59,7 +64,8 @@ def load_classifier(
         model = auto_model(
             AutoModelForImageClassification, name, path, dtype, quantization, trust_remote_code, new_head=True
         )
-    check_classes(name, model, classes)
+    if exact:
+        check_classes(name, model, classes)
     return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
 
 
@@ -70,6 +76,19 @@ def check_classes(name: str, model: nn.Module, classes: int) -> None:
         raise InputError(
             f"{name} has {found} classes and the data has {classes}. Choose a model of these classes, or data of its."
         )
+
+
+def own_classes(model: nn.Module) -> int:
+    """The number of a classifier's own classes: as it says, or outputs of its last linear layer; one output has two.
+
+    Raises:
+        InputError: it neither says nor has a linear layer.
+    """
+    last = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    found = _classes(model) or (last[-1] if last else None)
+    if found is None:
+        raise InputError(f"{type(model).__name__} does not say how many classes it has: set config.num_labels.")
+    return max(2, found)
 
 
 def _classes(model: nn.Module) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import InputError, nearest
+from understudy.models.modes import evaluating
 
 
 @contextmanager
@@ -93,16 +94,23 @@ def edited(edits: Mapping[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]) ->
 
 
 @contextmanager
-def entered(module: nn.Module, value: Tensor) -> Iterator[None]:
+def entered(module: nn.Module, value: Tensor, model: nn.Module | None = None) -> Iterator[None]:
     """Run a model from an inner layer on: during the block the output of `module` is `value`, with gradient to it.
 
     The layers before `module` run without gradient and their result is discarded, so the caller's forward pass takes
     its ordinary inputs. Freeze the parameters after `module` if only `value` is to get a gradient.
 
+    Args:
+        module: the layer whose output is replaced.
+        value: of the shape of its output.
+        model: the whole model, if it is being trained: its layers before `module` then run in evaluation mode, so that
+            they neither draw dropout nor count the batch in their statistics.
+
     Raises:
         InputError: the module was not called, or `value` has another shape than its output.
     """
-    grad, called = torch.is_grad_enabled(), False
+    called = False
+    before = ExitStack()
 
     def enter(module: nn.Module, inputs: Any, output: Any) -> Any:
         nonlocal called
@@ -112,15 +120,17 @@ def entered(module: nn.Module, value: Tensor) -> Iterator[None]:
                 f"A {type(module).__name__} gives {tuple(_first(output).shape)} here and {tuple(value.shape)} is to take its "
                 "place: give a value of that shape."
             )
-        torch.set_grad_enabled(grad)
+        before.close()
         return _replaced(output, value)
 
     hook = module.register_forward_hook(enter)
-    torch.set_grad_enabled(False)
     try:
-        yield
+        with before:
+            before.enter_context(torch.no_grad())
+            if model is not None:
+                before.enter_context(evaluating(model))
+            yield
     finally:
-        torch.set_grad_enabled(grad)
         hook.remove()
     if not called:
         raise _never_called("entered", module)
@@ -153,6 +163,34 @@ def called_layers(model: nn.Module, run: Any) -> list[tuple[nn.Module, Tensor]]:
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def inner(calls: list[tuple[nn.Module, Tensor]], head: nn.Module, examples: int) -> list[tuple[nn.Module, Tensor]]:
+    """The layers before the head whose output is a vector, tokens or a map of each example.
+
+    Args:
+        calls: as `called_layers` gives them. head: of the model. examples: in the batch.
+    """
+    at = [module is head for module, _ in calls]
+    first = at.index(True) if True in at else len(calls) - 1
+    return [
+        (module, y) for module, y in calls[:first] if 2 <= y.dim() <= 4 and len(y) == examples and y.is_floating_point()
+    ]
+
+
+def first_block(model: nn.Module, calls: list[tuple[nn.Module, Tensor]]) -> nn.Module | None:
+    """The first block of a network: the first member of a list of layers; else the first composite layer with weights, or
+    the first activation behind a layer with weights; else the first layer with weights.
+
+    Args:
+        calls: of the layers to choose from.
+    """
+    lists = {id(m) for part in model.modules() if isinstance(part, nn.ModuleList) for m in part}
+    weighted = [any(True for _ in module.parameters()) for module, _ in calls]
+    own = [m for m, _ in calls[weighted.index(True) :]] if True in weighted else []
+    listed = (m for m in own if id(m) in lists)
+    blocks = (m for m in own if any(True for _ in m.children()) or not any(True for _ in m.parameters()))
+    return next(listed, next(blocks, own[0] if own else None))
 
 
 def stages(calls: list[tuple[nn.Module, Tensor]]) -> list[nn.Module]:

@@ -51,6 +51,9 @@ class TextClassifierAdapter(ClassifierAdapter):
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
         return seen[torch.arange(len(seen), device=seen.device), last]
 
+    def text(self, batch: Batch) -> tuple[str, Tensor]:
+        return self.reading.key, batch.inputs[f"{self.reading.key}/attention_mask"]
+
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         found = {name: batch.inputs.get(f"{self.reading.key}/{name}") for name in self.takes}
         return {name: value for name, value in found.items() if value is not None}
@@ -65,12 +68,14 @@ def load_text_classifier(
     dtype: str = "auto",
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    exact: bool = True,
 ) -> nn.Module:
     """A text classifier.
 
     Args:
         name: a module, `embedding:32` (new: the mean of word vectors), `bert:hidden=64,layers=2,heads=4` (new), a folder or
             Hub id of a classifier, or of another model of transformers, which is given a new head.
+        classes: number of classes. exact: refuse a model that has others.
         freeze: train the weights that are new, or the head where none are.
     """
     if isinstance(name, nn.Module):
@@ -88,7 +93,8 @@ def load_text_classifier(
         kept = is_classifier(name, folder, trust_remote_code)
         kind, more = AutoModelForSequenceClassification, {} if kept else {"num_labels": classes}
         model = auto_model(kind, name, folder, dtype, quantization, trust_remote_code, new_head=True, **more)
-    check_classes(name, model, classes)
+    if exact:
+        check_classes(name, model, classes)
     _check_fit(name, model, reading)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = reading.tokenizer.pad_token_id

@@ -66,8 +66,8 @@ def gain(
     if teacher is None:
         if recipe.teacher is not None:
             found["note"] = (
-                "The teacher did not run beside the student (its outputs are stored or served, or it has other tokens): its "
-                "size and speed are not compared."
+                "The teacher did not run beside the student (its outputs are stored or served, or it has other tokens or classes): "
+                "its size and speed are not compared."
             )
         return found, {}
     if not isinstance(task, LabelledTask):

@@ -45,6 +45,7 @@ from understudy.runs.teachers import (
     comparable,
     copy_of,
     ensemble,
+    for_teacher,
     load_model,
     member_recipes,
     other_side,
@@ -198,7 +199,7 @@ def _fit(
     prepared = task.prepare(recipe)
     set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
-    shown = comparable(teacher)
+    shown = comparable(teacher, prepared)
     set_seed(recipe.seed)
     assert recipe.student is not None  # filled by every task
     if prepared.stored is not None:
@@ -360,7 +361,7 @@ def load_teacher(
         return None
     if prepared.aligner is not None:
         return other_tokenizer(_model(recipe, "teacher", task, other_side(prepared), home, progress, module), prepared)
-    return _model(recipe, "teacher", task, prepared, home, progress, module)
+    return _model(recipe, "teacher", task, for_teacher(recipe, prepared), home, progress, module)
 
 
 def _model(
@@ -376,7 +377,7 @@ def _model(
     spec: ModelSpec = getattr(recipe, side)
     if module is not None or spec.train is None:
         model = load_model(task, spec, prepared, module)
-        return trained(spec, model) if side == "teacher" else model
+        return trained(recipe, model) if side == "teacher" else model
     folder = home / _FIRST[side]
     if agree(own_training(recipe, side, folder)) or finished(folder) is None:
         train_first(recipe, side, home, progress)

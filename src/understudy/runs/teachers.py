@@ -13,7 +13,7 @@ from torch import nn
 from understudy.data import Batch, find
 from understudy.errors import InputError
 from understudy.files import check_seal
-from understudy.models import ModelAdapter
+from understudy.models import ClassifierAdapter, ModelAdapter
 from understudy.models.own import reload
 from understudy.models.weights import is_new
 from understudy.runs.recipe import Recipe
@@ -115,6 +115,7 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
         folder: of a run that may have trained it.
     """
     task = get_task(recipe.task)
+    shown = for_teacher(recipe, prepared)
 
     def load(own: Recipe, home: Path | None) -> ModelAdapter | None:
         assert own.teacher is not None
@@ -122,26 +123,41 @@ def standing(recipe: Recipe, prepared: Prepared, folder: Path | None = None) -> 
             return None
         first = home / "teacher" / "student" if home is not None else None
         if own.teacher.train is None:
-            return trained(own.teacher, load_model(task, own.teacher, prepared))
-        return load_model(task, own.teacher, prepared, first) if first is not None and first.is_dir() else None
+            return trained(own, load_model(task, own.teacher, shown))
+        return load_model(task, own.teacher, shown, first) if first is not None and first.is_dir() else None
 
     if recipe.teacher is None or prepared.aligner is not None:
         return None
     if not recipe.teacher.members:
-        return load(recipe, folder)
+        return comparable(load(recipe, folder), prepared)
     below = folder / MEMBERS if folder is not None else None
     return comparable(
-        ensemble(recipe, prepared, lambda name, own: load(own, below / name if below is not None else None))
+        ensemble(recipe, prepared, lambda name, own: load(own, below / name if below is not None else None)),
+        prepared,
     )
 
 
-def trained(spec: ModelSpec, teacher: ModelAdapter) -> ModelAdapter:
+def _of_any_classes(recipe: Recipe) -> bool:
+    """Whether the teacher's head may be of other classes, or new: the method reads its inner layers alone, or nothing."""
+    assert recipe.student is not None
+    requires = recipe.build_method().requires
+    return recipe.student.model != COPY and (requires.teacher == "none" or not requires.teacher_classes)
+
+
+def for_teacher(recipe: Recipe, prepared: Prepared) -> Prepared:
+    """The data in the form that the recipe's teacher is loaded with."""
+    return prepared.of_any_classes() if _of_any_classes(recipe) else prepared
+
+
+def trained(recipe: Recipe, teacher: ModelAdapter) -> ModelAdapter:
     """The teacher, unless it has untrained weights, whose outputs would be random.
 
     Raises:
-        InputError: the recipe uses it untrained, and its head is new.
+        InputError: the recipe uses it untrained, its head is new, and the method reads its outputs.
     """
-    if spec.train is None and is_new(teacher):
+    spec = recipe.teacher
+    assert spec is not None
+    if spec.train is None and is_new(teacher) and not _of_any_classes(recipe):
         raise InputError(
             f"Teacher {spec.model} has no head of its own for this task, and a new one would teach at random: train it first "
             "(teacher.train={max_steps: 1000}), or name a model that was trained for it."
@@ -149,9 +165,12 @@ def trained(spec: ModelSpec, teacher: ModelAdapter) -> ModelAdapter:
     return teacher
 
 
-def comparable(teacher: ModelAdapter | None) -> ModelAdapter | None:
-    """The teacher, if it returns whole distributions for any example, so that it can be evaluated beside the student."""
+def comparable(teacher: ModelAdapter | None, prepared: Prepared) -> ModelAdapter | None:
+    """The teacher, if it returns whole distributions over the data's classes for any example, so that it can be evaluated
+    beside the student."""
     if isinstance(teacher, OtherTokenizer) or (isinstance(teacher, Ensemble) and not teacher.complete):
+        return None
+    if isinstance(teacher, ClassifierAdapter) and (teacher.classes != prepared.classes or is_new(teacher)):
         return None
     return teacher
 

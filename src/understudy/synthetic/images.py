@@ -13,6 +13,9 @@ from understudy.data.batch import UNLABELLED
 from understudy.data.image_set import ImageSet, training_order
 from understudy.data.image_sources import Embedded, digits
 
+GROUPS = (0, 1, 2, 3, 1, 3, 0, 2, 3, 0)
+"""Of the ten digits, in `digits_shift`."""
+
 
 def clusters(
     spec: Mapping[str, Any], classes: int = 40, latent: int = 20, inputs: int = 32
@@ -73,6 +76,27 @@ def subclusters(spec: Mapping[str, Any], parts: int = 5, width: int = 20) -> tup
     return {"train": every.select(slice(4000, None)), "test": every.select(slice(0, 4000))}, ["0", "1"]
 
 
+def digits_shift(spec: Mapping[str, Any], copies: int = 4) -> tuple[dict[str, ImageSet], list[str]]:
+    """Digits of another task than the teacher's: four groups of digits, under noise of deviation 0.35.
+
+    A teacher that is trained first gets other digits, in ten classes, each in four copies under noise of deviation 0.2.
+    Kept as float features of shape [1, 8, 8]: 297 training examples and 600 for test, 3,600 and 600 of the teacher.
+    """
+    rng = np.random.default_rng(int(spec.get("seed", 0)))
+    found, teacher = digits()[0], bool(spec.get("for_teacher"))
+    cut = slice(0, 900) if teacher else slice(900, None)
+    train, test = found["train"].select(cut), found["test"]
+    if teacher:
+        train = train.select(torch.arange(len(train)).repeat(copies))
+    parts = {}
+    for split, part in {"train": train, "test": test}.items():
+        drawn = torch.from_numpy(rng.normal(size=part.pixels.shape)).float()
+        noise = (0.2 if split == "train" else 0.0) if teacher else 0.35
+        labels = part.labels if teacher else torch.tensor(GROUPS)[part.labels]
+        parts[split] = ImageSet(part.pixels.float() / 255 + noise * drawn, labels, torch.arange(len(part)))
+    return parts, [str(i) for i in range(10 if teacher else 1 + max(GROUPS))]
+
+
 def digits_web(spec: Mapping[str, Any], number: int = 540) -> tuple[dict[str, ImageSet], list[str]]:
     """A pool as if found elsewhere for `digits`: 540 other digits of another style, and 810 images of no digit.
 
@@ -122,6 +146,7 @@ IMAGES: dict[str, Embedded] = {
     "clusters": clusters,
     "subclusters": subclusters,
     "templates": templates,
+    "digits_shift": digits_shift,
     "digits_web": digits_web,
 }
 """By name, for `load_images`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Prepared:
         aligner: the alignment of the teacher's tokens with the student's, if it has another tokenizer.
         facts: what the task's own `model` needs to know of the data.
         stored: called with the folder where a run, or a comparison, keeps results that are expensive to compute.
+        exact: whether a classifier that is loaded must have these classes.
     """
 
     train: Any
@@ -62,10 +64,17 @@ class Prepared:
     aligner: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     stored: Callable[[Path], None] | None = None
+    exact: bool = True
 
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""
         self.notes.extend(note for note in notes if note not in self.notes)
+
+    def of_any_classes(self) -> Prepared:
+        """The same data for a classifier whose classes may be others."""
+        found = copy.copy(self)
+        found.exact, found.facts = False, {**self.facts, "names": []}
+        return found
 
     def split(self, name: str) -> Any:
         """`train`, `validation` or `test`."""

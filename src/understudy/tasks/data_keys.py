@@ -20,7 +20,9 @@ _Packing = Literal["auto", "free", "none"]
 
 
 class _Images(BaseModel):
-    name: str = Field("digits", description="digits, clusters, subclusters, templates, a set, folder, file or Hub id.")
+    name: str = Field(
+        "digits", description="digits, digits_shift, clusters, subclusters, templates, a set, folder, file or Hub id."
+    )
     limit: _Count | None = Field(
         None, description="Most training examples of the student; 200 of digits without a pool."
     )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from understudy.data import collate_images, find, load_images
-from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation
+from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation, own_classes
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.weights import notes_of
 from understudy.synthetic.images import IMAGES
@@ -59,6 +59,9 @@ class ImageClassification(LabelledTask):
             data.setdefault("limit", 200)
         if data["name"] == "clusters":
             data.setdefault("limit", 1600)
+        if data["name"] == "digits_shift":
+            data.setdefault("limit", 150)
+            data.setdefault("validation_size", 100)
         if data["name"] == "subclusters":
             data.setdefault("limit", 100)
             data.setdefault("teacher_limit", 6000)
@@ -74,6 +77,7 @@ class ImageClassification(LabelledTask):
         if recipe.get("student") is None:
             students = {
                 "digits": "mlp:24",
+                "digits_shift": "mlp:24,24",
                 "clusters": "mlp:48,48",
                 "subclusters": "mlp:16",
                 "templates": "mlp:256,256",
@@ -110,11 +114,13 @@ class ImageClassification(LabelledTask):
             dtype=spec.dtype,
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
+            exact=prepared.exact,
         )
         prepared.say(notes_of(model))
         name = str(spec.model if source is None else source) if not isinstance(source, nn.Module) else ""
         processor = self._processor(name, model, prepared)
-        rows = ClassifierAdapter(model, prepared.classes, normalise=normalisation(model), processor=processor)
+        classes = prepared.classes if prepared.exact else own_classes(model)
+        rows = ClassifierAdapter(model, classes, normalise=normalisation(model), processor=processor)
         rows.try_on(prepared.input_shape)
         name_classes(model, prepared.facts["names"], prepared, spec.model)
         return rows

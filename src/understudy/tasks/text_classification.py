@@ -17,7 +17,7 @@ from understudy.data.classified_batches import Reading, TextClassCollator
 from understudy.data.classified_texts import EMBEDDED, ClassifiedTexts, load_classified
 from understudy.data.retrieval_batches import train_encoder_tokenizer
 from understudy.errors import InputError
-from understudy.models import ModelAdapter, load_tokenizer, tokenizer_hashes
+from understudy.models import ModelAdapter, load_tokenizer, own_classes, tokenizer_hashes
 from understudy.models.encoders import is_new_encoder, located
 from understudy.models.text_classifiers import OPTIONS, TextClassifierAdapter, class_names, load_text_classifier
 from understudy.models.weights import notes_of
@@ -147,10 +147,11 @@ class TextClassification(LabelledTask):
             dtype=spec.dtype,
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
+            exact=prepared.exact,
         )
         prepared.say(notes_of(model))
         name_classes(model, prepared.facts["names"], prepared, spec.model)
-        return TextClassifierAdapter(model, prepared.classes, reading)
+        return TextClassifierAdapter(model, prepared.classes if prepared.exact else own_classes(model), reading)
 
 
 def _specs(recipe: Any) -> Iterator[Any]:
@@ -163,7 +164,8 @@ def _specs(recipe: Any) -> Iterator[Any]:
 
 def _known(recipe: Any) -> list[str] | None:
     """The names of the classes by number as the first model has them that has names of its own."""
-    for spec in _specs(recipe):
+    alike = recipe.build_method().requires.teacher_classes
+    for spec in _specs(recipe) if alike else [recipe.student]:
         absent = spec.cache is not None and find(spec.model) is None  # its answers are there without it
         if not absent and spec.endpoint is None and not spec.model.startswith(MODULE):
             found = class_names(located(spec.model), spec.trust_remote_code)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.models import ModelAdapter, ModelOutput, evaluating
 from understudy.models.sharding import ranks, shard
+from understudy.models.taps import entered
 
 
 class Teacher(Protocol):
@@ -76,3 +77,10 @@ class LocalTeacher:
         with evaluating(self.model), torch.autocast(home.type, enabled=False):
             rows: ModelOutput = self.model(batch if device == home else batch.to(device), self.features, self.taps)
         return rows if device == home else rows.to(home)
+
+    def resumed(self, batch: Batch, tap: str, value: Tensor) -> ModelOutput:
+        """The outputs and taps that follow if the tapped layer `tap` gives `value`, with gradient to it."""
+        layer = self.taps[tap]  # type: ignore[index]
+        device = next((p.device for p in self.model.parameters()), value.device)
+        with entered(layer, value.to(device)):
+            return self.through(batch)

@@ -37,6 +37,8 @@ class Requirements:
             calls `state.teacher` itself in every step, with its own inputs, and `loss` gets no outputs.
         features, teacher_features: whether outputs must hold the hidden state before the head, of student and teacher.
         teacher_layers: whether `taps` reads inner layers of the teacher; its model must then run in this process.
+        teacher_classes: whether the teacher's classes must be those of the data; not for a method that reads its inner layers
+            alone. Its head may then be of other classes, or new.
         teacher_model: whether `setup` runs the teacher's model on every example; a cache or server cannot replace it.
         members: names of models that `setup` reads one by one; the recipe gives them in `teacher.members`.
         temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
@@ -47,6 +49,7 @@ class Requirements:
     features: bool = False
     teacher_features: bool = False
     teacher_layers: bool = False
+    teacher_classes: bool = True
     teacher_model: bool = False
     members: tuple[str, ...] = ()
     temperature: float = 1.0
@@ -100,6 +103,7 @@ class TrainState:
         companions: its frozen modules, from `Method.companions`.
         tables: the tensors that `setup` returned.
         columns: numbers per example or token that `setup` added, by name.
+        taps: the student's tapped layers, by name, for methods that enter one.
         context: the argument of `setup`.
         student: the student, for methods that run it on more than the batch.
         teacher: the teacher, for methods that call it; `None` without one.
@@ -114,6 +118,7 @@ class TrainState:
     companions: Mapping[str, nn.Module] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, Column] = field(default_factory=dict)
+    taps: Mapping[str, nn.Module] = field(default_factory=dict)
     context: SetupContext | None = None
     student: ModelAdapter | None = None
     teacher: Teacher | None = None

@@ -62,6 +62,7 @@ class TrainModule(nn.Module):
             companions=dict(self.companions.items()),
             tables=dict(tables or {}),
             columns=context.columns if context is not None else {},
+            taps=self._taps,
             context=context,
             student=student,
             method_state=method.init_state(total),

@@ -16,8 +16,8 @@ from understudy.errors import InputError, nearest
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.methods import all_methods
-from understudy.models.ranker_loading import MEANINGS
 from understudy.models.modalities import OPTIONS as MODALITIES
+from understudy.models.ranker_loading import MEANINGS
 from understudy.models.text_classifiers import OPTIONS as TEXT_CLASSIFIER
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import ModelSpec

@@ -17,7 +17,7 @@ from understudy.data.paired import Layout, Pairs, load_paired
 from understudy.data.paired_sources import read_paired
 from understudy.models.modalities import ModalitiesAdapter
 from understudy.models.small import build_small, load_small, save_small
-from understudy.runs.recipe import make
+from understudy.runs.recipe import make, own_training
 from understudy.synthetic.av_digits import av_digits
 from understudy.tasks import get
 
@@ -254,3 +254,17 @@ def test_the_callers_own_model_reads_its_modalities_in_order(tmp_path):
         spec = make({**values, "student": {"model": "mlp:4", "options": {"reads": given}}}).student
         with pytest.raises(InputError, match=says):
             TASK.model(spec, prepared)
+
+
+def test_models_read_the_first_modality_as_student_and_all_as_teacher_also_where_they_are_trained_first(tmp_path):
+    data = {"name": "av_digits", "modalities": ["audio", "image"]}
+    teacher = {"model": "fusion:4,6", "train": {"max_steps": 1}}
+    values = {"task": "multimodal_classification", "method": "kd", "data": data, "student": "mlp:4", "teacher": teacher}
+    recipe = make(values)
+    assert (recipe.student.options, recipe.teacher.options) == ({"reads": "audio"}, {"reads": ["audio", "image"]})
+    assert own_training(recipe, "teacher", tmp_path).student.options == {"reads": ["audio", "image"]}
+    members = make({k: v for k, v in values.items() if k != "teacher"}).teacher.members
+    assert {name: m.options["reads"] for name, m in members.items()} == {
+        "image": "image",
+        "audio_and_image": ["audio", "image"],
+    }

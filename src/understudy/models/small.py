@@ -161,7 +161,8 @@ class ResNet(nn.Module):
 def is_small(name: str) -> bool:
     """Whether `name` is a small network: `mlp:64,64`, `mlp:hidden=64,layers=3,dropout=0.5`, `convnet:16`, `resnet20`,
     `resnet20:8` (width 8), `cnn:8x1k3,16x2k5,skip` (stages of width x depth k kernel, with skip connections),
-    `circular:32`, `circular:32,flat`, `fusion:24,32` (several inputs), or a graph network (`gcn`, `sage`, `gat`, with options like the MLP's)."""
+    `circular:32`, `circular:32,flat`, `fusion:24,32` (for several inputs), or a graph network (`gcn`, `sage`, `gat`, with
+    options like the MLP's)."""
     known = r"(mlp|fusion)(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?|cnn:\d+x\d+k\d+(,\d+x\d+k\d+)*(,skip)?"
     return re.fullmatch(known, name) is not None or has_options(name)
 
@@ -173,7 +174,8 @@ def build_small(name: str, classes: int, shape: tuple[Any, ...]) -> nn.Module:
     It stores the settings to build it again.
     """
     kind, _, rest = name.partition(":")
-    if (kind == "fusion") != isinstance(shape[0], Sequence):
+    several = isinstance(shape[0], Sequence)
+    if (kind == "fusion") != several:
         raise InputError(
             f"{name!r} reads {'several inputs' if kind == 'fusion' else 'one input'}, and it is given those of shape "
             f"{list(shape)}: choose fusion for several modalities, and another network for one."
@@ -184,8 +186,8 @@ def build_small(name: str, classes: int, shape: tuple[Any, ...]) -> nn.Module:
         hidden = tuple(int(v) for v in rest.split(",")) if rest else (64,)
         model = MLP(torch.Size(shape).numel(), hidden, classes)
     elif kind == "fusion":
-        width, *hidden = (int(v) for v in rest.split(",")) if rest else (32, 64)
-        model = Fusion([tuple(s) for s in shape], width, tuple(hidden), classes)
+        widths = tuple(int(v) for v in rest.split(",")) if rest else (32, 64)
+        model = Fusion(shape, widths[0], widths[1:], classes)
     elif kind == "convnet":
         model = ConvNet(shape[0], int(rest or 16), classes)
     elif kind == "cnn":
@@ -200,7 +202,8 @@ def build_small(name: str, classes: int, shape: tuple[Any, ...]) -> nn.Module:
     model.understudy = {  # type: ignore[assignment]
         "understudy_model": name,
         "classes": classes,
-        "shape": list(shape),
+        "shape": [sum(torch.Size(s).numel() for s in shape)] if several else list(shape),
+        "inputs": [list(s) for s in shape] if several else None,
         "normalise": [list(v) for v in IMAGENET] if colour else None,
     }
     return model
@@ -233,7 +236,8 @@ class Facts(BaseModel):
 
     understudy_model: str
     classes: int = Field(ge=0)
-    shape: list[PositiveInt] | list[list[PositiveInt]] = Field(min_length=1)
+    shape: list[PositiveInt] = Field(min_length=1)
+    inputs: list[list[PositiveInt]] | None = Field(None, min_length=1)
     normalise: tuple[list[FiniteFloat], list[FiniteFloat]] | None = None
     subclasses: int | None = Field(None, ge=1)
     mixture: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[FiniteFloat, Field(gt=0)]] | None = None
@@ -255,7 +259,7 @@ def load_small(folder: Path) -> nn.Module:
     try:
         if not is_small(facts.understudy_model):
             raise InputError(f"no small network is called {facts.understudy_model!r}")
-        model = build_small(facts.understudy_model, facts.classes, tuple(facts.shape))
+        model = build_small(facts.understudy_model, facts.classes, tuple(facts.inputs or facts.shape))
         name = head_name(model, facts.classes)
         if facts.subclasses is not None and name is not None:
             inputs = model.get_submodule(name).in_features

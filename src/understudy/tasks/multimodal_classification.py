@@ -71,8 +71,10 @@ class MultimodalClassification(LabelledTask):
             }
         if recipe.get("student") is None:
             recipe["student"] = {"model": one}
+        for model in (recipe["teacher"].get("members") or {"teacher": recipe["teacher"]}).values():
+            _reads(model, known)
         if recipe["student"]["model"] != COPY:
-            recipe["student"]["options"] = {"reads": known[0], **(recipe["student"].get("options") or {})}
+            _reads(recipe["student"], known[0])
         recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
         return recipe
 
@@ -113,6 +115,11 @@ class MultimodalClassification(LabelledTask):
         rows.try_on(shapes)
         name_classes(model, prepared.facts["names"], prepared, spec.model)
         return rows
+
+
+def _reads(model: dict[str, Any], modalities: Any) -> None:
+    """Write down what a model reads, if it is not given: a teacher that is trained first is the student of its own run."""
+    model["options"] = {"reads": modalities, **(model.get("options") or {})}
 
 
 def _shape(shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:

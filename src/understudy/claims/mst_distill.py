@@ -74,7 +74,7 @@ CLAIM = Claim(
     new_data=True,
     settings={
         "real": Setting(
-            recipe=_recipe({"name": "spoken_digits", "limit": 1000}, "audio", "image", *_WIDE),
+            recipe=_recipe({"name": "spoken_digits", "limit": 300, "teacher_limit": 300}, "audio", "image", *_WIDE),
             needs=("spoken_digits", "mnist10k"),
             arms=_arms("image", *_WIDE),
             checks=_checks("image"),

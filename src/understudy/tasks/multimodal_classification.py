@@ -82,6 +82,7 @@ class MultimodalClassification(LabelledTask):
         notes: list[str] = []
         embedded = recipe.data["name"] == EMBEDDED
         splits, layout = load_paired(recipe.data, av_digits if embedded else partial(read_paired, notes=notes))
+        said = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in layout.shapes.items())
         return Prepared(
             train=splits.train,
             validation=splits.validation,
@@ -89,7 +90,7 @@ class MultimodalClassification(LabelledTask):
             teacher_train=splits.teacher_train,
             collate=layout.collate,
             classes=len(splits.classes),
-            notes=[*notes, *splits.notes],
+            notes=[*notes, *splits.notes, f"Modalities (channels × height × width): {said}."],
             hashes={"data": splits.hash},
             facts={"names": splits.classes, "shapes": layout.shapes},
         )

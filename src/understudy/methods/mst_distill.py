@@ -74,7 +74,11 @@ class MSTDistill(Method):
     )
     page: ClassVar[dict[str, str]] = {
         "when": "Examples with several modalities in training and one in deployment (task `multimodal_classification`; "
-        "`options.reads` of each model says what it sees), and two or more teachers in `teacher.members`.",
+        "`options.reads` of each model says what it sees), and two or more teachers in `teacher.members`. Your own data are a "
+        "file, or a folder with one for each of train, validation and test, that has a column for each modality and one for "
+        "the label; a row is one example. It is an .npz archive of arrays, or a table (.csv, .jsonl, .json, .parquet) of lists "
+        "of numbers, of images, or of names of files beside it: images, .npy arrays, .wav recordings. "
+        "`data.modalities=[image, audio]` names the columns, the student's first. A row that lacks a modality is refused.",
         "not": "With one modality and one good teacher: `kd` is simpler. The router of `router_grad=released` learns to use "
         "all ways evenly and not which one is good; `soft` lets the quality of a way reach it. A mask of C channels has "
         "about C³/2 weights: mask narrow layers. Long specialising turns every teacher into the student.",

@@ -57,7 +57,10 @@ class _Images(BaseModel):
 
 
 class _Modalities(BaseModel):
-    name: str = Field("av_digits", description="av_digits, spoken_digits, a file or folder of columns.")
+    name: str = Field(
+        "av_digits",
+        description="av_digits, spoken_digits, or a file or folder of columns: .npz arrays, or a table of numbers or names of files.",
+    )
     modalities: list[str] | None = Field(
         None, description="Columns of the modalities, the student's first; needed for data of your own."
     )

@@ -164,15 +164,34 @@ def test_the_best_masks_return_at_the_end(build):
     module, _ = build("specialise")
     state, method, masks = module.train_state, module.method, module.own["masks"]
     method.sampling(state)
-    assert state.method_state.least is None
+    assert state.method_state.least is None  # no epoch has ended
     method.sampling(state)
-    best, least = {k: v.clone() for k, v in masks.state_dict().items()}, state.method_state.least
-    for mask in (mask for own in masks.values() for mask in own):
-        nn.init.constant_(mask.fc.bias, -100.0)  # each teacher is then blind
-    state.step = state.total
+    best = {k: v.clone() for k, v in masks.state_dict().items()}
+    assert state.method_state.least > 0
+    state.method_state.least, state.step = 0.0, state.total  # no later loss is smaller
+    for parameter in masks.parameters():
+        nn.init.normal_(parameter)
     method.on_step_end(state)
-    worse = state.method_state.least != least
-    assert worse or all(torch.equal(v, best[k]) for k, v in masks.state_dict().items())
+    assert all(torch.equal(v, best[k]) for k, v in masks.state_dict().items())
+    state.method_state.least = 1e9
+    for parameter in masks.parameters():
+        nn.init.normal_(parameter)
+    later = {k: v.clone() for k, v in masks.state_dict().items()}
+    method.on_step_end(state)
+    assert all(torch.equal(v, later[k]) for k, v in masks.state_dict().items())
+    assert state.method_state.least < 1e9
+
+
+def test_a_mask_is_removed_also_after_an_exception(build):
+    module, batch = build("route")
+    teacher, mask = module.own["teachers"]["audio"], module.own["masks"]["audio"][0]
+    before = teacher(batch).signal.logits
+    assert not torch.equal(mask.signal(teacher, batch).logits, before)
+    assert torch.equal(teacher(batch).signal.logits, before)
+    short = dataclasses.replace(batch, inputs={**batch.inputs, "audio": batch.inputs["audio"][..., :3]})
+    with pytest.raises(RuntimeError):
+        mask.signal(teacher, short)
+    assert not any(m._forward_hooks for m in teacher.modules())
 
 
 def test_weights_decay_at_the_end_of_their_epochs(build):
@@ -224,8 +243,6 @@ def test_bad_options_are_told_before_training(build, options, says):
 def test_a_teacher_that_is_not_here_is_refused(tmp_path):
     with pytest.raises(InputError, match="reads the teacher's own model"):
         distill({**RUN, "teacher": {"model": "mlp:4", "cache": str(tmp_path)}, "output": str(tmp_path / "run")})
-    hooks = [m._forward_hooks for m in build_small("mlp:4", 2, (1, 2, 2)).modules()]
-    assert not any(hooks)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -268,3 +268,15 @@ def test_models_read_the_first_modality_as_student_and_all_as_teacher_also_where
         "image": "image",
         "audio_and_image": ["audio", "image"],
     }
+
+
+def test_spoken_digits_have_an_image_of_their_digit(data_folder):
+    found, layout = read("spoken_digits", modalities=["audio", "image"])
+    assert layout.shapes == {"audio": (1, 32, 32), "image": (1, 28, 28)} and len(found.test) == 300
+    assert read("spoken_digits", modalities=["audio", "image"], seed=1)[0].hash != found.hash
+    means = {}
+    for split in (found.train, found.test):
+        held = layout.collate([split[i] for i in range(len(split))])
+        means[split] = torch.stack([held["image"][held["labels"] == c].mean(0) for c in range(10)]).flatten(1)
+    apart = torch.cdist(means[found.train], means[found.test])
+    assert apart.argmin(1).tolist() == list(range(10))  # the images of a label show one digit

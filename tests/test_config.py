@@ -17,7 +17,16 @@ from engine_cases import DIGITS, TEXT
 from understudy import distill
 from understudy.cli import main
 from understudy.cli.options import out
-from understudy.data import classified_texts, conversations, graphs, images, preferences, retrieval_sources, text
+from understudy.data import (
+    classified_texts,
+    conversations,
+    graphs,
+    images,
+    paired,
+    preferences,
+    retrieval_sources,
+    text,
+)
 from understudy.errors import InputError
 from understudy.keys import matching, page, sections
 from understudy.masking import MASK, masked, masked_text
@@ -406,6 +415,7 @@ def test_keys_of_data_are_all_described():
         "node_classification": graphs.OPTIONS,
         "ranking": retrieval_sources.OPTIONS,
         "text_classification": classified_texts.OPTIONS,
+        "multimodal_classification": paired.OPTIONS,
         "conversation": conversations.OPTIONS,
     }
     for task, known in read.items():
@@ -427,6 +437,7 @@ METHOD = {
         "reasoning": "sft",
         "text_generation": "symbolic-kd",
         "text_classification": "kd",
+        "multimodal_classification": "kd",
         "conversation": "strategy-teaching",
     },
 }

@@ -16,6 +16,7 @@ from understudy.errors import InputError, nearest
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.methods import all_methods
+from understudy.models.modalities import OPTIONS as MODALITIES
 from understudy.models.ranker_loading import MEANINGS
 from understudy.models.text_classifiers import OPTIONS as TEXT_CLASSIFIER
 from understudy.runs.recipe import Recipe
@@ -46,7 +47,11 @@ def sections() -> dict[str, list[Key]]:
     teacher = dict.fromkeys(("members", "weights", "mix", "route", "score", "cache"), "teacher")
     models = [*of_model(ModelSpec, "model."), *of_model(Endpoint, "model.endpoint.")]
     named = [_renamed(key, teacher.get(key.name.split(".")[1])) for key in models]
-    of_tasks = {"ranking": MEANINGS, "text_classification": TEXT_CLASSIFIER}
+    of_tasks = {
+        "ranking": MEANINGS,
+        "text_classification": TEXT_CLASSIFIER,
+        "multimodal_classification": MODALITIES,
+    }
     options = [Key(f"SIDE.options.{k}", *facts, task) for task, keys in of_tasks.items() for k, facts in keys.items()]
     on_policy = [
         *of_model(OnPolicy, "on_policy."),

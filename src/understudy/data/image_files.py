@@ -228,12 +228,14 @@ def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Colum
     image, label = ("images" if "images" in have else image), ["labels"] if label and "labels" in have else label
     need_columns(path, have, {image, *label, *domain_column(spec)})
     arrays = read_npz(path, [image, *label, *domain_column(spec)])
-    pixels = _array(path, image, arrays[image], spec, counts)
+    pixels = array_pixels(path, image, arrays[image], spec, counts)
     labels = labels_in(str(path), [arrays[column] for column in label], len(pixels))
     return pixels, labels, [arrays[column].astype(str) for column in domain_column(spec)]
 
 
-def _array(path: Path, column: str, raw: np.ndarray[Any, Any], spec: Mapping[str, Any], counts: Counter[str]) -> Tensor:
+def array_pixels(
+    path: Path, column: str, raw: np.ndarray[Any, Any], spec: Mapping[str, Any], counts: Counter[str]
+) -> Tensor:
     """`[images, channels, height, width]` of an array: uint8 unchanged, other integers by their range, or floats."""
     if raw.ndim and not len(raw):
         raise InputError(f"{path}: {column} is empty: {raw.dtype} {raw.shape}. Give images, or remove the file.")

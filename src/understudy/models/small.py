@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from understudy.errors import InputError
+from understudy.models.fusion import Fusion
 from understudy.models.heads import MixtureHead, SubclassHead, head_name, put_head
 from understudy.models.networks import graph_network, has_options, read_options
 from understudy.models.weights import read_object, reason, write_model
@@ -160,24 +161,33 @@ class ResNet(nn.Module):
 def is_small(name: str) -> bool:
     """Whether `name` is a small network: `mlp:64,64`, `mlp:hidden=64,layers=3,dropout=0.5`, `convnet:16`, `resnet20`,
     `resnet20:8` (width 8), `cnn:8x1k3,16x2k5,skip` (stages of width x depth k kernel, with skip connections),
-    `circular:32`, `circular:32,flat`, or a graph network (`gcn`, `sage`, `gat`, with options like the MLP's)."""
-    known = (
-        r"mlp(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?|cnn:\d+x\d+k\d+(,\d+x\d+k\d+)*(,skip)?"
-    )
+    `circular:32`, `circular:32,flat`, `fusion:24,32` (for several inputs), or a graph network (`gcn`, `sage`, `gat`, with
+    options like the MLP's)."""
+    known = r"(mlp|fusion)(:\d+(,\d+)*)?|convnet(:\d+)?|resnet\d+(:\d+)?|circular:\d+(,flat)?|cnn:\d+x\d+k\d+(,\d+x\d+k\d+)*(,skip)?"
     return re.fullmatch(known, name) is not None or has_options(name)
 
 
-def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
-    """A new small network for images of `shape` (channels, height, width), or nodes of `shape` (features,).
+def build_small(name: str, classes: int, shape: tuple[Any, ...]) -> nn.Module:
+    """A new small network for images of `shape` (channels, height, width), or nodes of `shape` (features,); a fusion for
+    inputs of several such shapes.
 
     It stores the settings to build it again.
     """
     kind, _, rest = name.partition(":")
+    several = isinstance(shape[0], Sequence)
+    if (kind == "fusion") != several:
+        raise InputError(
+            f"{name!r} reads {'several inputs' if kind == 'fusion' else 'one input'}, and it is given those of shape "
+            f"{list(shape)}: choose fusion for several modalities, and another network for one."
+        )
     if has_options(name):
         model: nn.Module = _with_options(name, classes, shape)
     elif kind == "mlp":
         hidden = tuple(int(v) for v in rest.split(",")) if rest else (64,)
         model = MLP(torch.Size(shape).numel(), hidden, classes)
+    elif kind == "fusion":
+        widths = tuple(int(v) for v in rest.split(",")) if rest else (32, 64)
+        model = Fusion(shape, widths[0], widths[1:], classes)
     elif kind == "convnet":
         model = ConvNet(shape[0], int(rest or 16), classes)
     elif kind == "cnn":
@@ -192,7 +202,8 @@ def build_small(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     model.understudy = {  # type: ignore[assignment]
         "understudy_model": name,
         "classes": classes,
-        "shape": list(shape),
+        "shape": [sum(torch.Size(s).numel() for s in shape)] if several else list(shape),
+        "inputs": [list(s) for s in shape] if several else None,
         "normalise": [list(v) for v in IMAGENET] if colour else None,
     }
     return model
@@ -226,6 +237,7 @@ class Facts(BaseModel):
     understudy_model: str
     classes: int = Field(ge=0)
     shape: list[PositiveInt] = Field(min_length=1)
+    inputs: list[list[PositiveInt]] | None = Field(None, min_length=1)
     normalise: tuple[list[FiniteFloat], list[FiniteFloat]] | None = None
     subclasses: int | None = Field(None, ge=1)
     mixture: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[FiniteFloat, Field(gt=0)]] | None = None
@@ -247,7 +259,7 @@ def load_small(folder: Path) -> nn.Module:
     try:
         if not is_small(facts.understudy_model):
             raise InputError(f"no small network is called {facts.understudy_model!r}")
-        model = build_small(facts.understudy_model, facts.classes, tuple(facts.shape))
+        model = build_small(facts.understudy_model, facts.classes, tuple(facts.inputs or facts.shape))
         name = head_name(model, facts.classes)
         if facts.subclasses is not None and name is not None:
             inputs = model.get_submodule(name).in_features

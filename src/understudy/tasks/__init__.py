@@ -9,6 +9,7 @@ from understudy.tasks.conversation import Conversations
 from understudy.tasks.image_classification import ImageClassification
 from understudy.tasks.image_generation import ImageGeneration
 from understudy.tasks.language_modeling import LanguageModeling
+from understudy.tasks.multimodal_classification import MultimodalClassification
 from understudy.tasks.node_classification import NodeClassification
 from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
@@ -25,6 +26,7 @@ TASKS: dict[str, Task] = {
         Preferences(),
         PreferenceWorld(),
         NodeClassification(),
+        MultimodalClassification(),
         ImageGeneration(),
         Ranking(),
         Reasoning(),

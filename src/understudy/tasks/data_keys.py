@@ -58,6 +58,31 @@ class _Images(BaseModel):
     )
 
 
+class _Modalities(BaseModel):
+    name: str = Field(
+        "av_digits",
+        description="av_digits, spoken_digits, or a file or folder of columns: .npz arrays, or a table of numbers or names of files.",
+    )
+    modalities: list[str] | None = Field(
+        None, description="Columns of the modalities, the student's first; needed for data of your own."
+    )
+    label_column: str | None = Field(None, description="Column of the classes; label if not given.")
+    size: Any = Field(None, description="Pixels that image files are resized to: one number, or [height, width].")
+    input_data_format: Literal["channels_first", "channels_last"] | None = Field(
+        None, description="Axis of the channels of arrays; needed if their shape does not tell."
+    )
+    limit: _Count | None = Field(None, description="Most training examples of the student.")
+    teacher_limit: _Count | None = Field(None, description="Most training examples of a teacher that is trained first.")
+    validation_size: _Count | None = Field(None, description="Examples set aside where there is no validation split.")
+    label_noise: _Share | None = Field(None, description="Share of the student's labels that become random.")
+    unlabelled: _Flag = Field(False, description="Hide the student's training labels.")
+    labelled: _Count | None = Field(None, description="Hide all labels but so many of each class.")
+    for_teacher: _Flag = Field(
+        False, description="Train on the teacher's part; set for a teacher that is trained first."
+    )
+    seed: _Number | None = Field(None, description="Of label noise, of made data, and of drawn pairs.")
+
+
 class _Text(BaseModel):
     name: str = Field("stdlib", description="stdlib, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
     max_length: _Count = Field(128, description="Tokens of a row; what is longer is cut.")
@@ -231,6 +256,7 @@ class _Conversations(BaseModel):
 
 KEYS: dict[str, type[BaseModel]] = {
     "image_classification": _Images,
+    "multimodal_classification": _Modalities,
     "language_modeling": _Text,
     "preferences": _Preferences,
     "preference_world": _World,

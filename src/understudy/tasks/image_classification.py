@@ -118,27 +118,27 @@ class ImageClassification(LabelledTask):
         )
         prepared.say(notes_of(model))
         name = str(spec.model if source is None else source) if not isinstance(source, nn.Module) else ""
-        processor = self._processor(name, model, prepared)
+        processor = processor_of(name, model, prepared.input_shape, prepared)
         classes = prepared.classes if prepared.exact else own_classes(model)
         rows = ClassifierAdapter(model, classes, normalise=normalisation(model), processor=processor)
         rows.try_on(prepared.input_shape)
         name_classes(model, prepared.facts["names"], prepared, spec.model)
         return rows
 
-    def _processor(self, name: str, model: nn.Module, prepared: Prepared) -> Processor | None:
-        """The processor of a model of transformers; a plain one if its folder has none."""
-        config = getattr(model, "config", None)
-        if not isinstance(config, PreTrainedConfig) or len(prepared.input_shape) != 3:
-            return None
-        held = load_processor(name, find(name)) if name else None
-        if held is None and name:
-            prepared.say([f"{name} has no preprocessor_config.json: it is shown pixels in [0, 1] at their size."])
-        channels = getattr(config, "num_channels", prepared.input_shape[0])
-        found = Processor(held or plain_processor(prepared.input_shape), prepared.input_shape, channels)
-        if not found.exact:
-            prepared.say(
-                [
-                    f"{name}: its {type(held).__name__} is called for each image, which is slow and lets no gradient to the pixels."
-                ]
-            )
-        return found
+
+def processor_of(name: str, model: nn.Module, shape: tuple[int, ...], prepared: Prepared) -> Processor | None:
+    """The processor of a model of transformers for images of `shape`; a plain one if its folder has none."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or len(shape) != 3:
+        return None
+    held = load_processor(name, find(name)) if name else None
+    if held is None and name:
+        prepared.say([f"{name} has no preprocessor_config.json: it is shown pixels in [0, 1] at their size."])
+    found = Processor(held or plain_processor(shape), shape, getattr(config, "num_channels", shape[0]))
+    if not found.exact:
+        prepared.say(
+            [
+                f"{name}: its {type(held).__name__} is called for each image, which is slow and lets no gradient to the pixels."
+            ]
+        )
+    return found

@@ -17,7 +17,16 @@ from engine_cases import DIGITS, TEXT
 from understudy import distill
 from understudy.cli import main
 from understudy.cli.options import out
-from understudy.data import classified_texts, conversations, graphs, images, preferences, retrieval_sources, text
+from understudy.data import (
+    classified_texts,
+    conversations,
+    graphs,
+    image_texts,
+    images,
+    preferences,
+    retrieval_sources,
+    text,
+)
 from understudy.errors import InputError
 from understudy.keys import matching, page, sections
 from understudy.masking import MASK, masked, masked_text
@@ -407,6 +416,7 @@ def test_keys_of_data_are_all_described():
         "ranking": retrieval_sources.OPTIONS,
         "text_classification": classified_texts.OPTIONS,
         "conversation": conversations.OPTIONS,
+        "vision_language": image_texts.OPTIONS,
     }
     for task, known in read.items():
         assert set(known) <= set(KEYS[task].model_fields), task
@@ -428,6 +438,7 @@ METHOD = {
         "text_generation": "symbolic-kd",
         "text_classification": "kd",
         "conversation": "strategy-teaching",
+        "vision_language": "kd",
     },
 }
 

@@ -242,6 +242,7 @@ class CausalLMAdapter(ModelAdapter):
         if head is None:
             raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
         self.padding = max(0, head.weight.shape[0] - vocabulary)
+        self.processor: Any = None  # of a vision-language model; it is saved with it
         self.own_logits: bool | None = None
         if not needs_gpu(self._inner):
             self._try_head()
@@ -269,6 +270,12 @@ class CausalLMAdapter(ModelAdapter):
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         return self.token_rows(batch, features)
+
+    def save(self, folder: Path) -> None:
+        """As for every model, with its processor, so that transformers can load both."""
+        super().save(folder)
+        if self.processor is not None and (not is_sharded(self.model) or dist.get_rank() == 0):
+            self.processor.save_pretrained(str(folder))
 
     def token_rows(
         self, tokens: Batch, features: bool = False, groups: Sequence[Sequence[int]] | None = None

@@ -16,7 +16,10 @@ from understudy.tasks.base import MODULE
 from understudy.training import Method
 
 SIDES = ("teacher", "student")
-IN_MEMORY = ("language_modeling", "preferences", "image_classification", "image_generation", "text_classification")
+IN_MEMORY = (
+    *("language_modeling", "preferences", "image_classification", "image_generation", "text_classification"),
+    "vision_language",
+)
 """Tasks whose data may be handed over in memory."""
 
 

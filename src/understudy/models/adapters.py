@@ -17,6 +17,7 @@ from understudy.errors import InputError
 from understudy.losses.subclasses import marginal_logits
 from understudy.losses.two_heads import mixed_log_probabilities
 from understudy.models.bodies import body, try_head, watched
+from understudy.models.expert_files import EXPERTS, save_experts
 from understudy.models.heads import head_name
 from understudy.models.layouts import Layouts, Packing, needs_gpu
 from understudy.models.modes import evaluating
@@ -78,7 +79,10 @@ class ModelAdapter(nn.Module):
         if state is not None and dist.get_rank() > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        save_network(self.model, folder, state)
+        if hasattr(getattr(self.model, "config", None), EXPERTS):
+            save_experts(self.model, folder)
+        else:
+            save_network(self.model, folder, state)
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Add LoRA adapters, which are trained instead of the model; `options` are those of `peft.LoraConfig`."""

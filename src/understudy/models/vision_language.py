@@ -115,7 +115,7 @@ def _new_llava(name: str, processor: Any) -> nn.Module:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=width * 8 // 3,
+        intermediate_size=-(-width * 8 // 48) * 16,  # kernels of experts need a multiple of 16
         num_hidden_layers=values["layers"],
         num_attention_heads=heads,
         max_position_embeddings=values["context"],

@@ -254,6 +254,22 @@ def test_a_text_student_learns_from_preferences(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "student")) is MixtralForCausalLM
 
 
+@pytest.mark.slow
+def test_it_mimics_and_then_orders_the_pairs(tmp_path):
+    trainer = {**MOD["trainer"], "max_steps": 90, "save_strategy": "no"}
+    trained = {**MOD["teacher"], "train": {**MOD["teacher"]["train"], "max_steps": 60, "learning_rate": 1e-2}}
+    distill({**MOD, "teacher": trained, "trainer": trainer, "output": str(tmp_path)})
+    found = lines(tmp_path)
+
+    def mean(name, part):
+        values = [line["terms"][name] for line in part]
+        return sum(values) / len(values)
+
+    assert mean("mimic", found[50:60]) < 0.5 * mean("mimic", found[:10])
+    assert mean("rewards/accuracies", found[-10:]) > 0.8
+    assert mean("rewards/margins", found[-10:]) > mean("rewards/margins", found[60:63])
+
+
 def row(number, first, second, scores=(1.0, 0.0)):
     pairs = [(torch.tensor([1, *x]), torch.tensor([-100, *x])) for x in (first, second)]
     return {"id": number, "scores": list(scores), "log_probs": None, "sequences": pairs}

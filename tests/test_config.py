@@ -21,6 +21,7 @@ from understudy.data import (
     classified_texts,
     conversations,
     graphs,
+    image_texts,
     images,
     paired,
     preferences,
@@ -417,6 +418,7 @@ def test_keys_of_data_are_all_described():
         "text_classification": classified_texts.OPTIONS,
         "multimodal_classification": paired.OPTIONS,
         "conversation": conversations.OPTIONS,
+        "vision_language": image_texts.OPTIONS,
     }
     for task, known in read.items():
         assert set(known) <= set(KEYS[task].model_fields), task
@@ -439,6 +441,7 @@ METHOD = {
         "text_classification": "kd",
         "multimodal_classification": "kd",
         "conversation": "strategy-teaching",
+        "vision_language": "kd",
     },
 }
 

@@ -13,6 +13,9 @@ from torch import Tensor
 IGNORE = -100
 UNLABELLED = -1
 """The label of a row that counts but has no label, for methods that only learn from the teacher."""
+COUNT = "count/"
+"""Prefix of an input, `[examples]`, that says how many rows of the input named behind it belong to each example, such as
+the patches of its images."""
 SOURCES = ("data", "fresh", "replayed")
 """The origin of a text: the data, or a sample of the student, generated for this update or an earlier one."""
 
@@ -23,7 +26,8 @@ class Batch:
 
     Args:
         inputs: of the model: `pixel_values [examples, channels, height, width]` in [0, 1], or `input_ids` and
-            `attention_mask [examples, length]`.
+            `attention_mask [examples, length]`, and what a processor of transformers makes of the images beside the
+            text. An input without a row for each example has its numbers of rows beside it (`COUNT`).
         labels: `[examples]`, or `[examples, length]` *not* shifted; −100 is ignored.
         ids: `[examples]`, stable example ids.
         bytes: `[examples]`, number of UTF-8 bytes of the counted tokens of each text; `None` for images.
@@ -67,7 +71,14 @@ class Batch:
         if self.kind != "text":
             return [tuple(v[i] for v in self.inputs.values()) for i in range(len(self.labels))]
         kept = self.inputs["attention_mask"].bool()
-        return [(i[m], y[m]) for i, y, m in zip(self.inputs["input_ids"], self.labels, kept, strict=True)]
+        texts = zip(self.inputs["input_ids"], self.labels, kept, strict=True)
+        return [(i[m], y[m], *(part[n] for part in self._pieces.values())) for n, (i, y, m) in enumerate(texts)]
+
+    @cached_property
+    def _pieces(self) -> dict[str, tuple[Tensor, ...]]:
+        """The part of each example of the inputs that have their numbers of rows beside them, by name."""
+        named = {k.removeprefix(COUNT): v.tolist() for k, v in self.inputs.items() if k.startswith(COUNT)}
+        return {k: self.inputs[k].split(numbers) for k, numbers in named.items()}
 
     @cached_property
     def mask(self) -> Tensor:
@@ -129,7 +140,10 @@ class Batch:
         """The examples at `index`, in this order."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         taken = {k: v[index] for k, v in found.items() if isinstance(v, Tensor)}
-        return replace(self, inputs={k: v[index] for k, v in self.inputs.items()}, **taken)
+        inputs = {k: v[index] for k, v in self.inputs.items() if k not in self._pieces}
+        chosen = torch.arange(len(self.ids), device=self.ids.device)[index].tolist()
+        inputs |= {k: torch.cat([self.inputs[k][:0], *(part[n] for n in chosen)]) for k, part in self._pieces.items()}
+        return replace(self, inputs=inputs, **taken)
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""

@@ -90,6 +90,16 @@ def wanted_size(size: Any) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
+def read_image(where: str, cell: Any, counts: Counter[str]) -> Image.Image:
+    """One image in RGB, rotated by EXIF and on white.
+
+    Args:
+        where: for messages. cell: bytes, a path or a PIL image.
+        counts: incremented for each kind of change.
+    """
+    return Image.fromarray(_pixels(where, cell, counts)).convert("RGB")
+
+
 def _pixels(where: str, cell: Any, counts: Counter[str]) -> np.ndarray[Any, Any]:
     """One image as uint8 `[height, width]` or `[height, width, 3]`."""
     try:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from understudy.data.batch import IGNORE, Batch, WholeExamples
 from understudy.data.ends import Ends
+from understudy.data.pictures import shown
 from understudy.data.records import Record, place
 from understudy.data.tokenize import Counts, TextSet, check_length, collate_text, completion_tokens, is_endless
 from understudy.data.trees import token_steps
@@ -190,8 +191,8 @@ def _steps(ids: list[int], labels: list[int], texts: list[str], tokenizer: PreTr
 
 def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any]:
     """The tensors of a `ListBatch`."""
-    flat = [s for item in items for s in item["sequences"]]
-    padded = collate_text([{"input_ids": i, "labels": t, "id": 0, "bytes": 0} for i, t in flat], pad_id)
+    flat = [(i, t, shown(item)) for item in items for i, t in item["sequences"]]
+    padded = collate_text([{"input_ids": i, "labels": t, "id": 0, "bytes": 0, **more} for i, t, more in flat], pad_id)
     sizes = [len(item["sequences"]) for item in items]
     shape = (len(items), max(sizes))
     slots, scores = torch.full(shape, -1), torch.zeros(shape, dtype=torch.float64)
@@ -204,7 +205,7 @@ def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any
         for column, values in columns.items():
             values[row, :size] = torch.tensor(item[column], dtype=torch.float64)
         start += size
-    text = {k: padded[k] for k in ("input_ids", "attention_mask", "labels")}
+    text = {k: v for k, v in padded.items() if k not in ("ids", "bytes")}
     ids = torch.tensor([item["id"] for item in items])
     strays = [item["stray"] for item in items if "stray" in item]
     others = collate_lists(strays, pad_id) if len(strays) == len(items) else {}
@@ -243,5 +244,6 @@ def mismatched(examples: TextSet) -> TextSet:
         _, said, labels = halves[partner[i]]
         asked = prompt[max(0, len(prompt) + len(said) - longest) :]
         both = torch.cat([asked, said]), torch.cat([torch.full_like(asked, IGNORE), labels])
-        rows.append({"id": examples.records[i]["id"], "scores": [0.0], "sequences": [both]})
+        row = examples.records[i]
+        rows.append({"id": row["id"], "scores": [0.0], "sequences": [both], **shown(row)})
     return TextSet(rows)

@@ -201,8 +201,8 @@ def split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> N
 
 
 def _prompts(records: list[Record]) -> list[str]:
-    """The key of records with the same prompt: the prompt, or the index of a record without one."""
-    prompts = [record.get("prompt") for record in records]
+    """The key of records that stay together: their images, else the prompt, or the index of a record without one."""
+    prompts = [record.get("pictures") or record.get("prompt") for record in records]
     return [json.dumps(p, sort_keys=True, default=str) if p else str(i) for i, p in enumerate(prompts)]
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from understudy.data.batch import IGNORE, Batch
 from understudy.data.chat import conversation_tokens
 from understudy.data.ends import Ends, token_ids
+from understudy.data.pictures import picture_inputs
 from understudy.data.records import Record, place
 from understudy.errors import InputError
 
@@ -240,7 +241,7 @@ def completion_tokens(
         said = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         return conversation_tokens(asked + said, tokenizer, len(asked), tools)
     ends = Ends.of(tokenizer) if ends is None else ends
-    first, second = ends.before(token_ids(tokenizer, prompt)), _after(tokenizer, prompt, completion)
+    first, second = ends.before(token_ids(tokenizer, prompt)), continuation(tokenizer, prompt, completion)
     second = ends.behind(second) if second else []
     return first + second, [IGNORE] * len(first) + second
 
@@ -254,8 +255,8 @@ def is_endless(prompt: Any, completion: Any, labels: list[int], tokenizer: PreTr
     return bool(trained) and not any(i in added and added[i].special for i in trained)
 
 
-def _after(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """The completion's ids after the prompt's: alone, SentencePiece would begin them with a space. If a token would
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
+    """The ids of a completion after its prompt's: alone, SentencePiece would begin them with a space. If a token would
     span the end of the prompt, another text is put before the completion instead, since a model that gets the prompt
     generates separate tokens."""
     for before in (prompt, "\n", ":", "."):
@@ -279,6 +280,7 @@ def collate_text(
     numbers = {"domains": torch.tensor([domains.index(i["domain"]) for i in items])} if domains else {}
     return {
         **numbers,
+        **picture_inputs(items, length),
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,

@@ -17,12 +17,15 @@ PROMPT, WRITTEN = 64, 40
 def sample_texts(
     student: ModelAdapter, teacher: ModelAdapter | None, examples: Any, tokenizer: Any, number: int = 4
 ) -> dict[str, Any] | None:
-    """A table of greedy completions of a split's first prompts; `None` if the student cannot generate.
+    """A table of greedy completions of a split's first prompts; `None` if the student cannot generate, or the prompts are
+    about images (their task shows its own).
 
     Args:
         teacher: its completions are added if it can generate too.
         examples: token rows, or lists of candidates, the best of which is the reference.
     """
+    if len(examples) and "pictures" in examples[0]:
+        return None
     sides = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     writers = {n: s for n, s in sides.items() if getattr(getattr(s, "model", None), "can_generate", lambda: False)()}
     if "student" not in writers:

@@ -265,6 +265,31 @@ def kto_kl(mismatched_log_ratio: Tensor) -> Tensor:
     return mismatched_log_ratio.detach().mean().clamp(min=0)
 
 
+def kto_pair(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_ref: Tensor,
+    rejected_ref: Tensor,
+    *,
+    beta: float = 0.1,
+    detach_kl: bool = False,
+) -> Tensor:
+    """1 − σ(β (r_w − z_l)) and 1 − σ(β (z_w − r_l)) with r = log π − log π_ref, `[pairs, 2]`.
+
+    z = max(0, mean r) of one side estimates the KL and couples the pairs of a call.
+
+    Args:
+        detach_kl: whether z has no gradient, as in the KTO paper; the released code of LLaVA-MoD differentiates it.
+
+    ½ at policy = reference. Source: paper 03, `dpo_loss` of its released code with `loss_type="kto_pair"`.
+    """
+    positive("kto_pair", beta)
+    _check("kto_pair", chosen, rejected, chosen_ref, rejected_ref)
+    w, l = chosen - chosen_ref.detach(), rejected - rejected_ref.detach()  # noqa: E741
+    z_w, z_l = (kto_kl(r) if detach_kl else r.mean().clamp(min=0) for r in (w, l))
+    return torch.sigmoid(-beta * torch.stack([w - z_l, z_w - l], -1))
+
+
 def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024). CPO adds the NLL of `chosen` to
     it."""

@@ -17,6 +17,7 @@ from understudy.errors import InputError
 from understudy.losses.subclasses import marginal_logits
 from understudy.losses.two_heads import mixed_log_probabilities
 from understudy.models.bodies import body, try_head, watched
+from understudy.models.expert_files import EXPERTS, save_experts
 from understudy.models.heads import head_name
 from understudy.models.layouts import Layouts, Packing, needs_gpu
 from understudy.models.modes import evaluating
@@ -83,7 +84,10 @@ class ModelAdapter(nn.Module):
         if state is not None and dist.get_rank() > 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        save_network(self.model, folder, state)
+        if hasattr(getattr(self.model, "config", None), EXPERTS):
+            save_experts(self.model, folder)
+        else:
+            save_network(self.model, folder, state)
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Add LoRA adapters, which are trained instead of the model; `options` are those of `peft.LoraConfig`."""
@@ -247,6 +251,7 @@ class CausalLMAdapter(ModelAdapter):
         if head is None:
             raise InputError(f"{type(model).__name__} has no output head: it is not a causal language model.")
         self.padding = max(0, head.weight.shape[0] - vocabulary)
+        self.processor: Any = None  # of a vision-language model; it is saved with it
         self.own_logits: bool | None = None
         if not needs_gpu(self._inner):
             self._try_head()
@@ -274,6 +279,12 @@ class CausalLMAdapter(ModelAdapter):
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         return self.token_rows(batch, features)
+
+    def save(self, folder: Path) -> None:
+        """As for every model, with its processor, so that transformers can load both."""
+        super().save(folder)
+        if self.processor is not None and (not is_sharded(self.model) or dist.get_rank() == 0):
+            self.processor.save_pretrained(str(folder))
 
     def token_rows(
         self, tokens: Batch, features: bool = False, groups: Sequence[Sequence[int]] | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.data import Batch
+from understudy.data.batch import COUNT
 from understudy.data.packing import Layout, Tree, group_trees, is_padded_right, lay_out, shared_beginnings
 from understudy.errors import InputError
 from understudy.models.bodies import body
@@ -81,10 +82,9 @@ class Layouts:
         """
         if not self.tried:
             self.try_on(model)
-        inputs = batch.inputs
-        given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-        if self.reason is not None:
-            return Laid(given)
+        given = {k: v for k, v in batch.inputs.items() if not k.startswith(COUNT)}
+        if self.reason is not None or len(given) > 2:  # images stay in the row of their text
+            return Laid({k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()})
         kept = given["attention_mask"].bool()
         if groups is not None and sorted(s for g in groups for s in g) != list(range(len(kept))):
             groups = None  # a sequence in several lists, or in none

@@ -21,6 +21,7 @@ from transformers import (
 from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.bodies import check_causal
+from understudy.models.expert_files import EXPERTS, load_experts
 from understudy.models.small import IMAGENET, build_small, is_small, load_small, load_weights
 from understudy.models.transfer import BODY, TRANSFER, load_transfer
 from understudy.models.weights import add_note, check_folder, check_weights, read_object, reason
@@ -133,8 +134,9 @@ def auto_model(
                 kind, base, find(base), dtype, quantization, trust_remote_code, new_head=new_head, **more
             ),
         )
-    if path is not None:
-        check_folder(path)
+    facts = check_folder(path) if path is not None else {}
+    if path is not None and EXPERTS in facts:
+        return _for_device(name, load_experts(kind, path, facts[EXPERTS]), dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True, **more}
     options["dtype"] = "auto" if dtype == "auto" else _DTYPES[dtype]
     if quantization is not None:

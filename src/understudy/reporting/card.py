@@ -30,6 +30,7 @@ PIPELINES = {
     "image_classification": "image-classification",
     "text_classification": "text-classification",
     "language_modeling": "text-generation",
+    "vision_language": "image-text-to-text",
     "reasoning": "text-generation",
     "preferences": "text-generation",
     "node_classification": "graph-ml",

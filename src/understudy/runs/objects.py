@@ -19,6 +19,7 @@ SIDES = ("teacher", "student")
 IN_MEMORY = (
     *("language_modeling", "preferences", "image_classification", "image_generation", "text_classification"),
     "multimodal_classification",
+    "vision_language",
 )
 """Tasks whose data may be handed over in memory."""
 

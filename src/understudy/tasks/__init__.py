@@ -17,6 +17,7 @@ from understudy.tasks.ranking import Ranking
 from understudy.tasks.reasoning import Reasoning
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
+from understudy.tasks.vision_language import VisionLanguage
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -33,6 +34,7 @@ TASKS: dict[str, Task] = {
         TextGeneration(),
         TextClassification(),
         Conversations(),
+        VisionLanguage(),
     )
 }
 

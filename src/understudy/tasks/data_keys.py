@@ -254,7 +254,27 @@ class _Conversations(BaseModel):
     follows: _Share = Field(0.85, description="How often the student of support follows advice.")
 
 
+class _ImageTexts(BaseModel):
+    name: str = Field("scenes", description="scenes, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
+    max_length: _Count = Field(
+        2048, description="Tokens of prompt, images and completion; what is longer is cut. 64 for scenes."
+    )
+    max_new_tokens: _Count = Field(64, description="Of an answer in evaluation; 28 for scenes.")
+    eval_limit: _Count = Field(200, description="Most records of validation, and of test, whose prompts are answered.")
+    limit: _Count | None = Field(None, description="Most training records.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {prompt: question}.")
+    unpaired: _Flag = Field(False, description="Keep single completions beside pairs, for methods of preferences.")
+    processor: str | None = Field(None, description="Folder or Hub id of the processor, for new models and modules.")
+    vocab_size: _Count = Field(320, description="Of the tokenizer that is trained where no model brings one.")
+    image_size: _Count = Field(24, description="Pixels of an image, for new models.")
+    patch_size: _Count = Field(8, description="Pixels of a patch, for new models.")
+    size: _Count | None = Field(None, description="Training scenes; 4000 if not given.")
+    pairs: _Count | None = Field(None, description="Training pairs of scenes; 1500 if not given.")
+    seed: _Number | None = Field(None, description="Of the scenes.")
+
+
 KEYS: dict[str, type[BaseModel]] = {
+    "vision_language": _ImageTexts,
     "image_classification": _Images,
     "multimodal_classification": _Modalities,
     "language_modeling": _Text,

@@ -190,6 +190,10 @@ class Method(BaseModel):
         """Parts of the run in order, each with its own data, training arguments and frozen modules. Empty: one phase."""
         return ()
 
+    def on_phase_begin(self, state: TrainState) -> None:
+        """Called where a phase begins, with the weights that the one before left. It may change weights in place. A run that is
+        resumed inside the phase calls it too, and then reads its checkpoint."""
+
     # -- each epoch ---------------------------------------------------------------------------------------------
 
     @property

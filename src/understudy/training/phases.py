@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ class Phase:
         share: fraction of the run's optimizer steps.
         train: what is trained: `"student"` and names from `Method.modules`. All other modules are frozen and in evaluation
             mode.
+        parameters: regular expression that is found in the names of those of the student's parameters that are trained;
+            all if not given.
         split: the split of `SetupContext.splits` to train on: `"train"` or one that `setup` added.
         trainer: training arguments that override those of the recipe (except `max_steps`, which follows from `share`).
         patience: end the phase after this many evaluations without improvement.
@@ -32,6 +35,7 @@ class Phase:
     name: str
     share: float = 1.0
     train: tuple[str, ...] | None = None
+    parameters: str | None = None
     split: str = "train"
     trainer: Mapping[str, Any] = field(default_factory=dict)
     patience: int | None = None
@@ -82,20 +86,25 @@ def load_phase(file: Path, module: Any, meter: Any) -> None:
         module.train_state.method_state.load_state_dict(tree["method"])
 
 
-def freeze_all_but(parts: Mapping[str, nn.Module], train: Sequence[str] | None, trainable: set[int]) -> list[nn.Module]:
+def freeze_all_but(
+    parts: Mapping[str, nn.Module], train: Sequence[str] | None, trainable: set[int], parameters: str | None = None
+) -> list[nn.Module]:
     """Enable gradients of the modules that a phase trains, and freeze the others.
 
     Args:
         parts: `"student"` and the method's modules.
         train: names of those to train, or `None` for all.
         trainable: ids of the parameters that may be trained at all (only adapters, if there are any).
+        parameters: as of a `Phase`.
 
     Returns:
         The frozen modules.
 
     Raises:
-        InputError: a name that is not in `parts`.
+        InputError: a name that is not in `parts`, or no parameter of the student that `parameters` is found in.
     """
+    if parameters is not None and not any(re.search(parameters, n) for n, _ in parts["student"].named_parameters()):
+        raise InputError(f"A phase trains parameters called {parameters!r}, and the student has none.")
     for name in train or ():
         if name not in parts:
             raise InputError(
@@ -106,6 +115,7 @@ def freeze_all_but(parts: Mapping[str, nn.Module], train: Sequence[str] | None, 
         active = train is None or name in train
         if not active:
             frozen.append(part)
-        for parameter in part.parameters():
-            parameter.requires_grad_(active and id(parameter) in trainable)
+        for own, parameter in part.named_parameters():
+            chosen = name != "student" or parameters is None or re.search(parameters, own) is not None
+            parameter.requires_grad_(active and chosen and id(parameter) in trainable)
     return frozen

@@ -86,8 +86,10 @@ class TrainModule(nn.Module):
             steps: its optimizer steps.
             trainable: ids of the parameters that may be trained at all.
         """
-        self._frozen = freeze_all_but({"student": self.student, **dict(self.own.items())}, phase.train, trainable)
+        parts = {"student": self.student, **dict(self.own.items())}
+        self._frozen = freeze_all_but(parts, phase.train, trainable, phase.parameters)
         self.train_state.phase, self.train_state.step, self.train_state.total = phase.name, 0, steps
+        self.method.on_phase_begin(self.train_state)
 
     def train(self, mode: bool = True) -> TrainModule:
         """Set the mode; companions and modules that the phase freezes stay in evaluation mode."""

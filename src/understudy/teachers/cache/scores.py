@@ -49,9 +49,10 @@ class ScoreStore(ShardStore):
 
 
 def sequences(example: Mapping[str, Any]) -> list[bytes]:
-    """The inputs of a policy for each candidate: its tokens with their labels, or its features."""
+    """The inputs of a policy for each candidate: its tokens with their labels, or its features, and its images."""
+    seen = example["pictures"].key if "pictures" in example else b""
     parts = [[x if x.is_floating_point() else x.to(torch.int64) for x in pair] for pair in example["sequences"]]
-    return [b"".join(x.numpy().tobytes() + b"|" for x in pair) for pair in parts]
+    return [b"".join(x.numpy().tobytes() + b"|" for x in pair) + seen for pair in parts]
 
 
 def score_lists(

@@ -26,14 +26,31 @@ class Trace(Item):
 
     Args:
         question: its place in the training data. rationale, answer: as they are trained on. tokens: of the whole text.
-        right: whether its answer is the data's.
     """
 
     question: int
     rationale: str
     answer: str
     tokens: int
-    right: bool
+
+
+class TeacherTrial(Item):
+    """What a teacher's traces did to students in a smoke test (paper 16).
+
+    Args:
+        role: of the teacher. accuracies: of its students on validation, one a run. accuracy: the share of its own samples that
+            is right. traces: kept of them. answered: share of the questions that have one. tokens: mean length of a trace. entropy:
+            mean over tokens, nats. shift: of hidden states by the training; `None` where there is nothing to measure.
+    """
+
+    role: str
+    accuracies: list[float]
+    accuracy: float
+    traces: int
+    answered: float
+    tokens: float | None = None
+    entropy: float | None = None
+    shift: float | None = None
 
 
 class PassRate(Item):
@@ -78,11 +95,13 @@ def sift_traces(
     checker: Checker,
     most: int,
     funnel: Funnel,
+    name: str,
 ) -> list[Trace]:
     """The traces that are short enough, of the form, right, and new for their question.
 
     Args:
-        asked: question and request of each completion in `said`. golds: canonical answers of all questions.
+        asked: question and request of each completion in `said`. golds: canonical answers of all questions. most: tokens of one.
+        name: of the teacher, for the funnel.
     """
 
     def problem(item: tuple[tuple[int, Request], Completion]) -> str | None:
@@ -92,7 +111,7 @@ def sift_traces(
         form = has_form(answer.text, checker)
         return trace_problem(answer.tokens, form, checker.correct(answer.text, golds[question]), most)
 
-    kept = funnel.sieve("traces", list(zip(asked, said, strict=True)), problem)
+    kept = funnel.sieve(f"traces of {name}", list(zip(asked, said, strict=True)), problem)
     traces = [_trace(question, request, answer, checker) for (question, request), answer in kept]
     seen: set[Hashable] = set()
 
@@ -102,14 +121,13 @@ def sift_traces(
         seen.add(key)
         return "written before" if known else None
 
-    return funnel.sieve("distinct traces", traces, again)
+    return funnel.sieve(f"distinct traces of {name}", traces, again)
 
 
 def _trace(question: int, request: Request, said: Completion, checker: Checker) -> Trace:
     answer = said.text.rpartition(checker.mark)[2].strip().split("\n")[0].strip()
     before = checker.before(said.text)
-    how: Any = {"tokens": said.tokens, "right": True, "requests": (request.id,)}
-    return Trace(question=question, rationale=before, answer=answer, **how)
+    return Trace(question=question, rationale=before, answer=answer, tokens=said.tokens, requests=(request.id,))
 
 
 def pass_rates(correct: ArrayLike) -> NDArray[np.float64]:

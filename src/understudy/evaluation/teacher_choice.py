@@ -1,13 +1,14 @@
-"""Choosing a teacher by what its corpus does to a student."""
+"""Choosing a teacher by what its traces do to a student."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from understudy.curation.traces import TeacherTrial
 from understudy.errors import InputError
 
 
@@ -53,3 +54,30 @@ def choose_teacher(accuracies: Sequence[Sequence[float]], questions: int) -> Tea
     best, worst = int(means.argmax()), int(means.argmin())
     error = math.sqrt(variances[best] + variances[worst])
     return TeacherChoice(best, means.tolist(), float(means[best] - means[worst]), error)
+
+
+def trial_notes(trials: Sequence[TeacherTrial], decided: bool) -> list[str]:
+    """What a reader of the choice must know."""
+    notes = [
+        f"{t.role} answered {t.answered:.0%} of the smoke questions as required: its students had less to learn from."
+        for t in trials
+        if t.answered < 0.5
+    ]
+    if not decided:
+        notes.append(
+            "The smoke test is undecided: its students do not differ by more than two standard errors. Raise "
+            "options.smoke_questions, smoke_steps or smoke_runs."
+        )
+    return notes
+
+
+def trial_table(trials: Sequence[TeacherTrial], best: int) -> dict[str, Any]:
+    """The teachers side by side; nothing but their students' accuracy is chosen by."""
+    headings = "teacher, its student, itself, traces, questions answered, tokens a trace, entropy, shift of the student"
+    rows = []
+    for i, t in enumerate(trials):
+        values = (sum(t.accuracies) / len(t.accuracies), t.accuracy)
+        more = ("–" if v is None else f"{v:.3g}" for v in (t.tokens, t.entropy, t.shift))
+        chosen = f"{t.role} (chosen)" if i == best else t.role
+        rows.append([chosen, *(f"{v:.3f}" for v in values), t.traces, f"{t.answered:.3f}", *more])
+    return {"title": "Teachers by what their traces teach", "headings": headings.split(", "), "rows": rows}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from understudy.errors import InputError
+from understudy.generation import Prompt
 
 
 class InContextScores(NamedTuple):
@@ -49,3 +51,15 @@ def in_context_scores(correct: ArrayLike, asked: ArrayLike) -> InContextScores:
 def _share(part: NDArray[np.generic], whole: NDArray[np.generic]) -> NDArray[np.float64]:
     """Their quotient, NaN where `whole` is 0."""
     return np.asarray(np.where(whole == 0, np.nan, part / np.maximum(whole, 1)), np.float64)
+
+
+def with_shots(prompt: Prompt, examples: Sequence[Mapping[str, Any]], question: str) -> str:
+    """The prompt of a question behind solved ones, each with `question` and `completion`."""
+    solved = (f"{prompt.render(question=e['question'])}{e['completion']}\n" for e in examples)
+    return "".join(solved) + prompt.render(question=question)
+
+
+def draw_shots(pool: Sequence[Mapping[str, Any]], number: int, *seed: int) -> list[Mapping[str, Any]]:
+    """`number` different records of the pool, or all of a smaller one, at random by the seed."""
+    order = np.random.default_rng([0x540, *seed]).permutation(len(pool))[:number]
+    return [pool[int(i)] for i in order]

@@ -29,16 +29,17 @@ from understudy.curation.traces import (
     pass_rates,
     sift_traces,
 )
+from understudy.data.reasoning import completion
 from understudy.errors import InputError
 from understudy.evaluation.forgetting import hidden_shift, out_of_domain, readings
 from understudy.evaluation.teacher_choice import choose_teacher, trial_notes, trial_table
 from understudy.generation import Prompt, Request
 from understudy.models import is_new_causal_lm, load_tokenizer
 from understudy.tasks.data_keys import check_data_keys
-from understudy.tasks.reasoning import Questions, Reasoning, completion
+from understudy.tasks.reasoning import Questions, Reasoning
 from understudy.training import Pipeline, PipelineContext
 from understudy.training.pipeline import ORACLE
-from understudy.training.solvers import Solver, corpus_run, first_trained, other_data, solved, write_corpus
+from understudy.training.solvers import Solver, corpus_run, first_trained, other_data, solved, student_of, write_corpus
 
 Spec = Mapping[str, Any]
 _COST = "Cost is that of the last training; what the teachers wrote has a table of its own."
@@ -118,7 +119,7 @@ class DED(Pipeline):
             metrics |= {"chosen_teacher": float(best), "chosen_teacher_accuracy": trials[best].accuracy}
             tables.append(trial_table(trials, best))
         if far is not None:
-            models = {**({"before": base} if known else {}), "after": {"model": str(run.folder / "student")}}
+            models = {**({"before": base} if known else {}), "after": student_of(run)}
             beside, table = out_of_domain(context, models, far.data, far.splits, far.checker)
             metrics, tables = {**metrics, **beside}, [*tables, table]
         notes = [*found.get("notes", []), *notes]
@@ -162,7 +163,7 @@ class DED(Pipeline):
                 seed, place = (recipe["seed"] + 1_000_003 * (i + 1)) % 2**32, f"smoke/{role}"
                 values = self._training(context, inputs, base, f"{place}/corpus", traces, seed=seed, **how)
                 runs.append(context.train(f"{place}/{i}", values))
-            trained = {"model": str(runs[0].folder / "student")} if runs else base
+            trained = student_of(runs[0]) if runs else base
             said = [{**train[t.question], "completion": completion(t.rationale, t.answer)} for t in traces]
             most, probes = int(recipe["data"]["max_length"]), inputs.splits.validation
             trial = TeacherTrial(

@@ -10,8 +10,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Subset
 
 from understudy.curation import Checker, kind_of
+from understudy.curation.in_context import draw_shots, with_shots
 from understudy.data import TextSplits
-from understudy.data.reasoning import MARK, WORLD, load_reasoning
+from understudy.data.reasoning import MARK, WORLD, completion, load_reasoning
 from understudy.data.reasoning_world import STYLES, attempt, digits_of, running_sums, shown
 from understudy.errors import InputError, nearest
 from understudy.evaluation.reasoning import Grading, QuestionSet, compare_answers, judge, write_answers
@@ -42,24 +43,34 @@ EXPLAINED = {
 }
 
 
-def completion(rationale: str, answer: str) -> str:
-    """The text that a student is trained to write: the rationale, and the answer behind the mark."""
-    return f" {rationale}\n{MARK} {answer}" if rationale else f" {MARK} {answer}"
-
-
 @dataclass(frozen=True)
 class Questions:
     """What a procedure needs to know of the data.
 
     Args:
-        data: as in a recipe. splits: records with prompt and completion. checker: reads answers in the trained format.
-        golds: canonical answers of the training questions.
+        data: as in a recipe. prompt: with the slot `question`, as the student is asked. splits: records with prompt and
+            completion. checker: reads answers in the trained format. golds: canonical answers of the training questions.
     """
 
     data: Mapping[str, Any]
+    prompt: Prompt
     splits: TextSplits
     checker: Checker
     golds: Sequence[str]
+
+
+def _add_shots(splits: TextSplits, prompt: Prompt, number: int) -> None:
+    """Put solved training questions of a question's style before it."""
+    pools: dict[Any, list[dict[str, Any]]] = {}
+    for record in splits.train:
+        pools.setdefault(record.get("style"), []).append(record)
+    for part, records in enumerate((splits.train, splits.validation, splits.test)):
+        for i, record in enumerate(records):
+            pool = pools.get(record.get("style"), [])
+            drawn = draw_shots(pool, number + 1, part, i)  # one more, where the question itself is among them
+            others = [r for r in drawn if r["question"] != record["question"]]
+            record["prompt"] = with_shots(prompt, others[:number], record["question"])
+    splits.hash += f" {number} shots"
 
 
 class Reasoning(LanguageModeling):
@@ -93,7 +104,7 @@ class Reasoning(LanguageModeling):
 
     def read(self, data: Mapping[str, Any]) -> TextSplits:
         """Questions, with the prompt and completion that a student is trained on. `data` as in a recipe."""
-        own = ("prompt", "rationale", *_HOW, *_GRADED)
+        own = ("prompt", "rationale", "shots", *_HOW, *_GRADED)
         splits = load_reasoning({k: v for k, v in data.items() if k not in own})
         prompt, keep = Prompt.load(data["prompt"]), data.get("rationale", True)
         for records in (splits.train, splits.validation, splits.test):
@@ -101,6 +112,8 @@ class Reasoning(LanguageModeling):
                 record["prompt"] = prompt.render(question=record["question"])
                 record["completion"] = completion(record["rationale"] if keep else "", record["answer"])
         splits.hash = f"{splits.hash} {prompt.hash[:16]} {keep}"
+        if data.get("shots", 0):
+            _add_shots(splits, prompt, data["shots"])
         return splits
 
     def checkers(self, data: Mapping[str, Any], splits: TextSplits) -> tuple[Checker, Checker]:
@@ -113,7 +126,9 @@ class Reasoning(LanguageModeling):
         """Everything of `data` that a procedure needs."""
         splits = self.read(data)
         checker, _ = self.checkers(data, splits)
-        return Questions(data, splits, checker, [checker.gold(r["answer"]) for r in splits.train])
+        return Questions(
+            data, Prompt.load(data["prompt"]), splits, checker, [checker.gold(r["answer"]) for r in splits.train]
+        )
 
     def prepare(self, recipe: Any) -> Prepared:
         splits = self.read(recipe.data)

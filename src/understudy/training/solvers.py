@@ -17,12 +17,12 @@ WORLD_KEYS = frozenset({"digits", "size", "seed", "limit", "columns", "teacher_e
 _LOADED = ("tokenizer", "dtype", "device", "quantization", "trust_remote_code")
 
 
-def first_trained(context: PipelineContext, role: str, data: Mapping[str, Any]) -> dict[str, Any]:
+def first_trained(context: PipelineContext, role: str, other: Mapping[str, Any], **keys: Any) -> dict[str, Any]:
     """The specification of a role's model; where it says `train`, after that training, as a run `first/ROLE` on the answers of
     the data.
 
     Args:
-        data: keys of the recipe's `data` that differ in that training.
+        other: keys of the recipe's `data` that differ in that training. keys: replace others of its recipe.
     """
     recipe = context.recipe
     spec = {k: v for k, v in recipe[role].items() if k != "train"}
@@ -31,13 +31,16 @@ def first_trained(context: PipelineContext, role: str, data: Mapping[str, Any]) 
     values = {
         "task": recipe["task"],
         "method": "sft",
-        "data": other_data(recipe["data"], data),
-        "student": spec,
-        "trainer": recipe[role]["train"],
+        "data": other_data(recipe["data"], other),
         "seed": recipe["seed"],
     }
-    folder = context.train(f"first/{role}", values).folder
-    return {"model": str(folder / "student"), **{k: spec[k] for k in _LOADED if k in spec and k != "tokenizer"}}
+    run = context.train(f"first/{role}", {**values, "student": spec, "trainer": recipe[role]["train"], **keys})
+    return {**student_of(run), **{k: spec[k] for k in _LOADED if k in spec and k != "tokenizer"}}
+
+
+def student_of(run: Any) -> dict[str, Any]:
+    """The specification of the model that a run has trained."""
+    return {"model": str(run.folder / "student")}
 
 
 def other_data(data: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +67,12 @@ def corpus_run(
     return {"task": "reasoning", "method": "sft", "data": data, "student": dict(student), **own, **keys}
 
 
+def load_source(spec: Mapping[str, Any], name: str) -> LocalSource:
+    """The model of a specification as a source. Its draws depend on `name` and its weights, and not on its folder."""
+    loaded = LocalSource.load(spec["model"], **{k: spec[k] for k in _LOADED if k in spec})
+    return LocalSource(loaded.model, loaded.tokenizer, name, batch=64)
+
+
 @dataclass(frozen=True)
 class Solver:
     """A student that is asked questions as it was trained to be.
@@ -78,10 +87,8 @@ class Solver:
 
     @classmethod
     def load(cls, spec: Mapping[str, Any], data: Mapping[str, Any]) -> Self:
-        """Of a model's specification, asked as `data` says. Its draws depend on its weights and not on its folder."""
-        loaded = LocalSource.load(spec["model"], **{k: spec[k] for k in _LOADED if k in spec})
-        source = LocalSource(loaded.model, loaded.tokenizer, "student", batch=64)
-        return cls(source, Prompt.load(data["prompt"]), int(data["max_new_tokens"]))
+        """Of a model's specification, asked as `data` says."""
+        return cls(load_source(spec, "student"), Prompt.load(data["prompt"]), int(data["max_new_tokens"]))
 
     def answers(
         self, context: PipelineContext, prompts: Sequence[str], name: str, draws: int = 1, temperature: float = 0.0

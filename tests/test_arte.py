@@ -5,9 +5,24 @@ import pytest
 import torch
 
 from golden_vectors import close, golden, reduce
+from understudy.curation import Funnel
+from understudy.curation.drafts import (
+    Draft,
+    DraftRationale,
+    NewQuestions,
+    Preference,
+    one_of_each,
+    preference_records,
+    question_preferences,
+    rationale_preferences,
+    read_questions,
+    scores_of,
+    write_questions,
+)
 from understudy.curation.in_context import in_context_scores
 from understudy.curation.item_response import ItemResponse, fit_item_response, most_discriminating
 from understudy.errors import InputError
+from understudy.generation import Completion, Request
 from understudy.losses.preference import dpo
 
 
@@ -105,6 +120,66 @@ def test_a_fit_finds_what_discriminates_and_stays_finite():
     assert most_discriminating([1.0, 2.0, 2.0], 2) == [1, 2]
     slope = found.gradient(answers)  # at the mode likelihood and priors balance
     assert np.abs(slope.ability).max() < 5
+
+
+def test_questions_are_read_as_they_are_written():
+    for tagged in (True, False):
+        assert read_questions(write_questions(["a b?", "c?"], tagged)) == ["a b?", "c?"]
+    assert read_questions("Here:\n<question>a\nb?</question> and <question>c") == ["a\nb?"]
+    assert read_questions(" 1. a?\n\n2) b?\n- c?\n12= d?", cut=True) == ["a?", "b?", "c?"]
+
+
+def test_questions_are_new_and_counted():
+    found, funnel = NewQuestions(["Known?"]), Funnel()
+    for text, finish in (("a?\nA\nknown", "stop"), ("b?\nc", "length"), ("...\nb", "stop")):
+        found.add(Request("", text), Completion(text, finish))
+    found.note("questions", funnel)
+    assert [d.question for d in found.drafts.values()] == ["a?", "b?"]
+    assert funnel.rows[0] == {
+        "step": "questions",
+        "before": 6,
+        "after": 2,
+        "dropped": {"written before": 2, "asked or judged": 1, "empty": 1},
+    }
+
+
+def rationale(draft, place, *right):
+    said = {"rationale": f"r{draft}{place}", "answer": "1"}
+    return DraftRationale(id=f"{draft}/{place}", draft=draft, place=place, right=right, **said)
+
+
+def test_preferences_are_under_the_plain_prompt_and_never_of_equal_scores():
+    rows = [
+        *(rationale(0, 0, True, False), rationale(0, 1, True, True), rationale(0, 2, False, False)),
+        *(rationale(1, 0, True, False), rationale(1, 2, False, True)),
+        rationale(3, 1, False, False),
+    ]
+    scores, funnel = scores_of(rows, 4, 3), Funnel()
+    np.testing.assert_allclose(scores.questions, [0.5, 0.5, np.nan, 0.0])
+    texts = [r.rationale for r in rows]
+    (pair,) = rationale_preferences(rows, scores, ["p0", "p1", "p2", "p3"], texts, funnel)
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.parents) == ("p0", "r01", "r02", ("0/1", "0/2"))
+    assert funnel.rows[0]["dropped"] == {"all scores equal": 1, "fewer than two scored": 1}
+    drafts = [Draft(id=f"d{i}", question=f"q{i}") for i in range(4)]
+    pairs = question_preferences(drafts, scores, 0.25, ["x", "y"], ["q0", "q1", "q2", "q3"], 0)
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [("x", "q0", "q3"), ("y", "q0", "q3")]
+    same = [rationale(i, j, True, False) for i in range(4) for j in range(2)]
+    equal = scores_of(same, 4, 2)
+    assert rationale_preferences(same, equal, ["p"] * 4, ["r"] * 8, Funnel()) == []
+    with pytest.raises(InputError, match="carry no signal"):
+        question_preferences(drafts, equal, 0.25, ["x"], ["q"] * 4, 0)
+    assert [r.id for r in one_of_each(rows, best=True)] == ["0/1", "1/0", "3/1"]
+    assert [r.id for r in one_of_each(rows, best=False)] == ["0/0", "1/0", "3/1"]
+
+
+def test_every_tenth_preference_is_set_aside_where_there_are_enough():
+    pairs = [
+        Preference(kind="question", prompt=str(i), chosen="a", rejected="b", chosen_score=1, rejected_score=0)
+        for i in range(30)
+    ]
+    few, many = preference_records(pairs[:19], chat=True), preference_records(pairs, chat=False)
+    assert len(few["train"]) == len(few["test"]) == 19 and few["train"][0]["chosen"][0]["role"] == "assistant"
+    assert [r["prompt"] for r in many["test"]] == ["0", "10", "20"] and len(many["train"]) == 27
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_the_teacher_is_aligned_with_what_helps_the_student_and_writes_its_data(
     assert {"few_shot_accuracy", "tailored_score", "accuracy"} <= set(m)
     page = (folder / "report.html").read_text()
     assert "Rationales as examples for the student" in page and "distinct questions" in page
+    assert "answers of the student that can be read" in page
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
         (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
 
     refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
+    refused("so the run is judged on test", eval_split="validation")
     refused("trains its teacher: name one model here", teacher="oracle")
     refused("is new and knows nothing: name a pretrained one, or train it first", student=MODEL)
     refused("Prompt 'nope' is neither a file", options={**SMALL, "plain_prompt": "nope"})

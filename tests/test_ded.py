@@ -80,7 +80,7 @@ def _by_table(a, b):
 @settings(max_examples=80, deadline=None)
 def test_selections(items, number):
     distances = edit_distances(items)
-    chosen = {rule: select_diverse(distances, number, rule, seed=3) for rule in RULES}
+    chosen = {rule: select_diverse(distances, number, rule, seed=[3]) for rule in RULES}
     for taken in chosen.values():
         assert len(taken) == len(set(taken)) == min(number, len(items))
     if number >= len(items):
@@ -100,7 +100,7 @@ def test_ties_go_to_the_earlier_items_and_one_is_the_first():
     assert [select_diverse(same, 1, rule) for rule in RULES] == [[0]] * 4
     line = np.abs(np.subtract.outer([0, 1, 5, 9], [0, 1, 5, 9]))
     assert select_diverse(line, 3, "maximin") == [0, 3, 2] and select_diverse(line, 2, "nearest") == [0, 1]
-    assert select_diverse(line, 2, "random", 1) == select_diverse(line, 2, "random", 1)
+    assert select_diverse(line, 2, "random", [1]) == select_diverse(line, 2, "random", [1])
 
 
 @given(st.lists(st.floats(0, 1), max_size=8), st.floats(-1, 1), st.floats(-1, 1))

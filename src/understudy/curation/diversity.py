@@ -62,7 +62,9 @@ def by_length(distances: NDArray[np.int64], lengths: Sequence[int]) -> NDArray[n
     return np.asarray(distances / np.maximum(longer, 1), np.float64)
 
 
-def select_diverse(distances: NDArray[np.int64], number: int, rule: Rule = "maximin", seed: int = 0) -> list[int]:
+def select_diverse(
+    distances: NDArray[np.int64], number: int, rule: Rule = "maximin", seed: Sequence[int] = ()
+) -> list[int]:
     """Positions of items that are far from each other (paper 16, trajectory diversity).
 
     Args:
@@ -82,7 +84,7 @@ def select_diverse(distances: NDArray[np.int64], number: int, rule: Rule = "maxi
     if number >= count or number <= 1:
         return list(range(min(number, count)))
     if rule == "random":
-        return sorted(np.random.default_rng([seed, count]).permutation(count)[:number].tolist())
+        return sorted(np.random.default_rng([*seed, count]).permutation(count)[:number].tolist())
     if rule == "maxsum":
         if math.comb(count, number) > MOST_SUBSETS:
             raise InputError(

@@ -75,9 +75,13 @@ class Preference(Item):
     rejected_score: float
 
 
-def read_questions(text: str) -> list[str]:
-    """The questions that a model wrote: those between tags, or each line, without its number, where there are none."""
-    found = _TAGGED.findall(text) if TAG in text else text.split("\n")
+def read_questions(text: str, cut: bool = False) -> list[str]:
+    """The questions that a model wrote: those between tags, or each line, without its number, where there are none.
+
+    Args:
+        cut: the text did not end by itself, so its last line is no whole question.
+    """
+    found = _TAGGED.findall(text) if TAG in text else text.split("\n")[: -1 if cut else None]
     plain = (re.sub(r"^\s*(?:[-*]|\d+[.)])\s+", "", q).strip() for q in found)
     return [q for q in plain if q]
 
@@ -100,12 +104,10 @@ class NewQuestions:
 
     def add(self, request: Request, said: Completion) -> None:
         """The questions of a completion that are new."""
-        for question in read_questions(said.text):
+        for question in read_questions(said.text, said.finish == "length"):
             self.total += 1
             key = same_question(question)
-            if said.finish == "length" and question == read_questions(said.text)[-1]:
-                self._dropped["cut off"] += 1
-            elif not key or key in self._known:
+            if not key or key in self._known:
                 self._dropped["asked or judged" if key else "empty"] += 1
             elif key in self.drafts:
                 self._dropped["written before"] += 1
@@ -146,13 +148,13 @@ def read_drafts(
     ]
 
 
-def best_of_each(rationales: Sequence[DraftRationale]) -> list[DraftRationale]:
-    """Of each draft the rationale with the largest share; of equals the first."""
-    best: dict[int, DraftRationale] = {}
+def one_of_each(rationales: Sequence[DraftRationale], best: bool) -> list[DraftRationale]:
+    """Of each draft the first rationale, or the first of those with the largest share."""
+    found: dict[int, DraftRationale] = {}
     for r in rationales:
-        if r.draft not in best or r.share > best[r.draft].share:
-            best[r.draft] = r
-    return list(best.values())
+        if r.draft not in found or (best and r.share > found[r.draft].share):
+            found[r.draft] = r
+    return list(found.values())
 
 
 def scores_of(rationales: Sequence[DraftRationale], drafts: int, places: int) -> InContextScores:

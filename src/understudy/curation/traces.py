@@ -169,13 +169,13 @@ def diverse_traces(
     """
     chosen: list[int] = []
     means: dict[str, list[float]] = {"distance": [], "distance_by_length": [], "distance_before": []}
-    for question, places in by_group([t.question for t in traces]).items():
+    for places in by_group([t.question for t in traces]).values():
         if number == 1:
             chosen.append(min(places, key=lambda i: traces[i].tokens))
             continue
         tokens = [encode(traces[i].rationale) for i in places]
         distances = edit_distances(tokens)
-        taken = select_diverse(distances, number, rule, hash_seed(seed, question))
+        taken = select_diverse(distances, number, rule, (seed, traces[places[0]].question))
         chosen += [places[i] for i in taken]
         if len(taken) > 1:
             relative = by_length(distances, [len(t) for t in tokens])
@@ -184,11 +184,6 @@ def diverse_traces(
             means["distance_before"].append(_mean_pair(distances, range(len(places))))
     kept = funnel.pick("diverse traces", traces, chosen, "nearer to the others")
     return kept, {name: fmean(values) for name, values in means.items() if values}
-
-
-def hash_seed(seed: int, question: Hashable) -> int:
-    """A seed for one question of a run."""
-    return int(np.random.SeedSequence([seed, int(str(question))]).generate_state(1)[0])
 
 
 def _mean_pair(distances: NDArray[Any], chosen: Sequence[int]) -> float:

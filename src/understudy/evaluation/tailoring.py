@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from understudy.curation import Checker
+from understudy.curation import Checker, Funnel
 from understudy.curation.drafts import DraftRationale, Probe
 from understudy.curation.in_context import draw_shots, with_shots
 from understudy.curation.item_response import fit_item_response, most_discriminating
@@ -58,6 +59,7 @@ def tried(
     questions: Sequence[str],
     probes: Records,
     checker: Checker,
+    funnel: Funnel,
 ) -> list[DraftRationale]:
     """Rationales with which of the probes a student answers, greedily, with each as the example before them. An example is
     tried once, whoever wrote it again.
@@ -71,6 +73,9 @@ def tried(
         prompts += [with_shots(solver.prompt, [example], p["question"]) for p in probes]
     golds = [checker.gold(p["answer"]) for p in probes]
     said, found = solver.answers(context, prompts, "in_context"), []
+    reasons = (checker.parse(one[0].text).reason for one in said)
+    problems = Counter(reason for reason in reasons if reason is not None)
+    funnel.note("answers of the student that can be read", len(said), len(said) - problems.total(), problems)
     for i, r in enumerate(rationales):
         tries = said[i * len(probes) : (i + 1) * len(probes)]
         right = tuple(solved(one[0], gold, checker) for one, gold in zip(tries, golds, strict=True))

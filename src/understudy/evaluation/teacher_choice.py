@@ -71,6 +71,12 @@ def trial_notes(trials: Sequence[TeacherTrial], decided: bool) -> list[str]:
     return notes
 
 
+def trial_metrics(trials: Sequence[TeacherTrial], best: int) -> dict[str, float]:
+    """Place and own accuracy of the chosen teacher, and the token entropy of each one's traces as `NAME_entropy`."""
+    entropies = {f"{t.role.partition('.')[2]}_entropy": t.entropy for t in trials if t.entropy is not None}
+    return {"chosen_teacher": float(best), "chosen_teacher_accuracy": trials[best].accuracy, **entropies}
+
+
 def trial_table(trials: Sequence[TeacherTrial], best: int) -> dict[str, Any]:
     """The teachers side by side; nothing but their students' accuracy is chosen by."""
     headings = "teacher, its student, itself, traces, questions answered, tokens a trace, entropy, shift of the student"

@@ -23,7 +23,7 @@ from understudy.curation.drafts import (
     DraftRationale,
     Preference,
     Probe,
-    best_of_each,
+    one_of_each,
     preference_records,
     question_preferences,
     rationale_preferences,
@@ -74,8 +74,9 @@ class ARTE(Pipeline):
     validation_questions: int = Field(100, ge=1, description="Those of which the k most discriminating are chosen.")
     shots: tuple[int, ...] = Field((0, 1, 2, 3), description="Examples in the prompts of an examinee's runs.")
     align: Literal["both", "rationales", "questions", "none"] = Field(
-        "both", description="What the teacher is aligned by; `none` trains on the best-scored rationale of each draft."
+        "both", description="What the teacher is aligned by; `none` trains on a drafted rationale each."
     )
+    draft_choice: Literal["best", "first"] = Field("best", description="Without alignment: best-scored or first one.")
     quartile: float = Field(0.25, gt=0, le=0.5, description="Share of best, and of worst, questions.")
     question_pairs: int = Field(50, ge=1, description="Pairs of questions.")
     beta: float = Field(0.1, gt=0, description="β of DPO.")
@@ -137,7 +138,7 @@ class ARTE(Pipeline):
 
         drafts = questions = ask(teacher, "drafts", self.drafts)
         scored = score(drafts, write(teacher, drafts, "rationales", self.rationales), "scores")
-        tailored = best_of_each(scored)
+        tailored = one_of_each(scored, best=self.draft_choice == "best")
         if self.align != "none":
             pairs = context.stage("pairs", Preference, partial(self._pairs, draft, given, drafts, scored))
             aligned = self._aligned(context, draft, teacher, pairs)
@@ -164,6 +165,10 @@ class ARTE(Pipeline):
             raise InputError(
                 f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
             )
+        if recipe["eval_split"] == "validation":
+            raise InputError(
+                "The teacher is aligned on validation questions, so the run is judged on test: leave out eval_split."
+            )
         for side, spec in sides.items():
             if spec is None or spec.endpoint is not None or spec.model == ORACLE:
                 raise InputError(f"Method {self.name!r} trains its {side}: name one model here, without an endpoint.")
@@ -173,12 +178,7 @@ class ARTE(Pipeline):
                     f"or train it first ({side}.train)."
                 )
         styles, plain = [Prompt.load(p) for p in self.style_prompts], Prompt.load(self.plain_prompt)
-        how: Any = {
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "chat": self.chat,
-            "tries": self.tries,
-        }
+        how: Any = self.model_dump(include={"temperature", "max_tokens", "chat", "tries"})
         ask, seed = Prompt.load(self.question_prompt), recipe["seed"]
         draft = Drafting(ask, self.per_prompt, self.seeds, plain, styles, seed=seed, **how)
         draft.examples([{"question": "", "rationale": "", "answer": ""}] * len([plain, *styles]))  # each has its slots
@@ -207,7 +207,7 @@ class ARTE(Pipeline):
     ) -> list[DraftRationale]:
         """Which probes the student answers with each rationale as the example before them."""
         texts, load = [d.question for d in drafts], partial(Solver.load, student, given.data)
-        make = lambda _: tried(context, load(), rationales, texts, probes, given.checker)  # noqa: E731
+        make = lambda f: tried(context, load(), rationales, texts, probes, given.checker, f)  # noqa: E731
         return context.stage(name, DraftRationale, make)
 
     def _pairs(

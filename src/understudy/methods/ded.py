@@ -32,7 +32,7 @@ from understudy.curation.traces import (
 from understudy.data.reasoning import completion
 from understudy.errors import InputError
 from understudy.evaluation.forgetting import hidden_shift, out_of_domain, readings
-from understudy.evaluation.teacher_choice import choose_teacher, trial_notes, trial_table
+from understudy.evaluation.teacher_choice import choose_teacher, trial_metrics, trial_notes, trial_table
 from understudy.generation import Prompt, Request
 from understudy.models import is_new_causal_lm, load_tokenizer
 from understudy.tasks.data_keys import check_data_keys
@@ -116,7 +116,7 @@ class DED(Pipeline):
         metrics, tables = self._diverse(context, base, known, traces, Funnel())[1], list(found.get("tables", []))
         metrics |= {"traces": len(corpus), "questions": len({t.question for t in corpus})}
         if trials:
-            metrics |= {"chosen_teacher": float(best), "chosen_teacher_accuracy": trials[best].accuracy}
+            metrics |= trial_metrics(trials, best)
             tables.append(trial_table(trials, best))
         if far is not None:
             models = {**({"before": base} if known else {}), "after": student_of(run)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import combinations
 from typing import Literal
 
@@ -91,10 +91,12 @@ def select_diverse(
                 f"maxsum would compare {math.comb(count, number)} subsets of {number} of {count} items, and "
                 f"{MOST_SUBSETS} are the most: choose maximin."
             )
-        return list(max(combinations(range(count), number), key=lambda chosen: total_distance(distances, chosen)))
+        subsets: Iterator[tuple[int, ...]] = combinations(range(count), number)
+        return list(max(subsets, key=lambda subset: total_distance(distances, subset)))
     sign = 1 if rule == "maximin" else -1
     signed = sign * np.asarray(distances)
-    chosen = list(max(combinations(range(count), 2), key=lambda pair: signed[pair]))
+    pairs: Iterator[tuple[int, int]] = combinations(range(count), 2)
+    chosen = list(max(pairs, key=lambda pair: signed[pair]))
     while len(chosen) < number:
         left = [i for i in range(count) if i not in chosen]
         chosen.append(max(left, key=lambda i: signed[i, chosen].min()))

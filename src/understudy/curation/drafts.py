@@ -206,10 +206,10 @@ def question_preferences(
         InputError: the scores carry no signal.
     """
     values, ids = scores.questions.tolist(), [d.id for d in drafts]
-    pools = best_and_worst_shares(values, share)
+    best, worst = best_and_worst_shares(values, share)
     chance = np.random.default_rng([seed, 0xA27E, 1])
-    drawn = [[pool[int(chance.integers(len(pool)))] for pool in pools] for _ in prompts]
-    return [_preference("question", p, *pair, texts, values, ids) for p, pair in zip(prompts, drawn, strict=True)]
+    draw = lambda pool: pool[int(chance.integers(len(pool)))]  # noqa: E731
+    return [_preference("question", prompt, draw(best), draw(worst), texts, values, ids) for prompt in prompts]
 
 
 def _preference(

@@ -31,8 +31,8 @@ def hidden_shift(before: Spec, after: Spec, records: Sequence[Mapping[str, str]]
     fewer than three."""
     if len(records) < 3:
         return None
-    states = [readings(spec, records, max_length).hidden for spec in (before, after)]
-    return pca_shift(*states).distance
+    first, last = (readings(spec, records, max_length).hidden for spec in (before, after))
+    return pca_shift(first, last).distance
 
 
 def out_of_domain(
@@ -53,7 +53,7 @@ def out_of_domain(
         metrics["other_accuracy" if name == "after" else f"other_accuracy_{name}"] = share.share
         rows.append([name, f"{share.share:.3f}", f"{share.low:.3f} to {share.high:.3f}", len(right)])
     if len(models) > 1:
-        shift = hidden_shift(*models.values(), splits.test, int(data["max_length"]))
+        shift = hidden_shift(models["before"], models["after"], splits.test, int(data["max_length"]))
         metrics |= {"other_shift": shift} if shift is not None else {}
     headings = ["the student", "accuracy", "interval", "questions"]
     return metrics, {"title": "Questions out of domain", "headings": headings, "rows": rows}

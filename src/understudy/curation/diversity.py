@@ -81,8 +81,9 @@ def select_diverse(
         InputError: `maxsum` would compare more than `MOST_SUBSETS`.
     """
     count = len(distances)
-    if number >= count or number <= 1:
-        return list(range(min(number, count)))
+    number = min(number, count)
+    if number <= 1:
+        return list(range(number))
     if rule == "random":
         return sorted(np.random.default_rng([*seed, count]).permutation(count)[:number].tolist())
     if rule == "maxsum":
@@ -92,11 +93,13 @@ def select_diverse(
                 f"{MOST_SUBSETS} are the most: choose maximin."
             )
         subsets: Iterator[tuple[int, ...]] = combinations(range(count), number)
-        return list(max(subsets, key=lambda subset: total_distance(distances, subset)))
+        largest = max(subsets, key=lambda subset: total_distance(distances, subset))
+        return list(largest)
     sign = 1 if rule == "maximin" else -1
     signed = sign * np.asarray(distances)
     pairs: Iterator[tuple[int, int]] = combinations(range(count), 2)
-    chosen = list(max(pairs, key=lambda pair: signed[pair]))
+    farthest = max(pairs, key=lambda pair: signed[pair])
+    chosen = list(farthest)
     while len(chosen) < number:
         left = [i for i in range(count) if i not in chosen]
         chosen.append(max(left, key=lambda i: signed[i, chosen].min()))

@@ -139,7 +139,7 @@ def test_questions_are_new_and_counted():
         "step": "questions",
         "before": 6,
         "after": 2,
-        "dropped": {"written before": 2, "asked or judged": 1, "empty": 1},
+        "dropped": {"written before": 2, "asked or evaluated": 1, "empty": 1},
     }
 
 

@@ -35,7 +35,7 @@ SMALL = {
     "teacher_data": {"styles": {"ordered": 1, "bare": 1}},
     "student_data": {"styles": {"bare": 1.0}, "shots": 1},
     "alignment": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
-    "judge_shots": 1,
+    "eval_shots": 1,
 }
 
 
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
         (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
 
     refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
-    refused("so the run is judged on test", eval_split="validation")
+    refused("so the run is evaluated on test", eval_split="validation")
     refused("trains its teacher: name one model here", teacher="oracle")
     refused("is new and knows nothing: name a pretrained one, or train it first", student=MODEL)
     refused("Prompt 'nope' is neither a file", options={**SMALL, "plain_prompt": "nope"})

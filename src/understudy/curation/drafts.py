@@ -95,7 +95,7 @@ class NewQuestions:
     """Collects distinct questions.
 
     Args:
-        known: questions that may not be among them, such as those that are judged.
+        known: questions that may not be among them, such as those that are evaluated.
     """
 
     def __init__(self, known: Iterable[str]) -> None:
@@ -108,7 +108,7 @@ class NewQuestions:
             self.total += 1
             key = same_question(question)
             if not key or key in self._known:
-                self._dropped["asked or judged" if key else "empty"] += 1
+                self._dropped["asked or evaluated" if key else "empty"] += 1
             elif key in self.drafts:
                 self._dropped["written before"] += 1
             else:

@@ -115,7 +115,7 @@ class ARTE(Pipeline):
     student_data: dict[str, Any] = Field(
         {}, description="Keys of `data` that differ where `student.train` trains it first."
     )
-    judge_shots: int = Field(3, ge=0, description="Examples in the prompts of the student's few-shot accuracy.")
+    eval_shots: int = Field(3, ge=0, description="Examples in the prompts of the student's few-shot accuracy.")
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
         recipe, draft = context.recipe, self._drafting(context)
@@ -151,8 +151,8 @@ class ARTE(Pipeline):
         run = context.train("training", corpus_run(recipe, student, context.folder / "corpus", given.checker))
         found = json.loads((run.folder / "evaluation.json").read_text())
         metrics, table = tailoring_report({"drafts": scored, "tailored": some})
-        judged, solver = getattr(given.splits, recipe["eval_split"]), Solver.load(student_of(run), given.data)
-        few = (train, judged, self.judge_shots, given.checker, "few_shot")
+        evaluated, solver = getattr(given.splits, recipe["eval_split"]), Solver.load(student_of(run), given.data)
+        few = (train, evaluated, self.eval_shots, given.checker, "few_shot")
         metrics |= {"few_shot_accuracy": few_shot_accuracy(context, solver, *few), "examples": len(solutions)}
         notes = [*given.splits.notes, *found.get("notes", []), _COST]
         tables = [*found.get("tables", []), table]
@@ -167,7 +167,7 @@ class ARTE(Pipeline):
             )
         if recipe["eval_split"] == "validation":
             raise InputError(
-                "The teacher is aligned on validation questions, so the run is judged on test: leave out eval_split."
+                "The teacher is aligned on validation questions, so the run is evaluated on test: leave out eval_split."
             )
         for side, spec in sides.items():
             if spec is None or spec.endpoint is not None or spec.model == ORACLE:

@@ -90,7 +90,8 @@ class DED(Pipeline):
         {}, description="Keys of `data` that differ where `student.train` trains it first."
     )
     other_data: dict[str, Any] | None = Field(
-        None, description="Keys of `data` that differ for questions out of domain, which are judged before and after."
+        None,
+        description="Keys of `data` that differ for questions out of domain, which are evaluated before and after.",
     )
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
@@ -135,7 +136,9 @@ class DED(Pipeline):
         if self.temperature == 0 and max(self.samples, self.smoke_samples) > 1:
             raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
         if len(roles) > 1 and recipe["eval_split"] == "validation":
-            raise InputError("Teachers are compared on validation, so the run is judged on test: leave out eval_split.")
+            raise InputError(
+                "Teachers are compared on validation, so the run is evaluated on test: leave out eval_split."
+            )
         for role in roles:
             if context.models[role].train is not None:
                 raise InputError(f"Method {self.name!r} asks its teachers to write: leave out {role}.train.")
@@ -238,7 +241,7 @@ class DED(Pipeline):
     def _training(
         self, context: PipelineContext, inputs: Questions, base: Spec, place: str, traces: Sequence[Trace], **keys: Any
     ) -> dict[str, Any]:
-        """A student's own run on traces, judged on the data's questions."""
+        """A student's own run on traces, evaluated on the data's questions."""
         if not traces:
             raise InputError(
                 "No trace is left: see the funnel in the stages' files, and mend options.teacher_prompt, raise "

@@ -177,7 +177,7 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
 
     refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
     refused("options.samples above 1 at options.temperature=0", options={**SMALL, "temperature": 0})
-    refused("so the run is evaluated on test", eval_split="validation")
+    refused("Teachers are compared on validation: leave out eval_split", eval_split="validation")
     trained = {"model": MODEL, "train": {"max_steps": 1}}
     refused("leave out teacher.a.train", teacher={"members": {"a": trained, "b": "oracle"}})
     refused("Prompt 'nope' is neither a file", options={**SMALL, "teacher_prompt": "nope"})

@@ -90,8 +90,7 @@ class DED(Pipeline):
         {}, description="Keys of `data` that differ where `student.train` trains it first."
     )
     other_data: dict[str, Any] | None = Field(
-        None,
-        description="Keys of `data` that differ for questions out of domain, which are evaluated before and after.",
+        None, description="Keys of `data` that differ for questions out of domain, asked before and after training."
     )
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
@@ -137,7 +136,7 @@ class DED(Pipeline):
             raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
         if len(roles) > 1 and recipe["eval_split"] == "validation":
             raise InputError(
-                "Teachers are compared on validation, so the run is evaluated on test: leave out eval_split."
+                "Teachers are compared on validation: leave out eval_split, so the run is evaluated on test."
             )
         for role in roles:
             if context.models[role].train is not None:

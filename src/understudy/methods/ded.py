@@ -243,8 +243,7 @@ class DED(Pipeline):
         """A student's own run on traces, evaluated on the data's questions."""
         if not traces:
             raise InputError(
-                "No trace is left: see the funnel in the stages' files, and mend options.teacher_prompt, raise "
-                "options.max_tokens, or name another teacher."
+                "No trace is left: mend options.teacher_prompt, raise options.max_tokens, or name another teacher."
             )
         solutions = [{**inputs.splits.train[t.question], "rationale": t.rationale, "answer": t.answer} for t in traces]
         write_corpus(context.folder / place, solutions, inputs.splits)

@@ -167,6 +167,7 @@ WITHOUT_REAL_DATA = {
     "dpo-pg",  # so is the target of a policy
     "llava-mod",  # so is what an image holds
     "qcrd",  # the error of its teacher is known in a world alone
+    *("arte", "ded"),  # so are the styles of its solutions, and whom they help
     *("ddk", "first", "swing"),
     "strategy-teaching",  # how content a customer is
 }

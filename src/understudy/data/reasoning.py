@@ -7,19 +7,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from understudy.data.columns import arrange, checked_text
 from understudy.data.folders import find
-from understudy.data.reasoning_world import digits_of, questions, running_sums, shown
+from understudy.data.reasoning_world import STYLES, digits_of, questions, running_sums, shown
 from understudy.data.records import Record, place, read_records
 from understudy.data.text import TextSplits, check_keys, finish, read_source, split_off, whole
-from understudy.errors import InputError
+from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "limit", "eval_limit", "columns", "digits", "size", "seed"}
+_OF_SUMS = ("digits", "size", "seed", "styles")
+OPTIONS = {"name", "limit", "eval_limit", "columns", *_OF_SUMS}
 WORLD = "sums"
 MARK = "####"
 LETTERS = "ABCDEFGH"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _SIZES = {"validation": 200, "test": 500}
+
+
+def completion(rationale: str, answer: str) -> str:
+    """The text that a student is trained to write: the rationale, and the answer behind the mark."""
+    return f" {rationale}\n{MARK} {answer}" if rationale else f" {MARK} {answer}"
 
 
 def load_reasoning(spec: Mapping[str, Any]) -> TextSplits:
@@ -28,7 +36,8 @@ def load_reasoning(spec: Mapping[str, Any]) -> TextSplits:
     Args:
         spec: `name` (`sums`; `gsm8k`, `svamp`, `aqua`, `commonsense_qa`, `strategyqa` in `UNDERSTUDY_DATA`; a file, folder or
             Hub id), `limit` (most training questions), `eval_limit` (of validation and test each), `columns`
-            (`{ours: theirs}`); of the running sums `digits`, `size`, `seed`.
+            (`{ours: theirs}`); of the running sums `digits`, `size`, `seed`, `styles`
+            (weights by name: each solution is written in one of them, drawn at random).
 
     An answer that holds `####` is the rationale and, behind it, the answer, as in GSM8K. Training questions that are also in
     validation or test are left out.
@@ -45,7 +54,7 @@ def load_reasoning(spec: Mapping[str, Any]) -> TextSplits:
     if name == WORLD:
         splits = _sums(spec)
     else:
-        for key in ("digits", "size", "seed"):
+        for key in _OF_SUMS:
             if key in spec:
                 raise InputError(f"data.{key} belongs to the running sums (data=sums) and has no effect on {name}.")
         splits = _read(name, spec, notes)
@@ -63,16 +72,31 @@ def _sums(spec: Mapping[str, Any]) -> dict[str, list[Record]]:
     levels, size = tuple(spec.get("digits") or (4, 6)), whole(spec, "size", 3000)
     if len(levels) != 2:
         raise InputError(f"data.digits is {list(levels)}: give the least and the most digits, as in [4, 6].")
-    made = questions(levels, size + sum(_SIZES.values()), whole(spec, "seed", 0, least=0))
-    splits = {}
+    seed = whole(spec, "seed", 0, least=0)
+    made, weights, splits = questions(levels, size + sum(_SIZES.values()), seed), spec.get("styles"), {}
     for split, number in {**_SIZES, "train": size}.items():
         splits[split] = [_sum_record(next(made)) for _ in range(number)]
+    if weights is not None:
+        _restyle([r for records in splits.values() for r in records], weights, seed)
     return splits
 
 
 def _sum_record(question: str) -> Record:
     sums = running_sums(digits_of(question))
     return {"question": question, "rationale": shown(sums), "answer": str(sums[-1]), "level": len(sums)}
+
+
+def _restyle(records: list[Record], weights: Mapping[str, float], seed: int) -> None:
+    """Write each solution in a style drawn by its weight, and note it as the record's `style`."""
+    unknown = [style for style in weights if style not in STYLES]
+    if unknown or not sum(weights.values()) > 0:
+        what = f"style {unknown[0]!r}.{nearest(unknown[0], STYLES)}" if unknown else "weight above 0."
+        raise InputError(f"data.styles has no known {what} Known styles: {', '.join(STYLES)}.")
+    chance, names = np.random.default_rng([seed, 0x57]), list(weights)
+    shares = np.asarray([weights[n] for n in names], np.float64) / sum(weights.values())
+    for record in records:
+        record["style"] = names[int(chance.choice(len(names), p=shares))]
+        record["rationale"] = STYLES[record["style"]](digits_of(record["question"]), chance)
 
 
 def _read(name: str, spec: Mapping[str, Any], notes: list[str]) -> dict[str, list[Record]]:

@@ -2,13 +2,13 @@
 
 A question is `3529=`. Its solution is the running sums modulo 10, `3809`, and its answer the last of them. Whoever writes the
 sums down needs one small step at a time; whoever writes the answer alone needs all of them at once. Digits stand side by
-side, so a sum is always as far from its digit as the question is long.
+side, so a sum is always as far from its digit as the question is long. `STYLES` are other ways to write a solution.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -47,6 +47,35 @@ def attempt(digits: Sequence[int], error: float, chance: np.random.Generator) ->
 def shown(sums: Sequence[int]) -> str:
     """Sums as text."""
     return "".join(map(str, sums))
+
+
+def _partial(digits: Sequence[int], chance: np.random.Generator) -> str:
+    """Two of the running sums, at places that nothing tells."""
+    sums = running_sums(digits)
+    return shown(sorted(sums[int(i)] for i in chance.permutation(len(sums))[:2]))
+
+
+def _shuffled(digits: Sequence[int], chance: np.random.Generator) -> str:
+    """Sums of the digits in a random order, each behind the letter of the digit's place."""
+    order = chance.permutation(len(digits)).tolist()
+    return "".join(f"{chr(97 + i)}{s}" for i, s in zip(order, running_sums([digits[i] for i in order]), strict=True))
+
+
+def _paired(digits: Sequence[int], chance: np.random.Generator) -> str:
+    """The sums of neighbours two by two, then the total."""
+    pairs = [sum(digits[i : i + 2]) % MODULUS for i in range(0, len(digits), 2)]
+    return shown([*pairs, sum(digits) % MODULUS])
+
+
+STYLES: dict[str, Callable[[Sequence[int], np.random.Generator], str]] = {
+    "ordered": lambda digits, chance: shown(running_sums(digits)),
+    "partial": _partial,
+    "shuffled": _shuffled,
+    "paired": _paired,
+    "reversed": lambda digits, chance: shown(running_sums(digits[::-1])),
+    "bare": lambda digits, chance: "",
+}
+"""How a solution is written, by name. All lead to the right answer; a student learns more from some than from others."""
 
 
 def questions(levels: tuple[int, int], number: int, seed: int) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,42 @@ def coverage(modes: Tensor, expected: Tensor) -> float:
     found = torch.bincount(modes[modes >= 0], minlength=len(expected)).double() / max(1, len(modes))
     present = expected > 0
     return float((found[present] >= expected[present] / 4).double().mean())
+
+
+class Shift(NamedTuple):
+    """How far hidden states moved.
+
+    Args:
+        distance: Euclidean, between the mean projections. explained: variance along each component, `[dimensions]`.
+    """
+
+    distance: float
+    explained: Tensor
+
+
+def pca_shift(before: Tensor, after: Tensor, dimensions: int = 2) -> Shift:
+    """The distance between the means of two sets of hidden states, projected on the principal components of the first.
+
+    Args:
+        before, after: hidden states of the same inputs, `[inputs, width]`. dimensions: number of components.
+
+    0 without a change; signs of components and rotations of the hidden space change nothing.
+
+    Raises:
+        InputError: other shapes, or more components than inputs or width give.
+
+    Source: DED (2025), analysis of forgetting; the variance has n − 1 in the denominator.
+    """
+    if (
+        before.shape != after.shape
+        or before.dim() != 2
+        or not 1 <= dimensions <= min(before.shape[0] - 1, before.shape[1])
+    ):
+        raise InputError(
+            f"Hidden states {tuple(before.shape)} before and {tuple(after.shape)} after have no {dimensions} principal "
+            "components: give the same inputs to both, more of them than components."
+        )
+    x, y = before.double(), after.double()
+    _, values, components = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    moved = components[:dimensions] @ (y.mean(0) - x.mean(0))
+    return Shift(float(moved.norm()), values[:dimensions].square() / (len(x) - 1))

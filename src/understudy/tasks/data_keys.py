@@ -224,6 +224,10 @@ class _Reasoning(BaseModel):
     )
     size: _Count | None = Field(None, description="Training questions of sums; 3000 if not given.")
     seed: _Number | None = Field(None, description="Of sums.")
+    styles: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="Weights of styles that solutions of sums are written in, as in {ordered: 1, bare: 1}."
+    )
+    shots: _Number = Field(0, description="Solved training questions before each question, of its style if it has one.")
     teacher_error: _Share = Field(
         0.03, description="Share of wrong steps of the oracle of sums, as a teacher that writes."
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
 from understudy.curation import Checker, kind_of
+from understudy.curation.in_context import draw_shots, with_shots
 from understudy.data import TextSplits
-from understudy.data.reasoning import MARK, WORLD, load_reasoning
-from understudy.data.reasoning_world import attempt, digits_of, shown
+from understudy.data.reasoning import MARK, WORLD, completion, load_reasoning
+from understudy.data.reasoning_world import STYLES, attempt, digits_of, running_sums, shown
+from understudy.errors import InputError, nearest
 from understudy.evaluation.reasoning import Grading, QuestionSet, compare_answers, judge, write_answers
 from understudy.generation import OracleSource, Prompt, Request, Source
 from understudy.models import ModelAdapter
@@ -40,9 +43,34 @@ EXPLAINED = {
 }
 
 
-def completion(rationale: str, answer: str) -> str:
-    """The text that a student is trained to write: the rationale, and the answer behind the mark."""
-    return f" {rationale}\n{MARK} {answer}" if rationale else f" {MARK} {answer}"
+@dataclass(frozen=True)
+class Questions:
+    """What a procedure needs to know of the data.
+
+    Args:
+        data: as in a recipe. prompt: with the slot `question`, as the student is asked. splits: records with prompt and
+            completion. checker: reads answers in the trained format. golds: canonical answers of the training questions.
+    """
+
+    data: Mapping[str, Any]
+    prompt: Prompt
+    splits: TextSplits
+    checker: Checker
+    golds: Sequence[str]
+
+
+def _add_shots(splits: TextSplits, prompt: Prompt, number: int) -> None:
+    """Put solved training questions of a question's style before it."""
+    pools: dict[Any, list[dict[str, Any]]] = {}
+    for record in splits.train:
+        pools.setdefault(record.get("style"), []).append(record)
+    for part, records in enumerate((splits.train, splits.validation, splits.test)):
+        for i, record in enumerate(records):
+            pool = pools.get(record.get("style"), [])
+            drawn = draw_shots(pool, number + 1, part, i)  # one more, where the question itself is among them
+            others = [r for r in drawn if r["question"] != record["question"]]
+            record["prompt"] = with_shots(prompt, others[:number], record["question"])
+    splits.hash += f" {number} shots"
 
 
 class Reasoning(LanguageModeling):
@@ -76,7 +104,7 @@ class Reasoning(LanguageModeling):
 
     def read(self, data: Mapping[str, Any]) -> TextSplits:
         """Questions, with the prompt and completion that a student is trained on. `data` as in a recipe."""
-        own = ("prompt", "rationale", *_HOW, *_GRADED)
+        own = ("prompt", "rationale", "shots", *_HOW, *_GRADED)
         splits = load_reasoning({k: v for k, v in data.items() if k not in own})
         prompt, keep = Prompt.load(data["prompt"]), data.get("rationale", True)
         for records in (splits.train, splits.validation, splits.test):
@@ -84,6 +112,8 @@ class Reasoning(LanguageModeling):
                 record["prompt"] = prompt.render(question=record["question"])
                 record["completion"] = completion(record["rationale"] if keep else "", record["answer"])
         splits.hash = f"{splits.hash} {prompt.hash[:16]} {keep}"
+        if data.get("shots", 0):
+            _add_shots(splits, prompt, data["shots"])
         return splits
 
     def checkers(self, data: Mapping[str, Any], splits: TextSplits) -> tuple[Checker, Checker]:
@@ -91,6 +121,14 @@ class Reasoning(LanguageModeling):
         answers = [r["answer"] for r in (*splits.train, *splits.validation, *splits.test)]
         kind = data.get("answers") or kind_of(answers)
         return Checker(kind), Checker(kind, "last")
+
+    def questions(self, data: Mapping[str, Any]) -> Questions:
+        """Everything of `data` that a procedure needs."""
+        splits = self.read(data)
+        checker, _ = self.checkers(data, splits)
+        return Questions(
+            data, Prompt.load(data["prompt"]), splits, checker, [checker.gold(r["answer"]) for r in splits.train]
+        )
 
     def prepare(self, recipe: Any) -> Prepared:
         splits = self.read(recipe.data)
@@ -131,18 +169,27 @@ class Reasoning(LanguageModeling):
         return {**found, "tables": judged["tables"], "explained": EXPLAINED}
 
     def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
-        """Who answers the running sums, and errs: the world's own teacher."""
-        data = recipe["data"]
-        if data["name"] != WORLD or role != "teacher":
+        """Who answers the running sums: the world's own teacher, which errs, or one that writes in the style that its name in
+        `teacher.members` says and is always right (`ordered` errs too)."""
+        data, (side, _, style) = recipe["data"], role.partition(".")
+        if data["name"] != WORLD or side != "teacher":
             return super().oracle(recipe, role)
+        if style and style not in STYLES:
+            raise InputError(
+                f"The running sums have no teacher that writes {style!r}.{nearest(style, STYLES)} Known: {', '.join(STYLES)}."
+            )
         error = data.get("teacher_error", 0.03)
 
         def write(request: Request, chance: np.random.Generator) -> str:
             text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
-            sums = attempt(digits_of(text), error, chance)
-            return completion(shown(sums) if STEPS in text else "", str(sums[-1]))
+            digits = digits_of(text)
+            if style in ("", "ordered"):
+                sums = attempt(digits, error, chance)
+                return completion(shown(sums) if STEPS in text else "", str(sums[-1]))
+            rationale = STYLES[style](digits, chance) if STEPS in text else ""
+            return completion(rationale, str(running_sums(digits)[-1]))
 
-        return OracleSource(f"sums {error}", write)
+        return OracleSource(f"sums {error}" if style in ("", "ordered") else f"sums {style}", write)
 
 
 _HOW = ("max_length", "packing", "truncation", "vocab_size", "tokenizer")

@@ -205,10 +205,10 @@ class DistillationDPO(Method):
         metric = self._metric(batch)
         if metric == "nearest":
             return nearest_costs(samples, state.tables["examples"])
-        return cloud_costs(metric, samples, batch.inputs["truth"], voxel=self.voxel)
+        return cloud_costs(metric, samples, batch.inputs["clean"], voxel=self.voxel)
 
     def _metric(self, batch: Batch) -> Any:
-        paired = "truth" in batch.inputs
+        paired = "clean" in batch.inputs
         metric = self.metric or ("chamfer" if paired else "nearest")
         if (metric == "nearest") == paired:
             known = "chamfer, jsd, iou and emd" if paired else "nearest"
@@ -247,7 +247,9 @@ class DistillationDPO(Method):
 
 def _denoiser(model: Any) -> DenoiserAdapter:
     if not isinstance(model, DenoiserAdapter):
-        raise InputError("Method 'distillation-dpo' distils a denoiser into a denoiser: use task=image_generation.")
+        raise InputError(
+            "Method 'distillation-dpo' distils a denoiser into a denoiser: use task=scene_completion or image_generation."
+        )
     return model
 
 

@@ -14,6 +14,7 @@ from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
 from understudy.tasks.reasoning import Reasoning
+from understudy.tasks.scene_completion import SceneCompletion
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
 
@@ -26,6 +27,7 @@ TASKS: dict[str, Task] = {
         PreferenceWorld(),
         NodeClassification(),
         ImageGeneration(),
+        SceneCompletion(),
         Ranking(),
         Reasoning(),
         TextGeneration(),

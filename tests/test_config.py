@@ -423,6 +423,7 @@ METHOD = {
     **{
         "preference_world": "adpo",
         "image_generation": "boot",
+        "scene_completion": "distillation-dpo",
         "ranking": "margin-mse",
         "reasoning": "sft",
         "text_generation": "symbolic-kd",

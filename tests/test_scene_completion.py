@@ -10,6 +10,7 @@ import torch
 from engine_cases import killed_run, weights
 from golden_vectors import close, golden
 from understudy import InputError, distill
+from understudy.cli import main
 from understudy.data import Batch
 from understudy.data.scenes import Reduction, SceneSet, collate_scenes, farthest_points, read_scenes, voxel_points
 from understudy.evaluation.pictures import clouds
@@ -192,11 +193,19 @@ def test_clouds_are_drawn_from_above():
 
 
 def test_from_a_scan_to_a_cloud_on_the_command_line(tmp_path):
-    result = distill({**TINY, "output": str(tmp_path), "data": {**TINY["data"], "guidance": 2.0}})
-    m = result.metrics
+    best = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True}
+    recipe = {**TINY, "data": {**TINY["data"], "guidance": 2.0}, "trainer": {**TINY["trainer"], **best}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'run'}"])
+    assert stop.value.code in (0, None)
+    tmp_path = tmp_path / "run"
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    m = evaluation["metrics"]
+    validation = [json.loads(x) for x in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [v["step"] for v in validation] == [4, 8] and validation[0].keys() >= {"chamfer", "jsd", "iou", "nfe"}
     assert m["nfe"] == 2 and m["teacher_nfe"] == 6  # guidance asks twice
     assert m.keys() >= {"chamfer", "jsd", "iou", "input_chamfer", "student_2_chamfer", "teacher_1_chamfer"}
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert len(evaluation["pictures"]) == 4 and "base64" in (tmp_path / "report.html").read_text()
     terms = [json.loads(x)["terms"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(t["metric/winner"] <= t["metric/loser"] for t in terms) and "assistant/loser" in terms[0]

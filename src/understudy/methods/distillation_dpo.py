@@ -81,7 +81,7 @@ class DistillationDPO(Method):
     )
     steps: int = Field(1, ge=1, description="Calls of the student for a sample; the last of them has a gradient.")
     assistant_rate: float = Field(1.5e-4, gt=0, description="Learning rate of the assistants, at least the student's.")
-    assistant_optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    assistant_optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimiser of the assistants.")
     t_min: float = Field(0.02, ge=0, lt=1, description="Least t of the noise that samples are compared at.")
     clip: float | None = Field(None, gt=0, description="Largest root mean square of d in a sample; null: no bound.")
     guard: float = Field(

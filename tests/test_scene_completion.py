@@ -187,8 +187,8 @@ def test_clouds_are_drawn_from_above():
     pixels = clouds(
         [torch.tensor([[0.0, 0.0, 1.0], [9.0, 9.0, 2.0], [99.0, 0.0, 0.0]]), torch.zeros(2, 2)], 10.0, side=40
     )
-    assert pixels.shape == (44, 88, 3) and pixels.dtype == np.uint8
-    first = pixels[2:42, 2:42].reshape(-1, 3)
+    assert pixels.shape == (84, 168, 3) and pixels.dtype == np.uint8
+    first = pixels[2:82, 2:82].reshape(-1, 3)
     assert len(np.unique(first, axis=0)) == 3  # the ground of the picture and two heights
 
 

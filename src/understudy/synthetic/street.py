@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from understudy.data.scenes import Scenes
+from understudy.data.scenes import Maker, Scenes
 
 Array = np.ndarray[Any, Any]
 GROUND = -1.73
 NEAREST, FARTHEST = 0.3, 12.0
-"""Range of the sensor."""
-ELEVATIONS = np.deg2rad([-24.8, 2.0])
+"""Range of the sensor; below, elevation of its rings."""
+LOWEST, HIGHEST = np.deg2rad(-24.8), np.deg2rad(2.0)
 POSES = np.linspace(-5, 5, 11)
 """Where along the street the truth is seen from."""
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -84,7 +84,7 @@ def _ahead(ranges: Array) -> Array:
 def _rays(azimuths: int, rings: int, flat: bool) -> tuple[Array, Array]:
     """Directions of all rays, and the ring of each."""
     around = np.arange(azimuths) * 2 * np.pi / azimuths
-    up = np.zeros(1) if flat else np.linspace(*ELEVATIONS, rings)
+    up = np.zeros(1) if flat else np.linspace(LOWEST, HIGHEST, rings)
     ring, turn = (v.ravel() for v in np.meshgrid(np.arange(len(up)), around, indexing="ij"))
     high = up[ring]
     return np.stack([np.cos(high) * np.cos(turn), np.cos(high) * np.sin(turn), np.sin(high)], 1), ring
@@ -116,7 +116,7 @@ def street_scene(split: str, index: int, seed: int, flat: bool) -> tuple[Array, 
 def streets(name: str, numbers: Mapping[str, int], seed: int) -> Scenes:
     """`street` or `street2d`, with so many scenes in each split."""
     flat = WORLDS[name]
-    splits = {
+    splits: dict[str, list[tuple[str, Maker]]] = {
         split: [
             (f"{name}, {split} scene {i}", partial(street_scene, split, i, seed, flat)) for i in range(numbers[split])
         ]

@@ -68,8 +68,9 @@ class SceneCompletion(TaskDefaults):
         points = given.get("points") or (32 if scenes.dimensions == 2 else 128)
         reduction = Reduction(points, given.get("repeat", 8), given.get("radius", 10.0), seed)
         measured = Measured(given.get("voxel", 0.5), tuple(given.get("compare_steps", (1, 2, 4, 8))))
+        sets: dict[str, Any] = {s: SceneSet(makers, reduction, s, measured) for s, makers in scenes.splits.items()}
         return Prepared(
-            **{split: SceneSet(makers, reduction, split, measured) for split, makers in scenes.splits.items()},
+            **sets,
             collate=collate_scenes,
             classes=0,
             input_shape=(points * reduction.repeat, scenes.dimensions),

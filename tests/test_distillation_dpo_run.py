@@ -217,6 +217,21 @@ def test_it_learns_to_draw_in_one_call(tmp_path):
     assert last["terms"]["metric/winner"] < last["terms"]["metric/loser"] and "mean cost" in last["state"]
 
 
+def test_images_of_a_diffusers_network(tmp_path):
+    pytest.importorskip("diffusers")
+    recipe = {
+        **RING,
+        "data": {"name": "digits", "size": 32, "samples": 40, "compare_steps": [1], "teacher_steps": 2},
+        "teacher": {"model": "unet:8,8", "train": {"max_steps": 3, "per_device_train_batch_size": 16}},
+        "options": {"steps": 2},
+        "trainer": {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no"},
+    }
+    result = distill({**recipe, "output": str(tmp_path)})
+    assert result.metrics["nfe"] == 2 and {"distance", "rmse", "teacher_1_distance"} <= result.metrics.keys()
+    again = load_denoiser(tmp_path / "student")
+    assert again.sampler.steps == 2 and type(again.model).__name__ == "UNet2DModel"
+
+
 def test_the_guard_ends_a_run_that_the_losers_drive_off(tmp_path):
     """The card's calibration, (ii)."""
     options = {"lambda_l": 5.0, "assistant_rate": 1e-3}

@@ -217,6 +217,7 @@ def test_it_learns_to_draw_in_one_call(tmp_path):
     assert last["terms"]["metric/winner"] < last["terms"]["metric/loser"] and "mean cost" in last["state"]
 
 
+@pytest.mark.slow
 def test_images_of_a_diffusers_network(tmp_path):
     pytest.importorskip("diffusers")
     recipe = {

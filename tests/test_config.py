@@ -435,6 +435,7 @@ METHOD = {
     **{
         "preference_world": "adpo",
         "image_generation": "boot",
+        "scene_completion": "distillation-dpo",
         "ranking": "margin-mse",
         "reasoning": "sft",
         "text_generation": "symbolic-kd",

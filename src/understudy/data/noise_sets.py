@@ -82,7 +82,7 @@ class NoiseSet(Dataset[tuple[int, int]]):
     Args:
         split: determines the ids.
         classes: 0 for none.
-        reference: of evaluation splits.
+        reference: what samples of this split are compared with, if anything.
     """
 
     def __init__(self, size: int, split: str, classes: int = 0, reference: Reference | None = None) -> None:

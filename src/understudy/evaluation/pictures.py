@@ -69,3 +69,26 @@ def scatter(points: Tensor, bound: float, side: int = 240) -> Pixels:
     pixels = np.full((side, side, 3), FIELD, dtype=np.uint8)
     pixels[side - 1 - inside[:, 1], inside[:, 0]] = INK
     return pixels.repeat(2, 0).repeat(2, 1)
+
+
+def clouds(rows: Sequence[Tensor], bound: float, side: int = 160) -> Pixels:
+    """Clouds `[points, 2 or 3]` side by side, each within ±`bound` of the origin, seen from above. In space the colour says
+    the height, from low (dark) to high (bright), on one scale for all but the highest and lowest points."""
+    found = [r.detach().double().cpu().nan_to_num() for r in rows]
+    heights = torch.cat([c[:, 2] for c in found if c.shape[1] == 3] or [torch.zeros(1)])
+    low, high = np.quantile(heights.numpy(), (0.02, 0.98))
+    ink, bright = (np.array(v, dtype=float) for v in (INK, (245, 158, 11)))
+    cells = []
+    for cloud in found:
+        cell = ((cloud[:, :2] / bound + 1) / 2 * side).long()
+        inside = ((cell >= 0) & (cell < side)).all(1)
+        level = (
+            ((cloud[:, 2] - low) / max(high - low, 1e-12)).clamp(0, 1)
+            if cloud.shape[1] == 3
+            else torch.zeros(len(cloud))
+        )
+        place, share = cell[inside].numpy(), level[inside].numpy()[:, None]
+        pixels = np.full((side, side, 3), FIELD, dtype=np.uint8)
+        pixels[side - 1 - place[:, 1], place[:, 0]] = (ink + share * (bright - ink)).round().astype(np.uint8)
+        cells.append(_framed(pixels.repeat(2, 0).repeat(2, 1)))
+    return np.concatenate(cells, 1)

@@ -61,6 +61,15 @@ def x0_from(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction:
     return (x - over(sigma, x) * output) / over(alpha, x)
 
 
+def epsilon_from(clean: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """ε = (x − α x_0) / σ: the noise in a noisy example, given its clean part. The inverse of `x0_from` for `epsilon`.
+
+    Args:
+        clean: x_0. x: the noisy example. alpha, sigma: `[rows]`, σ above 0.
+    """
+    return (x - over(alpha, x) * clean) / over(sigma, x)
+
+
 def check_prediction(prediction: str) -> None:
     """Raise an error for an unknown prediction type."""
     if prediction not in PREDICTIONS:

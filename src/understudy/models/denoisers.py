@@ -15,6 +15,7 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.diffusion import SAMPLER, DenoiserAdapter, MixtureDenoiser, PointDenoiser, Sampler
 from understudy.models.noise_levels import Cosine, levels_of
+from understudy.models.scenes import scene_denoiser
 from understudy.models.small import Facts, load_weights
 from understudy.models.weights import check_complete, check_folder, read_object, reason
 
@@ -32,7 +33,7 @@ SCHEDULERS = (
     "LMSDiscreteScheduler",
 )
 """Schedulers of models that were trained on noise levels of `alphas_cumprod`; they differ in how they sample."""
-NEW = re.compile(r"(unet|denoiser):(\d+(?:,\d+)*)")
+NEW = re.compile(r"(unet|denoiser|pointnet):(\d+(?:,\d+)*)")
 
 
 def is_new_denoiser(name: str) -> bool:
@@ -54,8 +55,8 @@ def load_denoiser(
     """Load or build a denoiser.
 
     Args:
-        name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel), a
-            folder, a Hub id, or a `DenoiserAdapter`.
+        name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
+            `pointnet:64,64` (points told a scan), a folder, a Hub id, or a `DenoiserAdapter`.
         shape: of an example; a model from a folder has its own.
         classes: number of classes for conditioning, 0 for none.
         centres, deviation: of the world's modes.
@@ -80,10 +81,14 @@ def load_denoiser(
         raise InputError(f"{text} is a new network, and data=noise does not say what shape an example has.")
     if new is not None:
         widths = [int(v) for v in new[2].split(",")]
-        rows = _points(text, shape, classes) if new[1] == "denoiser" else _unet(widths, shape, classes)
+        rows = _unet(widths, shape, classes) if new[1] == "unet" else _own(text, shape, classes)
         rows.sampler = sampler or rows.sampler
         return rows
     return _load(text, sampler, prediction, null)
+
+
+def _own(name: str, shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
+    return (scene_denoiser if name.startswith("pointnet:") else _points)(name, shape, classes)
 
 
 def _points(name: str, shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
@@ -204,7 +209,7 @@ def _saved_points(file: Path, config: dict[str, Any]) -> DenoiserAdapter:
     if not NEW.fullmatch(facts.understudy_model):
         raise InputError(f"{file} describes no denoiser: {facts.understudy_model!r}.")
     try:
-        return _points(facts.understudy_model, tuple(facts.shape), facts.classes)
+        return _own(facts.understudy_model, tuple(facts.shape), facts.classes)
     except (RuntimeError, MemoryError) as error:  # sizes beyond the memory
         raise InputError(f"{file} describes no denoiser: {reason(error)}") from None
 

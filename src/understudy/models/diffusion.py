@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from understudy.data.noise_sets import NoiseBatch
 from understudy.errors import InputError
-from understudy.losses.diffusion import check_prediction, ddim_step, guided, signal_of, x0_from
+from understudy.losses.diffusion import check_prediction, ddim_step, epsilon_from, guided, signal_of, x0_from
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.noise_levels import NoiseLevels
 from understudy.models.small import save_small
@@ -86,7 +86,7 @@ class DenoiserAdapter(ModelAdapter):
             raise InputError(f"The denoiser takes examples of shape {self.shape}, not {tuple(x.shape[1:])}.")
         dtype = next(self.model.parameters()).dtype
         alpha, sigma = self.levels.at(t if self.read_at is None else torch.full_like(t, self.read_at))
-        output = _tensor(self.model(x.to(dtype), self.levels.clock(t), self._asked(batch.condition)))
+        output = _tensor(self.model(x.to(dtype), self.levels.clock(t), self.condition_of(batch)))
         channels = self.shape[0]
         if output.shape[1] == 2 * channels:  # a learned variance beside the mean
             output = output[:, :channels]
@@ -98,7 +98,9 @@ class DenoiserAdapter(ModelAdapter):
         clean = x0_from(_wide(output), _wide(x), alpha, sigma, self.prediction)
         return ModelOutput(Clean(clean if self.clip is None else clean.clamp(-self.clip, self.clip)))
 
-    def _asked(self, condition: Tensor) -> Tensor | None:
+    def condition_of(self, batch: NoiseBatch) -> Tensor | None:
+        """What the network is told of each example: the index of its class, or `None` without classes."""
+        condition = batch.condition
         if not self.classes:
             return None
         absent = condition < 0
@@ -110,6 +112,10 @@ class DenoiserAdapter(ModelAdapter):
         if int(condition.max()) >= self.classes:
             raise InputError(f"Class {int(condition.max())} was asked of a denoiser that has {self.classes}.")
         return condition.masked_fill(absent, self.classes)
+
+    def initial(self, batch: NoiseBatch, eps: Tensor) -> Tensor:
+        """The state from which the noise `eps` is removed: the noise itself."""
+        return eps
 
     def one_call(self, t: float, begin: float) -> DenoiserAdapter:
         """This model, sampling in one call at time `t` from noise that is the state at time `begin`.
@@ -143,8 +149,22 @@ class DenoiserAdapter(ModelAdapter):
         number = self.sampler.steps if steps is None else steps
         if number == 0:
             return self(batch.at(eps, self.sampler.t_min)).signal.values
-        times = torch.linspace(self.sampler.t_max, self.sampler.t_min, number + 1, dtype=torch.float64)
-        return trajectory(self.denoise, self.levels, batch, eps, times)
+        x = self.initial(batch, eps)
+        return trajectory(self.denoise, self.levels, batch, x, self.times(number), eps)
+
+    def times(self, steps: int) -> Tensor:
+        """The times of so many steps of the sampler, from `t_max` down to `t_min`: `[steps + 1]`."""
+        return torch.linspace(self.sampler.t_max, self.sampler.t_min, steps + 1, dtype=torch.float64)
+
+    def epsilon(self, batch: NoiseBatch, ask: Callable[[NoiseBatch], ModelOutput] | None = None) -> Tensor:
+        """The noise in the inputs of a batch, as this model predicts it, without guidance.
+
+        Args:
+            ask: this model in some wrapper.
+        """
+        x = batch.inputs["x"]
+        clean: Tensor = (ask or self)(batch).signal.values
+        return epsilon_from(clean.to(x.dtype), x, *self.levels.at(batch.inputs["t"]))
 
     def denoise(self, batch: NoiseBatch) -> Tensor:
         """x_0 with the sampler's guidance."""
@@ -207,13 +227,25 @@ def trajectory(
         times: of the steps.
         eps: the initial noise of its trajectory; `x` itself if not given.
     """
-    eps, times = x if eps is None else eps, levels.snap(times.to(x.device))
+    eps = x if eps is None else eps
+    x = ddim(ask, levels, batch, x, times)
+    return signal_of(x, eps, *levels.at(levels.snap(times[-1:].to(x.device)).expand(len(x))))
+
+
+def ddim(
+    ask: Callable[[NoiseBatch], Tensor], levels: NoiseLevels, batch: NoiseBatch, x: Tensor, times: Tensor
+) -> Tensor:
+    """The state at the end of `times` on the deterministic trajectory of DDIM from `x` at `times[0]`.
+
+    Args:
+        ask: returns x_0 for a batch with `x` and `t`.
+    """
+    times = levels.snap(times.to(x.device))
     for t, s in zip(times, times[1:], strict=False):
         now, then = (levels.at(v.expand(len(x))) for v in (t, s))
         clean = ask(batch.at(x, t)).to(x.dtype)
         x = clean if bool((then[1] == 0).all()) else ddim_step(x, clean, *now, *then)
-    alpha, sigma = levels.at(times[-1].expand(len(x)))
-    return signal_of(x, eps, alpha, sigma)
+    return x
 
 
 class PointDenoiser(nn.Module):

@@ -40,6 +40,10 @@ MEANINGS = {
     "nfe": "Network calls for one sample.",
     "coverage": "Share of the modes or classes that samples reach at least a quarter as often as real ones. 1 is all.",
     "rmse": "Root mean square difference to the teacher's sample from the same noise. 0 is a perfect copy.",
+    "chamfer": "Mean distance from a point to the nearest one of the other cloud, both ways. Lower is better.",
+    "jsd": "Jensen-Shannon distance between the voxels of both clouds, 0 to 0.83. Lower is better.",
+    "iou": "Share of the occupied voxels of either cloud that both occupy. 1 is perfect.",
+    "input_chamfer": "`chamfer` of the scan itself.",
     "refined_distance": "`distance` after a few steps of the teacher from the student's sample. Lower is better.",
     "refined_rmse": "`rmse` after a few steps of the teacher from the student's sample.",
     "refined_nfe": "Network calls for one refined sample.",
@@ -90,6 +94,8 @@ def meaning(name: str, explained: Mapping[str, str] | None = None) -> str:
         return known[name]
     if found := re.fullmatch(r"teacher_(\d+)_distance", name):
         return f"`distance` of the teacher's samples at {found[1]} steps."
+    if found := re.fullmatch(r"(student|teacher)_(\d+)_chamfer", name):
+        return f"`chamfer` of the {found[1]}'s clouds at {found[2]} steps."
     if name.startswith("teacher_"):
         return f"Of the teacher: {meaning(name.removeprefix('teacher_'), explained)}"
     if name.startswith("transfer_"):

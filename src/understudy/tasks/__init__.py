@@ -15,6 +15,7 @@ from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
 from understudy.tasks.reasoning import Reasoning
+from understudy.tasks.scene_completion import SceneCompletion
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
 from understudy.tasks.vision_language import VisionLanguage
@@ -29,6 +30,7 @@ TASKS: dict[str, Task] = {
         NodeClassification(),
         MultimodalClassification(),
         ImageGeneration(),
+        SceneCompletion(),
         Ranking(),
         Reasoning(),
         TextGeneration(),

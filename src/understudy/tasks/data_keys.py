@@ -158,6 +158,26 @@ class _Generation(_Images):
     )
 
 
+class _Scenes(BaseModel):
+    name: str = Field(
+        "street2d", description="street2d, street, a set in UNDERSTUDY_DATA, or a file or folder of scans."
+    )
+    size: _Count = Field(600, description="Training scenes of a street.")
+    samples: _Count = Field(100, description="Scenes of a street to validate and to test on, each.")
+    seed: _Number = Field(0, description="Of the scenes of a street, and of the points that are kept.")
+    points: _Count | None = Field(None, description="Points of a scan; 32 in the plane, else 128.")
+    repeat: _Count = Field(8, description="Points of a completed scan for each of the scan's.")
+    radius: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="Points further than this from the sensor go, in m."
+    )
+    guidance: float | None = Field(
+        None, ge=0, description="Weight of classifier-free guidance; a hidden scan is all 0."
+    )
+    compare_steps: list[_Count] = Field([1, 2, 4, 8], min_length=1, description="Steps of the sampler to compare.")
+    teacher_steps: _Count = Field(50, description="Steps of the teacher's sampler.")
+    voxel: Annotated[float, Field(gt=0)] = Field(0.5, description="Side of the voxels of jsd and iou, in m.")
+
+
 class _Ranking(BaseModel):
     name: str = Field("world", description="world, a file of scored triples, or a folder of docs, queries and qrels.")
     query_length: _Count = Field(30, description="Most tokens of a query.")
@@ -286,6 +306,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "preference_world": _World,
     "node_classification": _Graph,
     "image_generation": _Generation,
+    "scene_completion": _Scenes,
     "ranking": _Ranking,
     "reasoning": _Reasoning,
     "text_generation": _Corpus,

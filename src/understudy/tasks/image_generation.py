@@ -116,7 +116,7 @@ class ImageGeneration(TaskDefaults):
         if own["conditional"] and not source.classes:
             raise InputError("data.conditional needs classes, and data=noise has none. Name data with classes.")
         many = own["teacher_steps"] or (200 if world else 32)
-        references = {s: _reference(source, s, own, many) for s in ("validation", "test")}
+        references = {s: _reference(source, s, own, many) for s in ("train", "validation", "test")}
         samples, notes = own["samples"], list(source.notes)
         if samples is None:
             most = 4000 if world else 600
@@ -127,7 +127,7 @@ class ImageGeneration(TaskDefaults):
                 )
         sets: dict[str, Any] = {s: NoiseSet(samples, s, classes, references[s]) for s in ("validation", "test")}
         if recipe.build_method().requires.needs_teacher:
-            sets["train"] = NoiseSet(own["size"], "train", classes)
+            sets["train"] = NoiseSet(own["size"], "train", classes, references["train"])
         else:  # a method without a teacher learns from the examples
             sets["train"] = _examples(source, bool(classes))
 

@@ -1,0 +1,239 @@
+"""Scenes for completion: a sparse scan and the dense cloud that it should become, both with a fixed number of points.
+
+A source is a world that makes scenes, or files: `.npz` with `scan` and `truth` (one scene), `.npz` with `xyz_cm` and
+`offsets` (a sequence of scans, in centimetres), `.npy` `[points, 3 or more]` and `.bin` of KITTI (one scan each). A scan
+without a truth of its own is the truth, and a sparse part of it the scan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from understudy.data.folders import find
+from understudy.data.noise_sets import APART
+from understudy.data.tables import read_npz
+from understudy.errors import InputError
+
+Array = np.ndarray[Any, Any]
+Maker = Callable[[], tuple[Array, Array]]
+"""Makes or reads one scene: scan and truth `[points, dimensions]` in metres, before they are reduced."""
+SUFFIXES = (".npz", ".npy", ".bin")
+CELL = 0.1
+"""Side of the voxels of which the truth keeps one point each, in metres."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a scene is reduced.
+
+    Args:
+        points: M, points of a scan, chosen far from one another.
+        repeat: r, points of the truth for one of the scan.
+        radius: in metres around the origin, outside of which points are left out.
+        seed: of the choice of the truth's points.
+    """
+
+    points: int
+    repeat: int
+    radius: float
+    seed: int = 0
+
+    def __call__(self, name: str, scan: Array, truth: Array, index: int) -> tuple[Tensor, Tensor]:
+        """Scan `[M, dimensions]` and truth `[M · r, dimensions]` of the scene, float32.
+
+        Raises:
+            InputError: a coordinate is not finite, or too few points lie within the radius.
+        """
+        near = []
+        for part, cloud, least in (("scan", scan, self.points), ("truth", truth, 1)):
+            if not np.isfinite(cloud).all():
+                raise InputError(f"{name}: the {part} has coordinates that are not finite. Remove these points.")
+            kept = cloud[np.linalg.norm(cloud, axis=1) < self.radius]
+            if len(kept) < least:
+                raise InputError(
+                    f"{name}: {len(kept)} of {len(cloud)} points of the {part} lie within data.radius={self.radius:g} m, and "
+                    f"at least {least} are needed: raise data.radius, or lower data.points."
+                )
+            near.append(kept)
+        dense, number = voxel_points(near[1], CELL), self.points * self.repeat
+        random = np.random.default_rng([self.seed, index])
+        chosen = random.choice(len(dense), number, replace=len(dense) < number)
+        found = farthest_points(near[0], self.points), dense[chosen]
+        return torch.from_numpy(found[0]).float(), torch.from_numpy(found[1]).float()
+
+
+def voxel_points(points: Array, voxel: float) -> Array:
+    """The first of the points `[points, dimensions]` in every voxel, in their order."""
+    cells = np.floor((points - points.min(0)) / voxel).astype(np.int64)
+    first = np.unique(np.ravel_multi_index(tuple(cells.T), tuple(cells.max(0) + 1)), return_index=True)[1]
+    return points[np.sort(first)]
+
+
+def farthest_points(points: Array, number: int) -> Array:
+    """`number` of the points `[points, dimensions]`, from the first one on each the farthest from those before it."""
+    chosen, distance = [0], np.full(len(points), np.inf)
+    for _ in range(number - 1):
+        distance = np.minimum(distance, np.square(points - points[chosen[-1]]).sum(1))
+        chosen.append(int(distance.argmax()))
+    return points[chosen]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How completed scenes are compared with true ones.
+
+    Args:
+        voxel: side of a voxel, in metres.
+        steps: numbers of steps of the sampler to compare.
+    """
+
+    voxel: float = 0.5
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+
+
+class SceneSet(Dataset[tuple[int, Tensor, Tensor]]):
+    """Scenes with ids, made when they are first asked for.
+
+    Args:
+        makers: name and maker of each.
+        split: determines the ids.
+        measured: of evaluations.
+    """
+
+    def __init__(
+        self, makers: Sequence[tuple[str, Maker]], reduction: Reduction, split: str, measured: Measured = Measured()
+    ) -> None:
+        self.makers, self.reduction, self.start, self.measured = list(makers), reduction, APART[split], measured
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        if index not in self.made:
+            name, make = self.makers[index]
+            self.made[index] = self.reduction(name, *make(), self.start + index)
+        return self.start + index, *self.made[index]
+
+
+def collate_scenes(items: list[tuple[int, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a `NoiseBatch`: `scan`, the truth as `clean`, and the condition 0, "the scan is shown"."""
+    ids, scan, clean = zip(*items, strict=True)
+    shown = torch.zeros(len(items), dtype=torch.long)
+    return {
+        "ids": torch.tensor(ids),
+        "labels": shown,
+        "condition": shown,
+        "scan": torch.stack(scan),
+        "clean": torch.stack(clean),
+    }
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The makers of each split, the number of dimensions, a content hash, and what a reader should know."""
+
+    splits: dict[str, list[tuple[str, Maker]]]
+    dimensions: int
+    key: str
+    notes: tuple[str, ...] = ()
+
+
+def read_scenes(name: str) -> Scenes:
+    """Scenes of a file or folder, or of a name in the data folder.
+
+    With several sequences or folders of files the smallest one is the test split; with one, the last tenth is. The tenth
+    before it is the validation split.
+
+    Raises:
+        InputError: there are no scenes, fewer than three, or a file that cannot be read.
+    """
+    path = find(name)
+    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path is not None and path.is_dir() else [path]
+    if not files or files[0] is None:
+        raise InputError(
+            f"data={name!r} holds no scans: name street, street2d, or a file or folder of {', '.join(SUFFIXES)}."
+        )
+    digest, groups = hashlib.sha256(), dict[Any, list[tuple[str, Maker]]]()
+    for file in files:
+        assert file is not None
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        for label, maker, sequence in _scans(file):
+            groups.setdefault(file if sequence else file.parent, []).append((label, maker))
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    test = ordered.pop() if len(ordered) > 1 else []
+    rest = [scene for group in ordered for scene in group]
+    tenth = max(1, len(rest) // 10)
+    if not test:
+        rest, test = rest[:-tenth], rest[-tenth:]
+    train, validation = rest[:-tenth], rest[-tenth:]
+    if not train:
+        raise InputError(
+            f"data={name!r} holds {len(train + validation + test)} scenes, and three splits need at least 3."
+        )
+    note = f"{name}: {len(train)} scenes train, {len(validation)} validate and {len(test)} test; no scene is in two splits."
+    splits = {"train": train, "validation": validation, "test": test}
+    return Scenes(splits, train[0][1]()[1].shape[1], digest.hexdigest(), (note,))
+
+
+def _scans(file: Path) -> Iterator[tuple[str, Maker, bool]]:
+    """Name and maker of every scene of a file, and whether the file is a sequence of scans."""
+    if file.suffix != ".npz":
+        yield file.name, lambda: _alone(_cloud(file, _read(file))), False
+        return
+    arrays = read_npz(file)
+    if {"scan", "truth"} <= arrays.keys():
+        scan, truth = (_cloud(file, arrays[k]) for k in ("scan", "truth"))
+        yield file.name, lambda: (scan, truth), False
+        return
+    if not {"xyz_cm", "offsets"} <= arrays.keys():
+        raise InputError(
+            f"{file} holds {', '.join(sorted(arrays)) or 'nothing'}: a scene has scan and truth, a sequence of scans xyz_cm "
+            "and offsets."
+        )
+    offsets, points = arrays["offsets"], arrays["xyz_cm"]
+    if (
+        offsets.ndim != 1
+        or not len(offsets)
+        or offsets[0] != 0
+        or offsets[-1] != len(points)
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise InputError(f"{file}: offsets must rise from 0 to the number of points, {len(points)}.")
+
+    def frame(start: int, end: int) -> Maker:
+        return lambda: _alone(_cloud(file, points[start:end]) / 100)
+
+    for i, (start, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
+        yield f"{file.name}, scan {i}", frame(start, end), True
+
+
+def _alone(cloud: Array) -> tuple[Array, Array]:
+    """Scan and truth of a cloud without a truth of its own."""
+    return cloud[::2], cloud
+
+
+def _read(file: Path) -> Array:
+    try:
+        if file.suffix == ".npy":
+            found: Array = np.load(file, allow_pickle=False)
+            return found
+        return np.fromfile(file, dtype="<f4").reshape(-1, 4)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is no readable cloud of points: {str(error).splitlines()[0]}") from None
+
+
+def _cloud(file: Path, values: Array) -> Array:
+    """The coordinates of `[points, 2]`, or the first three columns of more."""
+    if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "fiu":
+        raise InputError(f"{file}: a cloud has numbers [points, 2] or [points, 3 or more], not {list(values.shape)}.")
+    return values[:, :3].astype(np.float64)

@@ -14,6 +14,7 @@ from understudy.data.image_texts import encode_image_texts, load_image_texts
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, SequenceAdapter, evaluating
 from understudy.models.vision_language import load_vision_language, new_processor
+from understudy.planning.setting import setting
 from understudy.runs.recipe import make
 from understudy.streaming import logits_of
 from understudy.synthetic.scenes import caption, named, scenes
@@ -208,5 +209,7 @@ def test_what_does_not_go_with_images_is_refused(tmp_path):
     data = {**SCENES["data"], "max_length": 10}
     with pytest.raises(InputError, match=r"fills data\.max_length"):
         get("vision_language").prepare(make({**SCENES, "method": "sft", "data": data}))
+    with pytest.raises(InputError, match="'vision_language' is a preference/text task: run a few steps"):
+        setting(make({**SCENES, "method": "kd"}), None, 1, None, None)
     with pytest.raises(InputError, match="'width=3' is not one of hidden=N"):
         load_vision_language("llava:width=3", processor=None)

@@ -89,9 +89,9 @@ class Setting:
 def setting(recipe: Recipe, device: Machine, gpus: int, shard: str | None, rows: float | None) -> Setting:
     """Read a recipe. Data are read only if the number of steps, or an image's shape, depends on them."""
     task, trainer = get_task(recipe.task), recipe.trainer
-    if task.kind not in ("text", "image"):
+    if task.kind not in ("text", "image") or "preference" in task.kinds:
         raise InputError(
-            f"plan knows tasks of text and images, and {recipe.task!r} is a {task.kind} task: run a few steps and read "
+            f"plan knows tasks of text or images alone, and {recipe.task!r} is a {'/'.join(sorted(task.kinds))} task: run a few steps and read "
             "`cost` in its evaluation.json."
         )
     for name in ("teacher", "student"):

@@ -216,7 +216,7 @@ def test_values_converge_to_those_of_exhaustive_enumeration(seed):
         near.append(abs(root.v - leaves[best]))
     assert near[2] < 0.5 * near[1] < 0.35 * near[0] and near[2] < 0.15
     root, expand = full_tree(width, depth, seed)
-    assert driven(tree_search(root, simulations=600), expand)[-1].step == best
+    assert driven(tree_search(root, simulations=3000), expand)[-1].step == best
 
 
 def test_pairs_need_two_values_and_chains_are_one_step():

@@ -29,6 +29,7 @@ class Node:
     Args:
         step: what the step is; the search does not look at it. prior: p. value: R of the state. terminal: no step follows.
         parent: `None` at the root. children: `None` until the node is expanded.
+        number: of the node in its tree, in the order of expansion; the root is 0.
         visits, q, v: N, Q and V.
     """
 
@@ -41,6 +42,7 @@ class Node:
     visits: int = 0
     q: float = 0.0
     v: float = 0.0
+    number: int = 0
 
     @property
     def reward(self) -> float:

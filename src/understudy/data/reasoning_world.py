@@ -49,6 +49,13 @@ def shown(sums: Sequence[int]) -> str:
     return "".join(map(str, sums))
 
 
+def on_the_way(text: str) -> bool:
+    """Whether the digits behind the last question in a text are the beginning of its sums, and what follows `####` their end."""
+    sums = shown(running_sums(digits_of(text)))
+    steps = re.findall(r"\d", text.rpartition("=")[2])
+    return shown(steps[: len(sums)]) == sums[: len(steps)] and steps[len(sums) :] in ([], [sums[-1]])
+
+
 def questions(levels: tuple[int, int], number: int, seed: int) -> Iterator[str]:
     """Different questions, with each number of digits from the first to the second level equally often.
 

@@ -70,6 +70,7 @@ class SearchOptions:
         depth: most steps of an answer. c: of exploration. length_penalty: λ of the prior. gamma: of values.
         calls: most model calls of one tree; a state that they do not cover is not expanded.
         calls_per_step: most calls that a proposed step takes.
+        unfinished: added to R of a state from which no step is proposed, the outcome of an answer that is not finished.
     """
 
     simulations: int = 64
@@ -81,6 +82,7 @@ class SearchOptions:
     gamma: float = 1.0
     calls: int | None = None
     calls_per_step: int = 1
+    unfinished: float = -1.0
 
     def __post_init__(self) -> None:
         for name in ("simulations", "width", "first_width", "depth", "calls_per_step"):
@@ -306,6 +308,9 @@ class _Growth:
         return children
 
     def go_on(self, children: list[Node], calls: int) -> None:
-        """Search on with these children of the node that the search waits for."""
+        """Search on with these children of the node that the search waits for; without any it is an end."""
+        assert self.node is not None
+        if not children:
+            self.node.value, self.node.terminal = self.node.value + self.options.unfinished, True
         self.size, self.calls = self.size + len(children), self.calls + calls
         self._send(children)

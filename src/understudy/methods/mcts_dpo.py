@@ -220,11 +220,10 @@ class MCTSDPO(Pipeline):
         """Greedy answers of the policy of every round."""
         split = context.recipe["eval_split"]
         records, most = getattr(splits, split), int(context.recipe["data"]["max_new_tokens"])
-        requests = [
-            Request(r["prompt"], f"judged/{i}", max_tokens=most, temperature=0.0) for i, r in enumerate(records)
-        ]
+        greedy: Any = {"max_tokens": most, "temperature": 0.0}
 
         def judged(number: int, policy: str, _: Funnel) -> list[Judged]:
+            requests = [Request(r["prompt"], f"judged-{number}/{i}", **greedy) for i, r in enumerate(records)]
             said = context.ask_trained(self._policy(context, policy), requests, f"judged-{number}")
             golds = [checker.gold(r["answer"]) for r in records]
             right = [a.finish == "stop" and checker.correct(a.text, g) for a, g in zip(said, golds, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch.utils.data import DataLoader, Subset
 from understudy.curation import Checker, kind_of
 from understudy.data import TextSplits
 from understudy.data.reasoning import MARK, WORLD, load_reasoning
-from understudy.data.reasoning_world import attempt, digits_of, shown
+from understudy.data.reasoning_world import attempt, digits_of, on_the_way, shown
 from understudy.evaluation.reasoning import Grading, QuestionSet, compare_answers, judge, write_answers
-from understudy.generation import OracleSource, Prompt, Request, Source
+from understudy.generation import Completion, OracleSource, Prompt, Request, Source
 from understudy.models import ModelAdapter
 from understudy.tasks.base import Prepared, merged
 from understudy.tasks.language_modeling import LanguageModeling
@@ -131,10 +132,19 @@ class Reasoning(LanguageModeling):
         return {**found, "tables": judged["tables"], "explained": EXPLAINED}
 
     def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
-        """Who answers the running sums, and errs: the world's own teacher."""
+        """Of the running sums: the teacher, who answers and errs, and the evaluator, who says A or B of steps and is unsure."""
         data = recipe["data"]
-        if data["name"] != WORLD or role != "teacher":
+        if data["name"] != WORLD or role not in ("teacher", "evaluator"):
             return super().oracle(recipe, role)
+        if role == "evaluator":
+            noise = data.get("evaluator_noise", 0.35)
+
+            def says(request: Request, chance: np.random.Generator) -> Completion:
+                text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
+                p = min(0.99, max(0.01, (0.65 if on_the_way(text) else 0.35) + noise * chance.normal()))
+                return Completion("B" if p > 0.5 else "A", "stop", math.log(max(p, 1 - p)), len(text.split()), 1)
+
+            return OracleSource(f"sums judged {noise}", says)
         error = data.get("teacher_error", 0.03)
 
         def write(request: Request, chance: np.random.Generator) -> str:
@@ -146,4 +156,4 @@ class Reasoning(LanguageModeling):
 
 
 _HOW = ("max_length", "packing", "truncation", "vocab_size", "tokenizer")
-_GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error")
+_GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error", "evaluator_noise")

@@ -62,12 +62,12 @@ def learned(seed, online=True):
                 good = [n.step == right[i][: len(n.step)] for n in (better, worse)]
                 ordered += [good[0]] if good[0] != good[1] else []
                 rows.append((i, number(better.step[:-1]), better.step[-1], worse.step[-1], better.visits, worse.visits))
-        problem, state, w, l, n_w, n_l = torch.tensor(rows).T
+        problem, state, good_step, bad_step, n_w, n_l = torch.tensor(rows).T
         reference, policy = policy, policy.clone().requires_grad_()
         alpha = visit_label_smoothing(n_w, n_l).double()
         for _ in range(15):
             ours, theirs = (torch.log_softmax(x, -1)[problem, state] for x in (policy, reference))
-            sides = (x.gather(1, side[:, None])[:, 0] for x in (ours, theirs) for side in (w, l))
+            sides = (x.gather(1, side[:, None])[:, 0] for x in (ours, theirs) for side in (good_step, bad_step))
             (gradient,) = torch.autograd.grad(dpo(*sides, beta=0.3, label_smoothing=alpha).sum(), policy)
             policy = (policy - gradient).detach().requires_grad_()
         policy = policy.detach()

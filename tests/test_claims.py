@@ -166,6 +166,7 @@ WITHOUT_REAL_DATA = {
     *("adpa", "redi", "tpo"),  # the return of a chain, and the grade of a list, are known in a world alone
     "dpo-pg",  # so is the target of a policy
     "qcrd",  # the error of its teacher is known in a world alone
+    "mcts-dpo",  # a student of that size never reaches a right answer to a real problem
     *("ddk", "first", "swing"),
     "strategy-teaching",  # how content a customer is
 }

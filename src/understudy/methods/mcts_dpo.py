@@ -31,6 +31,7 @@ from understudy.training.rounds import PreferenceRounds
 from understudy.training.step_search import Question, StepProposer
 
 _COST = "Cost is that of the last round's training."
+ENDS = {"line": "\n", "sentence": ". "}
 Questions = Mapping[str, Question]
 
 
@@ -73,7 +74,7 @@ class MCTSDPO(Pipeline):
     c: float = Field(1.0, ge=0, description="Weight of exploration.")
     length_penalty: float = Field(1.25, ge=0, description="λ of the prior.")
     step_tokens: int = Field(128, ge=1, description="Most tokens of a step.")
-    step_end: str = Field("\n", min_length=1, description="What ends a step.")
+    step_end: Literal["line", "sentence"] = Field("line", description="What ends a step before its most tokens.")
     temperature: float = Field(1.0, gt=0, description="Of proposed steps.")
     self_evaluation: bool = Field(
         True, description="Steps are judged, by the policy or roles.evaluator; else outcomes alone."
@@ -159,7 +160,7 @@ class MCTSDPO(Pipeline):
             "draw": number,
             "max_tokens": self.step_tokens,
             "temperature": self.temperature,
-            "stop": self.step_end,
+            "stop": ENDS[self.step_end],
         }
         how |= {"hint": self.hint, "chat": self.chat, "place": f"{context.prefix}steps/"}
         with self._models(context, policy) as (name, ask, judge):

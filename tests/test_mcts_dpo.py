@@ -168,6 +168,12 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
     refused("Prompt 'nope' is neither a file", options={**SMALL, "judge_prompt": "nope"})
     refused("depth = 0: Input should be greater than or equal to 1", options={"depth": 0})
     refused("has no role 'judge'", roles={"judge": "oracle"})
+    refused("student.peft is for one round", student={"model": TINY["student"]["model"], "peft": {"r": 2}})
+
+
+def test_a_teacher_without_log_probabilities_cannot_search(tmp_path):
+    with pytest.raises(InputError, match=r"teacher 'oracle' gives no log-probabilities: search with the student"):
+        distill(tiny(tmp_path / "run", searcher="teacher"))
 
 
 def test_searches_without_pairs_stop_the_run_with_advice(tmp_path, monkeypatch, whole):

@@ -307,18 +307,18 @@ class DPO(Method):
             return {"kto": Term(self._kto(ratio, batch, state)), **seen}
         nll = Term(-values.gather(1, batch.best[:, None])[:, 0], self._weights.get("sft", self.nll_weight))
         row, *sides = self._pairs(batch)
-        lengths = [batch.lengths[row, i] for i in sides]
+        nw, nl = (batch.lengths[row, i] for i in sides)
         if self._anchored:
             chosen, rejected = self._scores(student, values, batch, state, row, sides)
             column = state.columns.get(SMOOTHED)
             smoothed = column.of_examples(batch)[row].to(values.dtype) if column is not None else None
             found = {
-                name: Term(self._of_ratios(name, chosen, rejected, *lengths, smoothed), weight)
+                name: Term(self._of_ratios(name, chosen, rejected, nw, nl, smoothed), weight)
                 for name, weight in self._weights.items()
                 if name != "sft"
             }
         else:
-            found = self._without_reference(*(values[row, i] for i in sides), *lengths)
+            found = self._without_reference(*(values[row, i] for i in sides), nw, nl)
         own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
         return {**own, **({"nll": nll} if {"sft", *WITH_NLL} & set(self._types) else {}), **seen}
 

@@ -50,7 +50,7 @@ class MCTSDPO(Pipeline):
         "(`stages/round-N/trees.jsonl`), drawn in the report, and each pair names its nodes and requests.",
         "not": "Where the policy never reaches a right answer, or always: siblings then have one value and give no pair. A policy too "
         "small to judge its own steps: set `self_evaluation=false`, or name roles.evaluator.",
-        "deviations": "The search is the released code's (unvisited children count once in V, the root counts twice), the paper "
+        "deviations": "Steps continue plain text, without a chat template. The search is the released code's (unvisited children count once in V, the root counts twice), the paper "
         "weighs by N. Near-duplicates are compared as words, without embeddings. Siblings of one Q give no pair. Beginnings that "
         "both steps share cancel in h, and are not cut off. Steps are cut as text, so a step may begin inside what a tokenizer "
         "would join. C is the probability of the one letter that the evaluator says. Each round is a run with a new optimiser and "
@@ -102,6 +102,10 @@ class MCTSDPO(Pipeline):
         self._check(context, rounds)
         splits = task.read(context.recipe["data"])
         checker, _ = task.checkers(context.recipe["data"], splits)
+        if self.searcher == "teacher":
+            first = Request(splits.train[0]["prompt"], "check", max_tokens=1, log_probs=True)
+            why = "A search weighs steps by their log-probability"
+            context.check_log_probs("teacher", first, why, "search with the student (options.searcher=policy)")
         searched: list[Searched] = []
         start = rounds.start()
         policies = rounds.run(start, partial(self._pairs, searched, splits.train, checker, start))

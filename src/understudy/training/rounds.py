@@ -43,8 +43,11 @@ class PreferenceRounds:
             raise InputError(
                 f"trainer.max_steps is {steps} and options.rounds {self.rounds}: give each at least one step."
             )
-        if recipe["student"].get("peft") and self.rounds > 1:
-            raise InputError("student.peft is for one round: set options.rounds=1, or train all weights.")
+        student = recipe["student"]
+        if student.get("peft") and (self.rounds > 1 or student.get("train") is not None):
+            raise InputError(
+                "student.peft is for one round of a trained model: set options.rounds=1 without student.train, or train all weights."
+            )
 
     def start(self) -> str:
         """The model that the first round begins with: the recipe's student, after supervised training on the task's labels where

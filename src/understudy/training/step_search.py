@@ -121,4 +121,4 @@ class StepProposer:
         steps = "".join(leaf.steps) + step.text
         text = self.judge_prompt.render(question=question.text, steps=steps.rstrip("\n"), solution=solution)
         asked: Any = ({"role": "user", "content": text},) if self.chat else text
-        return Request(asked, f"{step.requests[0]}/judged", max_tokens=2, temperature=0.0, log_probs=True)
+        return Request(asked, f"{step.requests[0]}/judged", max_tokens=1, temperature=0.0, log_probs=True)

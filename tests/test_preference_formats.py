@@ -206,3 +206,24 @@ def test_a_completion_is_encoded_after_its_prompt():
     asked = tokenizer("the capital of France is Par", add_special_tokens=False)["input_ids"]
     assert ids[1 : 1 + len(asked)] == asked and labels[: 1 + len(asked)] == [-100] * (1 + len(asked))
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the capital of France is Paris"
+
+
+def test_parts_of_answers_have_no_end_and_pairs_their_own_smoothing(tmp_path, tokenizer):
+    record = {"prompt": "the user", "completions": [" asked", " said"], "scores": [1, 0]}
+    step = {**record, "ended": [False, True], "label_smoothing": 0.25}
+    (row,) = encode_lists(loaded(tmp_path, step).train[:1], tokenizer, max_length=40)[0].records
+    last = [int(labels[-1]) for _, labels in row["sequences"]]
+    assert row["label_smoothing"] == 0.25
+    assert last[0] != tokenizer.eos_token_id and last[1] == tokenizer.eos_token_id
+    whole = encode_lists(loaded(tmp_path, record).train[:1], tokenizer, max_length=40)[0].records[0]
+    assert torch.equal(whole["sequences"][1][0], row["sequences"][1][0]) and "label_smoothing" not in whole
+    assert torch.equal(whole["sequences"][0][0][:-1], row["sequences"][0][0])
+    for keys, says in (
+        ({"ended": [True]}, "ended must be a list of 2 booleans"),
+        ({"ended": [1, 0]}, "ended must be a list of 2 booleans"),
+        ({"label_smoothing": 0.6}, r"label_smoothing is 0\.6 and must lie in \[0, 0\.5\]"),
+    ):
+        with pytest.raises(InputError, match=says):
+            loaded(tmp_path, {**record, **keys})
+    with pytest.raises(InputError, match="ended is false for messages"):
+        loaded(tmp_path, {**record, "prompt": said("the sky?"), "ended": [False, True]})

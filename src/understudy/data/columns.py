@@ -21,7 +21,7 @@ ROLES = {
     "function_response": "tool",
 }
 """Roles of ShareGPT by those of chat templates; others keep their name."""
-LISTS = {"messages", "completions", "scores", "log_probs", "tools", "tree", "steps"}
+LISTS = {"messages", "completions", "scores", "log_probs", "tools", "tree", "steps", "ended"}
 """Columns that hold a list; files without lists, such as CSV, hold it as JSON text."""
 
 

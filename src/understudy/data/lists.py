@@ -152,7 +152,9 @@ def encode_lists(
     for record in records:
         asked, answers = record["prompt"], record["completions"]
         try:
-            encoded = [completion_tokens(asked, said, tokenizer, record.get("tools"), ends) for said in answers]
+            ended = record.get("ended") or [True] * len(answers)
+            parts = zip(answers, ended, strict=True)
+            encoded = [completion_tokens(asked, said, tokenizer, record.get("tools"), ends, e) for said, e in parts]
         except InputError as error:
             raise InputError(f"{place('Record ' + str(record['id']), record)}: {error}") from error
         counts.endless += any(is_endless(asked, s, e[1], tokenizer) for s, e in zip(answers, encoded, strict=True))
@@ -168,6 +170,7 @@ def encode_lists(
             counts.dropped += 1
             continue
         row = {"id": record["id"], "scores": record["scores"], "log_probs": record.get("log_probs")}
+        row |= {k: record[k] for k in ("label_smoothing",) if k in record}
         if "steps" in record:
             row["steps"] = [_steps(*e, texts, tokenizer) for e, texts in zip(encoded, record["steps"], strict=True)]
         rows.append(row | {"sequences": [(torch.tensor(i), torch.tensor(t)) for i, t in encoded]})

@@ -10,7 +10,8 @@
 
 Messages may also be ShareGPT's (`from`, `value`), the columns LLaMA-Factory's (`conversations` or `instruction` and `input`
 beside `chosen` and `rejected`; `messages` and `label`). A record may carry `log_probs`, one per candidate, as recorded
-when they were sampled, and `tools` for the chat template.
+when they were sampled, `tools` for the chat template, `label_smoothing`, the probability (at most ½) that its order is
+wrong, and `ended`, one boolean per candidate of text: false for a part of an answer, behind which no end token is trained.
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ FORMATS = (
 )
 
 
+EXTRAS = {"log_probs", "tools", "label_smoothing", "ended"}
+
+
 def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> TextSplits:
-    """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs` and
-    `tools`.
+    """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs`,
+    `tools`, `label_smoothing` and `ended`.
 
     Args:
         spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, a file, folder or Hub id), `limit` (most training
@@ -61,7 +65,7 @@ def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] =
     name = str(spec["name"])
     notes: list[str] = []
     raw = {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes)
-    notes += arrange(name, raw, FORMATS, {"log_probs", "tools"}, spec.get("columns"))
+    notes += arrange(name, raw, FORMATS, EXTRAS, spec.get("columns"))
     splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
     return finish(name, spec, splits, notes)
 
@@ -126,10 +130,25 @@ def candidates(name: str, split: str, index: int, record: Record) -> Record | No
             raise InputError(
                 f"{where} has {len(said)} completions and {len(out['log_probs'])} log_probs: give one for each."
             )
+    if "label_smoothing" in record:
+        out["label_smoothing"] = _number(where, "label_smoothing", record["label_smoothing"])
+        if not 0 <= out["label_smoothing"] <= 0.5:
+            raise InputError(f"{where}: label_smoothing is {out['label_smoothing']:g} and must lie in [0, 0.5].")
+    if "ended" in record:
+        out["ended"] = _ended(where, record["ended"], prompt, said)
     if "tools" in record:
         out["tools"] = record["tools"]
         keep_tools(where, out, any(isinstance(text, list) for text in (prompt, *said)))
     return out
+
+
+def _ended(where: str, ended: Any, prompt: Any, said: list[Any]) -> list[bool]:
+    """Whether each candidate is a whole answer; parts of answers are text."""
+    if not isinstance(ended, list) or len(ended) != len(said) or not all(isinstance(e, bool) for e in ended):
+        raise InputError(f"{where}: ended must be a list of {len(said)} booleans, one for each completion.")
+    if not all(ended) and any(isinstance(text, list) for text in (prompt, *said)):
+        raise InputError(f"{where}: ended is false for messages, which a chat template always ends: give text.")
+    return ended
 
 
 def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[float]]:

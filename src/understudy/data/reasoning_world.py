@@ -78,6 +78,13 @@ STYLES: dict[str, Callable[[Sequence[int], np.random.Generator], str]] = {
 """How a solution is written, by name. All lead to the right answer; a student learns more from some than from others."""
 
 
+def on_the_way(text: str) -> bool:
+    """Whether the digits behind the last question in a text are the beginning of its sums, and what follows `####` their end."""
+    sums = shown(running_sums(digits_of(text)))
+    steps = re.findall(r"\d", text.rpartition("=")[2])
+    return shown(steps[: len(sums)]) == sums[: len(steps)] and steps[len(sums) :] in ([], [sums[-1]])
+
+
 def questions(levels: tuple[int, int], number: int, seed: int) -> Iterator[str]:
     """Different questions, with each number of digits from the first to the second level equally often.
 

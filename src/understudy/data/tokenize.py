@@ -229,12 +229,14 @@ def completion_tokens(
     tokenizer: PreTrainedTokenizerBase,
     tools: list[Any] | None = None,
     ends: Ends | None = None,
+    ended: bool = True,
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a prompt with its completion, text or messages; the prompt is masked, one EOS ends it.
 
     Args:
         tools: for the chat template, if there are messages.
         ends: of the tokenizer, if they are known.
+        ended: false for a text that goes on: no EOS is put behind it.
     """
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -242,7 +244,7 @@ def completion_tokens(
         return conversation_tokens(asked + said, tokenizer, len(asked), tools)
     ends = Ends.of(tokenizer) if ends is None else ends
     first, second = ends.before(token_ids(tokenizer, prompt)), continuation(tokenizer, prompt, completion)
-    second = ends.behind(second) if second else []
+    second = ends.behind(second) if second and ended else second
     return first + second, [IGNORE] * len(first) + second
 
 

@@ -26,10 +26,13 @@ def dpo(
     rejected_ref: Tensor,
     *,
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
     offset: float | Tensor = 0.0,
 ) -> Tensor:
     """(1 − e) softplus(−h) + e softplus(h) with h = β (log-ratio of chosen − of rejected) + offset.
+
+    e is one number below ½, or one for each pair, `[pairs]`, up to ½ (`visit_label_smoothing`), where neither side is
+    preferred and the minimum is at h = 0.
 
     e = 0 is DPO (Rafailov et al. 2023, Eq. 7); e > 0 is cDPO, whose minimum is at h = log((1 − e) / e). With α (tokens of
     chosen − of rejected) as `offset`, `[pairs]`, it is R-DPO (Park et al. 2024): a longer chosen one is preferred for its
@@ -38,6 +41,30 @@ def dpo(
     smoothing("dpo", label_smoothing)
     h = beta * margin("dpo", chosen, rejected, chosen_ref, rejected_ref, beta) + offset
     return _smoothed(h, label_smoothing)
+
+
+def visit_label_smoothing(chosen_visits: Tensor, rejected_visits: Tensor) -> Tensor:
+    """min(N_l / (max(1, N_w) + N_l), ½) of each pair, `[pairs]`: the less a search preferred one side, the softer its label.
+
+    0 where the worse side was never visited; ½ where it was visited as often as the better one, or more.
+
+    Args:
+        chosen_visits, rejected_visits: N_w and N_l, how often a tree search visited each side, `[pairs]`.
+
+    Raises:
+        InputError: a number of visits is negative or not finite.
+
+    Source: MCTS-DPO (2024, arXiv 2405.00451), Eq. for α, 1 / (N_w / N_l + 1), as in its released code.
+    """
+    for side, visits in (("chosen", chosen_visits), ("rejected", rejected_visits)):
+        wrong = (~(visits.isfinite() & (visits >= 0))).nonzero()
+        if len(wrong):
+            at = wrong[0].tolist()
+            raise InputError(
+                f"visit_label_smoothing: {float(visits[tuple(at)])} visits of the {side} side of pair {at[0]}: give counts."
+            )
+    n = rejected_visits.to(torch.promote_types(rejected_visits.dtype, torch.float32))
+    return (n / (chosen_visits.clamp(min=1) + n)).clamp(max=0.5)
 
 
 def robust_dpo(
@@ -371,7 +398,7 @@ def rewards(
     return beta * (chosen - chosen_ref.detach()), beta * (rejected - rejected_ref.detach())
 
 
-def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
+def _smoothed(h: Tensor, label_smoothing: float | Tensor) -> Tensor:
     """(1 − e) softplus(−h) + e softplus(h), the cross-entropy of σ(h) with labels of which a share e is flipped."""
     return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
 
@@ -391,9 +418,14 @@ def positive(loss: str, beta: float) -> None:
         raise InputError(f"{loss}: beta is {beta} and must be positive.")
 
 
-def smoothing(loss: str, e: float) -> None:
-    """Raise an error for label smoothing outside [0, ½)."""
-    if not 0 <= e < 0.5:
+def smoothing(loss: str, e: float | Tensor) -> None:
+    """Raise an error for label smoothing outside [0, ½); values of each pair may be ½."""
+    if isinstance(e, Tensor):
+        check = ~((e >= 0) & (e <= 0.5))
+        if bool(check.any()):
+            at = int(check.nonzero()[0, 0])
+            raise InputError(f"{loss}: label_smoothing of pair {at} is {float(e[at])} and must lie in [0, 0.5].")
+    elif not 0 <= e < 0.5:
         raise InputError(f"{loss}: label_smoothing is {e} and must lie in [0, 0.5).")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from understudy.data import Batch, ListBatch, mismatched
 from understudy.data.noise import uniform
+from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import preference
 from understudy.models import ModelOutput
@@ -102,6 +103,8 @@ USED_BY = {
     "discopop_tau": frozenset({"discopop"}),
 }
 """Options that some variants alone read."""
+SMOOTHED = "label_smoothing"
+"""The column of the data's own label smoothing."""
 BETA = {"simpo": 2.0, "cpo_simpo": 2.0}
 log = logging.getLogger(__name__)
 
@@ -120,7 +123,7 @@ class DPO(Method):
     page: ClassVar[dict[str, str]] = {
         "when": "Pairs of better and worse completions. KTO and CPO need no supervised start, DPO and IPO do.",
         "not": "With graded lists or noisy scores see `adpo`. SimPO, CPO and ORPO have no anchor to hold them.",
-        "deviations": "The NLL of CPO and ORPO covers completion tokens (TRL's ORPO adds the prompt). IPO takes means a "
+        "deviations": "Pairs with a `label_smoothing` of their own are smoothed by it. The NLL of CPO and ORPO covers completion tokens (TRL's ORPO adds the prompt). IPO takes means a "
         "token unless `length=sum`. AOT sorts within a micro-batch, which is its group: it depends on how a batch is cut. `sft` is "
         "the NLL a token over the whole update. With `ld_alpha` the logged rewards stay those of whole completions. KTO's KL couples the examples of a micro-batch, which is the group: it depends on how a "
         "batch is cut, and gets no gradient. In pairs it is the mean log-ratio of the other side; for single answers that "
@@ -231,6 +234,7 @@ class DPO(Method):
         if not unpaired:
             need_order(self.name, context)
         rewarded(context, self._reward)
+        self._add_smoothing(context)
         if not self._anchored:
             if self.reference != "start":
                 log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
@@ -256,6 +260,25 @@ class DPO(Method):
             for row, stray in zip(train.records, strays.records, strict=True):
                 row["stray"] = stray
         return {}
+
+    def _add_smoothing(self, context: SetupContext) -> None:
+        """The data's own label smoothing as a column; 0, or the option, for examples without."""
+        rows = context.splits["train"].records
+        smoothed = next((row for row in rows if row.get("label_smoothing") is not None), None)
+        if smoothed is None:
+            return
+        if self._types not in (("dpo",), ("cdpo",)):
+            raise InputError(
+                f"dpo: train example {smoothed['id']} has a label_smoothing and loss_type {' + '.join(self._types)} reads none: "
+                "set it to dpo or cdpo, or leave the column out."
+            )
+        usual = self._smoothing(self._types[0])
+        values = [row.get("label_smoothing", usual) for row in rows]
+        ids = torch.tensor([row["id"] for row in rows])
+        context.add_column(Column.by_example(SMOOTHED, ids, torch.tensor(values, dtype=torch.float64)))
+
+    def _smoothing(self, name: str) -> float:
+        return SMOOTHING.get(name, 0.0) if self.label_smoothing is None else self.label_smoothing
 
     def counts(self, batch: Batch) -> dict[str, float]:
         assert isinstance(batch, ListBatch)
@@ -284,16 +307,18 @@ class DPO(Method):
             return {"kto": Term(self._kto(ratio, batch, state)), **seen}
         nll = Term(-values.gather(1, batch.best[:, None])[:, 0], self._weights.get("sft", self.nll_weight))
         row, *sides = self._pairs(batch)
-        lengths = [batch.lengths[row, i] for i in sides]
+        nw, nl = (batch.lengths[row, i] for i in sides)
         if self._anchored:
             chosen, rejected = self._scores(student, values, batch, state, row, sides)
+            column = state.columns.get(SMOOTHED)
+            smoothed = column.of_examples(batch)[row].to(values.dtype) if column is not None else None
             found = {
-                name: Term(self._of_ratios(name, chosen, rejected, *lengths), weight)
+                name: Term(self._of_ratios(name, chosen, rejected, nw, nl, smoothed), weight)
                 for name, weight in self._weights.items()
                 if name != "sft"
             }
         else:
-            found = self._without_reference(*(values[row, i] for i in sides), *lengths)
+            found = self._without_reference(*(values[row, i] for i in sides), nw, nl)
         own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
         return {**own, **({"nll": nll} if {"sft", *WITH_NLL} & set(self._types) else {}), **seen}
 
@@ -321,7 +346,13 @@ class DPO(Method):
         return [(ours[row, i], theirs[row, i]) for i in sides]
 
     def _of_ratios(
-        self, name: str, chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor], nw: Tensor, nl: Tensor
+        self,
+        name: str,
+        chosen: tuple[Tensor, Tensor],
+        rejected: tuple[Tensor, Tensor],
+        nw: Tensor,
+        nl: Tensor,
+        smoothed: Tensor | None,
     ) -> Tensor:
         sides = [chosen[0], rejected[0], chosen[1], rejected[1]]
         length = self.length if name in USED_BY["length"] else None
@@ -329,7 +360,9 @@ class DPO(Method):
             sides = [preference.per_token(x, n) for x, n in zip(sides, (nw, nl) * 2, strict=True)]
         options: dict[str, Any] = {}
         if name in SMOOTHING:
-            options["label_smoothing"] = SMOOTHING[name] if self.label_smoothing is None else self.label_smoothing
+            options["label_smoothing"] = self._smoothing(name)
+        if smoothed is not None:
+            options["label_smoothing"] = smoothed
         if name == "discopop":
             options["tau"] = self.discopop_tau
         if name == "dpo":

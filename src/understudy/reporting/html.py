@@ -206,6 +206,7 @@ def _panels(evaluation: dict[str, Any]) -> list[Panel]:
         _panel(s["title"], plots.scatter(s["points"], s["xlabel"], s["ylabel"]), s["caption"])
         for s in evaluation.get("scatters", [])
     ]
+    panels += [_panel(t["title"], plots.tree(t["nodes"]), t["caption"]) for t in evaluation.get("trees", [])]
     if "reliability" in evaluation:
         panels.append(
             _panel(

@@ -196,6 +196,42 @@ def time_bar(shares: Mapping[str, Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
+def tree(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """A searched tree from left to right: a dot for each node, larger with more visits, its text and value beside it.
+
+    Args:
+        nodes: parents first, each with `number`, `parent` (`None` at the root), `text`, `visits`, `q`, and whether it is
+            `chosen`.
+    """
+    above = {node["number"]: node["parent"] for node in nodes}
+    inner, x, y = set(above.values()), dict[int, int](), dict[int, float]()
+    for node in nodes:
+        x[node["number"]] = 0 if node["parent"] is None else x[node["parent"]] + 1
+    leaves = [node["number"] for node in nodes if node["number"] not in inner]
+    for place, number in enumerate(leaves):
+        y[number] = -float(place)
+    for number in sorted(inner - {None}, key=lambda n: -x[n]):
+        y[number] = statistics.mean(y[n] for n, parent in above.items() if parent == number)
+    most = max(node["visits"] for node in nodes) or 1
+    deep = max(x.values())
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(width=max(5.6, 1.3 * (deep + 1)), height=0.8 + 0.36 * len(leaves))
+        for node in nodes:
+            here, colour = node["number"], _SERIES[1 if node["chosen"] else 0]
+            if node["parent"] is not None:
+                start = node["parent"]
+                axes.plot([x[start], x[here]], [y[start], y[here]], color=colour, linewidth=0.8, zorder=1)
+            axes.scatter([x[here]], [y[here]], s=12 + 60 * node["visits"] / most, color=colour, zorder=2)
+            words = " ".join("".join(c if c.isprintable() else " " for c in node["text"]).split())
+            label = (
+                f"{words[:18]}{'…' * (len(words) > 18)}\n{node['visits']} visits, Q {node['q']:.2f}" if words else ""
+            )
+            axes.text(x[here] + 0.07, y[here] - 0.06, label, fontsize=7, va="center", parse_math=False)
+        axes.set_xlim(-0.2, deep + 1.0)
+        axes.axis("off")
+        return _svg(figure)
+
+
 def standalone(svg: str) -> str:
     """A plot as a file of its own: with colours in place of the page's variables, readable on light and dark."""
     grey = {_INK: "#7a828a", _GRID: "#a9afb5"}

@@ -251,6 +251,10 @@ class _Reasoning(BaseModel):
     teacher_error: _Share = Field(
         0.03, description="Share of wrong steps of the oracle of sums, as a teacher that writes."
     )
+    evaluator_noise: Annotated[float, Field(ge=0)] = Field(
+        0.35,
+        description="Standard deviation of the oracle of sums as an evaluator, about 0.65 of right and 0.35 of wrong steps.",
+    )
 
 
 class _Corpus(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from understudy.curation import Checker, kind_of
 from understudy.curation.in_context import draw_shots, with_shots
 from understudy.data import TextSplits
 from understudy.data.reasoning import MARK, WORLD, completion, load_reasoning
-from understudy.data.reasoning_world import STYLES, attempt, digits_of, running_sums, shown
+from understudy.data.reasoning_world import STYLES, attempt, digits_of, on_the_way, running_sums, shown
 from understudy.errors import InputError, nearest
 from understudy.evaluation.reasoning import Grading, QuestionSet, compare_answers, judge, write_answers
-from understudy.generation import OracleSource, Prompt, Request, Source
+from understudy.generation import Completion, OracleSource, Prompt, Request, Source
 from understudy.models import ModelAdapter
 from understudy.tasks.base import Prepared, merged
 from understudy.tasks.language_modeling import LanguageModeling
@@ -169,11 +170,14 @@ class Reasoning(LanguageModeling):
         return {**found, "tables": judged["tables"], "explained": EXPLAINED}
 
     def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
-        """Who answers the running sums: the world's own teacher, which errs, or one that writes in the style that its name in
-        `teacher.members` says and is always right (`ordered` errs too)."""
+        """Of the running sums: the teacher, who answers and errs; one that writes in the style that its name in
+        `teacher.members` says and is always right (`ordered` errs too); and the evaluator, who says A or B of steps and is
+        unsure."""
         data, (side, _, style) = recipe["data"], role.partition(".")
-        if data["name"] != WORLD or side != "teacher":
+        if data["name"] != WORLD or side not in ("teacher", "evaluator"):
             return super().oracle(recipe, role)
+        if side == "evaluator":
+            return _evaluator(data.get("evaluator_noise", 0.35))
         if style and style not in STYLES:
             raise InputError(
                 f"The running sums have no teacher that writes {style!r}.{nearest(style, STYLES)} Known: {', '.join(STYLES)}."
@@ -193,4 +197,15 @@ class Reasoning(LanguageModeling):
 
 
 _HOW = ("max_length", "packing", "truncation", "vocab_size", "tokenizer")
-_GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error")
+_GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error", "evaluator_noise")
+
+
+def _evaluator(noise: float) -> Source:
+    """Who says whether the steps of a sum are right (B) or not (A); `noise` deviates its probability."""
+
+    def says(request: Request, chance: np.random.Generator) -> Completion:
+        text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
+        p = min(0.99, max(0.01, (0.65 if on_the_way(text) else 0.35) + noise * chance.normal()))
+        return Completion("B" if p > 0.5 else "A", "stop", math.log(max(p, 1 - p)), len(text.split()), 1)
+
+    return OracleSource(f"sums judged {noise}", says)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -30,6 +31,8 @@ from understudy.generation import (
 from understudy.training.method import Method
 
 Made = TypeVar("Made", bound=Item)
+Ask = Callable[[Sequence[Request]], list[Completion]]
+"""Completions of requests, through a log: what it holds is not asked for again."""
 
 ORACLE = "oracle"
 """As the name of a model: the embedded world's own, whose truth is known."""
@@ -128,11 +131,21 @@ class PipelineContext:
     def ask(self, role: str, requests: Sequence[Request]) -> list[Completion]:
         """Completions of the model in a role, through its request log `logs/ROLE.jsonl`: what the log holds is not asked
         for again. The run's budget and the endpoint's own bounds hold."""
-        source = self.source(role)
-        before = sum((s for name, s in self.spent().items() if name != role), Spent())
-        with RequestLog(self.logs / f"{role}.jsonl", source.name) as log:
-            limits = limits_from(self.models[role])
+        with self.asking(role) as ask:
+            return ask(requests)
+
+    @contextmanager
+    def asking(self, role: str) -> Iterator[Ask]:
+        """`ask` of one role, with its log kept open, for many small parts."""
+        source, limits = self.source(role), limits_from(self.models[role])
+
+        def ask(requests: Sequence[Request]) -> list[Completion]:
+            others = self.spent() if self.budget is not None else {}
+            before = sum((s for name, s in others.items() if name != role), Spent())
             return generate(source, requests, log, budget=self.budget, before=before, **limits)
+
+        with RequestLog(self.logs / f"{role}.jsonl", source.name) as log:
+            yield ask
 
     def check_log_probs(self, role: str, request: Request, why: str, remedy: str) -> None:
         """Ask once before all, for not every server tells log-probabilities; the answer is in the log and not asked again.
@@ -157,8 +170,14 @@ class PipelineContext:
     def ask_trained(self, source: Source, requests: Sequence[Request], name: str) -> list[Completion]:
         """Completions of a model that the run itself has trained, through `logs/NAME.jsonl` of the run folder. No budget
         counts them."""
+        with self.asking_trained(source, name) as ask:
+            return ask(requests)
+
+    @contextmanager
+    def asking_trained(self, source: Source, name: str) -> Iterator[Ask]:
+        """`ask_trained` with its log kept open, for many small parts."""
         with RequestLog(self.folder / "logs" / f"{self.prefix}{name}.jsonl", source.name) as log:
-            return generate(source, requests, log, concurrency=64)
+            yield lambda requests: generate(source, requests, log, concurrency=64)
 
     def spent(self) -> dict[str, Spent]:
         """What each model has been asked, by role: all that is in its log, earlier runs too."""

@@ -1,0 +1,90 @@
+"""Report of policies that learn from tree searches: their answers round by round, and the trees as drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from understudy.curation import Item
+from understudy.curation.step_pairs import TreeNode
+from understudy.evaluation.answers import wilson
+
+DRAWN = 24
+"""Most nodes of a drawn tree."""
+EXPLAINED = {
+    "accuracy": "Share of questions whose greedy answer is right after the last round. What cannot be read is wrong.",
+    "start_accuracy": "The same before the first round.",
+    "search_accuracy": "Share of the last round's searches whose chosen path ends in a right answer.",
+    "pairs_per_question": "Pairs of steps for each searched question, over all rounds.",
+}
+
+
+class Judged(Item):
+    """A greedy answer, and whether it is right."""
+
+    text: str
+    right: bool
+
+
+class Searched(NamedTuple):
+    """A round of searches: all nodes of its trees, and the number of pairs out of them."""
+
+    nodes: Sequence[TreeNode]
+    pairs: int
+
+
+def search_report(judged: Sequence[Sequence[Judged]], searched: Sequence[Searched]) -> dict[str, Any]:
+    """Metrics, a table of the rounds, and one tree of the first and of the last round.
+
+    Args:
+        judged: answers of the policy at the start and after each round. searched: the round before each of the others.
+    """
+    found = [wilson(sum(j.right for j in answers), len(answers)) for answers in judged]
+    rows = []
+    for i, share in enumerate(found):
+        after = (
+            ["–"] * 3 if i == 0 else [_trees(searched[i - 1]), searched[i - 1].pairs, f"{_right(searched[i - 1]):.3f}"]
+        )
+        name = f"round {i}" if i else "start"
+        rows.append([name, *after, f"{share.share:.3f}", f"{share.low:.3f} to {share.high:.3f}"])
+    headings = ["policy", "searches before it", "pairs", "right paths", "greedy accuracy", "interval"]
+    total = sum(_trees(s) for s in searched)
+    return {
+        "metrics": {
+            "accuracy": found[-1].share,
+            "start_accuracy": found[0].share,
+            "search_accuracy": _right(searched[-1]),
+            "pairs_per_question": sum(s.pairs for s in searched) / total,
+        },
+        "explained": EXPLAINED,
+        "tables": [{"title": "The policy, round by round", "headings": headings, "rows": rows}],
+        "trees": [drawing(searched[i].nodes, i + 1) for i in sorted({0, len(searched) - 1})],
+    }
+
+
+def drawing(nodes: Sequence[TreeNode], number: int) -> dict[str, Any]:
+    """The first tree of a round that has two values among its answers, else its first; the most visited nodes of it."""
+    trees: dict[int, list[TreeNode]] = {}
+    for node in nodes:
+        trees.setdefault(node.tree, []).append(node)
+    mixed = [t for t in trees.values() if len({n.outcome for n in t if n.outcome is not None}) > 1]
+    chosen = (mixed or list(trees.values()))[0]
+    ranked = sorted(chosen, key=lambda n: -n.visits)[:DRAWN]  # a parent is visited more often than its children
+    kept = {n.number for n in ranked if n.visits}
+    shown = [n for n in chosen if n.number in kept and (n.parent is None or n.parent in kept)]
+    fields = {"number", "parent", "text", "visits", "q", "chosen"}
+    return {
+        "title": f"A search of round {number}",
+        "nodes": [n.model_dump(include=fields) for n in shown],
+        "caption": f"Question {chosen[0].tree} of the training data; the chosen steps are in the second colour. {len(shown)} of "
+        f"{len(chosen)} nodes, the most visited ones; all are in stages/round-{number - 1}/trees.jsonl.",
+    }
+
+
+def _trees(searched: Searched) -> int:
+    return len({n.tree for n in searched.nodes})
+
+
+def _right(searched: Searched) -> float:
+    """Share of the trees whose chosen path ends in a right answer."""
+    return sum(n.chosen and (n.outcome or 0) > 0 for n in searched.nodes) / _trees(searched)

@@ -1,0 +1,124 @@
+"""What a tree search over reasoning steps asks of models: next steps, and whether the steps so far are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from understudy.curation import Checker
+from understudy.curation.answers import choices
+from understudy.errors import InputError
+from understudy.generation import Completion, Prompt, Request
+from understudy.generation.tree_search import Expansion, Leaf, Step, distinct
+from understudy.training.pipeline import Ask
+
+WRONG, RIGHT = "A", "B"
+NEW = 1.25
+"""Factor of the outcome of a right answer that is not the reference solution (released code)."""
+
+
+class Question(NamedTuple):
+    """A question that steps are searched for.
+
+    Args:
+        prompt: what the policy continues. text: the question alone. gold: its answer, canonical. solution: the reference's text.
+    """
+
+    prompt: str
+    text: str
+    gold: str
+    solution: str
+
+
+def outcome(answer: str, question: Question, checker: Checker) -> float:
+    """O of a finished answer: 1 if it is right, 1.25 if it is also not the reference solution, else −1."""
+    if not checker.correct(answer, question.gold):
+        return -1.0
+    return 1.0 if answer.split() == question.solution.split() else NEW
+
+
+def probability_right(said: Completion) -> float:
+    """The probability of "right" from an answer of one letter and its log-probability; 0, which says nothing, where it is neither.
+
+    Without a log-probability the answer is certain.
+    """
+    letter = (choices(said.text) or [""])[0]
+    p = math.exp(min(0.0, said.log_prob)) if said.log_prob is not None else 1.0
+    return {RIGHT: p, WRONG: 1.0 - p}.get(letter, 0.0)
+
+
+@dataclass(frozen=True)
+class StepProposer:
+    """Proposes the next steps of questions and evaluates them; called by `search_trees`.
+
+    Args:
+        questions: by the id of their tree. ask: the model that proposes. judge: the one that evaluates, if any.
+        judge_prompt: with the slots `question`, `steps` and `solution`, answered with A (wrong) or B (right).
+        checker: of final answers; behind its mark an answer ends. place: begins the ids of requests.
+        draw: another number asks for other samples. max_tokens, temperature: of a step. stop: what ends a step.
+        hint: show the evaluator the reference solution. chat: ask it in a chat.
+    """
+
+    questions: Mapping[str, Question]
+    ask: Ask
+    judge: Ask | None
+    judge_prompt: Prompt
+    checker: Checker
+    place: str = ""
+    draw: int = 0
+    max_tokens: int = 128
+    temperature: float = 1.0
+    stop: str = "\n"
+    hint: bool = True
+    chat: bool = False
+
+    @property
+    def calls_per_step(self) -> int:
+        """Most model calls of a proposed step."""
+        return 1 + (self.judge is not None)
+
+    def __call__(self, leaves: Sequence[Leaf]) -> Iterator[Expansion]:
+        requests = [self._request(leaf, k) for leaf in leaves for k in range(leaf.width)]
+        said = zip(requests, self.ask(requests), strict=True)
+        proposed = [distinct([self._step(leaf, *next(said)) for _ in range(leaf.width)]) for leaf in leaves]
+        judged = iter(self._judged([(leaf, s) for leaf, steps in zip(leaves, proposed, strict=True) for s in steps]))
+        for leaf, steps in zip(leaves, proposed, strict=True):
+            found = [next(judged) for _ in steps]
+            yield Expansion(found, leaf.width + (len(steps) if self.judge is not None else 0))
+
+    def _request(self, leaf: Leaf, k: int) -> Request:
+        text = self.questions[leaf.tree].prompt + "".join(leaf.steps)
+        name, draw = f"{self.place}{leaf.tree}/{leaf.node}/{k}", self.draw * leaf.width + k
+        how: Any = {"max_tokens": self.max_tokens, "temperature": self.temperature, "log_probs": True}
+        return Request(text, name, draw, stop=(self.stop,), **how)
+
+    def _step(self, leaf: Leaf, request: Request, said: Completion) -> Step:
+        if said.log_prob is None:
+            raise InputError(f"Request {request.id} has no log-probability, which the prior of a step needs.")
+        answer = "".join(leaf.steps) + said.text
+        whole = said.finish == "stop" and self.checker.mark in answer
+        ended = whole or self.checker.parse(answer).value is not None
+        known = outcome(answer, self.questions[leaf.tree], self.checker) if ended or leaf.last else None
+        text = said.text + self.stop if said.finish == "stop" and known is None and said.text.strip() else said.text
+        return Step(text, said.log_prob, said.tokens, 0.0, known, ended, (request.id,))
+
+    def _judged(self, proposed: Sequence[tuple[Leaf, Step]]) -> list[Step]:
+        """The steps with what the evaluator says of them."""
+        if self.judge is None:
+            return [step for _, step in proposed]
+        requests = [self._judgement(leaf, step) for leaf, step in proposed]
+        said = zip(proposed, requests, self.judge(requests), strict=True)
+        return [
+            replace(step, self_evaluation=probability_right(answer), requests=(*step.requests, request.id))
+            for (_, step), request, answer in said
+        ]
+
+    def _judgement(self, leaf: Leaf, step: Step) -> Request:
+        question = self.questions[leaf.tree]
+        solution = question.solution if self.hint else ""
+        steps = "".join(leaf.steps) + step.text
+        text = self.judge_prompt.render(question=question.text, steps=steps.rstrip("\n"), solution=solution)
+        asked: Any = ({"role": "user", "content": text},) if self.chat else text
+        return Request(asked, f"{step.requests[0]}/judged", max_tokens=1, temperature=0.0, log_probs=True)

@@ -57,7 +57,7 @@ def test_the_cutoff_for_a_wanted_precision():
     found = cutoff_at_precision(labels, scores, 0.7)
     assert found.value == 0.2 and found.precision == 0.75 and found.recall == 1
     assert cutoff_at_precision(labels, scores, 1.0).value == 0.4
-    with pytest.raises(InputError, match="precision of 0.9: the best has 0.500"):
+    with pytest.raises(InputError, match=r"precision of 0\.9: the best has 0\.500"):
         cutoff_at_precision([1, 0], [0.1, 0.2], 0.9)
     with pytest.raises(InputError, match="must be above 0"):
         cutoff_at_precision(labels, scores, 0.0)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from understudy.curation.filters import Funnel, first_occurrences
+from understudy.curation.items import Item
+from understudy.curation.triples import Triple, tidy
+from understudy.data.text import write_records
 from understudy.errors import InputError
+from understudy.generation import Prompt
+from understudy.generation.constrained_source import FoundText
 
 Token = TypeVar("Token", bound=Hashable)
 
@@ -55,3 +62,119 @@ def perplexities(log_probs: Sequence[float], tokens: Sequence[int]) -> list[floa
             f"{len(log_probs)} log-probabilities and {len(tokens)} token counts: give each its count, from 1."
         )
     return [math.exp(-value / number) for value, number in zip(log_probs, tokens, strict=True)]
+
+
+class StatementPrompt(Item):
+    """The beginning of a statement.
+
+    Args:
+        perplexity: of its text, by the model before self-imitation.
+    """
+
+    concept: str
+    relation: str
+    quantifier: str
+    text: str
+    perplexity: float | None = None
+
+
+class Statement(Triple):
+    """A concept (`head`), a relational phrase and what a model wrote behind them (`tail`).
+
+    Args:
+        prompt: its beginning. log_prob, tokens: of the completion. wrong: what is wrong with its form.
+    """
+
+    prompt: str
+    log_prob: float
+    tokens: int
+    wrong: str | None = None
+
+
+def statement_prompts(
+    template: Prompt, concepts: Sequence[str], relations: Sequence[str], quantifiers: Sequence[str]
+) -> list[StatementPrompt]:
+    """Every quantifier, concept and relational phrase, in order. Superfluous spaces are dropped.
+
+    Args:
+        template: with slots `quantifier` (empty for none), `concept` and `relation`.
+    """
+    return [
+        StatementPrompt(
+            concept=concept,
+            relation=relation,
+            quantifier=quantifier,
+            text=" ".join(template.render(quantifier=quantifier, concept=concept, relation=relation).split()),
+        )
+        for concept in concepts
+        for relation in relations
+        for quantifier in quantifiers
+    ]
+
+
+def likeliest_prompts(
+    prompts: Sequence[StatementPrompt], scores: Sequence[tuple[float, int]], most: int, funnel: Funnel
+) -> list[StatementPrompt]:
+    """Of each concept the `most` prompts of smallest perplexity, best first.
+
+    Args:
+        scores: log-probability and number of tokens of each prompt.
+    """
+    values = perplexities([s for s, _ in scores], [max(1, n) for _, n in scores])
+    place = {c: i for i, c in enumerate(dict.fromkeys(p.concept for p in prompts))}
+    order = sorted(range(len(prompts)), key=lambda i: (place[prompts[i].concept], values[i]))  # stable
+    taken: dict[str, int] = {}
+    chosen = []
+    for i in order:
+        taken[prompts[i].concept] = taken.get(prompts[i].concept, 0) + 1
+        chosen += [i] if taken[prompts[i].concept] <= most else []
+    kept = funnel.pick("likely prompts", prompts, chosen, "less likely")
+    return [p.model_copy(update={"perplexity": values[i]}) for p, i in zip(kept, chosen, strict=True)]
+
+
+def statements(
+    asked: Sequence[tuple[StatementPrompt, str]],
+    texts: Sequence[Sequence[FoundText]],
+    split: Mapping[str, str],
+    problem: Callable[[StatementPrompt, str], str | None],
+) -> list[Statement]:
+    """Every text that was written, with what is wrong with its form.
+
+    Args:
+        asked: the prompt of each answer, and the id of its request. texts: of each answer. split: of each concept.
+        problem: of a completion that ended, as `malformed`.
+    """
+
+    def wrong(prompt: StatementPrompt, one: FoundText) -> str | None:
+        if not one.ended:
+            return "cut off"
+        return problem(prompt, tidy(one.text)) if tidy(one.text) else "empty"
+
+    return [
+        Statement(
+            head=prompt.concept,
+            relation=prompt.relation,
+            tail=tidy(one.text),
+            prompt=prompt.text,
+            log_prob=one.log_prob,
+            tokens=one.tokens,
+            wrong=wrong(prompt, one),
+            split=split[prompt.concept],
+            parents=(prompt.id,),
+            requests=(name,),
+        )
+        for (prompt, name), found in zip(asked, texts, strict=True)
+        for one in found
+    ]
+
+
+def well_formed(written: Sequence[Statement], funnel: Funnel) -> list[Statement]:
+    """Statements of the right form, each once."""
+    kept = funnel.sieve("well formed", written, lambda s: s.wrong)
+    return funnel.pick("distinct statements", kept, first_occurrences(s.key for s in kept), "seen before")
+
+
+def write_statements(folder: Path, found: Sequence[Statement]) -> None:
+    """A corpus of prompts and completions, for training, in `folder / train.jsonl`."""
+    rows = [{"prompt": s.prompt, "completion": f" {s.tail}."} for s in found]
+    write_records(folder / "train.jsonl", rows)

@@ -88,13 +88,13 @@ def _relation(name: str, value: Any, file: str | None) -> Relation:
     return Relation(name, str(value["text"]), str(value["ask"]), tuple((str(h), str(t)) for h, t in examples))
 
 
-def load_events(name: str, columns: Any = None) -> list[str]:
-    """Seed events: one per line of a text file, or the column `event` (or `text`) of a file of records.
+def load_events(name: str, columns: Any = None, key: str = "data.name") -> list[str]:
+    """Seed events or phrases: one per line of a text file, or the column `event` (or `text`) of a file of records.
 
     Args:
-        columns: the recipe's `data.columns`, `{ours: theirs}`.
+        columns: the recipe's `data.columns`, `{ours: theirs}`. key: that names the file, for messages.
     """
-    path = _file("data.name", name)
+    path = _file(key, name)
     if path.suffix == ".txt":
         records = [{"text": line} for record in read_records(path) for line in record["text"].splitlines()]
     else:

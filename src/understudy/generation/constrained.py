@@ -9,7 +9,7 @@ satisfied clauses, and the best of every group, then the second best of every gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 

@@ -14,6 +14,7 @@ from understudy.tasks.preference_world import PreferenceWorld
 from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
 from understudy.tasks.reasoning import Reasoning
+from understudy.tasks.statement_generation import StatementGeneration
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
 
@@ -29,6 +30,7 @@ TASKS: dict[str, Task] = {
         Ranking(),
         Reasoning(),
         TextGeneration(),
+        StatementGeneration(),
         TextClassification(),
         Conversations(),
     )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from understudy.curation.filters import Funnel, first_occurrences
 from understudy.curation.items import Item
 from understudy.curation.triples import Triple, tidy
+from understudy.data.knowledge import generic_words
 from understudy.data.text import write_records
 from understudy.errors import InputError
 from understudy.generation import Prompt
 from understudy.generation.constrained_source import FoundText
+from understudy.models.pairs import words
 
 Token = TypeVar("Token", bound=Hashable)
 
@@ -62,6 +66,34 @@ def perplexities(log_probs: Sequence[float], tokens: Sequence[int]) -> list[floa
             f"{len(log_probs)} log-probabilities and {len(tokens)} token counts: give each its count, from 1."
         )
     return [math.exp(-value / number) for value, number in zip(log_probs, tokens, strict=True)]
+
+
+class Form(BaseModel):
+    """Which completions are well formed: what the search is told, and what is checked again word by word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    function_words: tuple[str, ...] = Field(generic_words()["function_words"], description="Which these are.")
+    connectives: tuple[str, ...] = Field(generic_words()["connectives"], description="Which these are.")
+    most_function: int = Field(1, ge=0, description="Function words of a statement.")
+    most_connective: int = Field(0, ge=0, description="Connectives of a statement.")
+
+    def limits(self, prompt: StatementPrompt) -> tuple[tuple[tuple[str, ...], int], ...]:
+        """As of a `ConstrainedRequest`: counts of words; neither concept nor relational phrase comes again."""
+        counts = ((self.function_words, self.most_function), (self.connectives, self.most_connective))
+        return (*counts, ((prompt.concept, prompt.relation), 0))
+
+    def problem(self, prompt: StatementPrompt, tail: str) -> str | None:
+        """`malformed` of the words of a completion."""
+        return malformed(
+            words(tail),
+            function_words=self.function_words,
+            connectives=self.connectives,
+            concept=words(prompt.concept),
+            relation=words(prompt.relation),
+            most_function=self.most_function,
+            most_connective=self.most_connective,
+        )
 
 
 class StatementPrompt(Item):
@@ -136,19 +168,18 @@ def statements(
     asked: Sequence[tuple[StatementPrompt, str]],
     texts: Sequence[Sequence[FoundText]],
     split: Mapping[str, str],
-    problem: Callable[[StatementPrompt, str], str | None],
+    form: Form,
 ) -> list[Statement]:
     """Every text that was written, with what is wrong with its form.
 
     Args:
         asked: the prompt of each answer, and the id of its request. texts: of each answer. split: of each concept.
-        problem: of a completion that ended, as `malformed`.
     """
 
     def wrong(prompt: StatementPrompt, one: FoundText) -> str | None:
         if not one.ended:
             return "cut off"
-        return problem(prompt, tidy(one.text)) if tidy(one.text) else "empty"
+        return form.problem(prompt, tidy(one.text)) if tidy(one.text) else "empty"
 
     return [
         Statement(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def load_relations(name: str | None = None) -> dict[str, Relation]:
     if not isinstance(values, Mapping) or not values:
         raise InputError(f"data.relations {name} must map names of relations to text, ask and examples.")
     return {str(key): _relation(str(key), value, name) for key, value in values.items()}
+
+
+@cache
+def generic_words() -> dict[str, tuple[str, ...]]:
+    """For generic statements: concepts, relational phrases, quantifiers, function words and connectives."""
+    values = yaml.safe_load((files("understudy") / "recipes" / "generics.yaml").read_text(encoding="utf-8"))
+    return {name: tuple(words) for name, words in values.items()}
 
 
 def _relation(name: str, value: Any, file: str | None) -> Relation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ class ConstrainedRequest(Request):
 
     clauses: tuple[tuple[tuple[str, bool], ...], ...] = ()
     limits: tuple[tuple[tuple[str, ...], int], ...] = ()
-    search: BeamSettings = BeamSettings()
+    search: BeamSettings = field(default_factory=BeamSettings)
     texts: int = 1
 
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from understudy.curation import Funnel, at_least, cutoff_at_precision, split_by_group
-from understudy.curation import generics
+from understudy.curation import Funnel, at_least, cutoff_at_precision, generics, split_by_group
 from understudy.curation import triples as knowledge
-from understudy.curation.generics import Statement, StatementPrompt
+from understudy.curation.generics import Form, Statement, StatementPrompt
 from understudy.curation.triples import LabelledTriple
+from understudy.data.knowledge import generic_words
 from understudy.errors import InputError
 from understudy.evaluation.statements import Round, statement_report
 from understudy.generation import LocalSource, Prompt, Request
@@ -32,10 +32,8 @@ from understudy.generation.constrained_source import (
     found_texts,
     text_log_probs,
 )
-from understudy.models import is_new_causal_lm, load_causal_lm, load_tokenizer
-from understudy.models.pairs import Pair, words
+from understudy.models import is_new_causal_lm
 from understudy.tasks import get as get_task
-from understudy.tasks.statement_generation import built_in
 from understudy.training import Pipeline, PipelineContext, Requirements
 from understudy.training.critic import CriticFit, CriticOptions, Critics, fit_critics
 
@@ -56,9 +54,7 @@ class I2D2(Pipeline):
     paper = 15
     kinds = frozenset({"statements"})
     teacher_writes = False
-    cost = (
-        "a beam search a prompt and round, K rows wide; one pass of the critic a statement; the model's training a round"
-    )
+    cost = "a beam search a prompt and round, K rows wide; one pass of the critic a statement; the model's training a round"
     page: ClassVar[dict[str, str]] = {
         "when": "A corpus of controlled form and high precision without a large teacher: what is valid can be said by words "
         "that must and must not occur, and by a critic that is trained from a few hundred labels.",
@@ -80,10 +76,7 @@ class I2D2(Pipeline):
         None, description="What a statement may begin with; none in an embedded world."
     )
     prompt: str = Field("generic", description="File with the slots `quantifier`, `concept` and `relation`.")
-    function_words: tuple[str, ...] | None = Field(None, description="Which these are; the built-in ones if not given.")
-    connectives: tuple[str, ...] | None = Field(None, description="Which these are; the built-in ones if not given.")
-    most_function: int = Field(1, ge=0, description="Function words of a statement.")
-    most_connective: int = Field(0, ge=0, description="Connectives of a statement.")
+    form: Form = Field(Form(), description="Which words are counted; see `understudy.curation.generics.Form`.")
     num_beams: int = Field(20, ge=1, description="K.")
     max_tokens: int = Field(32, ge=1, description="Of a completion.")
     min_tokens: int = Field(1, ge=0, description="Before a completion may end. Official script: 5.")
@@ -111,14 +104,15 @@ class I2D2(Pipeline):
     def run(self, context: PipelineContext) -> dict[str, Any]:
         task: Any = get_task(context.recipe["task"])
         material = task.material(context.recipe)
-        self._check(context, material)
+        material.check(self.filter, self.filter == "critic")
+        generics.statement_prompts(Prompt.load(self.prompt), material.seeds[:1], list(material.relations)[:1], [""])
         model = context.recipe["student"]["model"]
         if is_new_causal_lm(model):
-            start = task.start_recipe(context.recipe, material.world, context.folder / "world")
+            start = task.start_recipe(context.recipe, material, context.folder / "world")
             model = str(context.train("start", start).folder / "student")
         parts = split_by_group(material.seeds, _SHARES, context.recipe["seed"])
         split = {material.seeds[i]: name for name, part in parts.items() for i in part}
-        prompts = context.stage("prompts", StatementPrompt, partial(self._prompts, material, model))
+        prompts = context.stage("prompts", StatementPrompt, partial(self._prompts, context, material, model))
         rounds: list[Round] = []
         found: dict[str, Any] = {}
         cost: dict[str, Any] = {}
@@ -135,38 +129,21 @@ class I2D2(Pipeline):
                 corpus = context.folder / turn.prefix / "corpus"
                 generics.write_statements(corpus, kept)
                 trained = turn.train("training", task.student_recipe(context.recipe, model, corpus)).folder
-                model, cost = str(trained / "student"), json.loads((trained / "evaluation.json").read_text())["cost"]
+                model, inner = str(trained / "student"), json.loads((trained / "evaluation.json").read_text())
+                cost = {"cost": inner["cost"]}
         final = list({s.key: s for one in reversed(rounds) for s in reversed(one.kept)}.values())[::-1]
         generics.write_statements(context.folder / "corpus", final)
         report = statement_report(rounds, final, material.is_valid, HELD, found)
-        return {"split": HELD, "cost": cost, **report, "notes": material.notes}
-
-    def _check(self, context: PipelineContext, material: Any) -> None:
-        """What can be known to fail before anything is written."""
-        if self.filter == "critic" and material.labels is None and material.is_valid is None:
-            raise InputError(
-                "options.filter=critic needs labels: set data.labels to a file of head, relation, tail and label. To get "
-                "statements to label, run with options.filter=none options.rounds=0 first (to_label.jsonl)."
-            )
-        material.check("critic" if self.filter == "critic" else self.filter, self.filter == "critic")
-        if material.world is None and is_new_causal_lm(context.recipe["student"]["model"]):
-            raise InputError(
-                f"student={context.recipe['student']['model']} is new and knows nothing about the concepts of "
-                f"{context.recipe['data']['name']}: name a pretrained causal LM, or data=generics_world."
-            )
-        generics.statement_prompts(Prompt.load(self.prompt), material.seeds[:1], list(material.relations)[:1], [""])
-        self._search()
+        return {"split": HELD, **cost, **report, "notes": material.notes}
 
     # -- 1: prompts, the likeliest under the model before self-imitation -------------------------------------------
 
-    def _prompts(self, material: Any, model: str, funnel: Funnel) -> list[StatementPrompt]:
-        own = [""] if material.world is not None else built_in()["quantifiers"]
-        begins = own if self.quantifiers is None else list(self.quantifiers)
+    def _prompts(self, context: PipelineContext, material: Any, model: str, funnel: Funnel) -> list[StatementPrompt]:
+        own = ("",) if material.world is not None else generic_words()["quantifiers"]
+        begins = own if self.quantifiers is None else self.quantifiers
         every = generics.statement_prompts(Prompt.load(self.prompt), material.seeds, list(material.relations), begins)
-        lm, tokenizer = _load(model)
-        return generics.likeliest_prompts(
-            every, text_log_probs(lm, tokenizer, [p.text for p in every]), self.prompts, funnel
-        )
+        scores = text_log_probs(*_load(context, model), [p.text for p in every])
+        return generics.likeliest_prompts(every, scores, self.prompts, funnel)
 
     # -- 2: what the model writes -----------------------------------------------------------------------------------
 
@@ -178,7 +155,7 @@ class I2D2(Pipeline):
         split: Mapping[str, str],
         _: Funnel,
     ) -> list[Statement]:
-        lm, tokenizer = _load(model)
+        lm, tokenizer = _load(context, model)
         plain = self.decoding == "sample"
         source = (LocalSource if plain else ConstrainedSource)(lm, tokenizer, "model", batch=64 if plain else 16)
         asked = [(p, r) for p in prompts for r in self._requests(p)]
@@ -187,42 +164,20 @@ class I2D2(Pipeline):
             [FoundText(a.text, a.log_prob or 0.0, a.tokens, a.finish == "stop")] if plain else found_texts(a)
             for a in answers
         ]
-        return generics.statements([(p, r.id) for p, r in asked], texts, split, self._problem)
+        return generics.statements([(p, r.id) for p, r in asked], texts, split, self.form)
 
     def _requests(self, prompt: StatementPrompt) -> list[Request]:
         """One search a prompt, or as many samples as it would give."""
         if self.decoding == "sample":
             how: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": _STOP}
             return [Request(prompt.text, f"{prompt.id}/{draw}", draw, **how) for draw in range(self.texts)]
-        limits: Any = ()
-        if self.decoding == "constrained":
-            limits = ((self._function_words, self.most_function), (self._connectives, self.most_connective))
-            limits += (((prompt.concept, prompt.relation), 0),)
+        limits = self.form.limits(prompt) if self.decoding == "constrained" else ()
         how = {"max_tokens": self.max_tokens, "stop": _STOP, "limits": limits, "texts": self.texts}
         return [ConstrainedRequest(prompt.text, prompt.id, search=self._search(), **how)]
 
     def _search(self) -> BeamSettings:
         names = ("num_beams", "length_penalty", "no_repeat_ngram_size", "prune", "tolerance")
         return BeamSettings(min_new_tokens=self.min_tokens, **{name: getattr(self, name) for name in names})
-
-    @property
-    def _function_words(self) -> tuple[str, ...]:
-        return tuple(built_in()["function_words"]) if self.function_words is None else self.function_words
-
-    @property
-    def _connectives(self) -> tuple[str, ...]:
-        return tuple(built_in()["connectives"]) if self.connectives is None else self.connectives
-
-    def _problem(self, prompt: StatementPrompt, tail: str) -> str | None:
-        return generics.malformed(
-            words(tail),
-            function_words=self._function_words,
-            connectives=self._connectives,
-            concept=words(prompt.concept),
-            relation=words(prompt.relation),
-            most_function=self.most_function,
-            most_connective=self.most_connective,
-        )
 
     # -- 3: the critic, fitted once ---------------------------------------------------------------------------------
 
@@ -240,7 +195,7 @@ class I2D2(Pipeline):
 
         labels = context.stage("labels", LabelledTriple, labelled)
         parts = {s: [t for t in labels if t.split == s] for s in sizes}
-        pairs = {s: self._pairs(material, part) for s, part in parts.items()}
+        pairs = {s: knowledge.text_pairs(part, material.relations) for s, part in parts.items()}
         good = {s: [t.good for t in part] for s, part in parts.items()}
         folder = context.folder / "critic"
         fit = lambda _: fit_critics(self.critic, pairs, good, _as_written, folder, seed)  # noqa: E731
@@ -251,13 +206,11 @@ class I2D2(Pipeline):
             cutoff = cutoff_at_precision(good["validation"], scores, self.precision).value
         return {"fits": fits, "cutoff": cutoff}
 
-    def _pairs(self, material: Any, statements: Sequence[Any]) -> list[Pair]:
-        return knowledge.text_pairs(statements, material.relations)
-
     def _scored(
         self, context: PipelineContext, material: Any, statements: Sequence[Statement], _: Funnel
     ) -> list[Statement]:
-        scores = Critics(self.critic, context.folder / "critic", _as_written)(self._pairs(material, statements))
+        critics = Critics(self.critic, context.folder / "critic", _as_written)
+        scores = critics(knowledge.text_pairs(statements, material.relations))
         return [s.model_copy(update={"score": score}) for s, score in zip(statements, scores, strict=True)]
 
     # -- 4: what is kept --------------------------------------------------------------------------------------------
@@ -283,12 +236,14 @@ class I2D2(Pipeline):
                 "nothing can be learned from none: lower options.threshold, loosen the constraints, or label more."
             )
         if self.filter == "none" and number == 0:
-            some = knowledge.draw(statements, "train", self.labels + self.threshold_labels, context.recipe["seed"], "labels")
+            size = self.labels + self.threshold_labels
+            some = knowledge.draw(statements, "train", size, context.recipe["seed"], "labels")
             knowledge.write_to_label(context.folder / "to_label.jsonl", some)
         return kept
 
 
-def _load(model: str) -> tuple[Any, Any]:
-    """A causal LM and its tokenizer, on a GPU if there is one."""
-    source = LocalSource.load(model)
+def _load(context: PipelineContext, model: str) -> tuple[Any, Any]:
+    """A causal LM, as the recipe has its student, and its tokenizer."""
+    spec = context.models["student"]
+    source = LocalSource.load(model, dtype=spec.dtype, device=spec.device, trust_remote_code=spec.trust_remote_code)
     return source.model, source.tokenizer

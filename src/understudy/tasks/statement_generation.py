@@ -6,15 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
-from understudy.data.knowledge import Relation, load_events, load_labels
+from understudy.data.knowledge import Relation, generic_words, load_events, load_labels
 from understudy.data.text import write_records
 from understudy.errors import InputError
 from understudy.models import ModelAdapter, is_new_causal_lm
@@ -49,6 +47,15 @@ class StatementMaterial(Material):
     """
 
     world: GenericsWorld | None = field(default=None)
+
+    def check(self, filter_: str, asks_critic: bool) -> None:
+        """As `Material.check`."""
+        if asks_critic and self.is_valid is None and self.labels is None:
+            raise InputError(
+                f"options.filter={filter_} needs labels for the critic: set data.labels to a file of head, relation, tail and "
+                "label. To get statements to label, run with options.filter=none options.rounds=0 first (to_label.jsonl)."
+            )
+        super().check(filter_, asks_critic)
 
 
 class StatementGeneration(TaskDefaults):
@@ -86,10 +93,12 @@ class StatementGeneration(TaskDefaults):
             for key in ("world_seed", "sentences"):
                 if key in data:
                     raise InputError(f"data.{key} belongs to {WORLD} and has no effect on other data. Leave it out.")
-            own = built_in()
-            seeds = own["concepts"] if data["name"] == "generics" else load_events(data["name"], data.get("columns"))
+            own = generic_words()
+            seeds = (
+                list(own["concepts"]) if data["name"] == "generics" else load_events(data["name"], data.get("columns"))
+            )
             named = data.get("relations")
-            phrases = own["relations"] if named is None else load_events(named, key="data.relations")
+            phrases = list(own["relations"]) if named is None else load_events(named, key="data.relations")
             note = f"{len(seeds)} concepts, {len(phrases)} relational phrases."
             found = StatementMaterial(seeds, _phrases(phrases), notes=[note])
         if data.get("labels") is not None:
@@ -98,9 +107,18 @@ class StatementGeneration(TaskDefaults):
         found.hash = hashlib.sha256(text.encode()).hexdigest()
         return found
 
-    def start_recipe(self, recipe: Mapping[str, Any], world: GenericsWorld, folder: Path) -> dict[str, Any]:
-        """The run that trains a new model on the world's text, which is written to `folder`."""
-        sentences = world.text(recipe["data"].get("sentences", 20_000))
+    def start_recipe(self, recipe: Mapping[str, Any], material: StatementMaterial, folder: Path) -> dict[str, Any]:
+        """The run that trains a new model on the world's text, which is written to `folder`.
+
+        Raises:
+            InputError: the data have no text to train on.
+        """
+        if material.world is None:
+            raise InputError(
+                f"student={recipe['student']['model']} is new and knows nothing about the concepts of data "
+                f"{recipe['data']['name']}: name a pretrained causal LM, or data={WORLD}."
+            )
+        sentences = material.world.text(recipe["data"].get("sentences", 20_000))
         write_records(folder / "train.jsonl", [{"text": text} for text in sentences])
         return {**self._recipe(recipe, recipe["student"], folder), "trainer": dict(_START)}
 
@@ -124,9 +142,7 @@ class StatementGeneration(TaskDefaults):
         """The concepts as examples, for `check`. A pipeline uses `material`."""
         found = self.material(recipe.dump())
         empty: Any = list
-        return Prepared(
-            found.seeds, found.seeds, found.seeds, empty, 0, notes=found.notes, hashes={"data": found.hash}
-        )
+        return Prepared(found.seeds, found.seeds, found.seeds, empty, 0, notes=found.notes, hashes={"data": found.hash})
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         """Not available: a pipeline trains a model on the generated data.
@@ -141,13 +157,6 @@ class StatementGeneration(TaskDefaults):
         raise InputError(
             "Runs of statement_generation are evaluated by their methods; read evaluation.json of the run folder."
         )
-
-
-def built_in() -> dict[str, list[str]]:
-    """The package's own concepts, relational phrases, function words and connectives."""
-    text = (files("understudy") / "recipes" / "generics.yaml").read_text(encoding="utf-8")
-    found: dict[str, list[str]] = yaml.safe_load(text)
-    return found
 
 
 def _phrases(names: Iterable[str]) -> dict[str, Relation]:

@@ -10,6 +10,7 @@ import torch
 
 from understudy import InputError, distill
 from understudy.curation.generics import Form, StatementPrompt, likeliest_prompts, statement_prompts
+from understudy.data.knowledge import generic_words
 from understudy.data.text import write_records
 from understudy.generation import Prompt
 from understudy.generation.constrained import BeamSettings
@@ -149,11 +150,12 @@ def metrics(folder):
 def test_filters_and_constraints_keep_what_they_say(filtered):
     folder = filtered["critic"]
     written, scored, kept = (lines(folder, f"round-1/{n}") for n in ("written", "scores", "kept"))
-    form = Form()
+    form, own = Form(), generic_words()
     for row in written:
         tail = words(row["tail"])
         assert row["wrong"] is not None or (
-            sum(w in form.function_words for w in tail) <= 1 and not set(tail) & set(form.connectives)
+            sum(w in own["function_words"] for w in tail) <= form.most_function
+            and not set(tail) & set(own["connectives"])
         )
     assert {s["id"] for s in kept} == {s["id"] for s in scored if s["score"] >= 0.3}
     assert len({(s["head"], s["relation"], s["tail"]) for s in scored}) == len(scored)
@@ -269,6 +271,7 @@ def test_bad_input_is_one_line_before_anything_is_written(tmp_path):
     run("Did you mean 'sentences'", data={"sentence": 5})
     run("Prompt 'nope' is neither a file", options={"prompt": "nope"})
     run("Did you mean 'num_beams'", options={"num_beam": 5})
+    run("options.log shares", options={"log": "x"})
     run("form.most_functions", options={"form": {"most_functions": 5}})
     with pytest.raises(InputError, match="works on statements tasks"):
         make({"method": "i2d2", "task": "language_modeling"})

@@ -73,26 +73,35 @@ class Form(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    function_words: tuple[str, ...] = Field(generic_words()["function_words"], description="Which these are.")
-    connectives: tuple[str, ...] = Field(generic_words()["connectives"], description="Which these are.")
-    most_function: int = Field(1, ge=0, description="Function words of a statement.")
-    most_connective: int = Field(0, ge=0, description="Connectives of a statement.")
+    function_words: tuple[str, ...] | None = Field(default=None, description="The built-in ones if not given.")
+    connectives: tuple[str, ...] | None = Field(default=None, description="Likewise.")
+    most_function: int = Field(default=1, ge=0, description="Function words of a statement.")
+    most_connective: int = Field(default=0, ge=0, description="Connectives of a statement.")
 
     def limits(self, prompt: StatementPrompt) -> tuple[tuple[tuple[str, ...], int], ...]:
         """As of a `ConstrainedRequest`: counts of words; neither concept nor relational phrase comes again."""
-        counts = ((self.function_words, self.most_function), (self.connectives, self.most_connective))
+        function_words, connectives = self._words()
+        counts = ((function_words, self.most_function), (connectives, self.most_connective))
         return (*counts, ((prompt.concept, prompt.relation), 0))
 
     def problem(self, prompt: StatementPrompt, tail: str) -> str | None:
         """`malformed` of the words of a completion."""
+        function_words, connectives = self._words()
         return malformed(
             words(tail),
-            function_words=self.function_words,
-            connectives=self.connectives,
+            function_words=function_words,
+            connectives=connectives,
             concept=words(prompt.concept),
             relation=words(prompt.relation),
             most_function=self.most_function,
             most_connective=self.most_connective,
+        )
+
+    def _words(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        own = generic_words()
+        return (
+            own["function_words"] if self.function_words is None else self.function_words,
+            own["connectives"] if self.connectives is None else self.connectives,
         )
 
 

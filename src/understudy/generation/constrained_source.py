@@ -115,7 +115,7 @@ def constraints(tokenizer: PreTrainedTokenizerBase, request: ConstrainedRequest)
 def forms(tokenizer: PreTrainedTokenizerBase, words: str) -> tuple[Phrase, ...]:
     """The token ids of a word or phrase behind a space, as it is and with a capital letter."""
     anchor = token_ids(tokenizer, "a")
-    found = {}
+    found: dict[Phrase, None] = {}
     for text in (words, words[:1].upper() + words[1:]):
         ids = token_ids(tokenizer, f"a {text}")
         found[tuple(ids[len(anchor) :] if ids[: len(anchor)] == anchor else token_ids(tokenizer, f" {text}"))] = None

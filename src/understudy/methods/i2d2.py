@@ -39,7 +39,6 @@ from understudy.training.critic import CriticFit, CriticOptions, Critics, fit_cr
 
 HELD = "test"
 _STOP = (".", "\n")
-_SHARES = {"train": 0.6, HELD: 0.4}
 
 
 def _as_written(view: int) -> Any:
@@ -72,9 +71,7 @@ class I2D2(Pipeline):
     )
     prompts: int = Field(10, ge=1, description="Of a concept, the likeliest.")
     texts: int = Field(10, ge=1, description="Statements that are taken from each prompt.")
-    quantifiers: tuple[str, ...] | None = Field(
-        None, description="What a statement may begin with; none in an embedded world."
-    )
+    quantifiers: tuple[str, ...] | None = Field(None, description="Openings; the built-in ones, none in a world.")
     prompt: str = Field("generic", description="File with the slots `quantifier`, `concept` and `relation`.")
     form: Form = Field(Form(), description="Which words are counted; see `understudy.curation.generics.Form`.")
     num_beams: int = Field(20, ge=1, description="K.")
@@ -104,13 +101,17 @@ class I2D2(Pipeline):
     def run(self, context: PipelineContext) -> dict[str, Any]:
         task: Any = get_task(context.recipe["task"])
         material = task.material(context.recipe)
+        if self.log is not None:
+            raise InputError(
+                "options.log shares what other models write, and here the run's own model does: leave it out."
+            )
         material.check(self.filter, self.filter == "critic")
         generics.statement_prompts(Prompt.load(self.prompt), material.seeds[:1], list(material.relations)[:1], [""])
         model = context.recipe["student"]["model"]
         if is_new_causal_lm(model):
             start = task.start_recipe(context.recipe, material, context.folder / "world")
             model = str(context.train("start", start).folder / "student")
-        parts = split_by_group(material.seeds, _SHARES, context.recipe["seed"])
+        parts = split_by_group(material.seeds, {"train": 0.6, HELD: 0.4}, context.recipe["seed"])
         split = {material.seeds[i]: name for name, part in parts.items() for i in part}
         prompts = context.stage("prompts", StatementPrompt, partial(self._prompts, context, material, model))
         rounds: list[Round] = []

@@ -162,7 +162,7 @@ def test_other_data_take_the_place_of_a_settings_own():
 
 
 WITHOUT_REAL_DATA = {
-    "symbolic-kd",  # nothing but its own world knows whether a text is true
+    *("symbolic-kd", "i2d2"),  # nothing but its own world knows whether a text is true
     *("adpa", "redi", "tpo"),  # the return of a chain, and the grade of a list, are known in a world alone
     "dpo-pg",  # so is the target of a policy
     "llava-mod",  # so is what an image holds

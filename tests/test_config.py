@@ -443,6 +443,7 @@ METHOD = {
         "multimodal_classification": "kd",
         "conversation": "strategy-teaching",
         "vision_language": "kd",
+        "statement_generation": "i2d2",
     },
 }
 

@@ -52,6 +52,7 @@ VALID = [
     },
     {"task": "image_generation", "method": "boot", "data": {"name": "ring8", "compare_steps": [1, 2]}},
     {"task": "text_generation", "method": "symbolic-kd", "data": {"name": "events_world", "world_seed": 1}},
+    {"task": "statement_generation", "method": "i2d2", "data": {"sentences": 100}, "options": {"num_beams": 4}},
 ]
 TRAINER = [
     *(

@@ -13,7 +13,15 @@ from understudy.curation.pairs import (
     first_correct,
 )
 from understudy.curation.summary import precision, softened, summary
-from understudy.curation.thresholds import Cutoff, above, cutoff_at_recall, cutoffs, recall_curve
+from understudy.curation.thresholds import (
+    Cutoff,
+    above,
+    at_least,
+    cutoff_at_precision,
+    cutoff_at_recall,
+    cutoffs,
+    recall_curve,
+)
 
 __all__ = [
     "LETTERS",
@@ -25,11 +33,13 @@ __all__ = [
     "Parsed",
     "Vote",
     "above",
+    "at_least",
     "base_rate_bias",
     "best_and_worst",
     "best_and_worst_shares",
     "binary_labels",
     "correct_after_wrong",
+    "cutoff_at_precision",
     "cutoff_at_recall",
     "cutoffs",
     "first_correct",

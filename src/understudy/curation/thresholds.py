@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,9 +91,36 @@ def cutoffs(labels: Sequence[int], scores: Sequence[float], recalls: Sequence[fl
     return [point for point in found if point is not None]
 
 
+def cutoff_at_precision(labels: Sequence[int], scores: Sequence[float], precision: float) -> Cutoff:
+    """The smallest cutoff whose precision (rule `score ≥ cutoff`) is at least `precision` (paper 15).
+
+    Raises:
+        InputError: a precision outside (0, 1], or above all of the curve; see also `recall_curve`.
+    """
+    if not 0 < precision <= 1:
+        raise InputError(f"The wanted precision is {precision} and must be above 0 and at most 1.")
+    curve = recall_curve(labels, scores)
+    found = next((point for point in curve if point.precision >= precision), None)
+    if found is None:
+        best = max(point.precision for point in curve)
+        raise InputError(
+            f"No cutoff has a precision of {precision}: the best has {best:.3f}. Ask for less, or label more."
+        )
+    return found
+
+
+def at_least(scores: Sequence[float], cutoff: float) -> list[int]:
+    """Positions of the scores of at least the cutoff, in order. A score that is not a number is an `InputError`."""
+    return [int(i) for i in np.flatnonzero(_numbers(scores) >= cutoff)]
+
+
 def above(scores: Sequence[float], cutoff: float) -> list[int]:
     """Positions of the scores strictly above the cutoff, in order. A score that is not a number is an `InputError`."""
+    return [int(i) for i in np.flatnonzero(_numbers(scores) > cutoff)]
+
+
+def _numbers(scores: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     s = np.asarray(scores, dtype=np.float64)
     if np.isnan(s).any():
         raise InputError(f"Score {int(np.flatnonzero(np.isnan(s))[0])} is not a number.")
-    return [int(i) for i in np.flatnonzero(s > cutoff)]
+    return s

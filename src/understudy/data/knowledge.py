@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def load_relations(name: str | None = None) -> dict[str, Relation]:
     return {str(key): _relation(str(key), value, name) for key, value in values.items()}
 
 
+@cache
+def generic_words() -> dict[str, tuple[str, ...]]:
+    """For generic statements: concepts, relational phrases, quantifiers, function words and connectives."""
+    values = yaml.safe_load((files("understudy") / "recipes" / "generics.yaml").read_text(encoding="utf-8"))
+    return {name: tuple(words) for name, words in values.items()}
+
+
 def _relation(name: str, value: Any, file: str | None) -> Relation:
     keys = {"text", "ask", "examples"}
     if not isinstance(value, Mapping) or set(value) != keys:
@@ -88,13 +96,13 @@ def _relation(name: str, value: Any, file: str | None) -> Relation:
     return Relation(name, str(value["text"]), str(value["ask"]), tuple((str(h), str(t)) for h, t in examples))
 
 
-def load_events(name: str, columns: Any = None) -> list[str]:
-    """Seed events: one per line of a text file, or the column `event` (or `text`) of a file of records.
+def load_events(name: str, columns: Any = None, key: str = "data.name") -> list[str]:
+    """Seed events or phrases: one per line of a text file, or the column `event` (or `text`) of a file of records.
 
     Args:
-        columns: the recipe's `data.columns`, `{ours: theirs}`.
+        columns: the recipe's `data.columns`, `{ours: theirs}`. key: that names the file, for messages.
     """
-    path = _file("data.name", name)
+    path = _file(key, name)
     if path.suffix == ".txt":
         records = [{"text": line} for record in read_records(path) for line in record["text"].splitlines()]
     else:

@@ -16,6 +16,7 @@ from understudy.tasks.preferences import Preferences
 from understudy.tasks.ranking import Ranking
 from understudy.tasks.reasoning import Reasoning
 from understudy.tasks.scene_completion import SceneCompletion
+from understudy.tasks.statement_generation import StatementGeneration
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
 from understudy.tasks.vision_language import VisionLanguage
@@ -34,6 +35,7 @@ TASKS: dict[str, Task] = {
         Ranking(),
         Reasoning(),
         TextGeneration(),
+        StatementGeneration(),
         TextClassification(),
         Conversations(),
         VisionLanguage(),

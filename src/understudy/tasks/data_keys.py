@@ -270,6 +270,24 @@ class _Corpus(BaseModel):
     columns: dict[str, str] | None = Field(None, description="Names of columns, as in {event: text}.")
 
 
+class _Statements(BaseModel):
+    name: str = Field("generics_world", description="generics_world, generics, or a file of concepts, one a line.")
+    relations: str | None = Field(
+        None, description="File of relational phrases, one a line; the built-in ones if not given."
+    )
+    labels: str | None = Field(
+        None, description="File of statements (head, relation, tail) with human labels, for the critic."
+    )
+    world_seed: _Number | None = Field(None, description="Of generics_world; the run's seed if not given.")
+    sentences: _Count | None = Field(
+        None, description="Of generics_world, that a new model is first trained on; 20000 if not given."
+    )
+    max_length: _Count = Field(32, description="Tokens of a training row.")
+    vocab_size: _Count | None = Field(None, description="Of the tokenizer that is trained for a new model.")
+    tokenizer: str | None = Field(None, description="Folder or Hub id, for a new model.")
+    columns: dict[str, str] | None = Field(None, description="Names of columns, as in {text: concept}.")
+
+
 class _Conversations(BaseModel):
     name: str = Field("support", description="support, a set in UNDERSTUDY_DATA, a file, a folder or a Hub id.")
     limit: _Count | None = Field(None, description="Most training conversations.")
@@ -316,6 +334,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "text_generation": _Corpus,
     "text_classification": _ClassifiedTexts,
     "conversation": _Conversations,
+    "statement_generation": _Statements,
 }
 """By task."""
 

@@ -63,7 +63,7 @@ class Material:
         """
         if filter_ == "oracle" and self.is_valid is None:
             raise InputError(
-                "options.filter=oracle needs data whose truth is known (events_world): use critic or none."
+                "options.filter=oracle needs data whose truth is known (an embedded world): use critic or none."
             )
         if asks_critic and self.is_valid is None and self.labels is None:
             raise InputError(

@@ -1,4 +1,4 @@
-"""On-policy samples: completions that the student generates; where the prompt ends, and the resulting row."""
+"""On-policy samples: completions that a model generates during training; where the prompt ends, and the resulting row."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def prompt_length(labels: Tensor, cut: float | Literal["random"], draw: float) -
     return max(1, min(length - 1, place))
 
 
-def sampled_row(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The example of a sample: every generated token counts and none is a label."""
+def sampled_row(sample: Sample, tokenizer: PreTrainedTokenizerBase, labelled: bool = False) -> dict[str, Any]:
+    """The example of a sample: every generated token counts, and is a label if it is `labelled`."""
     written = sample.ids[sample.prompt :]
     special = set(tokenizer.all_special_ids)
     return {
         "input_ids": torch.tensor(sample.ids),
-        "labels": torch.tensor([IGNORE] * sample.prompt + [UNLABELLED] * len(written)),
+        "labels": torch.tensor([IGNORE] * sample.prompt + [t if labelled else UNLABELLED for t in written]),
         "id": sample.id,
         "bytes": byte_length([t for t in written if t not in special], tokenizer),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,23 +54,34 @@ def choose(
 
 @torch.no_grad()
 def written(
-    model: Any, prompts: Sequence[Sequence[int]], most: int, pad: int, draw: LogitsProcessor, end: StoppingCriteria
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    pad: int,
+    draw: Sequence[LogitsProcessor],
+    end: StoppingCriteria,
 ) -> Tensor:
     """The tokens that `model.generate` appends to the prompts, `[prompts, tokens]`, in evaluation mode and without the
     model's own generation config: only `draw` and `end` apply. Mode and config are restored."""
     longest, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    mask = _mask(prompts).to(device)
     config = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, use_cache=True)
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with evaluating(model):
             found: Tensor = model.generate(
-                ids, attention_mask=mask, generation_config=config, logits_processor=[draw], stopping_criteria=[end]
+                ids, attention_mask=mask, generation_config=config, logits_processor=list(draw), stopping_criteria=[end]
             )
     finally:
         model.generation_config = own
     return found[:, longest:]
+
+
+def _mask(prompts: Sequence[Sequence[int]]) -> Tensor:
+    """`[prompts, longest]`: 0 where a prompt is padded, on its left."""
+    longest = max(map(len, prompts))
+    return torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
 
 
 def writer(rows: ModelAdapter) -> Any:
@@ -97,6 +110,8 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    teacher: Any = None,
+    teacher_share: float = 0.0,
 ) -> list[list[int]]:
     """Generate continuations of prompts, `in_flight` in parallel, grouped by length.
 
@@ -109,6 +124,7 @@ def sample(
         most: most tokens to generate.
         vocabulary: size of the vocabulary; further rows of the head are padding.
         ends: ids that end a text.
+        teacher, teacher_share: a second model p; tokens are drawn from share · p + (1 − share) · q.
 
     Returns:
         The generated tokens, ending token included.
@@ -118,11 +134,39 @@ def sample(
     for start in range(0, len(order), in_flight):
         chosen = order[start : start + in_flight]
         part = [prompts[i] for i in chosen]
-        draw = _Draw(keys[chosen], max(map(len, part)), vocabulary, (temperature, top_p, top_k))
+        mixed = [_Mix(teacher, teacher_share, part, vocabulary)] if teacher is not None else []
+        draw = [*mixed, _Draw(keys[chosen], max(map(len, part)), vocabulary, (temperature, top_p, top_k))]
         for i, ids in zip(chosen, written(model, part, most, pad, draw, _End(ends)).tolist(), strict=True):
             last = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
             found[i] = ids[: last + 1]  # a batch runs until its longest text ends
     return found
+
+
+class _Mix(LogitsProcessor):
+    """Replaces the scores of a model q by log(share · p + (1 − share) · q), with a model p that reads the same tokens."""
+
+    def __init__(self, model: Any, share: float, prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+        self.model, self.share, self.vocabulary = model, share, vocabulary
+        self.mask, self.cache = _mask(prompts), None
+        self.placed = "position_ids" in inspect.signature(model.forward).parameters
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        device, new = next(self.model.parameters()).device, input_ids
+        if self.cache is not None:
+            self.mask, new = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1), input_ids[:, -1:]
+        places = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :].to(device)
+        with evaluating(self.model), torch.autocast(device.type, enabled=False):
+            found = self.model(
+                input_ids=new.to(device),
+                attention_mask=self.mask.to(device),
+                past_key_values=self.cache,
+                use_cache=True,
+                **({"position_ids": places} if self.placed else {}),
+            )
+        self.cache = found.past_key_values
+        log_p = found.logits[:, -1, : self.vocabulary].double().log_softmax(-1).to(scores.device)
+        log_q = scores[:, : self.vocabulary].double().log_softmax(-1)
+        return torch.logaddexp(math.log(self.share) + log_p, math.log1p(-self.share) + log_q)
 
 
 class _Draw(LogitsProcessor):

@@ -26,7 +26,7 @@ from understudy.runs.preflight import sample_loader
 from understudy.runs.progress import RichProgress
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import SHARDED
-from understudy.runs.teachers import teacher_of
+from understudy.runs.teachers import teacher_of, writing_teacher
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
@@ -286,6 +286,7 @@ def _rollouts(
         total=train_module.train_state.total,
         file=folder / name,
         meter=meter,
+        teacher=writing_teacher(teacher).model if recipe.on_policy.teacher_share else None,
     )
 
 

@@ -21,7 +21,7 @@ from understudy.runs.specs import ModelSpec
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
-from understudy.teachers import CachedTeacher, Ensemble, OtherTokenizer, ServedTeacher, Teacher
+from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, OtherTokenizer, ServedTeacher, Teacher
 from understudy.teachers.server.scores import Score
 from understudy.training import Method
 
@@ -193,6 +193,22 @@ def outputs_alone(method: Method, reason: str) -> None:
     """Raise an error for a method that reads inner layers, if only the teacher's outputs are available."""
     if method.requires.teacher_features or method.requires.teacher_layers:
         raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
+
+
+def writing_teacher(teacher: Teacher | None) -> LocalTeacher:
+    """The teacher, if it is one model in this process that can write the student's tokens.
+
+    Raises:
+        InputError: it is none, or of another kind.
+    """
+    if not isinstance(teacher, LocalTeacher) or isinstance(teacher.model, (Ensemble, OtherTokenizer)):
+        raise InputError(
+            "The teacher writes texts here, which one live model with the student's tokenizer does: name such a teacher, "
+            "without cache, endpoint and members."
+        )
+    if not hasattr(teacher.model.model, "generate"):
+        raise InputError(f"{type(teacher.model.model).__name__} has no generate and cannot write: name another teacher.")
+    return teacher
 
 
 def _tokens(prepared: Prepared) -> dict[str, Any]:

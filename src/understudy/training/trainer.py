@@ -142,6 +142,8 @@ class DistillationTrainer(Trainer):
         A run that is resumed inside an epoch keeps the `Sampling` that was chosen when the epoch began.
         """
         self._epoch = epoch
+        if self.rollouts is not None:
+            self.rollouts.epoch = epoch
         if self._resumed_epoch != epoch:
             self.model.train_state.step = self.state.global_step
             self.sampler.begin(epoch, self.model.method.sampling(self.model.train_state))

@@ -428,6 +428,7 @@ METHOD = {
         "text_generation": "symbolic-kd",
         "text_classification": "kd",
         "conversation": "strategy-teaching",
+        "text_world": "kd",
     },
 }
 

@@ -13,7 +13,20 @@ from understudy.catalogue import STUDIES, Entry, catalogue, requirements
 from understudy.claims import claims
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
-from understudy.runs import study
+from understudy.runs import hacking, study
+from understudy.training import OnPolicy
+
+_STUDIES: dict[int, tuple[Any, Any, type[Any], str, str]] = {
+    14: (
+        study,
+        study.study,
+        study.Grid,
+        "key beside a recipe's",
+        "`understudy study study.yaml` · `understudy study runs/a runs/b --output runs/study`",
+    ),
+    20: (hacking, hacking.Hacking, OnPolicy, "key of `on_policy`", "`understudy train recipe.yaml`"),
+}
+"""Of each study its module, what says in a line what it asks, its own keys with their heading, and its commands."""
 
 
 def page(entry: Entry) -> str:
@@ -61,16 +74,18 @@ def _options(model: Any, heading: str) -> list[str]:
 
 def _study(entry: Entry) -> list[str]:
     """What a study says, which keys it has beside a recipe's, and an example of one."""
+    assert entry.number is not None
+    module, asks, keys, heading, commands = _STUDIES[entry.number]
     return [
-        *((study.study.__doc__ or "").strip().splitlines()[:1]),
+        *(asks.__doc__ or "").strip().splitlines()[:1],
         "",
-        *_facts(study.PAGE),
-        *_options(study.Grid, "key beside a recipe's"),
+        *_facts(module.PAGE),
+        *_options(keys, heading),
         "```yaml",
-        *study.EXAMPLE.strip().splitlines(),
+        *module.EXAMPLE.strip().splitlines(),
         "```",
         "",
-        f"`understudy study study.yaml` · `understudy study runs/a runs/b --output runs/study`{_claimed(entry)}",
+        f"{commands}{_claimed(entry)}",
         "",
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from understudy.data import Batch
 from understudy.data.noise import uniform
 from understudy.data.samples import Sample, prompt_length, sampled_row
 from understudy.errors import InputError
+from understudy.files import read_log
 from understudy.generation.decoding import end_tokens, sample, writer
 from understudy.losses import cross_entropy, forward_kl
 from understudy.models import ModelAdapter, evaluating
@@ -98,11 +100,11 @@ class HeldOut:
             self.unended[name] = 1 - sum(ended) / len(ended)
             parts = (rows[i : i + batch] for i in range(0, len(rows), batch))
             self.texts[name] = [Batch.from_dict(collate(part)) for part in parts]
-        self.teacher_gap = self._distance("golden", teacher.model)[0]
+        self.teacher_golden = self._distance("golden", teacher.model)[0]
 
     def measure(self, student: ModelAdapter) -> dict[str, float]:
-        """`golden` and `proxy` in nats a text, the same a token, and `teacher_gap`, oracle to teacher, which stays."""
-        found = {"teacher_gap": self.teacher_gap}
+        """`golden` and `proxy` in nats a text, the same a token, and `teacher_golden`, oracle to teacher, which stays."""
+        found = {"teacher_golden": self.teacher_golden}
         for name in self.sides:
             found[name], found[f"{name}_per_token"] = self._distance(name, student)
         return found
@@ -143,6 +145,27 @@ def _written(
         Sample(int(i), 0, len(prompt), (*prompt, *text)) for i, prompt, text in zip(ids, prompts, texts, strict=True)
     ]
     return [sampled_row(s, tokenizer, labelled=True) for s in samples], [text[-1] in ends for text in texts]
+
+
+class Curve(NamedTuple):
+    """What was measured at the evaluations of a run: optimizer steps, distances in nats a text, and the training loss."""
+
+    steps: list[int]
+    golden: list[float]
+    proxy: list[float]
+    loss: list[float | None]
+    teacher_golden: float
+
+
+def curve_of(folder: Path) -> Curve | None:
+    """The curve of a run folder, or `None` if no distance was measured there during training."""
+    seen = [line for line in read_log(folder / "validation.jsonl")[0] if "golden" in line]
+    if not seen:
+        return None
+    losses = {line["step"]: line["loss"] for line in read_log(folder / "metrics.jsonl")[0] if "loss" in line}
+    steps = [line["step"] for line in seen]
+    loss = [max(((s, v) for s, v in losses.items() if s <= step), default=(0, None))[1] for step in steps]
+    return Curve(steps, [x["golden"] for x in seen], [x["proxy"] for x in seen], loss, seen[-1]["teacher_golden"])
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,9 @@ def writing_teacher(teacher: Teacher | None) -> LocalTeacher:
             "without cache, endpoint and members."
         )
     if not hasattr(teacher.model.model, "generate"):
-        raise InputError(f"{type(teacher.model.model).__name__} has no generate and cannot write: name another teacher.")
+        raise InputError(
+            f"{type(teacher.model.model).__name__} has no generate and cannot write: name another teacher."
+        )
     return teacher
 
 

@@ -16,6 +16,7 @@ from understudy.tasks.ranking import Ranking
 from understudy.tasks.reasoning import Reasoning
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
+from understudy.tasks.text_world import TextWorld
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -31,6 +32,7 @@ TASKS: dict[str, Task] = {
         TextGeneration(),
         TextClassification(),
         Conversations(),
+        TextWorld(),
     )
 }
 

@@ -227,6 +227,15 @@ class _Conversations(BaseModel):
     follows: _Share = Field(0.85, description="How often the student of support follows advice.")
 
 
+class _Letters(BaseModel):
+    name: str = Field("letters", description="letters: texts of a random network, which is the oracle.")
+    seed: _Number | None = Field(None, description="Of the world; the run's seed if not given.")
+    prompts: _Count = Field(20, description="Prompts to distil on.")
+    texts: _Count = Field(2000, description="Texts of the oracle that teacher and student have learned from before.")
+    held_out: _Count = Field(500, description="Prompts of validation, and of test.")
+    for_teacher: _Flag = Field(False, description="Train on the oracle's texts; set for a model that is trained first.")
+
+
 KEYS: dict[str, type[BaseModel]] = {
     "image_classification": _Images,
     "language_modeling": _Text,
@@ -239,6 +248,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "text_generation": _Corpus,
     "text_classification": _ClassifiedTexts,
     "conversation": _Conversations,
+    "text_world": _Letters,
 }
 """By task."""
 

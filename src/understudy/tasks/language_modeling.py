@@ -176,7 +176,7 @@ class LanguageModeling(LabelledTask):
         found: dict[str, Any] = {}
         if own is not None:
             found["data.tokenizer"] = load_tokenizer(own)
-        specs = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
+        specs = {s: getattr(recipe, s) for s in ("teacher", "student", "oracle") if getattr(recipe, s) is not None}
         for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
             if spec.model in (COPY, ORACLE) or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue

@@ -76,7 +76,9 @@ class OnPolicy(BaseModel):
         0.0, ge=0, le=1, description="Of the teacher in the mixture that every token is drawn from; 1: it writes alone."
     )
     generations: int | None = Field(
-        None, ge=1, description="Texts of a prompt by the teacher alone that are used in turn; none: a new one each epoch."
+        None,
+        ge=1,
+        description="Texts of a prompt by the teacher alone that are used in turn; none: a new one each epoch.",
     )
     max_new_tokens: int = Field(128, ge=1, description="Tokens of a sample at most.")
     temperature: float = Field(1.0, ge=0, description="Of the sampling; 0 is greedy.")
@@ -96,7 +98,9 @@ class OnPolicy(BaseModel):
     @model_validator(mode="after")
     def _can_be_written(self) -> Self:
         if self.generations is not None and self.teacher_share < 1:
-            raise ValueError("generations keeps texts of a teacher that writes alone: set teacher_share=1, or leave it out")
+            raise ValueError(
+                "generations keeps texts of a teacher that writes alone: set teacher_share=1, or leave it out"
+            )
         if self.generations is not None and self.replay is not None:
             raise ValueError("generations and replay both use texts again: leave one of them out")
         if 0 < self.teacher_share < 1 and self.engine == "continuous":

@@ -100,8 +100,7 @@ class DistillationTrainer(Trainer):
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
         self.augmentation, self.validation, self.rollouts = augmentation, validation, rollouts
         self.validation_dataset = validation_dataset
-        self.steps_before = steps_before
-        self._epoch = 0
+        self.steps_before, self._epoch = steps_before, 0
         self._resumed_epoch: int | None = None
         seed = args.data_seed if args.data_seed is not None else args.seed
         data: Any = train_dataset

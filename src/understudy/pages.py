@@ -48,6 +48,9 @@ def page(entry: Entry) -> str:
         ]
         if method.model_fields:
             lines += _options(method, "option")
+        given = [f"`{key}.{k}: {v}`" for key, own in method.defaults.items() for k, v in own.items()]
+        if given:
+            lines += [f"Unless the recipe says otherwise: {', '.join(given)}.", ""]
         others = [f"`method={other}`" for other, (name, _) in variants().items() if name == entry.name]
         if others:
             lines += [f"Variants have names of their own: {', '.join(others)}.", ""]

@@ -293,6 +293,7 @@ def _rollouts(
     assert teacher is not None  # the recipe has been checked
     if args.fsdp or args.deepspeed:
         raise InputError("on_policy writes with whole weights, which FSDP and DeepSpeed split: use plain DDP.")
+    train_module.train_state.on_policy = recipe.on_policy
     dry_run(recipe.on_policy, train_module, teacher, prepared.train, prepared.tokenizer, prepared.collate)
     name = "samples.jsonl" if args.world_size == 1 else f"samples-rank{args.process_index}.jsonl"
     return Rollouts(

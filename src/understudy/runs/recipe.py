@@ -158,7 +158,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
     check_plain(values)
     remember(values)
-    values = _placed(resolved(values))
+    values = _with_defaults(_placed(resolved(values)))
     recipe: Recipe = validated(Recipe, values, "recipe key")
     task = get_task(recipe.task)
     check_data_keys(recipe.task, recipe.data)
@@ -237,6 +237,16 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
         if place is not None:
             owner = f"an option of method {name!r}" if key in options else "an argument of transformers' Trainer"
             raise InputError(f"Unknown recipe key: {key!r} is {owner}: write {place}.")
+    return values
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with the method's own defaults of recipe keys below those that are given."""
+    name = values.get("method")
+    for key, own in get_method(name).defaults.items() if isinstance(name, str) else ():
+        given = values.get(key)
+        if given is None or isinstance(given, Mapping):
+            values[key] = {**own, **(given or {})}
     return values
 
 

@@ -131,7 +131,8 @@ def test_minillm_learns_from_written_texts_and_keeps_the_datas(tmp_path):
     assert counts["reverse_kl"] == counts["long"] == len(terms["long"].values) == batch.num_items - counts["ce"]
     assert len(terms["ce"].values) == counts["ce"] > 0
     parts = [
-        minillm_terms(student, teacher, [row], torch.tensor([s]))[0] for row, s in zip([items[0], *own], (0, 1, 1))
+        minillm_terms(student, teacher, [row], torch.tensor([s]))[0]
+        for row, s in zip([items[0], *own], (0, 1, 1), strict=True)
     ]
     for name in terms:  # a batch is the sum of its splits
         split = torch.cat([part[name].values for part in parts])

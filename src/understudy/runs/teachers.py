@@ -231,6 +231,10 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapt
         )
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
+    if "teacher_prompt" in prepared.train[0]:
+        raise InputError(
+            "A server scores the student's texts, and teacher_prompt gives the teacher others: name a live teacher."
+        )
     outputs_alone(method, "a server only gives scores of tokens")
     asked = method.requires.temperature
     if asked != 1.0:

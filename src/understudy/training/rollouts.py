@@ -117,7 +117,7 @@ class Rollouts:
         found = [self._window.texts.get((step, number)) for number in values["ids"].tolist()]
         if any(found):
             rows = [
-                row if text is None else sampled_row(text[1], self.tokenizer, self.labelled)
+                row if text is None else {**row, **sampled_row(text[1], self.tokenizer, self.labelled)}
                 for row, text in zip(token_rows(values), found, strict=True)
             ]
             values = self.collate(rows)
@@ -129,9 +129,14 @@ class Rollouts:
     ) -> dict[tuple[int, int], tuple[int, Sample]]:
         """Decide for each example of the coming updates whether it is replaced, and generate the fresh samples."""
         texts: dict[tuple[int, int], tuple[int, Sample]] = {}
-        fresh: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
+        fresh: dict[tuple[int, int], tuple[list[int], Tensor, list[int]]] = {}
         replay = self.policy.replay
         generation = self.epoch % (self.policy.generations or self.epoch + 1)
+        if rows and "teacher_prompt" in rows[0][1] and (replay is not None or self.beside is not None):
+            raise InputError(
+                "teacher_prompt is of one example, and replay or a mixture of both sides writes after one prompt: leave out "
+                "on_policy.replay, and set on_policy.teacher_share to 0 or 1."
+            )
         for step, row in rows:
             ids, at = torch.tensor([row["id"]]), generation if self.labelled else step
             mine, again, which, _ = uniform(ids, (4,), seed=self.seed, step=step, stream=CHOICE)[0].tolist()
@@ -148,7 +153,8 @@ class Rollouts:
             cut = float(uniform(ids, (4,), seed=self.seed, step=at, stream=CHOICE)[0, 3])
             prompt = row["input_ids"][: prompt_length(row["labels"], self.policy.cut, cut)].tolist()
             drawn = uniform(ids, (1,), seed=self.seed, step=at, stream=DRAWS)
-            fresh.setdefault(key, (prompt, (drawn[:, 0] * 2**53).long()))
+            told = row["teacher_prompt"].tolist() if self.labelled and "teacher_prompt" in row else prompt
+            fresh.setdefault(key, (prompt, (drawn[:, 0] * 2**53).long(), told))
         if fresh:
             with self.meter.generate(self.model) if self.meter is not None else nullcontext(), autocast():
                 found = self._write(fresh, now)
@@ -159,11 +165,11 @@ class Rollouts:
                     self.kept[text.id, generation] = text
         return texts
 
-    def _write(self, fresh: Mapping[tuple[int, int], tuple[list[int], Tensor]], now: int) -> list[Sample]:
-        """Generate continuations of the prompts with the present weights."""
+    def _write(self, fresh: Mapping[tuple[int, int], tuple[list[int], Tensor, list[int]]], now: int) -> list[Sample]:
+        """Generate continuations of what the writer is told with the present weights, and put them after the prompts."""
         policy, started = self.policy, time.perf_counter()
-        prompts = [prompt for prompt, _ in fresh.values()]
-        keys = torch.cat([key for _, key in fresh.values()]).to(next(self.model.parameters()).device)
+        prompts, told = [prompt for prompt, *_ in fresh.values()], [told for *_, told in fresh.values()]
+        keys = torch.cat([key for _, key, _ in fresh.values()]).to(next(self.model.parameters()).device)
         options: dict[str, Any] = {
             "most": policy.max_new_tokens,
             "vocabulary": self.vocabulary,
@@ -171,10 +177,10 @@ class Rollouts:
             **policy.model_dump(include={"in_flight", "temperature", "top_p", "top_k"}),
         }
         if policy.engine == "continuous":
-            found = sample_continuously(self.model, prompts, keys, **options)
+            found = sample_continuously(self.model, told, keys, **options)
         else:
             options |= {"teacher": self.beside, "teacher_share": policy.teacher_share}
-            found = sample(self.model, prompts, keys, pad=self.tokenizer.pad_token_id or 0, **options)
+            found = sample(self.model, told, keys, pad=self.tokenizer.pad_token_id or 0, **options)
         tokens = sum(map(len, found))
         if self.meter is not None:
             self.meter.generated += tokens

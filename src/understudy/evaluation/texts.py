@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from understudy.data.samples import prompt_length
+from understudy.generation.decoding import without_routers
 from understudy.models import ModelAdapter, evaluating
 
 PROMPT, WRITTEN = 64, 40
@@ -63,6 +64,11 @@ def _written(side: ModelAdapter, prompts: list[torch.Tensor], tokenizer: Any, ne
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
     with evaluating(side):
         out = side.model.generate(  # type: ignore[operator, union-attr]
-            input_ids=ids.to(home), attention_mask=mask.to(home), max_new_tokens=new, do_sample=False, pad_token_id=pad
+            input_ids=ids.to(home),
+            attention_mask=mask.to(home),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=pad,
+            **without_routers(side.model),
         )
     return [tokenizer.decode(text, skip_special_tokens=True) for text in out[:, width:].tolist()]

@@ -71,7 +71,12 @@ def written(
     try:
         with evaluating(model):
             found: Tensor = model.generate(
-                ids, attention_mask=mask, generation_config=config, logits_processor=list(draw), stopping_criteria=[end]
+                ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=list(draw),
+                stopping_criteria=[end],
+                **without_routers(model),
             )
     finally:
         model.generation_config = own
@@ -82,6 +87,12 @@ def _mask(prompts: Sequence[Sequence[int]]) -> Tensor:
     """`[prompts, longest]`: 0 where a prompt is padded, on its left."""
     longest = max(map(len, prompts))
     return torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+
+def without_routers(model: Any) -> dict[str, bool]:
+    """Arguments of `generate` that leave out the loss of a mixture's routers, which fails on a cache of keys."""
+    asked = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asked else {}
 
 
 def writer(rows: ModelAdapter) -> Any:
@@ -162,6 +173,7 @@ class _Mix(LogitsProcessor):
                 past_key_values=self.cache,
                 use_cache=True,
                 **({"position_ids": places} if self.placed else {}),
+                **without_routers(self.model),
             )
         self.cache = found.past_key_values
         log_p = found.logits[:, -1, : self.vocabulary].double().log_softmax(-1).to(scores.device)

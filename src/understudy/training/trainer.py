@@ -163,7 +163,7 @@ class DistillationTrainer(Trainer):
         return inputs
 
     def _counts(self, batch: Batch) -> Counts:
-        return Counts.of(batch, self.model.reduction, self.model.method.counts(batch))
+        return Counts.of(batch, self.model.reduction, self.model.counts(batch))
 
     def shown(self, batch: Batch) -> Batch:
         """A micro-batch as both sides see it: augmented, and as the method transforms it."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from understudy.data.noise import uniform
-from understudy.models import ModelAdapter, evaluating
+from understudy.errors import InputError
+from understudy.models import ModelAdapter, evaluating, is_encoder_decoder
 
 
 def choose(
@@ -63,10 +64,13 @@ def written(
 ) -> Tensor:
     """The tokens that `model.generate` appends to the prompts, `[prompts, tokens]`, in evaluation mode and without the
     model's own generation config: only `draw` and `end` apply. Mode and config are restored."""
-    longest, device = max(map(len, prompts)), next(model.parameters()).device
+    device = next(model.parameters()).device
+    prompts = [read_by(model, p) for p in prompts]
+    longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = _mask(prompts).to(device)
-    config = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, use_cache=True)
+    first = {"decoder_start_token_id": model.config.decoder_start_token_id} if is_encoder_decoder(model) else {}
+    config = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, use_cache=True, **first)
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with evaluating(model):
@@ -80,13 +84,24 @@ def written(
             )
     finally:
         model.generation_config = own
-    return found[:, longest:]
+    return found[:, begin(model, prompts) :]
 
 
 def _mask(prompts: Sequence[Sequence[int]]) -> Tensor:
     """`[prompts, longest]`: 0 where a prompt is padded, on its left."""
     longest = max(map(len, prompts))
     return torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+
+
+def read_by(model: Any, prompt: Sequence[int]) -> list[int]:
+    """A prompt as a model reads it: an encoder gets the ending token behind."""
+    end = model.config.eos_token_id if is_encoder_decoder(model) else None
+    return list(prompt) if end is None else [*prompt, end]
+
+
+def begin(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+    """Where the first new token is in what `generate` returns: behind the prompt, or behind a decoder's starting token."""
+    return 1 if is_encoder_decoder(model) else max(map(len, prompts))
 
 
 def without_routers(model: Any) -> dict[str, bool]:
@@ -140,13 +155,15 @@ def sample(
     Returns:
         The generated tokens, ending token included.
     """
+    if teacher is not None and (is_encoder_decoder(model) or is_encoder_decoder(teacher)):
+        raise InputError("on_policy.teacher_share mixes two decoders, and a model has an encoder: set it to 0 or 1.")
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     found: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), in_flight):
         chosen = order[start : start + in_flight]
         part = [prompts[i] for i in chosen]
         mixed = [_Mix(teacher, teacher_share, part, vocabulary)] if teacher is not None else []
-        draw = [*mixed, _Draw(keys[chosen], max(map(len, part)), vocabulary, (temperature, top_p, top_k))]
+        draw = [*mixed, _Draw(keys[chosen], begin(model, part), vocabulary, (temperature, top_p, top_k))]
         for i, ids in zip(chosen, written(model, part, most, pad, draw, _End(ends)).tolist(), strict=True):
             last = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
             found[i] = ids[: last + 1]  # a batch runs until its longest text ends

@@ -26,7 +26,8 @@ class GKD(Method):
     defaults: ClassVar[Mapping[str, Any]] = {"on_policy": {"fraction": 0.5}}
     page: ClassVar[dict[str, str]] = {
         "when": "A live teacher of a language model whose student is to be used by sampling: it is corrected where it goes "
-        "itself. λ is `on_policy.fraction`.",
+        "itself. λ is `on_policy.fraction`. With a column `teacher_prompt` in the data, which the teacher reads in the place of "
+        "the prompt, and `student: teacher` it is self-distillation from privileged context.",
         "not": "With stored or served outputs of the teacher: they say nothing about new texts.",
         "deviations": "Whether a text is the student's is drawn for each example, not for each batch.",
     }

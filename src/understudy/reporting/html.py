@@ -195,7 +195,7 @@ def _own_samples(lines: list[dict[str, Any]]) -> list[Panel]:
     series = {"own samples": [x["share"] for _, x in logs], "replayed of these": [x["replayed"] for _, x in logs]}
     oldest = max(x["replay_age"] for _, x in logs)
     caption = (
-        f"Share of the examples whose text a model wrote. Up to the last log {written:.0f} were written, of "
+        f"Share of the examples whose text a model wrote. Up to the last log it wrote {written:.0f} texts of "
         f"{tokens / written:.1f} tokens, {empty:.0f} empty and {unended:.0f} without an end; the oldest mean age of replays "
         f"is {oldest:.1f} steps. Of several processes this is the first. Every text, with the step whose weights wrote it, "
         "the step that it is for and the example of its prompt, is in samples.jsonl."

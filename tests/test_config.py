@@ -444,6 +444,7 @@ METHOD = {
         "conversation": "strategy-teaching",
         "vision_language": "kd",
         "statement_generation": "i2d2",
+        "text_world": "kd",
     },
 }
 

@@ -15,7 +15,7 @@ from understudy.errors import InputError, nearest
 from understudy.methods import all_methods, variants
 from understudy.training import Method, Requirements
 
-STUDIES = {7: "methods", 14: "study"}
+STUDIES = {7: "methods", 14: "study", 20: "train"}
 """The commands of papers that are no method but a study of methods, by number."""
 TAXONOMY = ("family", "elicitation", "algorithm", "skill", "vertical", "access")
 """What a selection may ask for; `all` in a paper's row is every value."""

@@ -20,7 +20,7 @@ from understudy.models.modalities import OPTIONS as MODALITIES
 from understudy.models.ranker_loading import MEANINGS
 from understudy.models.text_classifiers import OPTIONS as TEXT_CLASSIFIER
 from understudy.runs.recipe import Recipe
-from understudy.runs.specs import ModelSpec
+from understudy.runs.specs import ModelSpec, OracleSpec
 from understudy.tasks.data_keys import KEYS
 from understudy.training.arguments import UNSUPPORTED, choices, default, fields, kind, meaning
 from understudy.training.on_policy import Adaptive, OnPolicy, Replay
@@ -47,6 +47,7 @@ def sections() -> dict[str, list[Key]]:
     teacher = dict.fromkeys(("members", "weights", "mix", "route", "score", "cache"), "teacher")
     models = [*of_model(ModelSpec, "model."), *of_model(Endpoint, "model.endpoint.")]
     named = [_renamed(key, teacher.get(key.name.split(".")[1])) for key in models]
+    oracle = [key for key in of_model(OracleSpec, "oracle.") if key.name.split(".")[1] not in ModelSpec.model_fields]
     of_tasks = {
         "ranking": MEANINGS,
         "text_classification": TEXT_CLASSIFIER,
@@ -62,7 +63,7 @@ def sections() -> dict[str, list[Key]]:
     return {
         "Recipe": [*of_model(Recipe, ""), *of_model(Budget, "budget.")],
         "Data": _data(),
-        "Models": [*named, *options],
+        "Models": [*named, *oracle, *options],
         "Own samples": on_policy,
         "Options of methods": methods,
         "Trainer": [Key(f"trainer.{n}", _words(n), default(n), meaning(n)) for n in fields() if n not in UNSUPPORTED],
@@ -77,10 +78,12 @@ def matching(prefix: str) -> list[Key]:
     """
     every = [key for keys in sections().values() for key in keys]
     part, _, name = prefix.partition(".")
-    sides = ("teacher", "student")
+    sides = ("teacher", "student", "oracle")
     asked = prefix.replace(part, "SIDE", 1) if part in sides and name else prefix
     found = [
-        k for k in every if k.name.startswith(asked) or (k.name.startswith(f"{part}.") and name in k.where.split(", "))
+        k
+        for k in every
+        if k.name.startswith((asked, prefix)) or (k.name.startswith(f"{part}.") and name in k.where.split(", "))
     ]
     if not found:
         raise InputError(
@@ -96,7 +99,7 @@ def page() -> str:
         "",
         "Every key that a recipe may hold, as a YAML mapping or `key=value` on the command line. `understudy keys PREFIX` lists",
         "them in the terminal, for example `understudy keys data.max` or `understudy keys options.dpo`. `SIDE` is `teacher`,",
-        "`student` or `roles.NAME`; a text alone is the side's `model`, and `data=NAME` is `data.name`.",
+        "`student`, `oracle` or `roles.NAME`; a text alone is the side's `model`, and `data=NAME` is `data.name`.",
     ]
     for title, keys in sections().items():
         placed = any(k.where for k in keys)

@@ -13,7 +13,36 @@ from understudy.catalogue import STUDIES, Entry, catalogue, requirements
 from understudy.claims import claims
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
-from understudy.runs import study
+from understudy.runs import hacking, study
+from understudy.training import OnPolicy
+
+_STUDIES: dict[int, tuple[Any, Any, type[Any], str, str]] = {
+    14: (
+        study,
+        study.study,
+        study.Grid,
+        "key beside a recipe's",
+        "`understudy study study.yaml` · `understudy study runs/a runs/b --output runs/study`",
+    ),
+    20: (hacking, hacking.Hacking, OnPolicy, "key of `on_policy`", "`understudy train recipe.yaml`"),
+}
+"""Of each study with runs its module, what says in a line what it asks, its own keys with their heading, and its commands."""
+
+SURVEY = [
+    "How knowledge is got from a teacher (elicitation) and how a student learns it (algorithm): the catalogue has a place for "
+    "every method in this taxonomy, and `understudy methods` answers which ones fit.",
+    "",
+    "**Use it.** To choose by what you have: `--access black` are methods that need a teacher's text alone, "
+    "`--elicitation self_knowledge` those without a larger teacher, `--algorithm none_prompting` those that change no weights. "
+    "A page for every branch (`docs/survey`) puts first what was found to work here.",
+    "",
+    "**Deviations from the paper.** The classification is this project's; `none_prompting` and the skills `vision`, `graph` and "
+    "`general_model_compression` are added for papers that the survey's words do not fit.",
+    "",
+    "`understudy methods --elicitation labeling --algorithm sft --access black`",
+    "",
+]
+"""The page of paper 7: the taxonomy that the catalogue has its words from, and how to ask it."""
 
 
 def page(entry: Entry) -> str:
@@ -22,7 +51,7 @@ def page(entry: Entry) -> str:
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
     if entry.number in STUDIES:
-        lines += _STUDIES[entry.number](entry)
+        lines += _study(entry) if entry.number in _STUDIES else SURVEY
     elif method is None:
         lines += ["Planned: no method of this name is registered yet.", ""]
     else:
@@ -35,6 +64,9 @@ def page(entry: Entry) -> str:
         ]
         if method.model_fields:
             lines += _options(method, "option")
+        given = [f"`{key}.{k}: {v}`" for key, own in method.defaults.items() for k, v in own.items()]
+        if given:
+            lines += [f"Unless the recipe says otherwise: {', '.join(given)}.", ""]
         others = [f"`method={other}`" for other, (name, _) in variants().items() if name == entry.name]
         if others:
             lines += [f"Variants have names of their own: {', '.join(others)}.", ""]
@@ -61,39 +93,20 @@ def _options(model: Any, heading: str) -> list[str]:
 
 def _study(entry: Entry) -> list[str]:
     """What a study says, which keys it has beside a recipe's, and an example of one."""
+    assert entry.number is not None
+    module, asks, keys, heading, commands = _STUDIES[entry.number]
     return [
-        *((study.study.__doc__ or "").strip().splitlines()[:1]),
+        *(asks.__doc__ or "").strip().splitlines()[:1],
         "",
-        *_facts(study.PAGE),
-        *_options(study.Grid, "key beside a recipe's"),
+        *_facts(module.PAGE),
+        *_options(keys, heading),
         "```yaml",
-        *study.EXAMPLE.strip().splitlines(),
+        *module.EXAMPLE.strip().splitlines(),
         "```",
         "",
-        f"`understudy study study.yaml` · `understudy study runs/a runs/b --output runs/study`{_claimed(entry)}",
+        f"{commands}{_claimed(entry)}",
         "",
     ]
-
-
-def _survey(entry: Entry) -> list[str]:
-    """The taxonomy that the catalogue has its words from, and how to ask it."""
-    return [
-        "How knowledge is got from a teacher (elicitation) and how a student learns it (algorithm): the catalogue has a place for "
-        "every method in this taxonomy, and `understudy methods` answers which ones fit.",
-        "",
-        "**Use it.** To choose by what you have: `--access black` are methods that need a teacher's text alone, "
-        "`--elicitation self_knowledge` those without a larger teacher, `--algorithm none_prompting` those that change no weights. "
-        "A page for every branch (`docs/survey`) puts first what was found to work here.",
-        "",
-        "**Deviations from the paper.** The classification is this project's; `none_prompting` and the skills `vision`, `graph` and "
-        "`general_model_compression` are added for papers that the survey's words do not fit.",
-        "",
-        "`understudy methods --elicitation labeling --algorithm sft --access black`",
-        "",
-    ]
-
-
-_STUDIES = {7: _survey, 14: _study}
 
 
 def _claimed(entry: Entry) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 UNLABELLED = -1
@@ -35,6 +36,8 @@ class Batch:
         source, sampled: `[examples]`, index into `SOURCES`, and the optimizer step whose weights generated the
             completion (−1: from the data); `None` without on-policy samples. Generated tokens are not labels: their
             rows have `UNLABELLED`.
+        teacher_prompt: `[examples, length]`, what the teacher reads in the place of each prompt, −1 after its end; `None`
+            where it reads the same.
 
     A *row* is a label that counts. Rows are in flattened order, and for text row `(b, t)` predicts token `t + 1`.
     """
@@ -46,6 +49,7 @@ class Batch:
     domains: Tensor | None = None
     source: Tensor | None = None
     sampled: Tensor | None = None
+    teacher_prompt: Tensor | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Batch:
@@ -70,9 +74,30 @@ class Batch:
         """What each example consists of, without padding: equal where a model would be asked the same again."""
         if self.kind != "text":
             return [tuple(v[i] for v in self.inputs.values()) for i in range(len(self.labels))]
-        kept = self.inputs["attention_mask"].bool()
-        texts = zip(self.inputs["input_ids"], self.labels, kept, strict=True)
+        shown = self.for_teacher()
+        kept = shown.inputs["attention_mask"].bool()
+        texts = zip(shown.inputs["input_ids"], shown.labels, kept, strict=True)
         return [(i[m], y[m], *(part[n] for part in self._pieces.values())) for n, (i, y, m) in enumerate(texts)]
+
+    def for_teacher(self) -> Batch:
+        """The batch as the teacher reads it: the same completions after `teacher_prompt`. Its rows are the same."""
+        if self.teacher_prompt is None:
+            return self
+        parts = []
+        rows = zip(
+            self.inputs["input_ids"], self.labels, self.inputs["attention_mask"], self.teacher_prompt, strict=True
+        )
+        for ids, labels, mask, told in rows:
+            start, length, asked = int((labels != IGNORE).int().argmax()), int(mask.sum()), told[told >= 0]
+            learned = labels[start:length].clone()
+            learned[: start == 0] = IGNORE  # the first token of a text is no row, and must not become one
+            parts.append((torch.cat([asked, ids[start:length]]), torch.cat([torch.full_like(asked, IGNORE), learned])))
+        ids, labels, mask = (
+            pad_sequence([part(*row) for row in parts], batch_first=True, padding_value=value)
+            for part, value in ((lambda i, y: i, 0), (lambda i, y: y, IGNORE), (lambda i, y: torch.ones_like(i), 0))
+        )
+        inputs = {**self.inputs, "input_ids": ids, "attention_mask": mask}
+        return replace(self, inputs=inputs, labels=labels, teacher_prompt=None)
 
     @cached_property
     def _pieces(self) -> dict[str, tuple[Tensor, ...]]:

@@ -22,6 +22,8 @@ from understudy.files import replacing
 
 OPTIONS = {"name", "domains", "limit", "characters", "domain_column", "columns"}
 FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"})
+PRIVILEGED = "teacher_prompt"
+"""Column of what the teacher reads in the place of the prompt, before the same completion."""
 # Modules whose sources every CPython 3.11+ carries, chosen for prose-like documentation strings.
 MODULES = (
     "argparse ast asyncio/base_events asyncio/events bdb calendar cmd code codecs collections/__init__ configparser "
@@ -71,7 +73,7 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
             names each record's domain; it becomes the record's `domain`), `columns` (names of columns, `{ours: theirs}`).
 
     A source without validation or test split gives up a tenth of its records for each, by a hash of their content. A
-    column `tools` beside messages is kept for the chat template.
+    column `tools` beside messages is kept for the chat template, and `teacher_prompt` beside a prompt for the teacher.
     """
     check_keys(spec, OPTIONS)
     name, column = str(spec["name"]), spec.get("domain_column")
@@ -82,7 +84,7 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
             raise InputError(f"{name}: the {split} split is empty.")
     columns = {split: names(records[0]) for split, records in splits.items()}
     notes += arrange(
-        name, splits, FORMATS, {"tools"} | ({column} if column is not None else set()), spec.get("columns")
+        name, splits, FORMATS, {"tools", PRIVILEGED} | ({column} if column is not None else set()), spec.get("columns")
     )
     for split, records in splits.items():
         repeated = sum(
@@ -146,6 +148,14 @@ def _check(where: str, record: Record, column: str | None, columns: str) -> bool
         if found is not None:
             prompt, (said,) = found
         record |= {"prompt": prompt, "completion": said}
+    if record.get(PRIVILEGED) is None:
+        record.pop(PRIVILEGED, None)
+    elif "prompt" not in record:
+        raise InputError(
+            f"{where}: {PRIVILEGED} stands in the place of a prompt, and there is none: give prompt and completion."
+        )
+    else:
+        record[PRIVILEGED] = readable(where, PRIVILEGED, record[PRIVILEGED])
     keep_tools(where, record, any(isinstance(record.get(k), list) for k in ("messages", "prompt", "completion")))
     if column is not None:
         domain = record.get(column)

@@ -11,6 +11,7 @@ import torch
 from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -129,7 +130,7 @@ def encode(
         )
     counts.rows, counts.tokens = len(rows), sum(len(r["input_ids"]) for r in rows)
     counts.trained = sum(int((r["labels"][1:] != IGNORE).sum()) for r in rows)
-    counts.longest = max(len(r["input_ids"]) for r in rows)
+    counts.longest = max(counts.longest, *(len(r["input_ids"]) for r in rows))
     return TextSet(rows), counts
 
 
@@ -220,7 +221,34 @@ def _single(
         counts.dropped += 1
         return None
     named = {"domain": record["domain"]} if "domain" in record else {}
+    if "teacher_prompt" in record:
+        try:
+            named["teacher_prompt"] = _teacher_prompt(record, ids, labels, tokenizer, ends)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
+        counts.longest = max(counts.longest, len(named["teacher_prompt"]) + len(ids) - _begin(labels))
     return {**_row(ids, labels, record["id"], tokenizer), **named}
+
+
+def _teacher_prompt(
+    record: Record, ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, ends: Ends
+) -> Tensor:
+    """Ids of what the teacher reads before the completion, in the place of the prompt of `ids`."""
+    theirs, trained = completion_tokens(
+        record["teacher_prompt"], record["completion"], tokenizer, record.get("tools"), ends
+    )
+    start, said = _begin(trained), ids[_begin(labels) :]
+    if not start or theirs[start : start + len(said)] != said:
+        raise InputError(
+            "behind teacher_prompt the completion has other tokens than behind the prompt: let it not be empty, and raise "
+            "data.max_length if the row was cut at its start."
+        )
+    return torch.tensor(theirs[:start])
+
+
+def _begin(labels: Sequence[int]) -> int:
+    """Where the completion begins."""
+    return next(i for i, label in enumerate(labels) if label != IGNORE)
 
 
 def completion_tokens(
@@ -280,6 +308,9 @@ def collate_text(
         n = len(item["input_ids"])
         ids[row, :n], labels[row, :n], mask[row, :n] = item["input_ids"], item["labels"], 1
     numbers = {"domains": torch.tensor([domains.index(i["domain"]) for i in items])} if domains else {}
+    if any("teacher_prompt" in item for item in items):  # others have their own prompt
+        told = [item.get("teacher_prompt", item["input_ids"][item["labels"] == IGNORE]) for item in items]
+        numbers["teacher_prompt"] = pad_sequence(told, batch_first=True, padding_value=-1)
     return {
         **numbers,
         **picture_inputs(items, length),

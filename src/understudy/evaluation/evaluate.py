@@ -31,7 +31,8 @@ def evaluate(
     with evaluating(*models):
         for values in loader:
             batch = Batch.from_dict(values)
-            signals = [model(batch.to(next(model.parameters()).device)).signal for model in models]
+            shown = [batch, batch.for_teacher()]
+            signals = [m(b.to(next(m.parameters()).device)).signal for m, b in zip(models, shown, strict=False)]
             teacher_signal = signals[1].to(batch.labels.device) if teacher is not None else None
             parts.append(row_statistics(signals[0].to(batch.labels.device), teacher_signal, batch.row_labels))
             size += int(batch.bytes.sum()) if batch.bytes is not None else 0

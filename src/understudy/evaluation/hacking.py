@@ -7,47 +7,165 @@ summed by the chain rule over tokens of texts that the first side wrote. Both ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from understudy.data import Batch
+from understudy.data.noise import uniform
+from understudy.data.samples import Sample, prompt_length, sampled_row
 from understudy.errors import InputError
-from understudy.losses._kernels import kl
+from understudy.files import read_log
+from understudy.generation.decoding import end_tokens, sample, writer
+from understudy.losses import cross_entropy, forward_kl
+from understudy.models import ModelAdapter, evaluating
+from understudy.streaming import rowwise
+from understudy.targets import Dense, Projected
+from understudy.teachers import LocalTeacher
+
+_DRAWS = 0x0AC  # a random stream of its own
 
 
-def sequence_kl(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
-    """Σ_t KL(p_t ‖ q_t) over the tokens of each text, `[texts]`: KL of whole texts in expectation over texts of p.
+class TextDistances(NamedTuple):
+    """How far q is from p along texts that p wrote, in nats, `[texts]` each.
 
     Args:
-        log_p, log_q: log-probabilities of the next token `[texts, length, classes]` along the same texts, which p wrote.
-        mask: `[texts, length]`, which tokens there are (the end of a text is one).
-
-    Returns:
-        In nats; +inf where q rules out what p allows.
+        kl: Σ_t KL(p_t ‖ q_t) over the whole vocabulary; +inf where q rules out what p allows. Its expectation is the KL of
+            whole texts.
+        log_ratio: Σ_t log p(y_t) − log q(y_t): the same expectation with more variance.
+        lengths: tokens of each text, the ending one included.
     """
-    mask = mask.bool()
-    if log_p.shape != log_q.shape or log_p.shape[:2] != mask.shape:
+
+    kl: Tensor
+    log_ratio: Tensor
+    lengths: Tensor
+
+
+def text_distances(p: Dense | Projected, q: Dense | Projected, batch: Batch) -> TextDistances:
+    """Distances along the texts of a batch, whose tokens are its labels.
+
+    Args:
+        p, q: outputs of both sides for the rows of the batch.
+
+    Raises:
+        InputError: the sides have different vocabularies.
+    """
+    if p.classes != q.classes:
         raise InputError(
-            f"sequence_kl: log-probabilities are {list(log_p.shape)} and {list(log_q.shape)} and the mask {list(mask.shape)}: "
-            "give both sides the same texts and one vocabulary."
+            f"text_distances: one side has {p.classes} tokens and the other {q.classes}: give both one vocabulary."
         )
-    steps = log_p.new_zeros(mask.shape)
-    steps[mask] = kl(log_p[mask], log_q[mask])
-    return steps.sum(-1)
+    nll_p, nll_q = (rowwise(cross_entropy, signal, None, batch.row_labels) for signal in (p, q))
+    kl = rowwise(forward_kl, q, p)
+
+    def summed(values: Tensor) -> Tensor:
+        return values.new_zeros(len(batch.ids)).index_add(0, batch.sequence, values)
+
+    return TextDistances(summed(kl), summed(nll_q - nll_p), summed(torch.ones_like(kl)))
 
 
-def sequence_log_ratio(log_p: Tensor, log_q: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Σ_t log p(y_t) − log q(y_t), `[texts]`: the expectation of `sequence_kl` with more variance.
+class HeldOut:
+    """Texts that an oracle and a teacher write for the same held-out prompts, and a student's distances from both.
+
+    The texts are written once: the sides that write do not change.
 
     Args:
-        tokens: y `[texts, length]`; anything where `mask` is false. The rest as in `sequence_kl`.
+        oracle, teacher: models in this process, with the student's tokens.
+        examples: token rows; each gives its prompt.
+        tokenizer, collate: of the examples.
+        most: tokens of a text at most; a text without an end counts up to there. batch: texts of a forward pass.
+        seed: of the texts, which are drawn at temperature 1.
     """
-    at = tokens.clamp(min=0)[..., None]
-    difference = (log_p.gather(-1, at) - log_q.gather(-1, at))[..., 0]
-    return difference.masked_fill(~mask.bool(), 0.0).sum(-1)
+
+    def __init__(
+        self,
+        oracle: LocalTeacher,
+        teacher: LocalTeacher,
+        examples: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        *,
+        most: int,
+        seed: int,
+        batch: int = 64,
+    ) -> None:
+        self.sides = {"golden": oracle, "proxy": teacher}
+        self.texts: dict[str, list[Batch]] = {}
+        self.unended: dict[str, float] = {}
+        for name, side in self.sides.items():
+            rows, ended = _written(side.model, examples, tokenizer, most, seed)
+            self.unended[name] = 1 - sum(ended) / len(ended)
+            parts = (rows[i : i + batch] for i in range(0, len(rows), batch))
+            self.texts[name] = [Batch.from_dict(collate(part)) for part in parts]
+        self.teacher_golden = self._distance("golden", teacher.model)[0]
+
+    def measure(self, student: ModelAdapter) -> dict[str, float]:
+        """`golden` and `proxy` in nats a text, the same a token, and `teacher_golden`, oracle to teacher, which stays."""
+        found = {"teacher_golden": self.teacher_golden}
+        for name in self.sides:
+            found[name], found[f"{name}_per_token"] = self._distance(name, student)
+        return found
+
+    @torch.no_grad()
+    def _distance(self, name: str, student: ModelAdapter) -> tuple[float, float]:
+        home = next(student.parameters()).device
+        total, texts, tokens = 0.0, 0, 0.0
+        with evaluating(student):
+            for held in self.texts[name]:
+                batch = held.to(home)
+                found = text_distances(self.sides[name](batch).signal, student(batch).signal, batch)
+                total, texts = total + float(found.kl.double().sum()), texts + len(found.kl)
+                tokens += float(found.lengths.sum())
+        return total / texts, total / tokens
+
+
+def _written(
+    side: ModelAdapter, examples: Sequence[dict[str, Any]], tokenizer: Any, most: int, seed: int
+) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Rows of a prompt and what a side writes after it, and whether each text ended."""
+    model = writer(side)
+    ids = torch.tensor([example["id"] for example in examples])
+    drawn = uniform(ids, (2,), seed=seed, step=0, stream=_DRAWS)
+    starts = [prompt_length(e["labels"], "random", float(cut)) for e, cut in zip(examples, drawn[:, 1], strict=True)]
+    prompts = [e["input_ids"][:start].tolist() for e, start in zip(examples, starts, strict=True)]
+    ends = end_tokens(model, tokenizer)
+    texts = sample(
+        model,
+        prompts,
+        (drawn[:, 0] * 2**53).long().to(next(model.parameters()).device),
+        most=most,
+        vocabulary=int(getattr(side, "vocabulary", len(tokenizer))),
+        ends=ends,
+        pad=tokenizer.pad_token_id or 0,
+    )
+    samples = [
+        Sample(int(i), 0, len(prompt), (*prompt, *text)) for i, prompt, text in zip(ids, prompts, texts, strict=True)
+    ]
+    return [sampled_row(s, tokenizer, labelled=True) for s in samples], [text[-1] in ends for text in texts]
+
+
+class Curve(NamedTuple):
+    """What was measured at the evaluations of a run: optimizer steps, distances in nats a text, and the training loss."""
+
+    steps: list[int]
+    golden: list[float]
+    proxy: list[float]
+    loss: list[float | None]
+    teacher_golden: float
+
+
+def curve_of(folder: Path) -> Curve | None:
+    """The curve of a run folder, or `None` if no distance was measured there during training."""
+    seen = [line for line in read_log(folder / "validation.jsonl")[0] if "golden" in line]
+    if not seen:
+        return None
+    losses = {line["step"]: line["loss"] for line in read_log(folder / "metrics.jsonl")[0] if "loss" in line}
+    steps = [line["step"] for line in seen]
+    loss = [max(((s, v) for s, v in losses.items() if s <= step), default=(0, None))[1] for step in steps]
+    return Curve(steps, [x["golden"] for x in seen], [x["proxy"] for x in seen], loss, seen[-1]["teacher_golden"])
 
 
 @dataclass(frozen=True)
@@ -55,8 +173,9 @@ class Verdict:
     """What a golden curve says.
 
     Args:
-        hacking: it rises by more than δ above its least while the proxy falls further. best: place of its least, the first
-            of several. rise: (end − least) / least, 0 for a curve at 0. proxy_drop: (proxy there − proxy at the end) / proxy there.
+        hacking: it rises by more than δ above its least while the proxy, or where that has stalled the training loss, falls
+            further. best: place of its least, the first of several. rise: (end − least) / least, 0 for a curve at 0.
+            proxy_drop: (proxy there − proxy at the end) / proxy there.
     """
 
     hacking: bool
@@ -65,8 +184,13 @@ class Verdict:
     proxy_drop: float
 
 
-def verdict(golden: Sequence[float], proxy: Sequence[float], delta: float = 0.02) -> Verdict:
+def verdict(
+    golden: Sequence[float], proxy: Sequence[float], delta: float = 0.02, loss: Sequence[float | None] = ()
+) -> Verdict:
     """Whether the student got nearer to its teacher and further from the truth (the paper's idea; the rule is ours).
+
+    Args:
+        loss: of training at every evaluation, `None` before the first; empty where it is not known.
 
     Raises:
         InputError: curves of different length, or empty ones.
@@ -76,7 +200,9 @@ def verdict(golden: Sequence[float], proxy: Sequence[float], delta: float = 0.02
     best = min(range(len(golden)), key=golden.__getitem__)
     rise = (golden[-1] - golden[best]) / golden[best] if golden[best] else 0.0
     drop = (proxy[best] - proxy[-1]) / proxy[best] if proxy[best] else 0.0
-    return Verdict(rise > delta and drop > 0, best, rise, drop)
+    held, last = (loss[best], loss[-1]) if loss else (None, None)
+    nearer = drop > 0 or (last is not None and (held is None or last < held))
+    return Verdict(rise > delta and nearer, best, rise, drop)
 
 
 class PowerLaw(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from understudy.data.samples import prompt_length
+from understudy.generation.decoding import begin, read_by, without_routers
 from understudy.models import ModelAdapter, evaluating
 
 PROMPT, WRITTEN = 64, 40
@@ -60,12 +61,18 @@ def _positions(side: ModelAdapter) -> int | None:
 
 def _written(side: ModelAdapter, prompts: list[torch.Tensor], tokenizer: Any, new: int) -> list[str]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    width, home = max(map(len, prompts)), next(side.parameters()).device
+    home, told = next(side.parameters()).device, [read_by(side.model, prompt.tolist()) for prompt in prompts]
+    width = max(map(len, told))
     ids, mask = (torch.full((len(prompts), width), value) for value in (pad, 0))
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    for row, prompt in enumerate(told):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
     with evaluating(side):
         out = side.model.generate(  # type: ignore[operator, union-attr]
-            input_ids=ids.to(home), attention_mask=mask.to(home), max_new_tokens=new, do_sample=False, pad_token_id=pad
+            input_ids=ids.to(home),
+            attention_mask=mask.to(home),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=pad,
+            **without_routers(side.model),
         )
-    return [tokenizer.decode(text, skip_special_tokens=True) for text in out[:, width:].tolist()]
+    return [tokenizer.decode(text, skip_special_tokens=True) for text in out[:, begin(side.model, told) :].tolist()]

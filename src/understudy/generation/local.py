@@ -140,7 +140,7 @@ class LocalSource:
         longest, most = max(map(len, prompts)), max(r.max_tokens for r in requests)
         draw = _Draw(requests, self.name, longest, len(self.tokenizer))
         end = _End(requests, longest, end_tokens(self.model, self.tokenizer), self.tokenizer)
-        ids = written(self.model, prompts, most, self.tokenizer.pad_token_id or 0, draw, end)
+        ids = written(self.model, prompts, most, self.tokenizer.pad_token_id or 0, [draw], end)
         log_probs = torch.stack(draw.log_probs, dim=1).double()
         return [
             self._completion(r, p, ids[i, : end.length[i]].tolist(), log_probs[i], end)

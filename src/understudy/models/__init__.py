@@ -12,6 +12,7 @@ from understudy.models.adapters import (
 )
 from understudy.models.classifier_heads import replace_head
 from understudy.models.diffusion import DenoiserAdapter, Sampler
+from understudy.models.encoder_decoders import EncoderDecoderAdapter, is_encoder_decoder
 from understudy.models.heads import SubclassHead
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier, own_classes
 from understudy.models.modes import evaluating
@@ -24,6 +25,7 @@ __all__ = [
     "CausalLMAdapter",
     "ClassifierAdapter",
     "DenoiserAdapter",
+    "EncoderDecoderAdapter",
     "MarginalAdapter",
     "MixtureAdapter",
     "ModelAdapter",
@@ -35,6 +37,7 @@ __all__ = [
     "compare_tokenizers",
     "evaluating",
     "find_head",
+    "is_encoder_decoder",
     "is_new_causal_lm",
     "load_causal_lm",
     "load_classifier",

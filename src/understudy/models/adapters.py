@@ -35,11 +35,13 @@ class ModelOutput(NamedTuple):
         signal: `Dense` logits or `Projected` hidden states, `[rows, …]`; of a teacher any target.
         features: `[rows, width]` before the head, if requested.
         taps: outputs of tapped layers by name, `[examples, …]`, unchanged.
+        router: the loss that balances the experts of a mixture, a scalar with its coefficient; `None` of other models.
     """
 
     signal: Any
     features: Tensor | None = None
     taps: Mapping[str, Tensor] = MappingProxyType({})
+    router: Tensor | None = None
 
     def detach(self) -> ModelOutput:
         """The same values without gradient."""
@@ -73,6 +75,11 @@ class ModelAdapter(nn.Module):
         """The tokens that the model reads: which tokenizer's they are, and `[examples, length]`, which are text; `None` for
         other inputs."""
         return None
+
+    @property
+    def balances(self) -> bool:
+        """Whether outputs in training mode hold a loss of the model's routers."""
+        return False
 
     def save(self, folder: Path) -> None:
         """Save with `save_pretrained`, in the small networks' own format, or as the module's state. PEFT adapters are
@@ -291,19 +298,38 @@ class CausalLMAdapter(ModelAdapter):
     ) -> ModelOutput:
         """The rows of a batch of tokens. Sequences of one of `groups` may share the computation of their common prefix."""
         inner = self._inner
-        laid = self.layouts.lay(inner, tokens, groups)
+        balanced = self.balances and self.training  # the routers' loss reads the mask of a batch as it is collated
+        laid = (self.as_collated if balanced else self.layouts).lay(inner, tokens, groups)
+        asked = {"use_cache": False, **({"output_router_logits": balanced} if self.balances else {})}
         if self.own_logits is None:
             self._try_head()
         if self.own_logits:
             with watched(inner) as seen:
-                logits = laid.rows(inner(**laid.inputs, use_cache=False).logits, tokens)[..., : self.vocabulary]
+                found = inner(**laid.inputs, **asked)
+            logits = laid.rows(found.logits, tokens)[..., : self.vocabulary]
             if features and not seen:
                 raise InputError(
                     f"{type(inner).__name__} does not show its hidden states: choose a method without them."
                 )
-            return ModelOutput(Dense(logits.float()), laid.rows(seen[-1], tokens) if features else None)
-        hidden = laid.rows(body(inner)(**laid.inputs, use_cache=False).last_hidden_state, tokens)
-        return ModelOutput(self._signal(inner, hidden), hidden if features else None)
+            hidden = laid.rows(seen[-1], tokens) if features else None
+            return ModelOutput(Dense(logits.float()), hidden, router=self._router(inner, found))
+        if balanced:  # the loss is made above the body, with the logits of one token
+            with watched(inner) as seen:
+                found = inner(**laid.inputs, **asked, logits_to_keep=1)
+            hidden, router = laid.rows(seen[-1], tokens), self._router(inner, found)
+        else:
+            hidden, router = laid.rows(body(inner)(**laid.inputs, **asked).last_hidden_state, tokens), None
+        return ModelOutput(self._signal(inner, hidden), hidden if features else None, router=router)
+
+    @property
+    def balances(self) -> bool:
+        """Whether its configuration asks for the loss of the routers, by `output_router_logits`."""
+        return bool(getattr(self._inner.config.get_text_config(), "output_router_logits", False))
+
+    def _router(self, inner: Any, found: Any) -> Tensor | None:
+        """The coefficient times the loss of the routers in an output of the model."""
+        loss = getattr(found, "aux_loss", None)
+        return None if loss is None else inner.config.get_text_config().router_aux_loss_coef * loss
 
     def _signal(self, inner: Any, hidden: Tensor) -> Dense | Projected:
         head = inner.get_output_embeddings()

@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -223,9 +225,13 @@ def load_causal_lm(
     dtype: str = "auto",
     quantization: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    encoders: bool = False,
 ) -> nn.Module:
     """A causal LM: a module, `llama:hidden=…,layers=…,heads=…` (new; `init=0.08` sets the scale of the initial
     weights), a folder, a set in `UNDERSTUDY_DATA`, a Hub id.
+
+    Args:
+        encoders: the model may be an encoder-decoder.
 
     Half-precision weights of a folder are converted to float32 under `dtype="auto"` if there is no GPU.
     """
@@ -236,13 +242,27 @@ def load_causal_lm(
         model: nn.Module = _new_llama(name, tokenizer)
     else:
         path = find(name)
-        model = auto_model(AutoModelForCausalLM, name, path, dtype, quantization, trust_remote_code)
+        kind: Any = AutoModelForCausalLM
+        if encoders and _has_encoder(name, path, trust_remote_code):
+            kind = AutoModelForSeq2SeqLM
+        model = auto_model(kind, name, path, dtype, quantization, trust_remote_code)
     size = getattr(model.config, "vocab_size", None)
     if size is not None and size < len(tokenizer):
         raise InputError(
             f"{name} has {size} token embeddings and the tokenizer {len(tokenizer)} tokens. Use the model's own tokenizer."
         )
     return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
+
+
+def _has_encoder(name: str, path: Path | None, trust_remote_code: bool) -> bool:
+    """Whether a model's configuration is an encoder-decoder's; one that cannot be read is left to the loader."""
+    if path is not None:
+        return bool(_config(path).get("is_encoder_decoder", False))
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return False
+    return bool(config.is_encoder_decoder)
 
 
 def _new_llama(name: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:

@@ -32,4 +32,4 @@ class SequenceAdapter(CausalLMAdapter):
         rows = self.token_rows(tokens, features, batch.groups)
         log_probs = -rowwise(cross_entropy, rows.signal, None, tokens.row_labels)
         found = Scores(batch.sum_tokens(log_probs), batch.candidates, log_probs, rows.signal)
-        return ModelOutput(found, rows.features)
+        return rows._replace(signal=found)

@@ -15,6 +15,7 @@ from understudy.errors import InputError
 from understudy.files import differing, read_json, read_log, writing
 from understudy.reporting import plots, study
 from understudy.reporting.gains import export_table, gain_table, headline
+from understudy.reporting.hacking import hacking_panels
 from understudy.reporting.metrics import meaning
 from understudy.reporting.table import span
 from understudy.tasks import TASKS
@@ -69,6 +70,7 @@ def render_run(folder: Path, drawn: Drawn | None = None) -> Path:
 def run_panels(folder: Path) -> Drawn:
     """The drawn panels of a run, and notes on damaged lines of its logs."""
     panels, damage = _training(folder)
+    panels += [_panel(*found) for found in hacking_panels(folder)]
     return panels + _panels(read_json(folder / "evaluation.json") or {}), damage
 
 
@@ -193,7 +195,7 @@ def _own_samples(lines: list[dict[str, Any]]) -> list[Panel]:
     series = {"own samples": [x["share"] for _, x in logs], "replayed of these": [x["replayed"] for _, x in logs]}
     oldest = max(x["replay_age"] for _, x in logs)
     caption = (
-        f"Share of the examples whose text the student wrote. Up to the last log it wrote {written:.0f} texts of "
+        f"Share of the examples whose text a model wrote. Up to the last log it wrote {written:.0f} texts of "
         f"{tokens / written:.1f} tokens, {empty:.0f} empty and {unended:.0f} without an end; the oldest mean age of replays "
         f"is {oldest:.1f} steps. Of several processes this is the first. Every text, with the step whose weights wrote it, "
         "the step that it is for and the example of its prompt, is in samples.jsonl."

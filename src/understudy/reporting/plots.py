@@ -124,6 +124,18 @@ def scatter(points: Sequence[tuple[float, float]], xlabel: str, ylabel: str) -> 
         return _svg(figure)
 
 
+def path(points: Sequence[tuple[float, float]], xlabel: str, ylabel: str) -> str:
+    """Points `(x, y)` joined in their order, the first as a ring and the last as a dot."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure()
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=_SERIES[0], linewidth=1.2, marker=".", markersize=4)
+        axes.plot(x[:1], y[:1], "o", color=_SERIES[0], markersize=9, fillstyle="none")
+        axes.plot(x[-1:], y[-1:], "o", color=_SERIES[0], markersize=9)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        return _svg(figure)
+
+
 def dots(
     groups: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, logarithmic: bool = False
 ) -> str:

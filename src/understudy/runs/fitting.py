@@ -22,11 +22,12 @@ from understudy.files import read_log, writing
 from understudy.models import ModelAdapter
 from understudy.models.sharding import together
 from understudy.runs.folder import first_rank
+from understudy.runs.hacking import Hacking, with_distances
 from understudy.runs.preflight import sample_loader
 from understudy.runs.progress import RichProgress
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import SHARDED
-from understudy.runs.teachers import teacher_of
+from understudy.runs.teachers import teacher_of, writing_teacher
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
@@ -98,6 +99,7 @@ def fit(
     progress: bool,
     callbacks: Sequence[TrainerCallback] = (),
     begin: Callable[[], None] = lambda: None,
+    hacking: Hacking | None = None,
 ) -> Fitted:
     """Train the student through all phases, resuming where the run stopped.
 
@@ -106,6 +108,7 @@ def fit(
         tables, context: the result and the argument of the method's `setup`.
         callbacks: the caller's own.
         begin: called before the first step, once everything is built.
+        hacking: measured at every evaluation, if the recipe has an oracle.
     """
     task, method = get_task(recipe.task), recipe.build_method()
     values = _with_metric(recipe, task)
@@ -119,7 +122,7 @@ def fit(
     if isinstance(kept, (CachedTeacher, Ensemble)) and method.requires.teacher == "outputs":
         dry_run_stored(module, kept, example)
     return _through_phases(
-        recipe, prepared, module, teacher, context, folder, meter, progress, values, total, callbacks, begin
+        recipe, prepared, module, teacher, context, folder, meter, progress, values, total, callbacks, begin, hacking
     )
 
 
@@ -174,6 +177,7 @@ def _through_phases(
     total: int,
     callbacks: Sequence[TrainerCallback],
     begin: Callable[[], None],
+    hacking: Hacking | None,
 ) -> Fitted:
     method, trainer = module.method, None
     phases: list[Phase | None] = [*method.phases()] or [None]
@@ -190,7 +194,19 @@ def _through_phases(
         if phase is not None:
             module.begin_phase(phase, count, trainable)
         trainer = trainer_for(
-            recipe, prepared, module, teacher, context, folder, meter, progress, inner, phase, finished, callbacks
+            recipe,
+            prepared,
+            module,
+            teacher,
+            context,
+            folder,
+            meter,
+            progress,
+            inner,
+            phase,
+            finished,
+            callbacks,
+            hacking,
         )
         if not begun:
             begin()
@@ -222,6 +238,7 @@ def trainer_for(
     phase: Phase | None = None,
     steps_before: int = 0,
     more_callbacks: Sequence[TrainerCallback] = (),
+    hacking: Hacking | None = None,
 ) -> DistillationTrainer:
     """The trainer of a run, or of one of its phases.
 
@@ -229,6 +246,7 @@ def trainer_for(
         values: training arguments.
         steps_before: optimizer steps of the earlier phases, which logs count too.
         more_callbacks: the caller's own.
+        hacking: measured at every evaluation.
     """
     task, method = get_task(recipe.task), module.method
     checkpoints = folder / "checkpoints" / (phase.name if phase is not None else "")
@@ -246,7 +264,7 @@ def trainer_for(
         prepared.collate,
         teacher=asked,
         validation_dataset=prepared.validation,
-        validation=Validation(partial(_validation, task, prepared, recipe.evaluation_batch), patience),
+        validation=Validation(partial(_validation, task, prepared, recipe.evaluation_batch, hacking), patience),
         augmentation=prepared.augmentation,
         meter=meter,
         metrics_file=folder / "metrics.jsonl",
@@ -275,6 +293,7 @@ def _rollouts(
     assert teacher is not None  # the recipe has been checked
     if args.fsdp or args.deepspeed:
         raise InputError("on_policy writes with whole weights, which FSDP and DeepSpeed split: use plain DDP.")
+    train_module.train_state.on_policy = recipe.on_policy
     dry_run(recipe.on_policy, train_module, teacher, prepared.train, prepared.tokenizer, prepared.collate)
     name = "samples.jsonl" if args.world_size == 1 else f"samples-rank{args.process_index}.jsonl"
     return Rollouts(
@@ -286,6 +305,7 @@ def _rollouts(
         total=train_module.train_state.total,
         file=folder / name,
         meter=meter,
+        teacher=writing_teacher(teacher).model if recipe.on_policy.teacher_share else None,
     )
 
 
@@ -311,10 +331,11 @@ def _check_metric(task: Task, prepared: Prepared, student: ModelAdapter, metric:
         )
 
 
-def _validation(task: Task, prepared: Prepared, batch: int, student: ModelAdapter) -> Mapping[str, float]:
-    return task.evaluate(student, None, sample_loader(prepared, "validation", len(prepared.validation), batch))[
-        "metrics"
-    ]
+def _validation(
+    task: Task, prepared: Prepared, batch: int, hacking: Hacking | None, student: ModelAdapter
+) -> Mapping[str, float]:
+    loader = sample_loader(prepared, "validation", len(prepared.validation), batch)
+    return with_distances(task.evaluate(student, None, loader)["metrics"], hacking, student)
 
 
 def train(trainer: DistillationTrainer, folder: Path) -> bool:
@@ -331,6 +352,8 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
             with writing(log):
                 log.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= most))
     together()
+    if last is not None:
+        trainer.args.eval_on_start = False  # the evaluations before the checkpoint are in the log
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)

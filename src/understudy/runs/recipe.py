@@ -19,7 +19,7 @@ from understudy.methods import resolve
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
 from understudy.runs.roles import check_roles
-from understudy.runs.specs import ModelSpec, said_no
+from understudy.runs.specs import ModelSpec, OracleSpec, said_no
 from understudy.tasks import TASKS
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
@@ -49,6 +49,9 @@ class Recipe(BaseModel):
     task: str = Field("image_classification", description="The kind of problem, with its data, models and metric.")
     teacher: ModelSpec | None = Field(None, description="The model to learn from; keys below.")
     student: ModelSpec | None = Field(None, description="The model that is trained; keys below.")
+    oracle: OracleSpec | None = Field(
+        None, description="A stronger model that no one learns from: measures whether the student leaves the truth."
+    )
     roles: dict[str, ModelSpec] | None = Field(
         None, description="Further models that a procedure asks (a critic, a judge), by role; keys below."
     )
@@ -73,7 +76,7 @@ class Recipe(BaseModel):
     on_policy: OnPolicy | None = Field(None, description="Let the student write a share of the texts it is trained on.")
     eval_split: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
 
-    @field_validator("teacher", "student", mode="before")
+    @field_validator("teacher", "student", "oracle", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         if value == NONE:
@@ -143,7 +146,7 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
         where = ".".join(map(str, Endpoint.shown(first["loc"]))) or "value"
         if first["type"] == "extra_forbidden":
             field = model.model_fields.get(str(first["loc"][0]))
-            known = ModelSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
+            known = OracleSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
             known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
             known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
@@ -159,7 +162,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
     check_plain(values)
     remember(values)
-    values = _placed(resolved(_with_method(values)))
+    values = _with_defaults(_placed(resolved(_with_method(values))))
     recipe: Recipe = validated(Recipe, values, "recipe key")
     task = get_task(recipe.task)
     check_data_keys(recipe.task, recipe.data)
@@ -194,6 +197,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
     method = recipe.build_method()
     check_roles(recipe.method, method, recipe.teacher, recipe.roles or {}, recipe.budget)
     _check_on_policy(recipe, method, task.kind)
+    _check_oracle(recipe, method, task.kind)
     if not task.kinds & method.kinds:
         raise InputError(
             f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
@@ -251,6 +255,16 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with the method's own defaults of recipe keys below those that are given."""
+    name = values.get("method")
+    for key, own in get_method(name).defaults.items() if isinstance(name, str) else ():
+        given = values.get(key)
+        if given is None or isinstance(given, Mapping):
+            values[key] = {**own, **(given or {})}
+    return values
+
+
 def _with_arguments(filled: dict[str, Any]) -> dict[str, Any]:
     """The recipe's values with all arguments of Trainer checked and parsed: those of the run and of models trained
     first."""
@@ -292,6 +306,7 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
         "eval_split": "test",
         "arms": {},
         "on_policy": None,
+        "oracle": None,
         "roles": None,
         "budget": None,
     }
@@ -299,7 +314,7 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
 
 
 def _brings_tokenizer(spec: ModelSpec) -> bool:
-    named = spec.endpoint is None and spec.model != COPY and not spec.model.startswith(MODULE)
+    named = spec.endpoint is None and spec.model not in (COPY, ORACLE) and not spec.model.startswith(MODULE)
     return spec.tokenizer is not None or (named and not is_new_causal_lm(spec.model))
 
 
@@ -369,6 +384,19 @@ def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
         raise InputError("on_policy.adaptive follows the validation loss and there is none: set trainer.eval_strategy.")
 
 
+def _check_oracle(recipe: Recipe, method: Method, kind: str) -> None:
+    """Raise an error for an oracle if there are no texts, or no teacher beside it."""
+    if recipe.oracle is None:
+        return
+    if kind != "text":
+        raise InputError(f"oracle compares what models write and {recipe.task!r} is a {kind} task: leave it out.")
+    if recipe.teacher is None or not method.requires.in_steps:
+        raise InputError(
+            f"oracle measures what learning from a teacher does to the truth and method {recipe.method!r} has no teacher in "
+            "its steps: choose a method with one (kd), or leave oracle out."
+        )
+
+
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (dots reach inside, values are YAML)."""
     return make(read_values(path, overrides))
@@ -396,7 +424,7 @@ def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
-    short = {"teacher": "model", "student": "model", "data": "name"}
+    short = {"teacher": "model", "student": "model", "oracle": "model", "data": "name"}
     for i, key in enumerate(path[:-1]):
         inner = values.get(key)
         if isinstance(inner, str) and ((i == 0 and key in short) or (i == 1 and path[0] == "roles")):

@@ -34,6 +34,7 @@ from understudy.runs.folder import (
     same_inputs,
     save_pictures,
 )
+from understudy.runs.hacking import Hacking, oracle_of
 from understudy.runs.journal import Journal
 from understudy.runs.objects import checked_callbacks, named
 from understudy.runs.preflight import check as preflight
@@ -216,15 +217,19 @@ def _fit(
     hashes = {**prepared.hashes, "student_initial": state_hash(student)}
     if teacher is not None:
         hashes["teacher"] = state_hash(teacher)
+    oracle = oracle_of(recipe, task, prepared)
+    if oracle is not None:
+        hashes["oracle"] = state_hash(oracle)
     journal.compare(hashes)
     method, meter = recipe.build_method(), CostMeter(task.unit)
     asked = assemble_teacher(recipe, prepared, method, teacher, student, home)
+    hacking = Hacking(recipe, prepared, oracle, asked, folder) if oracle is not None else None
     context = _setup_context(recipe, prepared, student, shown, asked, home, hashes)
     tables = method.setup(context)
     student = method.student(student, context)
     findings.notes.extend(getattr(asked, "notes", []))
     fitted = fit(
-        recipe, prepared, student, asked, tables, context, folder, meter, progress, callbacks, begin=journal.begin
+        recipe, prepared, student, asked, tables, context, folder, meter, progress, callbacks, journal.begin, hacking
     )
     module = fitted.module
     if fitted.interrupted:
@@ -238,6 +243,9 @@ def _fit(
         evaluation.setdefault("tables", []).extend(found.get("tables", []))
         evaluation["tables"].extend(text_tables(prepared, student, shown, recipe.eval_split, findings))
         evaluation["metrics"] |= found.get("metrics", {})
+        if hacking is not None:
+            evaluation["metrics"] |= hacking.finish(student)
+            findings.notes.extend(hacking.notes())
         evaluation["gain"], speed = gain(recipe, task, prepared, student, shown, evaluation["metrics"])
     if fitted.trainer is not None:
         prefix = TRACKED_AS[recipe.eval_split]

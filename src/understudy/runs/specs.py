@@ -106,3 +106,19 @@ class ModelSpec(BaseModel):
     def served(self) -> bool:
         """Whether a server scores tokens instead of a model here."""
         return self.score is not None and self.cache is None
+
+
+class OracleSpec(ModelSpec):
+    """A stronger model that nothing is learned from: it tells how far the student is from the truth."""
+
+    prompts: int = Field(
+        256, ge=1, description="Held-out prompts at most, of each split, that oracle and teacher continue."
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Tokens of a continuation at most.")
+
+    @model_validator(mode="after")
+    def _runs_here(self) -> Self:
+        for key in ("cache", "train", "endpoint", "score", "members", "peft"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: an oracle is one model that is trained already and runs here: leave it out")
+        return self

@@ -21,7 +21,7 @@ from understudy.runs.specs import ModelSpec
 from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
-from understudy.teachers import CachedTeacher, Ensemble, OtherTokenizer, ServedTeacher, Teacher
+from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, OtherTokenizer, ServedTeacher, Teacher
 from understudy.teachers.server.scores import Score
 from understudy.training import Method
 
@@ -214,6 +214,24 @@ def outputs_alone(method: Method, reason: str) -> None:
         raise InputError(f"Method {method.name!r} reads inside the teacher and {reason}: give the live teacher.")
 
 
+def writing_teacher(teacher: Teacher | None) -> LocalTeacher:
+    """The teacher, if it is one model in this process that can write the student's tokens.
+
+    Raises:
+        InputError: it is none, or of another kind.
+    """
+    if not isinstance(teacher, LocalTeacher) or isinstance(teacher.model, (Ensemble, OtherTokenizer)):
+        raise InputError(
+            "The teacher writes texts here, which one live model with the student's tokenizer does: name such a teacher, "
+            "without cache, endpoint and members."
+        )
+    if not hasattr(teacher.model.model, "generate"):
+        raise InputError(
+            f"{type(teacher.model.model).__name__} has no generate and cannot write: name another teacher."
+        )
+    return teacher
+
+
 def _tokens(prepared: Prepared) -> dict[str, Any]:
     """What a teacher's answers depend on beside the teacher."""
     return {
@@ -232,6 +250,10 @@ def served(recipe: Recipe, prepared: Prepared, folder: Path, student: ModelAdapt
         )
     if prepared.tokenizer is None or get_task(recipe.task).kind != "text":
         raise InputError(f"teacher.score is for tokens of text and {recipe.task!r} has none: leave it out.")
+    if "teacher_prompt" in prepared.train[0]:
+        raise InputError(
+            "A server scores the student's texts, and teacher_prompt gives the teacher others: name a live teacher."
+        )
     outputs_alone(method, "a server only gives scores of tokens")
     asked = method.requires.temperature
     if asked != 1.0:

@@ -19,6 +19,7 @@ from understudy.tasks.scene_completion import SceneCompletion
 from understudy.tasks.statement_generation import StatementGeneration
 from understudy.tasks.text_classification import TextClassification
 from understudy.tasks.text_generation import TextGeneration
+from understudy.tasks.text_world import TextWorld
 from understudy.tasks.vision_language import VisionLanguage
 
 TASKS: dict[str, Task] = {
@@ -39,6 +40,7 @@ TASKS: dict[str, Task] = {
         TextClassification(),
         Conversations(),
         VisionLanguage(),
+        TextWorld(),
     )
 }
 

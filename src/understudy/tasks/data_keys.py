@@ -319,6 +319,15 @@ class _ImageTexts(BaseModel):
     seed: _Number | None = Field(None, description="Of the scenes.")
 
 
+class _Letters(BaseModel):
+    name: str = Field("letters", description="letters: texts of a random network, which is the oracle.")
+    seed: _Number | None = Field(None, description="Of the world; the run's seed if not given.")
+    prompts: _Count = Field(20, description="Prompts to distil on.")
+    texts: _Count = Field(2000, description="Texts of the oracle that teacher and student have learned from before.")
+    held_out: _Count = Field(500, description="Prompts of validation, and of test.")
+    for_teacher: _Flag = Field(False, description="Train on the oracle's texts; set for a model that is trained first.")
+
+
 KEYS: dict[str, type[BaseModel]] = {
     "vision_language": _ImageTexts,
     "image_classification": _Images,
@@ -335,6 +344,7 @@ KEYS: dict[str, type[BaseModel]] = {
     "text_classification": _ClassifiedTexts,
     "conversation": _Conversations,
     "statement_generation": _Statements,
+    "text_world": _Letters,
 }
 """By task."""
 

@@ -14,7 +14,9 @@ from understudy.data.packing import MULTIPLE
 from understudy.errors import InputError, nearest
 from understudy.models import (
     CausalLMAdapter,
+    EncoderDecoderAdapter,
     ModelAdapter,
+    is_encoder_decoder,
     is_new_causal_lm,
     load_causal_lm,
     load_tokenizer,
@@ -176,7 +178,7 @@ class LanguageModeling(LabelledTask):
         found: dict[str, Any] = {}
         if own is not None:
             found["data.tokenizer"] = load_tokenizer(own)
-        specs = {s: getattr(recipe, s) for s in ("teacher", "student") if getattr(recipe, s) is not None}
+        specs = {s: getattr(recipe, s) for s in ("teacher", "student", "oracle") if getattr(recipe, s) is not None}
         for side, spec in {where: part for s, one in specs.items() for where, part in one.parts(s).items()}.items():
             if spec.model in (COPY, ORACLE) or (spec.model.startswith(MODULE) and spec.tokenizer is None):
                 continue
@@ -227,9 +229,13 @@ class LanguageModeling(LabelledTask):
             dtype=spec.dtype,
             quantization=spec.quantization,
             trust_remote_code=spec.trust_remote_code,
+            encoders=True,
         )
         if prepared.aligner is None or prepared.tokenizer is not prepared.aligner.teacher.tokenizer:
             _check_positions(spec.model, model, prepared.facts["longest"])
+        if is_encoder_decoder(model):
+            prepared.say(notes_of(model))
+            return EncoderDecoderAdapter(model, prepared.classes)
         packing = prepared.facts["packing"]
         rows = self._rows(model, prepared.classes, packing)
         notes = notes_of(model)

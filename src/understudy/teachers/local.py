@@ -72,6 +72,7 @@ class LocalTeacher:
 
     def through(self, batch: Batch) -> ModelOutput:
         """The same with gradient to the batch's inputs, for methods that optimise the inputs."""
+        batch = batch.for_teacher()
         home = batch.labels.device
         device = next((p.device for p in self.model.parameters()), home)  # a cache or server has no parameters
         with evaluating(self.model), torch.autocast(home.type, enabled=False):

@@ -31,7 +31,7 @@ def dry_run(
     tokenizer: Any,
     collate: Callable[[list[Any]], dict[str, Tensor]],
 ) -> None:
-    """Compute the method's loss on two short texts as if the student had generated them; nothing is changed. With the
+    """Compute the method's loss on two short texts as if they had been generated; nothing is changed. With the
     `continuous` engine it generates a few tokens first, since not every model supports that engine.
 
     Raises:
@@ -47,7 +47,8 @@ def dry_run(
     for example in (examples[i] for i in range(min(2, len(examples)))):
         start = prompt_length(example["labels"], policy.cut, 0.5)
         ids = example["input_ids"][max(0, start - TOKENS) : start + TOKENS].tolist()
-        rows.append(sampled_row(Sample(int(example["id"]), 0, min(start, TOKENS), tuple(ids)), tokenizer))
+        text = Sample(int(example["id"]), 0, min(start, TOKENS), tuple(ids))
+        rows.append(sampled_row(text, tokenizer, labelled=policy.teacher_share == 1))
     if policy.engine == "continuous":
         texts = [row["input_ids"].tolist() for row in rows]
         keys, known = torch.arange(len(rows)), len(tokenizer)

@@ -18,6 +18,7 @@ from understudy.data.numeric_columns import Column
 from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers import Teacher
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
+from understudy.training.on_policy import OnPolicy
 from understudy.training.order import Sampling
 from understudy.training.phases import Phase
 from understudy.training.reduction import Term
@@ -107,6 +108,7 @@ class TrainState:
         context: the argument of `setup`.
         student: the student, for methods that run it on more than the batch.
         teacher: the teacher, for methods that call it; `None` without one.
+        on_policy: how texts are written during training; `None` if none are.
         phase: name of the present phase; `step` and `total` then count its steps only.
         method_state: what `Method.init_state` returned.
         step: optimizer steps done.
@@ -122,6 +124,7 @@ class TrainState:
     context: SetupContext | None = None
     student: ModelAdapter | None = None
     teacher: Teacher | None = None
+    on_policy: OnPolicy | None = None
     method_state: Any = None
     phase: str = ""
     step: int = 0
@@ -135,7 +138,8 @@ class Method(BaseModel):
     Class attributes: `name` (on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
     task that it trains on: `classification` where rows are examples with a class, `image` where these must be images),
     `cost` (per step, one line), `page` (when to use it, when not, deviations from the paper),
-    `variants` (an option whose values are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
+    `defaults` (of recipe keys such as `on_policy` and `trainer`, below the recipe's own), `variants` (an option whose values
+    are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
     that a pipeline uses beside teacher and student, by name).
     """
 
@@ -146,6 +150,7 @@ class Method(BaseModel):
     kinds: ClassVar[frozenset[str]] = frozenset({"classification", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = {}
     variants: ClassVar[str | None] = None
     roles: ClassVar[Mapping[str, Role]] = {}
 

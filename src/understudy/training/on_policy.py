@@ -1,11 +1,11 @@
-"""On-policy distillation: the options for training on text that the student generates."""
+"""On-policy distillation: the options for training on text that the student, the teacher or both generate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Replay(BaseModel):
@@ -41,9 +41,9 @@ class Adaptive(BaseModel):
 
 class OnPolicy(BaseModel):
     """On-policy samples: a fraction of the completions is replaced by text that the student generates (GKD, Agarwal et
-    al. 2024).
+    al. 2024), the teacher (sequence-level KD, Kim and Rush 2016), or both by turns at every token (MiniLLM, Gu et al. 2024).
 
-    Generated tokens are not labels: a term that reads labels is 0 on them. Whether a completion is replaced is drawn
+    The student's tokens are not labels: a term that reads labels is 0 on them. The teacher's are. Whether a completion is replaced is drawn
     for each example, while GKD's code draws once per batch. The default of `fraction` and `kd` with `divergence=jsd`
     are GKD; `kd` with `skew_kl` or `skew_reverse_kl` (alpha 0.1), `fraction=0`, `replay` and `adaptive` is DistiLLM.
 
@@ -53,6 +53,9 @@ class OnPolicy(BaseModel):
 
     Args:
         fraction: λ, probability that an example's completion is replaced; with `adaptive` its initial value.
+        teacher_share: α, every token is drawn from α p + (1 − α) q, with p the teacher and q the student.
+        generations: with `teacher_share` 1, texts of a prompt that are kept: epoch e uses number e modulo this. `None` is a
+            text of its own in each epoch (the data sources `offline` and `online` of paper 20).
         max_new_tokens: most tokens of a sample.
         temperature: of sampling; 0 is greedy.
         top_p, top_k: 1 and 0 keep all tokens.
@@ -69,6 +72,14 @@ class OnPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     fraction: float = Field(0.5, ge=0, le=1, description="Probability that an example's completion is replaced.")
+    teacher_share: float = Field(
+        0.0, ge=0, le=1, description="Of the teacher in the mixture that every token is drawn from; 1: it writes alone."
+    )
+    generations: int | None = Field(
+        None,
+        ge=1,
+        description="Texts of a prompt by the teacher alone that are used in turn; none: a new one each epoch.",
+    )
     max_new_tokens: int = Field(128, ge=1, description="Tokens of a sample at most.")
     temperature: float = Field(1.0, ge=0, description="Of the sampling; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus of the sampling; 1 leaves all tokens.")
@@ -83,6 +94,18 @@ class OnPolicy(BaseModel):
     )
     replay: Replay | None = Field(None, description="Use samples again; keys below.")
     adaptive: Adaptive | None = Field(None, description="Raise the share when validation loss rises; keys below.")
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        if self.generations is not None and self.teacher_share < 1:
+            raise ValueError(
+                "generations keeps texts of a teacher that writes alone: set teacher_share=1, or leave it out"
+            )
+        if self.generations is not None and self.replay is not None:
+            raise ValueError("generations and replay both use texts again: leave one of them out")
+        if 0 < self.teacher_share < 1 and self.engine == "continuous":
+            raise ValueError("teacher_share mixes two models at every token, which engine=padded alone can: set it")
+        return self
 
     @classmethod
     def known(cls, path: Sequence[Any]) -> list[str]:

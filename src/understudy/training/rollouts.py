@@ -1,7 +1,7 @@
-"""Rollouts: during training the student generates new completions for a fraction of the examples.
+"""Rollouts: during training the student, the teacher or both generate new completions for a fraction of the examples.
 
 Which examples, their prompts and every drawn token depend on (seed, step, example id) and the weights alone, whatever
-the split into micro-batches. The texts of several steps are generated at once, and a checkpoint holds those not used
+the split into micro-batches; what the teacher writes alone depends on the epoch in place of the step. The texts of several steps are generated at once, and a checkpoint holds those not used
 yet, so that a resumed run gets the same texts.
 """
 
@@ -44,12 +44,11 @@ class _Window:
 
 
 class Rollouts:
-    """Takes micro-batches from the data, `policy.steps` updates ahead, and replaces completions by the student's
-    samples.
+    """Takes micro-batches from the data, `policy.steps` updates ahead, and replaces completions by samples.
 
     Args:
         policy: the options.
-        student: its `model` generates.
+        student, teacher: their `model`s generate; the teacher's where `policy` gives it a share.
         tokenizer: of student and teacher.
         collate: collates the examples.
         seed, total: of the run.
@@ -68,14 +67,22 @@ class Rollouts:
         total: int,
         file: Path | None = None,
         meter: Any = None,
+        teacher: ModelAdapter | None = None,
     ) -> None:
-        self.model = writer(student)
+        share = policy.teacher_share
+        if share and teacher is None:
+            raise InputError("on_policy.teacher_share lets the teacher write, and none was given.")
+        self.model = writer(teacher if teacher is not None and share == 1 else student)
+        self.beside = writer(teacher) if teacher is not None and 0 < share < 1 else None
+        self.labelled = share == 1
+        self.epoch = 0
         self.policy, self.tokenizer, self.collate = policy, tokenizer, collate
         self.vocabulary = int(getattr(student, "vocabulary", len(tokenizer)))
         self.ends = end_tokens(self.model, tokenizer)
         self.seed, self.total, self.file, self.meter = seed, total, file, meter
         self.fraction = policy.fraction
         self.buffer: deque[Sample] = deque(maxlen=policy.replay.size if policy.replay else 0)
+        self.kept: dict[tuple[int, int], Sample] = {}
         self._judged: float | None = None
         self._window = _Window(0, 0, {})
         self._queue: list[dict[str, Any]] = []
@@ -110,7 +117,7 @@ class Rollouts:
         found = [self._window.texts.get((step, number)) for number in values["ids"].tolist()]
         if any(found):
             rows = [
-                row if text is None else sampled_row(text[1], self.tokenizer)
+                row if text is None else {**row, **sampled_row(text[1], self.tokenizer, self.labelled)}
                 for row, text in zip(token_rows(values), found, strict=True)
             ]
             values = self.collate(rows)
@@ -122,11 +129,17 @@ class Rollouts:
     ) -> dict[tuple[int, int], tuple[int, Sample]]:
         """Decide for each example of the coming updates whether it is replaced, and generate the fresh samples."""
         texts: dict[tuple[int, int], tuple[int, Sample]] = {}
-        fresh: dict[tuple[int, int], tuple[list[int], Tensor]] = {}
+        fresh: dict[tuple[int, int], tuple[list[int], Tensor, list[int]]] = {}
         replay = self.policy.replay
+        generation = self.epoch % (self.policy.generations or self.epoch + 1)
+        if rows and "teacher_prompt" in rows[0][1] and (replay is not None or self.beside is not None):
+            raise InputError(
+                "teacher_prompt is of one example, and replay or a mixture of both sides writes after one prompt: leave out "
+                "on_policy.replay, and set on_policy.teacher_share to 0 or 1."
+            )
         for step, row in rows:
-            ids = torch.tensor([row["id"]])
-            mine, again, which, cut = uniform(ids, (4,), seed=self.seed, step=step, stream=CHOICE)[0].tolist()
+            ids, at = torch.tensor([row["id"]]), generation if self.labelled else step
+            mine, again, which, _ = uniform(ids, (4,), seed=self.seed, step=step, stream=CHOICE)[0].tolist()
             key = (step, row["id"])
             if mine >= self.fraction:
                 continue
@@ -134,22 +147,29 @@ class Rollouts:
             if replay is not None and full and again < replay.at(step / self.total):
                 texts[key] = (SOURCES.index("replayed"), self.buffer[int(which * len(self.buffer))])
                 continue
+            if (row["id"], generation) in self.kept:
+                texts[key] = (SOURCES.index("replayed"), self.kept[row["id"], generation])
+                continue
+            cut = float(uniform(ids, (4,), seed=self.seed, step=at, stream=CHOICE)[0, 3])
             prompt = row["input_ids"][: prompt_length(row["labels"], self.policy.cut, cut)].tolist()
-            drawn = uniform(ids, (1,), seed=self.seed, step=step, stream=DRAWS)
-            fresh.setdefault(key, (prompt, (drawn[:, 0] * 2**53).long()))
+            drawn = uniform(ids, (1,), seed=self.seed, step=at, stream=DRAWS)
+            told = row["teacher_prompt"].tolist() if self.labelled and "teacher_prompt" in row else prompt
+            fresh.setdefault(key, (prompt, (drawn[:, 0] * 2**53).long(), told))
         if fresh:
             with self.meter.generate(self.model) if self.meter is not None else nullcontext(), autocast():
                 found = self._write(fresh, now)
             for key, text in zip(fresh, found, strict=True):
                 texts[key] = (SOURCES.index("fresh"), text)
                 self.buffer.append(text)
+                if self.policy.generations is not None:
+                    self.kept[text.id, generation] = text
         return texts
 
-    def _write(self, fresh: Mapping[tuple[int, int], tuple[list[int], Tensor]], now: int) -> list[Sample]:
-        """Generate continuations of the prompts with the student's present weights."""
+    def _write(self, fresh: Mapping[tuple[int, int], tuple[list[int], Tensor, list[int]]], now: int) -> list[Sample]:
+        """Generate continuations of what the writer is told with the present weights, and put them after the prompts."""
         policy, started = self.policy, time.perf_counter()
-        prompts = [prompt for prompt, _ in fresh.values()]
-        keys = torch.cat([key for _, key in fresh.values()]).to(next(self.model.parameters()).device)
+        prompts, told = [prompt for prompt, *_ in fresh.values()], [told for *_, told in fresh.values()]
+        keys = torch.cat([key for _, key, _ in fresh.values()]).to(next(self.model.parameters()).device)
         options: dict[str, Any] = {
             "most": policy.max_new_tokens,
             "vocabulary": self.vocabulary,
@@ -157,9 +177,10 @@ class Rollouts:
             **policy.model_dump(include={"in_flight", "temperature", "top_p", "top_k"}),
         }
         if policy.engine == "continuous":
-            found = sample_continuously(self.model, prompts, keys, **options)
+            found = sample_continuously(self.model, told, keys, **options)
         else:
-            found = sample(self.model, prompts, keys, pad=self.tokenizer.pad_token_id or 0, **options)
+            options |= {"teacher": self.beside, "teacher_share": policy.teacher_share}
+            found = sample(self.model, told, keys, pad=self.tokenizer.pad_token_id or 0, **options)
         tokens = sum(map(len, found))
         if self.meter is not None:
             self.meter.generated += tokens
@@ -233,6 +254,8 @@ class Rollouts:
             "places": torch.tensor([(*k, source) for k, (source, _) in texts.items()], dtype=torch.long).view(-1, 3),
             "texts": pack([text for _, text in texts.values()]),
             "buffer": pack(list(self.buffer)),
+            "kept": pack(list(self.kept.values())),
+            "generations": [generation for _, generation in self.kept],
             "fraction": self.fraction,
             "judged": self._judged,
             "tally": self._tally,
@@ -246,5 +269,7 @@ class Rollouts:
         self._window = _Window(start, end, found)
         self.buffer.clear()
         self.buffer.extend(unpack(state["buffer"]))
+        kept = zip(unpack(state["kept"]), state["generations"], strict=True)
+        self.kept = {(text.id, generation): text for text, generation in kept}
         self.fraction, self._judged, self._tally = state["fraction"], state["judged"], dict(state["tally"])
         self._queue = []

@@ -18,9 +18,12 @@ from understudy.models import ModelAdapter, ModelOutput, find_head
 from understudy.models.sharding import block_names
 from understudy.training.method import Method, TrainState
 from understudy.training.phases import Phase, freeze_all_but
-from understudy.training.reduction import TermSums, sum_terms
+from understudy.training.reduction import Term, TermSums, sum_terms
 from understudy.training.setup import SetupContext
 from understudy.training.shapes import Shapes
+
+ROUTER = "router"
+"""Term of the loss that balances the experts of a mixture, counted once an update."""
 
 
 class TrainModule(nn.Module):
@@ -118,7 +121,15 @@ class TrainModule(nn.Module):
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
             terms = self.method.loss(output, teacher, batch, self.train_state)
-        return sum_terms(terms, batch, self.reduction, self.method.counts(batch))
+        if output.router is not None:
+            terms = {**terms, ROUTER: Term(output.router.expand(batch.num_items))}
+        return sum_terms(terms, batch, self.reduction, self.counts(batch))
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Divisors of terms that are not divided by the number of rows: those of the method, and that of the routers' loss,
+        which is a mean over micro-batches by their rows, whatever `reduction` is."""
+        found = self.method.counts(batch)
+        return {**found, ROUTER: float(batch.num_items)} if self.student.balances else found
 
     def owners(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters with the name of the part each belongs to: `backbone`, `head`, or an own module's name."""

@@ -100,8 +100,7 @@ class DistillationTrainer(Trainer):
         self.teacher, self.meter, self.metrics_file = teacher, meter, metrics_file
         self.augmentation, self.validation, self.rollouts = augmentation, validation, rollouts
         self.validation_dataset = validation_dataset
-        self.steps_before = steps_before
-        self._epoch = 0
+        self.steps_before, self._epoch = steps_before, 0
         self._resumed_epoch: int | None = None
         seed = args.data_seed if args.data_seed is not None else args.seed
         data: Any = train_dataset
@@ -142,6 +141,8 @@ class DistillationTrainer(Trainer):
         A run that is resumed inside an epoch keeps the `Sampling` that was chosen when the epoch began.
         """
         self._epoch = epoch
+        if self.rollouts is not None:
+            self.rollouts.epoch = epoch
         if self._resumed_epoch != epoch:
             self.model.train_state.step = self.state.global_step
             self.sampler.begin(epoch, self.model.method.sampling(self.model.train_state))
@@ -162,7 +163,7 @@ class DistillationTrainer(Trainer):
         return inputs
 
     def _counts(self, batch: Batch) -> Counts:
-        return Counts.of(batch, self.model.reduction, self.model.method.counts(batch))
+        return Counts.of(batch, self.model.reduction, self.model.counts(batch))
 
     def shown(self, batch: Batch) -> Batch:
         """A micro-batch as both sides see it: augmented, and as the method transforms it."""

@@ -221,7 +221,7 @@ def test_other_models_are_saved_in_a_form_of_their_own(which, tmp_path):
         load_experts(AutoModelForCausalLM, tmp_path, {"experts": 2, "k": 2, "every": 2, "capacity_factor": None})
 
 
-def test_the_layers_of_a_vision_language_model_are_those_of_its_text():
+def test_the_layers_of_a_vision_language_model_are_those_of_its_text(tmp_path):
     from understudy.data import train_tokenizer
     from vision_cases import PatchProcessor
 
@@ -231,6 +231,11 @@ def test_the_layers_of_a_vision_language_model_are_those_of_its_text():
     assert len(layers) == 2 and name == "mlp" and layers is model.model.language_model.layers
     upcycle(model)
     assert as_transformers(model) is None  # its class has one text model alone
+    save_experts(model, tmp_path)
+    loaded = load_experts(AutoModelForImageTextToText, tmp_path, model.config.understudy_experts)
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
     adapter = SequenceAdapter(model, len(processor.tokenizer))
     LLaVAMoD(shares=(0, 0.5, 0.5)).student(adapter, None)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}

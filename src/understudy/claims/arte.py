@@ -24,7 +24,7 @@ _SHARED = {
     "plain_prompt": "bare",
     "teacher_data": {"styles": dict.fromkeys(_STYLES, 1.0)},
     "student_data": {"digits": [4, 4], "shots": 1, "styles": {**dict.fromkeys(_STYLES, 0.1), "ordered": 0.7}},
-    "alignment": {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 3e-4},
+    "alignment": {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 1e-4},
 }
 
 
@@ -62,5 +62,5 @@ CLAIM = Claim(
         Check("arte", "arte", 0.0, "tailored_score", True, "what it writes helps more as an example", "drafts_score"),
     ),
     tuned_on=("accuracy", True),
-    caveat="the arms without new questions train on 200 of them and the others on 1000.",
+    caveat="its settings are a design and were not calibrated; arms without new questions train on 200 of them, others on 1000.",
 )

@@ -318,7 +318,8 @@ class DPO(Method):
                 if name != "sft"
             }
         else:
-            found = self._without_reference(*(values[row, i] for i in sides), nw, nl)
+            better, worse = (values[row, i] for i in sides)
+            found = self._without_reference(better, worse, nw, nl)
         own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
         return {**own, **({"nll": nll} if {"sft", *WITH_NLL} & set(self._types) else {}), **seen}
 

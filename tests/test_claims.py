@@ -165,6 +165,7 @@ WITHOUT_REAL_DATA = {
     "symbolic-kd",  # nothing but its own world knows whether a text is true
     *("adpa", "redi", "tpo"),  # the return of a chain, and the grade of a list, are known in a world alone
     "dpo-pg",  # so is the target of a policy
+    "teacher-hacking",  # the distance from the truth is known in a world alone
     "qcrd",  # the error of its teacher is known in a world alone
     *("ddk", "first", "swing"),
     "strategy-teaching",  # how content a customer is

@@ -7,8 +7,9 @@ import torch
 from engine_cases import DIGITS, FORKED, weights
 from understudy import InputError, distill
 from understudy.data import load_images
-from understudy.methods.dataset_distillation import DatasetDistillation, Examples, Matching
+from understudy.methods.dataset_distillation import DatasetDistillation
 from understudy.runs.recipe import make
+from understudy.training.image_matching import Examples, Matching
 
 BASE = {
     **DIGITS,

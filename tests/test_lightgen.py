@@ -1,6 +1,5 @@
 """Paper 01, LightGen: golden vectors, limits that must hold, bad input of the losses."""
 
-
 import pytest
 import torch
 

@@ -75,7 +75,7 @@ def variance_error(
     """The variational term of the learned variance, in bits per channel: `[...]`, with gradient to `value` alone.
 
     For t > 0 it is the KL divergence of the true posterior of x_{t−1} from N(μ_θ, σ²_θ); at t = 0 it is −log of what the
-    latter gives an interval of width 2/255 around x. log σ² is (v + 1)/2 · log β_t + (1 − v)/2 · log β̃_t.
+    latter gives an interval of width 2/255 around x. σ² is that of `learned_log_variance`.
 
     Args:
         predicted: of the noise, `[..., C]`; detached here, so that the term does not train it.
@@ -83,24 +83,40 @@ def variance_error(
         x, x_t: the clean token and the noisy one.
         t: `[...]`, int64.
     """
-    now = alphas_cumprod
-    before = torch.cat([now.new_ones(1), now[:-1]])
-    betas = 1 - now / before
-    posterior = betas * (1 - before) / (1 - now)
-    posterior = torch.cat([posterior[1:2], posterior[1:]])  # that of t = 0 is 0, whose logarithm is not finite
-
-    def at(table: Tensor) -> Tensor:
-        return table[t].to(value.dtype)[..., None]
-
-    clean = at(now.rsqrt()) * x_t - at((1 / now - 1).sqrt()) * predicted.detach()
-    # Both means have the same part in x_t, which cancels.
-    away = at(before.sqrt() * betas / (1 - now)) * (x - clean)
-    low, high = at(posterior.log()), at(betas.log())
-    log_variance = (value + 1) / 2 * high + (1 - value) / 2 * low
+    of_clean, of_noisy = (v.to(value.dtype)[..., None] for v in posterior_terms(t, alphas_cumprod))
+    level = _levels(t, alphas_cumprod)[0].to(value.dtype)[..., None]
+    clean = (x_t - (1 - level).sqrt() * predicted.detach()) / level.sqrt()
+    away = of_clean * (x - clean)  # the two means have the same part in x_t
+    low, _ = (v.to(value.dtype)[..., None] for v in _log_variances(t, alphas_cumprod))
+    log_variance = learned_log_variance(value, t, alphas_cumprod)
     kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + away.square() * (-log_variance).exp())
-    mean = at(before.sqrt() * betas / (1 - now)) * clean + at((1 - before) * (1 - betas).sqrt() / (1 - now)) * x_t
-    first = -_interval(x, mean, 0.5 * log_variance)
+    first = -_interval(x, of_clean * clean + of_noisy * x_t, 0.5 * log_variance)
     return torch.where(t[..., None] == 0, first, kl).mean(-1) / math.log(2)
+
+
+def learned_log_variance(value: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """log σ² = (v + 1)/2 · log β_t + (1 − v)/2 · log β̃_t: `[..., C]`, of v `[..., C]` and `t` `[...]`."""
+    low, high = (v.to(value)[..., None] for v in _log_variances(t, alphas_cumprod))
+    return (value + 1) / 2 * high + (1 - value) / 2 * low
+
+
+def posterior_terms(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of x_0 and of x_t in the mean of x_{t−1}, float64, of `t` of any shape."""
+    now, before, beta = _levels(t, alphas_cumprod)
+    return before.sqrt() * beta / (1 - now), (1 - before) * (1 - beta).sqrt() / (1 - now)
+
+
+def _levels(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ᾱ_t, ᾱ_{t−1} (1 before the first) and β_t."""
+    table = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod]).to(t.device)
+    now, before = table[t + 1], table[t]
+    return now, before, 1 - now / before
+
+
+def _log_variances(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """log β̃_t, which at t = 0 is that of t = 1, since its own is not finite, and log β_t."""
+    now, before, beta = _levels(t.clamp(min=1), alphas_cumprod)
+    return (beta * (1 - before) / (1 - now)).log(), _levels(t, alphas_cumprod)[2].log()
 
 
 def _interval(x: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from understudy.models.classifier_heads import replace_head
 from understudy.models.diffusion import DenoiserAdapter, Sampler
 from understudy.models.heads import SubclassHead
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier, own_classes
+from understudy.models.masked_generator import MaskedGeneratorAdapter
 from understudy.models.modes import evaluating
 from understudy.models.nodes import NodeAdapter, load_nodes
 from understudy.models.sequences import SequenceAdapter
@@ -25,6 +26,7 @@ __all__ = [
     "ClassifierAdapter",
     "DenoiserAdapter",
     "MarginalAdapter",
+    "MaskedGeneratorAdapter",
     "MixtureAdapter",
     "ModelAdapter",
     "ModelOutput",

@@ -78,7 +78,7 @@ class LightGen(Method):
     refine: Literal["dpo", "sft"] = Field(
         "dpo", description="Second phase: preferences, or the masked loss on its images."
     )
-    beta: float = Field(500.0, ge=0, description="Strength of the tie to the reference.")
+    beta: float = Field(500.0, gt=0, description="Strength of the tie to the reference.")
     preference_rate: float | None = Field(
         None, gt=0, description="Learning rate of the second phase; a twentieth of trainer.learning_rate is a start."
     )

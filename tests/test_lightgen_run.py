@@ -151,9 +151,10 @@ def method_of(**options):
 
 
 CASES = [(method_of(), MASKED), (method_of(), PREFERENCE), (method_of(refine="sft", ema=0), PREFERENCE)]
+CASES.append((method_of(refine="none"), PREFERENCE))
 
 
-@pytest.mark.parametrize("method,phase", CASES, ids=["masked", "dpo", "sft"])
+@pytest.mark.parametrize("method,phase", CASES, ids=["masked", "dpo", "sft", "none"])
 def test_any_split_of_a_batch_gives_the_same_update(method, phase, tmp_path):
     results = []
     for micro, accumulate in ((9, 1), (3, 3), (1, 9)):
@@ -241,6 +242,7 @@ def test_what_the_method_cannot_use_is_one_line(tmp_path):
     with pytest.raises(InputError, match="needs real images to prefer"):
         method_of().setup(context)
     method_of(preference=0).setup(context)
+    method_of(refine="none").setup(context)
     assert "pairs" not in context.splits
     other = context_for(load_denoiser("denoiser:8", shape=SHAPE), tmp_path)
     with pytest.raises(InputError, match="student=mar:WIDTH,LAYERS,PATCH"):

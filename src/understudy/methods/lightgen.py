@@ -75,8 +75,9 @@ class LightGen(Method):
     preference: float = Field(
         0.25, ge=0, lt=1, description="Share of the steps that is the second phase; 0 leaves it out."
     )
-    refine: Literal["dpo", "sft"] = Field(
-        "dpo", description="Second phase: preferences, or the masked loss on its images."
+    refine: Literal["dpo", "sft", "none"] = Field(
+        "dpo",
+        description="Second phase: preferences; or, to compare, the masked loss on its real images or on the teacher's.",
     )
     beta: float = Field(500.0, gt=0, description="Strength of the tie to the reference.")
     preference_rate: float | None = Field(
@@ -116,9 +117,13 @@ class LightGen(Method):
 
         images = _finite("teacher", context.once("taught", make, **settings)["images"])
         context.splits["taught"] = ExampleSet(images, torch.tensor([train[i][1] for i in range(self.samples)]))
-        if self.preference:
+        if self._needs_real:
             context.splits["pairs"] = self._real(context)
         return {}
+
+    @property
+    def _needs_real(self) -> bool:
+        return self.preference > 0 and self.refine != "none"
 
     def _real(self, context: SetupContext) -> ExampleSet:
         """Real training images, in an order that the seed decides."""
@@ -130,14 +135,14 @@ class LightGen(Method):
         return ExampleSet(images[order], classes[order] if context.classes else torch.full_like(order, -1))
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
-        wanted = {"average": bool(self.ema), "reference": bool(self.preference)}
+        wanted = {"average": bool(self.ema), "reference": self.preference > 0 and self.refine == "dpo"}
         return {name: copy.deepcopy(student) for name, held in wanted.items() if held}
 
     def phases(self) -> Sequence[Phase]:
         trainer = {} if self.preference_rate is None else {"learning_rate": self.preference_rate}
         planned = (
             Phase(MASKED, 1 - self.preference, split="taught"),
-            Phase(PREFERENCE, self.preference, split="pairs", trainer=trainer),
+            Phase(PREFERENCE, self.preference, split="pairs" if self._needs_real else "taught", trainer=trainer),
         )
         return [phase for phase in planned if phase.share]
 
@@ -220,14 +225,15 @@ class LightGen(Method):
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """How much detail samples have, how often a sample is of its class, and the pairs as pictures."""
-        split = context.splits["test"]
+        split = context.splits[context.eval_split]
         if split.reference.examples is None:
             return {}
         examples, classes = split.reference.examples()
         student = _generator(state.student)
         with evaluating(student):
             samples = draw(student, DataLoader(split, batch_size=256, collate_fn=context.collate))
-        metrics = {"detail": detail_ratio(samples, examples)}
+        detail = detail_ratio(samples, examples)
+        metrics = {"detail": detail, "detail_gap": abs(detail - 1)}
         if context.classes:
             asked = torch.tensor([split[i][1] for i in range(len(split))])
             seen = SampleEvaluator(split.reference, examples, classes).modes(samples)

@@ -30,7 +30,7 @@ class NoiseBatch(WholeExamples, Batch):
 
     Args:
         inputs: inputs of a denoiser, `x` and the time `t` in [0, 1]; before these are set `clean`, if the set has
-            examples.
+            examples, and `rejected`, if each has a worse one.
         labels: the same as `condition`.
         condition: `[examples]`, the class to generate, −1 for none.
     """
@@ -97,24 +97,32 @@ class NoiseSet(Dataset[tuple[int, int]]):
         return self.start + index, index % self.classes if self.classes else -1
 
 
-class ExampleSet(Dataset[tuple[int, int, Tensor]]):
-    """Real examples `[examples, ...]` in the range of the model's inputs, with ids and classes (−1 without)."""
+class ExampleSet(Dataset[tuple[Any, ...]]):
+    """Examples `[examples, ...]` in the range of the model's inputs, with ids and classes (−1 without).
 
-    def __init__(self, clean: Tensor, condition: Tensor) -> None:
-        self.clean, self.condition = clean, condition
+    Args:
+        clean: real examples, or a teacher's samples.
+        condition: `[examples]`.
+        rejected: a worse example of the same condition for each, if there is one.
+    """
+
+    def __init__(self, clean: Tensor, condition: Tensor, rejected: Tensor | None = None) -> None:
+        self.clean, self.condition, self.rejected = clean, condition, rejected
 
     def __len__(self) -> int:
         return len(self.clean)
 
-    def __getitem__(self, index: int) -> tuple[int, int, Tensor]:
-        return index, int(self.condition[index]), self.clean[index]
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        item = index, int(self.condition[index]), self.clean[index]
+        return item if self.rejected is None else (*item, self.rejected[index])
 
 
 def collate_noise(items: list[Any]) -> dict[str, Tensor]:
-    """The tensors of a `NoiseBatch`, with `clean` if items have it."""
+    """The tensors of a `NoiseBatch`, with `clean` and `rejected` if items have them."""
     ids, condition = (torch.tensor([item[i] for item in items]) for i in (0, 1))
     found = {"ids": ids, "labels": condition, "condition": condition}
-    return found | ({"clean": torch.stack([item[2] for item in items])} if len(items[0]) == 3 else {})
+    names = ("clean", "rejected")[: len(items[0]) - 2]
+    return found | {name: torch.stack([item[i] for item in items]) for i, name in enumerate(names, 2)}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from understudy.models.diffusion import DenoiserAdapter, Sampler
 from understudy.models.encoder_decoders import EncoderDecoderAdapter, is_encoder_decoder
 from understudy.models.heads import SubclassHead
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier, own_classes
+from understudy.models.masked_generator import MaskedGeneratorAdapter
 from understudy.models.modes import evaluating
 from understudy.models.nodes import NodeAdapter, load_nodes
 from understudy.models.sequences import SequenceAdapter
@@ -27,6 +28,7 @@ __all__ = [
     "DenoiserAdapter",
     "EncoderDecoderAdapter",
     "MarginalAdapter",
+    "MaskedGeneratorAdapter",
     "MixtureAdapter",
     "ModelAdapter",
     "ModelOutput",

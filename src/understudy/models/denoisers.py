@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models.diffusion import SAMPLER, DenoiserAdapter, MixtureDenoiser, PointDenoiser, Sampler
+from understudy.models.masked_generator import MaskedGeneratorAdapter, build_masked_generator
 from understudy.models.noise_levels import Cosine, levels_of
 from understudy.models.scenes import scene_denoiser
 from understudy.models.small import Facts, load_weights
@@ -33,7 +34,7 @@ SCHEDULERS = (
     "LMSDiscreteScheduler",
 )
 """Schedulers of models that were trained on noise levels of `alphas_cumprod`; they differ in how they sample."""
-NEW = re.compile(r"(unet|denoiser|pointnet):(\d+(?:,\d+)*)")
+NEW = re.compile(r"(unet|denoiser|pointnet|mar):(\d+(?:,\d+)*)")
 
 
 def is_new_denoiser(name: str) -> bool:
@@ -51,19 +52,19 @@ def load_denoiser(
     sampler: Sampler | None = None,
     prediction: str | None = None,
     null: bool = False,
-) -> DenoiserAdapter:
-    """Load or build a denoiser.
+) -> DenoiserAdapter | MaskedGeneratorAdapter:
+    """Load or build a denoiser, or a masked generator.
 
     Args:
         name: `exact` (the world's own posterior mean), `denoiser:128,128` (an MLP), `unet:32,64` (a new UNet2DModel),
-            `pointnet:64,64` (points told a scan), a folder, a Hub id, or a `DenoiserAdapter`.
+            `pointnet:64,64` (points told a scan), `mar:64,2,2` (a new masked generator), a folder, a Hub id, or an adapter.
         shape: of an example; a model from a folder has its own.
         classes: number of classes for conditioning, 0 for none.
         centres, deviation: of the world's modes.
         sampler, null, prediction: of models whose folder has no `sampler.json`. `null` means that the last class of a
             model is the unconditional one; `prediction` overrides that of its scheduler.
     """
-    if isinstance(name, DenoiserAdapter):
+    if isinstance(name, DenoiserAdapter | MaskedGeneratorAdapter):
         return name
     if isinstance(name, nn.Module):
         raise InputError(
@@ -80,15 +81,21 @@ def load_denoiser(
     if new is not None and not shape:
         raise InputError(f"{text} is a new network, and data=noise does not say what shape an example has.")
     if new is not None:
-        widths = [int(v) for v in new[2].split(",")]
-        rows = _unet(widths, shape, classes) if new[1] == "unet" else _own(text, shape, classes)
+        rows = _new(new, shape, classes)
         rows.sampler = sampler or rows.sampler
         return rows
     return _load(text, sampler, prediction, null)
 
 
-def _own(name: str, shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
-    return (scene_denoiser if name.startswith("pointnet:") else _points)(name, shape, classes)
+def _new(name: re.Match[str], shape: tuple[int, ...], classes: int) -> DenoiserAdapter | MaskedGeneratorAdapter:
+    if name[1] == "unet":
+        return _unet([int(v) for v in name[2].split(",")], shape, classes)
+    builders: dict[str, Callable[[str, tuple[int, ...], int], DenoiserAdapter | MaskedGeneratorAdapter]] = {
+        "denoiser": _points,
+        "pointnet": scene_denoiser,
+        "mar": build_masked_generator,
+    }
+    return builders[name[1]](name[0], shape, classes)
 
 
 def _points(name: str, shape: tuple[int, ...], classes: int) -> DenoiserAdapter:
@@ -165,7 +172,9 @@ class _Drawn(BaseModel):
     prediction: str
 
 
-def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool) -> DenoiserAdapter:
+def _load(
+    name: str, sampler: Sampler | None, prediction: str | None, null: bool
+) -> DenoiserAdapter | MaskedGeneratorAdapter:
     path = find(name)
     facts = _json(path / SAMPLER) if path is not None else {}
     options: dict[str, Any] = {"sampler": sampler}
@@ -182,10 +191,12 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
     config = _json(path / "config.json") if path is not None else {}
     if "understudy_model" in config:
         assert path is not None
-        rows = _saved_points(path / "config.json", config)
-        load_weights(rows.model, path / "model.safetensors")
-        rows.sampler, rows.read_at = options["sampler"] or rows.sampler, read_at
-        return rows
+        small = _saved(path / "config.json")
+        load_weights(small.model, path / "model.safetensors")
+        small.sampler = options["sampler"] or small.sampler
+        if isinstance(small, DenoiserAdapter):
+            small.read_at = read_at
+        return small
     diffusers = _diffusers()
     scheduler = _scheduler(diffusers, name, path)
     if path is not None:
@@ -204,12 +215,13 @@ def _load(name: str, sampler: Sampler | None, prediction: str | None, null: bool
     return rows
 
 
-def _saved_points(file: Path, config: dict[str, Any]) -> DenoiserAdapter:
+def _saved(file: Path) -> DenoiserAdapter | MaskedGeneratorAdapter:
     facts = Facts.read(file)  # this project's format, which may have no classes
-    if not NEW.fullmatch(facts.understudy_model):
+    new = NEW.fullmatch(facts.understudy_model)
+    if new is None or new[1] == "unet":
         raise InputError(f"{file} describes no denoiser: {facts.understudy_model!r}.")
     try:
-        return _own(facts.understudy_model, tuple(facts.shape), facts.classes)
+        return _new(new, tuple(facts.shape), facts.classes)
     except (RuntimeError, MemoryError) as error:  # sizes beyond the memory
         raise InputError(f"{file} describes no denoiser: {reason(error)}") from None
 

@@ -115,6 +115,24 @@ class Clean(_Rows):
 
 
 @dataclass(frozen=True)
+class TokenNoise(_Rows):
+    """What a diffusion head says about noisy tokens.
+
+    Args:
+        values: `[rows, ..., C]`, its prediction of the noise.
+        variance: `[rows, ..., C]`, the interpolation of log-variances.
+    """
+
+    values: Tensor
+    variance: Tensor
+    _per_row = ("values", "variance")
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
 class Projected(_Rows):
     """Hidden states and the head that projects them to logits.
 

@@ -121,14 +121,14 @@ def _log_variances(t: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
 
 def _interval(x: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
     """log of a Gaussian's probability of x ± 1/255, open beyond ±0.999, with the tanh approximation of its CDF."""
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
     scale = (-log_deviation).exp()
-    above, below = cdf(scale * (x - mean + 1 / 255)), cdf(scale * (x - mean - 1 / 255))
+    above, below = _cdf(scale * (x - mean + 1 / 255)), _cdf(scale * (x - mean - 1 / 255))
     inside = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
     return inside.clamp(min=1e-12).log()
+
+
+def _cdf(z: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def image_sums(errors: Tensor, mask: Tensor) -> Tensor:

@@ -59,12 +59,14 @@ class LightGen(Method):
     )
     page: ClassVar[dict[str, str]] = {
         "when": "A generator of images that is good but large or slow, of which only samples are wanted, and a compact one to "
-        "be trained on them; with some real images, preferences then mend what the samples got wrong.",
+        "be trained on them; with some real images, preferences then mend what the samples got wrong. Choose "
+        "`task=image_generation` and a student of width, layers and side of a patch, as `student=mar:64,2,2`. It samples in "
+        "`data.teacher_steps` iterations, at most one for each patch.",
         "not": "Without real images there is nothing to prefer (`preference=0`), and for a generator of one call `boot` needs no "
         "data at all.",
         "deviations": "Conditions are classes, not captions, so there is no text encoder, and the condition is attended to in "
-        "every decoder layer. Images are patches of pixels, not of a VAE; as pixels are bounded, sampling bounds x_0. The "
-        "preference loop is not in the official code: it is that of Eq. 7 per image (the released function has one error "
+        "every decoder layer. Images are patches of pixels, not of a VAE; as pixels are bounded, sampling bounds x_0. Guidance "
+        "is the linear one. The preference loop is not in the official code: it is that of Eq. 7 per image (the released function has one error "
         "for the whole batch, which couples its pairs), with mask, time and noise shared by both sides. β and the learning "
         "rate of that phase are for mean errors of pixels and not the paper's 5000 and 1e-8. Captions are not filtered by "
         "a vision-language model. Flips are not used, which the paper blames for errors of position.",

@@ -23,7 +23,13 @@ from understudy.data.noise import normal, uniform
 from understudy.data.noise_sets import NoiseBatch
 from understudy.errors import InputError
 from understudy.losses.diffusion import guided
-from understudy.losses.masked_diffusion import cosine_alphas, learned_log_variance, masked_after, posterior_terms
+from understudy.losses.masked_diffusion import (
+    cosine_alphas,
+    learned_log_variance,
+    linear_guidance,
+    masked_after,
+    posterior_terms,
+)
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.diffusion import SAMPLER, Sampler
 from understudy.models.small import save_small
@@ -164,7 +170,8 @@ class MaskedGeneratorAdapter(ModelAdapter):
         model: the network.
         shape: of an image.
         classes: 0 for none.
-        sampler: `steps` is the number of iterations, at most one for each patch; times are not read.
+        sampler: `steps` is the number of iterations, at most one for each patch; guidance grows to its weight as patches are
+            known; times are not read.
     """
 
     def __init__(
@@ -223,13 +230,15 @@ class MaskedGeneratorAdapter(ModelAdapter):
             mask = places < before
             now = mask & (places >= after)
             told = [net(tokens, mask, asked)[now]]
-            if self.sampler.guidance is not None:
+            weight = self.sampler.guidance
+            if weight is not None:
                 told.append(net(tokens, mask, torch.full_like(asked, self.classes))[now])
-            fresh = self._diffuse(start[now], told, batch.ids, now)
+                weight = linear_guidance(weight, after, net.length)
+            fresh = self._diffuse(start[now], told, weight, batch.ids, now)
             tokens, before = tokens.masked_scatter(now[..., None], fresh), after
         return net.join(tokens)
 
-    def _diffuse(self, x: Tensor, told: list[Tensor], ids: Tensor, now: Tensor) -> Tensor:
+    def _diffuse(self, x: Tensor, told: list[Tensor], weight: float | None, ids: Tensor, now: Tensor) -> Tensor:
         """Ancestral sampling of the patches at `now`, `[patches, C]`; with guidance, `told` is for and without the
         condition. x_0 is bounded by the range of pixels."""
         chosen = torch.linspace(0, TIMES - 1, HEAD_STEPS, dtype=torch.float64).round().long()
@@ -237,9 +246,8 @@ class MaskedGeneratorAdapter(ModelAdapter):
         for i in reversed(range(HEAD_STEPS)):
             at = torch.full((len(x),), int(chosen[i]), device=x.device)
             noise, value = self.model.head(x, at, told[0]).chunk(2, -1)
-            if len(told) > 1:
-                assert self.sampler.guidance is not None
-                noise = guided(noise, self.model.head(x, at, told[1]).chunk(2, -1)[0], self.sampler.guidance)
+            if weight is not None:
+                noise = guided(noise, self.model.head(x, at, told[1]).chunk(2, -1)[0], weight)
             step = torch.full((len(x),), i)
             terms = posterior_terms(step, table)
             alpha, of_clean, of_noisy = (v.to(x)[:, None] for v in (table[step].sqrt(), *terms))

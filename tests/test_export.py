@@ -100,7 +100,7 @@ def test_a_model_that_cannot_be_traced_is_one_line(tmp_path, capfd):
             return self.head(pixels.flatten(1)) if pixels.sum() > 3 else self.head(pixels.flatten(1) * 2)
 
     batch = Batch({"pixel_values": torch.rand(2, 1, 4, 4)}, torch.zeros(2).long(), torch.arange(2))
-    with pytest.raises(InputError, match="torch cannot export Branching to ONNX: .*data-dependent") as error:
+    with pytest.raises(InputError, match=r"torch cannot export Branching to ONNX: .*data-dependent") as error:
         write_onnx(ClassifierAdapter(Branching(), 3), batch, tmp_path / "model.onnx")
     assert not {"\n", "\x1b"} & set(str(error.value))
     assert "Traceback" not in "".join(capfd.readouterr())

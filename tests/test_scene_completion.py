@@ -148,7 +148,7 @@ def test_scenes_of_other_dimensions_and_cut_files_are_named(tmp_path):
             np.pad(cloud, ((0, 0), (0, 1))).tobytes() + b"cut"[: 3 * (i == 2)]
         )
     (last,) = read_scenes(str(tmp_path / "scans")).splits["test"]
-    with pytest.raises(InputError, match="2.BIN ends within a point"):
+    with pytest.raises(InputError, match=r"2\.BIN ends within a point"):
         last[1]()
     with pytest.raises(InputError, match="holds no scans"):
         read_scenes(__file__)

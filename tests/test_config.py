@@ -490,3 +490,23 @@ def test_check_says_on_one_screen_what_is_read(tmp_path, capsys):
 )
 def test_a_task_without_a_method_has_one_that_works_on_it(task, method):
     assert make({"task": task}).method == method
+
+
+def test_the_command_of_every_page_and_every_task_without_a_method_is_a_recipe():
+    from understudy.cli.options import load_recipe
+    from understudy.pages import command
+
+    for method in built_in():
+        recipe = load_recipe(None, command(method).split()[2:])
+        assert recipe.method == method.name, method.name
+    for name, task in TASKS.items():
+        assert task.kinds & all_methods()[make({"task": name}).method].kinds, name
+
+
+def test_what_does_not_go_together_is_said_without_all_values():
+    with pytest.raises(InputError, match=r"^Bad option of method 'llava-mod': top_k is 9"):
+        make({"task": "preferences", "method": "llava-mod", "options": {"top_k": 9}})
+    with pytest.raises(InputError, match=r"of the tasks text_generation\.$"):
+        make({"method": "symbolic-kd"})
+    with pytest.raises(InputError, match=r"should be a list"):
+        make({"task": "reasoning", "method": "arte", "options": {"shots": 3}})

@@ -11,8 +11,11 @@ from text_classes import as_csv, classifier, reviews
 from understudy import InputError, distill
 from understudy.cli import main
 from understudy.data import Batch
-from understudy.models import CausalLMAdapter
+from understudy.models import CausalLMAdapter, ClassifierAdapter
+from understudy.models.heads import MixtureHead, head_name, put_head
+from understudy.models.modalities import ModalitiesAdapter
 from understudy.models.onnx import OnnxAdapter, write_onnx
+from understudy.models.small import build_small
 from understudy.runs.check import saved_student
 from understudy.runs.exporting import export_run
 
@@ -66,6 +69,43 @@ def test_a_causal_model_of_texts_of_any_length(tmp_path):
         torch.testing.assert_close(exported(seen).signal.logits, logits, atol=1e-5, rtol=1e-4)
 
 
+def test_a_student_of_several_inputs_two_heads_or_16_bits(tmp_path):
+    torch.manual_seed(0)
+    shapes = {"picture": (1, 4, 4), "sound": (1, 1, 6)}
+    ids, labels = torch.arange(4), torch.zeros(4).long()
+    seen = Batch({name: torch.rand(4, *shape) for name, shape in shapes.items()}, labels, ids)
+    read = ModalitiesAdapter(build_small("fusion:8,8", 3, tuple(shapes.values())), 3, list(shapes))
+    image = build_small("mlp:8", 3, (1, 4, 4))
+    put_head(image, head_name(image, 3), MixtureHead(8, 3, 0.6, 0.5))
+    two = ClassifierAdapter(image, 3)
+    half = ClassifierAdapter(build_small("mlp:8", 3, (1, 4, 4)).bfloat16(), 3)
+    pixels = Batch({"pixel_values": seen.inputs["picture"]}, labels, ids)
+    for name, adapter, batch in (("several", read, seen), ("heads", two, pixels), ("half", half, pixels)):
+        adapter.eval()
+        write_onnx(adapter, batch, tmp_path / f"{name}.onnx")
+        with torch.no_grad():
+            own = adapter(batch).signal.logits.float()
+        exported = OnnxAdapter(tmp_path / f"{name}.onnx", adapter)
+        torch.testing.assert_close(exported(batch).signal.logits, own, atol=3e-2 if name == "half" else 1e-5, rtol=1e-2)
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_a_model_that_cannot_be_traced_is_one_line(tmp_path, capfd):
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(16, 3)
+
+        def forward(self, pixels):
+            return self.head(pixels.flatten(1)) if pixels.sum() > 3 else self.head(pixels.flatten(1) * 2)
+
+    batch = Batch({"pixel_values": torch.rand(2, 1, 4, 4)}, torch.zeros(2).long(), torch.arange(2))
+    with pytest.raises(InputError, match=r"torch cannot export Branching to ONNX: .*data-dependent") as error:
+        write_onnx(ClassifierAdapter(Branching(), 3), batch, tmp_path / "model.onnx")
+    assert not {"\n", "\x1b"} & set(str(error.value))
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_a_run_that_is_trained_on_shows_no_old_export(tmp_path):
     recipe = {**DIGITS, "method": "sft", "trainer": SHORT, "output": str(tmp_path)}
     distill(recipe)
@@ -79,6 +119,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
         export_run(tmp_path)
     recipe = {"task": "preference_world", "method": "dpo", "data": {"name": "chains"}, "output": str(tmp_path / "run")}
     distill({**recipe, "trainer": {"max_steps": 2}})
-    with pytest.raises(InputError, match="no classifier and no causal language model"):
+    with pytest.raises(
+        InputError, match="run is a run of preference_world, which evaluates by more than a model's logits"
+    ):
         export_run(tmp_path / "run")
     assert saved_student(tmp_path / "run")[0].task == "preference_world"

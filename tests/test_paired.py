@@ -147,6 +147,41 @@ def test_a_table_that_cannot_be_read_is_told(files, change, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("channels,cut", [(1, 1), (2, 2)])
+def test_a_recording_that_was_cut_off_is_named(channels, cut, tmp_path):
+    with wave.open(str(tmp_path / "cut.wav"), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(1600))
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:-cut])
+    with pytest.raises(InputError, match=r"cut\.wav ends within a sample"):
+        read_wave(tmp_path / "cut.wav")
+
+
+def test_labels_are_names_or_whole_numbers(tmp_path):
+    found = arrays()
+    for labels, says in ((np.eye(3)[found["label"]], "is no class"), (found["label"] / 2, "row 1 is 0.5, not a class")):
+        np.savez(tmp_path / "all.npz", **{**found, "label": labels})
+        with pytest.raises(InputError, match=says):
+            read(tmp_path / "all.npz")
+    np.savez(tmp_path / "all.npz", **{**found, "label": found["label"].astype(float)})
+    assert read(tmp_path / "all.npz")[0].classes == ["0", "1", "2"]
+
+
+def test_a_cell_of_a_file_without_bytes_and_path_is_missing(tmp_path):
+    row = '{"picture": {"bytes": null, "path": null}, "sound": [1.0], "label": 0}\n'
+    (tmp_path / "train.jsonl").write_text(row)
+    with pytest.raises(InputError, match=r"row 0 .* has no picture"):
+        read(tmp_path)
+
+
+def test_a_batch_holds_the_modalities_alone(tmp_path):
+    np.savez(tmp_path / "all.npz", **arrays())
+    splits, layout = read(tmp_path / "all.npz")
+    assert set(Batch.from_dict(layout.collate([splits.train[0], splits.train[1]])).inputs) == set(NAMES)
+
+
 def test_columns_that_do_not_belong_together_are_refused(tmp_path):
     found = arrays()
     np.savez(tmp_path / "short.npz", **{**found, "sound": found["sound"][:20]})

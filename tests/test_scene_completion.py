@@ -133,14 +133,37 @@ def test_scans_are_read_from_files(tmp_path):
         read_scenes(str(tmp_path)).splits["validation"][0][1]()
 
 
+def test_scenes_of_other_dimensions_and_cut_files_are_named(tmp_path):
+    cloud = np.random.default_rng(0).normal(size=(60, 3)).astype("<f4")
+    for i in range(3):
+        np.savez(tmp_path / f"{i}.npz", scan=cloud[:, :2], truth=cloud[:, : 3 if i == 1 else 2])
+    scenes = dict(scene for part in read_scenes(str(tmp_path)).splits.values() for scene in part)
+    with pytest.raises(
+        InputError, match=r"1.npz: the truth has points of 3 coordinates, and the truth of 0.npz .* of 2"
+    ):
+        scenes["1.npz"]()
+    (tmp_path / "scans").mkdir()
+    for i in range(3):
+        (tmp_path / "scans" / f"{i}.BIN").write_bytes(
+            np.pad(cloud, ((0, 0), (0, 1))).tobytes() + b"cut"[: 3 * (i == 2)]
+        )
+    (last,) = read_scenes(str(tmp_path / "scans")).splits["test"]
+    with pytest.raises(InputError, match=r"2\.BIN ends within a point"):
+        last[1]()
+    with pytest.raises(InputError, match="holds no scans"):
+        read_scenes(__file__)
+
+
 @pytest.mark.parametrize(
     "arrays,says",
     [
         ({"points": np.ones((3, 3))}, "holds points: a scene has scan and truth"),
         (
             {"xyz_cm": np.ones((3, 3)), "offsets": np.array([0, 2])},
-            "offsets must rise from 0 to the number of points, 3",
+            "offsets must be whole numbers that rise from 0 to the number of points, 3",
         ),
+        ({"xyz_cm": np.ones((3, 3)), "offsets": np.array([0.0, 3.0])}, "offsets must be whole numbers"),
+        ({"xyz_cm": np.float64(3), "offsets": np.array([0, 1])}, r"not \[\]"),
         ({"scan": np.ones(3), "truth": np.ones((3, 3))}, r"not \[3\]"),
         ({"scan": np.ones((3, 3)), "truth": np.ones((3, 3))}, "1 scenes, and three splits need at least 3"),
     ],

@@ -68,6 +68,12 @@ def test_what_is_no_result_is_refused(results):
         rows(results / "missing")
 
 
+def test_a_selection_of_nothing_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["methods", "--access", "black", "--algorithm", "divergence_similarity"])
+    assert ended.value.code == 0 and "No paper and no baseline has all of these" in capsys.readouterr().out
+
+
 def test_selection_is_by_every_value_asked_for():
     numbers = {e.number for e in select(access="black", elicitation="labeling")}
     assert numbers == {1, 11, 16, 21, 24, 28, 36}  # all of black access but 34, which only corrects and expands

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,7 +174,12 @@ def test_images_in_memory_have_the_hash_of_their_content(tmp_path):
     [
         ({"image": "none.png"}, r"train record 0 \(train.jsonl line 1\): its image .*none.png is not there"),
         ({"image": 3}, "image is int, not a path, bytes or an image"),
-        ({"prompt": "<image><image> two ?"}, "has 2 places <image> for images and the record 1 images"),
+        (
+            {"prompt": "<image><image> two ?"},
+            "The prompt '<image><image> two .' has 2 places <image> and its record 1 images",
+        ),
+        ({"images": ["images/1.png"]}, r"train record 0 .*has both image and images"),
+        ({"image": {"url": "1.png"}}, "image has url, and neither bytes nor a path"),
         ({"completion": ""}, "has an empty text"),
         ({"prompt": [{"role": "user", "content": "say"}]}, "holds messages"),
         ({"image": "train.jsonl"}, r"train.jsonl is not a readable image"),
@@ -195,6 +201,26 @@ def test_text_without_images_is_read_too(tmp_path):
     data = {"name": str(tmp_path), "max_length": 64, "max_new_tokens": 4}
     result = distill({**SCENES, "method": "sft", "teacher": "none", "data": data, "output": str(tmp_path / "run")})
     assert 0 <= result.metrics["exact_match"] <= 1
+
+
+def test_a_record_with_an_empty_list_of_images_is_text(tmp_path):
+    rows = write_images(tmp_path)
+    texts = []
+    for nothing in ({"image": []}, {"image": None}, {}):
+        first = {k: v for k, v in rows[0].items() if k != "image"} | nothing
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [first, *rows[1:]]))
+        found = load_image_texts({"name": str(tmp_path)}, {}, lists=False)
+        texts.append([r for r in found.train + found.validation + found.test if "pictures" not in r])
+    assert len(texts[0]) == 1 and texts[0] == texts[1] == texts[2]
+
+
+def test_images_in_memory_may_be_arrays():
+    rows = [{"image": np.full((8, 8, 3), i, np.uint8), "prompt": "which ?", "completion": f" {i}"} for i in range(30)]
+    from understudy.runs.objects import named as by_name
+
+    values, _ = by_name({**SCENES, "method": "sft", "data": rows})
+    found = load_image_texts({"name": values["data"]["name"]}, {}, lists=False)
+    assert all("pictures" in r for r in found.train) and len({str(r["pictures"]) for r in found.train}) > 20
 
 
 def test_completions_beside_pairs_are_kept_where_asked():

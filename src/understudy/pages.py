@@ -14,7 +14,9 @@ from understudy.claims import claims
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
 from understudy.runs import hacking, study
-from understudy.training import OnPolicy
+from understudy.runs.recipe import Recipe
+from understudy.tasks import TASKS
+from understudy.training import Method, OnPolicy
 
 _STUDIES: dict[int, tuple[Any, Any, type[Any], str, str]] = {
     14: (
@@ -70,13 +72,21 @@ def page(entry: Entry) -> str:
         others = [f"`method={other}`" for other, (name, _) in variants().items() if name == entry.name]
         if others:
             lines += [f"Variants have names of their own: {', '.join(others)}.", ""]
-        lines += [f"`understudy train method={entry.name}`{_claimed(entry)}", ""]
+        lines += [f"`{command(method)}`{_claimed(entry)}", ""]
     if entry.number:
         lines.append(
             f"Taxonomy: knowledge by {', '.join(entry.elicitation)}; algorithm {', '.join(entry.algorithm)}; "
             f"access {entry.access}."
         )
     return "\n".join(lines)
+
+
+def command(method: type[Method]) -> str:
+    """The shortest command that trains with a method: on the default task, if it works there, else on the first that fits."""
+    default = Recipe.model_fields["task"].default
+    fits = [name for name, task in TASKS.items() if task.kinds & method.kinds]
+    task = method.page.get("task", default if default in fits else fits[0])
+    return f"understudy train {'' if task == default else f'task={task} '}method={method.name}"
 
 
 def _facts(facts: Mapping[str, str]) -> list[str]:

@@ -100,9 +100,7 @@ def demo(
     out.print(f"Report: {report}")
 
 
-@app.command(
-    epilog="Example: understudy methods --elicitation labeling --algorithm divergence_similarity --access black"
-)
+@app.command(epilog="Example: understudy methods --elicitation labeling --algorithm sft --access black")
 def methods(
     as_json: AsJson = False,
     family: Annotated[str | None, typer.Option(help="Only this family, such as language.")] = None,
@@ -120,6 +118,9 @@ def methods(
     )
     if as_json:
         _print_json([e.as_json() for e in entries])
+        return
+    if not entries:
+        out.print("No paper and no baseline has all of these at once: ask for fewer.")
         return
     table = Table("no.", "name", "title", "year", "family", "access", "status")
     for e in entries:

@@ -56,6 +56,8 @@ def read_wave(path: Path) -> tuple[Tensor, int]:
             raw = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
         raise InputError(f"{path} is not a readable .wav file: {str(error) or type(error).__name__}.") from error
+    if len(raw) % (width * channels):
+        raise InputError(f"{path} ends within a sample: the file was cut off. Put it back as it was written.")
     if width != 2 or not raw:
         raise InputError(f"{path} has {len(raw)} bytes of {8 * width}-bit samples: give .wav files of 16 bits.")
     samples = np.frombuffer(raw, "<i2").reshape(-1, channels).astype(np.float32).mean(1)

@@ -56,7 +56,7 @@ def arrange(
             where = place(f"{name}, {split} record {i}", record)
             _rename(where, record, mapping)
             wanted = _format(where, record, formats, made)
-            used = set(wanted) | {c for c in optional if record.get(c) not in (None, "")}
+            used = set(wanted) | {c for c in optional if not empty(record.get(c))}
             for column in LISTS & used:
                 record[column] = _parsed(where, column, record[column])
             for extra in record.keys() - used:
@@ -67,6 +67,11 @@ def arrange(
     if unused:
         notes.append(f"{name}: not used: {'column' if len(unused) == 1 else 'columns'} {names(unused)}.")
     return notes
+
+
+def empty(value: Any) -> bool:
+    """Whether a column holds nothing: null, an empty text or an empty list."""
+    return value is None or (isinstance(value, (str, list, tuple)) and not value)
 
 
 def names(columns: Collection[str]) -> str:

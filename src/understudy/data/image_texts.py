@@ -11,6 +11,7 @@ A record without `image` is text alone.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from understudy.data.batch import IGNORE
-from understudy.data.columns import arrange, checked_text
+from understudy.data.columns import arrange, checked_text, empty
 from understudy.data.ends import Ends
 from understudy.data.folders import find
 from understudy.data.pictures import Pictures, shown
@@ -79,7 +80,10 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
 def _scored(name: str, split: str, index: int, record: Record, folder: Any) -> Record:
     """A record in the common form of preferences; a completion alone has the score 1."""
     where = place(f"{name}, {split} record {index}", record)
-    image = record.get("image") if record.get("image") is not None else record.get("images")
+    given = {c: record[c] for c in ("image", "images") if not empty(record.get(c))}
+    if len(given) > 1:
+        raise InputError(f"{where} has both image and images: name all its images in one of them.")
+    image = next(iter(given.values()), None)
     if "completion" in record and "label" not in record:
         record["label"] = 1
     found = candidates(name, split, index, record)
@@ -109,7 +113,10 @@ def prompt_text(processor: Any, prompt: str, images: int) -> str:
     token = str(getattr(processor, "image_token", "<image>"))
     placed = prompt.count(token)
     if placed not in (0, images):
-        raise InputError(f"A prompt has {placed} places {token} for images and the record {images} images.")
+        raise InputError(
+            f"The prompt {reprlib.repr(prompt)} has {placed} places {token} and its record {images} images: write a place for "
+            "each, or none."
+        )
     if getattr(processor, "chat_template", None) and not placed:
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         asked = [{"role": "user", "content": content}]

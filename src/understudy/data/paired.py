@@ -68,7 +68,8 @@ class Layout:
     def collate(self, items: list[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Tensors of a `Batch`, whose inputs are the modalities by name."""
         found = collate_images(items)
-        return {**found, **self.unpack(found.pop("pixel_values"))}
+        rows = found.pop("pixel_values")
+        return {**found, **self.unpack(rows)}
 
 
 def load_paired(spec: Mapping[str, Any], source: Source) -> tuple[Splits, Layout]:

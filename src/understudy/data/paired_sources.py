@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _records(
     for i, row in enumerate(rows):
         _need(where, row, wanted)
         for column in wanted:
-            if row[column] is None or (isinstance(row[column], (str, list)) and not len(row[column])):
+            if _empty(row[column]):
                 raise InputError(
                     f"{place(f'{where}, row {i}', row)} has no {column}: every example needs each modality and a label. "
                     "Remove the row."
@@ -100,6 +101,13 @@ def _records(
     *modalities, label = wanted
     found: Columns = {m: _cells(f"{where}, {m}", [row[m] for row in rows], folder, spec, counts) for m in modalities}
     return {**found, label: [row[label] for row in rows]}
+
+
+def _empty(cell: Any) -> bool:
+    """Whether a cell holds nothing, as text, a list, or the bytes and path of a file."""
+    if isinstance(cell, dict):
+        return not (cell.get("bytes") or cell.get("path"))
+    return cell is None or (isinstance(cell, (str, list)) and not len(cell))
 
 
 def _need(where: str, have: Any, wanted: Sequence[str]) -> None:
@@ -169,13 +177,18 @@ def _joined(name: str, parts: Sequence[Columns], modalities: Sequence[str], labe
 
 def _labels(name: str, columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Tensor], list[str]]:
     """Labels by split as numbers, and the classes: names in alphabetical order, or numbers from 0."""
-    values = {str(v) for column in columns.values() for v in column}
-    if not all(v.lstrip("-").isdigit() for v in values):
+    for split, column in columns.items():
+        odd = next((v for v in column if not isinstance(v, (str, Real))), None)
+        if odd is not None:
+            raise InputError(
+                f"{name}, {split}: the label {str(odd)[:60]!r} is no class: give each example one name or number."
+            )
+    every = [v for column in columns.values() for v in column]
+    values = {str(v) for v in every}
+    if any(isinstance(v, str) for v in every) and not all(v.lstrip("-").isdigit() for v in values):
         classes = sorted(values)
         return {s: torch.tensor([classes.index(str(v)) for v in c]) for s, c in columns.items()}, classes
-    found = {
-        s: torch.from_numpy(class_numbers(f"{name}, {s}", [int(v) for v in c], "example")) for s, c in columns.items()
-    }
+    found = {s: torch.from_numpy(class_numbers(f"{name}, {s}", list(c), "example")) for s, c in columns.items()}
     return found, [str(i) for i in range(max(int(part.max()) for part in found.values()) + 1)]
 
 

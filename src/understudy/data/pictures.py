@@ -94,7 +94,12 @@ class Pictures:
 
 def _cell(where: str, value: Any, folder: Path | None) -> Any:
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        held = value.get("bytes") or value.get("path")
+        if held is None:
+            raise InputError(
+                f"{where}: image has {', '.join(map(str, value)) or 'nothing'}, and neither bytes nor a path."
+            )
+        value = held
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
         value = Image.fromarray(value)
     if isinstance(value, str):

@@ -158,14 +158,14 @@ def read_scenes(name: str) -> Scenes:
         InputError: there are no scenes, fewer than three, or a file that cannot be read.
     """
     path = find(name)
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path is not None and path.is_dir() else [path]
-    if not files or files[0] is None:
+    below = sorted(path.rglob("*")) if path is not None and path.is_dir() else [path]
+    files = [f for f in below if f is not None and f.suffix.lower() in SUFFIXES]
+    if not files:
         raise InputError(
             f"data={name!r} holds no scans: name street, street2d, or a file or folder of {', '.join(SUFFIXES)}."
         )
     digest, groups = hashlib.sha256(), dict[Any, list[tuple[str, Maker]]]()
     for file in files:
-        assert file is not None
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         for label, maker, sequence in _scans(file):
             groups.setdefault(file if sequence else file.parent, []).append((label, maker))
@@ -181,13 +181,34 @@ def read_scenes(name: str) -> Scenes:
             f"data={name!r} holds {len(train + validation + test)} scenes, and three splits need at least 3."
         )
     note = f"{name}: {len(train)} scenes train, {len(validation)} validate and {len(test)} test; no scene is in two splits."
-    splits = {"train": train, "validation": validation, "test": test}
-    return Scenes(splits, train[0][1]()[1].shape[1], digest.hexdigest(), (note,))
+    (first, make), *_ = train
+    dimensions = make()[1].shape[1]
+    splits = {
+        split: [(label, _alike(label, maker, first, dimensions)) for label, maker in makers]
+        for split, makers in (("train", train), ("validation", validation), ("test", test))
+    }
+    return Scenes(splits, dimensions, digest.hexdigest(), (note,))
+
+
+def _alike(name: str, make: Maker, first: str, dimensions: int) -> Maker:
+    """A maker that raises an error if its scene has not the dimensions of the first one."""
+
+    def made() -> tuple[Array, Array]:
+        scene = make()
+        for part, cloud in zip(("scan", "truth"), scene, strict=True):
+            if cloud.shape[1] != dimensions:
+                raise InputError(
+                    f"{name}: the {part} has points of {cloud.shape[1]} coordinates, and the truth of {first} has points of "
+                    f"{dimensions}: give all scenes equally many."
+                )
+        return scene
+
+    return made
 
 
 def _scans(file: Path) -> Iterator[tuple[str, Maker, bool]]:
     """Name and maker of every scene of a file, and whether the file is a sequence of scans."""
-    if file.suffix != ".npz":
+    if file.suffix.lower() != ".npz":
         yield file.name, lambda: _alone(_cloud(file, _read(file))), False
         return
     arrays = read_npz(file)
@@ -200,18 +221,21 @@ def _scans(file: Path) -> Iterator[tuple[str, Maker, bool]]:
             f"{file} holds {', '.join(sorted(arrays)) or 'nothing'}: a scene has scan and truth, a sequence of scans xyz_cm "
             "and offsets."
         )
-    offsets, points = arrays["offsets"], arrays["xyz_cm"]
+    offsets, points = arrays["offsets"], _cloud(file, arrays["xyz_cm"])
     if (
-        offsets.ndim != 1
+        offsets.dtype.kind not in "iu"
+        or offsets.ndim != 1
         or not len(offsets)
         or offsets[0] != 0
         or offsets[-1] != len(points)
         or (np.diff(offsets) < 0).any()
     ):
-        raise InputError(f"{file}: offsets must rise from 0 to the number of points, {len(points)}.")
+        raise InputError(
+            f"{file}: offsets must be whole numbers that rise from 0 to the number of points, {len(points)}."
+        )
 
     def frame(start: int, end: int) -> Maker:
-        return lambda: _alone(_cloud(file, points[start:end]) / 100)
+        return lambda: _alone(points[start:end] / 100)
 
     for i, (start, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist(), strict=False)):
         yield f"{file.name}, scan {i}", frame(start, end), True
@@ -224,9 +248,11 @@ def _alone(cloud: Array) -> tuple[Array, Array]:
 
 def _read(file: Path) -> Array:
     try:
-        if file.suffix == ".npy":
+        if file.suffix.lower() == ".npy":
             found: Array = np.load(file, allow_pickle=False)
             return found
+        if file.stat().st_size % 16:
+            raise InputError(f"{file} ends within a point of four numbers of 32 bits: put it back as it was written.")
         return np.fromfile(file, dtype="<f4").reshape(-1, 4)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} is no readable cloud of points: {str(error).splitlines()[0]}") from None

@@ -73,7 +73,7 @@ def mix(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
         return log_y
     a, b = log_x + math.log(share), log_y + math.log1p(-share)
     both = (a == -_INF) & (b == -_INF)
-    if not both.any():
+    if not torch.compiler.is_compiling() and not both.any():  # a graph has no such branch
         return torch.logaddexp(a, b)
     mixed = torch.logaddexp(a.masked_fill(both, 0.0), b.masked_fill(both, 0.0))
     return mixed.masked_fill(both, -_INF)

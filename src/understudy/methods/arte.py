@@ -59,6 +59,7 @@ class ARTE(Pipeline):
         "as many texts again; the student's training"
     )
     page: ClassVar[dict[str, str]] = {
+        "task": "reasoning",
         "when": "The teacher can be trained, some hundred labelled questions are at hand, and the student is small: what helps "
         "it is not what a larger model finds good.",
         "not": "Where the student cannot use an example in its prompt: all scores are then equal and carry no signal. With 40 "

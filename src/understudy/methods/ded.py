@@ -56,6 +56,7 @@ class DED(Pipeline):
         "question; samples completions a kept question; the student's training"
     )
     page: ClassVar[dict[str, str]] = {
+        "task": "reasoning",
         "when": "Several reasoning models could be the teacher (`teacher.members.NAME`), answers can be checked, and the "
         "student is to learn from hundreds of traces rather than many thousands and keep its other abilities.",
         "not": "Where questions are many and cheap to answer: with the same teacher more data is better. A smoke test too small "

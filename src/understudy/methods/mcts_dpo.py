@@ -46,6 +46,7 @@ class MCTSDPO(Pipeline):
     }
     cost = "simulations · (steps + 3) walks a question, each new state `width` proposals and judgements, at most `calls`; then DPO"
     page: ClassVar[dict[str, str]] = {
+        "task": "reasoning",
         "when": "Answers can be checked (arithmetic, multiple choice) and nobody has labelled steps. Searches are stored "
         "(`stages/round-N/trees.jsonl`), drawn in the report, and each pair names its nodes and requests.",
         "not": "Where the policy never reaches a right answer, or always: siblings then have one value and give no pair. A policy too "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, ModelAdapter, ModelOutput
+from understudy.models.modalities import ModalitiesAdapter
 from understudy.models.modes import evaluating
 from understudy.models.text_classifiers import TextClassifierAdapter
 from understudy.models.weights import reason
@@ -35,22 +37,25 @@ class _Logits(nn.Module):
             logits: Tensor = adapter.model(**named, use_cache=False).logits
             return logits[..., : adapter.vocabulary].float()
         assert isinstance(adapter, ClassifierAdapter)
-        if not isinstance(adapter, TextClassifierAdapter):
-            pixels = named.pop("pixel_values")
-            return adapter.checked(adapter.model(adapter.shown(pixels)), pixels.shape[0])
-        return adapter.checked(adapter.model(**named), inputs[0].shape[0])
+        if isinstance(adapter, TextClassifierAdapter):
+            return adapter.checked(adapter.model(**named), inputs[0].shape[0])
+        return adapter.checked(adapter.model(*map(adapter.shown, inputs)), inputs[0].shape[0])
 
 
 def model_inputs(adapter: ModelAdapter, batch: Batch) -> Mapping[str, Tensor]:
     """What the model of an adapter is given for a batch, by name: the inputs of its ONNX file."""
     if isinstance(adapter, TextClassifierAdapter):
         return adapter.inputs(batch)
-    names = ("input_ids", "attention_mask") if isinstance(adapter, CausalLMAdapter) else ("pixel_values",)
+    names: Sequence[str] = ("pixel_values",)
+    if isinstance(adapter, CausalLMAdapter):
+        names = ("input_ids", "attention_mask")
+    elif isinstance(adapter, ModalitiesAdapter):
+        names = adapter.reads
     return {name: batch.inputs[name] for name in names}
 
 
 def write_onnx(adapter: ModelAdapter, batch: Batch, file: Path) -> None:
-    """Export a classifier or causal LM of float32 weights; number of examples and length of texts stay free.
+    """Export a classifier or causal LM with weights of 32 bits; number of examples and length of texts stay free.
 
     Args:
         batch: of two examples or more, of two tokens or more; shows the exporter what inputs look like.
@@ -63,15 +68,16 @@ def write_onnx(adapter: ModelAdapter, batch: Batch, file: Path) -> None:
         raise InputError(
             f"A {type(adapter.model).__name__} is no classifier and no causal language model: only these can be exported."
         )
-    inputs = {name: value.cpu() for name, value in model_inputs(adapter, batch).items()}
+    inputs = {name: value.cpu().contiguous() for name, value in model_inputs(adapter, batch).items()}
     free = torch.export.Dim.DYNAMIC
-    sizes = tuple({0: free} if name == "pixel_values" else {0: free, 1: free} for name in inputs)
+    texts = isinstance(adapter, (CausalLMAdapter, TextClassifierAdapter))
+    sizes = tuple({0: free, 1: free} if texts else {0: free} for _ in inputs)
     module = _Logits(adapter, list(inputs)).cpu()
-    quiet = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in quiet]
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+        module = copy.deepcopy(module).float()  # onnxruntime has no bfloat16 on CPUs
+    silenced = logging.root.manager.disable
     try:
-        for logger in quiet:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.CRITICAL)  # the exporter logs each of its tries, with tracebacks
         with warnings.catch_warnings(), evaluating(module), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -87,10 +93,10 @@ def write_onnx(adapter: ModelAdapter, batch: Batch, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(file))
     except Exception as error:  # torch raises any type on models that it cannot trace
-        raise InputError(f"torch cannot export {type(adapter.model).__name__} to ONNX: {reason(error)}.") from error
+        said = reason(error.__cause__ or error).rstrip(".")
+        raise InputError(f"torch cannot export {type(adapter.model).__name__} to ONNX: {said}.") from error
     finally:
-        for logger, level in zip(quiet, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(silenced)
 
 
 def write_int8(file: Path, output: Path) -> None:

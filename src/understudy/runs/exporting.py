@@ -16,7 +16,9 @@ from understudy.models.onnx import OnnxAdapter, write_int8, write_onnx
 from understudy.reporting import render_run
 from understudy.runs.check import saved_student
 from understudy.runs.evaluating import evaluate_split, timed_batches
+from understudy.tasks import TASKS
 from understudy.tasks import get as get_task
+from understudy.tasks.base import LabelledTask
 
 FOLDER = "export"
 
@@ -38,6 +40,12 @@ def export_run(run: Path, int8: bool = False) -> dict[str, Any]:
     """
     recipe, prepared, student = saved_student(run)
     task, folder = get_task(recipe.task), run / FOLDER
+    if type(task).evaluate is not LabelledTask.evaluate:
+        can = ", ".join(name for name, one in TASKS.items() if type(one).evaluate is LabelledTask.evaluate)
+        raise InputError(
+            f"{run} is a run of {task.name}, which evaluates by more than a model's logits: only students of {can} can be "
+            "exported, and their exports compared with them."
+        )
     student = student.cpu()
     one, many = timed_batches(recipe, prepared)
     shown = Batch.from_dict(many)

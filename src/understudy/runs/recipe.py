@@ -14,8 +14,8 @@ from understudy.errors import InputError, nearest
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.masking import masked, remember
+from understudy.methods import all_methods, resolve
 from understudy.methods import get as get_method
-from understudy.methods import resolve
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
 from understudy.runs.roles import check_roles
@@ -44,7 +44,7 @@ class Recipe(BaseModel):
 
     method: str = Field(
         "kd",
-        description="What the student learns by: `understudy methods` lists them. Where `kd` does not apply, the task's baseline.",
+        description="What the student learns by: `understudy methods` lists them. Where `kd` does not apply, the task's baseline or only method.",
     )
     task: str = Field("image_classification", description="The kind of problem, with its data, models and metric.")
     teacher: ModelSpec | None = Field(None, description="The model to learn from; keys below.")
@@ -150,7 +150,9 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
             known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
             known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
-        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").rstrip(".")
+        if not first["loc"]:  # what is wrong is how several keys go together
+            raise InputError(f"Bad {what}: {message}.") from None
         # An API key at the wrong place must not be printed either.
         shown = where if "endpoint" in first["loc"] else f"{where} = {brief(masked(first['input']))}"
         raise InputError(f"Bad {what}: {shown}: {message}.") from None
@@ -201,19 +203,24 @@ def make(values: Mapping[str, Any]) -> Recipe:
     if not task.kinds & method.kinds:
         raise InputError(
             f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
-            f"{task.kind} task. Choose another method (`understudy methods`) or task."
+            f"{task.kind} task. Choose another method (`understudy methods`), or of the tasks "
+            f"{', '.join(name for name, one in TASKS.items() if one.kinds & method.kinds)}."
         )
     return recipe
 
 
 def _with_method(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values with a method that works on their task: the task's baseline where none is named and the default does not."""
+    """The values with a method that works on their task, where none is named: the default, the task's baseline, or its only
+    method."""
     default = Recipe.model_fields["method"].default
     name = values.get("task")
     if "method" in values or not isinstance(name, str) or name not in TASKS:
         return values
     task = TASKS[name]
     fits = [name for name in (default, task.baseline) if task.kinds & get_method(name).kinds]
+    if not fits:
+        others = [name for name, method in all_methods().items() if task.kinds & method.kinds]
+        fits = others if len(others) == 1 else []
     return {**values, "method": fits[0]} if fits and fits[0] != default else values
 
 

@@ -137,7 +137,8 @@ class Method(BaseModel):
 
     Class attributes: `name` (on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
     task that it trains on: `classification` where rows are examples with a class, `image` where these must be images),
-    `cost` (per step, one line), `page` (when to use it, when not, deviations from the paper),
+    `cost` (per step, one line), `page` (`when` to use it, when `not`, `deviations` from the paper, and the `task` of its
+    example where its `kinds` do not tell),
     `defaults` (of recipe keys such as `on_policy` and `trainer`, below the recipe's own), `variants` (an option whose values
     are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
     that a pipeline uses beside teacher and student, by name).

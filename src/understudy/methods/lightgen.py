@@ -66,8 +66,8 @@ class LightGen(Method):
         "data at all.",
         "deviations": "Conditions are classes, not captions, so there is no text encoder, and the condition is attended to in "
         "every decoder layer. Images are patches of pixels, not of a VAE; as pixels are bounded, sampling bounds x_0. Guidance "
-        "is the linear one. The preference loop is not in the official code: it is that of Eq. 7 per image (the released function has one error "
-        "for the whole batch, which couples its pairs), with mask, time and noise shared by both sides. β and the learning "
+        "is the linear one. The preference loop is not in the official code: it is that of Eq. 7 per "
+        "image (the released function has one error for the whole batch, which couples its pairs), with mask, time and noise shared by both sides. β and the learning "
         "rate of that phase are for mean errors of pixels and not the paper's 5000 and 1e-8. Captions are not filtered by "
         "a vision-language model. Flips are not used, which the paper blames for errors of position.",
     }

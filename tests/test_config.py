@@ -506,7 +506,24 @@ def test_the_command_of_every_page_and_every_task_without_a_method_is_a_recipe()
 def test_what_does_not_go_together_is_said_without_all_values():
     with pytest.raises(InputError, match=r"^Bad option of method 'llava-mod': top_k is 9"):
         make({"task": "preferences", "method": "llava-mod", "options": {"top_k": 9}})
+    with pytest.raises(InputError, match=r"^Bad option of method 'mst-distill': shares is \[1.0, 2.0, 0.0\]: parts"):
+        make({"task": "multimodal_classification", "method": "mst-distill", "options": {"shares": [1, 2, 0]}})
     with pytest.raises(InputError, match=r"of the tasks text_generation\.$"):
         make({"method": "symbolic-kd"})
     with pytest.raises(InputError, match=r"should be a list"):
         make({"task": "reasoning", "method": "arte", "options": {"shots": 3}})
+
+
+@pytest.mark.parametrize(
+    "command,says",
+    [
+        ("method=arte task=language_modeling", "checks final answers and task 'language_modeling' has none"),
+        ("method=mcts-dpo task=reasoning options.judge_prompt=nofile", "nofile"),
+        ("method=ded task=reasoning options.temperature=0", "are all alike: raise the temperature"),
+        ("method=qcrd task=reasoning options.teacher_prompt=nofile", "nofile"),
+        ("method=frontier-synthetic task=language_modeling data.characters=20000", "task 'language_modeling' has none"),
+    ],
+)
+def test_the_check_of_a_procedure_says_what_its_run_would(capsys, command, says):
+    code, _, said = call(capsys, "check", *command.split())
+    assert code == 2 and says in said

@@ -119,7 +119,7 @@ class ARTE(Pipeline):
     eval_shots: int = Field(3, ge=0, description="Examples in the prompts of the student's few-shot accuracy.")
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
-        recipe, draft = context.recipe, self._drafting(context)
+        recipe, draft = context.recipe, self.check(context)
         given = Reasoning().questions(recipe["data"])
         known = [r["question"] for r in (*given.splits.validation, *given.splits.test)]
         student, teacher = first_trained(context, "student", self.student_data), self._started(context, draft)
@@ -159,7 +159,7 @@ class ARTE(Pipeline):
         tables = [*found.get("tables", []), table]
         return {**found, "metrics": {**found["metrics"], **metrics}, "tables": tables, "notes": notes}
 
-    def _drafting(self, context: PipelineContext) -> Drafting:
+    def check(self, context: PipelineContext) -> Drafting:
         """How the teacher is asked, if the recipe can be carried out at all."""
         recipe, sides = context.recipe, {side: context.models.get(side) for side in ("teacher", "student")}
         if recipe["task"] != "reasoning":

@@ -95,7 +95,7 @@ class DED(Pipeline):
     )
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
-        roles = self._checked(context)
+        roles = self.check(context)
         task, data = Reasoning(), context.recipe["data"]
         inputs, other = task.questions(data), self.other_data
         far = task.questions(other_data(data, other)) if other is not None else None
@@ -126,7 +126,7 @@ class DED(Pipeline):
         notes = [*found.get("notes", []), *notes]
         return {**found, "metrics": {**found["metrics"], **metrics}, "tables": tables, "notes": notes}
 
-    def _checked(self, context: PipelineContext) -> list[str]:
+    def check(self, context: PipelineContext) -> list[str]:
         """The teachers' roles, if the recipe can be carried out at all."""
         recipe, roles = context.recipe, context.members("teacher")
         if recipe["task"] != "reasoning":

@@ -73,15 +73,18 @@ class FrontierSynthetic(Pipeline):
     )
     judge_teacher: bool = Field(True, description="Ask the teacher the judged questions too, with both prompts.")
 
+    def check(self, context: PipelineContext) -> None:
+        """Refuse a recipe that cannot be carried out."""
+        task = context.recipe["task"]
+        if task != "reasoning":
+            raise InputError(f"Method {self.name!r} checks final answers and task {task!r} has none: task=reasoning.")
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
+
     def run(self, context: PipelineContext) -> dict[str, Any]:
         recipe = context.recipe
         task: Any = get_task(recipe["task"])
-        if recipe["task"] != "reasoning":
-            raise InputError(
-                f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
-            )
-        if self.samples > 1 and self.temperature == 0:
-            raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
+        self.check(context)
         splits, split = task.read(recipe["data"]), recipe["eval_split"]
         checker, _ = task.checkers(recipe["data"], splits)
         targets = context.stage("targets", Target, partial(self._targets, context, splits.train, checker))

@@ -98,9 +98,8 @@ class MCTSDPO(Pipeline):
         return Requirements(teacher="outputs" if self.searcher == "teacher" else "none")
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
-        rounds = PreferenceRounds(context, self.rounds, {"beta": self.beta}, self.anchor)
         task: Any = get_task(context.recipe["task"])
-        self._check(context, rounds)
+        rounds = self.check(context)
         splits = task.read(context.recipe["data"])
         checker, _ = task.checkers(context.recipe["data"], splits)
         if self.searcher == "teacher":
@@ -112,9 +111,9 @@ class MCTSDPO(Pipeline):
         policies = rounds.run(start, partial(self._pairs, searched, splits.train, checker, start))
         return self._evaluation(context, splits, checker, policies, searched)
 
-    def _check(self, context: PipelineContext, rounds: PreferenceRounds) -> None:
-        """What can be known to fail before anything is asked or trained."""
-        recipe = context.recipe
+    def check(self, context: PipelineContext) -> PreferenceRounds:
+        """The rounds, if the recipe can be carried out at all."""
+        recipe, rounds = context.recipe, PreferenceRounds(context, self.rounds, {"beta": self.beta}, self.anchor)
         if recipe["task"] != "reasoning":
             raise InputError(
                 f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
@@ -126,6 +125,7 @@ class MCTSDPO(Pipeline):
         rounds.check()
         self._options(1 + self.self_evaluation)
         Prompt.load(self.judge_prompt).render(question="", steps="", solution="")
+        return rounds
 
     def _options(self, calls_per_step: int) -> SearchOptions:
         how = {

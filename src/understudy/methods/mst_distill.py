@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from understudy.data import Batch
@@ -129,16 +129,18 @@ class MSTDistill(Method):
     def requires(self) -> Requirements:
         return Requirements(teacher="calls", teacher_model=True)
 
+    @model_validator(mode="after")
+    def _is_defined(self) -> Self:
+        if min(self.shares) < 0 or not self.shares[2]:
+            raise ValueError(f"shares is {list(self.shares)}: parts are 0 or more, and the last (routing) above 0")
+        return self
+
     # -- teachers, masks, router ------------------------------------------------------------------------------------
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         """The masked layers: for each way the place of its layer among the teacher's modules, and the shape it shows."""
         if context.classes < 2:
             raise InputError(f"Method 'mst-distill' routes by class logits, and the data has {context.classes} class.")
-        if min(self.shares) < 0 or not self.shares[2]:
-            raise InputError(
-                f"options.shares is {list(self.shares)}: parts are 0 or more, and the last (routing) above 0."
-            )
         teachers = _teachers(context.live_teacher())
         for name in self.layers or {}:
             if name not in teachers:

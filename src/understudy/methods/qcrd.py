@@ -82,7 +82,7 @@ class QCRD(ContrastOptions, Pipeline):
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
         recipe = context.recipe
-        steps = self._checked(recipe)
+        steps = self.check(context)
         task: Any = get_task("reasoning")
         splits = task.read(recipe["data"])
         checker, _ = task.checkers(recipe["data"], splits)
@@ -103,8 +103,9 @@ class QCRD(ContrastOptions, Pipeline):
             students.append(inner.train("training", self._student(recipe, i, students, share, context.folder)).folder)
         return self._evaluation(context, splits, checker, sets, students[-1])
 
-    def _checked(self, recipe: Mapping[str, Any]) -> int:
+    def check(self, context: PipelineContext) -> int:
         """The student's steps, if the recipe can be carried out at all."""
+        recipe = context.recipe
         steps = int(recipe["trainer"].get("max_steps", 0))
         if recipe["task"] != "reasoning":
             raise InputError(

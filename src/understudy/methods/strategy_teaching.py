@@ -96,7 +96,7 @@ class StrategyTeaching(Pipeline):
     def run(self, context: PipelineContext) -> dict[str, Any]:
         task: Any = get_task(context.recipe["task"])
         splits = task.read(context.recipe["data"])
-        self._check(context)
+        self.check(context)
         parts = self._parts(splits.train)
         encode = text_vectors(self.encoder)
         entries = context.stage("given", Strategy, lambda _: read_library(self.library) if self.library else [])
@@ -220,7 +220,7 @@ class StrategyTeaching(Pipeline):
         prompts = Prompt.load(self.judge_prompt), Prompt.load(self.customer_prompt)
         return Dialogue(context, *prompts, self.max_tokens, self.temperature, self.judge_tries)
 
-    def _check(self, context: PipelineContext) -> None:
+    def check(self, context: PipelineContext) -> None:
         """What can be known to fail before anything is asked."""
         if self.turns > 1 and not context.members("customer"):
             raise InputError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from understudy.runs.overview import overview
 from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, make
+from understudy.runs.roles import models_of
 from understudy.runs.teachers import load_model, served, standing, teacher_of
 from understudy.tasks import Prepared
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
 from understudy.teachers import CachedTeacher
-from understudy.training import Method, Pipeline
+from understudy.training import Method, Pipeline, PipelineContext
 from understudy.training.dry_run import dry_run_stored
 from understudy.training.ranks import check_sharding
 
@@ -39,6 +42,12 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     prepared = task.prepare(recipe)
     method = recipe.build_method()
     if isinstance(method, Pipeline):  # its stages create models and data
+        values = recipe.dump()
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, oracle = Path(scratch), partial(task.oracle, values)
+            method.check(
+                PipelineContext(values, folder, models_of(recipe), _no_run, oracle, folder / "logs", recipe.budget)
+            )
         seen = overview(recipe, prepared, method, None, None)
         return Findings(notes=prepared.notes, warnings=prepared.warnings, overview=seen), None
     check_sharding(method, recipe.trainer)
@@ -61,6 +70,11 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
             findings.notes.append(f"The teacher {part.model} will be trained first; it is not checked here.")
     batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(min(2, len(prepared.train)))]))
     return findings, prepared.show(batch) if prepared.show is not None else None
+
+
+def _no_run(name: str, values: Mapping[str, Any]) -> Any:
+    """In the place of runs inside a procedure, which its `check` does not begin."""
+    raise RuntimeError(f"The check of a procedure began the run {name}.")
 
 
 def _compare_cache(recipe: Recipe, prepared: Prepared, student: ModelAdapter, teacher: ModelAdapter | None) -> None:

@@ -40,8 +40,8 @@ def export_run(run: Path, int8: bool = False) -> dict[str, Any]:
     """
     recipe, prepared, student = saved_student(run)
     task, folder = get_task(recipe.task), run / FOLDER
-    if type(task).evaluate is not LabelledTask.evaluate:
-        can = ", ".join(name for name, one in TASKS.items() if type(one).evaluate is LabelledTask.evaluate)
+    if not _by_logits(task):
+        can = ", ".join(name for name, one in TASKS.items() if _by_logits(one))
         raise InputError(
             f"{run} is a run of {task.name}, which evaluates by more than a model's logits: only students of {can} can be "
             "exported, and their exports compared with them."
@@ -75,6 +75,11 @@ def export_run(run: Path, int8: bool = False) -> dict[str, Any]:
     write_json(folder / "export.json", found)
     render_run(run)
     return found
+
+
+def _by_logits(task: Any) -> bool:
+    """Whether a task evaluates models by their logits alone."""
+    return type(task).evaluate is LabelledTask.evaluate
 
 
 def _bytes(file: Path) -> int:

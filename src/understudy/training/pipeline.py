@@ -201,6 +201,13 @@ class Pipeline(Method):
 
     log: str | None = Field(None, description="Folder of the request logs, to share them between runs.")
 
+    def check(self, context: PipelineContext) -> Any:
+        """What can be known to fail before anything is asked or trained; `understudy check` asks for it too.
+
+        Raises:
+            InputError: the recipe cannot be carried out.
+        """
+
     def run(self, context: PipelineContext) -> dict[str, Any]:
         """Run all stages in order.
 

@@ -134,7 +134,7 @@ def test_experts_count_whole_in_memory_and_in_part_in_work(tmp_path):
     "keys,words",
     [
         ({"student": "nobody/no-such-model"}, "configuration of 'nobody/no-such-model'"),
-        ({"task": "preferences", "method": "dpo", "student": None, "teacher": None}, "text and images"),
+        ({"task": "preferences", "method": "dpo", "student": None, "teacher": None}, "text or images"),
         ({"gpu": "h10"}, "Did you mean 'h100'"),
         ({"gpus": 0}, "at least 1"),
         ({"support": "best"}, "sampled:38B"),

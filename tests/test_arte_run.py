@@ -1,14 +1,12 @@
 """Paper 5 as a procedure on the running sums: drafts, preferences, alignment, resume, ablations, bad input."""
 
-import json
-
 import pytest
 
+from procedure_cases import lines, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.data.reasoning import same_question
 from understudy.generation import LocalSource
 from understudy.tasks import get
-from understudy.training import PipelineContext
 
 MODEL = "llama:hidden=32,layers=1,heads=2,init=0.1"
 FIRST = {"per_device_train_batch_size": 16, "learning_rate": 1e-2, "save_strategy": "no"}
@@ -41,10 +39,6 @@ SMALL = {
 
 def tiny(output, **options):
     return {**TINY, "output": str(output), "options": {**SMALL, **options}}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -95,33 +89,11 @@ def test_the_teacher_is_aligned_with_what_helps_the_student_and_writes_its_data(
     ],
 )
 def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
-    asked, write, stage, train = [], LocalSource._completion, PipelineContext.stage, PipelineContext.train
+    asked, write = [], LocalSource._completion
     monkeypatch.setattr(
         LocalSource, "_completion", lambda self, r, *rest: asked.append(r.key(self.name)) or write(self, r, *rest)
     )
-
-    def stage_then_stop(self, name, kind, make):
-        def made(funnel):
-            found = list(make(funnel))
-            if name == cut:
-                raise KeyboardInterrupt  # all is done but the writing of it
-            return found
-
-        return stage(self, name, kind, made)
-
-    def train_then_stop(self, name, values):
-        found = train(self, name, values)
-        if name == cut:
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(PipelineContext, "stage", stage_then_stop)
-    monkeypatch.setattr(PipelineContext, "train", train_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        distill(tiny(tmp_path / "cut"))
-    monkeypatch.setattr(PipelineContext, "stage", stage)
-    monkeypatch.setattr(PipelineContext, "train", train)
-    done = distill(tiny(tmp_path / "cut"))
+    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut)
     assert len(asked) > 6 * 5
     logs = {file.stem: [row["key"] for row in lines(file)[1:]] for file in (done.folder / "logs").glob("*.jsonl")}
     assert len(asked) == sum(map(len, logs.values())) and all(len(k) == len(set(k)) for k in logs.values())

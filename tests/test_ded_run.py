@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from procedure_cases import lines, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.data.reasoning_world import STYLES, digits_of, running_sums
 from understudy.generation import LocalSource, OracleSource
 from understudy.tasks.reasoning import Reasoning
-from understudy.training import PipelineContext
 
 MODEL = "llama:hidden=16,layers=1,heads=2"
 TRAINER = {"max_steps": 4, "per_device_train_batch_size": 8, "save_strategy": "no"}
@@ -34,10 +34,6 @@ SMALL = {
 
 def tiny(output, **options):
     return {**TINY, "output": str(output), "options": {**SMALL, **options}}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -85,48 +81,18 @@ def test_the_teacher_is_chosen_by_its_students_and_the_corpus_is_small_and_diver
                 "pass_rates",
                 "traces",
                 "training",
-                "other_",
+                "asked:other_",
             )
         ),
     ],
 )
 def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
     asked, complete, write = [], OracleSource.complete, LocalSource._completion
-    stage, train, told = PipelineContext.stage, PipelineContext.train, PipelineContext.ask_trained
     monkeypatch.setattr(OracleSource, "complete", lambda self, r: asked.append(r.key(self.name)) or complete(self, r))
     monkeypatch.setattr(
         LocalSource, "_completion", lambda self, r, *rest: asked.append(r.key(self.name)) or write(self, r, *rest)
     )
-
-    def stage_then_stop(self, name, kind, make):
-        def made(funnel):
-            found = list(make(funnel))
-            if name == cut:
-                raise KeyboardInterrupt  # all is done but the writing of it
-            return found
-
-        return stage(self, name, kind, made)
-
-    def train_then_stop(self, name, values):
-        found = train(self, name, values)
-        if name == cut:
-            raise KeyboardInterrupt
-        return found
-
-    def told_then_stop(self, source, requests, name):
-        found = told(self, source, requests, name)
-        if name.startswith(cut):
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(PipelineContext, "stage", stage_then_stop)
-    monkeypatch.setattr(PipelineContext, "train", train_then_stop)
-    monkeypatch.setattr(PipelineContext, "ask_trained", told_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        distill(tiny(tmp_path / "cut"))
-    for name, kept in (("stage", stage), ("train", train), ("ask_trained", told)):
-        monkeypatch.setattr(PipelineContext, name, kept)
-    done = distill(tiny(tmp_path / "cut"))
+    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut)
     assert len(asked) == len(set(asked)) > 3 * 10
     assert done.metrics == whole.metrics
     for file in ("stages/corpus.jsonl", "training/student/model.safetensors"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine_cases import weights
+from procedure_cases import lines, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.curation import Checker
 from understudy.curation.step_pairs import StepPair
@@ -15,7 +16,6 @@ from understudy.generation import Completion, LocalSource, OracleSource, Prompt
 from understudy.generation.tree_search import Leaf, TreeJournal
 from understudy.methods.mcts_dpo import MCTSDPO
 from understudy.tasks.reasoning import Reasoning
-from understudy.training import PipelineContext
 from understudy.training.step_search import Question, StepProposer, outcome, probability_right
 
 TINY = {
@@ -34,10 +34,6 @@ SMALL = {"rounds": 2, "questions": 4, "simulations": 2, "width": 2, "first_width
 
 def tiny(output, **options):
     return {**TINY, "output": str(output), "options": {**SMALL, **options}}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -82,39 +78,18 @@ def test_trees_are_stored_and_each_pair_names_where_it_is_from(whole):
 )
 def test_stopped_at_any_point_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
     asked, write, judge = [], LocalSource.write, OracleSource.complete
-    stage, train, append = PipelineContext.stage, PipelineContext.train, TreeJournal.append
+    append = TreeJournal.append
     monkeypatch.setattr(LocalSource, "write", lambda s, rs, p: asked.extend(r.id for r in rs) or write(s, rs, p))
     monkeypatch.setattr(OracleSource, "complete", lambda s, r: asked.append(r.id) or judge(s, r))
-
-    def stage_then_stop(self, name, kind, make):
-        def made(funnel):
-            found = list(make(funnel))
-            if self.prefix + name == cut:
-                raise KeyboardInterrupt
-            return found
-
-        return stage(self, name, kind, made)
-
-    def train_then_stop(self, name, values):
-        found = train(self, name, values)
-        if self.prefix + name == cut:
-            raise KeyboardInterrupt
-        return found
 
     def append_then_stop(self, tree, node, expansion):
         append(self, tree, node, expansion)
         if cut == "search" and node and "round-1" in str(self.path):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(PipelineContext, "stage", stage_then_stop)
-    monkeypatch.setattr(PipelineContext, "train", train_then_stop)
-    monkeypatch.setattr(TreeJournal, "append", append_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        distill(tiny(tmp_path / "cut"))
-    monkeypatch.setattr(PipelineContext, "stage", stage)
-    monkeypatch.setattr(PipelineContext, "train", train)
-    monkeypatch.setattr(TreeJournal, "append", append)
-    done = distill(tiny(tmp_path / "cut"))
+    done = stopped_and_resumed(
+        tiny(tmp_path / "cut"), cut, lambda patch: patch.setattr(TreeJournal, "append", append_then_stop)
+    )
     assert sorted(asked) == sorted(set(asked)) and done.metrics == whole.metrics
     for file in ("trees", "pairs"):  # a text is the same in any batch; log-probabilities are up to rounding
         both = [lines(run.folder / "stages" / "round-1" / f"{file}.jsonl") for run in (whole, done)]

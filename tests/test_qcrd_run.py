@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from engine_cases import weights
+from procedure_cases import lines, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.data.reasoning_world import digits_of, running_sums
 from understudy.generation import OracleSource
 from understudy.tasks.reasoning import Reasoning
-from understudy.training import PipelineContext
 
 TINY = {
     "method": "qcrd",
@@ -24,10 +24,6 @@ SMALL = {"iterations": 2, "samples": 3, "discriminator": "bytes:width=8,layers=1
 
 def tiny(output, **options):
     return {**TINY, "output": str(output), "options": {**SMALL, **options}}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rationales_are_voted_on_weighed_and_set_against_the_students_own(tmp_path):
@@ -77,43 +73,14 @@ def test_controls_ask_for_no_negatives_and_fit_no_discriminator(tmp_path):
         "round-1/qualities",
         *(
             pytest.param(c, marks=pytest.mark.slow)
-            for c in ("rationales", "round-1/negatives", "round-0/training", "judged")
+            for c in ("rationales", "round-1/negatives", "round-0/training", "asked:judged")
         ),
     ],
 )
 def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
-    asked, complete, stage, train = [], OracleSource.complete, PipelineContext.stage, PipelineContext.train
-    told = PipelineContext.ask_trained
+    asked, complete = [], OracleSource.complete
     monkeypatch.setattr(OracleSource, "complete", lambda self, r: asked.append(r.id) or complete(self, r))
-
-    def stage_then_stop(self, name, kind, make):
-        def made(funnel):
-            found = list(make(funnel))
-            if self.prefix + name == cut:
-                raise KeyboardInterrupt  # all is done but the writing of it
-            return found
-
-        return stage(self, name, kind, made)
-
-    def train_then_stop(self, name, values):
-        found = train(self, name, values)
-        if self.prefix + name == cut:
-            raise KeyboardInterrupt
-        return found
-
-    def told_then_stop(self, source, requests, name):
-        if name.startswith(cut):
-            raise KeyboardInterrupt
-        return told(self, source, requests, name)
-
-    monkeypatch.setattr(PipelineContext, "stage", stage_then_stop)
-    monkeypatch.setattr(PipelineContext, "train", train_then_stop)
-    monkeypatch.setattr(PipelineContext, "ask_trained", told_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        distill(tiny(tmp_path / "cut"))
-    for name, kept in (("stage", stage), ("train", train), ("ask_trained", told)):
-        monkeypatch.setattr(PipelineContext, name, kept)
-    done = distill(tiny(tmp_path / "cut"))
+    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut)
     assert len(asked) == len(set(asked)) == 60
     assert done.metrics == whole.metrics
     for file in ("stages/round-1/negatives.jsonl", "round-1/training/student/model.safetensors"):

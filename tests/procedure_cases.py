@@ -1,0 +1,57 @@
+"""What tests of procedures share: their files, and runs that are stopped at a stage and started again."""
+
+import json
+
+import pytest
+
+from understudy import distill
+from understudy.training import PipelineContext
+
+ASKED = "asked:"
+
+
+def lines(path):
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stopped_and_resumed(recipe, cut, also=None):
+    """The result of a run that was interrupted at `cut` and started again.
+
+    Args:
+        cut: name of a stage, when all of it is done but the writing; of an inner run, behind its end; or `asked:NAME`, behind
+            the requests to a trained model whose name begins so.
+        also: patches more for the interrupted run, given a `MonkeyPatch`.
+    """
+    stage, train, told = PipelineContext.stage, PipelineContext.train, PipelineContext.ask_trained
+
+    def staged(self, name, kind, make):
+        def made(funnel):
+            found = list(make(funnel))
+            if self.prefix + name == cut:
+                raise KeyboardInterrupt
+            return found
+
+        return stage(self, name, kind, made)
+
+    def trained(self, name, values):
+        found = train(self, name, values)
+        if self.prefix + name == cut:
+            raise KeyboardInterrupt
+        return found
+
+    def answered(self, source, requests, name):
+        found = told(self, source, requests, name)
+        if f"{ASKED}{name}".startswith(cut):
+            raise KeyboardInterrupt
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PipelineContext, "stage", staged)
+        patch.setattr(PipelineContext, "train", trained)
+        patch.setattr(PipelineContext, "ask_trained", answered)
+        if also is not None:
+            also(patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe)
+    return distill(recipe)

@@ -155,13 +155,14 @@ def rows(folder: Path) -> list[Row]:
 
 
 def counted(board: Sequence[Row]) -> dict[str, int]:
-    """How many papers have each verdict: the best decided one of a paper's settings counts."""
-    best: dict[int, str] = {}
+    """How many papers have each verdict. Of several settings a decided one counts, and `not supported` before `supported`."""
+    order = ("not supported", "supported", "inconclusive", "not run")
+    found: dict[int, str] = {}
     for row in board:
         assert row.entry.number is not None
-        known = best.get(row.entry.number, VERDICTS[-1])
-        best[row.entry.number] = min(known, row.verdict, key=VERDICTS.index)
-    return {verdict: list(best.values()).count(verdict) for verdict in VERDICTS}
+        known = found.get(row.entry.number, order[-1])
+        found[row.entry.number] = min(known, row.verdict, key=order.index)
+    return {verdict: list(found.values()).count(verdict) for verdict in VERDICTS}
 
 
 def summary(board: Sequence[Row]) -> str:
@@ -230,4 +231,5 @@ def _link(row: Row, folder: str) -> str:
 
 def dumped(board: Sequence[Row]) -> str:
     """The counts as JSON."""
-    return json.dumps({**counted(board), "decided": sum(counted(board)[v] for v in DECIDED)})
+    number = counted(board)
+    return json.dumps({**number, "decided": sum(number[v] for v in DECIDED)})

@@ -162,10 +162,7 @@ class ARTE(Pipeline):
     def check(self, context: PipelineContext) -> Drafting:
         """How the teacher is asked, if the recipe can be carried out at all."""
         recipe, sides = context.recipe, {side: context.models.get(side) for side in ("teacher", "student")}
-        if recipe["task"] != "reasoning":
-            raise InputError(
-                f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
-            )
+        self.need_answers(context)
         if recipe["eval_split"] == "validation":
             raise InputError(
                 "The teacher is aligned on validation questions, so the run is evaluated on test: leave out eval_split."

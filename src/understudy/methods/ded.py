@@ -129,10 +129,7 @@ class DED(Pipeline):
     def check(self, context: PipelineContext) -> list[str]:
         """The teachers' roles, if the recipe can be carried out at all."""
         recipe, roles = context.recipe, context.members("teacher")
-        if recipe["task"] != "reasoning":
-            raise InputError(
-                f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
-            )
+        self.need_answers(context)
         if self.temperature == 0 and max(self.samples, self.smoke_samples) > 1:
             raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
         if len(roles) > 1 and recipe["eval_split"] == "validation":

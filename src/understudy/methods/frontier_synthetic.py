@@ -75,9 +75,7 @@ class FrontierSynthetic(Pipeline):
 
     def check(self, context: PipelineContext) -> None:
         """Refuse a recipe that cannot be carried out."""
-        task = context.recipe["task"]
-        if task != "reasoning":
-            raise InputError(f"Method {self.name!r} checks final answers and task {task!r} has none: task=reasoning.")
+        self.need_answers(context)
         if self.samples > 1 and self.temperature == 0:
             raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
 

@@ -113,11 +113,8 @@ class MCTSDPO(Pipeline):
 
     def check(self, context: PipelineContext) -> PreferenceRounds:
         """The rounds, if the recipe can be carried out at all."""
-        recipe, rounds = context.recipe, PreferenceRounds(context, self.rounds, {"beta": self.beta}, self.anchor)
-        if recipe["task"] != "reasoning":
-            raise InputError(
-                f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
-            )
+        rounds = PreferenceRounds(context, self.rounds, {"beta": self.beta}, self.anchor)
+        self.need_answers(context)
         if context.members("evaluator") and not self.self_evaluation:
             raise InputError("roles.evaluator judges steps and options.self_evaluation=false: leave one out.")
         if max(self.width, self.first_width) == 1:

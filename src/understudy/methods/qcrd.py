@@ -107,10 +107,7 @@ class QCRD(ContrastOptions, Pipeline):
         """The student's steps, if the recipe can be carried out at all."""
         recipe = context.recipe
         steps = int(recipe["trainer"].get("max_steps", 0))
-        if recipe["task"] != "reasoning":
-            raise InputError(
-                f"Method {self.name!r} checks final answers and task {recipe['task']!r} has none: task=reasoning."
-            )
+        self.need_answers(context)
         if self.samples > 1 and self.temperature == 0:
             raise InputError("options.samples above 1 at options.temperature=0 are all alike: raise the temperature.")
         if steps < self.iterations:

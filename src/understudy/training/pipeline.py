@@ -208,6 +208,12 @@ class Pipeline(Method):
             InputError: the recipe cannot be carried out.
         """
 
+    def need_answers(self, context: PipelineContext) -> None:
+        """Refuse a task whose answers cannot be checked."""
+        task = context.recipe["task"]
+        if task != "reasoning":
+            raise InputError(f"Method {self.name!r} checks final answers and task {task!r} has none: task=reasoning.")
+
     def run(self, context: PipelineContext) -> dict[str, Any]:
         """Run all stages in order.
 

@@ -11,7 +11,7 @@ from understudy.runs.comparison import Comparison, compare
 from understudy.runs.folder import held
 from understudy.runs.recipe import load
 
-PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "taid"]}
+PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "pld"]}
 
 
 def demo(folder: Path, seeds: int, show: Callable[[Comparison], None], progress: bool = True) -> Path:

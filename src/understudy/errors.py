@@ -25,3 +25,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def with_article(word: str) -> str:
+    """`word` after "a" or "an"."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

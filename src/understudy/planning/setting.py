@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from understudy.data.folders import find
-from understudy.errors import InputError
+from understudy.errors import InputError, with_article
 from understudy.models import is_new_causal_lm, load_tokenizer
 from understudy.models.adapters import ModelAdapter
 from understudy.planning.cost_trace import Answer
@@ -91,8 +91,8 @@ def setting(recipe: Recipe, device: Machine, gpus: int, shard: str | None, rows:
     task, trainer = get_task(recipe.task), recipe.trainer
     if task.kind not in ("text", "image") or "preference" in task.kinds:
         raise InputError(
-            f"plan knows tasks of text or images alone, and {recipe.task!r} is a {'/'.join(sorted(task.kinds))} task: run a few steps and read "
-            "`cost` in its evaluation.json."
+            f"plan knows tasks of text or images alone, and {recipe.task!r} is {with_article('/'.join(sorted(task.kinds)))} "
+            "task: run a few steps and read `cost` in its evaluation.json."
         )
     for name in ("teacher", "student"):
         spec: ModelSpec | None = getattr(recipe, name)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from understudy.errors import InputError, nearest
+from understudy.errors import InputError, nearest, with_article
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.masking import masked, remember
@@ -198,14 +198,14 @@ def make(values: Mapping[str, Any]) -> Recipe:
                 )
     method = recipe.build_method()
     check_roles(recipe.method, method, recipe.teacher, recipe.roles or {}, recipe.budget)
-    _check_on_policy(recipe, method, task.kind)
-    _check_oracle(recipe, method, task.kind)
     if not task.kinds & method.kinds:
         raise InputError(
-            f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is a "
-            f"{task.kind} task. Choose another method (`understudy methods`), or of the tasks "
+            f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is "
+            f"{with_article(task.kind)} task. Choose another method (`understudy methods`), or of the tasks "
             f"{', '.join(name for name, one in TASKS.items() if one.kinds & method.kinds)}."
         )
+    _check_on_policy(recipe, method, task.kind)
+    _check_oracle(recipe, method, task.kind)
     return recipe
 
 
@@ -376,7 +376,9 @@ def _check_on_policy(recipe: Recipe, method: Method, kind: str) -> None:
     if recipe.on_policy is None:
         return
     if kind != "text":
-        raise InputError(f"on_policy lets the student write text and {recipe.task!r} is a {kind} task: leave it out.")
+        raise InputError(
+            f"on_policy lets the student write text and {recipe.task!r} is {with_article(kind)} task: leave it out."
+        )
     if recipe.teacher is None or not method.requires.in_steps:
         raise InputError(
             f"on_policy needs a teacher's outputs for the student's samples and method {recipe.method!r} uses none: choose a "
@@ -396,7 +398,9 @@ def _check_oracle(recipe: Recipe, method: Method, kind: str) -> None:
     if recipe.oracle is None:
         return
     if kind != "text":
-        raise InputError(f"oracle compares what models write and {recipe.task!r} is a {kind} task: leave it out.")
+        raise InputError(
+            f"oracle compares what models write and {recipe.task!r} is {with_article(kind)} task: leave it out."
+        )
     if recipe.teacher is None or not method.requires.in_steps:
         raise InputError(
             f"oracle measures what learning from a teacher does to the truth and method {recipe.method!r} has no teacher in "

@@ -151,7 +151,9 @@ def test_a_report_without_blocks_says_so(tmp_path):
 
 def test_several_comparisons_are_ranked_over_their_data(tmp_path):
     for name, metric, higher in (("a", "accuracy", True), ("b", "nll", False), ("c", "accuracy", True)):
-        comparison(tmp_path / name, {"sft": {0: 1.0 if higher else 2.0}, "kd": {0: 2.0 if higher else 1.0}}, metric, higher)
+        comparison(
+            tmp_path / name, {"sft": {0: 1.0 if higher else 2.0}, "kd": {0: 2.0 if higher else 1.0}}, metric, higher
+        )
     html = render_comparison(tmp_path).read_text()
     assert "Mean ranks over 3 data sets" in html and (tmp_path / "critical_difference.svg").is_file()
     assert html.count("No ranks:") == 3  # each of them has one seed

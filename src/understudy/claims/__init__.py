@@ -12,6 +12,7 @@ from understudy.claims.claim import EMBEDDED
 from understudy.claims.experiment import Claim, result_table
 from understudy.claims.experiment import reproduce as _reproduce
 from understudy.errors import InputError, nearest
+from understudy.runs.executors import PROCESSES
 from understudy.runs.folder import held
 
 
@@ -39,13 +40,16 @@ def reproduce(
     hours: float | None = None,
     setting: str = EMBEDDED,
     data: str | None = None,
+    executor: str = PROCESSES,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Try the claim of `name`; see `understudy.claims.experiment.reproduce`."""
     budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
     claim = get(name)
     with held(output):
-        return _reproduce(claim, seeds, output, **budget, setting=setting, data=data, progress=progress)
+        return _reproduce(
+            claim, seeds, output, **budget, setting=setting, data=data, executor=executor, progress=progress
+        )
 
 
 __all__ = ["EMBEDDED", "Claim", "claims", "get", "reproduce", "result_table"]

@@ -18,6 +18,7 @@ from understudy.claims.result import assemble, checked, result_table
 from understudy.errors import InputError
 from understudy.reporting.sequential import FIRST
 from understudy.runs.comparison import run_all
+from understudy.runs.executors import PROCESSES, executor_of
 from understudy.runs.folder import finished
 
 MAX_SEEDS = 20
@@ -32,6 +33,7 @@ def reproduce(
     hours: float | None = None,
     setting: str = EMBEDDED,
     data: str | None = None,
+    executor: str = PROCESSES,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Tune every arm over its candidates on one seed apart, then judge the chosen ones over seeds.
@@ -42,7 +44,7 @@ def reproduce(
         seeds: exactly so many, with intervals of that one look; `None`: rounds until the main check is decided.
         max_seeds: at most so many in rounds, 20 unless given.
         hours: begin no round that is not expected to end within so many; tuning and the first round are run in any case.
-        setting, data: see `Claim.at`.
+        setting, data: see `Claim.at`. executor: see `runs.comparison.compare`.
 
     Returns:
         `{claim, arms, metric, difference, interval, verdict, budget, checks, …}`; also written to `claim.json`.
@@ -50,8 +52,9 @@ def reproduce(
     """
     started = time.time()
     _check_budget(seeds, max_seeds, hours)
+    executor_of(executor)
     claim = claim.at(setting, data)
-    chosen = _tune(claim, output, progress)
+    chosen = _tune(claim, output, executor, progress)
     most = seeds or max_seeds or MAX_SEEDS
     number = seeds or min(most, max(FIRST, _done(claim, chosen, output, most)))
     looks: list[int] = []
@@ -59,7 +62,7 @@ def reproduce(
     stopped = None
     while stopped is None:
         begun = time.time()
-        _judge(claim, chosen, range(looks[-1] if looks else 0, number), output, found, progress)
+        _judge(claim, chosen, range(looks[-1] if looks else 0, number), output, found, executor, progress)
         checks = [checked(check, found, sequential=seeds is None) for check in claim.checks]
         more = min(number + max(1, number // 4), most) - number
         ahead = (time.time() - begun) * more / (number - (looks[-1] if looks else 0))
@@ -105,14 +108,15 @@ def _check_budget(seeds: int | None, max_seeds: int | None, hours: float | None)
         raise InputError(f"--hours is {hours:g} and must be above 0.")
 
 
-def _tune(claim: Claim, output: Path, progress: bool) -> dict[str, int]:
+def _tune(claim: Claim, output: Path, executor: str, progress: bool) -> dict[str, int]:
     """The best candidate of each arm on validation."""
     number = claim.candidates
     if number == 1:  # nothing to choose
         return dict.fromkeys(claim.arms, 0)
     labels = [(label, i) for label in claim.arms for i in range(number)]
     plans = [claim.tuning(label, i, output) for label, i in labels]
-    scores = dict(zip(labels, run_all(plans, output / "teacher", progress=progress), strict=True))
+    results = run_all(plans, output / "teacher", executor=executor, progress=progress)
+    scores = dict(zip(labels, results, strict=True))
     metric, higher = claim.tuned_on
     best = max if higher else min
     return {a: best(range(number), key=lambda i: scores[a, i]["metrics"][metric]) for a in claim.arms}
@@ -124,12 +128,14 @@ def _judge(
     numbers: Iterable[int],
     output: Path,
     found: Mapping[str, list[dict[str, Any]]],
+    executor: str,
     progress: bool,
 ) -> None:
     """Add the results of further seeds, numbered from the claim's first, to those of each arm."""
     runs = [(label, claim.first_seed + n) for n in numbers for label in claim.arms]
     plans = [claim.judging(label, chosen[label], seed, output) for label, seed in runs]
-    for (label, _), result in zip(runs, run_all(plans, output / "teacher", progress=progress), strict=True):
+    results = run_all(plans, output / "teacher", executor=executor, progress=progress)
+    for (label, _), result in zip(runs, results, strict=True):
         found[label].append(result)
 
 

@@ -21,6 +21,7 @@ from understudy.cli import cache as cache_commands
 from understudy.cli.generate import EPILOG, generate_command
 from understudy.cli.options import (
     AsJson,
+    Executor,
     Overrides,
     Overwrite,
     RecipePath,
@@ -226,6 +227,7 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     workers: Workers = None,
+    executor: Executor = "processes",
     overwrite: Overwrite = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here too.")] = None,
 ) -> None:
@@ -235,7 +237,8 @@ def compare(
 
     names = [name.strip() for name in methods.split(",")] if methods is not None else None
     asked = load_recipe(recipe, overrides)
-    result = run_compare(asked, names, seeds, workers=workers, overwrite=overwrite, progress=not out.quiet)
+    options: dict[str, Any] = {"workers": workers, "executor": executor, "overwrite": overwrite}
+    result = run_compare(asked, names, seeds, **options, progress=not out.quiet)
     out.print(comparison_table(result.data))
     if json_file is not None:
         json_file.write_text(json.dumps(result.data, indent=1))
@@ -259,6 +262,7 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
     ] = None,
+    executor: Executor = "processes",
 ) -> None:
     """Test a paper's main claim: all arms tuned alike on validation, evaluated on test, over seeds until it is decided."""
     from understudy.claims import EMBEDDED, get, result_table
@@ -268,8 +272,8 @@ def reproduce(
         os.environ["UNDERSTUDY_DATA"], data = data, None
     parts = [name, *([setting] if setting != EMBEDDED else []), *([Path(data).name] if data is not None else [])]
     folder = output or Path("runs/claims") / "-".join(parts)
-    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
-    result = run_claim(name, seeds, folder, **budget, setting=setting, data=data, progress=not out.quiet)
+    options: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours, "setting": setting, "data": data}
+    result = run_claim(name, seeds, folder, **options, executor=executor, progress=not out.quiet)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1))
     out.print(result_table(result))

@@ -35,6 +35,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run th
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Runs at once; one a GPU, or one a core where there is none, if not given.")
 ]
+Executor = Annotated[
+    str,
+    typer.Option(
+        help="processes of this machine, or jobs of a Slurm cluster: slurm, or with options in minutes and GB "
+        "slurm:partition=gpu,time=60,memory=8,gpus=1,account=NAME. Jobs outlive the command, which finds them again."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

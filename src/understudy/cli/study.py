@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from understudy.cli.options import Overwrite, Workers, out, works_in
+from understudy.cli.options import Executor, Overwrite, Workers, out, works_in
 from understudy.errors import InputError
 
 EPILOG = "Example: understudy study study.yaml --seeds 3, or: understudy study runs/a runs/b --output runs/study"
@@ -28,6 +28,7 @@ def study_command(
         str | None, typer.Option(help="Arm or method that gains are measured against; training alone unless given.")
     ] = None,
     workers: Workers = None,
+    executor: Executor = "processes",
     overwrite: Overwrite = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the study here too.")] = None,
 ) -> None:
@@ -50,6 +51,7 @@ def study_command(
         output=output,
         baseline=baseline,
         workers=workers,
+        executor=executor,
         overwrite=overwrite,
         progress=not out.quiet,
     )

@@ -17,6 +17,7 @@ from understudy.reporting import plots, study
 from understudy.reporting.gains import export_table, gain_table, headline
 from understudy.reporting.hacking import hacking_panels
 from understudy.reporting.metrics import meaning
+from understudy.reporting.ranks import ALPHA, compared_ranks, over_data, over_seeds
 from understudy.reporting.table import span
 from understudy.tasks import TASKS
 
@@ -267,6 +268,7 @@ def render_comparison(folder: Path) -> Path:
     """Write `report.html` of a folder with `comparison.json`, or with several such folders below it."""
     found = sorted(folder.glob("*/comparison.json")) if not (folder / "comparison.json").is_file() else None
     parts = [_comparison(p.parent) for p in found] if found is not None else [_comparison(folder)]
+    panels, notes = _ranks(folder, over_data([read_json(p) or {} for p in found]), "data sets") if found else ([], [])
     return _written(
         folder,
         dict(
@@ -276,11 +278,32 @@ def render_comparison(folder: Path) -> Path:
             sections=parts,
             headings=[],
             rows=[],
-            panels=[],
-            notes=[],
+            panels=panels,
+            notes=notes,
             recipe="",
         ),
     )
+
+
+def _ranks(folder: Path, scores: dict[str, list[float]], blocks: str) -> Drawn:
+    """The plot of mean ranks, also in a file of its own, or a sentence on why there is none."""
+    file = folder / "critical_difference.svg"
+    found = compared_ranks(scores)
+    if isinstance(found, str):
+        file.unlink(missing_ok=True)
+        return [], [f"No ranks: {found}."]
+    svg = plots.ranked(found.names, found.ranks, found.difference, found.groups)
+    with writing(file):
+        file.write_text(plots.standalone(svg), encoding="utf-8")
+    test = found.friedman
+    said = f"Friedman's test: χ² = {test.statistic:.2f}, p = {test.p:.2g}, "
+    if test.p < ALPHA:
+        said += f"so some differ. A bar joins methods less than the critical difference {found.difference:.2f} apart "
+        said += f"(Nemenyi, α = {ALPHA})."
+    else:
+        said += f"so nothing tells the methods apart at α = {ALPHA}, and one bar joins all of them."
+    title = f"Mean ranks over {test.n} {blocks}"
+    return [_panel(title, svg, f"1 is the best of a block, equal values share their mean rank. {said}")], []
 
 
 def render_study(folder: Path) -> Path:
@@ -356,6 +379,8 @@ def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
             f"{'higher' if value['higher_is_better'] else 'lower'} is better.",
         )
     ]
+    ranks, missing = _ranks(folder, over_seeds(value), "seeds")
+    panels += ranks
     panels.append(_panel("Where the time goes", plots.time_bar(_shares(value["runs"])), "First seed of each method."))
     panels += _first_panels(folder, value["runs"], metric)
     return {
@@ -373,7 +398,7 @@ def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
             for r in rows
         ],
         "panels": panels,
-        "notes": [f"{name}: {meaning(name)}" for name in (metric, *others)],
+        "notes": [*(f"{name}: {meaning(name)}" for name in (metric, *others)), *missing],
         "recipe": yaml.safe_dump(value.get("recipe", {}), sort_keys=False),
     }
 

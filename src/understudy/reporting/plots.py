@@ -250,3 +250,34 @@ def standalone(svg: str) -> str:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(variable, grey.get(colour, colour))
     return svg
+
+
+def ranked(names: Sequence[str], ranks: Sequence[float], difference: float, groups: Sequence[tuple[int, int]]) -> str:
+    """Methods on an axis of mean ranks, a bar below it for each group, and the critical difference above it.
+
+    Args:
+        names, ranks: the best first. groups: first and last position of those that a bar joins.
+
+    Source: Demšar 2006, figure 1.
+    """
+    number = len(names)
+    left = (number + 1) // 2  # named on the left side; the others on the right, the worst on top
+    step, top = 0.5, 0.35 + 0.25 * len(groups)
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(height=0.9 + 0.5 * (top + step * left))
+        axes.plot([1, number], [0, 0], color=_INK, linewidth=1)
+        for tick in range(1, number + 1):
+            axes.plot([tick, tick], [0, 0.15], color=_INK, linewidth=1)
+            axes.text(tick, 0.25, str(tick), ha="center", va="bottom")
+        axes.plot([1, 1 + difference], [1.0, 1.0], color=_SERIES[1], linewidth=2)
+        axes.text(1 + difference / 2, 1.1, f"CD {difference:.2f}", ha="center", va="bottom")
+        for i, (first, last) in enumerate(groups):
+            y = -0.25 * (i + 1)
+            axes.plot([ranks[first], ranks[last]], [y, y], color=_SERIES[0], linewidth=4, solid_capstyle="round")
+        for i, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+            y = -top - step * (i if i < left else number - 1 - i)
+            end, side = (0.9, "right") if i < left else (number + 0.1, "left")
+            axes.plot([rank, rank, end], [0, y, y], color=_INK, linewidth=1)
+            axes.text(end, y, f" {name} {rank:.2f} ", ha=side, va="center", parse_math=False)
+        axes.axis("off")
+        return _svg(figure)

@@ -21,6 +21,7 @@ from understudy.files import read_json, write_json
 from understudy.methods import all_methods, resolve
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
+from understudy.runs.executors import PROCESSES, Slurm, executor_of, submit
 from understudy.runs.folder import agree, clear, differences, finished, held
 from understudy.runs.objects import Modules, method_name, named
 from understudy.runs.recipe import Recipe, load, make
@@ -47,6 +48,7 @@ def compare(
     arms: Mapping[str, Mapping[str, Any]] | None = None,
     baseline: str | None = None,
     workers: int | None = None,
+    executor: str = PROCESSES,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Comparison:
@@ -64,6 +66,8 @@ def compare(
         arms: `{name: {"method": …, "options": {…}}}`, instead of the recipe's `arms`.
         baseline: the arm that differences are computed against; by default the first.
         workers: number of parallel runs; by default one per GPU, or one per core without a GPU.
+        executor: `processes` of this machine, or jobs of a Slurm cluster: `slurm`, `slurm:partition=gpu,time=60,memory=8`
+            (`runs.executors.Slurm`). Jobs take no objects of this process.
         overwrite: replace the runs in the output folder.
     """
     given = Modules({})
@@ -98,6 +102,7 @@ def compare(
             plans,
             folder / "teacher",
             workers=workers,
+            executor=executor,
             overwrite=overwrite,
             progress=progress,
             modules=given if own else None,
@@ -206,23 +211,25 @@ def run_all(
     shared: Path,
     *,
     workers: int | None = None,
+    executor: str = PROCESSES,
     overwrite: bool = False,
     progress: bool = False,
     modules: Modules | None = None,
 ) -> list[dict[str, Any]]:
     """Run recipes in parallel, one thread each; results are in the order of the plans. A finished run is read.
 
-    Models that have to be trained first are trained once, in this process, and kept in `shared`.
+    Models that have to be trained first are trained once, in this process or in a job, and kept in `shared`.
 
     Args:
-        workers: number of processes; by default one per GPU, or one per core without a GPU.
+        workers, executor: see `compare`.
         overwrite: replace the runs in the plans' folders.
         modules: the caller's models; must be given, possibly empty, if the plans name objects of this process.
     """
+    slurm = executor_of(executor)
     results = {} if overwrite else {i: _measured(p) for i, p in enumerate(plans) if _is_done(p)}
     left = [i for i in range(len(plans)) if i not in results]
     if left:
-        found = _run_all([plans[i] for i in left], shared, workers, overwrite, progress, modules)
+        found = _run_all([plans[i] for i in left], shared, workers, slurm, overwrite, progress, modules)
         results |= zip(left, found, strict=True)
     return [results[i] for i in range(len(plans))]
 
@@ -230,25 +237,54 @@ def run_all(
 def _run_all(
     plans: Sequence[Recipe],
     shared: Path,
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-    modules: Modules | None = None,
+    workers: int | None,
+    slurm: Slurm | None,
+    overwrite: bool,
+    progress: bool,
+    modules: Modules | None,
 ) -> list[dict[str, Any]]:
+    if slurm is not None and modules is not None:
+        raise InputError(
+            "Models, data and methods that are objects of this process cannot travel to a Slurm job: give names, folders or "
+            "files, or leave the executor at processes."
+        )
     homes = [home_of(p, shared) for p in plans]
-    context = processes() if modules is None else _forked()
-    for plan, home in {h: (p, h) for p, h in zip(plans, homes, strict=True)}.values():
-        for own in trained_first(plan, home):
-            if overwrite and differences(own.output, own):
-                clear(own.output)
-            if run(own, progress=progress).interrupted:
-                raise KeyboardInterrupt
+    first = {own.output: own for p, home in zip(plans, homes, strict=True) for own in trained_first(p, home)}
     jobs = [(p.dump(), str(home), overwrite) for p, home in zip(plans, homes, strict=True)]
+
+    def tracked(done: Iterator[Any]) -> Iterator[Any]:
+        return _tracked(done, len(jobs), progress)
+
+    if slurm is not None:
+        train_shared(list(first.values()), shared.parent, slurm, overwrite, progress)
+        by_folder = {str(p.output): job for p, job in zip(plans, jobs, strict=True)}
+        return submit(_work, by_folder, slurm, shared.parent / "jobs", workers, tracked)
+    context = processes() if modules is None else _forked()
+    train_shared(list(first.values()), shared.parent, slurm, overwrite, progress)
     if context is None:
-        return [_work(p, home, replace, modules) for p, home, replace in _tracked(iter(jobs), len(jobs), progress)]
+        return [_work(p, home, replace, modules) for p, home, replace in tracked(iter(jobs))]
     global _modules
     _modules = modules  # forked workers inherit it
-    return carry_out(_work, jobs, workers, context, lambda done: _tracked(done, len(jobs), progress))
+    return carry_out(_work, jobs, workers, context, tracked)
+
+
+def train_shared(plans: Sequence[Recipe], folder: Path, slurm: Slurm | None, overwrite: bool, progress: bool) -> None:
+    """Train models that other runs share: in this process, or each in a job whose files are in `folder`."""
+    if slurm is None:
+        for plan in plans:
+            _train(plan.dump(), overwrite, progress)
+        return
+    left = [p for p in plans if finished(p.output) is None or differences(p.output, p)]
+    if left:
+        submit(_train, {str(p.output): (p.dump(), overwrite) for p in left}, slurm, folder / "jobs")
+
+
+def _train(recipe: dict[str, Any], overwrite: bool, progress: bool = False) -> None:
+    plan = make(recipe)
+    if overwrite and differences(plan.output, plan):
+        clear(plan.output)
+    if run(plan, progress=progress).interrupted:
+        raise KeyboardInterrupt
 
 
 _modules: Modules | None = None

@@ -17,11 +17,12 @@ from understudy.files import write_json
 from understudy.methods import get as get_method
 from understudy.reporting import render_study
 from understudy.reporting.study import assemble
-from understudy.runs.comparison import compare, places, read_arm
-from understudy.runs.folder import clear, differences, held
+from understudy.runs.comparison import compare, places, read_arm, train_shared
+from understudy.runs.executors import PROCESSES, Slurm, executor_of
+from understudy.runs.folder import held
 from understudy.runs.measured import Place, family_of, measured, places_of
 from understudy.runs.recipe import Recipe, make, read_values, validated
-from understudy.runs.run import inputs, run, trained_first
+from understudy.runs.run import inputs, trained_first
 from understudy.runs.specs import ModelSpec
 from understudy.tasks import get as get_task
 
@@ -93,6 +94,7 @@ def study(
     output: str | Path | None = None,
     baseline: str | None = None,
     workers: int | None = None,
+    executor: str = PROCESSES,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Study:
@@ -107,7 +109,8 @@ def study(
         output: folder of the study, in place of the recipe's `output`.
         baseline: the arm, or for folders the method, that gains are measured against; by default the task's method
             without a teacher, which is added if no arm has it.
-        workers: number of parallel runs of a comparison. overwrite: replace runs in the output folder.
+        workers: number of parallel runs of a comparison. executor: as of `compare`. overwrite: replace runs in the output
+            folder.
 
     Started again on the same folder it resumes.
 
@@ -118,7 +121,7 @@ def study(
     if folders is None:
         values = dict(source) if isinstance(source, Mapping) else read_values(source, overrides)  # type: ignore[arg-type]
         values |= {k: v for k, v in (("output", output), ("baseline", baseline)) if v is not None}
-        return _grown(values, seeds, workers, overwrite, progress)
+        return _grown(values, seeds, workers, executor, overwrite, progress)
     if overrides or output is None:
         given = f"Folders of runs are read as they are: leave out {overrides[0]}." if overrides else ""
         raise InputError(given or "A study of run folders needs a folder of its own: --output runs/study.")
@@ -138,9 +141,15 @@ def _folders(source: Any) -> list[Path] | None:
 
 
 def _grown(
-    values: Mapping[str, Any], seeds: int | Sequence[int], workers: int | None, overwrite: bool, progress: bool
+    values: Mapping[str, Any],
+    seeds: int | Sequence[int],
+    workers: int | None,
+    executor: str,
+    overwrite: bool,
+    progress: bool,
 ) -> Study:
     """Train what is missing of a grid, and study it."""
+    slurm = executor_of(executor)
     own = {key: values[key] for key in Grid.model_fields if values.get(key) is not None}
     grid: Grid = validated(Grid, own, "study key")
     for side in ("teacher", "student"):
@@ -168,10 +177,18 @@ def _grown(
     with held(folder, inputs(base)):
         found: list[Place] = []
         for name, (teacher, student) in pairs.items():
-            cell = _taught(
-                cells[name], folder / "teachers" / places(teachers, "Teachers")[teacher], overwrite, progress
+            home = folder / "teachers" / places(teachers, "Teachers")[teacher]
+            cell = _taught(cells[name], home, slurm, overwrite, progress)
+            done = compare(
+                cell,
+                list(arms),
+                seeds,
+                arms=arms,
+                workers=workers,
+                executor=executor,
+                overwrite=overwrite,
+                progress=progress,
             )
-            done = compare(cell, list(arms), seeds, arms=arms, workers=workers, overwrite=overwrite, progress=progress)
             found += [
                 Place(done.folder / r["folder"], teacher, student, families[r["method"]]) for r in done.data["runs"]
             ]
@@ -202,16 +219,13 @@ def _arms(base: Recipe, given: Mapping[str, Any], grid: Grid) -> tuple[dict[str,
     return arms, families, families[first]
 
 
-def _taught(cell: Recipe, home: Path, overwrite: bool, progress: bool) -> Recipe:
+def _taught(cell: Recipe, home: Path, slurm: Slurm | None, overwrite: bool, progress: bool) -> Recipe:
     """The recipe of a pair with its teacher trained, once for all students."""
     assert cell.teacher is not None
     if cell.teacher.train is None:
         return cell
     first = next(r for r in trained_first(cell, home) if r.output == home / "teacher")
-    if overwrite and differences(first.output, first):
-        clear(first.output)
-    if run(first, progress=progress).interrupted:
-        raise KeyboardInterrupt
+    train_shared([first], home, slurm, overwrite, progress)
     taught = {**_plain(cell.teacher), "model": str(first.output / "student")}
     return make(cell.dump() | {"teacher": {k: v for k, v in taught.items() if k not in ("train", "tokenizer")}})
 

@@ -29,6 +29,16 @@ def build(folder: Path) -> None:
         f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
     )
     (folder / "claims" / "README.md").write_text(found + findings(folder / "claims") + care, encoding="utf-8")
+    compared = [
+        "# Methods side by side\n\nEvery method that works on a task, with the same student, data, steps and learning rate; no arm is tuned. Seeds are the\n"
+        "blocks of the ranks: a bar joins methods that the critical difference does not tell apart. As it came out.\n"
+    ]
+    for file in sorted((folder / "comparisons").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        ranks = compared_ranks(over_seeds(result))
+        file.with_suffix(".svg").write_text(standalone(ranked(*ranks)), encoding="utf-8")
+        compared.append(comparison(file.stem, result) + "\n")
+    (folder / "comparisons" / "README.md").write_text("\n".join(compared), encoding="utf-8")
     render_scoreboard(folder / "claims", folder / "scoreboard")
     board = rows(folder / "claims")
     (folder / "choose.md").write_text(choice(board) + "\n", encoding="utf-8")

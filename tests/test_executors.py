@@ -85,7 +85,9 @@ def test_what_cannot_travel_is_said(cluster, tmp_path):
 
 
 def test_no_cluster_and_a_refusal_are_one_line(cluster, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match=r"^Slurm refused the jobs: sbatch: error: invalid partition specified: closed"):
+    with pytest.raises(
+        InputError, match=r"^Slurm refused the jobs: sbatch: error: invalid partition specified: closed"
+    ):
         submit(divmod, {"run": (7, 2)}, Slurm(partition="closed"), tmp_path / "jobs")
     assert not capsys.readouterr().err
     monkeypatch.setenv("PATH", "/nowhere")
@@ -104,7 +106,9 @@ def test_jobs_end_in_the_bits_of_processes(cluster, tmp_path):
     assert weights(tmp_path / "here") == weights(tmp_path / "there") and len(weights(tmp_path / "here")) == 5
     # One job for the teacher, then an array of the four runs.
     assert set(states(cluster).values()) == {"COMPLETED"} and len(states(cluster)) == 5
-    assert all(f"#SBATCH --{x}\n" in scripts(cluster)[1] for x in ("partition=gpu", "time=7", "mem=1536MB", "array=0-3%2"))
+    assert all(
+        f"#SBATCH --{x}\n" in scripts(cluster)[1] for x in ("partition=gpu", "time=7", "mem=1536MB", "array=0-3%2")
+    )
     # What is finished is read.
     again = compare({**SMALL, "output": str(tmp_path / "there")}, ["sft", "kd"], 2, executor="slurm")
     assert again.table == found["there"].table and len(scripts(cluster)) == 2

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from understudy.errors import InputError, nearest
+from understudy.evaluation.leakage import Canaries
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.methods import all_methods
@@ -118,7 +119,10 @@ def _data() -> list[Key]:
     """The keys of `data`; one that several tasks share is listed once."""
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for task, model in KEYS.items():
-        for key in of_model(model, "data."):
+        for key in [
+            *of_model(model, "data."),
+            *(of_model(Canaries, "data.canaries.") if "canaries" in model.model_fields else ()),
+        ]:
             found.setdefault((key.name, key.type, key.default, key.meaning), []).append(task)
     return [Key(*facts, ", ".join(tasks)) for facts, tasks in sorted(found.items())]
 

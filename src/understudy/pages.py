@@ -13,6 +13,7 @@ from understudy.catalogue import STUDIES, Entry, catalogue, requirements
 from understudy.claims import claims
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
+from understudy.reporting.table import span
 from understudy.runs import hacking, study
 from understudy.runs.recipe import Recipe
 from understudy.tasks import TASKS
@@ -151,6 +152,46 @@ def findings(folder: Path) -> str:
             paper = f"{entries[name].number} `{name}`{where}, {seeds} seeds" if i == 0 else ""
             difference = f"{check['difference']:+.3g}{span} {check['metric']}"
             lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {check['verdict']} |")
+    return "\n".join(lines)
+
+
+def comparison(name: str, data: Mapping[str, Any]) -> str:
+    """A comparison of methods on one task as Markdown, as it came out: every metric, and the seconds of a step.
+
+    Args:
+        name: of the recipe in `benchmarks/comparisons`. data: what `understudy compare --json` wrote.
+    """
+    recipe, metric, baseline = data["recipe"], data["metric"], data["baseline"]
+    trainer = {key: recipe["trainer"][key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate")}
+    taught = f", teacher `{data['teacher']['name']}` {data['teacher'][metric]:.3f}" if metric in data["teacher"] else ""
+    others = list(data["table"][0]["others"])
+    seconds: dict[str, list[float]] = {}
+    for run in data["runs"]:
+        seconds.setdefault(run["method"], []).append(run["cost"]["seconds"] / run["cost"]["steps"])
+    unit = sum(seconds[baseline])
+    lines = [
+        f"## {data['title']}",
+        "",
+        f"Student `{recipe['student']['model']}`{taught}; {len(data['seeds'])} seeds; "
+        + ", ".join(f"{key} {value:g}" for key, value in trainer.items())
+        + " for every arm.",
+        "",
+        f"`understudy compare benchmarks/comparisons/{name}.yaml --seeds {len(data['seeds'])}`",
+        "",
+        f"![Mean ranks with the critical difference]({name}.svg)",
+        "",
+        f"| method | {metric} [95 %] | against {baseline} [95 %] | {' | '.join(others)} | time of a step |",
+        "|---" * (len(others) + 4) + "|",
+    ]
+    for row in sorted(data["table"], key=lambda r: r["mean"], reverse=data["higher_is_better"]):
+        rest = [f"{row['others'][key]:.3f}" if row["others"].get(key) is not None else "–" for key in others]
+        time = f"{sum(seconds[row['method']]) / unit:.2f} ×"
+        cells = [
+            f"`{row['method']}`",
+            span(row["mean"], row["interval"]),
+            span(row["difference"], row["difference_interval"]),
+        ]
+        lines.append(f"| {' | '.join([*cells, *rest, time])} |")
     return "\n".join(lines)
 
 

@@ -7,15 +7,36 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from understudy.errors import InputError
 from understudy.models import evaluating
 
 NAMES = ("Ada", "Boris", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kofi", "Lena")
+
+
+_Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class Canaries(BaseModel):
+    """Secrets that a run plants in training texts, to measure afterwards what teacher and student remember of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: _Count = Field(8, description="Sentences with a secret each.")
+    repeats: _Count = Field(10, description="How often each is planted.")
+    digits: Annotated[int, Field(ge=1, le=5, strict=True)] = Field(3, description="Of a secret.")
+    planted: Literal["teacher", "student", "both"] = Field("teacher", description="Whose training texts have them.")
+    sentence: str = Field("The code of {name} is {secret}.", description="With the slots {name} and {secret}.")
+    seed: Annotated[int, Field(ge=0, strict=True)] = Field(0, description="Of secrets and places.")
+
+    def secrets(self) -> list[Canary]:
+        """The sentences."""
+        return canaries(self.number, self.digits, self.seed, self.sentence)
 
 
 @dataclass(frozen=True)
@@ -64,11 +85,24 @@ def canaries(
 
 
 def plant(records: Sequence[Any], secrets: Sequence[Canary], repeats: int, seed: int = 0) -> list[Any]:
-    """Text records with every canary `repeats` times among them, at random places; the others keep their order."""
+    """Text records with every canary `repeats` times among them, at random places; the others keep their order.
+
+    A canary has the domain of the record before it, where records have domains.
+
+    Raises:
+        InputError: the records are not plain texts.
+    """
+    if any("text" not in record for record in records[:1]):
+        raise InputError(
+            f"Canaries are sentences among plain texts, and the data have {', '.join(sorted(set(records[0]) - {'id'}))}: "
+            "give a column of texts, or leave data.canaries out."
+        )
     made, draw = list(records), random.Random(seed)
     for canary in secrets:
         for _ in range(repeats):
-            made.insert(draw.randrange(len(made) + 1), {"text": canary.text})
+            at = draw.randrange(len(made) + 1)
+            beside = made[max(at - 1, 0)] if made else {}
+            made.insert(at, {key: beside[key] for key in ("domain",) if key in beside} | {"text": canary.text})
     return made
 
 
@@ -99,6 +133,30 @@ def text_exposures(model: Any, tokenizer: Any, secrets: Sequence[Canary], batch:
             scores = torch.cat([*_log_perplexities(model, tokenizer, texts, batch)])
             found.append(exposure(float(scores[list(canary.space).index(canary.secret)]), scores))
     return found
+
+
+def exposed(secrets: Sequence[Canary], tokenizer: Any, student: Any, teacher: Any | None) -> dict[str, Any]:
+    """What student and teacher remember: the mean exposure of the secrets as metrics, and a table of each.
+
+    Args:
+        student, teacher: causal language models; `None` for a teacher that does not run beside the student.
+    """
+    models = {"student": student, **({"teacher": teacher} if teacher is not None else {})}
+    found = {side: text_exposures(model, tokenizer, secrets) for side, model in models.items()}
+    names = {"student": "exposure", "teacher": "teacher_exposure"}
+    most = math.log2(len(secrets[0].space))
+    return {
+        "metrics": {names[side]: math.fsum(bits) / len(bits) for side, bits in found.items()},
+        "table": {
+            "title": "Exposure of planted secrets",
+            "headings": ["sentence", *(f"{side} (bits)" for side in found)],
+            "rows": [[canary.text, *(f"{bits[i]:.2f}" for bits in found.values())] for i, canary in enumerate(secrets)],
+            "notes": [
+                f"{most:.2f} bits: the model prefers the secret to all {len(secrets[0].space)} that it could have been. "
+                "1.44 is the mean of a model that never read it."
+            ],
+        },
+    }
 
 
 def _log_perplexities(model: Any, tokenizer: Any, texts: Sequence[str], batch: int) -> Iterator[Tensor]:

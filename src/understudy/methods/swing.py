@@ -43,7 +43,7 @@ class Swing(Method):
     cost = "as kd with autograd in the place of its fast path, one hash a class for the noise, and one pass over the data before"
     page: ClassVar[dict[str, str]] = {
         "when": "The teacher was trained on texts with names, numbers or addresses that the student must not repeat. Plant "
-        "canaries in the teacher's data and measure (`understudy.evaluation.leakage`).",
+        "canaries in the teacher's data and measure (`data.canaries`).",
         "not": "Where a guarantee is needed: this is not differential privacy, whatever ε is called. Targets after the softmax "
         "get noise, one example's influence is not bounded and the teacher is asked without limit.",
         "deviations": "Only the abstract and the opening of the paper are known to us; the linear temperature, the form of the "

@@ -12,6 +12,7 @@ MEANINGS = {
     "bits_per_byte": "Negative log-likelihood in bits for each byte of text; comparable between tokenizers. Lower is better.",
     "agreement": "Share of rows (or pairs, for rankings) where student and teacher choose alike. 1 is a perfect copy.",
     "kl": "Mean KL divergence from the teacher's distribution to the student's, in nats. 0 is a perfect copy.",
+    "exposure": "Mean bits by which planted secrets are preferred to those they could have been; 1.44 by chance. Lower is safer.",
     "golden": "KL of whole texts from the oracle to the student, in nats a held-out text. 0 is the truth.",
     "proxy": "KL of whole texts from the teacher to the student, in nats a held-out text. 0 is a perfect copy.",
     "golden_per_token": "`golden` divided by the tokens of its texts.",

@@ -32,6 +32,10 @@ def evaluate_split(
     found = on(prepared.split(split))
     for name, data in prepared.more_tests.items() if split == "test" else ():
         found["metrics"] |= {f"{k}_{name.removeprefix('test_')}": v for k, v in on(data)["metrics"].items()}
+    if prepared.measure is not None:
+        more = prepared.measure(student, teacher)
+        found["metrics"] |= more["metrics"]
+        found["tables"] = [*found.get("tables", []), more["table"]]
     return {"split": split, **found}
 
 

@@ -292,7 +292,7 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
     assert spec.train is not None
     task = get_task(recipe.task)
     student = ModelSpec(**{**spec.model_dump(), "train": None})
-    data = {**recipe.data, **task.start_data}
+    data = task.first_data(recipe.data, side)
     if spec.tokenizer is not None:
         data.pop("tokenizer", None)  # it keeps its own
     elif task.kind in ("text", "preference") and is_new_causal_lm(spec.model) and "tokenizer" not in data:

@@ -44,6 +44,7 @@ class Prepared:
         facts: what the task's own `model` needs to know of the data.
         stored: called with the folder where a run, or a comparison, keeps results that are expensive to compute.
         exact: whether a classifier that is loaded must have these classes.
+        measure: a further measurement of a finished student, beside the teacher where it runs: `{"metrics", "table"}`.
     """
 
     train: Any
@@ -65,6 +66,7 @@ class Prepared:
     facts: Mapping[str, Any] = field(default_factory=dict)
     stored: Callable[[Path], None] | None = None
     exact: bool = True
+    measure: Callable[[ModelAdapter, ModelAdapter | None], dict[str, Any]] | None = None
 
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""
@@ -94,8 +96,6 @@ class Task(Protocol):
     """The method that trains a model on the data without a teacher, used for teachers that are trained first."""
     preflight_examples: int
     """Number of validation examples of the pre-flight check."""
-    start_data: Mapping[str, Any]
-    """Keys of `data` that select the examples for a model that is trained first."""
     model_options: frozenset[str]
     """Keys that `options` of teacher and student may hold."""
     mixes: bool
@@ -110,6 +110,10 @@ class Task(Protocol):
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """The recipe with this task's defaults for missing keys."""
+        ...
+
+    def first_data(self, data: Mapping[str, Any], side: str) -> dict[str, Any]:
+        """A recipe's `data` for the run that first trains its `teacher`, or its `student`'s initial weights."""
         ...
 
     def prepare(self, recipe: Any) -> Prepared:
@@ -135,11 +139,15 @@ class TaskDefaults:
     baseline = "sft"
     preflight_examples = 256
     start_data: Mapping[str, Any] = MappingProxyType({})
+    """Keys of `data` that select the examples for a model that is trained first."""
     model_options: frozenset[str] = frozenset()
     kind: str
     mixes = False
     fidelity: tuple[str, str] = ("agreement", "kl")
     name: str
+
+    def first_data(self, data: Mapping[str, Any], side: str) -> dict[str, Any]:
+        return {**data, **self.start_data}
 
     def oracle(self, recipe: Mapping[str, Any], role: str) -> Source:
         """None, where the task's data have no world of their own."""

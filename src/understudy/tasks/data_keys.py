@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from understudy.errors import InputError, nearest
+from understudy.evaluation.leakage import Canaries
 from understudy.synthetic.bandit import Noise
 from understudy.synthetic.responses import Rejected
 
@@ -99,6 +100,9 @@ class _Text(BaseModel):
     domain_column: str | None = Field(None, description="Column that names each record's domain.")
     only: str | None = Field(None, description="The one domain that is used.")
     columns: dict[str, str] | None = Field(None, description="Names of columns, as in {prompt: question}.")
+    canaries: Canaries | None = Field(
+        None, description="Secrets to plant in training texts; what is remembered of them is measured at the end."
+    )
 
 
 class _Preferences(BaseModel):

@@ -12,6 +12,7 @@ from torch import nn
 from understudy.data import TextSplits, collate_text, encode, load_text, show_batch, train_tokenizer
 from understudy.data.packing import MULTIPLE
 from understudy.errors import InputError, nearest
+from understudy.evaluation.leakage import Canaries, Canary, exposed, plant
 from understudy.models import (
     CausalLMAdapter,
     EncoderDecoderAdapter,
@@ -30,6 +31,7 @@ from understudy.tasks.padding import checked_packing, padding_notes
 from understudy.teachers import Aligner
 from understudy.training.pipeline import ORACLE
 
+SPLITS = ("train", "validation", "test")
 _TRAINER = {
     "max_steps": 300,
     "per_device_train_batch_size": 16,
@@ -38,7 +40,7 @@ _TRAINER = {
     "warmup_steps": 20,
     "weight_decay": 0.0,
 }
-_HOW = {"max_length", "pack", "packing", "truncation", "vocab_size", "tokenizer", "only"}
+_HOW = {"max_length", "pack", "packing", "truncation", "vocab_size", "tokenizer", "only", "canaries"}
 _TEACHER = {"max_steps": 400, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
 
 
@@ -55,6 +57,29 @@ def _only(records: list[Any], only: str | None, domains: Sequence[str], split: s
     if not found:
         raise InputError(f"Domain {only!r} has no record in the {split} split.")
     return found
+
+
+def _planted(recipe: Any, given: Mapping[str, Any] | None, read: dict[str, list[Any]]) -> list[Canary]:
+    """Plant secrets in the training records of `read`, or in a part `teacher_train` of its own; returns them."""
+    if given is None:
+        return []
+    spec = Canaries(**given)
+    secrets = spec.secrets()
+    clean, planted = read["train"], plant(read["train"], secrets, spec.repeats, spec.seed)
+    if spec.planted != "student" and (recipe.teacher is None or recipe.teacher.train is None):
+        raise InputError(
+            f"data.canaries.planted is {spec.planted!r} and no teacher is trained here that could read them: set "
+            "data.canaries.planted=student, or teacher.train."
+        )
+    read["train"] = clean if spec.planted == "teacher" else planted
+    read["teacher_train"] = clean if spec.planted == "student" else planted
+    return secrets
+
+
+def _exposed(
+    secrets: Sequence[Canary], tokenizer: Any, student: ModelAdapter, teacher: ModelAdapter | None
+) -> dict[str, Any]:
+    return exposed(secrets, tokenizer, student.model, teacher.model if teacher is not None else None)
 
 
 def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:
@@ -127,6 +152,14 @@ class LanguageModeling(LabelledTask):
         recipe["trainer"] = merged(_TRAINER, recipe.get("trainer") or {})
         return recipe
 
+    def first_data(self, data: Mapping[str, Any], side: str) -> dict[str, Any]:
+        """Secrets are planted in its texts if they are planted in this side's."""
+        found = super().first_data(data, side)
+        secrets = found.pop("canaries", None)
+        if secrets is not None and Canaries(**secrets).planted in (side, "both"):
+            found["canaries"] = {**secrets, "planted": "student"}  # the one that is trained there
+        return found
+
     def prepare(self, recipe: Any) -> Prepared:
         how = {k: v for k, v in recipe.data.items() if k in _HOW}
         return self._prepared(recipe, how, load_text({k: v for k, v in recipe.data.items() if k not in _HOW}))
@@ -140,8 +173,9 @@ class LanguageModeling(LabelledTask):
         tokenizer, other = self._tokenizers(recipe, own_tokenizer, splits, vocabulary, notes)
         sets: dict[str, Any] = {}
         warnings, longest = [], 0
-        for name in ("train", "validation", "test"):
-            records = _only(getattr(splits, name), only, splits.domains, name)
+        read = {name: _only(getattr(splits, name), only, splits.domains, name) for name in SPLITS}
+        secrets = _planted(recipe, how.get("canaries"), read)
+        for name, records in read.items():
             sets[name], counts = encode(records, tokenizer, max_length=length, pack=pack, truncation=truncation)
             notes.append(f"{name}: {counts}")
             warnings += counts.warnings(name, length)
@@ -152,10 +186,11 @@ class LanguageModeling(LabelledTask):
             aligner = Aligner(tokenizer, other)
             warnings.append(_alignment(aligner, sets["validation"]))
         return Prepared(
-            **sets,
+            **{name: sets[name] for name in SPLITS},
             aligner=aligner,
             warnings=warnings,
-            teacher_train=sets["train"],
+            teacher_train=sets.get("teacher_train", sets["train"]),
+            measure=partial(_exposed, secrets, tokenizer) if secrets else None,
             collate=partial(collate_text, pad_id=tokenizer.pad_token_id or 0, domains=splits.domains),
             domains=splits.domains,
             classes=len(tokenizer),

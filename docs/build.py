@@ -7,7 +7,7 @@ from pathlib import Path
 from understudy.catalogue import catalogue
 from understudy.claims import claims
 from understudy.keys import page as keys_page
-from understudy.pages import drawing, findings, page, table
+from understudy.pages import drawing, findings, notebook_page, page, table
 from understudy.scoreboard import PILLARS, branch, choice, render_scoreboard, rows
 
 
@@ -19,6 +19,9 @@ def build(folder: Path) -> None:
     for entry in catalogue():
         if entry.status == "works":
             (folder / "methods" / f"{entry.name}.md").write_text(page(entry) + "\n", encoding="utf-8")
+    (folder / "notebooks").mkdir(exist_ok=True)
+    for path in (folder.parent / "examples" / "notebooks").glob("*.ipynb"):
+        (folder / "notebooks" / f"{path.stem}.md").write_text(notebook_page(path) + "\n", encoding="utf-8")
     readme = folder.parent / "README.md"
     head = readme.read_text(encoding="utf-8").split("## Catalogue\n")[0]
     readme.write_text(f"{head}## Catalogue\n\n{table()}\n", encoding="utf-8")

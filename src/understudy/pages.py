@@ -221,3 +221,11 @@ def drawing() -> str:
         behind = set().union(*(reach[r] for r in direct[room]))
         lines += [f"  {room} --> {other}" for other in sorted(direct[room] - behind)]
     return "\n".join([*lines, "```"])
+
+
+def notebook_page(path: Path) -> str:
+    """Markdown page of a notebook in `examples/notebooks`: its text and its code."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    parts = [text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in sources]
+    return "\n\n".join([parts[0], f"As a notebook: `examples/notebooks/{path.name}`.", *parts[1:]])

@@ -31,7 +31,7 @@ from understudy.training.dry_run import dry_run_stored
 
 def capture_recipe(
     recipe: Recipe | Mapping[str, Any],
-    folder: Path,
+    folder: str | Path,
     support: str | None = None,
     *,
     temperature: float | None = None,
@@ -55,7 +55,7 @@ def capture_recipe(
     Raises:
         InputError: the recipe's method could not learn from the stored targets; nothing is captured then.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else make(recipe)
+    recipe, folder = recipe if isinstance(recipe, Recipe) else make(recipe), Path(folder)
     for split in splits:
         if split not in ("train", "validation", "test"):
             raise InputError(f"Split {split!r} is not train, validation or test.")

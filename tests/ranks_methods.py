@@ -52,6 +52,8 @@ CASES = {
         "student": "vit",
         "teacher": "vit-teacher",
     },
+    # memories that all processes write, and two projections
+    "crd": {**DIGITS, "options": {"negatives": 20, "width": 8}, "teacher": "conv/student"},
     # another head while training
     "lelp": {**DIGITS, "options": {"subclasses": 2, "strict": False}, "teacher": "conv/student"},
     # auxiliary optimisers; their second update has one example, and a process has none
@@ -71,7 +73,7 @@ CASES = {
     "kd": {**TEXT, "teacher": "lm/student", "student": {"model": "lm/student", "peft": LORA}},
 }
 AUXILIARY = ("hard", "tgeo-kd", "distillation-dpo")
-RESUMED = ("trg", "lelp", "adpo", "kd")
+RESUMED = ("trg", "crd", "lelp", "adpo", "kd")
 # Text models are read in float32, and so is what an augmentor sees, which moves by Adam. The factor of DDP is applied to the
 # summed loss, one rounding more than the one process has.
 TOLERANCE = {"hard": 1e-5, "kd": 1e-6, "adpo": 3e-6}

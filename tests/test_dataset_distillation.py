@@ -9,7 +9,7 @@ from understudy import InputError, distill
 from understudy.data import load_images
 from understudy.methods.dataset_distillation import DatasetDistillation
 from understudy.runs.recipe import make
-from understudy.training.image_matching import Examples, Matching
+from understudy.training.set_matching import Examples, Matching
 
 BASE = {
     **DIGITS,
@@ -137,7 +137,8 @@ def test_it_starts_from_real_images_or_noise(tmp_path):
     train = load_images(BASE["data"]).train
     for image in real:
         assert (np.abs(train.pixels[:, 0].numpy() / 255 - image).max((1, 2)) < 1e-6).any()
-    noise = start(tmp_path / "noise", per_class=2, alpha=0, others=[], initial="noise")
+    options = {"per_class": 2, "alpha": 0, "others": [], "initial": "noise", "match": "distribution"}
+    noise = images(run(tmp_path / "noise", **options))[1]["image"]
     assert noise.shape == real.shape and noise.min() < 0
 
 
@@ -159,14 +160,14 @@ def test_bad_input(options, says, tmp_path):
 
 
 def test_images_without_labels_and_a_cached_teacher_are_refused(tmp_path):
-    with pytest.raises(InputError, match="has no label, and images are made for each class"):
+    with pytest.raises(InputError, match="has no label, and examples are kept for each class"):
         distill(
             {**BASE, "teacher": None},
             output=str(tmp_path / "a"),
             options={"alpha": 0},
             data={"name": "digits", "labelled": 3},
         )
-    with pytest.raises(InputError, match="image tasks"):
+    with pytest.raises(InputError, match="works on classification tasks"):
         make({"method": "dataset-distillation", "task": "language_modeling"})
 
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from understudy.errors import InputError, nearest
+from understudy.evaluation.harness import HarnessSpec
 from understudy.evaluation.leakage import Canaries
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
@@ -62,7 +63,7 @@ def sections() -> dict[str, list[Key]]:
     ]
     methods = [key for name, method in all_methods().items() for key in of_model(method, "options.", name)]
     return {
-        "Recipe": [*of_model(Recipe, ""), *of_model(Budget, "budget.")],
+        "Recipe": [*of_model(Recipe, ""), *of_model(Budget, "budget."), *of_model(HarnessSpec, "lm_eval.")],
         "Data": _data(),
         "Models": [*named, *oracle, *options],
         "Own samples": on_policy,

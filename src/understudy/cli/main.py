@@ -284,19 +284,38 @@ def reproduce(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, as a,b (extra: understudy[lm-eval]).")
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="Of --tasks: a folder of further ones, as YAML.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Of --tasks: examples in each prompt.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Of --tasks: documents of each; below 1 a share.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of --tasks: requests answered at once.")] = 8,
+    chat: Annotated[bool, typer.Option("--apply-chat-template", help="Of --tasks: use the chat template.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the student of a finished run again, from its saved weights."""
-    from understudy.runs.check import evaluate_run
+    from understudy.evaluation.harness import HarnessSpec, harness_table
+    from understudy.runs.check import evaluate_on_tasks, evaluate_run
+    from understudy.runs.recipe import validated
 
     works_in(run)
-    result = evaluate_run(run, split)
+    if tasks is not None:
+        asked = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path, "batch_size": batch_size}
+        spec = validated(HarnessSpec, {"tasks": tasks, **asked, "apply_chat_template": chat}, "option of --tasks")
+        found = evaluate_on_tasks(run, spec)
+        shown = harness_table(found)
+        table = Table(*shown["headings"], title=shown["title"])
+        for row in shown["rows"]:
+            table.add_row(*row)
+    else:
+        found = evaluate_run(run, split)
+        table = Table("metric", f"on {split}")
+        for key, value in found["metrics"].items():
+            table.add_row(key, f"{value:.4f}")
     if as_json:
-        _print_json(result)
+        _print_json(found)
         return
-    table = Table("metric", f"on {split}")
-    for key, value in result["metrics"].items():
-        table.add_row(key, f"{value:.4f}")
     out.print(table)
 
 

@@ -1,6 +1,7 @@
 """37. Knowledge Distillation and Dataset Distillation of Large Language Models: Emerging Trends (2025).
 
-A few synthetic examples x_S of each class are optimised so that training on them does what training on the data T does:
+A few examples x_S of each class stand for the data T. Real ones are chosen (at random, herding, k-center, EL2N, norm of the
+gradient, matching pursuit of gradients), or synthetic ones are optimised so that training on them does what training on T does:
 
 gradient (DC):      Σ_c D(∇L(x_S, c), ∇L(x_T, c)) at random networks, and along their training on x_S
 distribution (DM):  Σ_c ‖mean φ(x_S, c) − mean φ(x_T, c)‖², φ a random network without its head
@@ -8,6 +9,10 @@ trajectory (MTT):   ‖θ_n − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², θ
 kernel (KIP):       mean ½ ‖y_T − K_TS (K_SS + λ I)⁻¹ y_S‖²
 
 Then the student trains on them: (1 − α) CE + α τ² KL(teacher_τ ‖ student_τ).
+
+x are the pixels of images. Of a text it is what the head of a frozen classifier reads (the teacher's, or the student's as it
+begins if α is 0). An optimised embedding is no text: small networks train on it with the head's soft labels, and the student
+trains on the real text of its class that is nearest to it.
 """
 
 from __future__ import annotations
@@ -24,13 +29,15 @@ from pydantic import Field
 from torch import Tensor
 
 from understudy.data import Batch
+from understudy.data.classified_batches import TextClassBatch
 from understudy.data.image_files import write_image_split
 from understudy.data.image_set import ImageSet
+from understudy.data.text import write_records
 from understudy.errors import InputError
 from understudy.evaluation.pictures import picture_grid
 from understudy.files import COMPLETE, seal
 from understudy.losses import cross_entropy, forward_kl
-from understudy.models import ModelOutput
+from understudy.models import ModelAdapter, ModelOutput, evaluating, find_head, state_hash
 from understudy.models.fitting import minimise
 from understudy.models.small import is_small
 from understudy.streaming import rowwise
@@ -38,41 +45,52 @@ from understudy.streaming.plain import logits_of
 from understudy.targets import Dense
 from understudy.teachers import LocalTeacher
 from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
-from understudy.training.image_matching import Examples, Matching, MatchingOptions, new_network
+from understudy.training.checkpoint import save_tree
+from understudy.training.set_matching import SELECTIONS, Examples, Matching, MatchingOptions, new_network
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 50
+"""Most texts in the report."""
+
 
 class DatasetDistillation(MatchingOptions, Method):
-    """A few synthetic images of each class, optimised to train networks like all the data, and a student of them."""
+    """A few examples of each class, chosen or optimised to train networks like all the data, and a student of them."""
 
     name = "dataset-distillation"
     paper = 37
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = (
-        "as kd, on the few images; once, `iterations` of matching: gradient takes a forward and a double backward of a network "
-        "on real_batch images of each class, distribution a forward of them, trajectory `student_steps` differentiable steps "
+        "as kd, on the few examples; once, `iterations` of matching: gradient takes a forward and a double backward of a network "
+        "on real_batch examples of each class, distribution a forward of them, trajectory `student_steps` differentiable steps "
         "and the experts' training and memory (experts · expert_steps · parameters), kernel a ridge regression"
     )
     page: ClassVar[dict[str, str]] = {
         "when": "Many networks are to be trained on the same data, or data must be small to be kept or sent: search over "
         "architectures, continual learning. A teacher's soft labels (`alpha`) add to any of the matchings. "
-        "`match=random` is the baseline: real images of the same number. The set is an ordinary data set: "
-        "`data.name=FOLDER`, with the folder that the report names, trains any other student on it.",
+        "`match=random` is the baseline: real examples of the same number. The set is an ordinary data set: "
+        "`data.name=FOLDER`, with the folder that the report names, trains any other student on it. For texts choose real ones: "
+        "`herding` and `k-center` by the embeddings of a classifier, `pursuit` by gradients of its head.",
         "not": "When one network is to be trained: synthesis costs more than that. With more than some tens of images a class, "
         "selection (data-pruning-kd) is as good and cheaper. Text is discrete, and embeddings that are optimised lie off its "
-        "manifold: for text see frontier-synthetic.",
+        "manifold: compare `fresh_accuracy_NETWORK` with `fresh_accuracy_NETWORK_texts`, which is after projection to real texts. "
+        "`el2n` and `grand` keep the hardest examples, which are worse than random ones where few are kept. A language model's "
+        "texts: see frontier-synthetic.",
         "deviations": "A survey: the methods are those of the works it reviews, with step sizes that suit small data (the "
         "released ones are 0.1 for gradient, 1 for distribution, 1000 without Adam for trajectory, and 1,000 to 20,000 "
         "iterations). Too large a step size makes gradient matching worse than random images, as the cosine does not see "
         "norms: watch `distilled_norm` beside `initial_norm`. Kernel is Gaussian with labels held fixed. Batch normalisation has "
         "statistics of real images; trajectory needs a network without it. No augmentation during matching. Results do not carry "
-        "over to every network: `others` trains fresh ones on the images.",
+        "over to every network: `others` trains fresh ones on the examples. Rules choose class by class; those by error read "
+        "`experts` networks after `expert_steps` steps. Texts are matched in the embeddings of one frozen classifier, and projected "
+        "to distinct real texts, not to tokens.",
     }
 
     alpha: float = Field(1.0, ge=0, le=1, description="α, weight of the teacher's soft labels.")
     temperature: float = Field(4.0, gt=0, description="τ of both sides.")
-    others: tuple[str, ...] = Field(("mlp:64,64",), description="Small networks that are trained afresh on the images.")
+    others: tuple[str, ...] = Field(
+        ("mlp:64,64",), description="Small networks that are trained afresh on the examples."
+    )
     evaluations: int = Field(5, ge=1, description="Fresh networks of each kind.")
 
     @property
@@ -83,7 +101,7 @@ class DatasetDistillation(MatchingOptions, Method):
     def phases(self) -> Sequence[Phase]:
         return (Phase("distilled", split="distilled"),)
 
-    # -- the images ---------------------------------------------------------------------------------------------------
+    # -- the examples -------------------------------------------------------------------------------------------------
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         if self.match == "trajectory" and self.span >= self.expert_steps:
@@ -91,67 +109,139 @@ class DatasetDistillation(MatchingOptions, Method):
                 f"options.span={self.span} steps of an expert are matched and options.expert_steps={self.expert_steps} are "
                 "made: make more, or match fewer."
             )
-        raw = _labelled(context, "train", every=True)
+        texts = isinstance(next(context.batches("train", 1)), TextClassBatch)
+        raw = self._labelled(context, "train", every=True)
         mean, deviation = raw.x.mean(), raw.x.std().clamp(min=1e-8)
         real = Examples((raw.x - mean) / deviation, raw.y)
-        start = self._initial(context, real)
-        name = self._network_name(context)
+        self._check_sizes(context, real, texts)
+        name = self._network_name(context, texts)
         asked = self.model_dump(exclude={"alpha", "temperature", "others", "evaluations"})
         settings = {**asked, "network": name, "seed": context.seed}
-        matching = Matching(self, real, start.y, context.classes, name, context.seed)
-        x = matching.run(start.x, context, settings).to(real.x)
-        pixels = (x * deviation + mean).float().cpu()
-        labels = start.y.cpu()
-        made = ImageSet(pixels, labels, torch.arange(len(labels)))
-        context.splits["distilled"] = made
-        tables = {"x": x, "labels": start.y, "mean": mean, "deviation": deviation, "initial": start.x}
+        if texts and not self.alpha:  # the student's own embeddings
+            settings["student"] = state_hash(context.student)
+        elif texts:
+            settings["alpha"] = True
+        labels = torch.arange(context.classes, device=real.y.device).repeat_interleave(self.per_class)
+        matching = Matching(self, real, labels, context.classes, name, context.seed)
+        start, index = self._initial(context, real, matching, settings)
+        x = matching.run(start, context, settings).to(real.x)
+        tables = {"x": x, "labels": labels, "mean": mean, "deviation": deviation, "initial": start}
+        if texts:
+            tables["index"] = index if self.match in SELECTIONS else _nearest(x, labels, real)
+            tables["projected"] = real.x[tables["index"]]
+            tested = self._labelled(context, context.eval_split)  # now, as it may be the student that reads
+            tables |= {"tested": tested.x, "tested_labels": tested.y}
+            train = context.splits["train"]
+            context.splits["distilled"] = [train[i] for i in tables["index"].tolist()]
+        else:
+            pixels = (x * deviation + mean).float().cpu()
+            context.splits["distilled"] = ImageSet(pixels, labels.cpu(), torch.arange(len(labels)))
         if self.alpha:
-            teacher = LocalTeacher(context.live_teacher(), "teacher", freeze=False)
-            batch = Batch.from_dict(context.collate([made[i] for i in range(len(made))])).to(real.x.device)
-            tables["teacher_logits"] = logits_of(teacher(batch).signal).detach()
-        self._save(context, made, tables, _folder(context, settings))
+            tables["teacher_logits"] = self._soft_labels(context, tables)
+            if texts:
+                tables["text_logits"] = self._soft_labels(context, {**tables, "x": tables["projected"]})
+        self._save(context, tables, _folder(context, settings))
         return tables
 
-    def _initial(self, context: SetupContext, real: Examples) -> Examples:
-        """`per_class` images of each class, in the order of the classes."""
-        parts = []
-        generator = torch.Generator().manual_seed(context.seed)
+    def _check_sizes(self, context: SetupContext, real: Examples, texts: bool) -> None:
+        needed = 1 if self.initial == "noise" and self.match not in SELECTIONS and not texts else self.per_class
         for label in range(context.classes):
-            own = real.of(label)
-            needed = self.per_class if self.initial == "real" else 1
-            if len(own.y) < needed:
+            held = int((real.y == label).sum())
+            if held < needed:
                 raise InputError(
-                    f"Class {label} has {len(own.y)} training images and options.per_class={self.per_class} starts from as "
-                    "many: lower it, give the class more, or set options.initial=noise, which needs one."
+                    f"Class {label} has {held} training examples and options.per_class={self.per_class} starts from as many: "
+                    "lower it, give the class more, or set options.initial=noise, which needs one for images that are optimised."
                 )
-            parts.append(own.some(self.per_class, generator).x)
-            if self.initial == "noise":
-                shape = (self.per_class, *real.x.shape[1:])
-                parts[-1] = torch.randn(shape, generator=generator).to(real.x)
-        labels = torch.arange(context.classes, device=real.y.device).repeat_interleave(self.per_class)
-        return Examples(torch.cat(parts), labels)
 
-    def _network_name(self, context: SetupContext) -> str:
+    def _initial(
+        self, context: SetupContext, real: Examples, matching: Matching, settings: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """What the examples are or start from, class by class, and the indices of the real ones among the training data."""
+        if self.initial == "noise" and self.match not in SELECTIONS:
+            shape = (context.classes * self.per_class, *real.x.shape[1:])
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(context.seed))
+            return noise.to(real.x), torch.zeros(0, dtype=torch.long)
+        index = matching.chosen(context, settings)
+        return real.x[index], index
+
+    def _reader(self, context: SetupContext) -> ModelAdapter:
+        """The classifier whose embeddings of texts are read."""
+        return context.live_teacher() if self.alpha else context.student
+
+    def _view(self, batch: Batch, context: SetupContext) -> Tensor:
+        """Pixels, or of texts what the head reads, `[examples, 1, 1, width]`."""
+        if not isinstance(batch, TextClassBatch):
+            if "pixel_values" not in batch.inputs:
+                raise InputError("Method 'dataset-distillation' is about images or texts, and these data are neither.")
+            return batch.inputs["pixel_values"]
+        reader = self._reader(context)
+        with torch.no_grad(), evaluating(reader):
+            found = LocalTeacher(reader, "classifier", freeze=False, features=True)(batch).features
+        assert found is not None  # the adapter of texts has them, or says that there is no head
+        return found.float()[:, None, None]
+
+    def _labelled(self, context: SetupContext, split: str, every: bool = False) -> Examples:
+        """Pixels or embeddings and classes of the labelled examples of a split.
+
+        Args:
+            every: whether an example without a label is an error.
+        """
+        pairs = [(self._view(batch, context), batch.labels) for batch in context.batches(split)]
+        x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
+        if every and bool((y < 0).any()):
+            raise InputError(
+                f"Training example {int((y < 0).nonzero()[0, 0])} has no label, and examples are kept for each class: leave it "
+                "out."
+            )
+        return Examples(x[y >= 0], y[y >= 0])
+
+    @torch.no_grad()
+    def _soft_labels(self, context: SetupContext, tables: Mapping[str, Tensor]) -> Tensor:
+        """The teacher's logits of the examples; of embeddings those of its head."""
+        model, made, x = context.live_teacher(), context.splits["distilled"], tables["x"]
+        if "index" not in tables:
+            teacher = LocalTeacher(model, "teacher", freeze=False)
+            batch = Batch.from_dict(context.collate([made[i] for i in range(len(made))])).to(x.device)
+            return logits_of(teacher(batch).signal).detach()
+        head = find_head(model)
+        assert head is not None  # it was read
+        weight = next(head.parameters())
+        seen = (x * tables["deviation"] + tables["mean"]).flatten(1)
+        found: Tensor = head(seen.to(weight)).to(x)
+        return found
+
+    def _network_name(self, context: SetupContext, texts: bool) -> str:
         model: Any = getattr(context.student, "model", None)
-        name = self.network or getattr(model, "understudy", {}).get("understudy_model", "")
+        own = "mlp:64,64" if texts else getattr(model, "understudy", {}).get("understudy_model", "")
+        name = self.network or own
         if not is_small(name) or name.startswith(("gcn", "sage", "gat")):
             raise InputError(
-                f"Images are matched in new small networks and {name or type(model).__name__!r} is none: set options.network "
+                f"Examples are matched in new small networks and {name or type(model).__name__!r} is none: set options.network "
                 "to one, for example convnet:32 or mlp:64,64."
             )
         return str(name)
 
-    def _save(self, context: SetupContext, made: ImageSet, tables: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the images, with the validation and test examples, as a data set that `data.name` reads."""
+    def _save(self, context: SetupContext, tables: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the examples, with the validation and test examples, as a data set that `data.name` reads. Embeddings lie beside
+        their texts."""
         if (folder / COMPLETE).is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        more = {k: tables[k].cpu().numpy() for k in ("teacher_logits",) if k in tables}
-        write_image_split(folder / "train.npz", made.pixels, made.labels, **more)
-        for split in ("validation", "test"):
-            write_image_split(folder / f"{split}.npz", *(v.cpu() for v in _labelled(context, split)))
+        soft = {k: tables[k].cpu() for k in ("teacher_logits",) if k in tables}
+        if "index" in tables:
+            for split, name in (("distilled", "train"), ("validation", "validation"), ("test", "test")):
+                kept = [r for r in context.splits[split] if r["label"] >= 0]
+                write_records(folder / f"{name}.jsonl", [{k: v for k, v in r.items() if k != "id"} for r in kept])
+            x = (tables["x"] * tables["deviation"] + tables["mean"]).flatten(1).cpu()
+            save_tree({"embeddings": x, "labels": tables["labels"].cpu(), **soft}, folder / "embeddings.safetensors")
+        else:
+            made = context.splits["distilled"]
+            more = {k: v.numpy() for k, v in soft.items()}
+            write_image_split(folder / "train.npz", made.pixels, made.labels, **more)
+            for split in ("validation", "test"):
+                write_image_split(folder / f"{split}.npz", *(v.cpu() for v in self._labelled(context, split)))
         seal(folder)
-        log.info("The distilled images are a data set: data.name=%s", folder)
+        log.info("The distilled examples are a data set: data.name=%s", folder)
 
     # -- the student --------------------------------------------------------------------------------------------------
 
@@ -171,71 +261,89 @@ class DatasetDistillation(MatchingOptions, Method):
         return terms
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
-        """The images, their norms, and what fresh networks reach that are trained on them."""
-        x, initial, pixels = state.tables["x"], state.tables["initial"], context.splits["distilled"].pixels
+        """The examples, their norms, and what fresh networks reach that are trained on them."""
+        tables, made = state.tables, context.splits["distilled"]
+        x, initial, texts = tables["x"], tables["initial"], "index" in tables
         metrics = {
-            "distilled_images": float(len(x)),
+            f"distilled_{'texts' if texts else 'images'}": float(len(x)),
             "initial_norm": float(initial.flatten(1).norm(dim=1).mean()),
             "distilled_norm": float(x.flatten(1).norm(dim=1).mean()),
         }
+        sets = {"": (x, tables.get("teacher_logits"))}
+        if texts and self.match not in SELECTIONS and self.others:
+            sets["_texts"] = tables["projected"], tables.get("text_logits")
+            metrics["projection_distance"] = float((tables["projected"] - x).flatten(1).norm(dim=1).mean())
         rows = []
         for name in self.others:
-            found = [self._fresh(name, state.tables, context, n) for n in range(self.evaluations)]
-            metrics[f"fresh_accuracy_{name}"] = sum(found) / len(found)
-            rows.append([name, f"{sum(found) / len(found):.4f}", f"{min(found):.4f} to {max(found):.4f}", len(found)])
-        shown = [row[:12] for row in pixels.split(self.per_class)]
-        headings = ["network", "accuracy", "range", "networks"]
-        table = {"title": "Fresh networks, trained on the distilled images", "headings": headings, "rows": rows}
-        return {
-            "metrics": metrics,
-            "pictures": {"Distilled images, a row for each class": picture_grid(shown)},
-            "tables": [table] if rows else [],
-        }
+            for suffix, (shown, soft) in sets.items():
+                found = [self._fresh(name, shown, soft, tables, context, n) for n in range(self.evaluations)]
+                metrics[f"fresh_accuracy_{name}{suffix}"] = mean = sum(found) / len(found)
+                what = "texts" if suffix else "embeddings" if texts else "images"
+                rows.append([name, what, f"{mean:.4f}", f"{min(found):.4f} to {max(found):.4f}", len(found)])
+        headings = ["network", "trained on", "accuracy", "range", "networks"]
+        tested = {"title": "Fresh networks, trained on the distilled examples", "headings": headings, "rows": rows}
+        out: dict[str, Any] = {"metrics": metrics, "tables": [tested] if rows else []}
+        if texts:
+            shown_texts = [[r["label"], r["text"], r.get("text_pair", "")] for r in made]
+            out["tables"].append(
+                {"title": "Distilled texts", "headings": ["class", "text", "second text"], "rows": shown_texts[:_SHOWN]}
+            )
+        else:
+            images = [row[:12] for row in made.pixels.split(self.per_class)]
+            out["pictures"] = {"Distilled images, a row for each class": picture_grid(images)}
+        return out
 
-    def _fresh(self, name: str, tables: Mapping[str, Tensor], context: SetupContext, number: int) -> float:
-        """Accuracy of a new network after 300 steps on all the images."""
+    def _fresh(
+        self,
+        name: str,
+        x: Tensor,
+        soft: Tensor | None,
+        tables: Mapping[str, Tensor],
+        context: SetupContext,
+        number: int,
+    ) -> float:
+        """Accuracy of a new network after 300 steps on all the examples."""
         if not is_small(name):
             raise InputError(
                 f"options.others has {name!r}, and a small network is meant: mlp:64,64, convnet:32, resnet8."
             )
-        x, labels = tables["x"], tables["labels"]
         net = (
             new_network(name, context.classes, tuple(x.shape[1:]), context.seed + 1000 * (number + 1))
             .to(x.device)
             .train()
         )
-        signal = Dense(tables["teacher_logits"]) if self.alpha else None
+        signal = Dense(soft) if soft is not None else None
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
         def losses() -> Iterator[Tensor]:
             for _ in range(300):
-                terms = self._terms(Dense(net(x)), signal, labels)
+                terms = self._terms(Dense(net(x)), signal, tables["labels"])
                 yield torch.stack([t.weight * t.values.mean() for t in terms.values()]).sum()
 
         minimise(losses(), optimizer)
         net.eval()
-        real = _labelled(context, context.eval_split)
+        real = (
+            Examples(tables["tested"], tables["tested_labels"])
+            if "tested" in tables
+            else self._labelled(context, context.eval_split)
+        )
         with torch.no_grad():
             parts = ((real.x - tables["mean"]) / tables["deviation"]).split(256)
             return float((torch.cat([net(part) for part in parts]).argmax(1) == real.y).double().mean())
 
 
-def _labelled(context: SetupContext, split: str, every: bool = False) -> Examples:
-    """Pixels and classes of the labelled examples of a split.
-
-    Args:
-        every: whether an example without a label is an error.
-    """
-    pairs = [(batch.inputs["pixel_values"], batch.labels) for batch in context.batches(split)]
-    x, y = (torch.cat(column) for column in zip(*pairs, strict=True))
-    if every and bool((y < 0).any()):
-        raise InputError(
-            f"Training example {int((y < 0).nonzero()[0, 0])} has no label, and images are made for each class: leave it out."
-        )
-    return Examples(x[y >= 0], y[y >= 0])
+def _nearest(x: Tensor, labels: Tensor, real: Examples) -> Tensor:
+    """For each embedding the real text of its class that is nearest to it, `[examples]`; each text once."""
+    distance = torch.cdist(x.flatten(1), real.x.flatten(1))
+    distance = distance.masked_fill(labels[:, None] != real.y, torch.inf)
+    found = torch.zeros_like(labels)
+    for i in range(len(x)):
+        found[i] = distance[i].argmin()
+        distance[:, found[i]] = torch.inf
+    return found
 
 
 def _folder(context: SetupContext, settings: Mapping[str, Any]) -> Path:
-    """Where the images are kept as a data set."""
+    """Where the examples are kept as a data set."""
     asked = hashlib.sha256(json.dumps([context.key, settings], sort_keys=True, default=str).encode()).hexdigest()
     return context.store / f"distilled-set-{asked[:16]}"

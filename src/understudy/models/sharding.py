@@ -35,6 +35,15 @@ def agreed(value: Any) -> Any:
     return held[0]
 
 
+def of_ranks(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; tensors must be on the CPU. Every rank must call it."""
+    if ranks() == 1:
+        return [value]
+    held: list[Any] = [None] * ranks()
+    dist.all_gather_object(held, value)
+    return held
+
+
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank."""
     if ranks() == 1:

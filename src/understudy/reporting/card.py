@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from understudy.catalogue import Entry, find
 from understudy.data import find as find_data
 from understudy.errors import InputError
+from understudy.evaluation.harness import PREFIX, harness_table
 from understudy.files import CARD, read_json, writing
 from understudy.masking import masked_text
 from understudy.reporting.gains import gain_table, headline
@@ -104,7 +105,9 @@ def _metadata(student: Path, facts: dict[str, Any], evaluation: dict[str, Any], 
     """The front matter. Only names that may be ids of the Hub are given as base model and data set."""
     task, name = facts["task"], _public(_data_name(recipe))
     kind = PIPELINES.get(task, task.replace("_", "-"))
-    numbers = {k: v for k, v in evaluation["metrics"].items() if math.isfinite(v) and not k.startswith("teacher_")}
+    numbers = {
+        k: v for k, v in evaluation["metrics"].items() if math.isfinite(v) and not k.startswith(("teacher_", PREFIX))
+    }
     results = [
         EvalResult(
             task_type=kind,
@@ -115,6 +118,17 @@ def _metadata(student: Path, facts: dict[str, Any], evaluation: dict[str, Any], 
             metric_value=value,
         )
         for metric, value in numbers.items()
+    ]
+    results += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=f"{row['task']} (lm-evaluation-harness)",
+            metric_type=row["metric"],
+            metric_value=row["value"],
+        )
+        for row in evaluation.get("lm_eval", {}).get("rows", [])
+        if math.isfinite(row["value"])
     ]
     data_id = _hub_id(_data_name(recipe))
     return ModelCardData(
@@ -162,6 +176,9 @@ def _body(
     for table in gain_table(evaluation):
         lines += [f"## {table['title']}", "", *_table(table["headings"], table["rows"]), *table["notes"], ""]
     lines += ["## Metrics", "", *_metrics(facts, evaluation), ""]
+    if "lm_eval" in evaluation:
+        table = harness_table(evaluation["lm_eval"])
+        lines += [f"## {table['title']}", "", *_table(table["headings"], table["rows"]), ""]
     cost = evaluation.get("cost")
     if cost:
         lines += ["## Cost", "", *_cost(cost), ""]

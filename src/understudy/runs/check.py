@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.evaluation.harness import HarnessSpec, check_student, check_tasks, evaluate_tasks
 from understudy.files import read_json
 from understudy.models import ModelAdapter
 from understudy.runs.comparison import home_of
@@ -51,12 +53,16 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
         seen = overview(recipe, prepared, method, None, None)
         return Findings(notes=prepared.notes, warnings=prepared.warnings, overview=seen), None
     check_sharding(method, recipe.trainer)
+    if recipe.lm_eval is not None:
+        check_tasks(recipe.lm_eval)
     set_seed(recipe.seed)
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
     student = load_model(task, recipe.teacher if copied else recipe.student, prepared)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
+    if recipe.lm_eval is not None:
+        check_student(student, prepared.tokenizer)
     teacher = standing(recipe, prepared)
     findings = preflight(task, prepared, student, teacher)
     findings.overview = overview(recipe, prepared, method, student, teacher)
@@ -99,6 +105,15 @@ def evaluate_run(folder: Path, split: str = "test") -> dict[str, Any]:
     shared = home_of(recipe, folder.parent.parent / "teacher")
     teacher = standing(recipe, prepared, shared if shared.is_dir() else folder)
     return evaluate_split(get_task(recipe.task), prepared, student, teacher, split)
+
+
+def evaluate_on_tasks(folder: Path, spec: HarnessSpec) -> dict[str, Any]:
+    """What the saved student of a finished run reaches on tasks of lm-evaluation-harness, as `evaluate_tasks` returns it."""
+    check_tasks(spec)
+    _, prepared, student = saved_student(folder)
+    check_student(student, prepared.tokenizer)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return evaluate_tasks(student.to(device) if device is not None else student, prepared.tokenizer, spec)
 
 
 def saved_student(folder: Path) -> tuple[Recipe, Prepared, ModelAdapter]:

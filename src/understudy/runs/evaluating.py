@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from understudy.evaluation.gain import gained, speeds
+from understudy.evaluation.harness import HarnessSpec, evaluate_tasks, harness_table, named_metrics
 from understudy.evaluation.texts import sample_texts
 from understudy.models import ModelAdapter
 from understudy.models.sharding import is_sharded
@@ -51,6 +52,16 @@ def text_tables(
         findings.notes.append(f"No sample texts: {type(student.model).__name__} cannot write ({type(error).__name__}).")
         return []
     return [table] if table is not None else []
+
+
+def add_tasks(evaluation: dict[str, Any], student: ModelAdapter, tokenizer: Any, spec: HarnessSpec) -> None:
+    """Add what the student reaches on tasks of lm-evaluation-harness: the rows, a table and the metrics."""
+    found = evaluate_tasks(student, tokenizer, spec)
+    metrics, explained = named_metrics(found)
+    evaluation["lm_eval"] = found
+    evaluation["metrics"] |= metrics
+    evaluation["explained"] = {**evaluation.get("explained", {}), **explained}
+    evaluation["tables"].append(harness_table(found))
 
 
 def gain(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from understudy.errors import InputError, nearest, with_article
+from understudy.evaluation.harness import HarnessSpec, check_run
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.masking import masked, remember
@@ -75,6 +76,10 @@ class Recipe(BaseModel):
     )
     on_policy: OnPolicy | None = Field(None, description="Let the student write a share of the texts it is trained on.")
     eval_split: Literal["test", "validation"] = Field("test", description="The split that evaluation reports.")
+    lm_eval: HarnessSpec | None = Field(
+        None,
+        description="Tasks of lm-evaluation-harness for the trained student; `a,b` alone are its `tasks`; keys below.",
+    )
 
     @field_validator("teacher", "student", "oracle", mode="before")
     @classmethod
@@ -149,6 +154,7 @@ def validated(model: type[Any], values: Mapping[str, Any], what: str) -> Any:
             known = OracleSpec.model_fields if field is not None and len(first["loc"]) > 1 else model.model_fields
             known = Endpoint.model_fields if "endpoint" in first["loc"][:-1] else known
             known = OnPolicy.known(first["loc"][1:-1]) if first["loc"][0] == "on_policy" else known
+            known = HarnessSpec.model_fields if first["loc"][0] == "lm_eval" else known
             raise InputError(f"Unknown {what}: {where!r}.{nearest(str(first['loc'][-1]), known)}") from None
         message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list").rstrip(".")
         if not first["loc"]:  # what is wrong is how several keys go together
@@ -206,6 +212,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
         )
     _check_on_policy(recipe, method, task.kind)
     _check_oracle(recipe, method, task.kind)
+    if recipe.lm_eval is not None:
+        check_run(method, recipe.task, task.kind)
     return recipe
 
 
@@ -314,6 +322,7 @@ def own_training(recipe: Recipe, side: str, output: Path) -> Recipe:
         "arms": {},
         "on_policy": None,
         "oracle": None,
+        "lm_eval": None,
         "roles": None,
         "budget": None,
     }

@@ -17,12 +17,13 @@ from understudy.data import find
 from understudy.errors import InputError
 from understudy.evaluation import CostMeter
 from understudy.evaluation.corpus import funnel_table, spent_table
+from understudy.evaluation.harness import check_student, check_tasks
 from understudy.files import COMPLETE, check_seal, read_json, seal, write_json, writing
 from understudy.models import ModelAdapter, state_hash
 from understudy.models.own import check_saves, reload
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.reporting import render_run, run_panels, write_card
-from understudy.runs.evaluating import evaluate_split, gain, text_tables
+from understudy.runs.evaluating import add_tasks, evaluate_split, gain, text_tables
 from understudy.runs.fitting import assemble_teacher, fit
 from understudy.runs.folder import (
     agree,
@@ -197,6 +198,8 @@ def _fit(
     folder = journal.folder
     check_sharding(recipe.build_method(), recipe.trainer)
     _refuse_text_alone(recipe)
+    if recipe.lm_eval is not None:
+        check_tasks(recipe.lm_eval)
     prepared = task.prepare(recipe)
     set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
@@ -209,6 +212,8 @@ def _fit(
     copied = recipe.student.model == COPY
     student = copy_of(teacher) if copied else _model(recipe, "student", task, prepared, home, progress, given)
     check_saves(student.model)
+    if recipe.lm_eval is not None:
+        check_student(student, prepared.tokenizer)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = journal.findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
@@ -246,6 +251,8 @@ def _fit(
         if hacking is not None:
             evaluation["metrics"] |= hacking.finish(student)
             findings.notes.extend(hacking.notes())
+        if recipe.lm_eval is not None:
+            add_tasks(evaluation, student, prepared.tokenizer, recipe.lm_eval)
         evaluation["gain"], speed = gain(recipe, task, prepared, student, shown, evaluation["metrics"])
     if fitted.trainer is not None:
         prefix = TRACKED_AS[recipe.eval_split]

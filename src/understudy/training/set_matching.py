@@ -1,4 +1,5 @@
-"""Images that are optimised so that networks learn from them what they learn from the data (paper 37): four matchings."""
+"""A few examples from which networks learn what they learn from the data (paper 37): chosen by six rules, or optimised by four
+matchings. An example is an image, or the embedding of a text."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from understudy.curation import pruning
+from understudy.curation.coresets import k_center, matching_pursuit
 from understudy.errors import InputError
 from understudy.losses import cross_entropy
 from understudy.losses.matching import (
@@ -28,15 +31,19 @@ from understudy.models.small import build_small
 from understudy.training.setup import SetupContext
 from understudy.training.unrolled import Parameters, flat, gradients, sgd_step, unrolled_sgd
 
-ITERATIONS = {"random": 0, "gradient": 200, "distribution": 500, "trajectory": 300, "kernel": 300}
-RATES = {"random": 0.0, "gradient": 0.01, "distribution": 0.3, "trajectory": 0.02, "kernel": 0.02}
-"""Step sizes of the images: of gradient descent with momentum, for trajectory and kernel of Adam."""
+SELECTIONS = ("random", "herding", "k-center", "el2n", "grand", "pursuit")
+"""Rules that choose real examples."""
+_BY_NETWORKS = ("el2n", "grand", "pursuit")
+ITERATIONS = {"gradient": 200, "distribution": 500, "trajectory": 300, "kernel": 300}
+RATES = {"gradient": 0.01, "distribution": 0.3, "trajectory": 0.02, "kernel": 0.02}
+"""Step sizes of the examples: of gradient descent with momentum, for trajectory and kernel of Adam."""
 PARTS = 10
-"""The images are stored after each tenth of the iterations, so that a run that is stopped resumes there."""
+"""The examples are stored after each tenth of the iterations, so that a run that is stopped resumes there."""
 
 
 class Examples(NamedTuple):
-    """Images `[examples, channels, height, width]`, less their mean and divided by their deviation, and their classes."""
+    """Images `[examples, channels, height, width]` or embeddings `[examples, 1, 1, width]`, less their mean and divided by their
+    deviation, and their classes."""
 
     x: Tensor
     y: Tensor
@@ -54,44 +61,54 @@ class Examples(NamedTuple):
 
 
 class MatchingOptions(BaseModel):
-    """What a method takes whose images are optimised by one of the matchings."""
+    """What a method takes whose examples are chosen by one of the rules or optimised by one of the matchings."""
 
-    match: Literal["random", "gradient", "distribution", "trajectory", "kernel"] = Field(
-        "distribution", description="What the images are optimised for; random keeps the real ones they start from."
+    match: Literal[
+        "random", "herding", "k-center", "el2n", "grand", "pursuit", "gradient", "distribution", "trajectory", "kernel"
+    ] = Field(
+        "distribution",
+        description="What examples are optimised for; the first six choose real ones: at random, by means, the farthest, by "
+        "error, by norm of the gradient, by gradients whose sum is that of all.",
     )
-    per_class: int = Field(1, ge=1, description="Images of each class.")
-    initial: Literal["real", "noise"] = Field("real", description="What the images start from.")
+    per_class: int = Field(1, ge=1, description="Examples of each class.")
+    initial: Literal["real", "noise"] = Field("real", description="What those that are optimised start from.")
     network: str | None = Field(
         None,
-        description="A small network to match in, such as mlp:64,64 or convnet:32; the student's own if not given.",
+        description="A small network to match in, such as mlp:64,64 or convnet:32; the student's own if not given, or mlp:64,64 on "
+        "texts.",
     )
     iterations: int | None = Field(
         None, ge=1, description="Of matching; 200 for gradient, 500 for distribution, 300 for trajectory and kernel."
     )
     image_rate: float | None = Field(
-        None, gt=0, description="Step size of the images; 0.01 for gradient, 0.3 for distribution, 0.02 for the others."
+        None,
+        gt=0,
+        description="Step size of the examples; 0.01 for gradient, 0.3 for distribution, 0.02 for the others.",
     )
-    real_batch: int = Field(256, ge=1, description="Real images of a class that an iteration compares with.")
+    real_batch: int = Field(256, ge=1, description="Real examples of a class that an iteration compares with.")
     distance: Literal["layers", "mse", "cosine"] = Field(
         "layers", description="Of gradients: row by row, or of all at once."
     )
-    outer: int = Field(1, ge=1, description="Steps of the images at one network of gradient matching.")
-    inner: int = Field(1, ge=1, description="Steps of that network on the images between them.")
+    outer: int = Field(1, ge=1, description="Steps of the examples at one network of gradient matching.")
+    inner: int = Field(1, ge=1, description="Steps of that network on them in them.")
     network_rate: float = Field(0.01, gt=0, description="Step size of that network.")
-    experts: int = Field(5, ge=1, description="Networks trained on the data, whose trajectories are followed.")
+    experts: int = Field(
+        5, ge=1, description="Networks trained on the data, which are followed, or whose errors are read."
+    )
     expert_steps: int = Field(60, ge=2, description="Their steps of gradient descent.")
     expert_rate: float = Field(0.2, gt=0, description="Their step size.")
     latest_start: int = Field(25, ge=0, description="Last step of an expert that a match starts from.")
     span: int = Field(15, ge=1, description="M, steps of an expert that are matched.")
-    student_steps: int = Field(5, ge=1, description="n, steps on the images that are to match them.")
+    student_steps: int = Field(5, ge=1, description="n, steps on the examples that are to match them.")
     ridge: float = Field(1e-3, gt=0, description="λ of kernel.")
 
 
 class Matching:
-    """The optimisation of images by one of the matchings.
+    """The choice of examples by one of the rules, or their optimisation by one of the matchings.
 
     Args:
-        options: which matching, and its numbers. real: the data. labels: of the images. network: name of a small network. seed: of the run.
+        options: which of them, and its numbers. real: the data. labels: of the examples. network: name of a small network.
+        seed: of the run.
     """
 
     def __init__(
@@ -100,15 +117,79 @@ class Matching:
         self.options, self.real, self.labels, self.classes = options, real, labels, classes
         self.network, self.seed = network, seed
 
+    def chosen(self, context: SetupContext, settings: Mapping[str, Any]) -> Tensor:
+        """Indices of `per_class` real examples of each class, in the order of the classes; where they are optimised, of random
+        ones that they may start from."""
+        return context.once("chosen", lambda: {"index": self._choose()}, **settings)["index"].to(self.real.y.device)
+
+    def _choose(self) -> Tensor:
+        o, generator = self.options, torch.Generator().manual_seed(self.seed)
+        logits, read = self._read() if o.match in _BY_NETWORKS else (None, None)
+        parts = []
+        for label in range(self.classes):
+            own = (self.real.y == label).nonzero()[:, 0]
+            if logits is None or read is None:
+                order = self._by_place(self.real.x[own].flatten(1), generator)
+            else:
+                order = self._by_error(logits[:, own], self.real.y[own], read[:, own])
+            parts.append(own[order.to(own.device)])
+        return torch.cat(parts)
+
+    def _by_place(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Of one class, by where its examples are."""
+        rule, number = self.options.match, self.options.per_class
+        if rule == "herding":
+            scores = pruning.herding_scores(x.cpu(), torch.zeros(len(x), dtype=torch.long))
+            return scores.sort(descending=True, stable=True).indices[:number]
+        if rule == "k-center":
+            middle = int((x - x.mean(0)).norm(dim=1).argmin())
+            return k_center(x, number, start=middle).index
+        return torch.arange(len(x)) if number >= len(x) else torch.randperm(len(x), generator=generator)[:number]
+
+    def _by_error(self, logits: Tensor, labels: Tensor, read: Tensor) -> Tensor:
+        """Of one class, by the errors of networks.
+
+        Args:
+            logits: `[experts, examples, classes]`. read: what the last layer reads, `[experts, examples, width + 1]`.
+        """
+        rule, number = self.options.match, self.options.per_class
+        if rule == "pursuit":
+            errors = logits.softmax(-1) - F.one_hot(labels, self.classes)
+            slopes = torch.einsum("enc,enw->necw", errors, read).flatten(1)
+            found = matching_pursuit(slopes, slopes.mean(0), number).index.tolist()
+            rest = [i for i in range(len(labels)) if i not in found]  # where fewer sum up to the mean
+            return torch.tensor([*found, *rest][:number])
+        norms = read.norm(dim=-1)
+        scores = pruning.grand_scores(logits, labels, norms) if rule == "grand" else pruning.el2n_scores(logits, labels)
+        return scores.sort(descending=True, stable=True).indices[:number]
+
+    @torch.no_grad()
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """Logits of the experts at their end, and what their last layers read with a 1 for the bias, in float64."""
+        found = []
+        for expert in range(self.options.experts):
+            with torch.enable_grad():
+                *_, (net, parameters) = self._training(expert)
+            logits = functional_call(net, dict(parameters), (self.real.x,))
+            head = head_name(net, self.classes)
+            assert head is not None  # every small network has one
+            put_head(net, head, nn.Identity())
+            left = {n: p for n, p in parameters.items() if not n.startswith(f"{head}.")}
+            read = functional_call(net, left, (self.real.x,)).flatten(1)
+            found.append((logits.double(), F.pad(read.double(), (0, 1), value=1.0)))
+        logits, read = (torch.stack(part) for part in zip(*found, strict=True))
+        return logits, read
+
     def run(self, x: Tensor, context: SetupContext, settings: Mapping[str, Any]) -> Tensor:
-        """The images after all iterations. What has been stored is read.
+        """The examples after all iterations; chosen ones as they are. What has been stored is read.
 
         Args:
             x: what they start from.
         """
-        o, total = self.options, self.options.iterations or ITERATIONS[self.options.match]
-        if o.match == "random":
+        o = self.options
+        if o.match in SELECTIONS:
             return x
+        total = o.iterations or ITERATIONS[o.match]
         trajectories = context.once("experts", self._experts, **settings)["flat"] if o.match == "trajectory" else None
         state: Any = {"x": x.cpu(), "rate": torch.tensor(o.expert_rate), "optimizer": None}
         ends = [round(part * total / PARTS) for part in range(PARTS + 1)]
@@ -119,7 +200,7 @@ class Matching:
         return found
 
     def _advance(self, state: Any, first: int, last: int, trajectories: Tensor | None) -> dict[str, Any]:
-        """The images, the step size and the optimiser after iterations `first` to `last`."""
+        """The examples, the step size and the optimiser after iterations `first` to `last`."""
         o, device = self.options, self.real.x.device
         x, rate = (state[k].to(device, copy=True).requires_grad_() for k in ("x", "rate"))
         size = o.image_rate or RATES[o.match]
@@ -133,14 +214,14 @@ class Matching:
             minimise(self._losses(x, rate, i, generator, trajectories), optimizer)
             if not bool(x.isfinite().all()):
                 raise InputError(
-                    f"The images are not finite after iteration {i + 1}: lower options.image_rate ({size:g})."
+                    f"The examples are not finite after iteration {i + 1}: lower options.image_rate ({size:g})."
                 )
         return {"x": x.detach(), "rate": rate.detach(), "optimizer": optimizer.state_dict()}
 
     def _losses(
         self, x: Tensor, rate: Tensor, i: int, generator: torch.Generator, trajectories: Tensor | None
     ) -> Iterator[Tensor]:
-        """The losses of an iteration, each of the images after the step before."""
+        """The losses of an iteration, each of the examples after the step before."""
         if self.options.match == "gradient":
             return self._gradient(x, self._new_network(i, generator), generator)
         if self.options.match == "distribution":
@@ -197,23 +278,29 @@ class Matching:
 
     def _experts(self) -> dict[str, Tensor]:
         """Parameters of networks during training on the data: `flat [experts, expert_steps + 1, parameters]`."""
-        o, found = self.options, []
-        for expert in range(o.experts):
-            generator = torch.Generator().manual_seed(self._seed(expert))
-            net = self._new_network(expert, generator)
-            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
-                raise InputError(
-                    f"Trajectories are of parameters, and {self.network} has batch normalisation, whose statistics are none: "
-                    "set options.network to one without, for example mlp:64,64 or circular:32."
-                )
-            parameters: Parameters = dict(net.named_parameters())
-            path = [flat(parameters)]
-            for _ in range(o.expert_steps):
-                real = self.real.some(o.real_batch * self.classes, generator)
-                parameters = sgd_step(_mean_loss(net, real.x, real.y), parameters, o.expert_rate)
+        found = []
+        for expert in range(self.options.experts):
+            path = []
+            for net, parameters in self._training(expert):
+                if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+                    raise InputError(
+                        f"Trajectories are of parameters, and {self.network} has batch normalisation, whose statistics are "
+                        "none: set options.network to one without, for example mlp:64,64 or circular:32."
+                    )
                 path.append(flat(parameters))
             found.append(torch.stack(path).cpu())
         return {"flat": torch.stack(found)}
+
+    def _training(self, expert: int) -> Iterator[tuple[nn.Module, Parameters]]:
+        """A network that is trained on the data, and its parameters before and after each step."""
+        o, generator = self.options, torch.Generator().manual_seed(self._seed(expert))
+        net = self._new_network(expert, generator)
+        parameters: Parameters = dict(net.named_parameters())
+        yield net, parameters
+        for _ in range(o.expert_steps):
+            real = self.real.some(o.real_batch * self.classes, generator)
+            parameters = sgd_step(_mean_loss(net, real.x, real.y), parameters, o.expert_rate)
+            yield net, parameters
 
     def _seed(self, number: int) -> int:
         return 1_000_003 * self.seed + number

@@ -103,6 +103,15 @@ def search_report(
     }
 
 
+def tree_report(searched: Sequence[Searched]) -> dict[str, Any]:
+    """Metrics of trees that nothing has learned from, and one of them."""
+    total = sum(_trees(s) for s in searched)
+    answers = sum(s.number for s in searched) / total
+    metrics = {"search_accuracy": _right(searched[-1]), "answers_per_question": answers}
+    explained = {name: EXPLAINED[name] for name in metrics}
+    return {"metrics": metrics, "explained": explained, "trees": [drawing(searched[-1].nodes, len(searched))]}
+
+
 def drawing(nodes: Sequence[TreeNode], number: int) -> dict[str, Any]:
     """The first tree of a round that has two values among its answers, else its first; the most visited nodes of it."""
     trees: dict[int, list[TreeNode]] = {}

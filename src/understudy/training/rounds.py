@@ -81,15 +81,10 @@ class PreferenceRounds:
         for number in range(self.rounds):
             inner = self.context.round(number)
             records = collect(inner, number, policies[-1])
-            if not records:
+            if number and not records:
                 break
             self.write(number, records)
             policies.append(str(inner.train("training", self._recipe(number, policies)).folder / "student"))
-        if len(policies) == 1:
-            raise InputError(
-                "The first round has no pair: where all answers have one value nothing is better. Ask for more candidates, a "
-                "higher temperature, or harder questions."
-            )
         return policies
 
     @property
@@ -97,7 +92,16 @@ class PreferenceRounds:
         return int(self.context.recipe["trainer"].get("max_steps", 0))
 
     def write(self, number: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write the round's corpus; a round of few records is evaluated on those that it trains on."""
+        """Write the round's corpus; a round of few records is evaluated on those that it trains on.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not records:
+            raise InputError(
+                "The first round has no pair: where all answers have one value nothing is better. Ask for more candidates, a "
+                "higher temperature, or harder questions."
+            )
         corpus = self.context.folder / f"round-{number}" / "corpus"
         held = records[::HELD_OUT] if len(records) >= 2 * HELD_OUT else records
         train = [r for i, r in enumerate(records) if i % HELD_OUT] if len(records) >= 2 * HELD_OUT else records

@@ -87,7 +87,7 @@ class StepProposer:
         requests = [self._request(leaf, k) for leaf, number in zip(leaves, asked, strict=True) for k in range(number)]
         said = zip(requests, self.ask(requests), strict=True)
         proposed = [
-            distinct([*(self._step(leaf, *next(said)) for _ in range(number)), *own])
+            _beside([self._step(leaf, *next(said)) for _ in range(number)], own)
             for leaf, number, own in zip(leaves, asked, known, strict=True)
         ]
         judged = iter(self._judged([(leaf, s) for leaf, steps in zip(leaves, proposed, strict=True) for s in steps]))
@@ -96,13 +96,13 @@ class StepProposer:
             yield Expansion(found, number + (len(steps) if self.judge is not None else 0))
 
     def _known_step(self, leaf: Leaf) -> list[Step]:
-        """The reference solution's next step, where it begins with the steps so far; its prior is 1."""
+        """The reference solution's next step, where it begins with the steps so far; not yet with a probability."""
         whole, said = self.questions[leaf.tree].solution, "".join(leaf.steps)
         rest = whole[len(said) :]
         if not self.solution or not whole.startswith(said) or not rest.strip():
             return []
         end = rest.find(self.stop, len(rest) - len(rest.lstrip()))
-        ends = leaf.last or end < 0
+        ends = leaf.last or end < 0 or not rest[end:].strip()
         text = rest if ends else rest[: end + len(self.stop)]
         return [Step(text, 0.0, 1, outcome=1.0 if ends else None, ended=ends)]
 
@@ -141,3 +141,11 @@ class StepProposer:
         asked: Any = ({"role": "user", "content": text},) if self.chat else text
         name = step.requests[0] if step.requests else f"{self.place}{leaf.tree}/{leaf.node}/solution"
         return Request(asked, f"{name}/judged", max_tokens=1, temperature=0.0, log_probs=True)
+
+
+def _beside(proposed: Sequence[Step], known: Sequence[Step]) -> list[Step]:
+    """Distinct steps. A known one is as likely, a token, as the likeliest of those proposed, so a search prefers neither."""
+    likeliest = max(proposed, key=lambda s: s.log_prob / max(1, s.tokens), default=None)
+    if likeliest is not None:
+        known = [replace(s, log_prob=likeliest.log_prob, tokens=likeliest.tokens) for s in known]
+    return distinct([*proposed, *known])

@@ -1,7 +1,7 @@
 r"""The preference methods on the same pairs, at equal steps. CSV to standard output.
 
     python benchmarks/preferences.py > benchmarks/results/preferences-world-cpu.csv
-    python benchmarks/preferences.py --pairs --seeds 3 --steps 24 > benchmarks/results/preferences-hh-cpu.csv
+    python benchmarks/preferences.py --pairs --seeds 3 --steps 20 > benchmarks/results/preferences-hh-cpu.csv
 
 The world is the chains of `preference_world`: pairs labelled by the return of sequences, and a student that was first trained
 on sequences of the chain. `value` is the exact return less the KL divergence from the chain, `accuracy` the share of test pairs
@@ -10,8 +10,8 @@ in the order of their labels. In `noisy` a quarter of the training labels is fli
 With `--pairs` they are people's pairs of harmless and harmful answers, the student is a pretrained causal LM of 6 M parameters,
 and `accuracy` is what is judged.
 
-Every arm takes the same steps and batches. Of two learning rates it has the one that is better on the mean of `--tuning` other
-seeds. Intervals are Student's, 95 %; differences are to DPO at the same seed.
+Every arm takes the same steps and batches. Of several `--rates` it has the one that is best on the validation split of `--tuning`
+other seeds (two in the world; of one rate, as with `--pairs`, nothing is chosen). Intervals are Student's, 95 %; differences are to DPO at the same seed.
 """
 
 from __future__ import annotations
@@ -64,13 +64,21 @@ REAL = {
 }
 
 
-def recipe(args: argparse.Namespace, setting: str, arm: Arm, rate: float, seed: int, output: Path) -> Recipe:
-    """One run."""
+def recipe(
+    args: argparse.Namespace, setting: str, arm: Arm, rate: float, seed: int, split: str, output: Path
+) -> Recipe:
+    """One run, evaluated on a split."""
     method, options = arm
     if method == "redi":  # of its second phase, as in its paper a fiftieth of the first one's
         options = {**options, "learning_rate": rate / 50}
     trainer = {"max_steps": args.steps, "learning_rate": rate, "save_strategy": "no", "logging_steps": args.steps}
-    values: dict[str, Any] = {"method": method, "options": options, "seed": seed, "output": str(output)}
+    values: dict[str, Any] = {
+        "method": method,
+        "options": options,
+        "seed": seed,
+        "output": str(output),
+        "eval_split": split,
+    }
     if setting == "pairs":
         trainer |= {"per_device_train_batch_size": 4}
         data = {"name": PAIRS, "max_length": args.length, "limit": 4 * args.steps}
@@ -83,24 +91,30 @@ def recipe(args: argparse.Namespace, setting: str, arm: Arm, rate: float, seed: 
 def rows(args: argparse.Namespace, setting: str, folder: Path) -> list[list[Any]]:
     """One setting: choose each arm's learning rate, then judge it."""
     arms = {name: arm for name, arm in (REAL if args.pairs else WORLD).items() if not args.arms or name in args.arms}
-    rates, metric = (1e-5, 1e-4) if args.pairs else (5e-3, 2e-2), "accuracy" if args.pairs else "value"
+    metric = "accuracy" if args.pairs else "value"
+    rates = args.rates or ((1e-4,) if args.pairs else (5e-3, 2e-2))
     homes = places(arms)
 
-    def results(rate_of: Mapping[str, float], seeds: range) -> list[dict[str, Any]]:
+    def results(rate_of: Mapping[str, float], seeds: range, split: str) -> list[dict[str, Any]]:
         cells = [(name, seed) for name in rate_of for seed in seeds]
         plans = [
-            recipe(args, setting, arms[n], rate_of[n], s, folder / setting / f"{homes[n]}-{rate_of[n]}-s{s}")
+            recipe(args, setting, arms[n], rate_of[n], s, split, folder / setting / f"{homes[n]}-{rate_of[n]}-s{s}")
             for n, s in cells
         ]
         found = run_all(plans, folder / setting / "start", workers=args.workers)
         return [{"method": n, "seed": s, **one} for (n, s), one in zip(cells, found, strict=True)]
 
-    tried = {r: results(dict.fromkeys(arms, r), range(TUNING_SEED, TUNING_SEED + args.tuning)) for r in rates}
-    score = {
-        (r, n): fmean(d["metrics"][metric] for d in done if d["method"] == n) for r, done in tried.items() for n in arms
-    }
-    rate_of = {name: max(rates, key=lambda r: score[r, name]) for name in arms}
-    done = results(rate_of, range(args.seeds))
+    rate_of = dict.fromkeys(arms, rates[0])
+    if len(rates) > 1:
+        others = range(TUNING_SEED, TUNING_SEED + args.tuning)
+        tried = {rate: results(dict.fromkeys(arms, rate), others, "validation") for rate in rates}
+        score = {
+            (rate, n): fmean(d["metrics"][metric] for d in done if d["method"] == n)
+            for rate, done in tried.items()
+            for n in arms
+        }
+        rate_of = {name: max(rates, key=lambda rate: score[rate, name]) for name in arms}
+    done = results(rate_of, range(args.seeds), "test")
     out = []
     for row in summarise(done, "dpo", metric):
         own = [d for d in done if d["method"] == row["method"]]
@@ -119,6 +133,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tuning", type=int, default=2)
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="learning rates to choose from")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--length", type=int, default=96, help="most tokens of a pair's side")
     parser.add_argument("--workers", type=int, default=1)

@@ -61,9 +61,10 @@ def finished_answers(nodes: Sequence[TreeNode], funnel: Funnel) -> list[ScoredAn
     ends = funnel.sieve("answers", leaves, lambda n: "unfinished" if n.outcome is None else None)
     found = []
     for leaf in ends:
-        path = [leaf]
-        while (above := by_id[leaf.tree, path[0].parent]).parent is not None:
-            path.insert(0, above)
+        path, above = [leaf], leaf.parent
+        while above is not None and (node := by_id[leaf.tree, above]).parent is not None:
+            path.insert(0, node)
+            above = node.parent
         found.append(
             ScoredAnswer(
                 tree=leaf.tree,

@@ -83,7 +83,7 @@ def search_report(
     found = [wilson(sum(j.right for j in answers), len(answers)) for answers in judged]
     rows = []
     for i, share in enumerate(found):
-        after = ["–"] * 3
+        after: list[Any] = ["–"] * 3
         if i:
             after = [_trees(searched[i - 1]), searched[i - 1].number, f"{_right(searched[i - 1]):.3f}"]
         name = f"round {i}" if i else "start"

@@ -146,8 +146,8 @@ class TPOTrees(StepRounds):
         prompt, requests = Prompt.load(self.grade_prompt), []
         for answer in answers:
             question = asked[str(answer.tree)]
-            shown = {"question": question.text, "steps": answer.text.rstrip("\n")}
-            text = prompt.render(**shown, solution=question.solution if self.hint else "")
+            solution = question.solution if self.hint else ""
+            text = prompt.render(question=question.text, steps=answer.text.rstrip("\n"), solution=solution)
             content: Any = ({"role": "user", "content": text},) if self.chat else text
             name = f"{answer.parents[-1]}/grade"
             requests.append(Request(content, name, max_tokens=8, temperature=self.grade_temperature))

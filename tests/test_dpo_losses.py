@@ -1,4 +1,4 @@
-"""Every loss of `dpo` that TRL's trainer has, in value and gradient against it; their limits; which options go together."""
+"""Every loss and weight of `dpo` that TRL's trainer has, in value and gradient against it; their limits; which options go together."""
 
 import math
 from collections import defaultdict
@@ -14,10 +14,11 @@ from understudy import InputError
 from understudy.data import ListBatch
 from understudy.data.numeric_columns import Column
 from understudy.losses import preference
+from understudy.losses.pair_weights import log_collision, policy_weight
 from understudy.methods import variants
 from understudy.methods.dpo import DPO, OF_RATIOS
 from understudy.models import ModelOutput
-from understudy.targets import Scores
+from understudy.targets import Dense, Scores
 from understudy.training import TrainState
 from understudy.training.reduction import Counts, sum_terms
 
@@ -47,10 +48,16 @@ def batch_and_values(dtype=torch.float64):
     return batch, ours, theirs
 
 
+def logits_of_tokens(ours):
+    """Logits `[tokens, 7]` of which the tokens' classes, 0, have the log-probabilities `ours`."""
+    rest = torch.randn(len(ours), 6, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
+    return torch.cat([ours[:, None], torch.log_softmax(rest, -1) + torch.log1p(-ours.exp())[:, None]], 1)
+
+
 def value_of(method, batch, ours, theirs):
     """The loss of an update of one batch, as the trainer divides it."""
     state = TrainState(step=1, columns={"reference": Column.by_token("reference", batch.ids, by_list(theirs))})
-    student = ModelOutput(Scores(batch.sum_tokens(ours), batch.candidates, ours, SimpleNamespace()))
+    student = ModelOutput(Scores(batch.sum_tokens(ours), batch.candidates, ours, Dense(logits_of_tokens(ours))))
     sums = sum_terms(method.loss(student, None, batch, state), batch, "token_mean", own := method.counts(batch))
     counts = Counts.of(batch, "token_mean", own)
     return sum(counts.divide(name, total) for name, total in sums.losses.items())
@@ -70,11 +77,14 @@ def value_of_trl(options, batch, ours, theirs):
 
         def __init__(self, tokens):
             super().__init__()
-            self.said = torch.zeros(there.shape, dtype=tokens.dtype).masked_scatter(there, tokens)[TRL_ORDER]
+            squares = logits_of_tokens(tokens.detach()).softmax(-1).square().sum(-1).log()
+            blank = torch.zeros(there.shape, dtype=tokens.dtype)
+            self.said, self.squares = (blank.masked_scatter(there, x)[TRL_ORDER] for x in (tokens, squares))
 
         def forward(self, **_):
             rest = torch.zeros(self.said.shape, dtype=torch.bool)
-            return SimpleNamespace(log_probs=self.said, entropy=rest, mean_logits=rest, is_top1=rest)
+            same = {"entropy": rest, "mean_logits": rest, "is_top1": rest}
+            return SimpleNamespace(log_probs=self.said, log_sum_sq_probs=self.squares, **same)
 
     stub = SimpleNamespace(
         model=Model(ours),
@@ -83,7 +93,7 @@ def value_of_trl(options, batch, ours, theirs):
         args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=options.get("discopop_tau", 0.05)),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
-        use_weighting=False,
+        use_weighting=options.get("use_weighting", False),
         ld_alpha=options.get("ld_alpha"),
         f_divergence_type=options.get("f_divergence_type", "reverse_kl"),
         f_alpha_divergence_coef=options.get("f_alpha_divergence_coef", 0.5),
@@ -119,6 +129,17 @@ CASES = [
     {"loss_type": ["sigmoid", "ipo"]},
     {"loss_type": ["sigmoid"], "ld_alpha": 0.3},
     {"loss_type": ["apo_zero"], "ld_alpha": 0.0},
+    *(
+        {"loss_type": losses, "use_weighting": True, **more}
+        for losses, more in (
+            (["sigmoid"], {}),
+            (["ipo"], {"beta": 0.3}),
+            (["nca_pair"], {}),
+            (["sigmoid"], {"ld_alpha": 0.3}),
+            (["robust"], {"f_divergence_type": "js_divergence", "label_smoothing": 0.1}),
+            (["sigmoid", "bco_pair"], {"loss_weights": [0.8, 0.2]}),
+        )
+    ),
     *(
         {"loss_type": [loss], "f_divergence_type": divergence, **more}
         for loss, divergence, more in (
@@ -227,6 +248,9 @@ def test_extreme_margins_stay_finite(name):
         ({"loss_type": "cpo", "ld_alpha": 0.5}, "ld_alpha has no effect on cpo"),
         ({"loss_type": "ipo", "length_penalty": 0.1}, "length_penalty has no effect on ipo"),
         ({"discopop_tau": 0.1}, "discopop_tau has no effect on dpo"),
+        ({"use_weighting": True, "loss_type": "kto"}, "use_weighting has no effect on kto"),
+        ({"use_weighting": True, "loss_type": ["dpo", "sft"]}, "use_weighting is not defined for dpo . sft"),
+        ({"use_weighting": True, "loss_type": ["dpo", "aot"]}, "use_weighting is not defined for dpo . aot"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, says):
@@ -242,6 +266,28 @@ def test_an_option_of_one_loss_leaves_the_others_of_a_mix_alone():
     close(mix, sum(value_of(method, batch, ours, theirs) for method in alone))
 
 
+def test_the_weights_of_pairs():
+    alike = torch.full((3, 5), 0.7).double()
+    close(log_collision(alike), torch.full((3,), -math.log(5), dtype=torch.float64), rtol=1e-12)
+    sure = torch.tensor([[40.0, 0.0, 0.0]]).double()
+    close(log_collision(sure), torch.zeros(1).double(), atol=1e-12)
+    close(policy_weight(torch.zeros(2)), torch.ones(2))
+    with pytest.raises(InputError, match="nan logits"):
+        log_collision(torch.tensor([[0.0, 0.0], [math.nan, 0.0]]))
+    batch, ours, theirs = batch_and_values()
+    squares = logits_of_tokens(ours).softmax(-1).square().sum(-1)
+    weights = batch.mean_tokens(ours - squares.log()).exp().prod(1).detach()
+    log_probs, lengths = batch.sum_tokens(ours), batch.lengths
+    plain = preference.simpo(*log_probs.unbind(1), *lengths.unbind(1))
+    simpo = value_of(DPO(loss_type="simpo", use_weighting=True), batch, ours, theirs)
+    close(simpo, (weights * plain).mean(), rtol=1e-9)
+    every = DPO(reference="teacher", use_weighting=True, pairs="all")  # one pair of each list here
+    close(
+        value_of(every, batch, ours, theirs),
+        value_of(DPO(reference="teacher", use_weighting=True), batch, ours, theirs),
+    )
+
+
 def test_bad_input():
     with pytest.raises(InputError, match="label_smoothing is 0"):
         at(preference.exo_pair, 0, 0, 0, 0, label_smoothing=0.0)
@@ -253,8 +299,13 @@ def test_bad_input():
 
 @pytest.mark.parametrize(
     "method",
-    [DPO(loss_type=("dpo", "sft"), loss_weights=(1.0, 0.5)), DPO(ld_alpha=0.5), DPO(f_divergence_type="js_divergence")],
-    ids=("sft", "ld", "js"),
+    [
+        DPO(loss_type=("dpo", "sft"), loss_weights=(1.0, 0.5)),
+        DPO(ld_alpha=0.5),
+        DPO(f_divergence_type="js_divergence"),
+        DPO(use_weighting=True),
+    ],
+    ids=("sft", "ld", "js", "wpo"),
 )
 def test_any_split_of_a_batch_gives_the_same_update(method, tokenizer, tmp_path):
     results = []

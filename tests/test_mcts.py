@@ -21,7 +21,8 @@ from understudy.generation.tree import (
     state_value,
     tree_search,
 )
-from understudy.losses.preference import dpo, visit_label_smoothing
+from understudy.losses.pair_weights import visit_label_smoothing
+from understudy.losses.preference import dpo
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import torch
 
 from understudy.curation.step_pairs import sibling_pairs
 from understudy.generation.tree import Node, chosen_child, prior, simulation, state_value
-from understudy.losses.preference import dpo, visit_label_smoothing
+from understudy.losses.pair_weights import visit_label_smoothing
+from understudy.losses.preference import dpo
 
 PROBLEMS, WIDTH, DEPTH, SIMULATIONS, SAMPLES, ITERATIONS = 60, 4, 4, 16, 3, 4
 

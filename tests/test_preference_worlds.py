@@ -48,6 +48,22 @@ def test_labels_of_chains_follow_their_returns():
     assert abs(won[margin.abs() < 0.3].mean() - 0.5) < 0.1
 
 
+def test_noise_of_labels_flips_training_pairs_of_chains_and_nothing_else():
+    clean, noisy, again = (chains(1, "own", label_noise=share) for share in (0.0, 0.25, 0.25))
+    flipped = []
+    for split, examples in clean.splits.items():
+        for a, b, c in zip(examples.records, noisy.splits[split].records, again.splits[split].records, strict=True):
+            assert b["scores"] == c["scores"]
+            assert all(torch.equal(x, y) for x, y in zip(a["sequences"][0], b["sequences"][0], strict=True))
+            if split == "train":
+                flipped.append(a["scores"] == b["scores"][::-1])
+            else:
+                assert a["scores"] == b["scores"]
+    assert 0.2 < sum(flipped) / len(flipped) < 0.3
+    every = chains(1, "own", label_noise=1.0).splits["train"].records
+    assert all(a["scores"] == b["scores"][::-1] for a, b in zip(clean.splits["train"].records, every, strict=True))
+
+
 @pytest.mark.parametrize("noise", ["none", "heavy", "outlier", "adversarial", "shift"])
 def test_bandits_are_the_same_again_and_noisy_in_training_alone(noise):
     a, b = bandit(noise, 1, train=50, test=20), bandit(noise, 1, train=50, test=20)
@@ -102,6 +118,8 @@ def test_a_policy_learns_what_is_best(tmp_path):
         ({"data": {"name": "bandits"}}, "Did you mean 'bandit'"),
         ({"data": {"name": "bandit", "noise": "pink"}}, "data.noise is 'pink'"),
         ({"data": {"name": "chains", "start": "none"}}, "data.start is 'none'"),
+        ({"data": {"name": "chains", "label_noise": 1.5}}, "data.label_noise"),
+        ({"data": {"name": "bandit", "label_noise": 0.2}}, "Unknown key data.label_noise"),
         ({"data": {"name": "bandit", "nois": "heavy"}}, "Did you mean 'noise'"),
         ({"student": "mlp:8"}, "is no policy of this world"),
     ],

@@ -10,7 +10,7 @@ import torch
 from understudy.curation.items import Item
 from understudy.generation.tree import Node
 from understudy.generation.tree_search import SearchedTree, Step
-from understudy.losses.preference import visit_label_smoothing
+from understudy.losses.pair_weights import visit_label_smoothing
 
 
 class TreeNode(Item):

@@ -43,30 +43,6 @@ def dpo(
     return _smoothed(h, label_smoothing)
 
 
-def visit_label_smoothing(chosen_visits: Tensor, rejected_visits: Tensor) -> Tensor:
-    """min(N_l / (max(1, N_w) + N_l), ½) of each pair, `[pairs]`: the less a search preferred one side, the softer its label.
-
-    0 where the worse side was never visited; ½ where it was visited as often as the better one, or more.
-
-    Args:
-        chosen_visits, rejected_visits: N_w and N_l, how often a tree search visited each side, `[pairs]`.
-
-    Raises:
-        InputError: a number of visits is negative or not finite.
-
-    Source: MCTS-DPO (2024, arXiv 2405.00451), Eq. for α, 1 / (N_w / N_l + 1), as in its released code.
-    """
-    for side, visits in (("chosen", chosen_visits), ("rejected", rejected_visits)):
-        wrong = (~(visits.isfinite() & (visits >= 0))).nonzero()
-        if len(wrong):
-            at = wrong[0].tolist()
-            raise InputError(
-                f"visit_label_smoothing: {float(visits[tuple(at)])} visits of the {side} side of pair {at[0]}: give counts."
-            )
-    n = rejected_visits.to(torch.promote_types(rejected_visits.dtype, torch.float32))
-    return (n / (chosen_visits.clamp(min=1) + n)).clamp(max=0.5)
-
-
 def robust_dpo(
     chosen: Tensor,
     rejected: Tensor,

@@ -6,27 +6,29 @@ One method, `loss_type` chooses the variant. With h = β (log-ratio of the bette
     apo_zero, apo_down, nca_pair, bco_pair, sppo_hard: each side's log-ratio    aot, aot_unpaired: sorted over the batch
     kto: each side alone, against the batch's KL    cpo, simpo, orpo: without a reference    sft: NLL of the better one
 
-Several of them, such as `[dpo, bco_pair, sft]` with `loss_weights`, are added up.
+Several of them, such as `[dpo, bco_pair, sft]` with `loss_weights`, are added up. With `use_weighting` (WPO, Zhou et al. 2024) a
+pair counts as much as the policy is likely to write both answers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from understudy.data import Batch, ListBatch, mismatched
-from understudy.data.noise import uniform
+from understudy.data import Batch, ListBatch
 from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import preference
+from understudy.losses.pair_weights import log_collision, policy_weight
 from understudy.models import ModelOutput
+from understudy.streaming import rowwise
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
+from understudy.training.list_pairs import mean_by_list, ordered_pairs
 from understudy.training.reference import (
     Reward,
     attach,
@@ -39,6 +41,7 @@ from understudy.training.reference import (
     rewarded,
     with_margin,
 )
+from understudy.training.single_answers import add_strays, are_single, stray_kl
 from understudy.training.token_columns import add_token_columns
 
 LossType = Literal[
@@ -101,6 +104,7 @@ USED_BY = {
     "length_penalty": frozenset({"dpo"}),
     "ld_alpha": frozenset(OF_RATIOS),
     "discopop_tau": frozenset({"discopop"}),
+    "use_weighting": frozenset({*OF_RATIOS, "simpo"} - SORTED),
 }
 """Options that some variants alone read."""
 SMOOTHED = "label_smoothing"
@@ -152,6 +156,9 @@ class DPO(Method):
         0.0, ge=0, description="α of R-DPO: α times the tokens that the better side has more is added to the margin h."
     )
     discopop_tau: float = Field(0.05, gt=0, description="Temperature of discopop.")
+    use_weighting: bool = Field(
+        False, description="Weigh each pair by how likely the policy is to write both answers (WPO); without gradient."
+    )
     length: Literal["sum", "mean"] | None = Field(
         None, description="Log-ratios as sums or as means a token; sum unless given, mean for ipo."
     )
@@ -189,6 +196,10 @@ class DPO(Method):
             raise ValueError(f"f_alpha_divergence_coef has no effect on {self.f_divergence_type}")
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ValueError("label_smoothing is 0, where exo_pair is infinite; the paper takes 0.001")
+        if self.use_weighting and not set(types) <= USED_BY["use_weighting"]:
+            raise ValueError(
+                f"use_weighting is not defined for {said}; it belongs to {', '.join(sorted(USED_BY['use_weighting']))}"
+            )
         if self.pairs == "all" and SORTED & set(types):
             raise ValueError(f"pairs=all does not go with {said}, which sorts one pair of each list")
         if self.ld_alpha is not None and (self.pairs != "extremes" or self.reference == "recorded"):
@@ -230,7 +241,7 @@ class DPO(Method):
         return Requirements(teacher="setup" if self.reference == "teacher" else "none")
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        unpaired = self.loss_type == "kto" and _unpaired(context)
+        unpaired = self.loss_type == "kto" and are_single(context)
         if not unpaired:
             need_order(self.name, context)
         rewarded(context, self._reward)
@@ -255,10 +266,7 @@ class DPO(Method):
         if self.ld_alpha is not None:
             add_token_columns(context, scorer, lambda s: {"reference": s.by_token(self.name)[0]}, kind="log_probs")
         if unpaired:
-            train, strays = context.splits["train"], mismatched(context.splits["train"])
-            attach(replace(context, splits={"mismatched": strays}), {"reference": scorer})
-            for row, stray in zip(train.records, strays.records, strict=True):
-                row["stray"] = stray
+            add_strays(context, scorer)
         return {}
 
     def _add_smoothing(self, context: SetupContext) -> None:
@@ -306,7 +314,7 @@ class DPO(Method):
             ratio = values - batch.reference.to(values.dtype)
             return {"kto": Term(self._kto(ratio, batch, state)), **seen}
         nll = Term(-values.gather(1, batch.best[:, None])[:, 0], self._weights.get("sft", self.nll_weight))
-        row, *sides = self._pairs(batch)
+        row, *sides = ordered_pairs(batch, self.pairs)
         nw, nl = (batch.lengths[row, i] for i in sides)
         if self._anchored:
             chosen, rejected = self._scores(student, values, batch, state, row, sides)
@@ -320,7 +328,12 @@ class DPO(Method):
         else:
             better, worse = (values[row, i] for i in sides)
             found = self._without_reference(better, worse, nw, nl)
-        own = {name: Term(_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
+        if self.use_weighting:
+            each = self._weight(student, batch)
+            weights = each[row, sides[0]] * each[row, sides[1]]
+            found = {name: Term(weights * term.values, term.weight) for name, term in found.items()}
+            seen["weights"] = Term(mean_by_list(weights, row, batch), 0.0)
+        own = {name: Term(mean_by_list(term.values, row, batch), term.weight) for name, term in found.items()}
         return {**own, **({"nll": nll} if {"sft", *WITH_NLL} & set(self._types) else {}), **seen}
 
     def _scores(
@@ -370,19 +383,12 @@ class DPO(Method):
             options["offset"] = self.length_penalty * (nw - nl)
         return OF_RATIOS[name](*sides, beta=self._beta, **options)
 
-    def _pairs(self, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """List, better and worse candidate of each pair."""
-        if self.pairs == "extremes":
-            return torch.arange(batch.num_items, device=batch.ids.device), batch.best, batch.worst
-        both = batch.candidates[:, :, None] & batch.candidates[:, None, :]
-        ordered = (batch.scores[:, :, None] > batch.scores[:, None, :]) & both
-        if self.pairs == "random":
-            lot = uniform(batch.ids, ordered.shape[1:], seed=0, step=0).masked_fill(~ordered, 0.0).flatten(1)
-            ordered = (
-                torch.zeros_like(ordered).flatten(1).scatter(1, lot.argmax(1, keepdim=True), True).view_as(ordered)
-            )
-        row, better, worse = ordered.nonzero(as_tuple=True)
-        return row, better, worse
+    def _weight(self, student: ModelOutput, batch: ListBatch) -> Tensor:
+        """WPO's weight of each candidate, `[lists, candidates]`."""
+        tokens, signal = student.signal.by_token(self.name)
+        with torch.no_grad():
+            usual = rowwise(log_collision, signal.detach(), None)
+            return policy_weight(batch.mean_tokens(tokens - usual.to(tokens.dtype)))
 
     def _without_reference(self, chosen: Tensor, rejected: Tensor, nw: Tensor, nl: Tensor) -> dict[str, Term]:
         if self.loss_type == "orpo":
@@ -400,7 +406,7 @@ class DPO(Method):
         middle = ratio.new_full((1, 1), 0.5) if single else _mean(batch.scores, batch)
         good, bad = ((side & batch.candidates) for side in (batch.scores > middle, batch.scores <= middle))
         if single:
-            kl = _stray_kl(batch, state).expand_as(ratio)
+            kl = stray_kl(batch, state).expand_as(ratio)
         else:
             kl = torch.where(good, preference.kto_kl(ratio[bad]), preference.kto_kl(ratio[good]))
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
@@ -410,31 +416,3 @@ class DPO(Method):
 def _mean(values: Tensor, batch: ListBatch) -> Tensor:
     """The mean over each list's candidates, `[lists, 1]`."""
     return values.masked_fill(~batch.candidates, 0.0).sum(1, keepdim=True) / batch.candidates.sum(1, keepdim=True)
-
-
-def _stray_kl(batch: ListBatch, state: TrainState) -> Tensor:
-    """KTO's z of a micro-batch: the log-ratios of its prompts with the answers of other examples. No gradient."""
-    strays = batch.strays
-    assert strays is not None and strays.reference is not None and state.student is not None  # the data stage made them
-    with torch.no_grad():
-        said = finite(state.student(strays).signal.values, strays)
-    return preference.kto_kl(said - strays.reference.to(said.dtype))
-
-
-def _by_list(values: Tensor, row: Tensor, batch: ListBatch) -> Tensor:
-    """The mean over each list's pairs, `[lists]`."""
-    number = torch.bincount(row, minlength=batch.num_items).clamp(min=1)
-    return values.new_zeros(batch.num_items).index_add(0, row, values) / number
-
-
-def _unpaired(context: SetupContext) -> bool:
-    """Whether the data are single answers; lists beside them are refused."""
-    rows = [(split, row) for split, examples in context.splits.items() for row in examples.records]
-    lists = [(split, row) for split, row in rows if len(row["scores"]) > 1]
-    if lists and len(lists) < len(rows):
-        (split, row), number = lists[0], len(rows) - len(lists)
-        raise InputError(
-            f"dpo: {split} example {row['id']} has {len(row['scores'])} candidates and {number} others have one. Give kto "
-            "pairs (or lists) alone, or single answers with labels alone."
-        )
-    return not lists

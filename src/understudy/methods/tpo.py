@@ -41,7 +41,8 @@ class TPO(Method):
     kinds = frozenset({"preference"})
     cost = "one student forward and backward an answer; the reference costs one forward an answer, once and stored"
     page: ClassVar[dict[str, str]] = {
-        "when": "Several graded answers for each prompt, written in steps (columns `tree`, or `steps` and `scores`).",
+        "when": "Several graded answers for each prompt, written in steps (columns `tree`, or `steps` and `scores`). "
+        "`tpo-trees` builds them from a model's searches.",
         "not": "With pairs it is DPO with a mean over steps. Answers without `steps` count as one step, which its weight "
         "does not change.",
         "deviations": "The step weights are constants, where the released code lets gradients flow into them, and belong to "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from understudy.data.batch import IGNORE, Batch
 from understudy.data.lists import ListBatch
+from understudy.data.noise import uniform
 from understudy.data.tokenize import TextSet
 from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
@@ -62,15 +63,25 @@ class World(Protocol):
 
 
 def chains(
-    seed: int, start: Literal["own", "mixture", "tuned"], *, pairs: int = 600, tokens: int = 16, length: int = 10
+    seed: int,
+    start: Literal["own", "mixture", "tuned"],
+    *,
+    pairs: int = 600,
+    tokens: int = 16,
+    length: int = 10,
+    label_noise: float = 0.0,
 ) -> Chains:
     """The world of card 39: pairs from a chain, labelled with probability σ(difference of returns).
+
+    Of the training pairs the share `label_noise`, drawn by seed and id, have the opposite label; all else is unchanged.
 
     `clean` holds 1,000 sequences for a start: of this chain (`own`), 85 % of another one (`mixture`), or of this chain after
     half the reward of each transition raised it (`tuned`).
     """
     if start not in ("own", "mixture", "tuned"):
         raise InputError(f"data.start is {start!r}; known: own, mixture, tuned.")
+    if not isinstance(label_noise, int | float) or not 0 <= label_noise <= 1:
+        raise InputError(f"data.label_noise is {label_noise!r} and must be a share between 0 and 1.")
     chance = torch.Generator().manual_seed(seed)
 
     def matrix(scale: float) -> Tensor:
@@ -93,6 +104,8 @@ def chains(
         a, b = walk(first, log_p.exp()), walk(first, log_p.exp())
         gain = [reward[s[:, :-1], s[:, 1:]].sum(1) for s in (a, b)]
         better = torch.rand(number, generator=chance) < torch.sigmoid(gain[0] - gain[1])
+        if split == "train":
+            better ^= uniform(torch.arange(number), (), seed=seed, step=0) < label_noise
         splits[split] = TextSet([_pair(count + i, a[i], b[i], bool(better[i])) for i in range(number)])
         count += number
     tuned = (log_p + reward / 2).log_softmax(-1)

@@ -127,6 +127,7 @@ class _World(BaseModel):
         "own",
         description="Whose samples a policy of the chains is started on: their own, mostly another chain's, or better ones.",
     )
+    label_noise: _Share | None = Field(None, description="Share of the chains' training pairs whose label is flipped.")
     rejected: Rejected = Field("optimal", description="Where rejected responses come from.")
     beta: Annotated[float, Field(gt=0)] = Field(
         0.5, description="Of the DPO that optimally rejected responses are for."

@@ -24,7 +24,7 @@ from understudy.tasks.base import Prepared, TaskDefaults, merged
 
 _OPTIONS = {
     "bandit": {"name", "seed", "noise", "for_teacher", "limit"},
-    "chains": {"name", "seed", "start", "for_teacher", "limit"},
+    "chains": {"name", "seed", "start", "label_noise", "for_teacher", "limit"},
     "responses": {"name", "seed", "rejected", "beta", "for_teacher", "limit"},
 }
 _BANDIT = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
@@ -85,7 +85,7 @@ class PreferenceWorld(TaskDefaults):
                 raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
         world: Chains | Responses | None = None
         if name == "chains":
-            world = chains(data["seed"], data["start"])
+            world = chains(data["seed"], data["start"], label_noise=data.get("label_noise", 0.0))
         elif name == "responses":
             world = responses(data["seed"], data.get("rejected", "optimal"), beta=data.get("beta", 0.5))
         splits = world.splits if world is not None else bandit(data["noise"], data["seed"])

@@ -33,6 +33,8 @@ _TRAINER = {
 _MODEL = "llama:hidden=64,layers=2,heads=4,init=0.1"
 STEPS = "step by step"
 """What a prompt says to the world's oracle that is to write its steps, and not the answer alone."""
+GRADES = "from -100 to 100"
+"""What a prompt says to the world's evaluator that is to grade, and not to say A or B."""
 EXPLAINED = {
     "accuracy": "Share of questions whose greedy answer, in the trained format, is right. What cannot be read is wrong.",
     "accuracy_lenient": "The same where the last answer in the text counts, wherever it stands.",
@@ -201,11 +203,13 @@ _GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error
 
 
 def _evaluator(noise: float) -> Source:
-    """Who says whether the steps of a sum are right (B) or not (A); `noise` deviates its probability."""
+    """Who says whether the steps of a sum are right (B) or not (A), or grades them; `noise` deviates its probability."""
 
     def says(request: Request, chance: np.random.Generator) -> Completion:
         text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
         p = min(0.99, max(0.01, (0.65 if on_the_way(text) else 0.35) + noise * chance.normal()))
+        if GRADES in text:
+            return Completion(str(round(200 * p - 100)), "stop", None, len(text.split()), 1)
         return Completion("B" if p > 0.5 else "A", "stop", math.log(max(p, 1 - p)), len(text.split()), 1)
 
     return OracleSource(f"sums judged {noise}", says)

@@ -23,14 +23,16 @@ class PreferenceRounds:
 
     Args:
         context: of the pipeline. Its recipe's `trainer` covers all rounds: each takes a share of `max_steps`.
-        rounds: at most so many. options: of the method `dpo`.
+        rounds: at most so many. options: of the method.
         anchor: the reference model of a round: the student before the first round, or before this one.
+        method: that learns from the records, with an option `reference`.
     """
 
     context: PipelineContext
     rounds: int
     options: Mapping[str, Any] = field(default_factory=dict)
     anchor: Literal["start", "round"] = "start"
+    method: str = "dpo"
 
     def check(self) -> None:
         """Refuse recipes that cannot be carried out.
@@ -79,23 +81,27 @@ class PreferenceRounds:
         for number in range(self.rounds):
             inner = self.context.round(number)
             records = collect(inner, number, policies[-1])
-            if not records:
+            if number and not records:
                 break
-            self._write(number, records)
+            self.write(number, records)
             policies.append(str(inner.train("training", self._recipe(number, policies)).folder / "student"))
-        if len(policies) == 1:
-            raise InputError(
-                "The first round has no pair: where all answers have one value nothing is better. Ask for more candidates, a "
-                "higher temperature, or harder questions."
-            )
         return policies
 
     @property
     def _steps(self) -> int:
         return int(self.context.recipe["trainer"].get("max_steps", 0))
 
-    def _write(self, number: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """The round's corpus; a round of few pairs is evaluated on those that it trains on."""
+    def write(self, number: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write the round's corpus; a round of few records is evaluated on those that it trains on.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not records:
+            raise InputError(
+                "The first round has no pair: where all answers have one value nothing is better. Ask for more candidates, a "
+                "higher temperature, or harder questions."
+            )
         corpus = self.context.folder / f"round-{number}" / "corpus"
         held = records[::HELD_OUT] if len(records) >= 2 * HELD_OUT else records
         train = [r for i, r in enumerate(records) if i % HELD_OUT] if len(records) >= 2 * HELD_OUT else records
@@ -111,7 +117,7 @@ class PreferenceRounds:
         anchored = self.anchor == "start" and number > 0
         return {
             "task": "preferences",
-            "method": "dpo",
+            "method": self.method,
             "options": {**self.options, "reference": "teacher" if anchored else "start"},
             "data": {
                 **{k: data[k] for k in _DATA if k in data},

@@ -59,6 +59,7 @@ class StepProposer:
         checker: of final answers; behind its mark an answer ends. place: begins the ids of requests.
         draw: another number asks for other samples. max_tokens, temperature: of a step. stop: what ends a step.
         hint: show the evaluator the reference solution. chat: ask it in a chat.
+        solution: behind a beginning of the reference solution its own next step is one of those proposed.
     """
 
     questions: Mapping[str, Question]
@@ -73,6 +74,7 @@ class StepProposer:
     stop: str = "\n"
     hint: bool = True
     chat: bool = False
+    solution: bool = False
 
     @property
     def calls_per_step(self) -> int:
@@ -80,13 +82,29 @@ class StepProposer:
         return 1 + (self.judge is not None)
 
     def __call__(self, leaves: Sequence[Leaf]) -> Iterator[Expansion]:
-        requests = [self._request(leaf, k) for leaf in leaves for k in range(leaf.width)]
+        known = [self._known_step(leaf) for leaf in leaves]
+        asked = [leaf.width - len(own) for leaf, own in zip(leaves, known, strict=True)]
+        requests = [self._request(leaf, k) for leaf, number in zip(leaves, asked, strict=True) for k in range(number)]
         said = zip(requests, self.ask(requests), strict=True)
-        proposed = [distinct([self._step(leaf, *next(said)) for _ in range(leaf.width)]) for leaf in leaves]
+        proposed = [
+            _beside([self._step(leaf, *next(said)) for _ in range(number)], own)
+            for leaf, number, own in zip(leaves, asked, known, strict=True)
+        ]
         judged = iter(self._judged([(leaf, s) for leaf, steps in zip(leaves, proposed, strict=True) for s in steps]))
-        for leaf, steps in zip(leaves, proposed, strict=True):
+        for number, steps in zip(asked, proposed, strict=True):
             found = [next(judged) for _ in steps]
-            yield Expansion(found, leaf.width + (len(steps) if self.judge is not None else 0))
+            yield Expansion(found, number + (len(steps) if self.judge is not None else 0))
+
+    def _known_step(self, leaf: Leaf) -> list[Step]:
+        """The reference solution's next step, where it begins with the steps so far; not yet with a probability."""
+        whole, said = self.questions[leaf.tree].solution, "".join(leaf.steps)
+        rest = whole[len(said) :]
+        if not self.solution or not whole.startswith(said) or not rest.strip():
+            return []
+        end = rest.find(self.stop, len(rest) - len(rest.lstrip()))
+        ends = leaf.last or end < 0 or not rest[end:].strip()
+        text = rest if ends else rest[: end + len(self.stop)]
+        return [Step(text, 0.0, 1, outcome=1.0 if ends else None, ended=ends)]
 
     def _request(self, leaf: Leaf, k: int) -> Request:
         text = self.questions[leaf.tree].prompt + "".join(leaf.steps)
@@ -121,4 +139,13 @@ class StepProposer:
         steps = "".join(leaf.steps) + step.text
         text = self.judge_prompt.render(question=question.text, steps=steps.rstrip("\n"), solution=solution)
         asked: Any = ({"role": "user", "content": text},) if self.chat else text
-        return Request(asked, f"{step.requests[0]}/judged", max_tokens=1, temperature=0.0, log_probs=True)
+        name = step.requests[0] if step.requests else f"{self.place}{leaf.tree}/{leaf.node}/solution"
+        return Request(asked, f"{name}/judged", max_tokens=1, temperature=0.0, log_probs=True)
+
+
+def _beside(proposed: Sequence[Step], known: Sequence[Step]) -> list[Step]:
+    """Distinct steps. A known one is as likely, a token, as the likeliest of those proposed, so a search prefers neither."""
+    likeliest = max(proposed, key=lambda s: s.log_prob / max(1, s.tokens), default=None)
+    if likeliest is not None:
+        known = [replace(s, log_prob=likeliest.log_prob, tokens=likeliest.tokens) for s in known]
+    return distinct([*proposed, *known])

@@ -1,0 +1,50 @@
+"""Single answers with a label, as KTO learns from them, and the prompts with answers of others that estimate its KL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from understudy.data import ListBatch, mismatched
+from understudy.errors import InputError
+from understudy.losses import preference
+from understudy.models import ModelAdapter
+from understudy.training.method import TrainState
+from understudy.training.reference import attach, finite
+from understudy.training.setup import SetupContext
+
+
+def are_single(context: SetupContext) -> bool:
+    """Whether the data are single answers.
+
+    Raises:
+        InputError: lists beside them.
+    """
+    rows = [(split, row) for split, examples in context.splits.items() for row in examples.records]
+    lists = [(split, row) for split, row in rows if len(row["scores"]) > 1]
+    if lists and len(lists) < len(rows):
+        (split, row), number = lists[0], len(rows) - len(lists)
+        raise InputError(
+            f"dpo: {split} example {row['id']} has {len(row['scores'])} candidates and {number} others have one. Give kto "
+            "pairs (or lists) alone, or single answers with labels alone."
+        )
+    return not lists
+
+
+def add_strays(context: SetupContext, scorer: ModelAdapter) -> None:
+    """Give each training example its prompt with the answer of another one, and the reference model's log-probability of it."""
+    train, strays = context.splits["train"], mismatched(context.splits["train"])
+    attach(replace(context, splits={"mismatched": strays}), {"reference": scorer})
+    for row, stray in zip(train.records, strays.records, strict=True):
+        row["stray"] = stray
+
+
+def stray_kl(batch: ListBatch, state: TrainState) -> Tensor:
+    """KTO's z of a micro-batch: the log-ratios of its prompts with the answers of other examples. No gradient."""
+    strays = batch.strays
+    assert strays is not None and strays.reference is not None and state.student is not None  # the data stage made them
+    with torch.no_grad():
+        said = finite(state.student(strays).signal.values, strays)
+    return preference.kto_kl(said - strays.reference.to(said.dtype))

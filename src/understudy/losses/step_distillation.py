@@ -122,17 +122,3 @@ def consistency(values: Tensor, target: Tensor, distance: Distance = "l2") -> Te
     if values.shape != target.shape:
         raise InputError(f"Student {tuple(values.shape)} and target {tuple(target.shape)} differ in shape.")
     return (values - target.detach()).abs().flatten(1).mean(1)
-
-
-def renoised(end: Tensor, eps: Tensor, level: Level, smallest: Level) -> Tensor:
-    """A sample at the smallest time with fresh noise up to the level of t: (α_t / α_ε) x + √(σ_t² − (α_t σ_ε / α_ε)²) z.
-
-    Args:
-        end: the sample at the smallest time. eps: z. level, smallest: of t and of the smallest time.
-
-    Source: Song et al. 2023, Algorithm 1.
-    """
-    (alpha, sigma), (alpha_min, sigma_min) = level, smallest
-    ratio = alpha / alpha_min
-    fresh = (sigma.square() - (ratio * sigma_min).square()).clamp(min=0).sqrt()
-    return over(ratio, end) * end + over(fresh, end) * eps

@@ -164,7 +164,8 @@ class ImageGeneration(TaskDefaults):
             prediction=facts["prediction"],
             null=facts["null_class"],
         )
-        if facts["guidance"] is not None and rows.sampler.steps:  # one-call samplers use no guidance
+        # one-call samplers use no guidance
+        if facts["guidance"] is not None and rows.sampler.steps and not rows.sampler.guided:
             rows.sampler = replace(rows.sampler, guidance=facts["guidance"])
         if spec.quantization is not None:
             raise InputError("Denoisers are not quantised here: leave the model's quantization out.")

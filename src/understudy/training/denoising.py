@@ -72,7 +72,8 @@ def sampled_like(student: ModelAdapter, context: SetupContext, steps: int, grid:
                 "student=teacher, or a student with the teacher's scheduler."
             )
     model.clip = None  # a bound of x_0 stops the gradient
-    model.sampler = replace(teacher.sampler, steps=steps, guidance=None)
+    guided = teacher.sampler.guided or teacher.sampler.guidance is not None
+    model.sampler = replace(teacher.sampler, steps=steps, guidance=None, guided=guided)
     return model
 
 

@@ -39,7 +39,7 @@ from understudy.training.denoising import (
 
 
 class Consistency(Method):
-    """A student whose one call leads from any noise level to the end of the teacher's trajectory."""
+    """Consistency distillation (2023): one call leads from any noise level to the end of the teacher's trajectory."""
 
     name = "consistency"
     kinds = frozenset({"noise"})

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class DiffusionDPO(Method):
-    """Preferences over pairs of samples, for a diffusion model that exists."""
+    """Diffusion-DPO (2023): a trained diffusion model learns preferences over pairs of examples."""
 
     name = "diffusion-dpo"
     kinds = frozenset({"noise"})

@@ -51,7 +51,7 @@ _STUDENT, _FAKE = 1, 3
 
 
 class DMD(Method):
-    """A generator of one call whose samples have the teacher's distribution."""
+    """DMD (2024): a generator of one call whose samples have the teacher's distribution."""
 
     name = "dmd"
     kinds = frozenset({"noise"})
@@ -72,7 +72,7 @@ class DMD(Method):
     }
 
     regression: float = Field(0.25, ge=0, description="λ, weight of regression on stored pairs; 0 for none.")
-    pairs: int = Field(4096, ge=1, description="Stored pairs of noise and the teacher's sample, if regression is used.")
+    pairs: int = Field(2048, ge=1, description="Stored pairs of noise and the teacher's sample, if regression is used.")
     fake_rate: float = Field(1e-3, gt=0, description="Learning rate of the fake score.")
     t_min: float = Field(0.02, ge=0, lt=1, description="Least t of the noise that samples are compared at.")
     t_max: float = Field(0.98, gt=0, le=1, description="Largest t of this noise.")

@@ -37,7 +37,7 @@ from understudy.training.denoising import (
 
 
 class Progressive(Method):
-    """A few-step sampler by halving the teacher's steps, phase by phase."""
+    """Progressive distillation (2022): one DDIM step of the student is two of its teacher, again and again."""
 
     name = "progressive"
     kinds = frozenset({"noise"})

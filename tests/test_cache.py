@@ -288,11 +288,14 @@ def test_methods_that_read_inside_the_teacher_are_refused(home, tmp_path):
         distill({**recipe, "teacher": {**recipe["teacher"], "cache": str(tmp_path / "cache")}})
 
 
-@pytest.mark.parametrize("method", ["lelp", "hard", "tgeo-kd", "ff-g2m", "boot", "distillation-dpo"])
+DENOISERS = ("boot", "distillation-dpo", "progressive", "consistency", "dmd", "diffusion-dpo")
+
+
+@pytest.mark.parametrize("method", ["lelp", "hard", "tgeo-kd", "ff-g2m", *DENOISERS])
 def test_methods_that_read_the_teacher_before_training_want_its_model(method, tmp_path):
     """A cache that stands in for the model is refused in one line, before anything is trained."""
     ring = {"task": "image_generation", "data": "ring8"}
-    base = {"ff-g2m": {"task": "node_classification"}, "boot": ring, "distillation-dpo": ring}
+    base = {"ff-g2m": {"task": "node_classification"}, **dict.fromkeys(DENOISERS, ring)}
     recipe = {**base.get(method, DIGITS), "teacher": {"model": "mlp:8", "cache": str(tmp_path)}, "method": method}
     with pytest.raises(InputError, match="reads the teacher's own model before training"):
         distill({**recipe, "output": str(tmp_path / "run")})

@@ -235,7 +235,8 @@ def _cell(path: Path, cell: Any) -> Any:
 def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
     have = columns_of(path)
     image, label = str(spec.get("image_column", "image")), label_column(spec)
-    image, label = ("images" if "images" in have else image), ["labels"] if label and "labels" in have else label
+    image = "images" if "images" in have and "image_column" not in spec else image
+    label = ["labels"] if label and "labels" in have else label
     need_columns(path, have, {image, *label, *domain_column(spec)})
     arrays = read_npz(path, [image, *label, *domain_column(spec)])
     pixels = array_pixels(path, image, arrays[image], spec, counts)

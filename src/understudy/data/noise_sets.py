@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from understudy.data.batch import Batch, WholeExamples
-from understudy.data.images import load_images
+from understudy.data.images import Splits, load_images
 from understudy.errors import InputError
 
 APART = {"train": 0, "validation": 1 << 40, "test": 2 << 40, "reference": 3 << 40}
@@ -63,6 +63,7 @@ class Reference:
         key: content hash.
         steps: step budgets of the teacher's own sampler to report.
         many: number of calls of the sampler that serves as the teacher's reference.
+        rejected: reads the worse examples beside those of `examples`, if the data are pairs.
         store: folder for results that are expensive to compute.
     """
 
@@ -74,6 +75,7 @@ class Reference:
     many: int
     deviation: float = 0.0
     store: Path | None = None
+    rejected: Callable[[], Tensor] | None = None
 
 
 class NoiseSet(Dataset[tuple[int, int]]):
@@ -135,6 +137,7 @@ class Source:
         classes: 0 for none.
         key: content hash.
         centres, deviation: of the modes, `[modes, dimensions]`, if they are known.
+        rejected: reads the worse examples of a split, one for each, if the data are pairs.
     """
 
     examples: Callable[[str], tuple[Tensor, Tensor]] | None
@@ -144,23 +147,47 @@ class Source:
     key: str = "noise"
     deviation: float = 0.0
     notes: list[str] = field(default_factory=list)
+    rejected: Callable[[str], Tensor] | None = None
 
 
-def load_source(spec: dict[str, Any], embedded: Mapping[str, Source] = MappingProxyType({})) -> Source:
-    """`noise` (no data), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1]."""
+def load_source(
+    spec: dict[str, Any], embedded: Mapping[str, Source] = MappingProxyType({}), rejected: str | None = None
+) -> Source:
+    """`noise` (no data), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1].
+
+    Args:
+        rejected: column of a table with a worse image for each, if the set holds pairs.
+    """
     name = str(spec["name"])
+    if rejected is not None and (name == "noise" or name in embedded):
+        raise InputError(f"data.rejected_column names a column of a table of pairs, and {name} has none.")
     if name == "noise":
         return Source(None)
     if name in embedded:
         return embedded[name]
     splits = load_images(spec)
+    if rejected is None:
+        worse = None
+    else:  # the same rows with another column: the splits follow from their number
+        worse = load_images({**spec, "image_column": rejected})
+        if worse.shape != splits.shape:
+            raise InputError(
+                f"{name}: better images have shape {splits.shape} and those of data.rejected_column={rejected} {worse.shape}: "
+                "give both one size."
+            )
 
-    def examples(split: str) -> tuple[Tensor, Tensor]:
-        part = getattr(splits, split)
+    def pixels(of: Splits, split: str) -> tuple[Tensor, Tensor]:
+        part = getattr(of, split)
         if part.pixels.dtype != torch.uint8:
             raise InputError(
                 f"{name} holds features, not pixels: image_generation takes images, {', '.join(embedded)}, or noise."
             )
         return part.pixels.float() / 127.5 - 1, part.labels
 
-    return Source(examples, splits.shape, len(splits.classes), None, splits.hash, notes=list(splits.notes))
+    found = Source(
+        partial(pixels, splits), splits.shape, len(splits.classes), None, splits.hash, notes=list(splits.notes)
+    )
+    if worse is not None:
+        found.key += worse.hash
+        found.rejected = lambda split: pixels(worse, split)[0]
+    return found

@@ -15,6 +15,23 @@ from understudy.evaluation.clouds import chamfer_distance, earth_mover_distance,
 CloudMetric = Literal["chamfer", "jsd", "iou", "emd"]
 
 
+def metric_for(asked: Literal["nearest"] | CloudMetric | None, paired: bool) -> Literal["nearest"] | CloudMetric:
+    """The metric that ranks samples.
+
+    Args:
+        asked: a metric, or `None` for the default: chamfer where every sample has a truth of its own, else nearest.
+        paired: whether it has.
+
+    Raises:
+        InputError: these data cannot be ranked by it.
+    """
+    metric = asked or ("chamfer" if paired else "nearest")
+    if (metric == "nearest") == paired:
+        known = "chamfer, jsd, iou and emd" if paired else "nearest"
+        raise InputError(f"options.metric is {metric!r}, and samples of these data are ranked by {known}.")
+    return metric
+
+
 @torch.no_grad()
 def cloud_costs(metric: CloudMetric, samples: Tensor, truth: Tensor, *, voxel: float) -> Tensor:
     """The distance of each sampled cloud from its true one: `[rows]`, float64.

@@ -12,7 +12,7 @@ Only noise goes in: no examples, and no stored trajectories. A sample is g(ε, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -29,6 +29,13 @@ from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
 from understudy.training.averages import follow, take, warmed_up
+from understudy.training.denoising import (
+    ask_teacher,
+    denoiser,
+    student_denoiser,
+    teacher_denoiser,
+    teacher_outputs,
+)
 
 
 class BOOT(Method):
@@ -86,14 +93,10 @@ class BOOT(Method):
         return Requirements(teacher="calls", teacher_model=True)
 
     def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
-        teacher = _denoiser(context.live_teacher())
-        if _denoiser(student).shape != teacher.shape:
-            raise InputError(f"The student makes examples of {student.shape} and the teacher of {teacher.shape}.")
-        if not any(p.requires_grad for p in student.parameters()):
-            raise InputError("The student has nothing to train: a closed form is a teacher only. Name a network.")
+        model, teacher = student_denoiser(student, context), denoiser(context.live_teacher())
         if float(teacher.levels.snap(torch.tensor(self.delta))) == 0:
             raise InputError(f"options.delta is {self.delta:g}, less than a step of the teacher's schedule: raise it.")
-        return _denoiser(student).one_call(self.t_max if self.target == "boundary" else self.t_min, self.t_max)
+        return model.one_call(self.t_max if self.target == "boundary" else self.t_min, self.t_max)
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
         return {"average": copy.deepcopy(student)} if self.ema else {}
@@ -103,20 +106,10 @@ class BOOT(Method):
         if self.target != "regression":
             return {}
         settings = {"seed": context.seed, **self.model_dump(include={"t_min", "t_max", "steps"})}
-        settings["guidance"] = _denoiser(context.live_teacher()).sampler.guidance
-        return context.once("pairs", lambda: {"outputs": self._outputs(context)}, **settings)
-
-    @torch.no_grad()
-    def _outputs(self, context: SetupContext) -> Tensor:
-        teacher = _denoiser(context.live_teacher())
-        home, parts = next(teacher.parameters()), []
+        settings["guidance"] = denoiser(context.live_teacher()).sampler.guidance
         times = torch.linspace(self.t_max, self.t_min, self.steps + 1, dtype=torch.float64)
-        with evaluating(teacher):
-            for batch in context.batches("train", 256):
-                assert isinstance(batch, NoiseBatch)
-                eps = _noise(teacher, batch, context.seed, 0).to(home)
-                parts.append(trajectory(teacher.denoise, teacher.levels, batch.to(home.device), eps, times).cpu())
-        return torch.cat(parts)
+        train = context.splits["train"]
+        return context.once("pairs", lambda: {"outputs": teacher_outputs(context, train, times)}, **settings)
 
     def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
         """ε at the time the student learns: s of a random step for the bootstrap."""
@@ -139,7 +132,7 @@ class BOOT(Method):
             outputs = state.tables["outputs"][batch.ids.cpu()].to(y_s)
             return {"regression": Term(diffusion.squared_error(y_s, outputs))}
         first = batch.at(eps, _levels(state).snap(torch.tensor(self.t_max)))
-        begun = _ask(state)(first).to(y_s.dtype)
+        begun = ask_teacher(state)(first).to(y_s.dtype)
         if self.target == "boundary":
             return {"boundary": Term(diffusion.boundary(y_s, begun))}
         target, weight = self._target(batch, state)
@@ -153,7 +146,7 @@ class BOOT(Method):
     def _target(self, batch: NoiseBatch, state: TrainState) -> tuple[Tensor, Tensor]:
         """The student's signal at t after one teacher step to s, and the weight of each row."""
         assert state.student is not None
-        levels, ask = _levels(state), _ask(state)
+        levels, ask = _levels(state), ask_teacher(state)
         eps, s = batch.inputs["x"], batch.inputs["t"]
         t = s + self._step(levels)
         now, then = levels.at(t), levels.at(s)
@@ -190,7 +183,7 @@ class BOOT(Method):
         if self.target == "regression":
             metrics["stored_teacher_calls"] = float(len(state.tables["outputs"]) * self.steps)
         if self.refine:
-            metrics |= self._refined(_denoiser(state.student), _denoiser(context.live_teacher()), context)
+            metrics |= self._refined(denoiser(state.student), denoiser(context.live_teacher()), context)
         return {"metrics": metrics}
 
     @torch.no_grad()
@@ -225,17 +218,5 @@ def _noise(model: Any, batch: NoiseBatch, seed: int, step: int) -> Tensor:
     return normal(batch.ids, model.shape, seed=seed, step=step)
 
 
-def _denoiser(model: Any) -> DenoiserAdapter:
-    if not isinstance(model, DenoiserAdapter):
-        raise InputError("Method 'boot' distils a denoiser into a denoiser: use task=image_generation.")
-    return model
-
-
-def _ask(state: TrainState) -> Callable[[NoiseBatch], Tensor]:
-    """The teacher's x_0 for a batch, detached, guided as its own sampler is."""
-    teacher: Any = state.teacher
-    return lambda batch: _denoiser(teacher.model).guide(lambda b: teacher(b).signal.values, batch)
-
-
 def _levels(state: TrainState) -> NoiseLevels:
-    return _denoiser(state.teacher.model).levels  # type: ignore[union-attr]
+    return teacher_denoiser(state).levels

@@ -12,10 +12,9 @@ The better sample moves towards the teacher's distribution and the worse one awa
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 from understudy.data import Batch, NoiseBatch
 from understudy.data.noise import normal, uniform
 from understudy.errors import InputError
-from understudy.evaluation.sample_costs import CloudMetric, cloud_costs, nearest_costs
+from understudy.evaluation.sample_costs import CloudMetric, cloud_costs, metric_for, nearest_costs
 from understudy.losses.diffusion import noised, over, squared_error
 from understudy.losses.score_distillation import Ranking, rank_pairs, score_difference, score_distillation
-from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evaluating
-from understudy.models.diffusion import MixtureDenoiser, ddim
+from understudy.models import ModelAdapter, ModelOutput, evaluating
+from understudy.models.diffusion import ddim
 from understudy.training import (
     AuxiliaryContext,
     AuxiliaryOptimizer,
@@ -39,6 +38,7 @@ from understudy.training import (
     Term,
     TrainState,
 )
+from understudy.training.denoising import denoiser, score_network, student_denoiser, teacher_denoiser
 from understudy.training.divergence import DivergenceGuard
 
 _STUDENT, _ASSISTANTS = 0, 2
@@ -99,7 +99,10 @@ class DistillationDPO(Method):
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         """For the metric `nearest`: the training examples."""
         example = next(context.batches("train", 1))
-        if self._metric(example) != "nearest" or type(self).costs is not DistillationDPO.costs:
+        if (
+            metric_for(self.metric, "clean" in example.inputs) != "nearest"
+            or type(self).costs is not DistillationDPO.costs
+        ):
             return {}
         reference = getattr(context.splits["train"], "reference", None)
         if reference is None or reference.examples is None:
@@ -110,11 +113,7 @@ class DistillationDPO(Method):
         return {"examples": reference.examples()[0]}
 
     def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
-        model, teacher = _denoiser(student), _denoiser(context.live_teacher())
-        if model.shape != teacher.shape:
-            raise InputError(f"The student makes examples of {model.shape} and the teacher of {teacher.shape}.")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise InputError("The student has nothing to train: a closed form is a teacher only. Name a network.")
+        model, teacher = student_denoiser(student, context), denoiser(context.live_teacher())
         if self.t_min >= teacher.sampler.t_max:
             raise InputError(
                 f"options.t_min is {self.t_min:g} and samples begin at {teacher.sampler.t_max:g}: lower it."
@@ -124,13 +123,7 @@ class DistillationDPO(Method):
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         """An assistant for the winners, and one for the losers if they have a weight."""
-        assert shapes.student is not None and shapes.teacher is not None
-        closed = isinstance(shapes.teacher.model, MixtureDenoiser)
-        start = _denoiser(shapes.student if closed else shapes.teacher)
-        found = {name: copy.deepcopy(start).requires_grad_(True) for name in self._sides}
-        for assistant in found.values():
-            assistant.clip = None
-        return dict(found)
+        return {name: score_network(shapes) for name in self._sides}
 
     @property
     def _sides(self) -> tuple[str, ...]:
@@ -158,7 +151,7 @@ class DistillationDPO(Method):
             terms = {}
             for i, (side, x) in enumerate(zip(self._sides, samples, strict=False)):
                 noisy, eps = self._noised(x, batch, state, _ASSISTANTS + i)
-                said = _denoiser(state.modules[side]).epsilon(noisy)
+                said = denoiser(state.modules[side]).epsilon(noisy)
                 terms[f"assistant/{side}"] = Term(squared_error(said, eps))
             yield terms
 
@@ -188,10 +181,10 @@ class DistillationDPO(Method):
         assert state.teacher is not None
         noisy, _ = self._noised(x, batch, state, _STUDENT)
         seen = batch.at(noisy.inputs["x"].detach(), noisy.inputs["t"])
-        assistant = _denoiser(state.modules[side])
+        assistant = denoiser(state.modules[side])
         with torch.no_grad(), evaluating(assistant):
-            theirs, ours = _teacher(state).epsilon(seen, state.teacher), assistant.epsilon(seen)
-        alpha, _ = _teacher(state).levels.at(noisy.inputs["t"])
+            theirs, ours = teacher_denoiser(state).epsilon(seen, state.teacher), assistant.epsilon(seen)
+        alpha, _ = teacher_denoiser(state).levels.at(noisy.inputs["t"])
         moved = x if self.surrogate == "paper" else noisy.inputs["x"] - over(alpha, x) * x
         return score_distillation(moved, score_difference(theirs, ours, self.clip))
 
@@ -202,18 +195,10 @@ class DistillationDPO(Method):
             samples: `[rows, ...]`, detached.
             batch: of the same rows; `batch.inputs` holds what the data give beside noise.
         """
-        metric = self._metric(batch)
+        metric = metric_for(self.metric, "clean" in batch.inputs)
         if metric == "nearest":
             return nearest_costs(samples, state.tables["examples"])
         return cloud_costs(metric, samples, batch.inputs["clean"], voxel=self.voxel)
-
-    def _metric(self, batch: Batch) -> Any:
-        paired = "clean" in batch.inputs
-        metric = self.metric or ("chamfer" if paired else "nearest")
-        if (metric == "nearest") == paired:
-            known = "chamfer, jsd, iou and emd" if paired else "nearest"
-            raise InputError(f"options.metric is {metric!r}, and samples of these data are ranked by {known}.")
-        return metric
 
     def _ranked(self, pair: Sequence[Tensor], batch: NoiseBatch, state: TrainState) -> tuple[Ranking, list[Tensor]]:
         costs = [self.costs(x.detach(), batch, state).to(x.device, torch.float64) for x in pair]
@@ -221,7 +206,7 @@ class DistillationDPO(Method):
 
     def _shown(self, batch: NoiseBatch, state: TrainState, which: int, stream: int) -> NoiseBatch:
         """The student's input in the last of its calls for one of the two samples."""
-        model = _denoiser(state.student)
+        model = denoiser(state.student)
         own = stream + (which if self.gamma is None else 0)
         eps = normal(batch.ids, model.shape, seed=state.seed, step=state.step, stream=own)
         eps = eps.to(next(model.parameters())) * (self.gamma if which and self.gamma is not None else 1.0)
@@ -234,7 +219,7 @@ class DistillationDPO(Method):
 
     def _noised(self, x: Tensor, batch: NoiseBatch, state: TrainState, stream: int) -> tuple[NoiseBatch, Tensor]:
         """Samples with noise of a random time, and the noise."""
-        model = _teacher(state)
+        model = teacher_denoiser(state)
         where = {"seed": state.seed, "step": state.step}
         u = uniform(batch.ids, (), stream=_TIMES + stream, **where)
         t = model.levels.snap(self.t_min + u * (model.sampler.t_max - self.t_min))
@@ -243,15 +228,3 @@ class DistillationDPO(Method):
 
     def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
         state.method_state.update(means["metric/winner"])
-
-
-def _denoiser(model: Any) -> DenoiserAdapter:
-    if not isinstance(model, DenoiserAdapter):
-        raise InputError(
-            "Method 'distillation-dpo' distils a denoiser into a denoiser: use task=scene_completion or image_generation."
-        )
-    return model
-
-
-def _teacher(state: TrainState) -> DenoiserAdapter:
-    return _denoiser(state.teacher.model)  # type: ignore[union-attr]

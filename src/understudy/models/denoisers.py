@@ -166,6 +166,8 @@ class _Drawn(BaseModel):
     t_min: float = Field(ge=0, le=1)
     t_max: float = Field(ge=0, le=1)
     guidance: float | None
+    renoise: bool = False
+    guided: bool = False
     clip: float | None
     null: bool
     read_at: float | None
@@ -187,7 +189,8 @@ def _load(
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"{name}/{SAMPLER} is damaged ({where}: {first['msg']}): save the model again.") from None
         null, prediction, read_at = saved.null, saved.prediction, saved.read_at
-        options = {"clip": saved.clip, "sampler": Sampler(saved.steps, saved.t_min, saved.t_max, saved.guidance)}
+        sampler = Sampler(saved.steps, saved.t_min, saved.t_max, saved.guidance, saved.renoise, saved.guided)
+        options = {"clip": saved.clip, "sampler": sampler}
     config = _json(path / "config.json") if path is not None else {}
     if "understudy_model" in config:
         assert path is not None

@@ -16,9 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from understudy.data.noise import normal
 from understudy.data.noise_sets import NoiseBatch
 from understudy.errors import InputError
-from understudy.losses.diffusion import check_prediction, ddim_step, epsilon_from, guided, signal_of, x0_from
+from understudy.losses.diffusion import (
+    check_prediction,
+    ddim_step,
+    epsilon_from,
+    guided,
+    noised,
+    signal_of,
+    x0_from,
+)
 from understudy.models.adapters import ModelAdapter, ModelOutput
 from understudy.models.noise_levels import NoiseLevels
 from understudy.models.small import save_small
@@ -34,12 +43,17 @@ class Sampler:
     Args:
         steps: calls of DDIM from `t_max` down to `t_min`; 0 samples in one call, `g(ε, t_min)`.
         guidance: weight of classifier-free guidance for DDIM; `None` uses only the conditional output.
+        renoise: whether every call makes a sample, and fresh noise leads it up to the next time, as consistency models do, in
+            place of the deterministic steps of DDIM. One step is the same in both.
+        guided: whether the network has learned a guided teacher's outputs, so that no guidance is added to its own.
     """
 
     steps: int = 32
     t_min: float = 0.01
     t_max: float = 0.99
     guidance: float | None = None
+    renoise: bool = False
+    guided: bool = False
 
 
 class DenoiserAdapter(ModelAdapter):
@@ -149,8 +163,14 @@ class DenoiserAdapter(ModelAdapter):
         number = self.sampler.steps if steps is None else steps
         if number == 0:
             return self(batch.at(eps, self.sampler.t_min)).signal.values
-        x = self.initial(batch, eps)
-        return trajectory(self.denoise, self.levels, batch, x, self.times(number), eps)
+        x, times = self.initial(batch, eps), self.times(number)
+        if self.sampler.renoise:
+            for step in range(1, number):
+                sample = trajectory(self.denoise, self.levels, batch, x, times[[step - 1, -1]], eps)
+                eps = normal(batch.ids, self.shape, seed=0, step=step).to(x)
+                x = noised(sample, eps, *self.levels.at(self.levels.snap(times[step].to(x.device)).expand(len(x))))
+            times = times[-2:]
+        return trajectory(self.denoise, self.levels, batch, x, times, eps)
 
     def times(self, steps: int) -> Tensor:
         """The times of so many steps of the sampler, from `t_max` down to `t_min`: `[steps + 1]`."""

@@ -153,6 +153,9 @@ class _Generation(_Images):
     )
     size: _Count = Field(64_000, description="Noises in an epoch.")
     samples: _Count | None = Field(None, description="Number of samples for evaluation; 4,000 points or 600 images.")
+    rejected_column: str | None = Field(
+        None, description="Column of a table of pairs that holds the worse image; data.image_column has the better one."
+    )
     conditional: _Flag = Field(False, description="Generate by class.")
     guidance: float | None = Field(None, description="Weight of classifier-free guidance, with conditional.")
     null_class: _Flag = Field(False, description="The model has a further class that stands for none.")

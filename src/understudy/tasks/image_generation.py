@@ -51,6 +51,7 @@ _OWN = {
     "prediction": None,
     "compare_steps": [1, 2, 4, 16],
     "teacher_steps": None,
+    "rejected_column": None,
 }
 """Keys of `data` beside those of image sets, with their defaults."""
 LEAST, SHARE = 64, 50
@@ -98,7 +99,7 @@ class ImageGeneration(TaskDefaults):
             if key not in known:
                 raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
         own = {key: given.pop(key, default) for key, default in _OWN.items() if key != "name"}
-        source = load_source(given, WORLDS)
+        source = load_source(given, WORLDS, own["rejected_column"])
         world = given["name"] in WORLDS
         for key in ("size", "samples", "teacher_steps"):
             _positive(f"data.{key}", own[key], optional=key != "size")
@@ -163,7 +164,8 @@ class ImageGeneration(TaskDefaults):
             prediction=facts["prediction"],
             null=facts["null_class"],
         )
-        if facts["guidance"] is not None and rows.sampler.steps:  # one-call samplers use no guidance
+        # one-call samplers use no guidance
+        if facts["guidance"] is not None and rows.sampler.steps and not rows.sampler.guided:
             rows.sampler = replace(rows.sampler, guidance=facts["guidance"])
         if spec.quantization is not None:
             raise InputError("Denoisers are not quantised here: leave the model's quantization out.")
@@ -189,7 +191,7 @@ class ImageGeneration(TaskDefaults):
 
 
 def _reference(source: Source, split: str, own: dict[str, Any], many: int) -> Reference:
-    read = source.examples
+    read, worse = source.examples, source.rejected
     image = source.centres is None
     return Reference(
         (lambda: read(split)) if read is not None else None,
@@ -199,6 +201,7 @@ def _reference(source: Source, split: str, own: dict[str, Any], many: int) -> Re
         tuple(own["compare_steps"]),
         many,
         source.deviation,
+        rejected=(lambda: worse(split)) if worse is not None else None,
     )
 
 

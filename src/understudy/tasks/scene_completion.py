@@ -95,7 +95,7 @@ class SceneCompletion(TaskDefaults):
                 f"{spec.model} makes clouds of {list(model.shape)}, and the data's are {list(prepared.input_shape)} (data.points "
                 "times data.repeat): choose these alike."
             )
-        if facts["guidance"] is not None:
+        if facts["guidance"] is not None and not model.sampler.guided:
             model.sampler = replace(model.sampler, guidance=facts["guidance"])
         return model
 

@@ -86,7 +86,10 @@ class SetupContext:
 
     def batches(self, split: str, size: int = 64) -> Iterator[Batch]:
         """The batches of a split in order, without augmentation, on the student's device."""
-        examples = self.examples(split)
+        return self.collated(self.examples(split), size)
+
+    def collated(self, examples: Any, size: int = 64) -> Iterator[Batch]:
+        """The batches of `examples`, as of `batches`."""
         device = next(self.student.parameters()).device
         for start in range(0, len(examples), size):
             chosen = [examples[i] for i in range(start, min(start + size, len(examples)))]

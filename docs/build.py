@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from understudy.catalogue import catalogue
 from understudy.claims import claims
 from understudy.keys import page as keys_page
-from understudy.pages import drawing, findings, notebook_page, page, table
+from understudy.pages import comparison, drawing, findings, notebook_page, page, table
+from understudy.reporting.plots import ranked, standalone
+from understudy.reporting.ranks import compared_ranks, over_seeds
 from understudy.scoreboard import PILLARS, branch, choice, render_scoreboard, rows
 
 
@@ -36,10 +39,13 @@ def build(folder: Path) -> None:
         "# Methods side by side\n\nEvery method that works on a task, with the same student, data, steps and learning rate; no arm is tuned. Seeds are the\n"
         "blocks of the ranks: a bar joins methods that the critical difference does not tell apart. As it came out.\n"
     ]
+    (folder / "comparisons").mkdir(exist_ok=True)
     for file in sorted((folder / "comparisons").glob("*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         ranks = compared_ranks(over_seeds(result))
-        file.with_suffix(".svg").write_text(standalone(ranked(*ranks)), encoding="utf-8")
+        assert not isinstance(ranks, str), ranks
+        picture = ranked(ranks.names, ranks.ranks, ranks.difference, ranks.groups)
+        file.with_suffix(".svg").write_text(standalone(picture), encoding="utf-8")
         compared.append(comparison(file.stem, result) + "\n")
     (folder / "comparisons" / "README.md").write_text("\n".join(compared), encoding="utf-8")
     render_scoreboard(folder / "claims", folder / "scoreboard")

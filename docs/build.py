@@ -46,7 +46,9 @@ def build(folder: Path) -> None:
         assert not isinstance(ranks, str), ranks
         picture = ranked(ranks.names, ranks.ranks, ranks.difference, ranks.groups)
         file.with_suffix(".svg").write_text(standalone(picture), encoding="utf-8")
-        compared.append(comparison(file.stem, result) + "\n")
+        recipe = folder.parent / "benchmarks" / "comparisons" / f"{file.stem}.yaml"
+        about = recipe.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        compared.append(comparison(file.stem, about, result) + "\n")
     (folder / "comparisons" / "README.md").write_text("\n".join(compared), encoding="utf-8")
     render_scoreboard(folder / "claims", folder / "scoreboard")
     board = rows(folder / "claims")

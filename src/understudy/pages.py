@@ -155,11 +155,12 @@ def findings(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def comparison(name: str, data: Mapping[str, Any]) -> str:
-    """A comparison of methods on one task as Markdown, as it came out: every metric, and the seconds of a step.
+def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
+    """A comparison of methods on one task as Markdown, as it came out: every metric, and the time of a step.
 
     Args:
-        name: of the recipe in `benchmarks/comparisons`. data: what `understudy compare --json` wrote.
+        name: of the recipe in `benchmarks/comparisons`. about: what is compared, in a sentence.
+        data: what `understudy compare --json` wrote.
     """
     recipe, metric, baseline = data["recipe"], data["metric"], data["baseline"]
     trainer = {key: recipe["trainer"][key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate")}
@@ -170,7 +171,9 @@ def comparison(name: str, data: Mapping[str, Any]) -> str:
         seconds.setdefault(run["method"], []).append(run["cost"]["seconds"] / run["cost"]["steps"])
     unit = sum(seconds[baseline])
     lines = [
-        f"## {data['title']}",
+        f"## {name}",
+        "",
+        about,
         "",
         f"Student `{recipe['student']['model']}`{taught}; {len(data['seeds'])} seeds; "
         + ", ".join(f"{key} {value:g}" for key, value in trainer.items())

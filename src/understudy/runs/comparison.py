@@ -70,16 +70,7 @@ def compare(
             (`runs.executors.Slurm`). Jobs take no objects of this process.
         overwrite: replace the runs in the output folder.
     """
-    given = Modules({})
-    if isinstance(recipe, Mapping):
-        values, given = named(recipe)
-        if isinstance(given.given.get("student"), nn.Module):
-            raise InputError(
-                "compare trains a student of its own in every run: give a function that makes one (lambda: ...)."
-            )
-        recipe = make(values)
-    elif not isinstance(recipe, Recipe):
-        recipe = load(recipe)
+    recipe, given = _read(recipe)
     own = bool(given) or str(recipe.data["name"]).startswith(MEMORY)
     own = own or any(not isinstance(m, str) for m in methods or ())
     if arms is not None:
@@ -115,6 +106,20 @@ def compare(
         write_json(folder / "comparison.json", data)
         render_comparison(folder)
     return Comparison(data["table"], data, folder)
+
+
+def _read(recipe: Recipe | Mapping[str, Any] | str | Path) -> tuple[Recipe, Modules]:
+    """The recipe of a comparison, and the caller's models in it."""
+    if isinstance(recipe, Recipe):
+        return recipe, Modules({})
+    if not isinstance(recipe, Mapping):
+        return load(recipe), Modules({})
+    values, given = named(recipe)
+    if isinstance(given.given.get("student"), nn.Module):
+        raise InputError(
+            "compare trains a student of its own in every run: give a function that makes one (lambda: ...)."
+        )
+    return make(values), given
 
 
 _Arm = dict[str, Any]

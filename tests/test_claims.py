@@ -168,7 +168,7 @@ WITHOUT_REAL_DATA = {
     "llava-mod",  # so is what an image holds
     "teacher-hacking",  # the distance from the truth is known in a world alone
     "qcrd",  # the error of its teacher is known in a world alone
-    *("arte", "ded"),  # so are the styles of its solutions, and whom they help
+    *("arte", "ded", "frontier-synthetic"),  # so are the styles of its solutions, and whom they help
     "mcts-dpo",  # a student of that size never reaches a right answer to a real problem
     *("ddk", "first", "swing"),
     "strategy-teaching",  # how content a customer is

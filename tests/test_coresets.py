@@ -15,10 +15,10 @@ NAME = "37-survey-kd-dd"
 def test_golden_selections():
     g = golden(NAME)
     found = k_center(g["real_x"], len(g["kcenter"]), start=int(g["kcenter"][0]))
-    assert torch.equal(found.index, g["kcenter"])
+    assert torch.equal(found.chosen, g["kcenter"])
     close(torch.tensor(found.radius, dtype=torch.float64), g["kcenter_radius"])
     pursued = matching_pursuit(g["omp_features"], g["omp_target"], len(g["omp_index"]))
-    assert torch.equal(pursued.index, g["omp_index"])
+    assert torch.equal(pursued.chosen, g["omp_index"])
     close(pursued.weights, g["omp_weights"])
     close(torch.tensor(pursued.residual, dtype=torch.float64), g["omp_residual"])
     logits = torch.nn.functional.linear(g["real_x"], g["W"], g["b"])
@@ -37,11 +37,11 @@ def test_radius_and_residual_never_rise():
 
 
 def test_ties_equal_items_and_zero_gradients():
-    assert k_center(torch.tensor([[0.0], [1.0], [-1.0], [1.0]]), 4).index.tolist() == [0, 1, 2, 3]
+    assert k_center(torch.tensor([[0.0], [1.0], [-1.0], [1.0]]), 4).chosen.tolist() == [0, 1, 2, 3]
     equal = matching_pursuit(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([2.0, 0.0]), 3)
-    assert equal.index.tolist() == [1] and equal.weights.tolist() == [2.0] and equal.residual == 0
+    assert equal.chosen.tolist() == [1] and equal.weights.tolist() == [2.0] and equal.residual == 0
     nothing = matching_pursuit(torch.zeros(2, 3), torch.ones(3), 2)
-    assert nothing.index.tolist() == [0] and nothing.residual == pytest.approx(3**0.5)
+    assert nothing.chosen.tolist() == [0] and nothing.residual == pytest.approx(3**0.5)
 
 
 @pytest.mark.parametrize("number", [0, 4])

@@ -73,7 +73,7 @@ def test_rules_choose_what_they_say(clouds):
     order = pruning.herding_scores(x, torch.zeros(len(x), dtype=torch.long)).sort(descending=True, stable=True).indices
     assert torch.equal(herded, own[order[:4]])
     middle = int((x - x.mean(0)).norm(dim=1).argmin())
-    assert torch.equal(chosen(clouds, "k-center")._choose()[4:8], own[k_center(x, 4, start=middle).index])
+    assert torch.equal(chosen(clouds, "k-center")._choose()[4:8], own[k_center(x, 4, start=middle).chosen])
     hardest = chosen(clouds, "el2n")
     logits, read = hardest._read()
     scores = pruning.el2n_scores(logits, clouds.y)

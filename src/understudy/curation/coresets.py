@@ -17,14 +17,14 @@ from understudy.errors import InputError
 class Centers(NamedTuple):
     """Indices `[number]` in the order in which they were taken, and the largest distance of an item to the nearest of them."""
 
-    index: Tensor
+    chosen: Tensor
     radius: float
 
 
 class Pursuit(NamedTuple):
     """Indices `[number]` in the order in which they were taken, their weights, and the norm of target less weighted sum."""
 
-    index: Tensor
+    chosen: Tensor
     weights: Tensor
     residual: float
 

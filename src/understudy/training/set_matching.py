@@ -143,7 +143,7 @@ class Matching:
             return scores.sort(descending=True, stable=True).indices[:number]
         if rule == "k-center":
             middle = int((x - x.mean(0)).norm(dim=1).argmin())
-            return k_center(x, number, start=middle).index
+            return k_center(x, number, start=middle).chosen
         return torch.arange(len(x)) if number >= len(x) else torch.randperm(len(x), generator=generator)[:number]
 
     def _by_error(self, logits: Tensor, labels: Tensor, read: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Matching:
         if rule == "pursuit":
             errors = logits.softmax(-1) - F.one_hot(labels, self.classes)
             slopes = torch.einsum("enc,enw->necw", errors, read).flatten(1)
-            found = matching_pursuit(slopes, slopes.mean(0), number).index.tolist()
+            found = matching_pursuit(slopes, slopes.mean(0), number).chosen.tolist()
             rest = [i for i in range(len(labels)) if i not in found]  # where fewer sum up to the mean
             return torch.tensor([*found, *rest][:number])
         norms = read.norm(dim=-1)

@@ -1,0 +1,54 @@
+"""36 Frontier synthetic data: what a teacher writes with its reasoning teaches what its answers alone do not.
+
+The card's world: running sums of six digits modulo 10. The teacher shows all sums and errs at each step with probability 0.03, which
+carries over to the sums behind it. Questions are as many in each arm but the two small ones, and so are steps.
+"""
+
+from typing import Any
+
+from understudy.claims.experiment import Arm, Check, Claim
+
+_WORLD: dict[str, Any] = {"digits": [6, 6], "teacher_error": 0.03, "samples": 0}
+
+
+def _arm(targets: str, questions: int) -> Arm:
+    options = {"targets": targets, "judge_teacher": False}
+    return Arm("frontier-synthetic", options, ({},), {"data": {**_WORLD, "size": questions}})
+
+
+CLAIM = Claim(
+    name="frontier-synthetic",
+    statement="With 3,000 questions, a student of the teacher's reasoning is 0.5 more accurate than one of its answers alone.",
+    recipe={
+        "task": "reasoning",
+        "student": "llama:hidden=64,layers=2,heads=4",
+        "trainer": {
+            "max_steps": 800,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 2e-3,
+            "lr_scheduler_type": "cosine",
+            "save_strategy": "no",
+        },
+    },
+    arms={
+        "reasoning": _arm("reasoning", 3000),
+        "answer": _arm("answer", 3000),
+        "reasoning, 300": _arm("reasoning", 300),
+        "gold answer, 300": _arm("gold", 300),
+    },
+    checks=(
+        Check("reasoning", "answer", 0.5, "accuracy", True, "reasoning is 0.5 above the answer alone"),
+        Check("reasoning", "reasoning, 300", 0.5, "accuracy", True, "ten times the questions add 0.5"),
+        Check(
+            "reasoning",
+            "reasoning",
+            0.0,
+            "accuracy",
+            True,
+            "the student is above its teacher's samples",
+            "target_accuracy",
+        ),
+        Check("reasoning", "gold answer, 300", 0.5, "accuracy", True, "and it is 0.5 above few right answers alone"),
+    ),
+    tuned_on=("accuracy", True),
+)

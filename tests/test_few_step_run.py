@@ -206,14 +206,18 @@ def test_scores_that_agree_give_no_gradient(tmp_path):
     assert torch.equal(flat(closed.own["fake"]), flat(closed.student))
 
 
-def test_preferences_begin_at_log_two(tmp_path):
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_preferences_begin_at_log_two(clip, tmp_path):
+    """Also where the teacher bounds x_0 as it samples, which the student does not as it learns."""
     trainer = trainer_for(METHODS["diffusion-dpo"], tmp_path)
+    trainer.teacher.model.clip = clip
     batch, _ = shown(trainer)
     sums = trainer.model(batch, None)
     assert float(sums.values["dpo"]) / batch.num_items == pytest.approx(math.log(2), abs=1e-12)
     assert float(sums.values["rewards/accuracies"]) == 0
     trainer.train()
     assert float(trainer.model(batch, None).values["dpo"]) / batch.num_items < math.log(2)
+    assert trainer.teacher.model.clip == clip and trainer.model.student.clip is None
 
 
 class ByFirst(DiffusionDPO):
@@ -292,9 +296,9 @@ def test_one_call_of_the_student_is_better_than_two_of_the_teacher(method, teach
     m = evaluation["metrics"]
     assert m["nfe"] == 1 and m["distance"] < m["teacher_2_distance"] < m["teacher_1_distance"] / 2, m
     calls = {"progressive": 2 * 80 * 80, "consistency": 2 * 240 * 80, "dmd": 240 * 80}
-    assert (
-        evaluation["cost"]["forwards"]["teacher"] == calls[method]
-    )  # of progressive, in the first of three phases alone
+    forwards = evaluation["cost"]["forwards"]
+    assert forwards["teacher"] == calls[method]  # of progressive, in the first of three phases alone
+    assert forwards["student"] == 240 * 80 * (3 if method == "dmd" else 1)
     again = load_denoiser(tmp_path / "student")
     assert again.sampler.steps == 1 and again.sampler.renoise == (method == "consistency")
 

@@ -73,6 +73,7 @@ class CostMeter:
         self.seconds = dict.fromkeys(ROLES, 0.0)
         self.flops = {"teacher": 0.0}
         self.generated = 0
+        self._watched: dict[str, nn.Module] = {}
         self.rows = self.micro_steps = 0
         self.kinds: dict[str, int] = {}
         self.wall = 0.0
@@ -80,9 +81,13 @@ class CostMeter:
         self._counts = False
 
     def watch(self, role: str, model: nn.Module | None) -> None:
-        """Count the examples in each forward pass of `model` during steps, under the name `role`."""
-        if model is None:
+        """Count the examples in each forward pass of `model` during steps, under the name `role`.
+
+        Every phase of a run asks for it, and the examples are counted once.
+        """
+        if model is None or self._watched.get(role) is model:
             return
+        self._watched[role] = model
 
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._counts and inputs:

@@ -31,8 +31,9 @@ from understudy.losses.diffusion import noised, squared_error
 from understudy.losses.preference import dpo
 from understudy.losses.score_distillation import rank_pairs
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evaluating
+from understudy.models.diffusion import unclipped
 from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
-from understudy.training.denoising import denoiser, noise_for, sampled_like, teacher_denoiser, time_for
+from understudy.training.denoising import denoiser, noise_for, student_denoiser, teacher_denoiser, time_for
 
 log = logging.getLogger(__name__)
 
@@ -143,23 +144,19 @@ class DiffusionDPO(Method):
 
     @torch.no_grad()
     def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
-        teacher = denoiser(context.live_teacher())
-        model, clip = sampled_like(student, context, teacher.sampler.steps, 1), teacher.clip
-        model.sampler = teacher.sampler
-        batch = next(context.batches("train", 2))
+        model, teacher = student_denoiser(student, context), denoiser(context.live_teacher())
+        batch, home = next(context.batches("train", 2)), next(model.parameters())
         assert isinstance(batch, NoiseBatch)
-        home = next(model.parameters())
         x = normal(batch.ids, model.shape, seed=0, step=0).to(home)
         seen = batch.to(home.device).at(x, teacher.levels.snap(torch.tensor(0.5, device=home.device)))
-        teacher.clip = None
-        with evaluating(model, teacher):
+        with evaluating(model, teacher), unclipped(model, teacher):
             ours, theirs = model.epsilon(seen), teacher.to(home.device).epsilon(seen)
-        teacher.clip = clip
         if not torch.allclose(ours, theirs.to(ours), rtol=1e-3, atol=1e-4):
             raise InputError(
                 "The student does not start as the teacher, which is the reference that preferences are relative to: set "
                 "student=teacher, and the model to refine as teacher."
             )
+        model.sampler, model.clip = teacher.sampler, None  # a bound of x_0 stops the gradient
         return model
 
     def phases(self) -> Sequence[Phase]:
@@ -185,7 +182,8 @@ class DiffusionDPO(Method):
         worse, asked = self._noised("rejected", batch, state), state.teacher
         noise = noise_for(batch, batch.inputs["x"], state)
         said = {"chosen": model.epsilon(batch, lambda _: student), "rejected": model.epsilon(worse)}
-        said |= {"chosen_ref": reference.epsilon(batch, asked), "rejected_ref": reference.epsilon(worse, asked)}
+        with unclipped(reference):  # as the student
+            said |= {"chosen_ref": reference.epsilon(batch, asked), "rejected_ref": reference.epsilon(worse, asked)}
         errors = {name: squared_error(value.to(noise), noise) for name, value in said.items()}
         for name, values in errors.items():
             check_finite(
@@ -200,6 +198,12 @@ class DiffusionDPO(Method):
         # Logged and not trained on: if both errors rise, the learning rate is too high.
         seen = {"error/chosen": chosen, "error/rejected": rejected, "rewards/accuracies": (margin > 0).to(margin)}
         return terms | {name: Term(value.detach(), 0.0) for name, value in seen.items()}
+
+    def export(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
+        """With the bound of x_0 that the teacher samples with."""
+        model = denoiser(student)
+        model.clip = denoiser(context.live_teacher()).clip
+        return model
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """The mean cost of samples for the evaluated split, and that of the reference's from the same noise."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,19 @@ class DenoiserAdapter(ModelAdapter):
         facts = {**asdict(self.sampler), "clip": self.clip, "null": self.null}
         facts |= {"read_at": self.read_at, "prediction": self.prediction}
         (folder / SAMPLER).write_text(json.dumps(facts, indent=1))
+
+
+@contextmanager
+def unclipped(*models: DenoiserAdapter) -> Iterator[None]:
+    """Leave out the bound of x_0 of the models."""
+    held = [model.clip for model in models]
+    try:
+        for model in models:
+            model.clip = None
+        yield
+    finally:
+        for model, clip in zip(models, held, strict=True):
+            model.clip = clip
 
 
 def _tensor(output: Any) -> Tensor:

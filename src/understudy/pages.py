@@ -170,6 +170,7 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
     for run in data["runs"]:
         seconds.setdefault(run["method"], []).append(run["cost"]["seconds"] / run["cost"]["steps"])
     unit = sum(seconds[baseline])
+    digits = 3 if max(abs(row["mean"]) for row in data["table"]) > 0.1 else 5
     lines = [
         f"## {name}",
         "",
@@ -191,8 +192,8 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
         time = f"{sum(seconds[row['method']]) / unit:.2f} ×"
         cells = [
             f"`{row['method']}`",
-            span(row["mean"], row["interval"]),
-            span(row["difference"], row["difference_interval"]),
+            span(row["mean"], row["interval"], digits),
+            span(row["difference"], row["difference_interval"], digits),
         ]
         lines.append(f"| {' | '.join([*cells, *rest, time])} |")
     return "\n".join(lines)

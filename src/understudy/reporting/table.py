@@ -54,14 +54,14 @@ def summarise(runs: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> 
     return rows
 
 
-def span(mean: float | None, ends: Sequence[float | None]) -> str:
+def span(mean: float | None, ends: Sequence[float | None], digits: int = 3) -> str:
     """Format as `0.931 [0.920, 0.942]`."""
     if mean is None:
         return "–"
     low, high = ends
     if low is None or high is None:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:

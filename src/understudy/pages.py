@@ -164,7 +164,8 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
     """
     recipe, metric, baseline = data["recipe"], data["metric"], data["baseline"]
     trainer = {key: recipe["trainer"][key] for key in ("max_steps", "per_device_train_batch_size", "learning_rate")}
-    taught = f", teacher `{data['teacher']['name']}` {data['teacher'][metric]:.3f}" if metric in data["teacher"] else ""
+    teacher = data["teacher"] or {}
+    taught = f", teacher `{teacher['name']}` {teacher[metric]:.3f}" if metric in teacher else ""
     others = list(data["table"][0]["others"])
     seconds: dict[str, list[float]] = {}
     for run in data["runs"]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from understudy import InputError, distill
+from understudy import InputError, compare, distill
 from understudy.curation.generics import Form, StatementPrompt, likeliest_prompts, statement_prompts
 from understudy.data.knowledge import generic_words
 from understudy.data.text import write_records
@@ -276,3 +276,15 @@ def test_the_task_checks_out_and_shows_its_concepts():
     for call in ("model", "evaluate"):
         with pytest.raises(InputError, match="statement_generation are"):
             getattr(get("statement_generation"), call)(None, None, None)
+
+
+def test_arms_that_train_nothing_are_compared(tmp_path):
+    """No round is no training: the run has no cost of its own, and the report no bar of where time went."""
+    still = {"rounds": 0, "filter": "none"}
+    arms = {
+        name: {"method": "i2d2", "options": {**TINY["options"], **still, "decoding": name}}
+        for name in ("beam", "sample")
+    }
+    found = compare({**tiny(tmp_path), "options": {}}, seeds=1, arms=arms, workers=1)
+    assert [row["cost"]["steps"] for row in found.data["runs"]] == [0, 0]
+    assert "Where the time goes" not in (tmp_path / "report.html").read_text()

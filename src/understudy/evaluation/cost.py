@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ class Operations(TorchDispatchMode):
 
 
 ROLES = ("teacher", "head", "step", "generate")
+NO_STEPS: Mapping[str, Any] = MappingProxyType({"steps": 0, "seconds": 0.0, "forwards": {}, "time_share": {}})
+"""The cost of a run that trains nothing, such as a procedure of no rounds."""
 
 
 class CostMeter:

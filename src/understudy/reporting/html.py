@@ -381,7 +381,9 @@ def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
     ]
     ranks, missing = _ranks(folder, over_seeds(value), "seeds")
     panels += ranks
-    panels.append(_panel("Where the time goes", plots.time_bar(_shares(value["runs"])), "First seed of each method."))
+    shares = _shares(value["runs"])
+    if any(shares.values()):
+        panels.append(_panel("Where the time goes", plots.time_bar(shares), "First seed of each method."))
     panels += _first_panels(folder, value["runs"], metric)
     return {
         "title": value["title"],

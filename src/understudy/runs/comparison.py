@@ -17,6 +17,7 @@ from torch import nn
 
 from understudy.data.memory import MEMORY
 from understudy.errors import InputError, nearest
+from understudy.evaluation.cost import NO_STEPS
 from understudy.files import read_json, write_json
 from understudy.methods import all_methods, resolve
 from understudy.methods import get as get_method
@@ -349,7 +350,7 @@ def _is_done(plan: Recipe) -> bool:
 def _measured(plan: Recipe) -> dict[str, Any]:
     """The results of a finished run."""
     evaluation = finished(plan.output) or {}
-    return {"metrics": evaluation["metrics"], "cost": evaluation["cost"]}
+    return {"metrics": evaluation["metrics"], "cost": evaluation.get("cost", dict(NO_STEPS))}
 
 
 def _collect(recipe: Recipe, done: list[dict[str, Any]], baseline: str, seeds: list[int]) -> dict[str, Any]:

@@ -197,10 +197,7 @@ def _fit(
 ) -> Result:
     """Load student and teacher, check them, call `setup`, train, save, evaluate, report."""
     folder = journal.folder
-    check_sharding(recipe.build_method(), recipe.trainer)
-    _refuse_text_alone(recipe)
-    if recipe.lm_eval is not None:
-        check_tasks(recipe.lm_eval)
+    _check_recipe(recipe)
     prepared = task.prepare(recipe)
     set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
@@ -212,9 +209,7 @@ def _fit(
     given = modules.get("student")
     copied = recipe.student.model == COPY
     student = copy_of(teacher) if copied else _model(recipe, "student", task, prepared, home, progress, given)
-    check_saves(student.model)
-    if recipe.lm_eval is not None:
-        check_student(student, prepared.tokenizer)
+    _check_student(recipe, student, prepared)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     findings = journal.findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
@@ -286,6 +281,21 @@ def _complete(
         add_tasks(evaluation, student, prepared.tokenizer, recipe.lm_eval)
     evaluation["gain"], speed = gain(recipe, task, prepared, student, teacher, evaluation["metrics"])
     return speed
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse what can be told before data and models are loaded."""
+    check_sharding(recipe.build_method(), recipe.trainer)
+    _refuse_text_alone(recipe)
+    if recipe.lm_eval is not None:
+        check_tasks(recipe.lm_eval)
+
+
+def _check_student(recipe: Recipe, student: ModelAdapter, prepared: Prepared) -> None:
+    """Refuse a student that could not be saved, or not be evaluated as the recipe says."""
+    check_saves(student.model)
+    if recipe.lm_eval is not None:
+        check_student(student, prepared.tokenizer)
 
 
 def _refuse_text_alone(recipe: Recipe) -> None:

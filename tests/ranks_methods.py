@@ -64,9 +64,6 @@ CASES = {
     },
     "tgeo-kd": {**UNEVEN, "options": {"validation": 10}, "teacher": "conv/student"},
     "distillation-dpo": {**RING, "options": {"assistant_optimizer": "sgd", "assistant_rate": 0.1}},
-    # a phase on data that the method adds
-    "consistency": {**RING, "options": {"intervals": 4, "ema": 0.5}},
-    "dmd": {**RING, "options": {"pairs": 64, "fake_rate": 1e-3}},
     # companions that follow the student; denoisers save in their own way
     "adpo": {**WORDS, "options": {"anchor": "ema", "decay": 0.5}},
     "boot": {**RING, "options": {"ema": 0.5}},
@@ -75,7 +72,7 @@ CASES = {
     # adapters, inside wrappers that change the names of layers
     "kd": {**TEXT, "teacher": "lm/student", "student": {"model": "lm/student", "peft": LORA}},
 }
-AUXILIARY = ("hard", "tgeo-kd", "distillation-dpo", "dmd")
+AUXILIARY = ("hard", "tgeo-kd", "distillation-dpo")
 RESUMED = ("trg", "crd", "lelp", "adpo", "kd")
 # Text models are read in float32, and so is what an augmentor sees, which moves by Adam. The factor of DDP is applied to the
 # summed loss, one rounding more than the one process has.

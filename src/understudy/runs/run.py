@@ -38,7 +38,6 @@ from understudy.runs.folder import (
 from understudy.runs.hacking import Hacking, oracle_of
 from understudy.runs.journal import Journal
 from understudy.runs.objects import checked_callbacks, named
-from understudy.runs.preflight import Findings
 from understudy.runs.preflight import check as preflight
 from understudy.runs.recipe import Recipe, load, make, own_training
 from understudy.runs.roles import models_of
@@ -241,46 +240,22 @@ def _fit(
     with usable(module):
         evaluation = evaluate_split(task, prepared, student, shown, recipe.eval_split, recipe.evaluation_batch)
         found = method.finish(module.train_state, context)
-        speed = _complete(evaluation, found, recipe, task, prepared, student, shown, hacking, findings)
+        evaluation.setdefault("tables", []).extend(found.get("tables", []))
+        evaluation["tables"].extend(text_tables(prepared, student, shown, recipe.eval_split, findings))
+        evaluation["metrics"] |= found.get("metrics", {})
+        if hacking is not None:
+            evaluation["metrics"] |= hacking.finish(student)
+            findings.notes.extend(hacking.notes())
+        if recipe.lm_eval is not None:
+            add_tasks(evaluation, student, prepared.tokenizer, recipe.lm_eval)
+        evaluation["gain"], speed = gain(recipe, task, prepared, student, shown, evaluation["metrics"])
     if fitted.trainer is not None:
         prefix = TRACKED_AS[recipe.eval_split]
         fitted.trainer.log({f"{prefix}_{name}": value for name, value in evaluation["metrics"].items()})
-    evaluation["pictures"] = save_pictures(folder, evaluation["pictures"])
+    evaluation["pictures"] = save_pictures(folder, {**evaluation.get("pictures", {}), **found.get("pictures", {})})
     evaluation |= {"cost": {**meter.summary(), **speed}, "notes": findings.notes + findings.warnings}
     hashes["student"] = state_hash(student)
     return _finish(journal, evaluation, student.model)
-
-
-def _complete(
-    evaluation: dict[str, Any],
-    found: Mapping[str, Any],
-    recipe: Recipe,
-    task: Task,
-    prepared: Prepared,
-    student: ModelAdapter,
-    teacher: ModelAdapter | None,
-    hacking: Hacking | None,
-    findings: Findings,
-) -> dict[str, Any]:
-    """Add to the evaluation what the method found, sample texts, the oracle's distances, tasks, and the gain.
-
-    Args:
-        found: metrics, tables and pictures of the method. teacher: if it can be compared.
-
-    Returns:
-        The timing that the cost shows beside the teacher's.
-    """
-    tables = [*evaluation.get("tables", []), *found.get("tables", [])]
-    evaluation["tables"] = tables + text_tables(prepared, student, teacher, recipe.eval_split, findings)
-    evaluation["pictures"] = {**evaluation.get("pictures", {}), **found.get("pictures", {})}
-    evaluation["metrics"] |= found.get("metrics", {})
-    if hacking is not None:
-        evaluation["metrics"] |= hacking.finish(student)
-        findings.notes.extend(hacking.notes())
-    if recipe.lm_eval is not None:
-        add_tasks(evaluation, student, prepared.tokenizer, recipe.lm_eval)
-    evaluation["gain"], speed = gain(recipe, task, prepared, student, teacher, evaluation["metrics"])
-    return speed
 
 
 def _check_recipe(recipe: Recipe) -> None:

@@ -36,6 +36,7 @@ MEANINGS = {
     "displacement/both_fall": "Share of pairs both of whose answers are less likely than under the reference model.",
     "displacement/preferred_falls": "Share of pairs whose better answer is less likely than under the reference model.",
     "value": "Worth of the policy in a world of known truth: probability of the best item, return less KL, or less the KL from the target. Higher is better.",
+    "start_accuracy": "`accuracy` of the policy before its first round, on the same questions.",
     "start_value": "`value` of the world's reference policy.",
     "did_entropy": "Entropy of policy / reference, normalised, in nats: at most log of the number of responses, as where nothing changed.",
     "return": "Exact expected return of the policy in its world. Higher is better.",

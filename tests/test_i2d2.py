@@ -278,6 +278,7 @@ def test_the_task_checks_out_and_shows_its_concepts():
             getattr(get("statement_generation"), call)(None, None, None)
 
 
+@pytest.mark.slow
 def test_arms_that_train_nothing_are_compared(tmp_path):
     """No round is no training: the run has no cost of its own, and the report no bar of where time went."""
     still = {"rounds": 0, "filter": "none"}

@@ -152,7 +152,7 @@ print(submit(eval, {"long": (f"({wait}, 'ended')[1]",)}, Slurm(), Path(sys.argv[
 def test_a_submitter_that_is_stopped_leaves_jobs_and_finds_them_again(cluster, tmp_path):
     command = [sys.executable, "-c", CALL, str(tmp_path)]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: states(cluster).get("1") == "RUNNING")
+    wait_for(lambda: states(cluster).get("1") == "RUNNING" and (cluster / "asked").exists())  # it waits for the job
     first.send_signal(signal.SIGINT)
     assert "Jobs go on: 1." in first.communicate(timeout=100)[1] and states(cluster)["1"] == "RUNNING"
     (cluster / "asked").unlink()

@@ -118,6 +118,5 @@ def test_some_damage(world, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_all_damage(world, tmp_path, seed):
-    assert tried(world, cases(world[0]), tmp_path, random.Random(seed)) > 100
+def test_all_damage(world, tmp_path):
+    assert tried(world, cases(world[0]), tmp_path, random.Random(1)) > 100

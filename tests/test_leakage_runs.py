@@ -6,6 +6,7 @@ import pytest
 
 from understudy import InputError, distill
 from understudy.evaluation.leakage import Canaries, plant
+from understudy.runs.exporting import export_run
 from understudy.runs.recipe import make, own_training
 from understudy.tasks import get as get_task
 
@@ -91,3 +92,11 @@ def test_bad_canaries_are_one_line(more, message, tmp_path):
 def test_canaries_need_plain_texts():
     with pytest.raises(InputError, match="the data have completion, prompt"):
         plant([{"id": 0, "prompt": "a", "completion": "b"}], Canaries().secrets(), 1)
+
+
+@pytest.mark.slow
+def test_a_student_that_read_secrets_is_exported(tmp_path):
+    """Exposure is the trained model's; an exported file is compared on the split alone."""
+    distill(**recipe(tmp_path / "run", "student", teacher=None, method="sft", options={}))
+    found = export_run(tmp_path / "run")
+    assert found["models"]["onnx"]["agreement"] == 1.0

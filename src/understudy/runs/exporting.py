@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def export_run(run: Path, int8: bool = False) -> dict[str, Any]:
             "exported, and their exports compared with them."
         )
     student = student.cpu()
+    prepared = replace(prepared, measure=None)  # further measurements are of the trained model, not of its files
     one, many = timed_batches(recipe, prepared)
     shown = Batch.from_dict(many)
     if len(shown.ids) < 2:

@@ -167,13 +167,9 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
     teacher = data["teacher"] or {}
     taught = f", teacher `{teacher['name']}` {teacher[metric]:.3f}" if metric in teacher else ""
     others = list(data["table"][0]["others"])
-    leaks: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
     for run in data["runs"]:
         seconds.setdefault(run["method"], []).append(run["cost"]["seconds"] / run["cost"]["steps"])
-        if "exposure" in run["metrics"]:
-            leaks.setdefault(run["method"], []).append(run["metrics"]["exposure"])
-    headings = [*others, *(["exposure"] if leaks else []), "time of a step"]
     unit = sum(seconds[baseline])
     digits = 3 if max(abs(row["mean"]) for row in data["table"]) > 0.1 else 5
     lines = [
@@ -189,12 +185,11 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
         "",
         f"![Mean ranks with the critical difference]({name}.svg)",
         "",
-        f"| method | {metric} [95 %] | against {baseline} [95 %] | {' | '.join(headings)} |",
-        "|---" * (len(headings) + 3) + "|",
+        f"| method | {metric} [95 %] | against {baseline} [95 %] | {' | '.join(others)} | time of a step |",
+        "|---" * (len(others) + 4) + "|",
     ]
     for row in sorted(data["table"], key=lambda r: r["mean"], reverse=data["higher_is_better"]):
         rest = [f"{row['others'][key]:.3f}" if row["others"].get(key) is not None else "–" for key in others]
-        rest += [f"{sum(leaks[row['method']]) / len(leaks[row['method']]):.2f}"] if leaks else []
         time = f"{sum(seconds[row['method']]) / unit:.2f} ×"
         cells = [
             f"`{row['method']}`",

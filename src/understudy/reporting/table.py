@@ -9,7 +9,7 @@ from rich.table import Table
 
 from understudy.reporting.statistics import Interval, interval, paired
 
-_OTHERS = ("accuracy", "nll", "bits_per_byte", "ece", "agreement", "kl", "rmse", "coverage", "nfe")
+_OTHERS = ("accuracy", "nll", "bits_per_byte", "ece", "agreement", "kl", "rmse", "coverage", "nfe", "exposure")
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """What tests of procedures share: their files, and runs that are stopped at a stage and started again."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from understudy import distill
+from understudy import InputError, distill
 from understudy.training import PipelineContext
 
 ASKED = "asked:"
@@ -13,6 +14,19 @@ ASKED = "asked:"
 def lines(path):
     """The records of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(recipe, says, asked="logs"):
+    """A procedure is refused in one line.
+
+    Args:
+        asked: what its folder would have, had a model been asked or trained.
+    """
+    folder = Path(recipe["output"])
+    with pytest.raises(InputError, match=says) as caught:
+        distill(recipe)
+    assert "\n" not in str(caught.value) and not (folder / asked).exists()
+    (folder / "recipe.yaml").unlink(missing_ok=True)
 
 
 def stopped_and_resumed(recipe, cut, also=None):

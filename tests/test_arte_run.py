@@ -2,7 +2,7 @@
 
 import pytest
 
-from procedure_cases import lines, stopped_and_resumed
+from procedure_cases import lines, refused, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.data.reasoning import same_question
 from understudy.generation import LocalSource
@@ -120,18 +120,15 @@ def test_ablations_leave_out_what_they_say(tmp_path, align):
 
 
 def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
-    def refused(says, **keys):
-        with pytest.raises(InputError, match=says) as caught:
-            distill({**tiny(tmp_path / "run"), **keys})
-        assert "\n" not in str(caught.value) and not (tmp_path / "run" / "first").exists()
-        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
+    def refuse(says, **keys):
+        refused({**tiny(tmp_path / "run"), **keys}, says, asked="first")
 
-    refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
-    refused("so the run is evaluated on test", eval_split="validation")
-    refused("trains its teacher: name one model here", teacher="oracle")
-    refused("is new and knows nothing: name a pretrained one, or train it first", student=MODEL)
-    refused("Prompt 'nope' is neither a file", options={**SMALL, "plain_prompt": "nope"})
-    refused("Prompt bare needs slot 'question'", options={**SMALL, "question_prompt": "bare"})
+    refuse("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
+    refuse("so the run is evaluated on test", eval_split="validation")
+    refuse("trains its teacher: name one model here", teacher="oracle")
+    refuse("is new and knows nothing: name a pretrained one, or train it first", student=MODEL)
+    refuse("Prompt 'nope' is neither a file", options={**SMALL, "plain_prompt": "nope"})
+    refuse("Prompt bare needs slot 'question'", options={**SMALL, "question_prompt": "bare"})
 
 
 def test_a_teacher_that_writes_no_question_is_told_the_remedy(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine_cases import weights
-from procedure_cases import lines, stopped_and_resumed
+from procedure_cases import lines, refused, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.curation import Checker
 from understudy.curation.step_pairs import StepPair
@@ -129,21 +129,18 @@ def test_offline_and_other_searchers(tmp_path, monkeypatch, whole):
 
 
 def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
-    def refused(says, **keys):
-        with pytest.raises(InputError, match=says) as caught:
-            distill({**tiny(tmp_path / "run"), **keys})
-        assert "\n" not in str(caught.value) and not (tmp_path / "run" / "logs").exists()
-        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
+    def refuse(says, **keys):
+        refused({**tiny(tmp_path / "run"), **keys}, says)
 
-    refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
-    refused("max_steps is 4 and options.rounds 7", options={"rounds": 7})
-    refused("width=1 and options.first_width=1 leave nothing", options={"rounds": 1, "width": 1, "first_width": 1})
-    refused("budget of 3 calls does not cover the first 3 proposals", options={**SMALL, "calls": 3})
-    refused("roles.evaluator judges steps", options={**SMALL, "self_evaluation": False})
-    refused("Prompt 'nope' is neither a file", options={**SMALL, "judge_prompt": "nope"})
-    refused("depth = 0: Input should be greater than or equal to 1", options={"depth": 0})
-    refused("has no role 'judge'", roles={"judge": "oracle"})
-    refused("student.peft is for one round", student={"model": TINY["student"]["model"], "peft": {"r": 2}})
+    refuse("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
+    refuse("max_steps is 4 and options.rounds 7", options={"rounds": 7})
+    refuse("width=1 and options.first_width=1 leave nothing", options={"rounds": 1, "width": 1, "first_width": 1})
+    refuse("budget of 3 calls does not cover the first 3 proposals", options={**SMALL, "calls": 3})
+    refuse("roles.evaluator judges steps", options={**SMALL, "self_evaluation": False})
+    refuse("Prompt 'nope' is neither a file", options={**SMALL, "judge_prompt": "nope"})
+    refuse("depth = 0: Input should be greater than or equal to 1", options={"depth": 0})
+    refuse("has no role 'judge'", roles={"judge": "oracle"})
+    refuse("student.peft is for one round", student={"model": TINY["student"]["model"], "peft": {"r": 2}})
 
 
 def test_a_teacher_without_log_probabilities_cannot_search(tmp_path):

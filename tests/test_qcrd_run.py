@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine_cases import weights
-from procedure_cases import lines, stopped_and_resumed
+from procedure_cases import lines, refused, stopped_and_resumed
 from understudy import InputError, distill
 from understudy.data.reasoning_world import digits_of, running_sums
 from understudy.generation import OracleSource
@@ -93,17 +93,14 @@ def whole(tmp_path_factory):
 
 
 def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
-    def refused(says, **keys):
-        with pytest.raises(InputError, match=says) as caught:
-            distill({**tiny(tmp_path / "run"), **keys})
-        assert "\n" not in str(caught.value) and not (tmp_path / "run" / "logs").exists()
-        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
+    def refuse(says, **keys):
+        refused({**tiny(tmp_path / "run"), **keys}, says)
 
-    refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
-    refused("options.samples above 1 at options.temperature=0", options={"temperature": 0, "iterations": 1})
-    refused("max_steps is 4 and options.iterations 7: give each at least one step", options={"iterations": 7})
-    refused("Prompt 'nope' is neither a file", options={**SMALL, "rationale_prompt": "nope"})
-    refused("student.peft is for one iteration", student={"model": TINY["student"], "peft": {"r": 2}})
+    refuse("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
+    refuse("options.samples above 1 at options.temperature=0", options={"temperature": 0, "iterations": 1})
+    refuse("max_steps is 4 and options.iterations 7: give each at least one step", options={"iterations": 7})
+    refuse("Prompt 'nope' is neither a file", options={**SMALL, "rationale_prompt": "nope"})
+    refuse("student.peft is for one iteration", student={"model": TINY["student"], "peft": {"r": 2}})
 
 
 def test_a_teacher_that_cannot_be_read_stops_the_run_with_advice(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from procedure_cases import lines, stopped_and_resumed
+from procedure_cases import lines, refused, stopped_and_resumed
 from test_mcts_dpo import GIVEN, SMALL, TINY
 from understudy import InputError, distill
 from understudy.curation import Checker, Funnel
@@ -192,17 +192,14 @@ def test_a_policy_learns_from_its_trees(tmp_path, whole):
 
 
 def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
-    def refused(says, **keys):
-        with pytest.raises(InputError, match=says) as caught:
-            distill({**tiny(tmp_path / "run"), **keys})
-        assert "\n" not in str(caught.value) and not (tmp_path / "run" / "logs").exists()
-        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
+    def refuse(says, **keys):
+        refused({**tiny(tmp_path / "run"), **keys}, says)
 
-    refused("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
-    refused("needs a model that grades answers: set roles.evaluator", roles={})
-    refused("roles.evaluator is asked nothing", options={**SMALL, "rounds": 1})
-    refused("learn=false changes no policy between 2 rounds", options={**SMALL, **BUILD, "rounds": 2})
-    refused("Prompt 'nope' is neither a file", options={**SMALL, **BUILD, "grade_prompt": "nope"})
+    refuse("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
+    refuse("needs a model that grades answers: set roles.evaluator", roles={})
+    refuse("roles.evaluator is asked nothing", options={**SMALL, "rounds": 1})
+    refuse("learn=false changes no policy between 2 rounds", options={**SMALL, **BUILD, "rounds": 2})
+    refuse("Prompt 'nope' is neither a file", options={**SMALL, **BUILD, "grade_prompt": "nope"})
 
 
 def test_trees_of_one_score_stop_the_run_with_advice(tmp_path, monkeypatch, whole):

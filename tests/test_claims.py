@@ -10,6 +10,7 @@ from engine_cases import DIGITS
 from understudy.claims import claim as claim_file
 from understudy.claims import claims, get
 from understudy.claims.experiment import Arm, Check, Claim, Setting, reproduce
+from understudy.claims.result import verdict_told
 from understudy.cli.main import main
 from understudy.errors import InputError
 from understudy.files import write_json
@@ -226,3 +227,14 @@ def test_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/claims/toy-real-mine/claim.json").is_file()
     code, said = call("--seeds", "3", "--hours", "1")
     assert code == 2 and "leave one out" in said
+
+
+def test_an_open_check_says_how_many_seeds_would_decide_it():
+    check = {"verdict": "inconclusive", "arm": "a", "other": "b", "metric": "m", "threshold": 0.0}
+    result = {"arms": {"a": {"values": {"m": [1.0, 3.0, 2.0]}}, "b": {"values": {"m": [1.0, 1.0, 1.0]}}}}
+    assert verdict_told(result, check) == "inconclusive; about 14 seeds would decide"  # 3.7 / √14 < 1
+    assert verdict_told(result, check | {"verdict": "supported"}) == "supported"
+    level = {"arms": {"a": {"values": {"m": [1.0, 3.0, 2.0]}}, "b": {"values": {"m": [2.0, 2.0, 2.0]}}}}
+    assert verdict_told(level, check) == "inconclusive; more than 10,000 seeds would decide"
+    once = {"arms": {"a": {"values": {"m": [1.0]}}, "b": {"values": {"m": [2.0]}}}}
+    assert verdict_told(once, check) == "inconclusive"

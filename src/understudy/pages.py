@@ -11,6 +11,7 @@ from typing import Any
 
 from understudy.catalogue import STUDIES, Entry, catalogue, requirements
 from understudy.claims import claims
+from understudy.claims.result import verdict_told
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
 from understudy.reporting.table import span
@@ -151,7 +152,8 @@ def findings(folder: Path) -> str:
             span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
             paper = f"{entries[name].number} `{name}`{where}, {seeds} seeds" if i == 0 else ""
             difference = f"{check['difference']:+.3g}{span} {check['metric']}"
-            lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {check['verdict']} |")
+            found = verdict_told(results[stem], check)
+            lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {found} |")
     return "\n".join(lines)
 
 

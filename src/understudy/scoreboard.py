@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from understudy.catalogue import Entry, catalogue
 from understudy.claims import EMBEDDED
+from understudy.claims.result import verdict_told
 from understudy.errors import InputError
 from understudy.files import read_json, writing
 
@@ -93,6 +94,11 @@ class Row:
     @property
     def verdict(self) -> str:
         return str(self.check.get("verdict", "not run"))
+
+    @property
+    def told(self) -> str:
+        """The verdict, and how many seeds would decide it if it is open."""
+        return verdict_told(self.result, self.check) if self.result else self.verdict
 
     @property
     def effect(self) -> str:

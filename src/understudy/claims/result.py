@@ -12,6 +12,7 @@ from rich.table import Table
 
 from understudy.claims.claim import Check, Claim
 from understudy.reporting import interval, paired, paired_sequence, verdict
+from understudy.reporting.sequential import enough
 
 Found = Mapping[str, Sequence[Mapping[str, Any]]]
 """The results of each arm, seed by seed."""
@@ -38,6 +39,18 @@ def checked(check: Check, found: Found, sequential: bool) -> dict[str, Any]:
         "interval": [difference.low, difference.high],
         "verdict": verdict(difference, check.threshold, check.higher_is_better),
     }
+
+
+def verdict_told(result: Mapping[str, Any], check: Mapping[str, Any]) -> str:
+    """The verdict of a check, and of one that is open, how many seeds would decide it if mean and deviation stay."""
+    arms, found = result["arms"], str(check["verdict"])
+    a = arms[check["arm"]]["values"].get(check["metric"], [])
+    b = arms[check["other"]]["values"].get(check.get("other_metric", check["metric"]), [])
+    if found != "inconclusive" or len(a) < 2 or len(a) != len(b):
+        return found
+    number = enough([x - check.get("factor", 1) * y for x, y in zip(a, b, strict=True)], check["threshold"])
+    about = f"about {float(f'{number:.2g}'):,.0f}" if number else "more than 10,000"
+    return f"{found}; {about} seeds would decide"
 
 
 def assemble(
@@ -99,7 +112,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     for check in result["checks"]:
         low, high = check["interval"]
         span = f"{check['difference']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
-        table.add_row(check["says"], check["metric"], span, f"{check['threshold']:+g}", check["verdict"])
+        table.add_row(check["says"], check["metric"], span, f"{check['threshold']:+g}", verdict_told(result, check))
     if "stopped" in result:
         table.caption = f"{result['budget']['seeds']} seeds, {result['setting']}: {result['stopped']}"
     return table

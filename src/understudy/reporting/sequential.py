@@ -3,6 +3,7 @@ decided."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -69,6 +70,21 @@ def _limits(most: int, level: float) -> Mapping[int, float]:
         bounds[n] = bound
         total, squares = total[t < bound], squares[t < bound]
     return bounds
+
+
+def enough(values: Sequence[float], threshold: float = 0.0, most: int = 10_000) -> int | None:
+    """The number of values that would decide on which side of `threshold` their mean is, if mean and deviation stay.
+
+    Args:
+        values: at least two. threshold: what the mean is compared with. most: the largest number that is told.
+
+    Returns:
+        The smallest n with limit(n) · s / √n < |mean − threshold|, or `None` above `most`. Above 64 values, where the
+        limit hardly grows, that of 64 is taken.
+    """
+    s, gap = float(np.std(values, ddof=1)), abs(float(np.mean(values)) - threshold)
+    numbers = range(FIRST, most + 1)
+    return next((n for n in numbers if limit(min(n, 64)) * s < gap * math.sqrt(n)), None)
 
 
 def sequence(values: Sequence[float], level: float = 0.95) -> Interval:

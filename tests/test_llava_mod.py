@@ -223,9 +223,9 @@ def test_other_models_are_saved_in_a_form_of_their_own(which, tmp_path):
 
 def test_the_layers_of_a_vision_language_model_are_those_of_its_text(tmp_path):
     from understudy.data import train_tokenizer
-    from vision_cases import PatchProcessor
+    from vision_cases import qwen2_vl_processor
 
-    processor = PatchProcessor(train_tokenizer(["a b c"], 270))
+    processor = qwen2_vl_processor(train_tokenizer(["a b c"], 270))
     model = tiny_qwen2_vl(processor.tokenizer)
     layers, name = decoder_layers(model)
     assert len(layers) == 2 and name == "mlp" and layers is model.model.language_model.layers

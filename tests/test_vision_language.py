@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from golden_vectors import close
 from understudy import distill
@@ -21,7 +22,7 @@ from understudy.streaming import logits_of
 from understudy.synthetic.scenes import caption, named, scenes
 from understudy.tasks import get
 from understudy.teachers.cache.scores import sequences
-from vision_cases import SCENES, TINY, PatchProcessor, tiny_qwen2_vl, write_images
+from vision_cases import SCENES, TINY, qwen2_vl_processor, tiny_qwen2_vl, write_images
 
 
 def records(lists=False, **spec):
@@ -39,7 +40,7 @@ def llava():
 
 
 def qwen():
-    processor = PatchProcessor(tokenizer())
+    processor = qwen2_vl_processor(tokenizer())
     return processor, tiny_qwen2_vl(processor.tokenizer)
 
 
@@ -122,8 +123,6 @@ def test_scenes_say_what_is_in_them():
 
 @pytest.mark.parametrize("method", ["sft", "kd", "dpo"])
 def test_methods_run_unchanged_and_transformers_loads_the_student(method, tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     result = distill({**SCENES, "method": method, "output": str(tmp_path)})
     wanted = {"exact_match", "hallucination_rate", "yes_no_f1", "yes_rate"}
     assert wanted <= set(result.metrics)
@@ -136,6 +135,39 @@ def test_methods_run_unchanged_and_transformers_loads_the_student(method, tmp_pa
         close(model(**inputs).logits, result.student.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
     again = distill({**SCENES, "method": method, "output": str(tmp_path)})
     assert again.metrics == result.metrics
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory):
+    """A tiny Qwen2-VL as plain transformers saves it: the model and its processor."""
+    folder = tmp_path_factory.mktemp("qwen")
+    processor, model = qwen()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "dpo", "llava-mod"])
+def test_a_model_of_images_in_any_number_of_patches_is_teacher_and_student(method, qwen_folder, tmp_path):
+    options = {"experts": 2, "top_k": 1, "every": 2, "shares": [0.25, 0.5, 0.25]} if method == "llava-mod" else {}
+    data = {**SCENES["data"], **({"unpaired": True} if method == "llava-mod" else {})}
+    models = {"teacher": str(qwen_folder), "student": str(qwen_folder)}
+    recipe = {**SCENES, **models, "data": data, "method": method, "options": options, "output": str(tmp_path)}
+    result = distill(recipe)
+    assert {"exact_match", "hallucination_rate"} <= set(result.metrics)
+    processor = AutoProcessor.from_pretrained(tmp_path / "student")
+    if method == "llava-mod":
+        model = load_vision_language(tmp_path / "student", processor=processor).eval()
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "student").eval()
+    assert ("mlp.experts" in " ".join(dict(model.named_parameters()))) == (method == "llava-mod")
+    picture = records()[0]["pictures"].read()
+    inputs = processor(
+        text=["<|vision_start|><|image_pad|><|vision_end|>describe"], images=picture, return_tensors="pt"
+    )
+    with torch.no_grad():
+        close(model(**inputs).logits, result.student.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][-1])
 
 
 def test_own_files_of_images(tmp_path):

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
 
 TINY = "llava:hidden=16,layers=2,heads=2,vision=16"
 SCENES = {
@@ -29,41 +36,31 @@ def write_images(folder, number=30):
     return rows
 
 
-class PatchProcessor:
-    """What Qwen2-VL's processor does to images of 8 × 8 pixels, without the video part that needs torchvision."""
+class ImageQwen2VLProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's own processor without its part for videos, which cannot be made without torchvision."""
 
-    image_token = "<|image_pad|>"
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def __init__(self, tokenizer):
-        from transformers import Qwen2VLImageProcessor
 
-        marks = ["<|vision_start|>", "<|vision_end|>", self.image_token, "<|video_pad|>"]
-        tokenizer.add_special_tokens({"additional_special_tokens": marks})
-        self.tokenizer = tokenizer
-        self.image_processor = Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+AutoProcessor.register(Qwen2VLConfig, ImageQwen2VLProcessor, exist_ok=True)
 
-    def apply_chat_template(self, messages, **_):
-        parts = [p.get("text", f"<|vision_start|>{self.image_token}<|vision_end|>") for p in messages[0]["content"]]
-        return "".join(parts)
 
-    chat_template = "as above"
-
-    def __call__(self, text, images=None, return_tensors="pt"):
-        fields = dict(self.image_processor(images=images, return_tensors="pt")) if images else {}
-        (words,) = text
-        for grid in fields.get("image_grid_thw", []):
-            words = words.replace(self.image_token, "<placeholder>" * (int(grid.prod()) // 4), 1)
-        ids = self.tokenizer(words.replace("<placeholder>", self.image_token), return_tensors="pt")
-        marked = (ids["input_ids"] == self.tokenizer.convert_tokens_to_ids(self.image_token)).long()
-        return {
-            "input_ids": ids["input_ids"],
-            "attention_mask": ids["attention_mask"],
-            "mm_token_type_ids": marked,
-            **fields,
-        }
-
-    def save_pretrained(self, folder):
-        self.tokenizer.save_pretrained(folder)
+def qwen2_vl_processor(tokenizer):
+    """For images of 24 × 24 pixels, in patches of 4 × 4 of which four become one token; a template like the real one's."""
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    template = (
+        "{% for message in messages %}{{ message.role }} {% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    pixels = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    return ImageQwen2VLProcessor(pixels, tokenizer, chat_template=template)
 
 
 def tiny_qwen2_vl(tokenizer):

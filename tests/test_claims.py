@@ -229,6 +229,26 @@ def test_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
     assert code == 2 and "leave one out" in said
 
 
+def test_where_it_is_not_supported_own_options_are_tried_on_validation(runs, tmp_path):
+    """The judged setting first, then each knob, against the same runs of the other arm; judged seeds are not touched."""
+    done, gain = runs
+    gain["of"] = lambda seed: -1 + 0.01 * NOISE[seed % 20]
+    knobs = ({"temperature": 2.0}, {"temperature": 4.0, "kd_weight": 1.0})
+    result = reproduce(dataclasses.replace(CLAIM, knobs=knobs), None, tmp_path)
+    assert result["verdict"] == "not supported"
+    assert [t["options"] for t in result["search"]] == [{}, *knobs]
+    expected = sum(gain["of"](1000 + n) for n in range(3)) / 3
+    assert all(t["difference"] == pytest.approx(expected) for t in result["search"])
+    searched = [(method, seed) for method, seed, split in done if split == "validation"][4:]
+    assert {seed for _, seed in searched} == {1000, 1001, 1002}
+    assert searched.count(("kd", 1001)) == 3 and len(list((tmp_path / "search").iterdir())) == 3 * 3 + 3
+    number = len(done)
+    assert reproduce(dataclasses.replace(CLAIM, knobs=knobs), None, tmp_path)["search"] == result["search"]
+    assert len(done) == number
+    gain["of"] = lambda seed: 1.0
+    assert "search" not in reproduce(dataclasses.replace(CLAIM, knobs=knobs), None, tmp_path / "supported")
+
+
 def test_an_open_check_says_how_many_seeds_would_decide_it():
     check = {"verdict": "inconclusive", "arm": "a", "other": "b", "metric": "m", "threshold": 0.0}
     result = {"arms": {"a": {"values": {"m": [1.0, 3.0, 2.0]}}, "b": {"values": {"m": [1.0, 1.0, 1.0]}}}}

@@ -157,6 +157,18 @@ def findings(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def searches(folder: Path) -> str:
+    """What other options of a method reach on validation where its main check was not supported, as Markdown."""
+    lines = ["| paper | options | difference [95 %] | bar |", "|---|---|---|---|"]
+    for file in sorted(folder.glob("*.json")):
+        for i, tried in enumerate(json.loads(file.read_text(encoding="utf-8")).get("search", [])):
+            options = ", ".join(f"{k} {v}" for k, v in tried["options"].items()) or "as judged"
+            low, high = tried["interval"]
+            found = f"{tried['difference']:+.3g} [{low:+.3g}, {high:+.3g}] {tried['metric']}"
+            lines.append(f"| {f'`{file.stem}`' if i == 0 else ''} | {options} | {found} | {tried['threshold']:+g} |")
+    return "\n".join(lines)
+
+
 def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
     """A comparison of methods on one task as Markdown, as it came out: every metric, and the time of a step.
 

@@ -73,6 +73,7 @@ class Claim:
         caveat: what a reader of its result must know, such as settings that were chosen after a look at test figures.
         first_seed: of those it is judged on; above 0 where a setting was chosen after a look at the test figures of the ones before.
         new_data: each seed draws data of its own (for built-in sets that take `data.seed`), and trains a teacher on it.
+        knobs: other options of the main check's arm, tried on validation where its verdict is *not supported*.
         settings: other data to try it on, by name; the claim itself is the setting `embedded`.
     """
 
@@ -85,6 +86,7 @@ class Claim:
     new_data: bool = False
     first_seed: int = 0
     caveat: str = ""
+    knobs: Sequence[Overrides] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
@@ -141,17 +143,24 @@ class Claim:
 
     def tuning(self, label: str, candidate: int, output: Path) -> Recipe:
         """The run that tells how good a candidate is: on validation, with a seed that is not judged."""
-        return self._plan(
-            label, candidate, _TUNING_SEED, output / "tuning" / f"{_file(label)}-{candidate}", "validation"
-        )
+        folder = output / "tuning" / f"{_file(label)}-{candidate}"
+        return self._plan(label, self.arms[label].candidates[candidate], _TUNING_SEED, folder, "validation")
 
     def judging(self, label: str, candidate: int, seed: int, output: Path) -> Recipe:
         """The run of an arm that is judged, on test."""
-        return self._plan(label, candidate, seed, output / "runs" / f"{_file(label)}-s{seed}", "test")
+        folder = output / "runs" / f"{_file(label)}-s{seed}"
+        return self._plan(label, self.arms[label].candidates[candidate], seed, folder, "test")
 
-    def _plan(self, label: str, candidate: int, seed: int, output: Path, eval_split: str) -> Recipe:
+    def trying(self, label: str, candidate: int, knob: Overrides, number: int, output: Path) -> Recipe:
+        """The run of an arm with further options, on validation, with the `number`-th of the seeds that are not judged."""
+        over = self.arms[label].candidates[candidate]
+        over = {**over, "options": {**over.get("options", {}), **knob}}
+        told = "-".join([_file(label), *(f"{k}={v}" for k, v in knob.items())])
+        folder = output / "search" / f"{told}-{number}"
+        return self._plan(label, over, _TUNING_SEED + number, folder, "validation")
+
+    def _plan(self, label: str, over: Overrides, seed: int, output: Path, eval_split: str) -> Recipe:
         arm = self.arms[label]
-        over = arm.candidates[candidate]
         base = {**self.recipe, **arm.recipe}
         if self.new_data:
             base["data"] = {**base["data"], "seed": seed}

@@ -22,6 +22,8 @@ from understudy.runs.executors import PROCESSES, executor_of
 from understudy.runs.folder import finished
 
 MAX_SEEDS = 20
+SEARCHED = 3
+"""Seeds on validation for each setting of the search that follows a verdict of *not supported*."""
 
 
 def reproduce(
@@ -48,7 +50,8 @@ def reproduce(
 
     Returns:
         `{claim, arms, metric, difference, interval, verdict, budget, checks, …}`; also written to `claim.json`.
-        `stopped` says why it ended, `looks` after how many seeds a verdict was asked for.
+        `stopped` says why it ended, `looks` after how many seeds a verdict was asked for; `search` is what the claim's
+        `knobs` reach on validation, where the verdict is *not supported*.
     """
     started = time.time()
     _check_budget(seeds, max_seeds, hours)
@@ -71,8 +74,10 @@ def reproduce(
         late = hours is not None and time.time() + ahead > started + hours * 3600
         decided = checks[0]["verdict"] != "inconclusive"
         stopped = _reason(seeds is not None, decided, most if not more else None, hours if late else None)
+    refuted = checks[0]["verdict"] == "not supported"
     result = {
         **assemble(claim, chosen, found, checks),
+        **({"search": _search(claim, chosen, output, executor, progress)} if refuted and claim.knobs else {}),
         "setting": setting,
         **({"data": data} if data is not None else {}),
         "sequential": seeds is None,
@@ -137,6 +142,25 @@ def _judge(
     results = run_all(plans, output / "teacher", executor=executor, progress=progress)
     for (label, _), result in zip(runs, results, strict=True):
         found[label].append(result)
+
+
+def _search(
+    claim: Claim, chosen: Mapping[str, int], output: Path, executor: str, progress: bool
+) -> list[dict[str, Any]]:
+    """The main check with other options of its arm, on validation, over seeds that are not judged; first as it was judged."""
+    check, numbers = claim.checks[0], range(SEARCHED)
+    tried: list[dict[str, Any]] = []
+    for knob in ({}, *claim.knobs):
+        plans = [claim.trying(check.arm, chosen[check.arm], knob, n, output) for n in numbers]
+        if check.other != check.arm:
+            plans += [claim.trying(check.other, chosen[check.other], {}, n, output) for n in numbers]
+        results = run_all(plans, output / "teacher", executor=executor, progress=progress)
+        arms = {check.arm: results[:SEARCHED], check.other: results[-SEARCHED:]}
+        difference = checked(check, arms, sequential=False)
+        tried.append(
+            {"options": dict(knob), **{k: difference[k] for k in ("metric", "threshold", "difference", "interval")}}
+        )
+    return tried
 
 
 def _done(claim: Claim, chosen: Mapping[str, int], output: Path, most: int) -> int:

@@ -26,6 +26,12 @@ CLAIM = Claim(
         Check("first", "released", 0.0, "ece", False, "it is below the released code's form"),
         Check("first", "kd", -0.015, "accuracy", True, "accuracy is within 1.5 points of forward KL's"),
     ),
+    knobs=(
+        *({"k": k} for k in (2, 3, 10)),
+        *({"c": c} for c in (0.2, 0.5, 2.0)),
+        *({"recalibration": "label_smoothing", "delta": d} for d in (0.05, 0.1, 0.3)),
+        {"calibrate_on": "train"},
+    ),
     tuned_on=("accuracy", True),
     caveat="The teacher is overconfident because it learnt random labels for three classes, where the paper's was fine-tuned.",
 )

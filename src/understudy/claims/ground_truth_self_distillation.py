@@ -41,6 +41,7 @@ CLAIM = Claim(
         Check("estimated", "labels", 0.01, "accuracy", True, "so does the estimated α"),
         Check("estimated", "fixed", -0.01, "accuracy", True, "the estimated α is within a point of α = 0.35"),
     ),
+    knobs=(*({"alpha": a} for a in (0.0, 0.2, 0.5, 0.7)), *({"generations": g} for g in (3, 5))),
     tuned_on=("accuracy", True),
     settings={"real": _REAL},
 )

@@ -51,6 +51,10 @@ CLAIM = Claim(
         Check("pld", "sft", 0.015, "accuracy", True, "PLD is 1.5 points above cross-entropy"),
         Check("pld", "kd", -0.01, "accuracy", True, "PLD is within one point of tuned KD"),
     ),
+    knobs=(
+        *({"temperature": t} for t in (0.5, 1.0, 4.0, 8.0)),
+        *({"weights": w} for w in ("uniform", "position", "first")),
+    ),
     tuned_on=("accuracy", True),
     settings={"real": _REAL},
 )

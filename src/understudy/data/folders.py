@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import socket
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from understudy.errors import InputError
 from understudy.reading import at_home
@@ -54,6 +59,34 @@ def find(name: str) -> Path | None:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, lone surrogates, unknown user
         raise InputError(f"{name[:100]!r} is not a path that can be read: {str(error).splitlines()[0]}") from None
+
+
+def hub_id(name: str) -> str:
+    """`name` to be loaded from the Hub.
+
+    Where the Hub's host has no address, its cache alone is read from here on: its client would try again for most of a
+    minute at every file.
+    """
+    from huggingface_hub.constants import ENDPOINT  # slow to import, and most runs load nothing from it
+
+    _look_up(ENDPOINT)
+    return name
+
+
+@cache
+def _look_up(endpoint: str) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():  # a proxy looks names up itself
+        return
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+    except OSError:
+        logging.getLogger(__name__).warning(
+            "%s cannot be reached: until this process ends, only its cache is read.", endpoint
+        )
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def visible(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from understudy.data import memory
-from understudy.data.folders import find, own_names, split_files
+from understudy.data.folders import find, hub_id, own_names, split_files
 from understudy.data.image_files import (
     class_folders,
     decode,
@@ -133,7 +133,7 @@ def _hub(name: str, spec: Mapping[str, Any], counts: Counter[str]) -> tuple[dict
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(hub_id(name))
     except Exception as error:  # the Hub client raises many types; the set is not available
         raise InputError(f"Data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return _columns(name, loaded, spec, counts)

@@ -14,7 +14,7 @@ from typing import Any
 
 from understudy.data import memory
 from understudy.data.columns import arrange, checked_text, conversation, names, readable, tools, without_prompt
-from understudy.data.folders import find, own_names, split_files
+from understudy.data.folders import find, hub_id, own_names, split_files
 from understudy.data.memory import MEMORY
 from understudy.data.records import READERS, Record, place, read_records, reason
 from understudy.errors import InputError, nearest
@@ -312,7 +312,7 @@ def _hub(name: str) -> dict[str, list[Record]]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(hub_id(name))
     except Exception as error:  # the Hub client raises many types; the set is not available
         raise InputError(f"Data set {name!r} cannot be loaded: {reason(error)}") from error
     return {split: loaded[own].to_list() for split, own in own_names(name, loaded).items()}

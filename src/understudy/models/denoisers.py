@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.diffusion import SAMPLER, DenoiserAdapter, MixtureDenoiser, PointDenoiser, Sampler
 from understudy.models.masked_generator import MaskedGeneratorAdapter, build_masked_generator
@@ -255,7 +255,7 @@ def _either(load: Callable[..., Any], what: str, name: str, path: Path | None, p
         if where and path is not None and not (path / part).is_dir():
             continue
         try:
-            return load(str(path or name), **where, **options)
+            return load(str(path or hub_id(name)), **where, **options)
         except Exception as error:  # loaders raise many types, all fixed by another model name
             said = reason(error)
             if path is not None:

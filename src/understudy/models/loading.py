@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.bodies import check_causal
 from understudy.models.expert_files import EXPERTS, load_experts
@@ -144,7 +144,7 @@ def auto_model(
     if quantization is not None:
         options["quantization_config"] = quantization
     try:
-        model, found = kind.from_pretrained(str(path or name), output_loading_info=True, **options)
+        model, found = kind.from_pretrained(str(path or hub_id(name)), output_loading_info=True, **options)
     except Exception as error:  # loaders raise many types, all fixed by another model name
         raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
     if found["missing_keys"] and kind is AutoModelForCausalLM:
@@ -259,7 +259,7 @@ def _has_encoder(name: str, path: Path | None, trust_remote_code: bool) -> bool:
     if path is not None:
         return bool(_config(path).get("is_encoder_decoder", False))
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(hub_id(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return False
     return bool(config.is_encoder_decoder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.small import load_weights
 from understudy.models.tokenizers import load_tokenizer
@@ -134,7 +134,7 @@ def load_pairs(name: str | Path, dropout: float = 0.1) -> PairClassifier:
         return model
     if path is not None:
         check_folder(path)
-    source = str(path or name)
+    source = str(path or hub_id(str(name)))
     try:
         settings = AutoConfig.from_pretrained(source, num_labels=1)
         for key in ("hidden_dropout_prob", "classifier_dropout", "dropout"):

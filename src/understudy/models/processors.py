@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
+from understudy.data.folders import hub_id
 from understudy.errors import InputError
 from understudy.models.weights import reason
 
@@ -133,7 +134,7 @@ def load_processor(name: str, path: Path | None) -> Any | None:
         with _quietly():
             from transformers import AutoImageProcessor
 
-            return AutoImageProcessor.from_pretrained(str(path or name))
+            return AutoImageProcessor.from_pretrained(str(path or hub_id(name)))
     except Exception as error:  # many types, as for models
         if path is None and isinstance(error, OSError):
             return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.encoders import is_new_encoder, load_cross, load_encoder, located
@@ -96,7 +96,7 @@ def is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bo
     if folder is not None:
         check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder or hub_id(name)), trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client raises many types; the model is not available
         raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
     return any(str(a).endswith("ForSequenceClassification") for a in _list(config.architectures))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from understudy.data import Batch
 from understudy.data.classified_batches import Reading
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.adapters import ClassifierAdapter
 from understudy.models.encoders import bert_config, is_new_encoder
@@ -109,7 +109,7 @@ def class_names(name: str, trust_remote_code: bool) -> list[str] | None:
     adapters = folder is not None and (folder / ADAPTERS).is_file()
     if adapters or not is_classifier(name, folder, trust_remote_code):
         return None
-    config = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(str(folder or hub_id(name)), trust_remote_code=trust_remote_code)
     found = dict(config.id2label or {})
     if sorted(found) != list(range(len(found))) or all(v == f"LABEL_{k}" for k, v in found.items()):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.weights import reason
 
@@ -26,7 +26,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             "model's tokenizer into it (tokenizer.save_pretrained), or name another."
         )
     try:
-        found = AutoTokenizer.from_pretrained(str(path or name), trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(str(path or hub_id(name)), trust_remote_code=trust_remote_code)
         found("a")  # settings of a wrong type fail at the first text
     except Exception as error:  # readers of vocabularies raise their own types
         raise InputError(f"No tokenizer can be loaded from {name!r}: {reason(error)}") from error

@@ -18,7 +18,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from understudy.data.folders import find
+from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
 from understudy.models.weights import reason
@@ -35,7 +35,7 @@ def load_processor(name: str, *, trust_remote_code: bool = False) -> Any:
         InputError: it cannot be loaded, or prepares no images.
     """
     try:
-        found = AutoProcessor.from_pretrained(str(find(name) or name), trust_remote_code=trust_remote_code)
+        found = AutoProcessor.from_pretrained(str(find(name) or hub_id(name)), trust_remote_code=trust_remote_code)
     except Exception as error:  # loaders raise many types
         raise InputError(f"No processor can be loaded from {name!r}: {reason(error)}") from error
     if not hasattr(found, "image_processor") or not hasattr(found, "tokenizer"):

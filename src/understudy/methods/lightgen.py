@@ -257,8 +257,7 @@ def _noisy(student: MaskedGeneratorAdapter, batch: NoiseBatch, images: Tensor) -
 
 def _error(signal: TokenNoise, batch: NoiseBatch) -> Tensor:
     """E of each image."""
-    noise = batch.inputs["noise"].to(signal.values)
-    return masked.image_errors(masked.noise_error(signal.values, noise), batch.inputs["mask"])
+    return masked.image_errors(masked.noise_error(signal.values, batch.inputs["noise"]), batch.inputs["mask"])
 
 
 def _finite(who: str, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,13 @@ class ADPO(Method):
     paper = 2
     kinds = frozenset({"preference"})
     cost = "one student forward and backward a candidate; a fixed anchor costs one forward a candidate, once and stored"
+    used_with: ClassVar[dict[str, Any]] = {
+        **{name: {"target": ("plackett_luce",)} for name in ("top", "label_smoothing", "poly", "strict")},
+        "beta_reward": {"target": ("softmax_advantage", "bradley_terry", "kde_rank")},
+        "teacher_temperature": {"target": ("teacher",)},
+        "every": {"anchor": ("dynamic",)},
+        "decay": {"anchor": ("ema",)},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "Lists or pairs with noisy rewards, soft labels, or a teacher that scores candidates.",
         "not": "With clean hard pairs it is DPO. A smaller τ keeps the optimum closer to the anchor.",

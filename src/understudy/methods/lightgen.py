@@ -57,6 +57,7 @@ class LightGen(Method):
         "masked phase: one student forward and backward a row, before it the teacher's `samples`; preference phase: two and "
         "two of the reference, before it the student's `pairs` samples; two copies of the student"
     )
+    used_with: ClassVar[dict[str, Any]] = {"beta": {"refine": ("dpo",)}, "pairs": {"refine": ("dpo", "sft")}}
     page: ClassVar[dict[str, str]] = {
         "when": "A generator of images that is good but large or slow, of which only samples are wanted, and a compact one to "
         "be trained on them; with some real images, preferences then mend what the samples got wrong. Choose "

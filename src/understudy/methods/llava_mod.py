@@ -49,6 +49,7 @@ class LLaVAMoD(Method):
         "as kd, and a router for each mixture; of E experts k are computed for a token. In the last phase two completions a "
         "pair, of student and teacher"
     )
+    used_with: ClassVar[dict[str, Any]] = {"detach_kl": {"loss_type": ("kto_pair",)}}
     page: ClassVar[dict[str, str]] = {
         "when": "A vision-language student (`task=vision_language`), or a text LM (`task=preferences`), that is to become "
         "larger without becoming slower, and a teacher with the same tokens that makes fewer things up. Pairs of better and "

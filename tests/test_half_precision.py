@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from understudy.losses import diffusion, masked_diffusion
+from understudy.losses import diffusion, masked_diffusion, step_distillation
 from understudy.losses import score_distillation as scores
 
 LEVEL = torch.tensor([0.9, 0.5, 0.3])
@@ -15,6 +15,8 @@ LOSSES = {
     "denoising_loss": lambda a, b: diffusion.denoising_loss(a, b, LEVEL, 1 - LEVEL, "epsilon"),
     "bootstrapping": lambda a, b: diffusion.bootstrapping(a, b, LEVEL),
     "boundary": diffusion.boundary,
+    "progressive": lambda a, b: step_distillation.progressive(a, b, LEVEL),
+    "consistency": lambda a, b: step_distillation.consistency(a, b, "l1"),
     "score_distillation": scores.score_distillation,
     "score_difference": scores.score_difference,
     "distribution_matching": lambda a, b: scores.distribution_matching(a, b, a.flip(0)),

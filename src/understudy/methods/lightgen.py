@@ -134,6 +134,10 @@ class LightGen(Method):
         if reference.training is None:
             raise InputError("options.preference needs real images to prefer: name data, or set options.preference=0.")
         images, classes = reference.training()
+        if self.pairs > len(images):
+            log.warning(
+                "lightgen: options.pairs is %d and there are %d real images: all are used.", self.pairs, len(images)
+            )
         order = uniform(torch.arange(len(images)), (), seed=context.seed, step=0, stream=ORDER).argsort()[: self.pairs]
         return ExampleSet(images[order], classes[order] if context.classes else torch.full_like(order, -1))
 

@@ -233,6 +233,15 @@ def test_equal_pairs_are_left_out_with_a_count(tmp_path, caplog, monkeypatch):
     assert len(trainer.train_dataset) == 7 and "2 pairs of equal images" in caplog.text
 
 
+def test_fewer_real_images_than_pairs_are_said(tmp_path, caplog):
+    context = context_for(generator(), tmp_path)
+    method_of(pairs=10).setup(context)
+    assert len(context.splits["pairs"]) == 9 and "options.pairs is 10 and there are 9 real images" in caplog.text
+    caplog.clear()
+    method_of(pairs=9).setup(context)
+    assert not caplog.text
+
+
 def test_what_the_method_cannot_use_is_one_line(tmp_path):
     student = generator()
     context = context_for(student, tmp_path)

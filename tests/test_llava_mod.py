@@ -135,6 +135,34 @@ def test_the_experts_start_as_copies_of_the_network_of_the_dense_phase(tmp_path)
         assert torch.equal(model(ids).logits, before)
 
 
+def test_a_run_that_is_resumed_after_the_dense_phase_has_its_copies_too():
+    """The process that goes on has read the weights at the end of that phase, and has not been in it."""
+    method, model = LLaVAMoD(), LlamaForCausalLM(LlamaConfig(**SIZES))
+    adapter = SequenceAdapter(model, 60)
+    method.student(adapter, None)
+    state = type("State", (), {"student": adapter, "companions": {}, "phase": "sparse"})()
+    with torch.no_grad():
+        for mixture in mixtures(model):
+            mixture.experts[0].up_proj.weight.mul_(1.5)
+    method.on_phase_begin(state)
+    for mixture in mixtures(model):
+        assert not mixture.dense
+        for expert in mixture.experts:
+            assert torch.equal(expert.up_proj.weight, mixture.experts[0].up_proj.weight)
+
+
+@pytest.mark.slow
+def test_killed_in_the_sparse_phase_before_its_first_checkpoint(tmp_path):
+    recipe = {**MOD, "trainer": {**MOD["trainer"], "max_steps": 9, "save_steps": 100}}
+    recipe["options"] = {"shares": [2 / 9, 3 / 9, 4 / 9]}
+    distill({**recipe, "output": str(tmp_path / "whole")})
+    cut = {**recipe, "output": str(tmp_path / "cut")}
+    assert killed_run(cut, 2, "before")  # the dense phase has two steps
+    distill(cut)
+    ours, whole = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[k], whole[k]) for k in whole)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_in_any_phase_ends_in_the_same_weights(tmp_path):
     """Phases of 2, 3 and 5 steps, so that each kill is in another one."""

@@ -169,6 +169,13 @@ def test_one_class_and_no_rows():
     assert value == 0 and empty.grad is not None
 
 
+def of_no_weight(student, teacher):
+    """nan where the teacher's weight is 0: in the logit of a label that it gives no probability."""
+    student[2, 0] = math.nan
+    teacher[2, 0] = -math.inf
+    return student, teacher
+
+
 @pytest.mark.parametrize(
     "call,message",
     [
@@ -186,11 +193,18 @@ def test_one_class_and_no_rows():
         (lambda s, t: losses.binary_kl_norm(s, t * math.nan), "row 0 are not finite"),
         (lambda s, t: losses.cross_entropy(s, torch.tensor([0, 1, 2, 9])), "label 9"),
         (lambda s, t: losses.plackett_luce_distillation(s, t, torch.tensor([0, 1, 2, 9])), "label 9"),
-        (lambda s, t: losses.plackett_luce_distillation(s, t * math.nan, torch.zeros(4).long()), "nan"),
+        (lambda s, t: losses.plackett_luce_distillation(s, t * math.nan, torch.zeros(4).long()), "teacher has nan"),
+        (
+            lambda s, t: losses.plackett_luce_distillation(*of_no_weight(s, t), torch.zeros(4).long()),
+            "row 2.* student has nan",
+        ),
         (lambda s, t: losses.interpolated_kl(s, t, t=1.2), "t is 1.2"),
         (lambda s, t: losses.truncate("forward_lk", s, t, 2), "Did you mean 'forward_kl'"),
         (lambda s, t: losses.truncate("jsd", s, t, 2, beta=1.5), "beta is 1.5"),
         (lambda s, t: losses.truncate("forward_kl", s, t, 0), "k is 0"),
+        (lambda s, t: losses.truncate("forward_kl", s, t, 2, support="techer"), "support is 'techer'"),
+        (lambda s, t: losses.truncate("forward_kl", s, t, 2, truncation="drop"), "truncation is 'drop'"),
+        (lambda s, t: losses.forward_kl(s, top_k(t, 2), truncation="drop"), "must be tail or renorm"),
         (lambda s, t: losses.truncate("forward_kl", s * math.inf, t, 2), "truncated forward_kl: row 0 .* student has"),
         (lambda s, t: top_k(t, 0), "k is 0"),
         (lambda s, t: TopK(torch.zeros(2, 3).long(), torch.zeros(2, 2), torch.zeros(2, 1)), "ids are"),
@@ -199,6 +213,45 @@ def test_one_class_and_no_rows():
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call(*draw(0))
+
+
+def test_truncation_scales_with_the_temperature_where_asked():
+    s, t = draw(3)
+    plain, squared = (losses.truncate("forward_kl", s, t, 3, temperature=2.0, tau_squared=on) for on in (False, True))
+    torch.testing.assert_close(squared, 4 * plain)
+
+
+def test_the_order_of_classes_and_equal_logits():
+    s, t = draw(9, rows=5)
+    y = torch.tensor([0, 1, 2, 3, 6])
+    pld = losses.plackett_luce_distillation
+    order = torch.randperm(7)
+    torch.testing.assert_close(pld(s[:, order], t[:, order], order.argsort()[y]), pld(s, t, y))
+    left = torch.arange(7, 0, -1, dtype=F64).log()
+    weights = t.softmax(-1).gather(-1, losses.teacher_permutation(t, y))
+    torch.testing.assert_close(pld(torch.full_like(s, 3.0), t, y), (weights * left).sum(-1))
+    wrong = t.clone()
+    wrong[torch.arange(5), y] = t.min() - 1
+    at = wrong.clone()
+    at[torch.arange(5), y] = -math.inf
+    second = wrong.argmax(-1)
+    cold = pld(s, wrong, y, temperature=1e-3)  # the label's own step has no weight, that of the teacher's best has all
+    rest = s.masked_fill(at == -math.inf, -math.inf)
+    torch.testing.assert_close(cold, losses.cross_entropy(rest, second))
+
+
+def test_the_last_of_a_ranking_costs_nothing():
+    s, t = draw(10, rows=5)
+    y = torch.zeros(5, dtype=torch.long)
+    last = losses.teacher_permutation(t, y)[:, -1]
+    rows = torch.arange(5)
+    out = s.index_put((rows, last), torch.tensor(-math.inf, dtype=F64))
+    for weights in ("teacher", "uniform", "position", "first"):
+        near = losses.plackett_luce_distillation(
+            s.index_put((rows, last), torch.tensor(-80.0, dtype=F64)), t, y, weights=weights
+        )
+        torch.testing.assert_close(losses.plackett_luce_distillation(out, t, y, weights=weights), near)
+        assert gradient(losses.plackett_luce_distillation, out, t, y, weights=weights).isfinite().all()
 
 
 def test_plackett_luce_limits():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golden_vectors import close, golden
-from understudy import InputError
+from understudy import InputError, losses
 from understudy.losses import anchored, preference
 from understudy.losses._pairs import softplus
 from understudy.methods.adpo import ADPO
@@ -203,6 +203,7 @@ def test_golden_targets_and_anchors():
     g = golden("02-adpo")
     reward, full = g["kde_reward"], torch.ones_like(g["kde_reward"], dtype=torch.bool)
     options = {"factor": float(g["kde_h_factor"]), "least": float(g["kde_h_min"]), "clip": float(g["kde_eps"])}
+    close(anchored.kde_width(reward, full, options["factor"], options["least"]), g["kde_h"], rtol=1e-9)
     close(anchored.kde_logits(reward, full, *options.values()), g["kde_logit"], rtol=1e-9)
     close(anchored.kde_logits(reward, full, *options.values()).sigmoid(), g["kde_cdf"], rtol=1e-9)
     close(anchored.kde_rank(reward, beta=float(g["kde_beta"]), **options), g["kde_q"], rtol=1e-9)
@@ -215,6 +216,21 @@ def test_golden_targets_and_anchors():
 
     assert torch.autograd.functional.jacobian(value, log_prob).abs().max() < 1e-10
     close(torch.autograd.functional.hessian(value, log_prob)[0, :, 0], g["opt_hessian"], rtol=1e-8)
+
+
+@pytest.mark.golden
+def test_golden_adaptive_temperature():
+    g = golden("02-adpo")
+    found = anchored.adaptive_temperature(
+        float(g["at_tau_base"]),
+        g["at_H"],
+        g["at_R"],
+        by_entropy=float(g["at_alpha"]),
+        by_reward=float(g["at_beta"]),
+        least=float(g["at_tau_min"]),
+        most=float(g["at_tau_max"]),
+    )
+    close(found, g["at_tau"], rtol=1e-9)
 
 
 def moved(anchor, policy, method, step):
@@ -264,6 +280,21 @@ def test_limits_of_lists():
     close(anchored.anchored_cross_entropy(x[:1, :2], ref[:1, :2], first, tau=0.7), dpo, atol=1e-12)
     two = anchored.anchored_plackett_luce((x - ref)[:1, :2] / 0.7, torch.tensor([[1.0, 0.0]]))
     close(two, dpo, atol=1e-12)
+    leaf = ref.clone().requires_grad_()
+    anchored.anchored_cross_entropy(leaf, ref, q, tau=0.7).mean().backward()
+    close(leaf.grad, (1 / 5 - q) / (0.7 * 3))  # a policy at its anchor
+    whole = torch.log_softmax(x, -1)
+    taught = anchored.tempered(ref, temperature=2.0)
+    kd = losses.cross_entropy_soft(whole, ref, temperature=2.0)
+    close(anchored.anchored_cross_entropy(whole, torch.zeros_like(x), taught, tau=2.0), kd, atol=1e-9)
+    one_hot = anchored.best(ref)
+    sft = losses.cross_entropy(x, ref.argmax(-1))
+    close(anchored.anchored_cross_entropy(x, torch.zeros_like(x), one_hot, tau=1.0), sft, atol=1e-9)
+    each = torch.tensor([0.3, 0.7, 2.0]).double()
+    apart = [
+        anchored.anchored_cross_entropy(*(v[i : i + 1] for v in (x, ref, q)), tau=float(each[i])) for i in range(3)
+    ]
+    close(anchored.anchored_cross_entropy(x, ref, q, tau=each), torch.cat(apart), atol=1e-9)
     tied = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]]).expand(3, 5)  # of equals the first goes first
     told = torch.tensor([[3.0, 4.0, 2.0, 0.0, 1.0]]).expand(3, 5)
     close(anchored.anchored_plackett_luce(x, tied), anchored.anchored_plackett_luce(x, told, strict=True), atol=1e-12)
@@ -287,5 +318,9 @@ def test_limits_of_rank_smoothing():
     equal = torch.full((1, 5), 3.0).double()
     close(anchored.kde_rank(equal, beta=0.5), torch.full((1, 5), 0.2, dtype=torch.float64))
     close(anchored.softmax_advantage(equal, beta=0.5), torch.full((1, 5), 0.2, dtype=torch.float64))
+    influence = anchored.kde_logits(worse, torch.ones_like(worse, dtype=torch.bool))
+    close(influence[0, 4], torch.tensor(math.log(2 * 5 - 1), dtype=torch.float64))  # of an outlier, however far
+    narrow = anchored.kde_logits(outlier, torch.ones_like(outlier, dtype=torch.bool), factor=0.0, least=1e-9)
+    close(narrow.sigmoid(), (torch.arange(1, 6).double() - 0.5)[None] / 5)  # mid-ranks
     some = torch.tensor([[0.3, -1.0, 2.0, 0.9]]).double()
     close(anchored.kde_rank(3 * some + 2, beta=0.5), anchored.kde_rank(some, beta=0.5), atol=1e-9)

@@ -182,7 +182,7 @@ def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
         row["log_probs"] = [-9.0, -11.0]
     splits = {"train": examples}
     context = SetupContext(student, other, splits, collate_lists, len(tokenizer), tmp_path / "store", "key")
-    method.setup(context)
+    tables = method.setup(context)
     values = {
         "max_steps": 2,
         "per_device_train_batch_size": micro,
@@ -193,7 +193,7 @@ def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
     }
-    train_module = TrainModule(student, method, Shapes(len(tokenizer)), 2, context=context).double()
+    train_module = TrainModule(student, method, Shapes(len(tokenizer)), 2, tables=tables, context=context).double()
     return DistillationTrainer(train_module, training_arguments(values, tmp_path, 0), examples.records, collate_lists)
 
 
@@ -212,6 +212,7 @@ METHODS = [
     ADPO(anchor="ema", decay=0.5),
     ADPO(target="exact_teacher", anchor="uniform"),
     ADPO(target="plackett_luce", anchor="recorded"),
+    ADPO(target="exact_teacher", tau_entropy=0.5, tau_reward=1.0),
 ]
 
 

@@ -27,6 +27,9 @@ def test_golden_rankings(g):
     values.sum().backward()
     close(scores.grad, g["rrhf_grad_sum"], atol=1e-10)
     close(pro(g["rank_scores"], g["rank_rewards"]), g["pro"], atol=1e-10)
+    told = g["rank_scores"].gather(1, g["pro_order"])
+    falling = torch.arange(told.shape[1], 0, -1.0).expand_as(told)
+    close(pro(told, falling), g["pro"], atol=1e-10)
 
 
 @pytest.mark.golden

@@ -278,6 +278,19 @@ def test_relations_are_computed_in_float32_at_least(dtype):
         close(found[1][name].values, found[0][name].values, rtol=1e-5, atol=1e-6)
 
 
+def test_a_teacher_keeps_its_precision_beside_a_student_in_bfloat16():
+    """Tokens of the teacher that bfloat16 cannot tell apart still have the neighbours that float32 gives them."""
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(4, 6, 2, 2), 8 + 0.01 * torch.randn(4, 10, 2, 2)
+    method, found = TRG(group=4, gamma=0.0, kd_weight=0.0), []
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = SimpleNamespace(mask=torch.ones(4, dtype=torch.bool), ids=torch.arange(4), row_labels=torch.arange(4))
+        rows = [ModelOutput(Dense(torch.zeros(4, 8)), taps={"tokens": x}) for x in (ours.bfloat16().to(dtype), theirs)]
+        found.append(method.loss(*rows, batch, SimpleNamespace(step=0, total=9, modules={}, seed=0)))
+    for name in ("inner", "local"):
+        close(found[1][name].values, found[0][name].values, rtol=1e-5, atol=1e-7)
+
+
 def test_a_run_in_bfloat16(tmp_path):
     from understudy import distill
 

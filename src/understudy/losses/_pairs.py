@@ -3,7 +3,7 @@ here."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,8 @@ def pair(
 ) -> tuple[Tensor, Tensor]:
     """`(log_q, log_p)`, both `[rows, n]`, of the student (with gradient) and the teacher (without)."""
     check_temperature(loss, temperature)
+    if truncation not in get_args(Truncation):
+        raise InputError(f"{loss}: truncation is {truncation!r} and must be tail or renorm.")
     target = as_target(target)
     if isinstance(target, Dense):
         teacher = need_dense(loss, target, student.shape[-1])

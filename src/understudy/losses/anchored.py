@@ -15,9 +15,12 @@ from torch import Tensor
 from understudy.errors import InputError
 from understudy.losses.checks import check_finite
 
+Temperature = float | Tensor
+"""One for all lists, or `[lists]`."""
+
 
 def anchored_cross_entropy(
-    log_prob: Tensor, anchor: Tensor, target: Tensor, *, tau: float, mask: Tensor | None = None
+    log_prob: Tensor, anchor: Tensor, target: Tensor, *, tau: Temperature, mask: Tensor | None = None
 ) -> Tensor:
     """−Σ q log softmax((log π − log π_ref) / τ) over valid candidates: `[lists]`. A list with one candidate gives 0.
 
@@ -36,13 +39,43 @@ def anchored_cross_entropy(
     return -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
 
 
-def _anchored(log_prob: Tensor, anchor: Tensor, tau: float, mask: Tensor) -> Tensor:
-    if not tau > 0:
+def adaptive_temperature(
+    tau: float,
+    entropy: Tensor,
+    reward: Tensor,
+    *,
+    by_entropy: float = 0.5,
+    by_reward: float = 0.0,
+    least: float = 0.1,
+    most: float = 5.0,
+) -> Tensor:
+    """τ (1 + a H + b (1 − H) (1 − R)), bounded to [least, most]: `[lists]`, without gradient.
+
+    It softens lists that the policy is not sure of (H), and with b those that it is sure of and that are rewarded little.
+
+    Args:
+        entropy: H in [0, 1], relative to its largest value, `[lists]`.
+        reward: R in [0, 1], the mean reward of each list relative to those of others, `[lists]`.
+        by_entropy, by_reward: a and b.
+
+    Source: ADPO, adaptive temperature, official code.
+    """
+    h, r = entropy.detach(), reward.detach()
+    return (tau * (1 + by_entropy * h + by_reward * (1 - h) * (1 - r))).clamp(least, most)
+
+
+def _anchored(log_prob: Tensor, anchor: Tensor, tau: Temperature, mask: Tensor) -> Tensor:
+    if not bool(torch.as_tensor(tau > 0).all()):
         raise InputError(f"tau is {tau} and must be positive.")
     ours, theirs = (x.masked_fill(~mask, 0.0) for x in (log_prob, anchor.detach()))
     for name, x in (("log-probability", ours), ("anchor", theirs)):
         check_finite(x, _names(name))
-    return torch.log_softmax(((ours - theirs) / tau).masked_fill(~mask, -math.inf), -1)
+    return torch.log_softmax(((ours - theirs) / by_list(tau)).masked_fill(~mask, -math.inf), -1)
+
+
+def by_list(tau: Temperature) -> Temperature:
+    """A temperature that divides `[lists, candidates]`."""
+    return tau[..., None] if isinstance(tau, Tensor) else tau
 
 
 def _mask(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,9 +119,9 @@ def tempered(log_prob: Tensor, *, temperature: float, mask: Tensor | None = None
     return _softmax(log_prob / temperature, _mask(log_prob, mask))
 
 
-def exact_teacher(teacher: Tensor, anchor: Tensor, *, tau: float, mask: Tensor | None = None) -> Tensor:
+def exact_teacher(teacher: Tensor, anchor: Tensor, *, tau: Temperature, mask: Tensor | None = None) -> Tensor:
     """softmax((log π_T − log π_ref) / τ): with this target the optimum is the teacher itself, for any anchor."""
-    return _softmax((teacher - anchor) / tau, _mask(teacher, mask))
+    return _softmax((teacher - anchor) / by_list(tau), _mask(teacher, mask))
 
 
 def best(reward: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -119,15 +152,20 @@ def kde_rank(
 def kde_logits(reward: Tensor, mask: Tensor, factor: float = 0.9, least: float = 1e-3, clip: float = 1e-4) -> Tensor:
     """log F − log(1 − F) of each candidate."""
     number = mask.sum(-1, keepdim=True)
-    values = reward.masked_fill(~mask, math.nan)
-    centred = (reward - values.nanmean(-1, keepdim=True)).masked_fill(~mask, 0.0)
-    deviation = (centred.square().sum(-1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
-    spread = values.nanquantile(0.75, -1, keepdim=True) - values.nanquantile(0.25, -1, keepdim=True)
-    width = (factor * torch.minimum(deviation, spread / 1.349) * number.to(reward.dtype) ** -0.2).clamp(min=least)
-    z = (reward[..., :, None] - reward[..., None, :]) / width[..., None]
+    z = (reward[..., :, None] - reward[..., None, :]) / kde_width(reward, mask, factor, least)[..., None, None]
     below = torch.special.ndtr(z).masked_fill(~mask[..., None, :], 0.0).sum(-1) / number
     f = below.clamp(clip, 1 - clip)
     return f.log() - torch.log1p(-f)
+
+
+def kde_width(reward: Tensor, mask: Tensor, factor: float = 0.9, least: float = 1e-3) -> Tensor:
+    """The kernel's bandwidth, `[lists]`."""
+    number = mask.sum(-1)
+    values = reward.masked_fill(~mask, math.nan)
+    centred = (reward - values.nanmean(-1, keepdim=True)).masked_fill(~mask, 0.0)
+    deviation = (centred.square().sum(-1) / (number - 1).clamp(min=1)).sqrt()
+    spread = values.nanquantile(0.75, -1) - values.nanquantile(0.25, -1)
+    return (factor * torch.minimum(deviation, spread / 1.349) * number.to(reward.dtype) ** -0.2).clamp(min=least)
 
 
 def anchored_plackett_luce(
@@ -156,6 +194,7 @@ def anchored_plackett_luce(
     Source: ADPO, list-wise variant, official code.
     """
     mask = _rewards(reward, mask)
+    check_finite(score, _names("score"), mask)
     order = reward.masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     ranked, valid = score.masked_fill(~mask, 0.0).gather(-1, order), mask.gather(-1, order)
     if strict:

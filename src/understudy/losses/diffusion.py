@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError, nearest
+from understudy.losses._pairs import full
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 """Prediction types of a denoiser, by the names of diffusers."""
@@ -85,7 +86,8 @@ def denoising_loss(clean: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, pred
     """
     check_prediction(prediction)
     scale = {"sample": torch.ones_like(sigma), "epsilon": alpha / sigma, "v_prediction": 1 / sigma}[prediction]
-    return scale.square().to(clean.dtype) * squared_error(clean, x0)
+    error = squared_error(clean, x0)
+    return scale.square().to(error.dtype) * error
 
 
 def ddim_coefficient(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
@@ -142,7 +144,8 @@ def bootstrap_weight(kind: Weight, delta: Tensor, coefficient: Tensor) -> Tensor
 
 def bootstrapping(signal: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """w · mean (g(ε, s) − target)²: `[rows]`. The gradient goes to `signal` alone."""
-    return weight.to(signal.dtype) * squared_error(signal, target)
+    error = squared_error(signal, target)
+    return weight.to(error.dtype) * error
 
 
 def boundary(signal: Tensor, clean: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ def boundary(signal: Tensor, clean: Tensor) -> Tensor:
 
 
 def squared_error(values: Tensor, target: Tensor) -> Tensor:
-    """Mean over an example's entries of (values − target)²: `[rows]`, the target detached."""
+    """Mean over an example's entries of (values − target)²: `[rows]`, in float32 at least, the target detached."""
     if values.shape != target.shape:
         raise InputError(f"Student {tuple(values.shape)} and target {tuple(target.shape)} differ in shape.")
-    return (values - target.detach()).square().flatten(1).mean(1)
+    return (full(values) - full(target.detach())).square().flatten(1).mean(1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
 
 
 def cosine_alphas(steps: int) -> Tensor:
@@ -63,10 +64,10 @@ def linear_guidance(weight: float, masked: int, length: int) -> float:
 
 
 def noise_error(predicted: Tensor, noise: Tensor) -> Tensor:
-    """mean_C (n − ε_θ)²: `[...]` of tokens `[..., C]`."""
+    """mean_C (n − ε_θ)²: `[...]` of tokens `[..., C]`, in float32 at least."""
     if predicted.shape != noise.shape:
         raise InputError(f"Predicted noise {tuple(predicted.shape)} and noise {tuple(noise.shape)} differ in shape.")
-    return (noise - predicted).square().mean(-1)
+    return (full(noise) - full(predicted)).square().mean(-1)
 
 
 def variance_error(
@@ -83,9 +84,10 @@ def variance_error(
         x, x_t: the clean token and the noisy one.
         t: `[...]`, int64.
     """
+    predicted, value, x, x_t = full(predicted.detach()), full(value), full(x), full(x_t)
     of_clean, of_noisy = (v.to(value.dtype)[..., None] for v in posterior_terms(t, alphas_cumprod))
     level = _levels(t, alphas_cumprod)[0].to(value.dtype)[..., None]
-    clean = (x_t - (1 - level).sqrt() * predicted.detach()) / level.sqrt()
+    clean = (x_t - (1 - level).sqrt() * predicted) / level.sqrt()
     away = of_clean * (x - clean)  # the two means have the same part in x_t
     low, _ = (v.to(value.dtype)[..., None] for v in _log_variances(t, alphas_cumprod))
     log_variance = learned_log_variance(value, t, alphas_cumprod)

@@ -37,7 +37,7 @@ def teacher_permutation(teacher: Tensor, labels: Tensor) -> Tensor:
 def plackett_luce(student: Tensor, permutation: Tensor, weights: Tensor) -> Tensor:
     """Σ_k weights_k · (logsumexp(s[π_k …]) − s[π_k]): the weighted negative log-likelihood of a ranking.
 
-    A rank with weight 0 contributes exactly 0, also where the student's logit is −inf.
+    A rank with weight 0 and the last rank contribute exactly 0, also where the student's logit is −inf.
 
     Args:
         student: scores `[rows, items]`.
@@ -47,6 +47,7 @@ def plackett_luce(student: Tensor, permutation: Tensor, weights: Tensor) -> Tens
     ranked = full(student).gather(-1, permutation)
     tails = _tail_logsumexp(ranked)
     off = weights == 0
+    off[..., -1] |= ranked[..., -1] == -math.inf  # where no item is left to lose to
     return (weights * (tails - ranked).masked_fill(off, 0.0)).sum(-1)
 
 
@@ -78,13 +79,14 @@ def plackett_luce_distillation(
     check_temperature(name, temperature)
     teacher = need_dense(name, target, student.shape[-1])
     check_labels(name, labels, student.shape[-1])
-    if (teacher == math.inf).any() or (student == math.inf).any():
-        row = int(((teacher == math.inf) | (student == math.inf)).any(-1).nonzero()[0, 0])
-        raise InputError(f"{name}: row {row} has +inf logits.")
+    for side, logits in (("student", student), ("teacher", teacher)):
+        wrong = (logits.isnan() | (logits == math.inf)).any(-1).nonzero()
+        if len(wrong):
+            row = int(wrong[0, 0])
+            what = "nan" if bool(logits[row].isnan().any()) else "+inf"
+            raise InputError(f"{name}: row {row} is not a distribution: the {side} has {what} logits.")
     permutation = teacher_permutation(teacher, labels)
     values = plackett_luce(student, permutation, _weights(weights, teacher, permutation, temperature))
-    if torch.isnan(teacher).any():
-        values = values + teacher.sum(-1) * 0
     return checked(name, values, student, target)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
 
 
 class Ranking(NamedTuple):
@@ -69,7 +70,7 @@ def score_difference(teacher: Tensor, assistant: Tensor, clip: float | None = No
     """
     if teacher.shape != assistant.shape:
         raise InputError(f"Teacher {tuple(teacher.shape)} and assistant {tuple(assistant.shape)} differ in shape.")
-    difference = (teacher - assistant).detach()
+    difference = full(teacher.detach()) - full(assistant.detach())
     if clip is None:
         return difference
     size = difference.square().flatten(1).mean(1).sqrt()
@@ -94,7 +95,7 @@ def score_distillation(samples: Tensor, difference: Tensor) -> Tensor:
     """
     if samples.shape != difference.shape:
         raise InputError(f"Samples {tuple(samples.shape)} and scores {tuple(difference.shape)} differ in shape.")
-    return (difference.detach() * samples).flatten(1).mean(1)
+    return (full(difference.detach()) * full(samples)).flatten(1).mean(1)
 
 
 def distribution_matching(samples: Tensor, real: Tensor, fake: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ def distribution_matching(samples: Tensor, real: Tensor, fake: Tensor) -> Tensor
         raise InputError(
             f"Samples {tuple(samples.shape)}, real {tuple(real.shape)} and fake predictions {tuple(fake.shape)} differ in shape."
         )
-    x, real, fake = samples.detach(), real.detach(), fake.detach()
+    samples = full(samples)
+    x, real, fake = samples.detach(), full(real.detach()), full(fake.detach())
     size = (x - real).abs().flatten(1).mean(1).clamp(min=torch.finfo(x.dtype).eps)
     d = (fake - real) / size.view(-1, *[1] * (x.dim() - 1))
     return 0.5 * (samples - (x - d)).square().flatten(1).mean(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
 from understudy.losses.diffusion import over, squared_error
 
 Level = tuple[Tensor, Tensor]
@@ -73,7 +74,8 @@ def progressive(clean: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
     Source: Salimans & Ho 2022, Algorithm 2.
     """
-    return weight.to(clean.dtype) * squared_error(clean, target)
+    error = squared_error(clean, target)
+    return weight.to(error.dtype) * error
 
 
 def consistency_scalings(level: Level, smallest: Level) -> tuple[Tensor, Tensor]:
@@ -121,4 +123,4 @@ def consistency(values: Tensor, target: Tensor, distance: Distance = "l2") -> Te
         raise InputError(f"Unknown distance {distance!r}. Known: l1, l2.")
     if values.shape != target.shape:
         raise InputError(f"Student {tuple(values.shape)} and target {tuple(target.shape)} differ in shape.")
-    return (values - target.detach()).abs().flatten(1).mean(1)
+    return (full(values) - full(target.detach())).abs().flatten(1).mean(1)

@@ -26,6 +26,7 @@ def truncate(
     support: Literal["teacher", "student", "union"] = "teacher",
     truncation: Truncation = "tail",
     temperature: float = 1.0,
+    tau_squared: bool = False,
     **options: float,
 ) -> Tensor:
     """A divergence on the k most probable classes of one side or of both, with both sides' logits known.
@@ -38,12 +39,16 @@ def truncate(
         options: its options (`beta`, `alpha`).
         student, teacher: logits `[rows, classes]`.
         k: number of classes per side; at least `classes` keeps all.
+        support: whose classes are kept.
+        tau_squared: multiply by temperature².
 
     Raises:
-        InputError: an unknown divergence, k below 1, or an error of the divergence itself.
+        InputError: an unknown divergence or support, k below 1, or an error of the divergence itself.
     """
     if divergence not in NAMES:
         raise InputError(f"truncate: unknown divergence {divergence!r}.{nearest(divergence, NAMES)}")
+    if support not in ("teacher", "student", "union"):
+        raise InputError(f"truncate: support is {support!r} and must be teacher, student or union.")
     if k < 1:
         raise InputError(f"truncate: k is {k} and must be at least 1.")
     log_q, log_p = pair("truncate", student, teacher, temperature, truncation)
@@ -61,7 +66,7 @@ def truncate(
     # In a row that is not a distribution only sums are nan, so the check uses its logits and not those of its buckets.
     checked(f"truncated {divergence}", log_q.detach().sum(-1) + log_p.sum(-1), student, teacher)
     kept: Tensor = getattr(divergences, divergence)(log_q, log_p, **options)  # log-probabilities are logits
-    return kept
+    return kept * temperature**2 if tau_squared else kept
 
 
 def _on_support(log_x: Tensor, keep: Tensor, truncation: Truncation) -> Tensor:

@@ -48,6 +48,10 @@ class ADPA(Method):
     paper = 10
     kinds = frozenset({"preference"})
     variants = "objective"
+    used_with: ClassVar[dict[str, Any]] = {
+        **{name: {"objective": ("adpa",)} for name in ("gamma", "beta", "advantage")},
+        **{name: {"objective": ("dckd",)} for name in ("chosen_weight", "rejected_weight")},
+    }
     cost = "two student forwards and backwards a pair; each teacher costs two forwards a pair, once and stored"
     page: ClassVar[dict[str, str]] = {
         "when": "A large teacher that had preference training, the model that it began from, and a small student after "

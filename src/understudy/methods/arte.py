@@ -58,6 +58,10 @@ class ARTE(Pipeline):
         "drafts × rationales texts of the teacher, and a student's answer for each of them and each probe; DPO of the teacher; "
         "as many texts again; the student's training"
     )
+    used_with: ClassVar[dict[str, Any]] = {
+        "draft_choice": {"align": ("none",)},
+        "quartile": {"align": ("both", "questions")},
+    }
     page: ClassVar[dict[str, str]] = {
         "task": "reasoning",
         "when": "The teacher can be trained, some hundred labelled questions are at hand, and the student is small: what helps "

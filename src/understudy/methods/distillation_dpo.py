@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -56,6 +56,7 @@ class DistillationDPO(Method):
         "four student forwards (two with backward), two teacher calls and four assistant calls (two with backward) a row, "
         "and the metric of four samples; two assistants of the teacher's size in memory, with their optimiser"
     )
+    used_with: ClassVar[dict[str, Any]] = {"voxel": {"metric": ("jsd", "iou")}}
     page: ClassVar[dict[str, str]] = {
         "when": "A diffusion model that needs tens of calls, and a measure of quality that has no gradient (Chamfer distance, "
         "a voxel score, a judge's mark): the student draws in one call or a few.",

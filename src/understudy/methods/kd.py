@@ -29,6 +29,11 @@ class KD(Method):
     name = "kd"
     kinds = frozenset({"classification", "text", "graph"})
     variants = "divergence"
+    used_with: ClassVar[dict[str, Any]] = {
+        "beta": {"divergence": ("jsd",)},
+        "alpha": {"divergence": ("skew_kl", "skew_reverse_kl")},
+        "ab": {"divergence": ("alpha_beta",)},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "
         "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD. `alpha_beta` is "

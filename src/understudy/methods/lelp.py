@@ -58,6 +58,10 @@ class LELP(Method):
     paper = 6
     kinds = frozenset({"classification"})
     cost = "as kd; once, a teacher forward an example and a singular value decomposition a class (embeddings in memory)"
+    used_with: ClassVar[dict[str, Any]] = {
+        **{name: {"split": ("linear",)} for name in ("rotate", "normalise", "strict")},
+        "beta": {"split": ("linear", "kmeans_soft")},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "Two or a few classes that have parts the teacher can tell apart, and little transfer data. It needs no "
         "labels in training (`data.unlabelled=true`) and no embeddings of equal width.",

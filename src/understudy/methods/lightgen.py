@@ -57,6 +57,7 @@ class LightGen(Method):
         "masked phase: one student forward and backward a row, before it the teacher's `samples`; preference phase: two and "
         "two of the reference, before it the student's `pairs` samples; two copies of the student"
     )
+    used_with: ClassVar[dict[str, Any]] = {"beta": {"refine": ("dpo",)}, "pairs": {"refine": ("dpo", "sft")}}
     page: ClassVar[dict[str, str]] = {
         "when": "A generator of images that is good but large or slow, of which only samples are wanted, and a compact one to "
         "be trained on them; with some real images, preferences then mend what the samples got wrong. Choose "
@@ -133,6 +134,10 @@ class LightGen(Method):
         if reference.training is None:
             raise InputError("options.preference needs real images to prefer: name data, or set options.preference=0.")
         images, classes = reference.training()
+        if self.pairs > len(images):
+            log.warning(
+                "lightgen: options.pairs is %d and there are %d real images: all are used.", self.pairs, len(images)
+            )
         order = uniform(torch.arange(len(images)), (), seed=context.seed, step=0, stream=ORDER).argsort()[: self.pairs]
         return ExampleSet(images[order], classes[order] if context.classes else torch.full_like(order, -1))
 
@@ -257,8 +262,7 @@ def _noisy(student: MaskedGeneratorAdapter, batch: NoiseBatch, images: Tensor) -
 
 def _error(signal: TokenNoise, batch: NoiseBatch) -> Tensor:
     """E of each image."""
-    noise = batch.inputs["noise"].to(signal.values)
-    return masked.image_errors(masked.noise_error(signal.values, noise), batch.inputs["mask"])
+    return masked.image_errors(masked.noise_error(signal.values, batch.inputs["noise"]), batch.inputs["mask"])
 
 
 def _finite(who: str, images: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class LLaVAMoD(Method):
         "as kd, and a router for each mixture; of E experts k are computed for a token. In the last phase two completions a "
         "pair, of student and teacher"
     )
+    used_with: ClassVar[dict[str, Any]] = {"detach_kl": {"loss_type": ("kto_pair",)}}
     page: ClassVar[dict[str, str]] = {
         "when": "A vision-language student (`task=vision_language`), or a text LM (`task=preferences`), that is to become "
         "larger without becoming slower, and a teacher with the same tokens that makes fewer things up. Pairs of better and "
@@ -164,12 +165,13 @@ class LLaVAMoD(Method):
     def on_phase_begin(self, state: TrainState) -> None:
         """Experts become copies of the dense network that was trained; the reference, of the student."""
         assert state.student is not None
+        names = [phase.name for phase in self.phases()]
+        # By the plan and not by what this process has done: a run that is resumed here has only read the dense phase's weights.
+        follows = names[0] == "dense" and state.phase == names[1]
         for mixture in mixtures(state.student.model):
-            if state.phase == "dense":
-                mixture.dense = True
-            elif mixture.dense:
+            mixture.dense = state.phase == "dense"
+            if follows:
                 mixture.spread()
-                mixture.dense = False
         if state.phase == "preference" and "reference" in state.companions:
             reference = state.companions["reference"]
             reference.load_state_dict(state.student.state_dict())

@@ -10,7 +10,7 @@ There is no separate cross-entropy and no mixing weight: the first rank is the l
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class PLD(Method):
     name = "pld"
     paper = 9
     cost = "as kd, and one sort of the classes a row"
+    used_with: ClassVar[dict[str, Any]] = {"temperature": {"weights": ("teacher",)}}
     page: ClassVar[dict[str, str]] = {
         "when": "Labelled classification with a live teacher, when no mixing weight should be tuned.",
         "not": "When the student must match the teacher's probabilities: KL to the teacher ends higher than with kd. "

@@ -144,8 +144,9 @@ class TRG(Method):
         terms["kd"] = Term(kd, self.kd_weight)
         ours, theirs = (r.taps["tokens"][batch.mask] for r in (student, teacher))
         ours, theirs = self._patches(ours, "student"), self._patches(theirs, "teacher")
-        theirs, ids = theirs.to(ours.dtype), batch.ids[batch.mask]
         # Similarities and distances in bfloat16 would not tell near tokens apart.
+        dtype, ids = torch.promote_types(ours.dtype, torch.float32), batch.ids[batch.mask]
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
         with torch.autocast(ours.device.type, enabled=False):
             terms["inner"] = Term(contextual_mse(ours, theirs), self.alpha)
             parts = [

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -19,3 +20,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set the probabilities of dropout to 0 in all modules: those of dropout layers, and the numbers that modules of
+    transformers keep beside these (`attention_dropout`, `layerdrop`). The model's configuration stays as it is."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name in [n for n, value in vars(module).items() if "drop" in n and isinstance(value, float)]:
+            setattr(module, name, 0.0)

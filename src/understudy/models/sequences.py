@@ -8,6 +8,7 @@ from understudy.data import Batch, ListBatch
 from understudy.losses import cross_entropy
 from understudy.models.adapters import CausalLMAdapter, ModelOutput
 from understudy.models.layouts import Packing
+from understudy.models.modes import without_dropout
 from understudy.streaming import rowwise
 from understudy.targets import Scores
 
@@ -22,9 +23,7 @@ class SequenceAdapter(CausalLMAdapter):
 
     def __init__(self, model: torch.nn.Module, vocabulary: int, packing: Packing = "none") -> None:
         super().__init__(model, vocabulary, packing)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(model)
 
     def answer(self, batch: Batch, features: bool) -> ModelOutput:
         assert isinstance(batch, ListBatch)  # as the task's collator returns

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from understudy.data import Batch
@@ -141,7 +141,8 @@ class Method(BaseModel):
     example where its `kinds` do not tell),
     `defaults` (of recipe keys such as `on_policy` and `trainer`, below the recipe's own), `variants` (an option whose values
     are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
-    that a pipeline uses beside teacher and student, by name).
+    that a pipeline uses beside teacher and student, by name), `used_with` (options that have an effect only with some values
+    of another one, as `{"beta": {"divergence": ("jsd",)}}`; elsewhere a value that is not the default is refused).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,6 +155,18 @@ class Method(BaseModel):
     defaults: ClassVar[Mapping[str, Any]] = {}
     variants: ClassVar[str | None] = None
     roles: ClassVar[Mapping[str, Role]] = {}
+    used_with: ClassVar[Mapping[str, Mapping[str, Sequence[Any]]]] = {}
+
+    @model_validator(mode="after")
+    def _are_used(self) -> Self:
+        for name, others in self.used_with.items():
+            for other, values in others.items():
+                said = getattr(self, other)
+                if said not in values and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} has no effect with {other}={said}; it belongs to {', '.join(map(str, values))}"
+                    )
+        return self
 
     @property
     def requires(self) -> Requirements:

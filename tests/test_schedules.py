@@ -35,6 +35,14 @@ def test_a_constant_loss_still_drifts():
     assert 1 - schedule.value == pytest.approx((1 - 0.05) ** 5)
 
 
+def test_a_loss_of_0_is_no_progress():
+    """`drive=kl` with `t_start=0`: the first target is the student itself."""
+    schedule = ProgressSchedule(0.0, 1.0, 0.1, 0.9)
+    for loss in (0.0, 0.0, 1e-3, 1e-3):
+        schedule.update(loss, 0, 1000)
+    assert schedule.momentum == 0 and 1 - schedule.value == pytest.approx((1 - 0.05) ** 3)
+
+
 def test_a_loss_that_is_not_finite_is_skipped_and_steps_are_checked():
     schedule = ProgressSchedule(0.2, 1.0, 0.5, 0.9)
     schedule.update(2.0, 0, 10)

@@ -135,6 +135,10 @@ def test_limits_of_the_noise():
         assert bool((found >= 0).all())
     torch.testing.assert_close(perturbed(p, 1e-12 * drawn), p, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(perturbed(p[:1], torch.full((1, 7), -2.0)), torch.full((1, 7), 1 / 7, dtype=p.dtype))
+    even = torch.full_like(p, 1 / 7)  # endless noise drowns what p was
+    torch.testing.assert_close(perturbed(p, 1e12 * drawn), perturbed(even, 1e12 * drawn), rtol=1e-6, atol=1e-9)
+    alone = torch.randn(2000, 1)
+    assert not noisy_forward_kl(alone, -alone, 2.0, drawn[:, :1].float()).any()
     barred = torch.tensor([[0.0, 1.0, 0.0]])
     assert perturbed(barred, torch.ones(1, 3), keep_support=True).tolist() == [[0.0, 1.0, 0.0]]
 

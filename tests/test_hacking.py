@@ -131,6 +131,18 @@ def test_a_proxy_that_has_stalled_is_replaced_by_the_training_loss():
     assert not verdict(golden, proxy, loss=[None, 0.5, 0.6]).hacking
 
 
+def test_a_student_that_leaves_its_teacher_too_is_not_hacking_it():
+    falling = [None, 0.5, 0.4, 0.3]
+    for curve in (
+        [1.0, 0.8, 0.82, 0.9],
+        [1.0, 1.2, 1.3, 1.5],
+    ):  # with the truth as teacher both curves are one (limit 2)
+        assert not verdict(curve, curve, loss=falling).hacking and verdict(curve, curve).rise > 0.02
+    diverging = verdict([1.0, 1.5], [1.0, 1.6], loss=[None, 3.0])
+    assert not diverging.hacking and diverging.best == 0
+    assert verdict([1.0, 1.1, 1.2], [1.0, 1.0, 1.01], loss=[None, 0.5, 0.4]).hacking
+
+
 def test_distances_to_oracle_and_teacher_on_held_out_prompts():
     """A student that is its teacher has no proxy and the teacher's gap; with the oracle as teacher the two are one."""
     tokenizer = words()

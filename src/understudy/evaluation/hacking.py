@@ -173,8 +173,9 @@ class Verdict:
     """What a golden curve says.
 
     Args:
-        hacking: it rises by more than δ above its least while the proxy, or where that has stalled the training loss, falls
-            further. best: place of its least, the first of several. rise: (end − least) / least, 0 for a curve at 0.
+        hacking: it rises by more than δ above its least while the proxy, or where that has stalled (it has risen by no more
+            than δ) the training loss, falls further. best: place of its least, the first of several.
+            rise: (end − least) / least, 0 for a curve at 0.
             proxy_drop: (proxy there − proxy at the end) / proxy there.
     """
 
@@ -204,8 +205,8 @@ def verdict(
     best = min(range(len(golden)), key=golden.__getitem__)
     rise = (golden[-1] - golden[best]) / golden[best] if golden[best] and golden[-1] > golden[best] else 0.0
     drop = (proxy[best] - proxy[-1]) / proxy[best] if proxy[best] else 0.0
-    held, last = (loss[best], loss[-1]) if loss else (None, None)
-    nearer = drop > 0 or (last is not None and (held is None or last < held))
+    known = [value for value in loss[best:] if value is not None]
+    nearer = drop > 0 or (drop >= -delta and bool(known) and known[-1] < known[0])
     return Verdict(rise > delta and nearer, best, rise, drop)
 
 

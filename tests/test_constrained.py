@@ -48,13 +48,15 @@ def after(tracker, sequences):
 def test_the_tracker_agrees_with_the_official_states():
     g = golden("15-i2d2")
     tracker, vocabulary = Tracker([read(g)], int(g["V"])), int(g["V"])
+    lengths = [{len(x.phrase) for x in clause if x.positive} for clause in read(g).clauses]
     for t, state in enumerate(after(tracker, g["seqs"])):
         positive = [c for c, clause in enumerate(read(g).clauses) if any(x.positive for x in clause)]
         met = tracker.met(state)[0]
         assert met.long()[:, positive].equal(g["met_mask"][:, t, positive]) and not met[:, tracker.hard[0]].any()
         assert met.sum(-1).equal(g["num_met"][:, t]) and tracker.complete(state)[0].long().equal(g["finished"][:, t])
         close(tracker.progress(state)[0], g["paper_progress"][:, t], rtol=0, atol=1e-9)
-        close(tracker.progress(state)[0], g["official_progress"][:, t], rtol=0, atol=1e-9)
+        if max(map(len, lengths)) == 1:  # the official value is another where a clause has phrases of several lengths
+            close(tracker.progress(state)[0], g["official_progress"][:, t], rtol=0, atol=1e-9)
         scores = torch.zeros(1, len(g["seqs"]), vocabulary)
         tracker.ban(scores, state)
         assert scores[0].isinf().long().equal(g["banned_next"][:, t])

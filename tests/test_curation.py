@@ -16,6 +16,7 @@ from understudy.curation import (
     above,
     base_rate_bias,
     binary_labels,
+    cutoff_at,
     cutoff_at_recall,
     first_occurrences,
     mean_probability,
@@ -27,7 +28,9 @@ from understudy.curation import (
     split_by_group,
     summary,
 )
+from understudy.curation.triples import LabelledTriple
 from understudy.losses import binary_cross_entropy
+from understudy.methods.symbolic_kd import SymbolicKD
 
 
 @pytest.mark.golden
@@ -105,6 +108,29 @@ def test_a_monotone_transform_keeps_the_same_items_and_ties_share_a_fate(rows, r
     assert len({scores[i] for i in kept} & {s for i, s in enumerate(scores) if i not in kept}) == 0
     if recall == 1.0:
         assert cutoff.value == min(scores)
+
+
+@given(labelled, st.floats(-0.1, 1.1))
+@settings(max_examples=60, deadline=None)
+def test_any_value_as_a_cutoff_has_the_recall_of_what_it_keeps(rows, value):
+    labels, scores = [int(a) for a, _ in rows], [b / 7 for _, b in rows]
+    assert all(cutoff_at(labels, scores, point.value) == point for point in recall_curve(labels, scores))
+    kept, found = above(scores, value), cutoff_at(labels, scores, value)
+    assert found.strict_recall == sum(labels[i] for i in kept) / sum(labels)
+    assert found.strict_precision == (sum(labels[i] for i in kept) / len(kept) if kept else 1.0)
+
+
+def test_the_report_is_of_the_cutoff_that_filters():
+    """Also where that is the mean with the cutoff of test labels."""
+    scored = {"validation": [(1, 0.2), (0, 0.3), (1, 0.4), (1, 0.9)], "test": [(0, 0.1), (1, 0.2), (1, 0.95)]}
+    labels = [
+        LabelledTriple(head=str(i), relation="r", tail="t", good=good, score=score, split=split)
+        for split, rows in scored.items()
+        for i, (good, score) in enumerate(rows)
+    ]
+    found = SymbolicKD(recall=0.7, legacy_mean=True)._cutoff(labels)
+    assert found["cutoff"] == pytest.approx((0.3 + 0.95) / 2) == found["estimate"]["value"]
+    assert found["estimate"]["recall"] == pytest.approx(1 / 3) == found["estimate"]["strict_recall"]
 
 
 def test_a_perfect_critic_and_a_blind_one():

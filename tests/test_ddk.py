@@ -39,10 +39,16 @@ def test_golden_weights():
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("tau", ["1.0", "2.0"])
 @pytest.mark.parametrize("divergence", ["fkl", "rkl"])
-def test_golden_loss(tau, divergence):
+def test_golden_loss(divergence):
     g = golden("17-ddk")
+    taus = [name.removeprefix("ce_tau") for name in g if name.startswith("ce_tau")]
+    assert taus
+    for tau in taus:
+        _check_loss(g, tau, divergence)
+
+
+def _check_loss(g, tau, divergence):
     labels = g["labels"]
     mask, student = labels >= 0, g["student_logits"].clone().requires_grad_()
     shifted = torch.cat([labels[:, :1] * 0 - 100, labels], 1)  # a batch predicts the next label

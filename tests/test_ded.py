@@ -1,6 +1,7 @@
 """Paper 16: its golden vectors, edit distance as a metric, selectors, filters, pass rates, the shift of hidden states."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from understudy.curation.diversity import by_length, edit_distances, levenshtein
 from understudy.curation.traces import hard_enough, has_form, pass_rates, trace_problem
 from understudy.errors import InputError
 from understudy.evaluation.distances import pca_shift
+from understudy.evaluation.forgetting import readings
 from understudy.evaluation.teacher_choice import choose_teacher
 from understudy.losses import entropy
 
@@ -169,3 +171,15 @@ def test_bad_input(call, says):
     with pytest.raises(InputError, match=says) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_student_is_read_as_it_is_loaded(monkeypatch):
+    """Its tokenizer, dtype and trust in its code are those of its specification."""
+    told = {"tokenizer": "words", "dtype": "float32", "trust_remote_code": True}
+
+    def load(name, **how):
+        raise InputError(f"{name} {how}")
+
+    monkeypatch.setattr("understudy.training.solvers.LocalSource.load", load)
+    with pytest.raises(InputError, match=re.escape(f"m {told}")):
+        readings({"model": "m", **told}, [], 8)

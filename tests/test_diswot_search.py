@@ -24,7 +24,7 @@ from understudy.architectures import (
     synflow_score,
 )
 from understudy.data import Batch
-from understudy.methods.diswot import DisWOTKD
+from understudy.methods.diswot import DisWOTKD, _left_out
 from understudy.models import ClassifierAdapter, load_small, save_small
 from understudy.models.small import build_small, is_small
 from understudy.models.taps import called_layers, stages
@@ -299,6 +299,16 @@ def test_the_command(tmp_path, capsys):
     assert ended.value.code == 0
     found = json.loads(capsys.readouterr().out)
     assert found["student"] == found["ranking"][0]["student"] and len(found["ranking"]) == 5
+    assert "34 candidates are beyond the budget" in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_says_what_was_left_out():
+    """With `semantic=grad` that may be most of a space."""
+    small, large, other = (
+        Candidate(student=n, parameters=p, why=w) for n, p, w in (("a", 5, ""), ("b", 9, ""), ("c", 0, "w"))
+    )
+    assert _left_out([small, large]) == ["2 candidates are beyond the budget and were not scored."]
+    assert _left_out([other]) == ["1 candidates cannot be scored, for example c: w"] and _left_out([]) == []
 
 
 @pytest.mark.parametrize(

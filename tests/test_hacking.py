@@ -1,5 +1,7 @@
 """Paper 20: distances of whole texts, and what their curves say."""
 
+import math
+
 import pytest
 import torch
 
@@ -76,18 +78,17 @@ def test_golden_curves():
     g = golden("20-teacher-hacking")
     proxy, epochs = g["curve_proxy"].tolist(), g["curve_epoch"].tolist()
     for name in ("hack", "ok"):
-        found = verdict(g[f"curve_golden_{name}"].tolist(), proxy, delta=0.01)
+        found = verdict(g[f"curve_golden_{name}"].tolist(), proxy)
         assert found.best == int(g[f"argmin_golden_{name}"])
         assert found.rise == pytest.approx(float(g[f"rise_{name}"]), rel=1e-9)
         assert found.proxy_drop == pytest.approx(float(g[f"proxy_after_min_drop_{name}"]), rel=1e-9)
-        assert found.hacking == (name == "hack")
+        assert found.hacking == (found.rise > 0.02 and found.proxy_drop > 0)
     for name in ("proxy", "golden_hack", "golden_ok"):
         line = power_law(epochs, g[f"curve_{name}"].tolist())
-        close(torch.tensor([line.intercept, line.slope]).double(), g[f"powerlaw_{name}"], rtol=1e-6)
-        close(line.residuals, g[f"powerlaw_residual_{name}"], rtol=1e-6, atol=1e-9)
-    hacked = g["curve_golden_hack"]
-    place = leaves_power_law(epochs, hacked.tolist())
-    assert place is not None and place == leaves_power_law(epochs, (7 * hacked).tolist())
+        close(g[f"powerlaw_{name}"].new_tensor([line.intercept, line.slope]), g[f"powerlaw_{name}"], rtol=1e-9)
+        close(line.residuals, g[f"powerlaw_residual_{name}"], rtol=1e-9)
+        scaled = (7 * g[f"curve_{name}"]).tolist()  # limit 6
+        assert leaves_power_law(epochs, scaled) == leaves_power_law(epochs, g[f"curve_{name}"].tolist())
 
 
 def test_limits():
@@ -117,6 +118,10 @@ def test_curves_that_say_nothing():
     assert not verdict([0.0, 0.0], [0.0, 0.0]).hacking
     exact = [2 * e**-0.5 for e in range(1, 20)]
     assert leaves_power_law(range(1, 20), exact) is None
+    turned = [*exact[:12], *[1.02**e * exact[11] for e in range(1, 8)]]
+    assert leaves_power_law(range(1, 20), turned) == 14
+    ruled_out = verdict([math.inf, math.inf], [3.0, 2.0])  # infinitely far all the time is no rise
+    assert not ruled_out.hacking and ruled_out.rise == 0
 
 
 def test_a_proxy_that_has_stalled_is_replaced_by_the_training_loss():
@@ -124,6 +129,18 @@ def test_a_proxy_that_has_stalled_is_replaced_by_the_training_loss():
     assert not verdict(golden, proxy).hacking
     assert verdict(golden, proxy, loss=[None, 0.5, 0.4]).hacking
     assert not verdict(golden, proxy, loss=[None, 0.5, 0.6]).hacking
+
+
+def test_a_student_that_leaves_its_teacher_too_is_not_hacking_it():
+    falling = [None, 0.5, 0.4, 0.3]
+    for curve in (
+        [1.0, 0.8, 0.82, 0.9],
+        [1.0, 1.2, 1.3, 1.5],
+    ):  # with the truth as teacher both curves are one (limit 2)
+        assert not verdict(curve, curve, loss=falling).hacking and verdict(curve, curve).rise > 0.02
+    diverging = verdict([1.0, 1.5], [1.0, 1.6], loss=[None, 3.0])
+    assert not diverging.hacking and diverging.best == 0
+    assert verdict([1.0, 1.1, 1.2], [1.0, 1.0, 1.01], loss=[None, 0.5, 0.4]).hacking
 
 
 def test_distances_to_oracle_and_teacher_on_held_out_prompts():
@@ -151,6 +168,8 @@ def test_distances_to_oracle_and_teacher_on_held_out_prompts():
         (lambda: verdict([1.0], []), "1 golden and 0 proxy"),
         (lambda: power_law([1, 2], [1, 2]), "three points"),
         (lambda: power_law([0, 1, 2], [1, 1, 1]), "count epochs from 1"),
+        (lambda: power_law([1, 2, 3], [1, math.inf, 1]), "above 0 and finite"),
+        (lambda: verdict([1.0, math.nan], [1.0, 1.0]), "value is nan"),
         (
             lambda: text_distances(
                 Dense(torch.zeros(2, 3)), Dense(torch.zeros(2, 4)), texts(torch.zeros(1, 2, dtype=torch.long))

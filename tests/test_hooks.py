@@ -1,6 +1,7 @@
 """Hooks of the engine that a method may use: phases, columns, an epoch's sampling, modules that see both models."""
 
 import shutil
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -196,10 +197,13 @@ def test_columns_find_their_rows():
     same = Column.from_tensors("s", column.tensors())
     torch.testing.assert_close(same.of_rows(text([2, 1], [7, 3])), torch.tensor([0.1, 0.2, 0.3]))
     whole = Column.by_example("w", torch.tensor([7, 3]), torch.tensor([1.0, 2.0]))
-    torch.testing.assert_close(whole.of_rows(text([1, 2], [3, 7])), torch.tensor([2.0, 1.0, 1.0]))
+    written = replace(text([1, 2], [3, 7]), source=torch.tensor([0, 1]))  # as many tokens, and not those of the data
+    for batch in (text([1, 2], [3, 7]), written):
+        torch.testing.assert_close(whole.of_rows(batch), torch.tensor([2.0, 1.0, 1.0]))
     for make, message in (
         (lambda: column.of_rows(text([2], [3])), "has 1 numbers for example 3, which has 2 rows"),
         (lambda: column.of_rows(text([1], [9])), "has nothing for example 9"),
+        (lambda: column.of_rows(written), "texts written during training have none"),
         (lambda: column.of_examples(text([1], [3])), "read it with `of_rows`"),
         (lambda: Column.by_example("w", torch.tensor([1, 1]), torch.ones(2)), "two entries"),
         (lambda: Column.by_example("w", torch.tensor([1]), torch.tensor([float("nan")])), "not finite"),

@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+from own_texts import rows, words
 from understudy import InputError, distill
 from understudy.evaluation.leakage import Canaries, plant
 from understudy.runs.exporting import export_run
 from understudy.runs.recipe import make, own_training
 from understudy.tasks import get as get_task
+from understudy.tasks.language_modeling import _exposed
+from understudy.teachers import Ensemble
 
 
 def recipe(folder, planted="teacher", **more):
@@ -63,6 +66,14 @@ def test_a_teacher_that_read_secrets_exposes_them_and_the_report_says_so(tmp_pat
     assert len(table["rows"]) == 3 and table["headings"] == ["sentence", "student (bits)", "teacher (bits)"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Exposure of planted secrets" in page and table["rows"][0][0] in page
+
+
+def test_a_teacher_of_several_models_has_no_exposure_of_its_own():
+    tokenizer = words()
+    teacher = Ensemble({name: rows(tokenizer, seed=seed) for seed, name in enumerate(("a", "b"))})
+    secrets = Canaries(number=1, digits=1).secrets()
+    prepared = _exposed(secrets, tokenizer, rows(tokenizer, seed=3), teacher)
+    assert set(prepared["metrics"]) == {"exposure"}
 
 
 def test_a_canary_has_the_domain_of_the_text_before_it():

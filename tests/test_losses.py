@@ -95,6 +95,18 @@ def test_gradients_in_closed_form():
     torch.testing.assert_close(gradient(losses.interpolated_kl, s, t, t=0.4), q - p_t)
 
 
+def test_an_interpolated_target_is_the_geometric_mean_and_moves_away_with_t():
+    s, t = 2 * torch.randn(2, 6, 5, dtype=torch.float64)
+    p_t = (torch.softmax(s, -1) ** 0.7 * torch.softmax(t, -1) ** 0.3).log()
+    expected = losses.forward_kl(s, p_t)
+    torch.testing.assert_close(losses.interpolated_kl(s, t, t=0.3), expected)
+    torch.testing.assert_close(losses.interpolated_kl(s + 4, t - 9, t=0.3), expected)
+    path = torch.stack([losses.interpolated_kl(s, t, t=i / 20) for i in range(21)])
+    assert (path.diff(dim=0) >= -1e-12).all() and path[0].abs().max() < 1e-12
+    torch.testing.assert_close(path[-1], losses.forward_kl(s, t))
+    torch.testing.assert_close(gradient(losses.interpolated_kl, s, s + 3, t=0.6), torch.zeros_like(s))
+
+
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "total_variation", "skew_kl", "skew_reverse_kl"])
 def test_a_tail_bucket_never_exceeds_the_whole(name):
     s, t = draw(4, rows=8)

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from engine_cases import DIGITS, TEXT, killed_run, weights
 from golden_vectors import close, golden, reduce
 from understudy import InputError, distill, losses
 from understudy.curation.private import detector, private_tokens
+from understudy.data import Batch
 from understudy.data.noise import laplace
 from understudy.evaluation.leakage import canaries, exposure, plant, text_exposures
 from understudy.losses.privacy import noisy_forward_kl, perturbed, private_temperature
@@ -29,7 +32,10 @@ def test_golden(form):
     close(clean[mask], g["soft_target_clean"][mask])
     noise = float(g["noise_scale"]) * g["unit_laplace"]
     assert float(g["noise_scale"]) == pytest.approx(float(g["sensitivity"] / g["privacy_budget"]))
-    noise[1, 1] = (g["noisy_raw"] - clean)[1, 1]  # the file's case of a row that is clipped whole
+    forced = ~torch.isclose(g["noisy_raw"], clean + noise).all(-1)  # the file's case of a row that is clipped whole
+    assert bool((g["noisy_raw"][forced & mask] < 0).all())
+    noise[forced] = (g["noisy_raw"] - clean)[forced]
+    close((clean + noise)[mask], g["noisy_raw"][mask])
     close(perturbed(clean[mask], noise[mask]), g["soft_target_noisy"][mask])
     values = noisy_forward_kl(
         student[mask],
@@ -63,6 +69,8 @@ def test_golden_exposure():
         found = exposure(value, g["candidate_logppl"])
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert found == pytest.approx(math.log2(size) - math.log2(rank), abs=1e-12)
+        known = g["candidate_logppl"]
+        assert size == len(known) + (value not in known.tolist())
 
 
 def test_a_temperature_of_each_row():
@@ -127,6 +135,10 @@ def test_limits_of_the_noise():
         assert bool((found >= 0).all())
     torch.testing.assert_close(perturbed(p, 1e-12 * drawn), p, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(perturbed(p[:1], torch.full((1, 7), -2.0)), torch.full((1, 7), 1 / 7, dtype=p.dtype))
+    even = torch.full_like(p, 1 / 7)  # endless noise drowns what p was
+    torch.testing.assert_close(perturbed(p, 1e12 * drawn), perturbed(even, 1e12 * drawn), rtol=1e-6, atol=1e-9)
+    alone = torch.randn(2000, 1)
+    assert not noisy_forward_kl(alone, -alone, 2.0, drawn[:, :1].float()).any()
     barred = torch.tensor([[0.0, 1.0, 0.0]])
     assert perturbed(barred, torch.ones(1, 3), keep_support=True).tolist() == [[0.0, 1.0, 0.0]]
 
@@ -136,17 +148,44 @@ def test_exposure_at_its_ends():
     assert exposure(0.0, r) == 4 and exposure(15.0, r) == 0
     assert exposure(1.0, torch.ones(16)) == 0 and exposure(1.0, torch.ones(1)) == 0
     assert exposure(math.exp(3.0), r.exp()) == exposure(3.0, r)
+    for secret, candidates in ((math.nan, r), (1.0, r.log() - math.inf + math.inf)):  # a model that has diverged
+        with pytest.raises(InputError, match="is not a number"):
+            exposure(secret, candidates)
     assert sum(exposure(float(v), torch.arange(4096.0)) for v in range(4096)) / 4096 == pytest.approx(1.44, abs=0.01)
 
 
 def test_what_looks_private():
-    pieces = ["Call", " Ada", " at", " 55", "5", "-12", " or", " a", "@b", ".org", "!"]
+    pieces = [b"Call", b" Ada", b" at", b" 55", b"5", b"-12", b" or", b" a", b"@b", b".org", b"!"]
     found = private_tokens(pieces, detector(names=["ada"]))
     assert found == [False, True, False, True, True, True, False, True, True, True, False]
+    cut = [b" Jos", b"\xc3", b"\xa9", b" \xc3", b"\xa9t\xc3", b"\xa9", b"\xff", b" 7"]  # "José été", and no character
+    assert private_tokens(cut, detector(names=["José"])) == [True, True, True, *[False] * 4, True]
     with pytest.raises(InputError, match="no regular expression"):
         detector(["("])
     with pytest.raises(InputError, match="nothing to look for"):
         detector([])
+
+
+def words_behind_spaces():
+    """A tokenizer as Llama's and T5's: a token begins with the space before its word, and decoded alone it loses it."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "▁Call": 1, "▁Ada": 2, "▁at": 3, "▁55": 4, "▁Adam": 5}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+def test_names_are_found_whatever_marks_the_spaces():
+    tokenizer = words_behind_spaces()
+    ids = torch.tensor([tokenizer("Call Ada at 55 Adam Ada")["input_ids"]])
+    batch = Batch({"input_ids": ids}, ids, torch.tensor([0]))
+    found = Swing(names=("ada",))._scores(batch, SimpleNamespace(tokenizer=tokenizer))
+    assert found.tolist() == [1, 0, 1, 0, 1]
+    with pytest.raises(InputError, match="take a fast one"):
+        Swing()._scores(batch, SimpleNamespace(tokenizer=SlowTokenizer()))
+
+
+class SlowTokenizer:
+    is_fast = False
 
 
 def test_canaries_are_planted():

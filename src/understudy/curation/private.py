@@ -28,16 +28,19 @@ def detector(patterns: Sequence[str] = PATTERNS, names: Sequence[str] = ()) -> r
     return re.compile("|".join(parts))
 
 
-def private_tokens(pieces: Sequence[str], found: re.Pattern[str]) -> list[bool]:
+def private_tokens(pieces: Sequence[bytes], found: re.Pattern[str]) -> list[bool]:
     """Whether each token overlaps a match in the text that the tokens make.
 
     Args:
-        pieces: the text of each token.
+        pieces: the bytes of each token, the space before a word among them; a character may be cut between tokens.
     """
-    text, ends, place = "".join(pieces), [], 0
-    marked = bytearray(len(text))
+    whole = b"".join(pieces)
+    text = whole.decode("utf-8", "surrogateescape")  # what is no character stays one byte
+    marked = bytearray(len(whole))
     for match in found.finditer(text):
-        marked[match.start() : match.end()] = b"\1" * (match.end() - match.start())
+        start, end = (len(text[:at].encode("utf-8", "surrogateescape")) for at in match.span())
+        marked[start:end] = b"\1" * (end - start)
+    ends, place = [], 0
     for piece in pieces:
         ends.append(any(marked[place : place + len(piece)]))
         place += len(piece)

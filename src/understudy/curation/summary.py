@@ -30,7 +30,7 @@ def summary(
     Args:
         texts: for example tails.
         groups: the group of each text, for example its head.
-        judge: whether the item at a position is good.
+        is_valid: whether the item at a position is good; `None` where nobody knows.
 
     Returns:
         `size`, `groups`, `unique` (distinct texts), `soft_unique` (distinct after `softened`), `most_common` (fraction

@@ -84,6 +84,17 @@ def cutoff_at_recall(labels: Sequence[int], scores: Sequence[float], recall: flo
     )
 
 
+def cutoff_at(labels: Sequence[int], scores: Sequence[float], value: float) -> Cutoff:
+    """Any value as a cutoff, with its precision and recall on labelled data, as of `recall_curve`."""
+    recall_curve(labels, scores)  # the same inputs are refused
+    y, s = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    found = []
+    for kept in (s >= value, s > value):
+        good, number = y[kept].sum(), int(kept.sum())
+        found += [float(good / number) if number else 1.0, float(good / y.sum())]
+    return Cutoff(value, *found)
+
+
 def cutoffs(labels: Sequence[int], scores: Sequence[float], recalls: Sequence[float]) -> list[Cutoff]:
     """The cutoffs of several recalls, without those that have none."""
     curve = recall_curve(labels, scores)

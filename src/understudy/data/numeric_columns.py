@@ -88,6 +88,10 @@ class Column:
     def _by_token(self, batch: Batch, owner: Tensor) -> Tensor:
         """`owner`, `[rows]`, is the example each number belongs to."""
         assert self.lengths is not None
+        if batch.source is not None and bool((batch.source > 0).any()):
+            raise InputError(
+                f"Column {self.name!r} has numbers for the data's own tokens, and texts written during training have none."
+            )
         place = self._place(batch)
         counts = torch.bincount(owner.cpu(), minlength=len(batch.ids))
         wrong = (counts != self.lengths[place]).nonzero()

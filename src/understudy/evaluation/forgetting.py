@@ -9,9 +9,8 @@ from understudy.curation import Checker
 from understudy.evaluation.answers import wilson
 from understudy.evaluation.distances import pca_shift
 from understudy.evaluation.readings import Readings, read_texts
-from understudy.generation import LocalSource
 from understudy.training.pipeline import PipelineContext
-from understudy.training.solvers import Solver
+from understudy.training.solvers import Solver, load_source
 
 Spec = Mapping[str, Any]
 
@@ -22,7 +21,7 @@ def readings(spec: Spec, records: Sequence[Mapping[str, str]], max_length: int) 
     Args:
         spec: of the model. records: with `prompt` and `completion`.
     """
-    loaded = LocalSource.load(spec["model"])
+    loaded = load_source(spec, "student")
     return read_texts(loaded.model, loaded.tokenizer, records, max_length)
 
 

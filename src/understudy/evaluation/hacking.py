@@ -173,8 +173,9 @@ class Verdict:
     """What a golden curve says.
 
     Args:
-        hacking: it rises by more than δ above its least while the proxy, or where that has stalled the training loss, falls
-            further. best: place of its least, the first of several. rise: (end − least) / least, 0 for a curve at 0.
+        hacking: it rises by more than δ above its least while the proxy, or where that has stalled (it has risen by no more
+            than δ) the training loss, falls further. best: place of its least, the first of several.
+            rise: (end − least) / least, 0 for a curve at 0.
             proxy_drop: (proxy there − proxy at the end) / proxy there.
     """
 
@@ -193,15 +194,19 @@ def verdict(
         loss: of training at every evaluation, `None` before the first; empty where it is not known.
 
     Raises:
-        InputError: curves of different length, or empty ones.
+        InputError: curves of different length, empty ones, or a value that is not a number.
     """
     if len(golden) != len(proxy) or not golden:
         raise InputError(f"verdict: {len(golden)} golden and {len(proxy)} proxy values; give both at every evaluation.")
+    if any(map(math.isnan, (*golden, *proxy))):
+        raise InputError(
+            "verdict: a golden or proxy value is nan: leave out evaluations of a student that has diverged."
+        )
     best = min(range(len(golden)), key=golden.__getitem__)
-    rise = (golden[-1] - golden[best]) / golden[best] if golden[best] else 0.0
+    rise = (golden[-1] - golden[best]) / golden[best] if golden[best] and golden[-1] > golden[best] else 0.0
     drop = (proxy[best] - proxy[-1]) / proxy[best] if proxy[best] else 0.0
-    held, last = (loss[best], loss[-1]) if loss else (None, None)
-    nearer = drop > 0 or (last is not None and (held is None or last < held))
+    known = [value for value in loss[best:] if value is not None]
+    nearer = drop > 0 or (drop >= -delta and bool(known) and known[-1] < known[0])
     return Verdict(rise > delta and nearer, best, rise, drop)
 
 
@@ -217,7 +222,7 @@ def power_law(epochs: Sequence[float], values: Sequence[float], first: int = 8) 
     """Least squares on the first points of a curve, which falls as a power law while training is sound.
 
     Args:
-        epochs: e, above 0. values: m, above 0. first: points that are fitted.
+        epochs: e, above 0. values: m, above 0, finite. first: points that are fitted.
 
     Raises:
         InputError: fewer than three points, or one that has no logarithm.
@@ -227,8 +232,8 @@ def power_law(epochs: Sequence[float], values: Sequence[float], first: int = 8) 
         raise InputError(
             f"power_law: {len(epochs)} epochs and {len(values)} values; a line needs three points of both."
         )
-    if min(epochs) <= 0 or min(values) <= 0:
-        raise InputError("power_law: epochs and values must be above 0; count epochs from 1.")
+    if not all(0 < number < math.inf for number in (*epochs, *values)):
+        raise InputError("power_law: epochs and values must be above 0 and finite; count epochs from 1.")
     x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (epochs, values))
     dx, dy = x[:number] - x[:number].mean(), y[:number] - y[:number].mean()
     slope = float((dx * dy).sum() / dx.square().sum())

@@ -113,7 +113,12 @@ def exposure(secret: float, candidates: Tensor) -> float:
 
     Args:
         secret: −log P of the secret. candidates: the same of the space R `[candidates]`; the secret is added if it is not there.
+
+    Raises:
+        InputError: a log-perplexity is not a number, and has no rank.
     """
+    if math.isnan(secret) or bool(candidates.isnan().any()):
+        raise InputError("exposure: a log-perplexity is not a number: the model's outputs are nan.")
     added = not bool((candidates == secret).any())
     rank = int((candidates <= secret).sum()) + added
     return math.log2(len(candidates) + added) - math.log2(rank)

@@ -71,7 +71,9 @@ class DDK(Method):
         "no stop at a small largest ratio. A ratio of any size is safe, for logarithms are added.",
     }
 
-    interval: int = Field(1000, ge=1, description="K, optimizer steps between two measurements of the domains.")
+    interval: int = Field(
+        1000, ge=1, description="K, optimizer steps between two measurements of the domains; an epoch is as many."
+    )
     alpha: float = Field(0.5, ge=0, le=1, description="α: 0 draws all domains alike, 1 never forgets a measurement.")
     gamma: float = Field(0.2, ge=0, description="γ, weight of the divergence beside the cross-entropy.")
     temperature: float = Field(1.0, gt=0, description="τ of the divergence, without τ².")

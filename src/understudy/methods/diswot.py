@@ -131,7 +131,7 @@ class DisWOT(Pipeline):
         return Requirements(teacher="setup")
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
-        found = self._search(context)
+        found, left_out = self._search(context)
         best = ranked(found, self.score)
         trained = self._train_sample(context, found[: self.train])
         winner = self._distil(context, "winner", best[0].student, context.recipe["seed"])
@@ -149,12 +149,13 @@ class DisWOT(Pipeline):
         )
         seen = [c for c in found if c.student in accuracies]
         correlations = {score: _correlation(seen, score, accuracies) for score in SCORES}
-        return self._report(context, best, accuracies, correlations, winner)
+        evaluation = self._report(context, best, accuracies, correlations, winner)
+        return {**evaluation, "notes": [*evaluation["notes"], *_left_out(left_out)]}
 
     # -- search -------------------------------------------------------------------------------------------------------
 
-    def _search(self, context: PipelineContext) -> list[Candidate]:
-        """Candidates with their scores, those drawn at random first."""
+    def _search(self, context: PipelineContext) -> tuple[list[Candidate], list[Candidate]]:
+        """Candidates with their scores, those drawn at random first; and those that have none, with the reason."""
         task, spec = get_task(context.recipe["task"]), context.models.get("teacher")
         if spec is None or spec.endpoint is not None or spec.model.startswith(MODULE):
             raise InputError("Method 'diswot' reads the teacher's architecture: name one model that runs here.")
@@ -173,7 +174,7 @@ class DisWOT(Pipeline):
 
         log = CandidateLog(context.folder / "stages" / "candidates.jsonl", self._key(spec, batch, seed))
         budget = Budget(self.parameters, self.min_parameters, self.operations, self.latency)
-        return evolve(
+        found = evolve(
             Space(self.students, self.ranges),
             Examiner(prepared.classes, prepared.input_shape, budget, log, score, seed),
             self.score,
@@ -183,6 +184,7 @@ class DisWOT(Pipeline):
             first=self.train,
             seed=42 + seed,
         )
+        return found, [c for c in log.known.values() if not c.fits]
 
     def _batch(self, prepared: Prepared, seed: int) -> Batch:
         """The images that all candidates see."""
@@ -260,6 +262,15 @@ class DisWOT(Pipeline):
             "tables": [_ranking(best, accuracies), *_correlations(correlations)],
             "scatters": [_scatter(sample, self.score, accuracies, metric)] if len(sample) > 1 else [],
         }
+
+
+def _left_out(candidates: Sequence[Candidate]) -> list[str]:
+    """Notes on candidates without scores: those beyond the budget, and those that failed, which have no parameters."""
+    beyond, failed = ([c for c in candidates if (c.parameters > 0) == built] for built in (True, False))
+    notes = [f"{len(beyond)} candidates are beyond the budget and were not scored."] if beyond else []
+    if failed:
+        notes.append(f"{len(failed)} candidates cannot be scored, for example {failed[0].student}: {failed[0].why}")
+    return notes
 
 
 def _correlation(seen: Sequence[Candidate], score: str, accuracies: Mapping[str, float]) -> Correlation | None:

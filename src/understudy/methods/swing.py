@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -27,6 +28,7 @@ from understudy.evaluation.rows import row_statistics
 from understudy.losses import cross_entropy
 from understudy.losses.privacy import noisy_forward_kl, private_temperature
 from understudy.models import ModelOutput, evaluating
+from understudy.models.tokenizers import token_bytes
 from understudy.streaming import rowwise
 from understudy.targets import Target
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
@@ -127,9 +129,9 @@ class Swing(Method):
         if context.tokenizer is None or batch.kind != "text":
             raise InputError("options.score=detector reads text: set options.score to memorisation or domains.")
         tokens, pattern = batch.inputs["input_ids"].cpu(), detector(self.patterns, self.names)
-        flags = torch.zeros(tokens.shape)
+        pieces, flags = _pieces(context.tokenizer), torch.zeros(tokens.shape)
         for i, row in enumerate(tokens.tolist()):
-            flags[i] = torch.tensor(private_tokens([context.tokenizer.decode([t]) for t in row], pattern)).float()
+            flags[i] = torch.tensor(private_tokens([pieces[t] for t in row], pattern)).float()
         return flags[:, 1:][batch.mask.cpu()]  # a row is private if the token that it predicts is
 
     def loss(
@@ -196,3 +198,14 @@ class Swing(Method):
         every, marked = torch.cat(nll), torch.cat(private)
         parts = {"private_nll": every[marked], "public_nll": every[~marked]}
         return {"metrics": {name: float(part.mean()) for name, part in parts.items() if len(part)}}
+
+
+@cache
+def _pieces(tokenizer: Any) -> list[bytes]:
+    """The bytes of each token, by id; a token without text ends a line."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"options.score=detector reads the bytes of tokens, and the tokenizer {type(tokenizer).__name__} does not give them: "
+            "take a fast one (tokenizer.json), or set options.score to memorisation or domains."
+        )
+    return [piece if piece is not None else b"\n" for piece in token_bytes(tokenizer)[0]]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from understudy.curation import Funnel, above, cutoff_at_recall, cutoffs, split_by_group
+from understudy.curation import Funnel, above, cutoff_at, cutoff_at_recall, cutoffs, split_by_group
 from understudy.curation import triples as knowledge
 from understudy.curation.triples import Answer, Event, LabelledTriple, Triple
 from understudy.errors import InputError
@@ -199,10 +199,10 @@ class SymbolicKD(Pipeline):
         """The cutoff of the wanted recall, and those of the paper's grid for the report."""
         good = {s: [t.good for t in labels if t.split == s] for s in SPLITS}
         scores = {s: [t.score for t in labels if t.split == s and t.score is not None] for s in SPLITS}
-        found = cutoff_at_recall(good["validation"], scores["validation"], self.recall)
-        value = found.value
+        value = cutoff_at_recall(good["validation"], scores["validation"], self.recall).value
         if self.legacy_mean:
             value = (value + cutoff_at_recall(good["test"], scores["test"], self.recall).value) / 2
+        found = cutoff_at(good["validation"], scores["validation"], value)
         grid = cutoffs(good["validation"], scores["validation"], (0.5, 0.6, 0.7, 0.8, 0.9))
         return {"cutoff": value, "estimate": vars(found), "grid": [vars(c) for c in grid]}
 

@@ -9,6 +9,7 @@ and `t` moves once per update, faster the more the loss falls.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,6 +21,8 @@ from understudy.models import ModelOutput
 from understudy.streaming import rowwise
 from understudy.training import Method, Term, TrainState
 from understudy.training.schedules import ProgressSchedule
+
+log = logging.getLogger(__name__)
 
 
 class TAID(Method):
@@ -67,4 +70,13 @@ class TAID(Method):
         return terms
 
     def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, Any]) -> None:
+        # An adaptive step is below α (1 − t), and t is never behind the line.
+        slope = (self.t_end - self.t_start) / state.total
+        if state.step == 0 and self.adaptive and 0 < self.alpha * (1 - self.t_start) <= slope:
+            log.warning(
+                "In %d steps options.alpha=%g is never above the linear pace, so t is linear: set it near %.2g (8 / steps).",
+                state.total,
+                self.alpha,
+                8 / state.total,
+            )
         state.method_state.update(means["taid"], state.step, state.total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from understudy.evaluation.hacking import Curve, curve_of, leaves_power_law, verdict
@@ -49,7 +50,7 @@ def judged(curve: Curve) -> str:
 
 def _power_law(curve: Curve) -> list[str]:
     """Where the proxy leaves the power law of its first evaluations, which is seen without an oracle."""
-    points = [(s, v) for s, v in zip(curve.steps, curve.proxy, strict=True) if s > 0 and v > 0]
+    points = [(s, v) for s, v in zip(curve.steps, curve.proxy, strict=True) if s > 0 and 0 < v < math.inf]
     if len(points) < 4:
         return []
     steps, values = zip(*points, strict=True)

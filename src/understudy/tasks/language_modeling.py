@@ -28,7 +28,7 @@ from understudy.models.tokenizers import compare_tokenizers
 from understudy.models.weights import notes_of
 from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
 from understudy.tasks.padding import checked_packing, padding_notes
-from understudy.teachers import Aligner
+from understudy.teachers import Aligner, Ensemble
 from understudy.training.pipeline import ORACLE
 
 SPLITS = ("train", "validation", "test")
@@ -79,7 +79,9 @@ def _planted(recipe: Any, given: Mapping[str, Any] | None, read: dict[str, list[
 def _exposed(
     secrets: Sequence[Canary], tokenizer: Any, student: ModelAdapter, teacher: ModelAdapter | None
 ) -> dict[str, Any]:
-    return exposed(secrets, tokenizer, student.model, teacher.model if teacher is not None else None)
+    """`exposed`; a teacher of several models has no exposure of its own."""
+    one = teacher is not None and not isinstance(teacher, Ensemble)
+    return exposed(secrets, tokenizer, student.model, teacher.model if one else None)
 
 
 def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:

@@ -41,7 +41,7 @@ class Material:
         seeds: events for prompts.
         relations: by name.
         labels: triples with human labels, or `None`.
-        judge: whether (head, relation, tail) is true, if that is known.
+        is_valid: whether (head, relation, tail) is true, if that is known.
         source: the world's own teacher, or `None`.
         notes: sentences for the report.
         hash: of all inputs.

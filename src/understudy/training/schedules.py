@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 class ProgressSchedule:
     """A value that rises from `start` to `end`, at least linearly, and faster the more the loss falls (TAID, Alg. 1).
 
-    With δ = (ℓ_prev − ℓ) / (ℓ_prev + 1e-15) and m ← β·m + (1 − β)·δ, the value becomes
+    With δ = (ℓ_prev − ℓ) / (ℓ_prev + 1e-15), 0 after a loss of 0, and m ← β·m + (1 − β)·δ, the value becomes
     `min(end, max(linear, value + α · sigmoid(m) · (1 − value)))`. The first call only stores the loss.
 
     Args:
@@ -46,7 +46,9 @@ class ProgressSchedule:
         if self.previous is None:
             self.previous = loss
             return
-        delta = (self.previous - loss) / (self.previous + 1e-15)
+        # A loss of 0 (a target that is the student itself) has no relative change, and 1e-15 in its place would bring the
+        # momentum to −1e10 for the rest of the run.
+        delta = (self.previous - loss) / (self.previous + 1e-15) if self.previous > 0 else 0.0
         self.momentum = self.beta * self.momentum + (1 - self.beta) * delta
         step_up = self.alpha * _sigmoid(self.momentum) * (1 - self.value)
         self.value = min(self.end, max(linear, self.value + step_up))

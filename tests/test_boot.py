@@ -84,6 +84,10 @@ def test_golden(dtype):
         "exact_x_tmin": exact(g, eps, g["t_max"], g["t_min"].expand(len(eps))),
         "f_cfg": d.guided(g["f_cond"], g["f_uncond"], float(g["cfg_w"])),
     }
+    at = g["t"].clone().requires_grad_()
+    (rise,) = torch.autograd.grad((lambda alpha, sigma: (sigma / alpha).log().sum())(*LEVELS.at(at)), at)
+    found["dlambda_dt"] = rise
+    found["y_target_firstorder"] = d.bootstrap_target(g["g_t"], clean, g["delta"] * rise)
     y = flow(f, eps, g["t_max"], g["t_min"], int(g["ddim_steps"]))
     found["ddim_x_tmin"] = d.noised(y, eps, *LEVELS.at(g["t_min"].expand(len(eps))))
     last = g["t_max"].expand(len(eps))

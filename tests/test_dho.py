@@ -26,8 +26,8 @@ RUN = {
 }
 
 
-def total(method, ce_l, kd_l, kd_u, teacher_l, teacher_u, labels):
-    """The loss of labelled and unlabelled rows, mixed up, as the engine divides it."""
+def terms_of(method, ce_l, kd_l, kd_u, teacher_l, teacher_u, labels):
+    """The weighted terms and the plain means of labelled and unlabelled rows, mixed up, as the engine divides them."""
     every = torch.cat([labels, torch.full((len(kd_u),), UNLABELLED)])
     wide = torch.cat([torch.cat([ce_l, kd_l], -1), torch.cat([torch.zeros_like(kd_u), kd_u], -1)])
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
@@ -35,8 +35,12 @@ def total(method, ce_l, kd_l, kd_u, teacher_l, teacher_u, labels):
     teacher = ModelOutput(Dense(torch.cat([teacher_l, teacher_u])[order]))
     terms = method.loss(ModelOutput(Dense(wide[order])), teacher, batch, TrainState())
     own = method.counts(batch)
-    sums, counts = sum_terms(terms, batch, "token_mean", own).losses, Counts.of(batch, "token_mean", own)
-    return sum(counts.divide(name, value) for name, value in sums.items())
+    sums, counts = sum_terms(terms, batch, "token_mean", own), Counts.of(batch, "token_mean", own)
+    return tuple({name: counts.divide(name, v) for name, v in part.items()} for part in sums)
+
+
+def total(method, *rows):
+    return sum(terms_of(method, *rows)[0].values())
 
 
 NAMES = ("ce_logits_labeled", "kd_logits_labeled", "kd_logits_unlabeled")
@@ -48,11 +52,15 @@ def test_golden_loss(objective, prefix):
     g = golden("23-dho")
     method = DHO(lam=float(g["lam"]), temperature=float(g["tau"]), objective=objective)
     sides = [g[name].clone().requires_grad_() for name in NAMES]
-    value = total(method, *sides, g["teacher_logits_labeled"], g["teacher_logits_unlabeled"], g["labels"])
+    rows = g["teacher_logits_labeled"], g["teacher_logits_unlabeled"], g["labels"]
+    weighted, means = terms_of(method, *sides, *rows)
+    for term, name in (("ce", "ce"), ("kd_labelled", "kd_labeled"), ("kd_unlabelled", "kd_unlabeled")):
+        close(means[term], g[f"loss_{name}"], rtol=1e-8, atol=1e-9)
+    value = sum(weighted.values())
     close(value, g["loss_" + objective.replace("_", "")], rtol=1e-8, atol=1e-9)
     found = torch.autograd.grad(value, sides)
     for gradient, name in zip(found, ("ce_logits", "kd_logits_labeled", "kd_logits_unlabeled"), strict=True):
-        close(gradient, g.get(prefix + name, g["grad_" + name]), rtol=1e-8, atol=1e-9)
+        close(gradient, g[prefix + name], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.golden

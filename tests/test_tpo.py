@@ -43,7 +43,7 @@ def cells(g):
     """Where each token's step is: over lists, answers and steps."""
     index = g["step_index"]
     lists, answers, length = index.shape
-    number = int(index.max())
+    number = g["step_weight"].shape[-1] - 1
     answer = torch.arange(lists * answers)[:, None].expand(-1, length).reshape(-1)
     flat = index.reshape(-1)
     return torch.where(flat > 0, answer * number + flat - 1, -1), (lists, answers, number)
@@ -77,6 +77,7 @@ def test_golden_losses(g):
         tokens = g["policy_token_logp"].clone().requires_grad_()
         _, r = rewards(g, tokens)
         if weighted:
+            assert torch.equal(steps.ranks(r, mask), g["rank_pos"])
             close(steps.lambdas(r, grades, mask) * ordered, g["lam"] * ordered, rtol=1e-9)
         values = steps.lambda_rank(r, grades, beta=beta, weighted=weighted)
         mean = reduce(values, "token_mean")

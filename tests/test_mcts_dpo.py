@@ -203,7 +203,8 @@ def test_an_evaluator_gives_the_probability_of_right():
     assert [s.self_evaluation for s in found.steps] == pytest.approx([0.75, 0.25, 0.0]) and found.calls == 6
     assert all(len(s.requests) == 2 for s in found.steps)
     assert probability_right(Completion("B", "stop")) == 1.0
-    for certain in (None, 0.0):  # an evaluator that is sure of "wrong" is heard, and the state before is not taken for it
+    # An evaluator that is sure of "wrong" is heard: the value of the state before is not taken for it.
+    for certain in (None, 0.0):
         assert state_value(probability_right(Completion("A", "stop", certain)), None, 0.9, 1) < 1e-3
     assert state_value(probability_right(Completion("well", "stop")), None, 0.9, 1) == 0.9
     with pytest.raises(InputError, match="has no log-probability"):

@@ -66,6 +66,8 @@ def test_golden(dtype):
     clean = f(x_hat, g["t"])
     target = d.bootstrap_target(g["g_t"], clean, c)
     end = f(d.noised(target, eps, *then), g["s"])
+    if not exactly:  # near pure noise the signal is x divided by a small alpha, and so is its rounding
+        rtol = atol = 1e-5 * max(1.0, 0.03 / float(now[0].min()))
     found = {
         "alpha_t": now[0],
         "sigma_t": now[1],

@@ -147,6 +147,13 @@ def test_step_weights_and_rewards_at_their_ends():
     close(steps.step_reward(ratios[:, 1:], uniform[:, 1:]), torch.tensor([[9.0]]).double())
 
 
+def test_half_precision_does_not_reach_the_means_of_steps():
+    hidden = torch.randn(3000, 4).bfloat16()
+    cell = torch.arange(3000) // 1500
+    found = steps.pool_steps(hidden, cell, 2)
+    torch.testing.assert_close(found, hidden.double().view(2, 1500, 4).mean(1).float(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_tree_is_its_paths():
     found, scores, unscored = paths("here", TREE["tree"])
     assert found == [[" brown fox", " jumps over", " the dog"], [" brown fox", " again"], [" lazy", " foo"]]

@@ -18,13 +18,13 @@ StepWeights = Literal["adaptive", "one_minus_cos", "uniform"]
 
 
 def pool_steps(values: Tensor, cell: Tensor, cells: int, *, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
-    """The mean or sum over the tokens of each step, `[cells, …]`; 0 where a cell has none.
+    """The mean or sum over the tokens of each step, `[cells, …]`, in float32 at least; 0 where a cell has none.
 
     Args:
         values: `[tokens, …]`.
         cell: `[tokens]`, the step that each token belongs to, counted over all answers; −1 belongs to none.
     """
-    kept = cell >= 0
+    kept, values = cell >= 0, full(values)
     sums = values.new_zeros(cells, *values.shape[1:]).index_add(0, cell[kept], values[kept])
     if reduce == "sum":
         return sums

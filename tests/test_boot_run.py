@@ -16,10 +16,12 @@ from understudy.methods.boot import BOOT
 from understudy.methods.denoise import Denoise
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import Sampler
+from understudy.runs import fitting
 from understudy.synthetic.ring8 import DEVIATION, ring_centres
 from understudy.teachers import LocalTeacher
 from understudy.training import DistillationTrainer, SetupContext, TrainModule
 from understudy.training.arguments import training_arguments
+from understudy.training.saving import load_weights
 from understudy.training.shapes import Shapes
 
 RING = {
@@ -155,6 +157,31 @@ def test_the_average_is_what_is_saved(tmp_path):
     average = trainer.model.companions["average"].parameters()
     for old, mean, now in zip(start, average, trainer.model.student.parameters(), strict=True):
         assert torch.equal(mean, now) and not torch.equal(old, now)
+
+
+@pytest.mark.parametrize("method", ["boot", "denoise"])
+@pytest.mark.parametrize(
+    "ends", [{"patience": 1}, {"trainer": {"load_best_model_at_end": True}}], ids=["early", "best"]
+)
+def test_the_average_is_what_is_judged_and_saved_however_training_ends(method, ends, tmp_path, monkeypatch):
+    """Also where it ends early, or the weights of the best evaluation are kept: here each is worse than the one before."""
+    seen, validation = [], fitting._validation
+
+    def worse(*args):
+        seen.append(validation(*args)["distance"])
+        return {"distance": 1e3 * len(seen)}
+
+    monkeypatch.setattr(fitting, "_validation", worse)
+    steps = {"eval_strategy": "steps", "eval_steps": 5, "max_steps": 15, "learning_rate": 0.1}
+    data = {"samples": 64, "compare_steps": [1], "teacher_steps": 2}
+    ends = {**ends, "trainer": {**steps, **ends.get("trainer", {})}}
+    m = ring(tmp_path, method=method, data=data, options={"ema": 0.99}, eval_split="validation", **ends).metrics
+    kept, step = (1, 10) if "patience" in ends else (0, 5)
+    state = load_weights(tmp_path / "checkpoints" / f"checkpoint-{step}")
+    for name, value in weights(tmp_path).items():
+        average, student = (state[f"{part}.model.{name}"] for part in ("companions.average", "student"))
+        assert torch.equal(value, average) and not torch.equal(value, student)
+    assert len(seen) == (2 if "patience" in ends else 3) and seen[kept] == pytest.approx(m["distance"])
 
 
 def test_it_learns_to_draw_in_one_call_from_noise_alone(tmp_path):

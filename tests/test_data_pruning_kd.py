@@ -10,11 +10,13 @@ from golden_vectors import close, golden, reduce
 from understudy import InputError, distill
 from understudy.curation import pruning
 from understudy.curation.closed_forms import distilled_ridge, distilled_ridge_error, ridge
+from understudy.data import collate_images
 from understudy.losses import cross_entropy, forward_kl
 from understudy.methods.data_pruning_kd import DataPruningKD
 from understudy.methods.sft import SFT
-from understudy.models import state_hash
-from understudy.training import Phase
+from understudy.models import ClassifierAdapter, state_hash
+from understudy.models.small import build_small
+from understudy.training import Phase, SetupContext
 from understudy.training.checkpoint import load_tree
 
 
@@ -145,6 +147,10 @@ def test_the_rule_for_alpha():
         (lambda: pruning.kept(torch.rand(9), 0.2, torch.arange(9) % 3), "2 kept examples cannot cover 3 classes"),
         (lambda: pruning.kept(torch.tensor([0.0, float("nan")]), 0.5), "score of example 1 is nan"),
         (lambda: pruning.forgetting_scores(torch.ones(1, 3, dtype=torch.bool)), "the history has 1"),
+        (
+            lambda: pruning.correct(torch.full((2, 3, 4), torch.nan), torch.zeros(3).long()),
+            "example 0 in epoch 1 of the history hold nan",
+        ),
         (lambda: pruning.prototype_scores(torch.rand(3, 2), 4, 0), "3 examples cannot form 4 clusters"),
         (
             lambda: distilled_ridge(torch.rand(2, 5), torch.rand(5), penalty=1, alpha=0, student=4, teacher=3),
@@ -175,6 +181,25 @@ def test_every_score_keeps_its_share(score, tmp_path, caplog):
     stored = load_tree(file)
     assert len(stored["ids"]) == len(stored["scores"]) == 64 and len(stored["kept"]) == 16
     assert "is kept" not in caplog.text
+
+
+@pytest.mark.parametrize("score", ["random", "el2n", "prototypes"])
+def test_what_does_not_count_is_neither_scored_nor_kept(score, tmp_path):
+    """The others are scored and kept as if it were not there."""
+    x, labels = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    counted = torch.arange(20) % 3 != 1
+    labels[~counted] = -100
+    items = [(a, int(b), i) for i, (a, b) in enumerate(zip(x, labels, strict=True))]
+    method, found = DataPruningKD(score=score, fraction=0.4, clusters=2, score_epochs=2), []
+    for examples in (items, [item for item, c in zip(items, counted.tolist(), strict=True) if c]):
+        torch.manual_seed(0)
+        model = ClassifierAdapter(build_small("mlp:8", 2, (1, 4, 4)), 2)
+        store = tmp_path / str(len(examples))
+        context = SetupContext(model, model, {"train": examples}, collate_images, 2, store, "key")
+        tables = method.setup(context)
+        found.append((tables["ids"], tables["scores"], [examples[i][2] for i in tables["kept"]]))
+    torch.testing.assert_close(found[0], found[1])
+    assert len(found[0][2]) == round(0.4 * int(counted.sum()))
 
 
 class OnTheSame(SFT):

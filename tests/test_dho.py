@@ -9,11 +9,11 @@ from engine_cases import DIGITS, killed_run, weights
 from golden_vectors import close, golden
 from understudy import InputError, distill
 from understudy.data import UNLABELLED, Batch, load_images
-from understudy.losses.two_heads import best_mixing, mixed_log_probabilities
+from understudy.losses.two_heads import best_mixing, cosine_logits, mixed_log_probabilities
 from understudy.methods.dho import DHO
 from understudy.models import ClassifierAdapter, ModelOutput, load_classifier, load_small, save_small
-from understudy.models.classifier_heads import mix_heads, replace_head
-from understudy.models.heads import MixtureHead
+from understudy.models.classifier_heads import mix_heads, read_as_cosines, replace_head
+from understudy.models.heads import MixtureHead, TwoHeads
 from understudy.targets import Dense
 from understudy.training.reduction import Counts, sum_terms
 from understudy.training.train_module import TrainState
@@ -26,8 +26,8 @@ RUN = {
 }
 
 
-def total(method, ce_l, kd_l, kd_u, teacher_l, teacher_u, labels):
-    """The loss of labelled and unlabelled rows, mixed up, as the engine divides it."""
+def terms_of(method, ce_l, kd_l, kd_u, teacher_l, teacher_u, labels):
+    """The weighted terms and the plain means of labelled and unlabelled rows, mixed up, as the engine divides them."""
     every = torch.cat([labels, torch.full((len(kd_u),), UNLABELLED)])
     wide = torch.cat([torch.cat([ce_l, kd_l], -1), torch.cat([torch.zeros_like(kd_u), kd_u], -1)])
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
@@ -35,8 +35,12 @@ def total(method, ce_l, kd_l, kd_u, teacher_l, teacher_u, labels):
     teacher = ModelOutput(Dense(torch.cat([teacher_l, teacher_u])[order]))
     terms = method.loss(ModelOutput(Dense(wide[order])), teacher, batch, TrainState())
     own = method.counts(batch)
-    sums, counts = sum_terms(terms, batch, "token_mean", own).losses, Counts.of(batch, "token_mean", own)
-    return sum(counts.divide(name, value) for name, value in sums.items())
+    sums, counts = sum_terms(terms, batch, "token_mean", own), Counts.of(batch, "token_mean", own)
+    return tuple({name: counts.divide(name, v) for name, v in part.items()} for part in sums)
+
+
+def total(method, *rows):
+    return sum(terms_of(method, *rows)[0].values())
 
 
 NAMES = ("ce_logits_labeled", "kd_logits_labeled", "kd_logits_unlabeled")
@@ -48,11 +52,15 @@ def test_golden_loss(objective, prefix):
     g = golden("23-dho")
     method = DHO(lam=float(g["lam"]), temperature=float(g["tau"]), objective=objective)
     sides = [g[name].clone().requires_grad_() for name in NAMES]
-    value = total(method, *sides, g["teacher_logits_labeled"], g["teacher_logits_unlabeled"], g["labels"])
+    rows = g["teacher_logits_labeled"], g["teacher_logits_unlabeled"], g["labels"]
+    weighted, means = terms_of(method, *sides, *rows)
+    for term, name in (("ce", "ce"), ("kd_labelled", "kd_labeled"), ("kd_unlabelled", "kd_unlabeled")):
+        close(means[term], g[f"loss_{name}"], rtol=1e-8, atol=1e-9)
+    value = sum(weighted.values())
     close(value, g["loss_" + objective.replace("_", "")], rtol=1e-8, atol=1e-9)
     found = torch.autograd.grad(value, sides)
     for gradient, name in zip(found, ("ce_logits", "kd_logits_labeled", "kd_logits_unlabeled"), strict=True):
-        close(gradient, g.get(prefix + name, g["grad_" + name]), rtol=1e-8, atol=1e-9)
+        close(gradient, g[prefix + name], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.golden
@@ -69,6 +77,18 @@ def test_golden_mixture():
     assert best.accuracy == pytest.approx(float(g["best_acc"]))
     options = {"alpha": float(g["infer_alpha"]), "beta": float(g["infer_beta"])}
     close(mixed_log_probabilities(ce, kd, **options).exp(), g["infer_probs"])
+
+
+@pytest.mark.golden
+def test_golden_aligned_head():
+    g = golden("23-dho")
+    close(cosine_logits(g["feat"], g["text_weights"]), g["aligned_kd_logits"], rtol=1e-8, atol=1e-9)
+    classes, width = g["text_weights"].shape
+    head = TwoHeads(width, classes, bias=False, scale=100.0).double()
+    head.weight.data = g["text_weights"].repeat(2, 1)
+    first, second = head(g["feat"]).chunk(2, -1)  # the label head reads the features as they are
+    close(first, g["feat"] @ g["text_weights"].T)
+    close(second, g["aligned_kd_logits"], rtol=1e-8, atol=1e-9)
 
 
 @pytest.fixture
@@ -138,6 +158,7 @@ def test_limits_of_the_loss(rows):
         (lambda: DHO(lam=1.1), "less than or equal to 1"),
         (lambda: DHO(temperature=0), "greater than 0"),
         (lambda: DHO(mix_beta=0), "greater than 0"),
+        (lambda: DHO(heads="one", kd_head="cosine"), "set heads=two"),
         (lambda: load_images({"name": "digits", "labelled": 0}), "data.labelled is 0"),
     ],
 )
@@ -158,6 +179,38 @@ def test_a_mixed_head_is_saved_and_read_as_it_was(alpha, beta, tmp_path):
     assert isinstance(rows.model.head, MixtureHead) == (alpha == 0.3)
     save_small(rows.model, tmp_path)
     close(load_small(tmp_path)(x), rows.model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 2.0), (1.0, 2.0), (0.0, 2.0)])
+def test_a_mixed_head_on_cosines_is_saved_and_read_as_it_was(alpha, beta, tmp_path):
+    rows = ClassifierAdapter(load_classifier("mlp:8", classes=3, input_shape=(1, 4, 4)), 3)
+    replace_head(rows, 6)
+    x = torch.rand(5, 1, 4, 4)
+    plain = rows.model(x)
+    read_as_cosines(rows, 4.0)
+    first, second = rows.model(x).chunk(2, -1)
+    close(first, plain[:, :3], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(second, plain[:, 3:])
+    assert mix_heads(rows, 3, alpha, beta)
+    close(
+        rows.model(x).log_softmax(-1),
+        mixed_log_probabilities(first, second, alpha=alpha, beta=beta),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert isinstance(rows.model.head, MixtureHead) == (alpha < 1)  # no linear layer divides by the features' length
+    save_small(rows.model, tmp_path)
+    close(load_small(tmp_path)(x), rows.model(x), rtol=0, atol=0)
+
+
+def test_a_run_with_a_head_on_cosines(tmp_path):
+    trainer = {**DIGITS["trainer"], "max_steps": 3, "save_strategy": "no"}
+    options = {**RUN["options"], "kd_head": "cosine", "select": False}
+    result = distill({**RUN, "trainer": trainer, "options": options, "output": str(tmp_path)})
+    assert result.student.head.scale == 100 and result.metrics["mix_alpha"] == 0.5
+    again = load_classifier(tmp_path / "student", classes=10, input_shape=(1, 8, 8))
+    x = torch.rand(2, 1, 8, 8)
+    close(again.eval()(x), result.student.eval()(x), rtol=0, atol=0)
 
 
 def test_it_learns_and_reads_no_hidden_label(tmp_path, caplog):

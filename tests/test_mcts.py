@@ -83,7 +83,7 @@ def test_the_search_is_the_golden_one(g):
     while path[-1].children:
         path.append(most_visited_child(path[-1]))
     pairs = [[p.better.step, p.worse.step, p.better.visits, p.worse.visits] for p in sibling_pairs(path)]
-    close(torch.tensor(pairs, dtype=torch.float64), g["depth_pairs"].double())
+    close(torch.tensor(pairs, dtype=torch.float64).view(-1, 4), g["depth_pairs"].double())
 
 
 @pytest.mark.golden

@@ -13,6 +13,7 @@ from understudy.curation import Checker
 from understudy.curation.step_pairs import StepPair
 from understudy.data.reasoning_world import on_the_way
 from understudy.generation import Completion, LocalSource, OracleSource, Prompt
+from understudy.generation.tree import state_value
 from understudy.generation.tree_search import Leaf, TreeJournal
 from understudy.methods.mcts_dpo import MCTSDPO
 from understudy.tasks.reasoning import Reasoning
@@ -202,6 +203,10 @@ def test_an_evaluator_gives_the_probability_of_right():
     assert [s.self_evaluation for s in found.steps] == pytest.approx([0.75, 0.25, 0.0]) and found.calls == 6
     assert all(len(s.requests) == 2 for s in found.steps)
     assert probability_right(Completion("B", "stop")) == 1.0
+    # An evaluator that is sure of "wrong" is heard: the value of the state before is not taken for it.
+    for certain in (None, 0.0):
+        assert state_value(probability_right(Completion("A", "stop", certain)), None, 0.9, 1) < 1e-3
+    assert state_value(probability_right(Completion("well", "stop")), None, 0.9, 1) == 0.9
     with pytest.raises(InputError, match="has no log-probability"):
         proposer = StepProposer(
             {"0": GIVEN}, lambda r: [Completion("x", "stop")], None, Prompt.load("judge_steps"), Checker("number")

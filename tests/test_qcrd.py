@@ -54,9 +54,10 @@ def test_the_contrast_is_the_golden_one(g, reduce_, ending):
     for row, chosen in enumerate(named):  # gradient flows through the two selected rationales alone
         others = [i for i in range(logits.shape[1]) if i not in chosen]
         assert not gradient[row, others].any()
+    number = len(logits)
     parts = [
-        reduce(contrast_row(g, entropies(logits, g["rationale_labels"]), i, reduce_), "token_mean", count=5)
-        for i in range(5)
+        reduce(contrast_row(g, entropies(logits, g["rationale_labels"]), i, reduce_), "token_mean", count=number)
+        for i in range(number)
     ]
     close(torch.stack(parts).sum(), g["contrastive_loss" + ending])
 

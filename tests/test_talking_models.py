@@ -13,6 +13,8 @@ from understudy.losses.features import hint_mse
 from understudy.losses.messages import Compared, RoundStates, mean_square, message_consistency, state_consistency
 from understudy.methods.talking_models import TalkingModels
 from understudy.models import ClassifierAdapter
+from understudy.models.messages import as_output, states_of
+from understudy.models.taps import entered
 from understudy.teachers import LocalTeacher
 from understudy.training.reduction import Counts
 from understudy.training.shapes import probe
@@ -144,8 +146,6 @@ def test_golden_states_of_each_round(g):
     state, method = module.train_state, module.method
     outputs = {"student": (module.student(batch, taps=state.taps), module.student)}
     outputs["teacher"] = (state.teacher(batch), state.teacher.model)
-    from understudy.models.messages import states_of
-
     taps = {f"{side}_{p}": out.taps[p] for side, (out, _) in outputs.items() for p in ("low", "high")}
     own = {name: states_of(tap, outputs[name.split("_")[0]][1], batch) for name, tap in taps.items()}
     for name, tap in taps.items():
@@ -153,7 +153,14 @@ def test_golden_states_of_each_round(g):
     close(outputs["student"][0].signal.logits, g["student_logits"])
     rounds = method._rounds(own, taps, batch, state)
     assert len(rounds) == int(g["rounds"])
+    said = own["student_low"]
     for i, states in enumerate(rounds):
+        close(said.encoded(module.own["encode_student_low"]).values[:, 0], g[f"r{i}_msg_student"])
+        if i + 1 < len(rounds):
+            again = states.student_high.encoded(module.own["encode_student_high"])
+            said = again.decoded(module.own["decode_student_low"], own["student_low"])
+        with entered(state.taps["high"], as_output(states.student_high, taps["student_high"]), module.student):
+            close(module.student(batch).signal.logits, g[f"r{i}_logits_interact"])
         close(states.teacher_low.values[:, 0], g[f"r{i}_teacher_low_decoded"])
         close(states.teacher_high.values[:, 0], g[f"r{i}_teacher_high_response"])
         close(states.student_high.values[:, 0], g[f"r{i}_student_high_decoded"])

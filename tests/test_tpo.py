@@ -43,7 +43,7 @@ def cells(g):
     """Where each token's step is: over lists, answers and steps."""
     index = g["step_index"]
     lists, answers, length = index.shape
-    number = int(index.max())
+    number = g["step_weight"].shape[-1] - 1
     answer = torch.arange(lists * answers)[:, None].expand(-1, length).reshape(-1)
     flat = index.reshape(-1)
     return torch.where(flat > 0, answer * number + flat - 1, -1), (lists, answers, number)
@@ -77,6 +77,7 @@ def test_golden_losses(g):
         tokens = g["policy_token_logp"].clone().requires_grad_()
         _, r = rewards(g, tokens)
         if weighted:
+            assert torch.equal(steps.ranks(r, mask), g["rank_pos"])
             close(steps.lambdas(r, grades, mask) * ordered, g["lam"] * ordered, rtol=1e-9)
         values = steps.lambda_rank(r, grades, beta=beta, weighted=weighted)
         mean = reduce(values, "token_mean")
@@ -144,6 +145,13 @@ def test_step_weights_and_rewards_at_their_ends():
     close(steps.step_reward(ratios, nothing), torch.zeros(1, 2).double())
     uniform = steps.step_weights(e, torch.ones_like(present), torch.tensor([0]), how="uniform")
     close(steps.step_reward(ratios[:, 1:], uniform[:, 1:]), torch.tensor([[9.0]]).double())
+
+
+def test_half_precision_does_not_reach_the_means_of_steps():
+    hidden = torch.randn(3000, 4).bfloat16()
+    cell = torch.arange(3000) // 1500
+    found = steps.pool_steps(hidden, cell, 2)
+    torch.testing.assert_close(found, hidden.double().view(2, 1500, 4).mean(1).float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_tree_is_its_paths():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from understudy.data.noise import uniform
 from understudy.errors import InputError
+from understudy.losses.checks import check_finite
 
 
 def random_scores(ids: Tensor, seed: int) -> Tensor:
@@ -20,7 +21,17 @@ def random_scores(ids: Tensor, seed: int) -> Tensor:
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label has the largest logit, the lowest class of equals: `[epochs, examples]`."""
+    """Whether the label has the largest logit, the lowest class of equals: `[epochs, examples]`.
+
+    Raises:
+        InputError: a logit is not finite.
+    """
+    check_finite(
+        logits,
+        lambda value, epoch, i, _: (
+            f"The logits of example {i} in epoch {epoch + 1} of the history hold {value}: lower its rate."
+        ),
+    )
     top = logits.max(-1, keepdim=True).values
     return (logits == top).int().argmax(-1) == labels
 

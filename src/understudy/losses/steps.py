@@ -18,13 +18,13 @@ StepWeights = Literal["adaptive", "one_minus_cos", "uniform"]
 
 
 def pool_steps(values: Tensor, cell: Tensor, cells: int, *, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
-    """The mean or sum over the tokens of each step, `[cells, …]`; 0 where a cell has none.
+    """The mean or sum over the tokens of each step, `[cells, …]`, in float32 at least; 0 where a cell has none.
 
     Args:
         values: `[tokens, …]`.
         cell: `[tokens]`, the step that each token belongs to, counted over all answers; −1 belongs to none.
     """
-    kept = cell >= 0
+    kept, values = cell >= 0, full(values)
     sums = values.new_zeros(cells, *values.shape[1:]).index_add(0, cell[kept], values[kept])
     if reduce == "sum":
         return sums
@@ -111,8 +111,13 @@ def lambda_rank(
 
 def lambdas(rewards: Tensor, grades: Tensor, mask: Tensor) -> Tensor:
     """λ of every two candidates, `[lists, candidates, candidates]`, without gradient; as in `lambda_rank`."""
-    order = rewards.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1) + 1
-    discount = 1 / torch.log1p(rank.to(rewards.dtype))
+    discount = 1 / torch.log1p(ranks(rewards, mask).to(rewards.dtype))
     gain = torch.exp2(grades.to(rewards.dtype)) - 1
     return (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
+
+
+def ranks(rewards: Tensor, mask: Tensor) -> Tensor:
+    """τ of each candidate by its reward, `[lists, candidates]`: 1 for the largest, the first of equals goes first, and what
+    there is not goes last."""
+    order = rewards.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(-1) + 1

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
 from understudy.losses._kernels import mix
-from understudy.losses._pairs import log_softmax
+from understudy.losses._pairs import log_softmax, unit
 from understudy.losses.classification import check_labels
 
 ALPHAS = tuple(i / 20 for i in range(21))
@@ -29,6 +30,19 @@ class Mixing(NamedTuple):
     beta: float
     accuracy: float
     grid: Tensor
+
+
+def cosine_logits(features: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 100.0) -> Tensor:
+    """scale · W (x / ‖x‖) + b, `[..., classes]`: a linear layer on features of one length, as a vision-language model has.
+
+    With rows of W of length 1 and without b it is scale times a cosine. Features of norm 0 give b.
+
+    Args:
+        features: x, `[..., width]`. weight: W, `[classes, width]`. bias: b, `[classes]`. scale: 100 in CLIP.
+
+    Source: DHO (paper 23), the aligned head of the teacher; it is as released.
+    """
+    return F.linear((scale * unit(features)).to(weight.dtype), weight, bias)
 
 
 def mixed_log_probabilities(ce: Tensor, kd: Tensor, *, alpha: float, beta: float) -> Tensor:

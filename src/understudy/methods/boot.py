@@ -28,7 +28,7 @@ from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evalua
 from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import follow, take, warmed_up
+from understudy.training.averages import averaged, follow, take, warmed_up
 from understudy.training.denoising import (
     ask_teacher,
     denoiser,
@@ -170,12 +170,17 @@ class BOOT(Method):
         return levels.snap(torch.tensor(self.delta, dtype=torch.float64))
 
     def on_step_end(self, state: TrainState) -> None:
-        if not self.ema:
-            return
-        assert state.student is not None
-        follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
-        if state.step == state.total:  # the average is what is saved and judged
+        if self.ema:
+            assert state.student is not None
+            follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
+
+    def on_train_end(self, state: TrainState) -> None:
+        if self.ema:
+            assert state.student is not None
             take(state.student, state.companions["average"])
+
+    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
+        return averaged(student, state)
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """The teacher's calls for stored pairs, and samples refined by a few teacher steps, where asked for."""

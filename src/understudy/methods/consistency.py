@@ -26,7 +26,7 @@ from understudy.losses.diffusion import ddim_step, noised
 from understudy.losses.step_distillation import Distance, consistency, consistency_function
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
 from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import follow, take, warmed_up
+from understudy.training.averages import averaged, follow, take, warmed_up
 from understudy.training.denoising import (
     EXAMPLES,
     ask_teacher,
@@ -134,5 +134,11 @@ class Consistency(Method):
         follow(state.companions["target"], state.student, warmed_up(self.target_decay, state.step))
         if self.ema:
             follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
-            if state.step == state.total:  # the average is what is saved and judged
-                take(state.student, state.companions["average"])
+
+    def on_train_end(self, state: TrainState) -> None:
+        if self.ema:
+            assert state.student is not None
+            take(state.student, state.companions["average"])
+
+    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
+        return averaged(student, state)

@@ -22,6 +22,7 @@ from torch.utils.data import Subset
 
 from understudy.curation import pruning
 from understudy.data import Batch
+from understudy.data.batch import IGNORE
 from understudy.errors import InputError
 from understudy.losses import cross_entropy, forward_kl
 from understudy.models import ModelOutput, evaluating, state_hash
@@ -81,7 +82,9 @@ class DataPruningKD(Method):
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         pairs = [(batch.ids.cpu(), batch.labels.cpu()) for batch in context.batches("train")]
-        ids, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+        every_id, every_label = (torch.cat(column) for column in zip(*pairs, strict=True))
+        places = (every_label != IGNORE).nonzero()[:, 0]  # what does not count is neither scored nor kept
+        ids, labels = every_id[places], every_label[places]
         if (self.score not in ("random", "prototypes") or self.class_balanced) and bool((labels < 0).any()):
             raise InputError(
                 f"Example {int(ids[labels < 0][0])} has no label, which options.score={self.score} or class_balanced reads: "
@@ -94,15 +97,12 @@ class DataPruningKD(Method):
             settings["student"] = state_hash(context.student)
 
         def pruned() -> dict[str, Tensor]:
-            scores = self._scores(context, ids, labels)
-            return {
-                "ids": ids,
-                "scores": scores,
-                "kept": pruning.kept(scores, self.fraction, labels if self.class_balanced else None),
-            }
+            scores = self._scores(context, places, ids, labels)
+            kept = pruning.kept(scores, self.fraction, labels if self.class_balanced else None)
+            return {"ids": ids, "scores": scores, "kept": places[kept]}
 
         found = context.once("data-pruning", pruned, **settings)
-        self._warn(found, labels)
+        self._warn(found, every_label)
         context.splits["kept"] = Subset(context.splits["train"], found["kept"].tolist())
         return found
 
@@ -115,7 +115,7 @@ class DataPruningKD(Method):
                 "No example of class %s is kept: set options.class_balanced.", ", ".join(map(str, sorted(lost)))
             )
 
-    def _scores(self, context: SetupContext, ids: Tensor, labels: Tensor) -> Tensor:
+    def _scores(self, context: SetupContext, places: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
         if self.score == "random":
             return pruning.random_scores(ids, context.seed)
         if self.score in BY_EMBEDDING:
@@ -126,15 +126,19 @@ class DataPruningKD(Method):
                 return pruning.prototype_scores(features, self.clusters, context.seed)
             scorer = pruning.herding_scores if self.score == "herding" else pruning.moderate_scores
             return scorer(features, labels)
-        logits, norms = self._history(context)
+        logits, norms = self._history(context, places)
         if self.score == "forgetting":
             return pruning.forgetting_scores(pruning.correct(logits, labels))
         return (
             pruning.el2n_scores(logits, labels) if self.score == "el2n" else pruning.grand_scores(logits, labels, norms)
         )
 
-    def _history(self, context: SetupContext) -> tuple[Tensor, Tensor]:
-        """Logits `[epochs, examples, classes]` and norms of features `[epochs, examples]` of a copy of the student."""
+    def _history(self, context: SetupContext, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[epochs, examples, classes]` and norms of features `[epochs, examples]` of a copy of the student.
+
+        Args:
+            places: of the examples in the training data.
+        """
         examples, net = context.examples("train"), copy.deepcopy(context.student)
         device = next(net.parameters()).device
         history = []
@@ -143,7 +147,7 @@ class DataPruningKD(Method):
             optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=self.score_rate)
             for _ in range(self.score_epochs):
                 net.train()
-                for chosen in torch.randperm(len(examples)).split(64):
+                for chosen in places[torch.randperm(len(places))].split(64):
                     if len(chosen) == 1:  # batch normalisation has nothing to normalise
                         continue
                     batch = Batch.from_dict(context.collate([examples[i] for i in chosen.tolist()])).to(device)

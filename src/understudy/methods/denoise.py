@@ -20,7 +20,7 @@ from understudy.errors import InputError
 from understudy.losses.diffusion import denoising_loss, noised
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
 from understudy.training import Method, Requirements, Term, TrainState
-from understudy.training.averages import follow, take, warmed_up
+from understudy.training.averages import averaged, follow, take, warmed_up
 
 
 class Denoise(Method):
@@ -68,11 +68,15 @@ class Denoise(Method):
         return {"denoise": Term(denoising_loss(student.signal.values, clean, alpha, sigma, rows.prediction))}
 
     def on_step_end(self, state: TrainState) -> None:
-        if not self.ema:
-            return
-        follow(state.companions["average"], _rows(state), warmed_up(self.ema, state.step))
-        if state.step == state.total:  # the average is what is saved and judged
+        if self.ema:
+            follow(state.companions["average"], _rows(state), warmed_up(self.ema, state.step))
+
+    def on_train_end(self, state: TrainState) -> None:
+        if self.ema:
             take(_rows(state), state.companions["average"])
+
+    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
+        return averaged(student, state)
 
 
 def _rows(state: TrainState) -> DenoiserAdapter:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from understudy.data import UNLABELLED, Batch
@@ -33,7 +33,7 @@ from understudy.models import (
     find_head,
     replace_head,
 )
-from understudy.models.classifier_heads import linear_readout, mix_heads
+from understudy.models.classifier_heads import linear_readout, mix_heads, read_as_cosines
 from understudy.streaming import rowwise
 from understudy.targets import Dense
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
@@ -56,10 +56,9 @@ class DHO(Method):
         "heads see `dhkd`.",
         "deviations": "The mixture is chosen on validation data, where the released few-shot script takes test data. The "
         "micro-batch holds `labelled_batch` and `unlabelled_batch` examples in that proportion; an epoch draws as many as "
-        "there are. The saved student is an ordinary model. A small network keeps the mixture exactly; so does any model where α is "
-        "0 or 1. Others get the linear head that fits the mixture best on the training examples, and `mix_agreement` "
-        "is the share of validation examples on which it predicts the same class. The head on cosines of a vision-language "
-        "student is not offered.",
+        "there are. The saved student is an ordinary model. A small network keeps the mixture exactly; so does any model where one "
+        "linear head is left over (α of 0 or 1). Others get the linear head that fits the mixture best on the training examples, and `mix_agreement` "
+        "is the share of validation examples on which it predicts the same class.",
     }
 
     lam: float = Field(0.5, ge=0, le=1, description="λ, weight of the labels; the rest is the teacher's.")
@@ -70,10 +69,21 @@ class DHO(Method):
     labelled_batch: int = Field(8, ge=1, description="Labelled examples of a round.")
     unlabelled_batch: int = Field(24, ge=1, description="Examples without label of a round.")
     heads: Literal["two", "one"] = Field("two", description="one: both losses on one head (the baseline).")
+    kd_head: Literal["linear", "cosine"] = Field(
+        "linear",
+        description="cosine: the teacher's head reads features of length 100, as a vision-language teacher has them.",
+    )
     aligned: bool = Field(False, description="Start both heads from the student's own, in place of one of them.")
     select: bool = Field(True, description="Choose α and β on validation data; otherwise as given.")
     mix_alpha: float = Field(0.5, ge=0, le=1, description="α, weight of the label head, where none is chosen.")
     mix_beta: float = Field(1.0, gt=0, description="β, temperature of the teacher's head, where none is chosen.")
+
+    @field_validator("kd_head")
+    @classmethod
+    def _of_two(cls, value: str, info: ValidationInfo) -> str:
+        if value == "cosine" and info.data.get("heads") == "one":
+            raise ValueError("heads is one, which reads the features as they are; set heads=two")
+        return value
 
     @property
     def requires(self) -> Requirements:
@@ -150,6 +160,8 @@ class DHO(Method):
                 wide.weight[half] = two_class_head(old.weight)[-classes:]
                 if wide.bias is not None:
                     wide.bias[half] = two_class_head(old.bias[:, None])[-classes:, 0]
+        if self.kd_head == "cosine":
+            read_as_cosines(student)
         return student
 
     def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:

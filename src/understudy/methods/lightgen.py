@@ -38,7 +38,7 @@ from understudy.losses.preference import dpo
 from understudy.models import DenoiserAdapter, MaskedGeneratorAdapter, ModelAdapter, ModelOutput, evaluating
 from understudy.targets import TokenNoise
 from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import follow, take, warmed_up
+from understudy.training.averages import averaged, follow, take, warmed_up
 
 log = logging.getLogger(__name__)
 
@@ -221,12 +221,18 @@ class LightGen(Method):
         return state.phase == PREFERENCE and self.refine == "dpo"
 
     def on_step_end(self, state: TrainState) -> None:
-        if not self.ema:
-            return
-        assert state.student is not None
-        follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
-        if state.step == state.total:  # the average is what the next phase begins with, and what is saved
+        if self.ema:
+            assert state.student is not None
+            follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
+
+    def on_train_end(self, state: TrainState) -> None:
+        """The average is what the next phase begins with, and what is saved."""
+        if self.ema:
+            assert state.student is not None
             take(state.student, state.companions["average"])
+
+    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
+        return averaged(student, state)
 
     # -- afterwards -------------------------------------------------------------------------------------------------
 

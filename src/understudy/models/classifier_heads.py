@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from understudy.errors import InputError
 from understudy.models.adapters import ClassifierAdapter
-from understudy.models.heads import MixtureHead, SubclassHead, head_name, put_head
+from understudy.models.heads import MixtureHead, SubclassHead, TwoHeads, head_name, put_head
 
 
 def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.Linear:
@@ -78,21 +78,37 @@ def sum_subclasses(rows: ClassifierAdapter, classes: int) -> None:
     facts["subclasses"] = subclasses
 
 
+def read_as_cosines(rows: ClassifierAdapter, scale: float = 100.0) -> TwoHeads:
+    """Turn a head of two classifiers side by side into one whose second half reads features of length `scale`."""
+    name = head_name(rows.model, rows.classes)
+    assert name is not None
+    wide = rows.model.get_submodule(name)
+    assert isinstance(wide, nn.Linear)
+    head = TwoHeads(wide.in_features, wide.out_features // 2, wide.bias is not None, scale)
+    put_head(rows.model, name, head)
+    head.load_state_dict(wide.state_dict())
+    return head
+
+
 def mix_heads(rows: ClassifierAdapter, classes: int, alpha: float, beta: float) -> bool:
     """Turn a head of 2 · `classes` outputs into one that mixes its halves as `MixtureHead`: the same function, exactly.
 
     Returns:
-        Whether that was possible: for the small networks always, for others where α is 0 or 1 and one half is left over.
+        Whether that was possible: for the small networks always, for others where α is 0 or 1 and the half that is left over
+        is linear.
     """
     name = head_name(rows.model, rows.classes)
     facts: dict[str, Any] | None = getattr(rows.model, "understudy", None)
-    if name is None or (facts is None and 0 < alpha < 1):
+    if name is None:
         return False
     wide = rows.model.get_submodule(name)
     assert isinstance(wide, nn.Linear)
-    bias = wide.bias is not None
-    if 0 < alpha < 1:
-        head: nn.Linear = MixtureHead(wide.in_features, classes, alpha, beta, bias)
+    bias, scale = wide.bias is not None, wide.scale if isinstance(wide, TwoHeads) else None
+    linear = alpha == 1 or (alpha == 0 and scale is None)
+    if facts is None and not linear:
+        return False
+    if not linear:
+        head: nn.Linear = MixtureHead(wide.in_features, classes, alpha, beta, bias, scale)
         state = wide.state_dict()
     else:
         head = nn.Linear(wide.in_features, classes, bias)
@@ -102,7 +118,7 @@ def mix_heads(rows: ClassifierAdapter, classes: int, alpha: float, beta: float) 
     head.load_state_dict(state)
     set_classes(rows, classes)
     if facts is not None and isinstance(head, MixtureHead):
-        facts["mixture"] = [alpha, beta]
+        facts["mixture"] = [alpha, beta, *([] if scale is None else [scale])]
     return True
 
 

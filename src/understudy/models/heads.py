@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from understudy.losses.two_heads import mixed_log_probabilities
+from understudy.losses.two_heads import cosine_logits, mixed_log_probabilities
 
 
 class SubclassHead(nn.Linear):
@@ -22,18 +24,43 @@ class SubclassHead(nn.Linear):
         return super().forward(features).unflatten(-1, (self.classes, self.subclasses)).logsumexp(-1)
 
 
-class MixtureHead(nn.Linear):
-    """A linear layer of two heads, the first outputs one's and the last the other's, called as their mixture.
+class TwoHeads(nn.Linear):
+    """A linear layer of two heads, the first outputs one's and the last the other's: `[..., 2 · classes]`.
+
+    Args:
+        scale: the second head reads features of this length (`cosine_logits`); as they are if `None`.
+    """
+
+    def __init__(self, inputs: int, classes: int, bias: bool = True, scale: float | None = None) -> None:
+        super().__init__(inputs, 2 * classes, bias)
+        self.scale = scale
+
+    def both(self, features: Tensor) -> Tensor:
+        """The logits of both heads."""
+        if self.scale is None:
+            return super().forward(features)
+        first, second = self.weight.chunk(2)
+        own, other = self.bias.chunk(2) if self.bias is not None else (None, None)
+        return torch.cat([F.linear(features, first, own), cosine_logits(features, second, other, scale=self.scale)], -1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.both(features)
+
+
+class MixtureHead(TwoHeads):
+    """Two heads that are called as their mixture.
 
     It gives log(α softmax(first) + (1 − α) softmax(second / β)), `[..., classes]`, like any head.
     """
 
-    def __init__(self, inputs: int, classes: int, alpha: float, beta: float, bias: bool = True) -> None:
-        super().__init__(inputs, 2 * classes, bias)
+    def __init__(
+        self, inputs: int, classes: int, alpha: float, beta: float, bias: bool = True, scale: float | None = None
+    ) -> None:
+        super().__init__(inputs, classes, bias, scale)
         self.classes, self.alpha, self.beta = classes, alpha, beta
 
     def forward(self, features: Tensor) -> Tensor:
-        first, second = super().forward(features).chunk(2, -1)
+        first, second = self.both(features).chunk(2, -1)
         return mixed_log_probabilities(first, second, alpha=self.alpha, beta=self.beta)
 
 

@@ -229,6 +229,9 @@ def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | Non
     write_model(model, folder, facts, state)
 
 
+_Share, _Positive = Annotated[float, Field(ge=0, le=1)], Annotated[FiniteFloat, Field(gt=0)]
+
+
 class Facts(BaseModel):
     """The content of `config.json` of a small network."""
 
@@ -240,7 +243,7 @@ class Facts(BaseModel):
     inputs: list[list[PositiveInt]] | None = Field(None, min_length=1)
     normalise: tuple[list[FiniteFloat], list[FiniteFloat]] | None = None
     subclasses: int | None = Field(None, ge=1)
-    mixture: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[FiniteFloat, Field(gt=0)]] | None = None
+    mixture: tuple[_Share, _Positive] | tuple[_Share, _Positive, _Positive] | None = None
 
     @classmethod
     def read(cls, file: Path) -> Facts:
@@ -267,7 +270,9 @@ def load_small(folder: Path) -> nn.Module:
             model.understudy["subclasses"] = facts.subclasses  # type: ignore[index,operator]
         elif facts.mixture is not None and name is not None:
             inputs = model.get_submodule(name).in_features
-            put_head(model, name, MixtureHead(inputs, facts.classes, *facts.mixture))  # type: ignore[arg-type]
+            alpha, beta, *scale = facts.mixture
+            mixed = MixtureHead(inputs, facts.classes, alpha, beta, scale=next(iter(scale), None))  # type: ignore[arg-type]
+            put_head(model, name, mixed)
             model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator,assignment]
     except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:
         # invalid sizes, or sizes beyond the memory

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from understudy.models import ModelAdapter
+from understudy.training.method import TrainState
+
 
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -19,6 +22,13 @@ def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
 def warmed_up(decay: float, step: int) -> float:
     """A decay of at most (1 + step) / (10 + step), so that in short runs the initial weights do not dominate."""
     return min(decay, (1 + step) / (10 + step))
+
+
+def averaged(student: ModelAdapter, state: TrainState) -> ModelAdapter:
+    """The companion `average` of a method, or the student without one."""
+    found = state.companions.get("average", student)
+    assert isinstance(found, ModelAdapter)
+    return found
 
 
 @torch.no_grad()

@@ -287,6 +287,10 @@ class Method(BaseModel):
     def on_step_end(self, state: TrainState) -> None:
         """Called after each optimizer step; `state.step` already counts it."""
 
+    def on_train_end(self, state: TrainState) -> None:
+        """Called where a phase, or a run without phases, has ended: after its last step, or after early stopping, with the
+        weights of the best evaluation where these are kept. A run that is resumed at its end calls it again."""
+
     # -- evaluation and export ----------------------------------------------------------------------------------
 
     def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:

@@ -15,6 +15,8 @@ from understudy.generation.tree_search import Expansion, Leaf, Step, distinct
 from understudy.training.pipeline import Ask
 
 WRONG, RIGHT = "A", "B"
+LEAST = 1e-6
+"""The probability of "right" where the evaluator is certain of "wrong": 0 itself says nothing (`state_value`)."""
 NEW = 1.25
 """Factor of the outcome of a right answer that is not the reference solution (released code)."""
 
@@ -46,7 +48,7 @@ def probability_right(said: Completion) -> float:
     """
     letter = (choices(said.text) or [""])[0]
     p = math.exp(min(0.0, said.log_prob)) if said.log_prob is not None else 1.0
-    return {RIGHT: p, WRONG: 1.0 - p}.get(letter, 0.0)
+    return {RIGHT: p, WRONG: max(LEAST, 1.0 - p)}.get(letter, 0.0)
 
 
 @dataclass(frozen=True)

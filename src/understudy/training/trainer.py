@@ -287,8 +287,7 @@ class DistillationTrainer(Trainer):
     def _means(self) -> dict[str, float]:
         """Each term's mean over the last update that had terms, over all ranks; every rank must ask."""
         values, counts = self._sums
-        names = sorted(values)
-        if not names:
+        if not (names := sorted(values)):
             return {}
         (sums,) = self.ranks.sum_tensors([torch.stack([values[n].float() for n in names])])
         means = torch.stack([counts.mean(n, v) for n, v in zip(names, sums, strict=True)])
@@ -307,6 +306,7 @@ class DistillationTrainer(Trainer):
                 self.model.train_state.step = self.state.global_step
                 if self.args.load_best_model_at_end and self._best_folder.is_dir():
                     self._load_best_model()
+                self.model.method.on_train_end(self.model.train_state)
                 return None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -47,7 +47,7 @@ class Update:
 
 
 class FollowSteps(TrainerCallback):
-    """Tells the trainer which epoch begins (also on resume), and the method that a step has ended."""
+    """Tells the trainer which epoch begins (also on resume), and the method that a step, or training, has ended."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -59,3 +59,8 @@ class FollowSteps(TrainerCallback):
         module = self.trainer.model
         module.train_state.step = state.global_step
         module.method.on_step_end(module.train_state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps or self.trainer.settled:  # else it was interrupted
+            module = self.trainer.model
+            module.method.on_train_end(module.train_state)

@@ -85,7 +85,8 @@ class DHKD(Method):
                     "The non-linear auxiliary head normalises over the batch, and this batch has one row: "
                     "choose another batch size, set trainer.dataloader_drop_last=true, or options.head=linear."
                 )
-            auxiliary = Dense(state.modules["auxiliary"](features))
+            head = state.modules["auxiliary"]  # in float32, also where the student is not
+            auxiliary = Dense(head(features.to(next(head.parameters()).dtype)))
         return {
             "ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.gamma),
             "kd": Term(rowwise(binary_kl_norm, auxiliary, teacher.signal, temperature=self.tau), self.alpha),

@@ -91,7 +91,7 @@ class MarginMSE(Method):
             return Requirements(teacher="outputs")
         if self.scores == "teacher":
             return Requirements(teacher="setup", teacher_model=True)
-        own = self.scores == "recorded" or self.loss_type == "ranknet"
+        own = self.scores == "recorded" or (self.loss_type == "ranknet" and self.write_scores is None)
         return Requirements(teacher="none" if own else "optional", teacher_model=not own)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
@@ -109,7 +109,7 @@ class MarginMSE(Method):
             taught = {
                 s: [row["members"] for row in x.records] for s, x in context.splits.items() if "members" in x.records[0]
             }
-        elif self.loss_type == "ranknet":
+        elif self.loss_type == "ranknet" and self.write_scores is None:
             return {}
         else:
             raise InputError(

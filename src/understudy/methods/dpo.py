@@ -200,6 +200,8 @@ class DPO(Method):
             raise ValueError(
                 f"use_weighting is not defined for {said}; it belongs to {', '.join(sorted(USED_BY['use_weighting']))}"
             )
+        if self.pairs != "extremes" and types == ("kto",):
+            raise ValueError("pairs has no effect on kto, which reads every candidate by itself")
         if self.pairs == "all" and SORTED & set(types):
             raise ValueError(f"pairs=all does not go with {said}, which sorts one pair of each list")
         if self.ld_alpha is not None and (self.pairs != "extremes" or self.reference == "recorded"):

@@ -125,6 +125,17 @@ def test_responses_of_probability_zero():
     with pytest.warns(UserWarning, match="left out"):
         both = did.log_ratio_distribution(a, torch.tensor([-1.0, 0.0, -math.inf]))
     close(both, log_q)
+    neither = torch.tensor([-math.inf])
+    chosen, rejected, target = (torch.tensor(v).log_softmax(-1) for v in ([0.0, -1.0], [-1.0, 0.5], [2.0, 0.3]))
+    more = [torch.cat([x, neither]) for x in (target, chosen, rejected)]
+    assert did.ordered_pairs(*more) == did.ordered_pairs(target, chosen, rejected)
+    reward = (more[0] - more[1]).requires_grad_()
+    value = did.expected_preference_loss(reward, more[1], more[2])
+    close(value, did.expected_preference_loss(target - chosen, chosen, rejected), rtol=1e-6)
+    assert torch.autograd.grad(value, reward)[0].isfinite().all()
+    matrix = did.preference_matrix(more[1], more[2])
+    assert matrix[:2, :2].equal(did.preference_matrix(chosen, rejected)) and matrix[2].isnan().all()
+    assert did.preference_matrix(a, b).diag().tolist() == [0.5] * 3  # response 2 is never chosen
     assert did.entropy_of(did.log_ratio_distribution(torch.zeros(1), torch.zeros(1))) == 0
 
 

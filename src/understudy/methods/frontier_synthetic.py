@@ -142,10 +142,11 @@ class FrontierSynthetic(Pipeline):
         targets = [_target(r, a, record, checker, self.targets == "reasoning") for r, a, record in read]
         if self.reject_wrong:
             targets = funnel.sieve("right answers", targets, lambda t: None if t.right else "wrong")
-        seen: set[tuple[str, str, str]] = set()
+        seen: set[tuple[str, ...]] = set()
 
         def again(target: Target) -> str | None:
-            key = (target.question, target.rationale, target.answer)
+            said = (target.question, target.rationale, target.answer)
+            key = tuple(" ".join(text.casefold().split()) for text in said)
             known = key in seen
             seen.add(key)
             return "written before" if known else None

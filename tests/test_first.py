@@ -167,6 +167,9 @@ def test_a_teacher_that_says_nan_is_not_calibrated():
     context = SimpleNamespace(teacher=teacher, batches=lambda split, size: [batch], classes=12)
     with pytest.raises(InputError, match="on the validation split, and its output for row 2 of a batch is nan"):
         FIRST().setup(context)
+    context.batches = lambda split, size: [Batch({}, torch.full((4,), -100), torch.arange(4))]
+    with pytest.raises(InputError, match="the validation split, which has no label"):
+        FIRST().setup(context)
 
 
 def test_equal_errors_go_to_the_largest_c():

@@ -137,6 +137,11 @@ class FIRST(Method):
                     )
                 probs.append(found.log_probs.exp().double().cpu())
                 correct.append((found.ids[:, 0] == batch.row_labels[part]).double().cpu())
+        if not probs:
+            raise InputError(
+                f"Method 'first' calibrates the teacher on the {self.calibrate_on} split, which has no label: set "
+                "options.calibrate_on to one that has, or options.recalibration=none."
+            )
         return torch.cat(probs), torch.cat(correct)
 
     def loss(

@@ -53,7 +53,8 @@ class FrontierSynthetic(Pipeline):
         "not": "Where the teacher errs in a systematic way: unsystematic noise averages out, a systematic error is copied. "
         "Narrow training costs a chat model its other abilities.",
         "deviations": "The paper's code is not released: prompts, filters and settings are reconstructed. Questions with final "
-        "answers only: neither summaries (chain of density) nor dialogues. The student is judged with its own short prompt, "
+        "answers only: neither summaries (chain of density) nor dialogues; metrics of summaries and of judges are in "
+        "`understudy.evaluation.summaries` and `understudy.evaluation.answers`. The student is judged with its own short prompt, "
         "the teacher with both of its prompts.",
     }
 

@@ -48,8 +48,8 @@ class MarginMSE(Method):
         "deviations": "Several positives or negatives are divided by the number of valid pairs in the update. In-batch "
         "negatives ask the teacher at every step and depend on how a batch is cut, the micro-batch being the group. "
         "Standardised ensembles and the clamp of weighted RankNet are ours, and off. The embedded world rebuilds an "
-        "experiment from its description; default learning rates for small encoders are ours. Early stopping on "
-        "nDCG is not there: runs have a fixed number of steps.",
+        "experiment from its description; default learning rates for small encoders are ours. Runs have a "
+        "fixed number of steps; the paper's early stopping on nDCG is `patience` with trainer.eval_strategy=steps.",
     }
 
     variants: ClassVar[str | None] = "loss_type"

@@ -46,7 +46,7 @@ def check_balance(context: SetupContext, desirable: float, undesirable: float) -
     if not good or not bad:
         return
     ratio, (least, most) = desirable * good / (undesirable * bad), BALANCED
-    if not least <= ratio <= most:
+    if not least <= round(ratio, 2) <= most:
         log.warning(
             "The %d desirable examples weigh %.2f times the %d others, and kto expects 1 to 1.33: with "
             "options.desirable_weight=%.3g they would weigh the same.",

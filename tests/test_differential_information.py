@@ -18,6 +18,12 @@ def g():
     return golden("32-differential-information")
 
 
+def powers_of(log_reference, alphas):
+    """log π of π ∝ π_ref^(1 + a) for each a, and the differential information of each, `[alphas, responses]`."""
+    policies = ((1 + alphas)[:, None] * log_reference).log_softmax(-1)
+    return policies, did.log_ratio_distribution(policies, log_reference.expand_as(policies))
+
+
 @pytest.mark.golden
 def test_golden_distributions(g):
     ref, star, beta = g["logp_ref"], g["logp_star"], float(g["beta"])
@@ -29,10 +35,9 @@ def test_golden_distributions(g):
     rejected = did.rejected_distribution(ref, star, beta=beta)
     close(rejected, g["logp_rejected_opt"], rtol=1e-9)
     close(did.preference_matrix(ref, rejected), g["pref_matrix"], rtol=1e-9)
-    assert did.ordered_pairs(star, ref, rejected) == 1
+    assert bool(did.ordered_pairs(star, ref, rejected) == 1) == bool(g["log_margin_ordered"])
     close(did.ordered_pairs(star, ref, g["logp_rejected_bad"]).double(), g["frac_pairs_ordered_bad"], atol=1e-6)
-    policies = ((1 + g["power_alpha"])[:, None] * g["power_logp_ref"]).log_softmax(-1)
-    powers = did.log_ratio_distribution(policies, g["power_logp_ref"].expand_as(policies))
+    policies, powers = powers_of(g["power_logp_ref"], g["power_alpha"])
     close(did.entropy_of(powers), g["power_did_entropy"], rtol=1e-9)
     close((policies.exp() * g["power_logp_ref"]).sum(-1), g["power_expected_ref_logp"], rtol=1e-9)
 
@@ -50,12 +55,20 @@ def test_golden_expected_loss(g):
 
 
 @pytest.mark.golden
+@pytest.mark.filterwarnings("ignore:sampled_entropy")
 def test_golden_estimate(g):
-    entropy, log_z, effective = did.sampled_entropy(g["est_logp_policy"], g["est_logp_ref"])
+    ours, theirs, drawn = g["est_logp_policy"], g["est_logp_ref"], g["est_sample_idx"]
+    entropy, log_z, effective = did.sampled_entropy(ours, theirs)
     close(entropy, g["est_entropy"], rtol=1e-9)
     close(log_z, g["est_logZ"], rtol=1e-9)
-    assert did.FEW < effective <= len(g["est_logp_ref"])
-    assert abs(entropy - g["exact_entropy"]) < 0.05
+    weights = 1 / theirs.exp()
+    close(effective, weights.sum().square() / weights.square().sum(), rtol=1e-9)
+    close(theirs, g["power_logp_ref"][drawn])
+    far = (theirs - theirs[0]).abs().argmax()  # the samples are of a power 1 + a of the reference
+    alpha = (ours[far] - ours[0]) / (theirs[far] - theirs[0]) - 1
+    policies, powers = powers_of(g["power_logp_ref"], alpha[None])
+    close(policies[0, drawn], ours, rtol=1e-9)
+    close(did.entropy_of(powers)[0], g["exact_entropy"], rtol=1e-9)
 
 
 @pytest.mark.golden
@@ -112,6 +125,17 @@ def test_responses_of_probability_zero():
     with pytest.warns(UserWarning, match="left out"):
         both = did.log_ratio_distribution(a, torch.tensor([-1.0, 0.0, -math.inf]))
     close(both, log_q)
+    neither = torch.tensor([-math.inf])
+    chosen, rejected, target = (torch.tensor(v).log_softmax(-1) for v in ([0.0, -1.0], [-1.0, 0.5], [2.0, 0.3]))
+    more = [torch.cat([x, neither]) for x in (target, chosen, rejected)]
+    assert did.ordered_pairs(*more) == did.ordered_pairs(target, chosen, rejected)
+    reward = (more[0] - more[1]).requires_grad_()
+    value = did.expected_preference_loss(reward, more[1], more[2])
+    close(value, did.expected_preference_loss(target - chosen, chosen, rejected), rtol=1e-6)
+    assert torch.autograd.grad(value, reward)[0].isfinite().all()
+    matrix = did.preference_matrix(more[1], more[2])
+    assert matrix[:2, :2].equal(did.preference_matrix(chosen, rejected)) and matrix[2].isnan().all()
+    assert did.preference_matrix(a, b).diag().tolist() == [0.5] * 3  # response 2 is never chosen
     assert did.entropy_of(did.log_ratio_distribution(torch.zeros(1), torch.zeros(1))) == 0
 
 

@@ -243,6 +243,7 @@ def test_extreme_margins_stay_finite(name):
         ({"f_alpha_divergence_coef": 0.2}, "no effect on reverse_kl"),
         ({"loss_type": "exo_pair", "label_smoothing": 0.0}, "exo_pair is infinite"),
         ({"loss_type": "aot", "pairs": "all"}, "sorts one pair of each list"),
+        ({"loss_type": "kto", "pairs": "random"}, "pairs has no effect on kto"),
         ({"ld_alpha": 0.5, "pairs": "all"}, "needs pairs=extremes"),
         ({"ld_alpha": 0.5, "reference": "recorded"}, "no recorded reference"),
         ({"loss_type": "cpo", "ld_alpha": 0.5}, "ld_alpha has no effect on cpo"),

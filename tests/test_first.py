@@ -1,14 +1,20 @@
 """Paper 33, FIRST: its golden vectors, limits, bad input, and the same training from a live and a cached teacher."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from engine_cases import DIGITS, killed_run, weights
 from golden_vectors import close, golden, reduce
 from understudy import InputError, distill, losses
+from understudy.data import Batch
 from understudy.evaluation.calibration import calibrate_probabilities, expected_calibration_error, reliability
+from understudy.losses._pairs import bucketed
 from understudy.losses.calibration import most_probable, recalibrate, top_k_kl
 from understudy.methods.first import FIRST
+from understudy.models import ModelOutput
 from understudy.runs.capture import capture_recipe, describe
 from understudy.runs.recipe import make
 from understudy.streaming import rowwise
@@ -41,6 +47,10 @@ def test_golden_targets():
     close(torch.cat([probs, found.log_tail.exp()], -1), g["target_other"][mask])
     for how, key in (("temperature", "ts"), ("label_smoothing", "ls_clipped"), ("none", "linear")):
         close(recalibrate(probs, how, **options).exp(), g[f"target_{key}"][mask])
+    valid = g["ls_valid"][mask]  # what is not has a negative entry, which is clipped
+    close(recalibrate(probs, "label_smoothing", **options).exp()[valid], g["target_ls"][mask][valid])
+    student = bucketed(g["student_logits"][mask].log_softmax(-1), found.ids, "tail")
+    close(student[:, :-1].exp(), g["student_topk_probs"][mask])
 
 
 @pytest.mark.golden
@@ -61,10 +71,18 @@ def test_golden_losses(form):
         close(values, g[f"tok_{form}"][mask])
         close(student.grad, g[f"grad_sum_over_B_{form}"])
         return
-    keep = mask.clone()
-    keep[0, 1] = False  # the file floors log-probabilities at log 1e-12, which a spike is below
+    ids = most_probable(g["teacher_logits"], options["k"], student.shape[-1]).ids
+    buckets = bucketed(student.detach().log_softmax(-1), ids, "tail")
+    keep = mask & (buckets > math.log(1e-10)).all(
+        -1
+    )  # the file floors log-probabilities at log 1e-12; a spike is below
+    assert keep.any()
     close(values[keep[mask]], g[f"tok_{form}"][keep], rtol=1e-6, atol=1e-6)
     close(student.grad[keep], g[f"grad_sum_over_B_{form}"][keep], rtol=1e-6, atol=1e-6)
+    floored = g[f"tok_{form}"].masked_scatter(keep, values.detach()[keep[mask]])[mask]
+    total = reduce(floored, "sequence_sum", sequence=sequence, count=len(mask))
+    close(total, g[f"loss_sum_over_B_{form}"], rtol=1e-6, atol=1e-6)
+    close(reduce(floored, "token_mean"), g[f"loss_token_mean_{form}"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.golden
@@ -76,7 +94,8 @@ def test_golden_calibration():
     found = reliability(confidence, correct, bins)
     assert found["count"] == g["ece_bin_count"].tolist()
     for key, column in (("acc", "accuracy"), ("conf", "confidence")):
-        assert found[column] == pytest.approx(g[f"ece_bin_{key}"].tolist())
+        means = [math.nan if value is None else value for value in found[column]]  # of empty bins
+        assert means == pytest.approx(g[f"ece_bin_{key}"].tolist(), nan_ok=True)
     assert float(correct.mean()) == pytest.approx(float(g["accuracy"]))
     assert float(correct.mean()) - ece == pytest.approx(float(g["trust"]))
     grid = calibrate_probabilities(g["grid_val_topk_probs"], g["grid_val_correct"], bins)
@@ -133,6 +152,26 @@ def test_all_classes_are_the_whole_divergence_and_a_bucket_is_less():
     assert bool((top_k_kl(s, t, k=3, recalibration="none", truncation="tail") <= whole + 1e-12).all())
 
 
+@pytest.mark.parametrize("bins", [10, 25, 49])
+def test_a_confidence_on_an_edge_is_in_the_lower_bin(bins):
+    edges = torch.arange(1, bins + 1, dtype=torch.float64) / bins
+    assert reliability(edges, torch.ones(bins), bins)["count"] == [1] * bins
+    assert reliability(edges + 1e-6, torch.ones(bins), bins)["count"] == [0] + [1] * (bins - 2) + [2]
+
+
+def test_a_teacher_that_says_nan_is_not_calibrated():
+    batch = Batch({}, torch.zeros(4).long(), torch.arange(4))
+    logits = torch.randn(4, 12)
+    logits[2, 3] = math.nan
+    teacher = lambda _: ModelOutput(Dense(logits))  # noqa: E731
+    context = SimpleNamespace(teacher=teacher, batches=lambda split, size: [batch], classes=12)
+    with pytest.raises(InputError, match="on the validation split, and its output for row 2 of a batch is nan"):
+        FIRST().setup(context)
+    context.batches = lambda split, size: [Batch({}, torch.full((4,), -100), torch.arange(4))]
+    with pytest.raises(InputError, match="the validation split, which has no label"):
+        FIRST().setup(context)
+
+
 def test_equal_errors_go_to_the_largest_c():
     p = torch.full((10, 4), 0.25, dtype=torch.float64)  # every c says 1/4
     assert calibrate_probabilities(p, torch.ones(10)).best == 1.0
@@ -184,6 +223,7 @@ def test_bad_targets(target, says):
         ({"k": 1}, "nothing to learn"),
         ({"truncation": "tail"}, "recalibrates nothing"),
         ({"c": 0}, "greater than 0"),
+        ({"c": 0.3, "recalibration": "label_smoothing"}, "c has no effect on recalibration=label_smoothing"),
     ],
 )
 def test_bad_options(options, says):

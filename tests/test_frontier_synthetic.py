@@ -9,6 +9,7 @@ from golden_vectors import close, golden, reduce
 from understudy import InputError, distill
 from understudy.curation import Checker
 from understudy.data.reasoning_world import digits_of, running_sums, shown
+from understudy.data.tokenize import collate_text
 from understudy.evaluation.reasoning import Attempt, Grading, judge
 from understudy.generation import Completion, OracleSource
 from understudy.losses import cross_entropy
@@ -40,6 +41,13 @@ def lines(path):
 def test_the_loss_is_the_golden_one_over_any_padding_and_split():
     g = golden("36-frontier-synthetic")
     logits, labels = g["logits"].clone().requires_grad_(), g["labels"]
+    cuts = zip(g["input_ids"], g["prompt_len"].tolist(), g["total_len"].tolist(), strict=True)
+    items = [
+        {"input_ids": ids[:end], "labels": torch.cat([torch.full((start,), -100), ids[start:end]]), "id": 0, "bytes": 0}
+        for ids, start, end in cuts
+    ]
+    padded = collate_text(items, multiple=labels.shape[1])["labels"]
+    assert torch.equal(padded, labels)
     counted = labels[:, 1:] != -100  # the logits at t are of the token at t + 1
     values = rowwise(cross_entropy, Dense(logits[:, :-1][counted]), None, labels[:, 1:][counted])
     close(values, g["token_nll"][counted])
@@ -135,7 +143,8 @@ def test_what_does_not_end_cannot_be_read_or_is_not_new_is_dropped(tmp_path, wri
         question = request.prompt[-1]["content"]
         sums = running_sums(digits_of(question))
         number = int(request.id.split("/")[2])
-        text = f"{shown(sums)}\n#### {sums[-1] if number % 5 else (sums[-1] + 1) % 10}"
+        said = "The sums: " if request.id.endswith("/0") else "the  sums: "  # alike but for spaces and case
+        text = f"{said}{shown(sums)}\n#### {sums[-1] if number % 5 else (sums[-1] + 1) % 10}"
         if number == 7:
             return Completion(text, "length", None, 1, 9)
         return Completion(shown(sums) if number == 8 else text, "stop", None, 1, 9)

@@ -1,6 +1,7 @@
 """Paper 41, Margin-MSE: golden vectors, limits that must hold, ranking metrics, files of triples and their bad input."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from golden_vectors import close, golden
 from understudy import InputError
 from understudy.data.judgements import bm25
+from understudy.data.retrieval_batches import RankingSet
 from understudy.data.retrieval_sources import load_rankings
 from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import mrr, ndcg, recall, search
@@ -21,6 +23,7 @@ from understudy.losses.retrieval import (
     ranknet,
     weighted_ranknet,
 )
+from understudy.methods.margin_mse import MarginMSE
 from understudy.models.rankers import max_sim
 
 
@@ -182,9 +185,21 @@ def test_late_interaction_ignores_padding():
     hand = sum(max(float(q[0, i] @ d[0, j]) for j in range(3)) for i in range(2))
     assert found[0].item() == pytest.approx(hand, rel=1e-5)
     assert max_sim(q, d, q_mask, torch.zeros_like(d_mask)).eq(0).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert max_sim(q, d, q_mask, d_mask).equal(found)
 
 
 TRIPLES = [Triple(7.5, -1.25, f"query {i // 3}", f"good {i}", f"bad {i}") for i in range(60)]
+
+
+def test_ranknet_asks_a_teacher_only_for_scores_to_write():
+    assert MarginMSE(loss_type="ranknet").requires.teacher == "none"
+    asked = MarginMSE(loss_type="ranknet", write_scores="scores.tsv")
+    assert asked.requires.teacher == "optional" and asked.requires.teacher_model
+    rows = [{"id": 0, "query": "q", "documents": ["a", "b"], "labels": [1.0, 0.0]}]
+    context = SimpleNamespace(splits={"train": RankingSet(rows)}, teacher_model=None)
+    with pytest.raises(InputError, match="the data has no teacher scores"):
+        asked.setup(context)
 
 
 @pytest.mark.parametrize("name", ["t.tsv", "t.parquet"])

@@ -38,7 +38,9 @@ def unflat(vector, classes, width):
 @pytest.mark.parametrize("metric,key", [("layers", "ours"), ("mse", "mse"), ("cosine", "cos")])
 def test_golden_gradient_distance(metric, key):
     g = golden(NAME)
-    synthetic, real = [g[f"gm_syn_{i}"].requires_grad_() for i in range(4)], [g[f"gm_real_{i}"] for i in range(4)]
+    number = sum(name.startswith("gm_syn_") for name in g)
+    synthetic, real = ([g[f"gm_{side}_{i}"] for i in range(number)] for side in ("syn", "real"))
+    synthetic = [x.requires_grad_() for x in synthetic]
     value = gradient_distance(synthetic, real, metric=metric)
     near(value, g[f"gm_{key}"])
     found = torch.autograd.grad(value, synthetic, allow_unused=True, materialize_grads=True)

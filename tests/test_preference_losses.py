@@ -24,8 +24,11 @@ def pairs(g):
     """Token log-probs as a leaf, sequence sums of both sides, references, token counts."""
     token = g["token_logp"].clone().requires_grad_()
     mask = g["completion_mask"].bool()
-    sums, counts = (token * mask).sum(1), mask.sum(1)
+    sums, counts = token.masked_fill(~mask, 0.0).sum(1), mask.sum(1)
     chosen, rejected = sums.chunk(2)
+    assert torch.equal(counts, g["n_tokens"])
+    close(chosen, g["policy_logp_chosen"], rtol=1e-9)
+    close(rejected, g["policy_logp_rejected"], rtol=1e-9)
     return token, chosen, rejected, g["ref_logp_chosen"], g["ref_logp_rejected"], *counts.chunk(2)
 
 

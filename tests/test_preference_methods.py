@@ -76,6 +76,18 @@ def test_unpaired_kto_is_the_papers(tokenizer, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
+def test_labels_that_outweigh_the_others_are_said(tokenizer, tmp_path, caplog):
+    rows = [{**SINGLES[i % 4], "label": i < 6} for i in range(8)]
+    for weight, said in ((1.0, "3.00 times the 2 others"), (1 / 3, ""), (0.25, "0.75 times"), (0.4, "")):
+        caplog.clear()
+        method = DPO(loss_type="kto", desirable_weight=weight)
+        staged(method, singles(tokenizer, rows), scorer(tokenizer), tmp_path)
+        assert said in caplog.text and bool(caplog.text) == bool(said)
+    caplog.clear()
+    staged(DPO(loss_type="kto"), singles(tokenizer, rows[:6]), scorer(tokenizer), tmp_path)  # one label alone is fine
+    assert not caplog.text
+
+
 def test_unpaired_kto_in_one_command_starts_at_a_half(tmp_path):
     rows = [{**SINGLES[i % 4], "prompt": f"{SINGLES[i % 4]['prompt']} {i}"} for i in range(40)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

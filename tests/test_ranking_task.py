@@ -202,6 +202,9 @@ def test_crossed_rows_keep_their_own_grades(view):
     found = batch(view, [r | {"crossed": True} for r in rows()])
     assert found.taught is None and found.candidates.all() and found.slots.shape == (6, int(found.slots.max()) + 1)
     assert found.labels.sum(1).tolist() == [1.0] * 6
+    same = [r | {"crossed": True} for r in rows()]
+    same[0]["documents"] = [same[0]["documents"][0]] * len(same[0]["documents"])  # as positive and as negative
+    assert batch(view, same).labels.sum(1).tolist() == [1.0] * 6
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,9 @@ class RankingCollator:
 
 
 def _crossed(item: dict[str, Any], documents: list[str]) -> dict[str, Any]:
-    grades = dict(zip(item["documents"], item["labels"], strict=True))
+    grades: dict[str, float] = {}
+    for document, grade in zip(item["documents"], item["labels"], strict=True):
+        grades[document] = max(grade, grades.get(document, grade))  # a triple may hold one document twice
     crossed = {k: v for k, v in item.items() if k != "taught"}
     return crossed | {"documents": documents, "labels": [grades.get(d, 0.0) for d in documents]}
 

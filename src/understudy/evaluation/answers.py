@@ -67,12 +67,16 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     return Paired(one, two, float(binomtest(one, one + two).pvalue) if one + two else 1.0)
 
 
-def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """Agreement of two graders beyond chance: (p_o − p_e) / (1 − p_e); NaN where both give one and the same grade alone."""
+def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Share of items to which two graders give one grade."""
     if len(first) != len(second) or not len(first):
         raise InputError(f"One grader has {len(first)} grades and the other {len(second)}: give both for each item.")
-    n = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+
+
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Agreement of two graders beyond chance: (p_o − p_e) / (1 − p_e); NaN where both give one and the same grade alone."""
+    observed, n = agreement(first, second), len(first)
     chance = sum(first.count(grade) * second.count(grade) for grade in set(first)) / n**2
     return (observed - chance) / (1 - chance) if chance < 1 else math.nan
 

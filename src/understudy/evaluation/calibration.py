@@ -35,7 +35,8 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str
 
 def _bin(confidence: Tensor, bins: int) -> Tensor:
     """Index of each row's bin. Bins are (a, b], so that confidence 1 is in the last."""
-    return ((confidence.double() * bins).ceil().long() - 1).clamp(0, bins - 1)
+    rounding = 1e-9  # 7 / 25 · 25 is above 7
+    return ((confidence.double() * bins - rounding).ceil().long() - 1).clamp(0, bins - 1)
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:

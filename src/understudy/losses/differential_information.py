@@ -69,12 +69,15 @@ def rejected_distribution(log_reference: Tensor, log_target: Tensor, *, beta: fl
 def preference_matrix(log_chosen: Tensor, log_rejected: Tensor) -> Tensor:
     """P(a is the chosen one | the pair {a, b}), chosen ~ π_w and rejected ~ π_l: `[..., responses, responses]`.
 
-    σ(log π_w(a)/π_l(a) − log π_w(b)/π_l(b)) with a in rows: ½ on the diagonal, and 1 together with its transpose.
+    σ(log π_w(a)/π_l(a) − log π_w(b)/π_l(b)) with a in rows: ½ on the diagonal, and 1 together with its transpose. nan for a
+    pair that is never sampled: one response is of neither policy, or both are never chosen, or never rejected.
     Source: paper 32, preference model of sampled pairs.
     """
     _check("preference_matrix", log_chosen, log_rejected)
     information = log_chosen - log_rejected
-    return torch.sigmoid(information[..., :, None] - information[..., None, :])
+    found = torch.sigmoid(information[..., :, None] - information[..., None, :])
+    same = torch.eye(found.shape[-1], dtype=torch.bool, device=found.device) & ~information.isnan()[..., None]
+    return found.masked_fill(same, 0.5)
 
 
 def expected_preference_loss(reward: Tensor, log_chosen: Tensor, log_rejected: Tensor) -> Tensor:
@@ -86,6 +89,7 @@ def expected_preference_loss(reward: Tensor, log_chosen: Tensor, log_rejected: T
         reward: `[..., responses]`. log_chosen, log_rejected: normalised log-probabilities, never differentiated.
     """
     weights = (log_chosen.detach()[..., :, None] + log_rejected.detach()[..., None, :]).exp()
+    reward = reward.masked_fill((log_chosen == -torch.inf) & (log_rejected == -torch.inf), 0.0)  # it may be nan there
     return (weights * softplus(reward[..., None, :] - reward[..., :, None])).sum((-1, -2))
 
 
@@ -95,13 +99,19 @@ def ordered_pairs(log_target: Tensor, log_reference: Tensor, log_rejected: Tenso
     The change of log π(a) − log π(b) from reference to target, and that from rejected policy to reference, have one
     sign. 1 for the optimal rejected distribution. Source: paper 32, log-margin ordering.
     """
+    _check("ordered_pairs", log_target, log_reference)
+    _check("ordered_pairs", log_reference, log_rejected)
     rise, before = log_target - log_reference, log_reference - log_rejected
     first, second = (torch.sign(x[..., :, None] - x[..., None, :]) for x in (rise, before))
-    number = log_target.shape[-1]
-    if number < 2:
+    there = ~torch.stack(
+        [x == -torch.inf for x in torch.broadcast_tensors(log_target, log_reference, log_rejected)]
+    ).all(0)
+    apart = ~torch.eye(there.shape[-1], dtype=torch.bool, device=there.device)
+    apart = apart & there[..., :, None] & there[..., None, :]
+    number = apart.sum((-1, -2))
+    if bool((number == 0).any()):
         raise InputError("ordered_pairs: one response makes no pair: give at least two.")
-    apart = ~torch.eye(number, dtype=torch.bool, device=log_target.device)
-    return ((first == second) & apart).sum((-1, -2)) / (number * (number - 1))
+    return ((first == second) & apart).sum((-1, -2)) / number
 
 
 def sampled_entropy(log_p: Tensor, log_reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:

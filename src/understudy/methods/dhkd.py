@@ -45,6 +45,9 @@ class DHKD(Method):
     head: Literal["linear", "nonlinear", "shared"] = Field(
         "linear", description="The auxiliary head; `shared` puts the logit loss on the main head (the baseline)."
     )
+    until: float = Field(
+        1.0, gt=0, le=1, description="Share of the steps after which the logit loss ends; 0.5 as released for ImageNet."
+    )
     align: Literal["none", "all", "shared"] = Field(
         "none", description="Project the logit loss's gradient off a conflicting CE gradient, over which parameters."
     )
@@ -85,10 +88,12 @@ class DHKD(Method):
                     "The non-linear auxiliary head normalises over the batch, and this batch has one row: "
                     "choose another batch size, set trainer.dataloader_drop_last=true, or options.head=linear."
                 )
-            auxiliary = Dense(state.modules["auxiliary"](features))
+            head = state.modules["auxiliary"]  # in float32, also where the student is not
+            auxiliary = Dense(head(features.to(next(head.parameters()).dtype)))
+        alpha = self.alpha if state.step < self.until * state.total else 0.0
         return {
             "ce": Term(rowwise(cross_entropy, student.signal, None, batch.row_labels), self.gamma),
-            "kd": Term(rowwise(binary_kl_norm, auxiliary, teacher.signal, temperature=self.tau), self.alpha),
+            "kd": Term(rowwise(binary_kl_norm, auxiliary, teacher.signal, temperature=self.tau), alpha),
         }
 
     @property

@@ -41,7 +41,7 @@ from understudy.training.reference import (
     rewarded,
     with_margin,
 )
-from understudy.training.single_answers import add_strays, are_single, stray_kl
+from understudy.training.single_answers import add_strays, are_single, check_balance, stray_kl
 from understudy.training.token_columns import add_token_columns
 
 LossType = Literal[
@@ -200,6 +200,8 @@ class DPO(Method):
             raise ValueError(
                 f"use_weighting is not defined for {said}; it belongs to {', '.join(sorted(USED_BY['use_weighting']))}"
             )
+        if self.pairs != "extremes" and types == ("kto",):
+            raise ValueError("pairs has no effect on kto, which reads every candidate by itself")
         if self.pairs == "all" and SORTED & set(types):
             raise ValueError(f"pairs=all does not go with {said}, which sorts one pair of each list")
         if self.ld_alpha is not None and (self.pairs != "extremes" or self.reference == "recorded"):
@@ -242,7 +244,9 @@ class DPO(Method):
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
         unpaired = self.loss_type == "kto" and are_single(context)
-        if not unpaired:
+        if unpaired:
+            check_balance(context, self.desirable_weight, self.undesirable_weight)
+        else:
             need_order(self.name, context)
         rewarded(context, self._reward)
         self._add_smoothing(context)

@@ -72,6 +72,8 @@ class FIRST(Method):
     def _can_be_learnt(self) -> Self:
         if self.truncation == "tail" and (self.recalibration != "none" or self.student_c is not None):
             raise ValueError("truncation=tail recalibrates nothing: set recalibration=none and leave student_c out")
+        if self.c is not None and self.recalibration != "temperature":
+            raise ValueError(f"c has no effect on recalibration={self.recalibration}; it belongs to temperature")
         if self.k == 1 and self.truncation == "renorm":
             raise ValueError(
                 "k=1 leaves one class of probability 1 and nothing to learn: raise k, or set truncation=tail"
@@ -128,8 +130,18 @@ class FIRST(Method):
                 answers = dense(signal.select(part))
                 assert answers is not None
                 found = most_probable(answers, self.k, context.classes)
+                if bool(found.log_probs.isnan().any()):
+                    raise InputError(
+                        f"Method 'first' calibrates the teacher on the {self.calibrate_on} split, and its output for row "
+                        f"{int(found.log_probs.isnan().any(-1).nonzero()[0, 0]) + start} of a batch is nan: load it in float32."
+                    )
                 probs.append(found.log_probs.exp().double().cpu())
                 correct.append((found.ids[:, 0] == batch.row_labels[part]).double().cpu())
+        if not probs:
+            raise InputError(
+                f"Method 'first' calibrates the teacher on the {self.calibrate_on} split, which has no label: set "
+                "options.calibrate_on to one that has, or options.recalibration=none."
+            )
         return torch.cat(probs), torch.cat(correct)
 
     def loss(

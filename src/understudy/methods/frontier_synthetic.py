@@ -53,7 +53,8 @@ class FrontierSynthetic(Pipeline):
         "not": "Where the teacher errs in a systematic way: unsystematic noise averages out, a systematic error is copied. "
         "Narrow training costs a chat model its other abilities.",
         "deviations": "The paper's code is not released: prompts, filters and settings are reconstructed. Questions with final "
-        "answers only: neither summaries (chain of density) nor dialogues. The student is judged with its own short prompt, "
+        "answers only: neither summaries (chain of density) nor dialogues; metrics of summaries and of judges are in "
+        "`understudy.evaluation.summaries` and `understudy.evaluation.answers`. The student is judged with its own short prompt, "
         "the teacher with both of its prompts.",
     }
 
@@ -142,10 +143,11 @@ class FrontierSynthetic(Pipeline):
         targets = [_target(r, a, record, checker, self.targets == "reasoning") for r, a, record in read]
         if self.reject_wrong:
             targets = funnel.sieve("right answers", targets, lambda t: None if t.right else "wrong")
-        seen: set[tuple[str, str, str]] = set()
+        seen: set[tuple[str, ...]] = set()
 
         def again(target: Target) -> str | None:
-            key = (target.question, target.rationale, target.answer)
+            said = (target.question, target.rationale, target.answer)
+            key = tuple(" ".join(text.casefold().split()) for text in said)
             known = key in seen
             seen.add(key)
             return "written before" if known else None

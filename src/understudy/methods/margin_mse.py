@@ -48,8 +48,8 @@ class MarginMSE(Method):
         "deviations": "Several positives or negatives are divided by the number of valid pairs in the update. In-batch "
         "negatives ask the teacher at every step and depend on how a batch is cut, the micro-batch being the group. "
         "Standardised ensembles and the clamp of weighted RankNet are ours, and off. The embedded world rebuilds an "
-        "experiment from its description; default learning rates for small encoders are ours. Early stopping on "
-        "nDCG is not there: runs have a fixed number of steps.",
+        "experiment from its description; default learning rates for small encoders are ours. Runs have a "
+        "fixed number of steps; the paper's early stopping on nDCG is `patience` with trainer.eval_strategy=steps.",
     }
 
     variants: ClassVar[str | None] = "loss_type"
@@ -91,7 +91,7 @@ class MarginMSE(Method):
             return Requirements(teacher="outputs")
         if self.scores == "teacher":
             return Requirements(teacher="setup", teacher_model=True)
-        own = self.scores == "recorded" or self.loss_type == "ranknet"
+        own = self.scores == "recorded" or (self.loss_type == "ranknet" and self.write_scores is None)
         return Requirements(teacher="none" if own else "optional", teacher_model=not own)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
@@ -109,7 +109,7 @@ class MarginMSE(Method):
             taught = {
                 s: [row["members"] for row in x.records] for s, x in context.splits.items() if "members" in x.records[0]
             }
-        elif self.loss_type == "ranknet":
+        elif self.loss_type == "ranknet" and self.write_scores is None:
             return {}
         else:
             raise InputError(

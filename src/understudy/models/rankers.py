@@ -37,9 +37,11 @@ def max_sim(queries: Tensor, documents: Tensor, query_mask: Tensor, document_mas
             tokens contribute 0.
 
     Returns:
-        `[pairs]`; 0 for a document without a token.
+        `[pairs]`; 0 for a document without a token. In the dtype of the vectors, also under autocast: scores reach hundreds,
+        where bfloat16 rounds to even numbers.
     """
-    similar = queries @ documents.transpose(1, 2)
+    with torch.autocast(queries.device.type, enabled=False):
+        similar = queries @ documents.transpose(1, 2)
     best = similar.masked_fill(~document_mask[:, None, :], -torch.inf).max(2).values
     counts = query_mask & document_mask.any(1, keepdim=True)
     return torch.where(counts, best, torch.zeros_like(best)).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,10 @@ from understudy.models import ModelAdapter
 from understudy.training.method import TrainState
 from understudy.training.reference import attach, finite
 from understudy.training.setup import SetupContext
+
+log = logging.getLogger(__name__)
+BALANCED = 1.0, 4 / 3
+"""Least and most weight of all desirable examples over that of all others (Ethayarajh et al. 2024, Eq. 9)."""
 
 
 def are_single(context: SetupContext) -> bool:
@@ -31,6 +36,25 @@ def are_single(context: SetupContext) -> bool:
             "pairs (or lists) alone, or single answers with labels alone."
         )
     return not lists
+
+
+def check_balance(context: SetupContext, desirable: float, undesirable: float) -> None:
+    """Warn where the training examples of one label outweigh those of the other. `desirable`, `undesirable`: weight of one
+    example."""
+    labels = [row["scores"][0] > 0.5 for row in context.splits["train"].records]
+    good, bad = labels.count(True), labels.count(False)
+    if not good or not bad:
+        return
+    ratio, (least, most) = desirable * good / (undesirable * bad), BALANCED
+    if not least <= round(ratio, 2) <= most:
+        log.warning(
+            "The %d desirable examples weigh %.2f times the %d others, and kto expects 1 to 1.33: with "
+            "options.desirable_weight=%.3g they would weigh the same.",
+            good,
+            ratio,
+            bad,
+            undesirable * bad / good,
+        )
 
 
 def add_strays(context: SetupContext, scorer: ModelAdapter) -> None:

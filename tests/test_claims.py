@@ -249,6 +249,17 @@ def test_where_it_is_not_supported_own_options_are_tried_on_validation(runs, tmp
     assert "search" not in reproduce(dataclasses.replace(CLAIM, knobs=knobs), None, tmp_path / "supported")
 
 
+@pytest.mark.parametrize("name", [name for name, claim in claims().items() if claim.knobs])
+def test_knobs_are_options_that_work_with_whatever_was_tuned(name, tmp_path):
+    claim = get(name)
+    label = claim.checks[0].arm
+    for knob in claim.knobs:
+        for candidate in range(claim.candidates):
+            recipe = claim.trying(label, candidate, knob, 0, tmp_path)
+            assert knob.items() <= recipe.options.items() and recipe.eval_split == "validation"
+            recipe.build_method()
+
+
 def test_an_open_check_says_how_many_seeds_would_decide_it():
     check = {"verdict": "inconclusive", "arm": "a", "other": "b", "metric": "m", "threshold": 0.0}
     result = {"arms": {"a": {"values": {"m": [1.0, 3.0, 2.0]}}, "b": {"values": {"m": [1.0, 1.0, 1.0]}}}}

@@ -53,7 +53,7 @@ CLAIM = Claim(
     ),
     knobs=(
         *({"temperature": t} for t in (0.5, 1.0, 4.0, 8.0)),
-        *({"weights": w} for w in ("uniform", "position", "first")),
+        *({"weights": w, "temperature": 1.0} for w in ("uniform", "position", "first")),
     ),
     tuned_on=("accuracy", True),
     settings={"real": _REAL},

@@ -147,7 +147,8 @@ def trainer_for(method, phase, tmp_path, micro=9, accumulate=1, context=None):
 
 
 def method_of(**options):
-    return LightGen(**{"samples": 9, "pairs": 9, "ema": 0.5, "beta": 50.0, **options})
+    used = {"none": {}, "sft": {"pairs": 9}}.get(options.get("refine", "dpo"), {"pairs": 9, "beta": 50.0})
+    return LightGen(**{"samples": 9, "ema": 0.5, **used, **options})
 
 
 CASES = [(method_of(), MASKED), (method_of(), PREFERENCE), (method_of(refine="sft", ema=0), PREFERENCE)]

@@ -270,8 +270,8 @@ def load_small(folder: Path) -> nn.Module:
             model.understudy["subclasses"] = facts.subclasses  # type: ignore[index,operator]
         elif facts.mixture is not None and name is not None:
             inputs = model.get_submodule(name).in_features
-            alpha, beta, *scale = facts.mixture
-            mixed = MixtureHead(inputs, facts.classes, alpha, beta, scale=next(iter(scale), None))  # type: ignore[arg-type]
+            scale = facts.mixture[2] if len(facts.mixture) == 3 else None
+            mixed = MixtureHead(inputs, facts.classes, *facts.mixture[:2], scale=scale)  # type: ignore[arg-type]
             put_head(model, name, mixed)
             model.understudy["mixture"] = list(facts.mixture)  # type: ignore[index,operator,assignment]
     except (ValueError, RuntimeError, MemoryError, OverflowError, IndexError, ZeroDivisionError) as error:

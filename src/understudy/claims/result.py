@@ -43,10 +43,12 @@ def checked(check: Check, found: Found, sequential: bool) -> dict[str, Any]:
 
 def verdict_told(result: Mapping[str, Any], check: Mapping[str, Any]) -> str:
     """The verdict of a check, and of one that is open, how many seeds would decide it if mean and deviation stay."""
-    arms, found = result["arms"], str(check["verdict"])
-    a = arms[check["arm"]]["values"].get(check["metric"], [])
-    b = arms[check["other"]]["values"].get(check.get("other_metric", check["metric"]), [])
-    if found != "inconclusive" or len(a) < 2 or len(a) != len(b):
+    found = str(check["verdict"])
+    if found != "inconclusive":
+        return found
+    a = result["arms"][check["arm"]]["values"].get(check["metric"], [])
+    b = result["arms"][check["other"]]["values"].get(check.get("other_metric", check["metric"]), [])
+    if len(a) < 2 or len(a) != len(b):
         return found
     number = enough([x - check.get("factor", 1) * y for x, y in zip(a, b, strict=True)], check["threshold"])
     about = f"about {float(f'{number:.2g}'):,.0f}" if number else "more than 10,000"

@@ -229,7 +229,8 @@ def save_small(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | Non
     write_model(model, folder, facts, state)
 
 
-_Share, _Positive = Annotated[float, Field(ge=0, le=1)], Annotated[FiniteFloat, Field(gt=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class Facts(BaseModel):

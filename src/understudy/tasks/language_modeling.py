@@ -80,8 +80,8 @@ def _exposed(
     secrets: Sequence[Canary], tokenizer: Any, student: ModelAdapter, teacher: ModelAdapter | None
 ) -> dict[str, Any]:
     """`exposed`; a teacher of several models has no exposure of its own."""
-    one = teacher is not None and not isinstance(teacher, Ensemble)
-    return exposed(secrets, tokenizer, student.model, teacher.model if one else None)
+    one = None if teacher is None or isinstance(teacher, Ensemble) else teacher.model
+    return exposed(secrets, tokenizer, student.model, one)
 
 
 def _alignment(aligner: Aligner, examples: Any, sample: int = 64) -> str:

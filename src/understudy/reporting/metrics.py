@@ -86,6 +86,13 @@ MEANINGS = {
     "labels_recall": "Recall at the cutoff on the critic's validation labels.",
     "labels_strict_precision": "The same precision of scores strictly above the cutoff, as filtering does.",
     "labels_strict_recall": "The same recall of scores strictly above the cutoff, as filtering does.",
+    "private_nll": "Mean negative log-likelihood of private tokens, in nats. Higher is safer.",
+    "public_nll": "Mean negative log-likelihood of all other tokens, in nats. Lower is better.",
+    "worst_ratio": "Perplexity of the student divided by the teacher's, in the domain where it is largest. 1 is a perfect copy.",
+    "mean_ratio": "Mean of that ratio over the domains.",
+    "largest_weight": "The largest share of a domain in what is drawn.",
+    "weight_change": "Mean change of the domains' weights from one measurement to the next.",
+    "well_formed": "Share of the written texts that are statements of the form asked for.",
 }
 _CORPORA = {"corpus": "the written corpus", "kept": "the kept corpus", "student": "the student's answers"}
 _SIZES = {"size": "Triples", "unique": "Different tails", "soft_unique": "Different tails, near-copies taken together,"}
@@ -112,6 +119,8 @@ def meaning(name: str, explained: Mapping[str, str] | None = None) -> str:
     if found := re.fullmatch(r"retrieval_(\w+?)_(\d+)", name):
         first = known.get(f"{found[1]}_10", "").replace("ten", found[2])
         return f"In exact search through all documents: {first}"
+    if found := re.fullmatch(r"(kept|pool)_from_(\w+)", name):
+        return f"Share of the images {'that were selected' if found[1] == 'kept' else 'of the pool'} that come from {found[2]}."
     if name.startswith("augmentor_share_"):
         return "Share of this operation in the augmentor's mixture."
     if found := re.fullmatch(rf"({'|'.join(_CORPORA)})_({'|'.join(_SIZES)})", name):

@@ -34,9 +34,10 @@ def build(folder: Path) -> None:
     care = "\n\n## To be read with care\n\n" + "".join(
         f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
     )
+    table_of_searches = searches(folder / "claims")
     searched = "\n\n## Searched where it was not supported\n\nThe main check on validation data with other options of the method's own, all else as it was judged. Three seeds that\n"
     searched += "are not judged; intervals are of one setting, and not corrected for how many were tried. No verdict is changed by it.\n\n"
-    searched += searches(folder / "claims")
+    searched = searched + table_of_searches if table_of_searches else ""
     whole = found + findings(folder / "claims") + searched + care
     (folder / "claims" / "README.md").write_text(whole, encoding="utf-8")
     compared = [

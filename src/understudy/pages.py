@@ -158,15 +158,17 @@ def findings(folder: Path) -> str:
 
 
 def searches(folder: Path) -> str:
-    """What other options of a method reach on validation where its main check was not supported, as Markdown."""
-    lines = ["| paper | options | difference [95 %] | bar |", "|---|---|---|---|"]
+    """What other options of a method reach on validation where its main check was not supported, as Markdown; empty
+    where none was searched."""
+    lines: list[str] = []
     for file in sorted(folder.glob("*.json")):
         for i, tried in enumerate(json.loads(file.read_text(encoding="utf-8")).get("search", [])):
             options = ", ".join(f"{k} {v}" for k, v in tried["options"].items()) or "as judged"
             low, high = tried["interval"]
             found = f"{tried['difference']:+.3g} [{low:+.3g}, {high:+.3g}] {tried['metric']}"
             lines.append(f"| {f'`{file.stem}`' if i == 0 else ''} | {options} | {found} | {tried['threshold']:+g} |")
-    return "\n".join(lines)
+    head = ["| paper | options | difference [95 %] | bar |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
 
 
 def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:

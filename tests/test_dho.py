@@ -158,7 +158,7 @@ def test_limits_of_the_loss(rows):
         (lambda: DHO(lam=1.1), "less than or equal to 1"),
         (lambda: DHO(temperature=0), "greater than 0"),
         (lambda: DHO(mix_beta=0), "greater than 0"),
-        (lambda: DHO(heads="one", kd_head="cosine"), "set heads=two"),
+        (lambda: DHO(heads="one", kd_head="cosine"), "kd_head has no effect with heads=one"),
         (lambda: load_images({"name": "digits", "labelled": 0}), "data.labelled is 0"),
     ],
 )

@@ -223,7 +223,7 @@ def test_bad_targets(target, says):
         ({"k": 1}, "nothing to learn"),
         ({"truncation": "tail"}, "recalibrates nothing"),
         ({"c": 0}, "greater than 0"),
-        ({"c": 0.3, "recalibration": "label_smoothing"}, "c has no effect on recalibration=label_smoothing"),
+        ({"c": 0.3, "recalibration": "label_smoothing"}, "c has no effect with recalibration=label_smoothing"),
     ],
 )
 def test_bad_options(options, says):

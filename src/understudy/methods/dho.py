@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from understudy.data import UNLABELLED, Batch
@@ -49,6 +49,7 @@ class DHO(Method):
     paper = 23
     kinds = frozenset({"image"})
     cost = "as kd, and one more head"
+    used_with: ClassVar[dict[str, Any]] = {"kd_head": {"heads": ("two",)}}
     page: ClassVar[dict[str, str]] = {
         "when": "A general teacher, few labels (`data.labelled`, or label −1 in your own data) and many examples without. The "
         "balance of labels and teacher is chosen after training.",
@@ -77,13 +78,6 @@ class DHO(Method):
     select: bool = Field(True, description="Choose α and β on validation data; otherwise as given.")
     mix_alpha: float = Field(0.5, ge=0, le=1, description="α, weight of the label head, where none is chosen.")
     mix_beta: float = Field(1.0, gt=0, description="β, temperature of the teacher's head, where none is chosen.")
-
-    @field_validator("kd_head")
-    @classmethod
-    def _of_two(cls, value: str, info: ValidationInfo) -> str:
-        if value == "cosine" and info.data.get("heads") == "one":
-            raise ValueError("heads is one, which reads the features as they are; set heads=two")
-        return value
 
     @property
     def requires(self) -> Requirements:

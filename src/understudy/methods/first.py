@@ -38,6 +38,10 @@ class FIRST(Method):
     name = "first"
     paper = 33
     cost = "as kd, and one teacher forward a held-out row before training; from a cache no teacher forward at all"
+    used_with: ClassVar[dict[str, Any]] = {
+        "c": {"recalibration": ("temperature",)},
+        "delta": {"recalibration": ("label_smoothing",)},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "The student's confidence is to be trusted, or the large model can be run only once: a capture keeps k "
         "classes a row (`understudy cache capture` with `--splits train,validation`).",
@@ -72,8 +76,6 @@ class FIRST(Method):
     def _can_be_learnt(self) -> Self:
         if self.truncation == "tail" and (self.recalibration != "none" or self.student_c is not None):
             raise ValueError("truncation=tail recalibrates nothing: set recalibration=none and leave student_c out")
-        if self.c is not None and self.recalibration != "temperature":
-            raise ValueError(f"c has no effect on recalibration={self.recalibration}; it belongs to temperature")
         if self.k == 1 and self.truncation == "renorm":
             raise ValueError(
                 "k=1 leaves one class of probability 1 and nothing to learn: raise k, or set truncation=tail"

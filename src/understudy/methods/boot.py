@@ -11,13 +11,12 @@ Only noise goes in: no examples, and no stored trajectories. A sample is g(ε, t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from understudy.data import Batch, NoiseBatch
 from understudy.data.noise import normal, uniform
@@ -27,8 +26,8 @@ from understudy.losses import diffusion
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput, evaluating
 from understudy.models.diffusion import trajectory
 from understudy.models.noise_levels import NoiseLevels
-from understudy.training import Method, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import averaged, follow, take, warmed_up
+from understudy.training import Requirements, SetupContext, Term, TrainState
+from understudy.training.averages import AveragedMethod
 from understudy.training.denoising import (
     ask_teacher,
     denoiser,
@@ -38,7 +37,7 @@ from understudy.training.denoising import (
 )
 
 
-class BOOT(Method):
+class BOOT(AveragedMethod):
     """A diffusion teacher as a generator of one call, from noise alone."""
 
     name = "boot"
@@ -97,9 +96,6 @@ class BOOT(Method):
         if float(teacher.levels.snap(torch.tensor(self.delta))) == 0:
             raise InputError(f"options.delta is {self.delta:g}, less than a step of the teacher's schedule: raise it.")
         return model.one_call(self.t_max if self.target == "boundary" else self.t_min, self.t_max)
-
-    def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
-        return {"average": copy.deepcopy(student)} if self.ema else {}
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         """For `target=regression`: the teacher's outputs for the noise of every id, once and stored."""
@@ -168,19 +164,6 @@ class BOOT(Method):
 
     def _step(self, levels: NoiseLevels) -> Tensor:
         return levels.snap(torch.tensor(self.delta, dtype=torch.float64))
-
-    def on_step_end(self, state: TrainState) -> None:
-        if self.ema:
-            assert state.student is not None
-            follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
-
-    def on_train_end(self, state: TrainState) -> None:
-        if self.ema:
-            assert state.student is not None
-            take(state.student, state.companions["average"])
-
-    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
-        return averaged(student, state)
 
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
         """The teacher's calls for stored pairs, and samples refined by a few teacher steps, where asked for."""

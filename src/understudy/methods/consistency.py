@@ -25,8 +25,8 @@ from understudy.data import Batch, NoiseBatch
 from understudy.losses.diffusion import ddim_step, noised
 from understudy.losses.step_distillation import Distance, consistency, consistency_function
 from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
-from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import averaged, follow, take, warmed_up
+from understudy.training import Phase, Requirements, SetupContext, Term, TrainState
+from understudy.training.averages import AveragedMethod, follow, warmed_up
 from understudy.training.denoising import (
     EXAMPLES,
     ask_teacher,
@@ -38,7 +38,7 @@ from understudy.training.denoising import (
 )
 
 
-class Consistency(Method):
+class Consistency(AveragedMethod):
     """Consistency distillation (2023): one call leads from any noise level to the end of the teacher's trajectory."""
 
     name = "consistency"
@@ -62,7 +62,6 @@ class Consistency(Method):
     solver: Literal["ddim", "heun"] = Field("heun", description="Heun averages the teacher at both ends of the step.")
     distance: Distance = Field("l2", description="Mean of squared or of absolute differences.")
     target_decay: float = Field(0.95, ge=0, lt=1, description="μ, decay of the average that gives the target.")
-    ema: float = Field(0.999, ge=0, lt=1, description="Decay of the average of weights that is saved; 0 for none.")
     steps: int = Field(1, ge=1, description="Calls of the saved student for a sample.")
     samples: int = Field(10_000, ge=1, description="Samples of the teacher to train on where there are no data.")
 
@@ -82,8 +81,7 @@ class Consistency(Method):
         return model
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
-        names = ("target", "average") if self.ema else ("target",)
-        return {name: copy.deepcopy(student) for name in names}
+        return {"target": copy.deepcopy(student), **super().companions(student)}
 
     def phases(self) -> Sequence[Phase]:
         return [Phase("consistency", split=EXAMPLES)]
@@ -132,13 +130,4 @@ class Consistency(Method):
     def on_step_end(self, state: TrainState) -> None:
         assert state.student is not None
         follow(state.companions["target"], state.student, warmed_up(self.target_decay, state.step))
-        if self.ema:
-            follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
-
-    def on_train_end(self, state: TrainState) -> None:
-        if self.ema:
-            assert state.student is not None
-            take(state.student, state.companions["average"])
-
-    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
-        return averaged(student, state)
+        super().on_step_end(state)

@@ -7,23 +7,21 @@ It trains the teachers of generation; the students of that task need no examples
 
 from __future__ import annotations
 
-import copy
 from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from understudy.data import Batch, NoiseBatch
 from understudy.data.noise import normal, uniform
 from understudy.errors import InputError
 from understudy.losses.diffusion import denoising_loss, noised
-from understudy.models import DenoiserAdapter, ModelAdapter, ModelOutput
-from understudy.training import Method, Requirements, Term, TrainState
-from understudy.training.averages import averaged, follow, take, warmed_up
+from understudy.models import DenoiserAdapter, ModelOutput
+from understudy.training import Requirements, Term, TrainState
+from understudy.training.averages import AveragedMethod
 
 
-class Denoise(Method):
+class Denoise(AveragedMethod):
     """The denoising loss of diffusion models, on real examples."""
 
     name = "denoise"
@@ -35,9 +33,6 @@ class Denoise(Method):
         "deviations": "None: Ho et al. 2020, with every kind of prediction in its own unweighted error.",
     }
 
-    ema: float = Field(
-        0.999, ge=0, lt=1, description="Decay of the average of weights, which is what is saved; 0 for none."
-    )
     drop_condition: float = Field(
         0.1, ge=0, le=1, description="How often a class is hidden, for classifier-free guidance."
     )
@@ -45,9 +40,6 @@ class Denoise(Method):
     @property
     def requires(self) -> Requirements:
         return Requirements(teacher="none")
-
-    def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
-        return {"average": copy.deepcopy(student)} if self.ema else {}
 
     def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
         assert isinstance(batch, NoiseBatch)
@@ -66,17 +58,6 @@ class Denoise(Method):
         alpha, sigma = rows.levels.at(batch.inputs["t"])
         clean = batch.inputs["clean"]
         return {"denoise": Term(denoising_loss(student.signal.values, clean, alpha, sigma, rows.prediction))}
-
-    def on_step_end(self, state: TrainState) -> None:
-        if self.ema:
-            follow(state.companions["average"], _rows(state), warmed_up(self.ema, state.step))
-
-    def on_train_end(self, state: TrainState) -> None:
-        if self.ema:
-            take(_rows(state), state.companions["average"])
-
-    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
-        return averaged(student, state)
 
 
 def _rows(state: TrainState) -> DenoiserAdapter:

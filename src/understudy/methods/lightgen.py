@@ -37,8 +37,8 @@ from understudy.losses.diffusion import noised
 from understudy.losses.preference import dpo
 from understudy.models import DenoiserAdapter, MaskedGeneratorAdapter, ModelAdapter, ModelOutput, evaluating
 from understudy.targets import TokenNoise
-from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
-from understudy.training.averages import averaged, follow, take, warmed_up
+from understudy.training import Phase, Requirements, SetupContext, Term, TrainState
+from understudy.training.averages import AveragedMethod, take
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ NOISE, RATIO, ORDER, TIME, HIDDEN = range(5)
 """Streams of random numbers of an update; those of the second phase follow."""
 
 
-class LightGen(Method):
+class LightGen(AveragedMethod):
     """A masked generator on a teacher's images, then preferences of real images over its own."""
 
     name = "lightgen"
@@ -142,8 +142,8 @@ class LightGen(Method):
         return ExampleSet(images[order], classes[order] if context.classes else torch.full_like(order, -1))
 
     def companions(self, student: ModelAdapter) -> dict[str, nn.Module]:
-        wanted = {"average": bool(self.ema), "reference": self.preference > 0 and self.refine == "dpo"}
-        return {name: copy.deepcopy(student) for name, held in wanted.items() if held}
+        refers = self.preference > 0 and self.refine == "dpo"
+        return super().companions(student) | ({"reference": copy.deepcopy(student)} if refers else {})
 
     def phases(self) -> Sequence[Phase]:
         trainer = {} if self.preference_rate is None else {"learning_rate": self.preference_rate}
@@ -219,20 +219,6 @@ class LightGen(Method):
 
     def _prefers(self, state: TrainState) -> bool:
         return state.phase == PREFERENCE and self.refine == "dpo"
-
-    def on_step_end(self, state: TrainState) -> None:
-        if self.ema:
-            assert state.student is not None
-            follow(state.companions["average"], state.student, warmed_up(self.ema, state.step))
-
-    def on_train_end(self, state: TrainState) -> None:
-        """The average is what the next phase begins with, and what is saved."""
-        if self.ema:
-            assert state.student is not None
-            take(state.student, state.companions["average"])
-
-    def eval_model(self, student: ModelAdapter, state: TrainState) -> ModelAdapter:
-        return averaged(student, state)
 
     # -- afterwards -------------------------------------------------------------------------------------------------
 

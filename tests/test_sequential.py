@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t as student_t
 
 from understudy.reporting import interval, paired_sequence, sequence, verdict
-from understudy.reporting.sequential import FIRST, enough, limit, spent
+from understudy.reporting.sequential import FIRST, limit, required_size, spent
 
 LOOKS = (3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 20)
 
@@ -87,9 +87,9 @@ def test_the_number_that_would_decide_is_the_first_that_does():
     rng = np.random.default_rng(3)
     values = rng.normal(0.8, 1.0, 6)
     values = (values - values.mean()) / values.std(ddof=1) + 0.8
-    number = enough(values, 0.1)
+    number = required_size(values, 0.1)
     assert number is not None and limit(number) / np.sqrt(number) < 0.7 <= limit(number - 1) / np.sqrt(number - 1)
-    assert enough(values, 0.1) == enough(-values, -0.1) == enough(10 * values, 1.0)
-    assert enough(values, -0.1) < number < enough(values, 0.5)
-    assert enough(values, 0.8) is None and enough(values, 0.7, most=50) is None
-    assert enough([1.0, 1.0]) == FIRST
+    assert required_size(values, 0.1) == required_size(-values, -0.1) == required_size(10 * values, 1.0)
+    assert required_size(values, -0.1) < number < required_size(values, 0.5)
+    assert required_size(values, 0.8) is None and required_size(values, 0.7, most=50) is None
+    assert required_size([1.0, 1.0]) == FIRST

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from understudy.claims.claim import Check, Claim
 from understudy.reporting import interval, paired, paired_sequence, verdict
-from understudy.reporting.sequential import enough
+from understudy.reporting.sequential import required_size
 
 Found = Mapping[str, Sequence[Mapping[str, Any]]]
 """The results of each arm, seed by seed."""
@@ -50,7 +50,7 @@ def verdict_told(result: Mapping[str, Any], check: Mapping[str, Any]) -> str:
     b = result["arms"][check["other"]]["values"].get(check.get("other_metric", check["metric"]), [])
     if len(a) < 2 or len(a) != len(b):
         return found
-    number = enough([x - check.get("factor", 1) * y for x, y in zip(a, b, strict=True)], check["threshold"])
+    number = required_size([x - check.get("factor", 1) * y for x, y in zip(a, b, strict=True)], check["threshold"])
     about = f"about {float(f'{number:.2g}'):,.0f}" if number else "more than 10,000"
     return f"{found}; {about} seeds would decide"
 

@@ -72,7 +72,7 @@ def _limits(most: int, level: float) -> Mapping[int, float]:
     return bounds
 
 
-def enough(values: Sequence[float], threshold: float = 0.0, most: int = 10_000) -> int | None:
+def required_size(values: Sequence[float], threshold: float = 0.0, most: int = 10_000) -> int | None:
     """The number of values that would decide on which side of `threshold` their mean is, if mean and deviation stay.
 
     Args:

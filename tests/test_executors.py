@@ -140,7 +140,8 @@ def test_a_job_that_is_ended_by_the_cluster_is_said(cluster, tmp_path):
 
 
 CALL = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from pathlib import Path
 from understudy.runs.executors import Slurm, submit
 wait = f"[__import__('time').sleep(0.1) for _ in iter(lambda: __import__('os').path.exists({sys.argv[1] + '/go'!r}), True)]"

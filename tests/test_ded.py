@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from understudy.evaluation.distances import pca_shift
 from understudy.evaluation.forgetting import readings
 from understudy.evaluation.teacher_choice import choose_teacher
 from understudy.losses import entropy
+from understudy.training.solvers import student_of
 
 WORDS = st.text("abc", max_size=12)
 RULES = ("maximin", "maxsum", "random", "nearest")
@@ -183,3 +185,9 @@ def test_a_student_is_read_as_it_is_loaded(monkeypatch):
     monkeypatch.setattr("understudy.training.solvers.LocalSource.load", load)
     with pytest.raises(InputError, match=re.escape(f"m {told}")):
         readings({"model": "m", **told}, [], 8)
+
+
+def test_a_trained_model_is_loaded_as_the_one_it_was_trained_from(tmp_path):
+    spec = {"model": "somewhere", "tokenizer": "elsewhere", "dtype": "bfloat16", "trust_remote_code": True}
+    found = student_of(SimpleNamespace(folder=tmp_path), spec)
+    assert found == {"model": str(tmp_path / "student"), "dtype": "bfloat16", "trust_remote_code": True}

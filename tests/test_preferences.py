@@ -312,7 +312,7 @@ BAD = {
     "smoothing without effect": (
         FORMATS["pairs"],
         {"loss_type": "ipo", "label_smoothing": 0.1},
-        "has no effect on ipo",
+        "has no effect with loss_type=ipo",
     ),
     "bad variant": (FORMATS["pairs"], {"loss_type": "ppo"}, "loss_type"),
 }

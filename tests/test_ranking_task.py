@@ -198,6 +198,15 @@ def test_stored_and_live_scores_teach_alike_and_in_batch_sees_more(recipe, tmp_p
     assert mean.metrics["teacher_ndcg_10"] == pytest.approx(runs["stored"].metrics["teacher_ndcg_10"])
 
 
+def test_ranknet_needs_no_teacher_for_the_other_documents_of_a_batch(recipe, tmp_path):
+    found = {}
+    for negatives in ("listed", "in_batch"):
+        options = {"loss_type": "ranknet", "negatives": negatives}
+        distill({**recipe, "options": options, "output": str(tmp_path / negatives)})
+        found[negatives] = weights(tmp_path / negatives)["embedding.weight"]
+    assert (found["listed"] - found["in_batch"]).abs().max() > 1e-4
+
+
 def test_crossed_rows_keep_their_own_grades(view):
     found = batch(view, [r | {"crossed": True} for r in rows()])
     assert found.taught is None and found.candidates.all() and found.slots.shape == (6, int(found.slots.max()) + 1)

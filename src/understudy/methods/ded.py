@@ -120,7 +120,7 @@ class DED(Pipeline):
             metrics |= trial_metrics(trials, best)
             tables.append(trial_table(trials, best))
         if far is not None:
-            models = {**({"before": base} if known else {}), "after": student_of(run)}
+            models = {**({"before": base} if known else {}), "after": student_of(run, base)}
             beside, table = out_of_domain(context, models, far.data, far.splits, far.checker)
             metrics, tables = {**metrics, **beside}, [*tables, table]
         notes = [*found.get("notes", []), *notes]
@@ -163,7 +163,7 @@ class DED(Pipeline):
                 seed, place = (recipe["seed"] + 1_000_003 * (i + 1)) % 2**32, f"smoke/{role}"
                 values = self._training(context, inputs, base, f"{place}/corpus", traces, seed=seed, **how)
                 runs.append(context.train(f"{place}/{i}", values))
-            trained = student_of(runs[0]) if runs else base
+            trained = student_of(runs[0], base) if runs else base
             said = [{**train[t.question], "completion": completion(t.rationale, t.answer)} for t in traces]
             most, probes = int(recipe["data"]["max_length"]), inputs.splits.validation
             trial = TeacherTrial(

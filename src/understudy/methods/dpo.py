@@ -94,19 +94,8 @@ SMOOTHING = {"cdpo": 0.1, "robust": 0.1, "exo_pair": 1e-3, "aot": 0.0, "aot_unpa
 SORTED = frozenset({"aot", "aot_unpaired"})
 OF_MARGIN = frozenset({"dpo", "cdpo", "robust", "hinge", "ipo", "sigmoid_norm", "exo_pair", "discopop", "sft"})
 """Variants that another f-divergence leaves defined: those of the difference of scores, and `sft`."""
-USED_BY = {
-    "label_smoothing": frozenset(SMOOTHING),
-    "gamma": frozenset({"simpo", "cpo_simpo"}),
-    "nll_weight": WITH_NLL,
-    "desirable_weight": frozenset({"kto"}),
-    "undesirable_weight": frozenset({"kto"}),
-    "length": frozenset({"dpo", "cdpo", "robust", "hinge", "ipo"}),
-    "length_penalty": frozenset({"dpo"}),
-    "ld_alpha": frozenset(OF_RATIOS),
-    "discopop_tau": frozenset({"discopop"}),
-    "use_weighting": frozenset({*OF_RATIOS, "simpo"} - SORTED),
-}
-"""Options that some variants alone read."""
+WITH_LENGTH = frozenset({"dpo", "cdpo", "robust", "hinge", "ipo"})
+WEIGHTED = frozenset({*OF_RATIOS, "simpo"} - SORTED)
 SMOOTHED = "label_smoothing"
 """The column of the data's own label smoothing."""
 BETA = {"simpo": 2.0, "cpo_simpo": 2.0}
@@ -120,6 +109,19 @@ class DPO(Method):
     paper = 39
     kinds = frozenset({"preference"})
     variants = "loss_type"
+    used_with: ClassVar[dict[str, Any]] = {
+        "label_smoothing": {"loss_type": tuple(SMOOTHING)},
+        "gamma": {"loss_type": ("simpo", "cpo_simpo")},
+        "nll_weight": {"loss_type": sorted(WITH_NLL)},
+        "desirable_weight": {"loss_type": ("kto",)},
+        "undesirable_weight": {"loss_type": ("kto",)},
+        "length": {"loss_type": sorted(WITH_LENGTH)},
+        "length_penalty": {"loss_type": ("dpo",)},
+        "ld_alpha": {"loss_type": tuple(OF_RATIOS)},
+        "discopop_tau": {"loss_type": ("discopop",)},
+        "use_weighting": {"loss_type": sorted(WEIGHTED)},
+        "f_alpha_divergence_coef": {"f_divergence_type": ("alpha_divergence",)},
+    }
     cost = (
         "two student forwards and backwards a pair; the reference costs two forwards a pair, once and stored; kto on single "
         "answers: one more forward of both"
@@ -182,24 +184,16 @@ class DPO(Method):
         return "dpo" if value == "sigmoid" else value
 
     @model_validator(mode="after")
-    def _options_have_effect(self) -> Self:
+    def _options_go_together(self) -> Self:
         types, said = self._types, " + ".join(self._types)
-        for name, variants in USED_BY.items():
-            given = getattr(self, name) != type(self).model_fields[name].default
-            if given and not variants & set(types):
-                raise ValueError(f"{name} has no effect on {said}; it belongs to {', '.join(sorted(variants))}")
         if self.f_divergence_type != "reverse_kl" and (not set(types) <= OF_MARGIN or types == ("sft",)):
             raise ValueError(
                 f"f_divergence_type is not defined for {said}; it belongs to {', '.join(sorted(OF_MARGIN))}"
             )
-        if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
-            raise ValueError(f"f_alpha_divergence_coef has no effect on {self.f_divergence_type}")
         if "exo_pair" in types and self.label_smoothing == 0:
             raise ValueError("label_smoothing is 0, where exo_pair is infinite; the paper takes 0.001")
-        if self.use_weighting and not set(types) <= USED_BY["use_weighting"]:
-            raise ValueError(
-                f"use_weighting is not defined for {said}; it belongs to {', '.join(sorted(USED_BY['use_weighting']))}"
-            )
+        if self.use_weighting and not set(types) <= WEIGHTED:
+            raise ValueError(f"use_weighting is not defined for {said}; it belongs to {', '.join(sorted(WEIGHTED))}")
         if self.pairs != "extremes" and types == ("kto",):
             raise ValueError("pairs has no effect on kto, which reads every candidate by itself")
         if self.pairs == "all" and SORTED & set(types):
@@ -373,7 +367,7 @@ class DPO(Method):
         smoothed: Tensor | None,
     ) -> Tensor:
         sides = [chosen[0], rejected[0], chosen[1], rejected[1]]
-        length = self.length if name in USED_BY["length"] else None
+        length = self.length if name in WITH_LENGTH else None
         if name == "sigmoid_norm" or (length or ("mean" if name == "ipo" else "sum")) == "mean":
             sides = [preference.per_token(x, n) for x, n in zip(sides, (nw, nl) * 2, strict=True)]
         options: dict[str, Any] = {}

@@ -39,6 +39,7 @@ class MarginMSE(Method):
     name = "margin-mse"
     paper = 41
     kinds = frozenset({"ranking"})
+    used_with: ClassVar[dict[str, Any]] = {"clamp": {"loss_type": ("weighted_ranknet",)}}
     cost = "one student forward and backward a query and document; the teacher scores each pair once and is stored"
     page: ClassVar[dict[str, str]] = {
         "when": "A slow ranker (a cross-encoder, or several) is to become a fast one (dot product, late interaction), or "
@@ -61,7 +62,7 @@ class MarginMSE(Method):
     positives: Literal["all", "first"] = Field("all", description="Which of a query's positives are paired.")
     negatives: Literal["listed", "in_batch"] = Field(
         "listed",
-        description="The query's own, or also every other document of the micro-batch (asks the teacher live).",
+        description="The query's own, or also every other document of the micro-batch (which asks the teacher live, but for ranknet).",
     )
     scores: Literal["auto", "recorded", "teacher", "live"] = Field(
         "auto",
@@ -77,18 +78,21 @@ class MarginMSE(Method):
     )
 
     @model_validator(mode="after")
-    def _options_have_effect(self) -> Self:
-        if self.clamp and self.loss_type != "weighted_ranknet":
-            raise ValueError(f"clamp has no effect on {self.loss_type}; it belongs to weighted_ranknet")
-        if self.requires.in_steps and (self.scores == "recorded" or self.write_scores or self.ensemble != "mean"):
-            raise ValueError("scores of a teacher that is asked live are neither recorded, written nor standardised")
+    def _live_scores_are_not_kept(self) -> Self:
+        live = self.scores == "live" or self.negatives == "in_batch"
+        if live and (self.scores == "recorded" or self.write_scores or self.ensemble != "mean"):
+            raise ValueError(
+                "scores=live and negatives=in_batch make pairs that are scored at every step: their scores are neither "
+                "recorded, written nor standardised"
+            )
         return self
 
     @property
     def requires(self) -> Requirements:
-        """The teacher in every step where new pairs come up in each; otherwise its scores are computed once."""
+        """The teacher in every step where new pairs come up in each, unless the loss reads no scores; otherwise its scores are
+        computed once."""
         if self.scores == "live" or self.negatives == "in_batch":
-            return Requirements(teacher="outputs")
+            return Requirements(teacher="none" if self.loss_type == "ranknet" else "outputs")
         if self.scores == "teacher":
             return Requirements(teacher="setup", teacher_model=True)
         own = self.scores == "recorded" or (self.loss_type == "ranknet" and self.write_scores is None)
@@ -96,7 +100,7 @@ class MarginMSE(Method):
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         train: RankingSet = context.splits["train"]
-        if self.requires.in_steps:
+        if self.scores == "live" or self.negatives == "in_batch":
             for row in train.records:
                 row["crossed"] = self.negatives == "in_batch"
             return {}

@@ -142,7 +142,8 @@ class Method(BaseModel):
     `defaults` (of recipe keys such as `on_policy` and `trainer`, below the recipe's own), `variants` (an option whose values
     are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
     that a pipeline uses beside teacher and student, by name), `used_with` (options that have an effect only with some values
-    of another one, as `{"beta": {"divergence": ("jsd",)}}`; elsewhere a value that is not the default is refused).
+    of another one, or with one of several, as `{"beta": {"divergence": ("jsd",)}}`; elsewhere a value that is not the default
+    is refused).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -162,9 +163,11 @@ class Method(BaseModel):
         for name, others in self.used_with.items():
             for other, values in others.items():
                 said = getattr(self, other)
-                if said not in values and getattr(self, name) != type(self).model_fields[name].default:
+                several = said if isinstance(said, tuple) else (said,)
+                if not set(several) & set(values) and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
-                        f"{name} has no effect with {other}={said}; it belongs to {', '.join(map(str, values))}"
+                        f"{name} has no effect with {other}={' + '.join(map(str, several))}; it belongs to "
+                        f"{', '.join(map(str, values))}"
                     )
         return self
 

@@ -14,7 +14,8 @@ from understudy.training.pipeline import PipelineContext
 
 WORLD_KEYS = frozenset({"digits", "size", "seed", "limit", "columns", "teacher_error", "styles"})
 """Keys of `data` that choose its questions, and have done so where a procedure has written a corpus of its own."""
-_LOADED = ("tokenizer", "dtype", "device", "quantization", "trust_remote_code")
+_LOADED = ("dtype", "device", "quantization", "trust_remote_code")
+"""How a model is loaded. Its tokenizer may lie elsewhere until it is trained, which saves it beside the weights."""
 
 
 def first_trained(context: PipelineContext, role: str, other: Mapping[str, Any], **keys: Any) -> dict[str, Any]:
@@ -35,12 +36,12 @@ def first_trained(context: PipelineContext, role: str, other: Mapping[str, Any],
         "seed": recipe["seed"],
     }
     run = context.train(f"first/{role}", {**values, "student": spec, "trainer": recipe[role]["train"], **keys})
-    return {**student_of(run), **{k: spec[k] for k in _LOADED if k in spec and k != "tokenizer"}}
+    return student_of(run, spec)
 
 
-def student_of(run: Any) -> dict[str, Any]:
-    """The specification of the model that a run has trained."""
-    return {"model": str(run.folder / "student")}
+def student_of(run: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The specification of the model that a run has trained from that of `spec`: it is loaded in the same way."""
+    return {"model": str(run.folder / "student"), **{k: spec[k] for k in _LOADED if k in spec}}
 
 
 def other_data(data: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def corpus_run(
 
 def load_source(spec: Mapping[str, Any], name: str) -> LocalSource:
     """The model of a specification as a source. Its draws depend on `name` and its weights, and not on its folder."""
-    loaded = LocalSource.load(spec["model"], **{k: spec[k] for k in _LOADED if k in spec})
+    loaded = LocalSource.load(spec["model"], **{k: spec[k] for k in ("tokenizer", *_LOADED) if k in spec})
     return LocalSource(loaded.model, loaded.tokenizer, name, batch=64)
 
 

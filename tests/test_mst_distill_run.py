@@ -168,16 +168,16 @@ def test_the_best_masks_return_at_the_end(build):
     method.sampling(state)
     best = {k: v.clone() for k, v in masks.state_dict().items()}
     assert state.method_state.least > 0
-    state.method_state.least, state.step = 0.0, state.total  # no later loss is smaller
+    state.method_state.least = 0.0  # no later loss is smaller
     for parameter in masks.parameters():
         nn.init.normal_(parameter)
-    method.on_step_end(state)
+    method.on_train_end(state)
     assert all(torch.equal(v, best[k]) for k, v in masks.state_dict().items())
     state.method_state.least = 1e9
     for parameter in masks.parameters():
         nn.init.normal_(parameter)
     later = {k: v.clone() for k, v in masks.state_dict().items()}
-    method.on_step_end(state)
+    method.on_train_end(state)
     assert all(torch.equal(v, later[k]) for k, v in masks.state_dict().items())
     assert state.method_state.least < 1e9
 

@@ -266,9 +266,9 @@ class MSTDistill(Method):
         past.balance = self.balance_decay ** -(-past.epoch // self.balance_every)
         return None
 
-    def on_step_end(self, state: TrainState) -> None:
+    def on_train_end(self, state: TrainState) -> None:
         """At the end of specialising the masks of the best epoch return."""
-        if state.phase == _SPECIALISE and state.step == state.total:
+        if state.phase == _SPECIALISE:
             self._keep_best(state)
             state.modules["masks"].load_state_dict(state.method_state.best)
 

@@ -54,6 +54,20 @@ def test_the_page_holds_every_row(results, tmp_path):
     assert "http" not in text.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
 
 
+def test_methods_of_a_family_stand_side_by_side(results, tmp_path):
+    shutil.copytree(DOCS / "comparisons", tmp_path / "comparisons")
+    (tmp_path / "claims").mkdir()
+    for file in results.glob("*.json"):
+        file.rename(tmp_path / "claims" / file.name)
+    text = render_scoreboard(tmp_path / "claims", tmp_path / "site" / "board").read_text()
+    compared = json.loads((DOCS / "comparisons" / "sst2.json").read_text())
+    section = text.split("<h3>sst2</h3>")[1].split("</section>")[0]
+    assert 'src="../../comparisons/sst2.svg"' in section
+    best = max(compared["table"], key=lambda row: row["mean"])
+    methods = re.findall(r"<tr><td><code>([\w-]+)</code></td><td>([\d.]+)", section)
+    assert methods[0] == (best["method"], f"{best['mean']:.3f}") and len(methods) == len(compared["table"])
+
+
 def test_a_branch_tries_first_what_was_supported(results):
     text = branch("elicitation", "feature", rows(results))
     names = re.findall(r"^\| \[?`([\w-]+)`", text, re.MULTILINE)
@@ -107,6 +121,7 @@ def test_committed_branches_and_scoreboard_are_current(tmp_path):
             assert (DOCS / "survey" / f"{pillar}-{value}.md").read_text() == branch(pillar, value, board) + "\n", (
                 "make docs"
             )
-    shutil.copytree(DOCS / "claims", tmp_path / "claims")
+    for name in ("claims", "comparisons"):
+        shutil.copytree(DOCS / name, tmp_path / name)
     page = render_scoreboard(tmp_path / "claims", tmp_path / "board")
     assert page.read_text() == (DOCS / "scoreboard" / "index.html").read_text(), "run `make docs`"

@@ -45,7 +45,7 @@ def browser(tmp_path_factory):
 def cells(browser, column):
     """Text of a column of the rows that are shown, from top to bottom."""
     return browser.execute_script(
-        "return [...document.querySelectorAll('tbody tr')].filter(r => !r.hidden).map(r => r.cells[arguments[0]].innerText)",
+        "return [...document.querySelectorAll('#board tbody tr')].filter(r => !r.hidden).map(r => r.cells[arguments[0]].innerText)",
         column,
     )
 
@@ -97,3 +97,8 @@ def test_a_narrow_window_scrolls_the_table_and_not_the_page(browser):
     browser.set_window_size(500, 900)
     wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(wide) <= 0
+
+
+def test_the_pictures_of_ranks_are_found(browser):
+    widths = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+    assert len(widths) >= 6 and min(widths) > 0

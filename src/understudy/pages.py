@@ -14,7 +14,7 @@ from understudy.claims import claims
 from understudy.claims.result import verdict_told
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
-from understudy.reporting.table import span
+from understudy.reporting.side_by_side import method_rows
 from understudy.runs import hacking, study
 from understudy.runs.recipe import Recipe
 from understudy.tasks import TASKS
@@ -183,11 +183,6 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
     teacher = data["teacher"] or {}
     taught = f", teacher `{teacher['name']}` {teacher[metric]:.3f}" if metric in teacher else ""
     others = list(data["table"][0]["others"])
-    seconds: dict[str, list[float]] = {}
-    for run in data["runs"]:
-        seconds.setdefault(run["method"], []).append(run["cost"]["seconds"] / run["cost"]["steps"])
-    unit = sum(seconds[baseline])
-    digits = 3 if max(abs(row["mean"]) for row in data["table"]) > 0.1 else 5
     lines = [
         f"## {name}",
         "",
@@ -204,15 +199,9 @@ def comparison(name: str, about: str, data: Mapping[str, Any]) -> str:
         f"| method | {metric} [95 %] | against {baseline} [95 %] | {' | '.join(others)} | time of a step |",
         "|---" * (len(others) + 4) + "|",
     ]
-    for row in sorted(data["table"], key=lambda r: r["mean"], reverse=data["higher_is_better"]):
-        rest = [f"{row['others'][key]:.3f}" if row["others"].get(key) is not None else "–" for key in others]
-        time = f"{sum(seconds[row['method']]) / unit:.2f} ×"
-        cells = [
-            f"`{row['method']}`",
-            span(row["mean"], row["interval"], digits),
-            span(row["difference"], row["difference_interval"], digits),
-        ]
-        lines.append(f"| {' | '.join([*cells, *rest, time])} |")
+    for row in method_rows(data):
+        rest = [f"{row.others[key]:.3f}" if row.others.get(key) is not None else "–" for key in others]
+        lines.append(f"| {' | '.join([f'`{row.method}`', row.mean, row.difference, *rest, row.time])} |")
     return "\n".join(lines)
 
 

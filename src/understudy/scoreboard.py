@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from understudy.claims import EMBEDDED
 from understudy.claims.result import verdict_told
 from understudy.errors import InputError
 from understudy.files import read_json, writing
+from understudy.reporting.side_by_side import method_rows
 
 VERDICTS = ("supported", "not supported", "inconclusive", "not run")
 DECIDED = VERDICTS[:2]
@@ -179,15 +181,30 @@ def summary(board: Sequence[Row]) -> str:
     return f"{decided} of {sum(number.values())} claims decided: {parts}."
 
 
+def side_by_side(folder: Path, output: Path) -> list[dict[str, Any]]:
+    """What a page in `output` shows of each comparison of methods in `folder`: how it was made, its methods, and its picture of
+    ranks."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        one = read_json(file) or {}
+        about = f"{one['title']}, student {one['recipe']['student']['model']}, {len(one['seeds'])} seeds"
+        drawn = file.with_suffix(".svg")
+        picture = Path(os.path.relpath(drawn, output)).as_posix() if drawn.is_file() else None
+        found.append({**one, "name": file.stem, "about": about, "picture": picture, "methods": method_rows(one)})
+    return found
+
+
 def render_scoreboard(folder: Path, output: Path) -> Path:
-    """Write `index.html`: a table of `rows(folder)` that a browser sorts and filters."""
+    """Write `index.html`: a table of `rows(folder)` that a browser sorts and filters, and below it the comparisons that lie in
+    the folder `comparisons` beside `folder`."""
     board = rows(folder)
     environment = Environment(loader=PackageLoader("understudy", "reporting"), autoescape=True)
     page = environment.get_template("scoreboard.html.j2")
     families = sorted({r.entry.family for r in board})
     output.mkdir(parents=True, exist_ok=True)
     with writing(output / "index.html"):
-        text = page.render(rows=board, summary=summary(board), verdicts=VERDICTS, families=families)
+        beside = side_by_side(folder.parent / "comparisons", output)
+        text = page.render(rows=board, summary=summary(board), verdicts=VERDICTS, families=families, comparisons=beside)
         (output / "index.html").write_text(text + "\n", encoding="utf-8")
     return output / "index.html"
 

@@ -257,7 +257,7 @@ class DisWOT(Pipeline):
             **evaluation,
             "metrics": metrics,
             "pictures": {},
-            "explained": _EXPLAINED,
+            "explained": EXPLAINED,
             "notes": [*notes, *evaluation.get("notes", [])],
             "tables": [_ranking(best, accuracies), *_correlations(correlations)],
             "scatters": [_scatter(sample, self.score, accuracies, metric)] if len(sample) > 1 else [],
@@ -316,7 +316,7 @@ def _scatter(sample: Sequence[Candidate], score: str, accuracies: Mapping[str, f
     }
 
 
-_EXPLAINED = {
+EXPLAINED = {
     "scored_candidates": "Candidates within the budget that were scored.",
     "search_seconds": "Time that scoring them took.",
     "rank_correlation": "Spearman's correlation of the score with accuracy after training, over the sample.",

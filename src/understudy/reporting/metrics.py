@@ -92,6 +92,17 @@ MEANINGS = {
     "mean_ratio": "Mean of that ratio over the domains.",
     "largest_weight": "The largest share of a domain in what is drawn.",
     "weight_change": "Mean change of the domains' weights from one measurement to the next.",
+    "class_accuracy": "Share of the samples that a classifier of real examples takes for the class asked for. 1 is perfect.",
+    "detail": "Detail of the samples (mean squared Laplacian) divided by that of real ones: below 1 blurred, above 1 noisy.",
+    "detail_gap": "How far `detail` is from 1. Lower is better.",
+    "routing_entropy": "Entropy of how often each way is used, as a share of the largest: 1 is even use, 0 one way alone.",
+    "rationale_accuracy": "Share of questions that are answered right behind a rationale of the student's own.",
+    "discriminator_auc": "Probability that the discriminator prefers a right rationale to a wrong one; 0.5 by chance.",
+    "few_shot_accuracy": "Share of questions that the student answers right with examples in its prompt.",
+    "drafts_score": "Mean usefulness of the teacher's drafts as examples for the student, from 0 to 1.",
+    "tailored_score": "The same of what the teacher wrote after learning what helps the student.",
+    "chosen_teacher_accuracy": "Share of the smoke questions that the chosen teacher answers right.",
+    "target_accuracy": "Share of the teacher's targets that are right.",
     "well_formed": "Share of the written texts that are statements of the form asked for.",
 }
 _CORPORA = {"corpus": "the written corpus", "kept": "the kept corpus", "student": "the student's answers"}
@@ -112,6 +123,11 @@ def meaning(name: str, explained: Mapping[str, str] | None = None) -> str:
         return f"`distance` of the teacher's samples at {found[1]} steps."
     if found := re.fullmatch(r"(student|teacher)_(\d+)_chamfer", name):
         return f"`chamfer` of the {found[1]}'s clouds at {found[2]} steps."
+    if found := re.fullmatch(r"fresh_accuracy_(.+?)(_texts)?", name):
+        made = "the texts nearest to the distilled embeddings" if found[2] else "the distilled examples alone"
+        return f"Accuracy of new networks {found[1]} that are trained on {made}."
+    if found := re.fullmatch(r"(\w+)_entropy", name):
+        return f"Mean entropy of the tokens in what {found[1]} wrote, in nats."
     if name.startswith("teacher_"):
         return f"Of the teacher: {meaning(name.removeprefix('teacher_'), explained)}"
     if name.startswith("transfer_"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from understudy.catalogue import catalogue
@@ -11,7 +12,7 @@ from understudy.keys import page as keys_page
 from understudy.pages import comparison, drawing, findings, notebook_page, page, searches, table
 from understudy.reporting.plots import ranked, standalone
 from understudy.reporting.ranks import compared_ranks, over_seeds
-from understudy.scoreboard import PILLARS, branch, choice, render_scoreboard, rows
+from understudy.scoreboard import PILLARS, branch, choice, render_scoreboard, rows, summary
 
 
 def build(folder: Path) -> None:
@@ -27,6 +28,7 @@ def build(folder: Path) -> None:
         (folder / "notebooks" / f"{path.stem}.md").write_text(notebook_page(path) + "\n", encoding="utf-8")
     readme = folder.parent / "README.md"
     head = readme.read_text(encoding="utf-8").split("## Catalogue\n")[0]
+    head = re.sub(r"\d+ of \d+ claims decided: [^.]*\.", summary(rows(folder / "claims")), head)
     readme.write_text(f"{head}## Catalogue\n\n{table()}\n", encoding="utf-8")
     found = "# What was found\n\nEach claim of a paper as an experiment: every arm with the same budget and as many candidates to tune over, chosen\n"
     found += "on validation, evaluated on test. `understudy reproduce NAME` tries it again. Small models on small data: they say how the\n"

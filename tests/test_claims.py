@@ -167,7 +167,7 @@ WITHOUT_REAL_DATA = {
     *("adpa", "redi", "tpo"),  # the return of a chain, and the grade of a list, are known in a world alone
     "dpo-pg",  # so is the target of a policy
     "llava-mod",  # so is what an image holds
-    "teacher-hacking",  # the distance from the truth is known in a world alone
+    *("teacher-hacking", "survey-llm-kd"),  # the distance from the truth is known in a world alone
     "qcrd",  # the error of its teacher is known in a world alone
     *("arte", "ded", "frontier-synthetic"),  # so are the styles of its solutions, and whom they help
     "mcts-dpo",  # a student of that size never reaches a right answer to a real problem

@@ -53,13 +53,18 @@ class Chains:
         return {"return": total, "kl_to_reference": distance, "value": total - distance}
 
 
-class World(Protocol):
-    """What judges a policy of transitions `[tokens, tokens]`, and two policies of that form that it knows."""
+class Judge(Protocol):
+    """What judges a policy of transitions `[tokens, tokens]`."""
+
+    def value(self, log_q: Tensor) -> dict[str, float]: ...
+
+
+class World(Judge, Protocol):
+    """One that knows two policies of that form."""
 
     @property
     def log_p(self) -> Tensor: ...
     def soft_optimal(self) -> Tensor: ...
-    def value(self, log_q: Tensor) -> dict[str, float]: ...
 
 
 def chains(
@@ -147,7 +152,7 @@ class BigramAdapter(ModelAdapter):
         world: judges it.
     """
 
-    def __init__(self, model: Bigram, world: World | None = None) -> None:
+    def __init__(self, model: Bigram, world: Judge | None = None) -> None:
         super().__init__()
         self.model, self.padding, self.world = model, 0, world
 

@@ -120,7 +120,7 @@ class _Preferences(BaseModel):
 
 
 class _World(BaseModel):
-    name: str = Field("bandit", description="bandit, chains or responses.")
+    name: str = Field("bandit", description="bandit, chains, markov or responses.")
     seed: _Number | None = Field(None, description="Of the world; the run's seed if not given.")
     noise: Noise = Field("heavy", description="Of the bandit's rewards.")
     start: Literal["own", "mixture", "tuned"] = Field(
@@ -328,10 +328,15 @@ class _ImageTexts(BaseModel):
 
 
 class _Letters(BaseModel):
-    name: str = Field("letters", description="letters: texts of a random network, which is the oracle.")
+    name: str = Field(
+        "letters", description="letters: texts of a random network; markov: of a chain. Both are the oracle."
+    )
     seed: _Number | None = Field(None, description="Of the world; the run's seed if not given.")
-    prompts: _Count = Field(20, description="Prompts to distil on.")
-    texts: _Count = Field(2000, description="Texts of the oracle that teacher and student have learned from before.")
+    prompts: _Count = Field(20, description="Prompts to distil on; letters only.")
+    texts: _Count = Field(
+        2000,
+        description="Texts of the oracle that teacher and student have learned from before; of markov those to distil on.",
+    )
     held_out: _Count = Field(500, description="Prompts of validation, and of test.")
     for_teacher: _Flag = Field(False, description="Train on the oracle's texts; set for a model that is trained first.")
 

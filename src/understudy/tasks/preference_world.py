@@ -17,7 +17,8 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import ModelAdapter, evaluating
 from understudy.synthetic.bandit import ChoiceAdapter, ChoiceBatch, ChoicePolicy, bandit, collate_choices
-from understudy.synthetic.chains import BigramAdapter, Chains, chain_policy, chains
+from understudy.synthetic.chains import Bigram, BigramAdapter, Chains, chain_policy, chains
+from understudy.synthetic.markov import MarkovChain, markov
 from understudy.synthetic.policies import load_policy
 from understudy.synthetic.responses import Responses, responses
 from understudy.tasks.base import Prepared, TaskDefaults, merged
@@ -25,6 +26,7 @@ from understudy.tasks.base import Prepared, TaskDefaults, merged
 _OPTIONS = {
     "bandit": {"name", "seed", "noise", "for_teacher", "limit"},
     "chains": {"name", "seed", "start", "label_noise", "for_teacher", "limit"},
+    "markov": {"name", "seed", "for_teacher", "limit"},
     "responses": {"name", "seed", "rejected", "beta", "for_teacher", "limit"},
 }
 _BANDIT = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
@@ -58,15 +60,15 @@ class PreferenceWorld(TaskDefaults):
             recipe["student"] = recipe.get("student") or "reference"
             recipe["trainer"] = merged({**_RESPONSES, "weight_decay": 0.0}, recipe.get("trainer") or {})
             return recipe
-        chain = data["name"] == "chains"
-        if not chain:
-            data.setdefault("noise", "heavy")
-        else:
+        chain = data["name"] in ("chains", "markov")
+        if data["name"] == "chains":
             data.setdefault("start", "own")
+        elif not chain:
+            data.setdefault("noise", "heavy")
         if recipe.get("student") is None:
             first = {**_BANDIT, "max_steps": 30} if not chain else {**_CHAINS, "max_steps": 400}
             recipe["student"] = {
-                "model": "bigram:16" if chain else "policy:64,64",
+                "model": ("bigram:20" if data["name"] == "markov" else "bigram:16") if chain else "policy:64,64",
                 "train": {**first, "weight_decay": 0.0},
             }
         recipe["trainer"] = merged(
@@ -83,9 +85,11 @@ class PreferenceWorld(TaskDefaults):
             if key not in _OPTIONS[name]:
                 known = _OPTIONS[name]
                 raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
-        world: Chains | Responses | None = None
+        world: Chains | MarkovChain | Responses | None = None
         if name == "chains":
             world = chains(data["seed"], data["start"], label_noise=data.get("label_noise", 0.0))
+        elif name == "markov":
+            world = markov(data["seed"])
         elif name == "responses":
             world = responses(data["seed"], data.get("rejected", "optimal"), beta=data.get("beta", 0.5))
         splits = world.splits if world is not None else bandit(data["noise"], data["seed"])
@@ -105,6 +109,8 @@ class PreferenceWorld(TaskDefaults):
         world = prepared.facts["world"]
         if world is None:
             return ChoiceAdapter(load_policy(ChoicePolicy, spec.model, source, prepared.classes))
+        if isinstance(world, MarkovChain):
+            return BigramAdapter(load_policy(Bigram, spec.model, source, prepared.classes), world)
         return BigramAdapter(chain_policy(spec.model, source, world, prepared.classes), world)
 
     def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:

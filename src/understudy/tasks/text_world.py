@@ -1,4 +1,5 @@
-"""A world of texts whose truth is known: a random network writes them, and is the oracle that `oracle: oracle` names."""
+"""Worlds of texts whose truth is known and is the oracle that `oracle: oracle` or `teacher: oracle` names: a random network, or
+a chain that looks two tokens back."""
 
 from __future__ import annotations
 
@@ -11,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from understudy.data import collate_text, show_batch
 from understudy.data.noise import uniform
 from understudy.data.samples import Sample, sampled_row
 from understudy.data.tokenize import TextSet
 from understudy.errors import InputError
+from understudy.evaluation import evaluate
 from understudy.generation.decoding import sample
 from understudy.models import ModelAdapter, tokenizer_hashes
 from understudy.synthetic.letters import letter_oracle, letter_tokenizer
+from understudy.synthetic.markov import ChainAdapter, chain_adapter, markov
 from understudy.tasks.base import Prepared, merged
 from understudy.tasks.language_modeling import LanguageModeling
 from understudy.training.pipeline import ORACLE
@@ -27,6 +31,12 @@ from understudy.training.pipeline import ORACLE
 PROMPT, MOST = 6, 8
 """Letters of a prompt, and tokens after it at most."""
 _ADAM = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+_CHAIN = {
+    "max_steps": 600,
+    "per_device_train_batch_size": 64,
+    "learning_rate": 2e-2,
+    "lr_scheduler_type": "linear",
+}
 _START = {**_ADAM, "per_device_train_batch_size": 64}
 
 
@@ -39,12 +49,16 @@ class TextWorld(LanguageModeling):
     start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True})
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Few prompts to distil on; teacher and student have learned from other texts of the oracle before, the student
-        briefly. Each seed is a world of its own."""
+        """Of letters few prompts to distil on; teacher and student have learned from other texts of the oracle before, the
+        student briefly. Of the chain the teacher is the truth, and the student a new bigram. Each seed is a world of its own."""
         data = recipe.get("data") or {}
         data.setdefault("name", "letters")
         data.setdefault("seed", recipe["seed"])
         recipe["data"] = data
+        if data["name"] == "markov":
+            recipe["teacher"], recipe["student"] = recipe.get("teacher") or ORACLE, recipe.get("student") or "bigram:20"
+            recipe["trainer"] = merged({**_CHAIN, "weight_decay": 0.0}, recipe.get("trainer") or {})
+            return recipe
         for side, steps in (("teacher", 200), ("student", 60)):
             if recipe.get(side) is None:
                 recipe[side] = {
@@ -58,8 +72,10 @@ class TextWorld(LanguageModeling):
 
     def prepare(self, recipe: Any) -> Prepared:
         data = {"prompts": 20, "texts": 2000, "held_out": 500, **recipe.data}
+        if data["name"] == "markov":
+            return _chain(recipe.data, data)
         if data["name"] != "letters":
-            raise InputError(f"No world {data['name']!r}. Known: letters.")
+            raise InputError(f"No world {data['name']!r}. Known: letters, markov.")
         tokenizer, chance = letter_tokenizer(), torch.Generator().manual_seed(data["seed"])
         oracle = letter_oracle(len(tokenizer), chance)
         sizes = {
@@ -90,9 +106,36 @@ class TextWorld(LanguageModeling):
         )
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-        """As for any language model; `oracle` is the world's own."""
+        """As for any language model; `oracle` is the world's own. In `markov` a policy of transitions."""
+        if (world := prepared.facts.get("world")) is not None:
+            return chain_adapter(spec.model, source, world, table=spec.model == ORACLE)
         own = prepared.facts["oracle"] if source is None and spec.model == ORACLE else source
         return super().model(spec, prepared, own)
+
+    def evaluate(self, student: ModelAdapter, teacher: ModelAdapter | None, loader: DataLoader[Any]) -> dict[str, Any]:
+        """As for any language model; in `markov` with the exact distances from the truth, in nats a text."""
+        if not isinstance(student, ChainAdapter):
+            return super().evaluate(student, teacher, loader)
+        found = evaluate(student, teacher, loader, kind=self.kind)
+        return {**found, "metrics": found["metrics"] | student.distances()}
+
+
+def _chain(given: Mapping[str, Any], data: Mapping[str, Any]) -> Prepared:
+    """The world of a chain: its texts."""
+    if "prompts" in given:
+        raise InputError("data.prompts belongs to letters: markov distils on data.texts texts. Leave it out.")
+    world = markov(data["seed"], number=data["texts"], held_out=data["held_out"])
+    splits = world.texts
+    return Prepared(
+        train=splits["clean" if data.get("for_teacher") else "train"],
+        validation=splits["validation"],
+        test=splits["test"],
+        teacher_train=splits["clean"],
+        collate=collate_text,
+        classes=len(world.log_p),
+        hashes={"data": hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()},
+        facts={"world": world},
+    )
 
 
 def _texts(oracle: Any, tokenizer: Any, prompts: torch.Tensor, first: int, seed: int) -> TextSet:

@@ -35,7 +35,9 @@ def untrained(monkeypatch):
             folder.mkdir(parents=True, exist_ok=True)
             take(plan)
             cost = {"steps": 4, "forwards": {"student": 1, "teacher": 0}, "time_share": {"train": 1.0}}
-            write_json(folder / "evaluation.json", {"metrics": {"accuracy": 0.5, "value": 0.5}, "cost": cost})
+            taught = 0.3 if plan.method == "pld" else 0.9  # as if of a teacher of the method's own
+            metrics = {"accuracy": 0.5, "value": 0.5, "teacher_accuracy": taught}
+            write_json(folder / "evaluation.json", {"metrics": metrics, "cost": cost})
             write_json(folder / "run.json", {"status": "done", "versions": {}})
         return [json.loads((p.output / "evaluation.json").read_text()) for p in plans]
 
@@ -65,6 +67,11 @@ def test_one_method_at_two_temperatures(tmp_path):
     again = compare(small(tmp_path), ["kd τ=4", "kd τ=1"], 1, arms=ARMS)
     assert again.table[1]["mean"] == found.table[0]["mean"] and again.data["baseline"] == "kd τ=4"
     assert before == {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
+
+
+def test_the_teacher_is_the_recipes_and_not_one_that_a_method_trains(untrained, tmp_path):
+    found = compare(small(tmp_path), ["sft", "pld"], 2)
+    assert found.data["teacher"] == {"name": "mlp:8", "accuracy": 0.9}
 
 
 def test_two_losses_of_one_method_in_a_preference_world(untrained, tmp_path):

@@ -356,7 +356,8 @@ def _measured(plan: Recipe) -> dict[str, Any]:
 def _collect(recipe: Recipe, done: list[dict[str, Any]], baseline: str, seeds: list[int]) -> dict[str, Any]:
     task = get_task(recipe.task)
     first = done[0]
-    taught = {k.removeprefix("teacher_"): v for d in done for k, v in d["metrics"].items() if k.startswith("teacher_")}
+    found = [d["metrics"] for d in reversed(done)]  # the first arms': a method with teachers of its own evaluates these
+    taught = {k.removeprefix("teacher_"): v for values in found for k, v in values.items() if k.startswith("teacher_")}
     facts = read_json(recipe.output / first["folder"] / "run.json") or {}
     steps = {d["cost"]["steps"] for d in done}
     return {

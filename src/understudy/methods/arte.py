@@ -156,10 +156,8 @@ class ARTE(Pipeline):
         run = context.train("training", corpus_run(recipe, student, context.folder / "corpus", given.checker))
         found = json.loads((run.folder / "evaluation.json").read_text())
         metrics, table = tailoring_report({"drafts": scored, "tailored": some})
-        evaluated, solver = (
-            getattr(given.splits, recipe["eval_split"]),
-            Solver.load(student_of(run, student), given.data),
-        )
+        evaluated = getattr(given.splits, recipe["eval_split"])
+        solver = Solver.load(student_of(run, student), given.data)
         few = (train, evaluated, self.eval_shots, given.checker, "few_shot")
         metrics |= {"few_shot_accuracy": few_shot_accuracy(context, solver, *few), "examples": len(solutions)}
         notes = [*given.splits.notes, *found.get("notes", []), _COST]

@@ -53,13 +53,13 @@ class Chains:
         return {"return": total, "kl_to_reference": distance, "value": total - distance}
 
 
-class Judge(Protocol):
-    """What judges a policy of transitions `[tokens, tokens]`."""
+class World(Protocol):
+    """What measures a policy of transitions `[tokens, tokens]`."""
 
     def value(self, log_q: Tensor) -> dict[str, float]: ...
 
 
-class World(Judge, Protocol):
+class WorldOfPolicies(World, Protocol):
     """One that knows two policies of that form."""
 
     @property
@@ -149,10 +149,10 @@ class BigramAdapter(ModelAdapter):
     of the tokens before them, `[tokens, rank]`.
 
     Args:
-        world: judges it.
+        world: measures it.
     """
 
-    def __init__(self, model: Bigram, world: Judge | None = None) -> None:
+    def __init__(self, model: Bigram, world: World | None = None) -> None:
         super().__init__()
         self.model, self.padding, self.world = model, 0, world
 
@@ -176,7 +176,7 @@ def exact_policy(log_p: Tensor) -> Bigram:
     return model
 
 
-def chain_policy(name: str, source: Path | nn.Module | None, world: World, size: int) -> Bigram:
+def chain_policy(name: str, source: Path | nn.Module | None, world: WorldOfPolicies, size: int) -> Bigram:
     """A policy of transitions: as `load_policy`, or by name one that the world knows: `reference`, which samples the
     sequences, and `soft_optimal`."""
     if source is None and name in ("reference", "soft_optimal"):

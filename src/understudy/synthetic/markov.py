@@ -109,7 +109,7 @@ class ChainAdapter(ModelAdapter):
     """The next token's logits at the rows of a batch of texts, of a table or a `Bigram`.
 
     Args:
-        world: judges policies of transitions.
+        world: measures policies of transitions.
     """
 
     def __init__(self, model: ChainTable | Bigram, world: MarkovChain) -> None:

@@ -43,8 +43,6 @@ SURVEY = [
     "**Deviations from the paper.** The classification is this project's; `none_prompting` and the skills `vision`, `graph` and "
     "`general_model_compression` are added for papers that the survey's words do not fit.",
     "",
-    "`understudy methods --elicitation labeling --algorithm sft --access black`",
-    "",
 ]
 """The page of paper 7: the taxonomy that the catalogue has its words from, and how to ask it."""
 
@@ -55,7 +53,8 @@ def page(entry: Entry) -> str:
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
     if entry.number in STUDIES:
-        lines += _study(entry) if entry.number in _STUDIES else SURVEY
+        asked = f"`understudy methods --elicitation labeling --algorithm sft --access black`{_claimed(entry)}"
+        lines += _study(entry) if entry.number in _STUDIES else [*SURVEY, asked, ""]
     elif method is None:
         lines += ["Planned: no method of this name is registered yet.", ""]
     else:

@@ -276,6 +276,7 @@ def test_a_pretrained_sentence_encoder_gives_its_own_vectors_and_a_scale(recipe)
         ({"data": {"query_length": 0}}, "data.query_length is 0"),
         ({"options": {"scores": "teacher"}}, "set `teacher`"),
         ({"options": {"clamp": True}}, "clamp has no effect"),
+        ({"options": {"loss_type": "ranknet", "scores": "live"}}, "ranknet, which reads labels alone"),
         ({"options": {"negatives": "in_batch"}}, "needs a teacher"),
         ({"method": "kd"}, "ranking task"),
     ],

@@ -79,8 +79,9 @@ class MarginMSE(Method):
 
     @model_validator(mode="after")
     def _live_scores_are_not_kept(self) -> Self:
-        live = self.scores == "live" or self.negatives == "in_batch"
-        if live and (self.scores == "recorded" or self.write_scores or self.ensemble != "mean"):
+        if self.loss_type == "ranknet" and self.scores == "live":
+            raise ValueError("scores=live has no effect with loss_type=ranknet, which reads labels alone: leave it out")
+        if self._live and (self.scores == "recorded" or self.write_scores or self.ensemble != "mean"):
             raise ValueError(
                 "scores=live and negatives=in_batch make pairs that are scored at every step: their scores are neither "
                 "recorded, written nor standardised"
@@ -88,10 +89,15 @@ class MarginMSE(Method):
         return self
 
     @property
+    def _live(self) -> bool:
+        """Whether every step has pairs of its own to score."""
+        return self.scores == "live" or self.negatives == "in_batch"
+
+    @property
     def requires(self) -> Requirements:
         """The teacher in every step where new pairs come up in each, unless the loss reads no scores; otherwise its scores are
         computed once."""
-        if self.scores == "live" or self.negatives == "in_batch":
+        if self._live:
             return Requirements(teacher="none" if self.loss_type == "ranknet" else "outputs")
         if self.scores == "teacher":
             return Requirements(teacher="setup", teacher_model=True)
@@ -100,7 +106,7 @@ class MarginMSE(Method):
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         train: RankingSet = context.splits["train"]
-        if self.scores == "live" or self.negatives == "in_batch":
+        if self._live:
             for row in train.records:
                 row["crossed"] = self.negatives == "in_batch"
             return {}

@@ -68,6 +68,14 @@ def test_methods_of_a_family_stand_side_by_side(results, tmp_path):
     assert methods[0] == (best["method"], f"{best['mean']:.3f}") and len(methods) == len(compared["table"])
 
 
+def test_a_comparison_that_is_none_is_refused(results, tmp_path):
+    (tmp_path / "comparisons").mkdir()
+    (tmp_path / "comparisons" / "mine.json").write_text('{"title": "mine"}')
+    (tmp_path / "claims").mkdir()
+    with pytest.raises(InputError, match=r"mine\.json is no result of `understudy compare`"):
+        render_scoreboard(tmp_path / "claims", tmp_path / "board")
+
+
 def test_a_branch_tries_first_what_was_supported(results):
     text = branch("elicitation", "feature", rows(results))
     names = re.findall(r"^\| \[?`([\w-]+)`", text, re.MULTILINE)

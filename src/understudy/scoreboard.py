@@ -187,6 +187,8 @@ def side_by_side(folder: Path, output: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(folder.glob("*.json")):
         one = read_json(file) or {}
+        if not one.get("table") or "baseline" not in one:
+            raise InputError(f"{file} is no result of `understudy compare`: it has no table or no baseline.")
         about = f"{one['title']}, student {one['recipe']['student']['model']}, {len(one['seeds'])} seeds"
         drawn = file.with_suffix(".svg")
         picture = Path(os.path.relpath(drawn, output)).as_posix() if drawn.is_file() else None

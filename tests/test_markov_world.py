@@ -35,7 +35,7 @@ def test_distances_are_those_of_all_texts(monkeypatch):
     found = world.value(log_q)
     assert found["forward_kl"] == pytest.approx(float((p * (log_p - ours)).sum()), abs=1e-10)
     assert found["reverse_kl"] == pytest.approx(float((q * (ours - log_p)).sum()), abs=1e-10)
-    assert found["teacher_log_prob"] == pytest.approx(float((q * log_p).sum()), abs=1e-10)
+    assert found["true_log_prob"] == pytest.approx(float((q * log_p).sum()), abs=1e-10)
     assert found["value"] == -found["forward_kl"]
 
 
@@ -83,7 +83,7 @@ def test_each_divergence_ends_nearer_by_its_own_measure(tmp_path):
         found[divergence] = distill(values).metrics
     forward, reverse = found.values()
     assert forward["forward_kl"] < reverse["forward_kl"] and reverse["reverse_kl"] < forward["reverse_kl"]
-    assert reverse["teacher_log_prob"] > forward["teacher_log_prob"]
+    assert reverse["true_log_prob"] > forward["true_log_prob"]
     assert forward["teacher_nll"] < forward["nll"]
 
 

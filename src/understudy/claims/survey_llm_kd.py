@@ -22,8 +22,7 @@ def _kd(divergence: str) -> Arm:
 
 CLAIM = Claim(
     name="survey-llm-kd",
-    statement="Of students that are too small, those of forward KL end with the lower forward KL, and those of reverse KL with the "
-    "lower reverse KL.",
+    statement="A student that is too small ends with a lower reverse KL if it is taught by reverse KL than by forward KL.",
     recipe={"task": "text_world", "data": {"name": "markov"}, "trainer": _STEPS},
     arms={
         "sft": Arm("sft", {}, _RATES),
@@ -43,7 +42,7 @@ CLAIM = Claim(
             "reverse_kl",
             "forward_kl",
             0.0,
-            "teacher_log_prob",
+            "true_log_prob",
             True,
             "reverse KL writes what the teacher finds likelier",
         ),

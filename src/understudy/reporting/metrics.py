@@ -40,7 +40,7 @@ MEANINGS = {
     "start_value": "`value` of the world's reference policy.",
     "forward_kl": "Exact KL divergence from the world's truth to the policy, in nats a text. 0 is the truth.",
     "reverse_kl": "Exact KL divergence from the policy to the world's truth, in nats a text. 0 is the truth.",
-    "teacher_log_prob": "Mean log-probability, under the world's truth, of a text that the policy writes, in nats.",
+    "true_log_prob": "Mean log-probability, under the world's truth, of a text that the policy writes, in nats.",
     "did_entropy": "Entropy of policy / reference, normalised, in nats: at most log of the number of responses, as where nothing changed.",
     "return": "Exact expected return of the policy in its world. Higher is better.",
     "kl_to_reference": "Exact KL divergence of the policy from the world's reference chain, in nats.",

@@ -166,6 +166,13 @@ class BigramAdapter(ModelAdapter):
         return ModelOutput(found, self.model.into(read) if features else None)
 
 
+@torch.no_grad()
+def exact_value(policy: Bigram, world: World) -> dict[str, float]:
+    """What a world says of a policy's transitions."""
+    tokens = torch.arange(policy.into.num_embeddings, device=policy.into.weight.device)
+    return world.value(policy(tokens).double().cpu())
+
+
 def exact_policy(log_p: Tensor) -> Bigram:
     """A bigram of full rank with these log-probabilities, `[tokens, tokens]`."""
     model = Bigram(f"bigram:{len(log_p)}", len(log_p))

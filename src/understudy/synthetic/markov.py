@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from understudy.data.batch import IGNORE, Batch
 from understudy.data.tokenize import TextSet
 from understudy.models.adapters import ModelAdapter, ModelOutput
-from understudy.synthetic.chains import Bigram
+from understudy.synthetic.chains import Bigram, exact_value
 from understudy.synthetic.policies import load_policy
 from understudy.targets import Dense
 
@@ -35,7 +35,7 @@ class MarkovChain:
 
     def value(self, log_q: Tensor) -> dict[str, float]:
         """Exact distances of a policy `[tokens, tokens]` a text, in nats, over all beginnings alike: `forward_kl` (chain ‖ policy),
-        `reverse_kl`, and `teacher_log_prob`, the chain's mean log-probability of what the policy writes. `value` is minus the
+        `reverse_kl`, and `true_log_prob`, the chain's mean log-probability of what the policy writes. `value` is minus the
         first."""
         p, q = self.log_p.exp(), log_q.exp()
         ahead = (p * (self.log_p - log_q)).sum(-1), (q * (log_q - self.log_p)).sum(-1), (q * self.log_p).sum(-1)
@@ -45,7 +45,7 @@ class MarkovChain:
             forward += float((truth * ahead[0]).sum())
             reverse, likely = reverse + float((ours * ahead[1]).sum()), likely + float((ours * ahead[2]).sum())
             truth, ours = torch.einsum("ab,abc->bc", truth, p), torch.einsum("ab,bc->bc", ours, q)
-        return {"forward_kl": forward, "reverse_kl": reverse, "teacher_log_prob": likely, "value": -forward}
+        return {"forward_kl": forward, "reverse_kl": reverse, "true_log_prob": likely, "value": -forward}
 
 
 def markov(seed: int, *, number: int = 2000, held_out: int = 500) -> MarkovChain:
@@ -80,7 +80,7 @@ def markov(seed: int, *, number: int = 2000, held_out: int = 500) -> MarkovChain
 
 
 def _text(number: int, ids: Tensor) -> dict[str, Any]:
-    return {"id": number, "input_ids": ids, "labels": _labels(ids), "bytes": LENGTH}
+    return {"id": number, "input_ids": ids, "labels": _labels(ids), "bytes": 0}  # tokens of no spelling
 
 
 def _pair(number: int, a: Tensor, b: Tensor, first: bool) -> dict[str, Any]:
@@ -123,11 +123,7 @@ class ChainAdapter(ModelAdapter):
 
     def distances(self) -> dict[str, float]:
         """`MarkovChain.value` of a policy of transitions; nothing of the chain itself."""
-        if not isinstance(self.model, Bigram):
-            return {}
-        with torch.no_grad():
-            every = torch.arange(TOKENS, device=self.model.into.weight.device)
-            return self.world.value(self.model(every).double().cpu())
+        return exact_value(self.model, self.world) if isinstance(self.model, Bigram) else {}
 
 
 def chain_adapter(name: str, source: Path | nn.Module | None, world: MarkovChain, *, table: bool) -> ChainAdapter:

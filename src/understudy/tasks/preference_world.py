@@ -17,7 +17,7 @@ from understudy.errors import InputError, nearest
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import ModelAdapter, evaluating
 from understudy.synthetic.bandit import ChoiceAdapter, ChoiceBatch, ChoicePolicy, bandit, collate_choices
-from understudy.synthetic.chains import Bigram, BigramAdapter, Chains, chain_policy, chains
+from understudy.synthetic.chains import Bigram, BigramAdapter, Chains, chain_policy, chains, exact_value
 from understudy.synthetic.markov import MarkovChain, markov
 from understudy.synthetic.policies import load_policy
 from understudy.synthetic.responses import Responses, responses
@@ -119,9 +119,7 @@ class PreferenceWorld(TaskDefaults):
         found = evaluate_preferences(student, loader)
         if isinstance(student, BigramAdapter):
             assert student.world is not None  # `model` gave it
-            tokens = torch.arange(student.model.into.num_embeddings)
-            with torch.no_grad():
-                found["metrics"] |= student.world.value(student.model(tokens).double())
+            found["metrics"] |= exact_value(student.model, student.world)
             return found
         wins = []
         with torch.no_grad(), evaluating(student):

@@ -1,5 +1,5 @@
-"""Worlds of texts whose truth is known and is the oracle that `oracle: oracle` or `teacher: oracle` names: a random network, or
-a chain that looks two tokens back."""
+"""Worlds of texts whose truth is known and is what `teacher: oracle` names: a random network, which `oracle: oracle` asks for texts
+too, or a chain that looks two tokens back."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Small recipes, and a run of them in a process of its own that is killed on the way."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -71,6 +72,7 @@ def _run_until(recipe, step, moment):
     from understudy.training import checkpoint as ck
 
     torch.set_num_threads(1)
+    gc.freeze()
     micro_step, seal = DistillationTrainer.training_step, ck.seal
 
     def stepping(self, *args, **kwargs):

@@ -29,14 +29,21 @@ def refused(recipe, says, asked="logs"):
     (folder / "recipe.yaml").unlink(missing_ok=True)
 
 
-def stopped_and_resumed(recipe, cut, also=None):
-    """The result of a run that was interrupted at `cut` and started again.
+def stopped_and_resumed(recipe, *cuts, also=None):
+    """The result of a run that was interrupted at each of `cuts`, in their order, and started again behind each.
 
     Args:
-        cut: name of a stage, when all of it is done but the writing; of an inner run, behind its end; or `asked:NAME`, behind
-            the requests to a trained model whose name begins so.
-        also: patches more for the interrupted run, given a `MonkeyPatch`.
+        cuts: names of stages, when all of it is done but the writing; of inner runs, behind their end; or `asked:NAME`,
+            behind the requests to a trained model whose name begins so.
+        also: patches more for the interrupted runs, given a `MonkeyPatch`.
     """
+    for cut in cuts:
+        _stopped(recipe, cut, also)
+    return distill(recipe)
+
+
+def _stopped(recipe, cut, also):
+    """Run `recipe` until it is interrupted at `cut`."""
     stage, train, told = PipelineContext.stage, PipelineContext.train, PipelineContext.ask_trained
 
     def staged(self, name, kind, make):
@@ -68,4 +75,3 @@ def stopped_and_resumed(recipe, cut, also=None):
             also(patch)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe)
-    return distill(recipe)

@@ -77,23 +77,16 @@ def test_the_teacher_is_aligned_with_what_helps_the_student_and_writes_its_data(
     assert "answers of the student that can be read" in page
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        "scores",
-        *(
-            pytest.param(c, marks=pytest.mark.slow)
-            for c in ("first/teacher", "probes", "drafts", "rationales", "pairs", "alignment", "questions", "tailored")
-        ),
-        pytest.param("training", marks=pytest.mark.slow),
-    ],
-)
-def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
+EACH = ("first/teacher", "probes", "drafts", "rationales", "pairs", "alignment", "questions", "tailored", "training")
+
+
+@pytest.mark.parametrize("cuts", [("scores",), pytest.param(EACH, marks=pytest.mark.slow)], ids=("one", "each"))
+def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cuts, whole):
     asked, write = [], LocalSource._completion
     monkeypatch.setattr(
         LocalSource, "_completion", lambda self, r, *rest: asked.append(r.key(self.name)) or write(self, r, *rest)
     )
-    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut)
+    done = stopped_and_resumed(tiny(tmp_path / "cut"), *cuts)
     assert len(asked) > 6 * 5
     logs = {file.stem: [row["key"] for row in lines(file)[1:]] for file in (done.folder / "logs").glob("*.jsonl")}
     assert len(asked) == sum(map(len, logs.values())) and all(len(k) == len(set(k)) for k in logs.values())

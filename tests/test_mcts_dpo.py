@@ -70,14 +70,11 @@ def test_trees_are_stored_and_each_pair_names_where_it_is_from(whole):
     assert "A search of round 1" in report and "A search of round 2" in report and "visits, Q" in report
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        "search",
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ("start", "round-0/pairs", "round-1/training", "judged-1")),
-    ],
-)
-def test_stopped_at_any_point_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
+EACH = ("start", "round-0/pairs", "round-1/training", "judged-1")
+
+
+@pytest.mark.parametrize("cuts", [("search",), pytest.param(EACH, marks=pytest.mark.slow)], ids=("one", "each"))
+def test_stopped_at_any_point_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cuts, whole):
     asked, write, judge = [], LocalSource.write, OracleSource.complete
     append = TreeJournal.append
     monkeypatch.setattr(LocalSource, "write", lambda s, rs, p: asked.extend(r.id for r in rs) or write(s, rs, p))
@@ -85,11 +82,11 @@ def test_stopped_at_any_point_it_asks_nothing_twice_and_ends_alike(tmp_path, mon
 
     def append_then_stop(self, tree, node, expansion):
         append(self, tree, node, expansion)
-        if cut == "search" and node and "round-1" in str(self.path):
+        if cuts == ("search",) and node and "round-1" in str(self.path):
             raise KeyboardInterrupt
 
     done = stopped_and_resumed(
-        tiny(tmp_path / "cut"), cut, lambda patch: patch.setattr(TreeJournal, "append", append_then_stop)
+        tiny(tmp_path / "cut"), *cuts, also=lambda patch: patch.setattr(TreeJournal, "append", append_then_stop)
     )
     assert sorted(asked) == sorted(set(asked)) and done.metrics == whole.metrics
     for file in ("trees", "pairs"):  # a text is the same in any batch; log-probabilities are up to rounding

@@ -67,20 +67,16 @@ def test_controls_ask_for_no_negatives_and_fit_no_discriminator(tmp_path):
     )
 
 
+EACH = ("rationales", "round-0/training", "round-1/negatives", "asked:judged")
+
+
 @pytest.mark.parametrize(
-    "cut",
-    [
-        "round-1/qualities",
-        *(
-            pytest.param(c, marks=pytest.mark.slow)
-            for c in ("rationales", "round-1/negatives", "round-0/training", "asked:judged")
-        ),
-    ],
+    "cuts", [("round-1/qualities",), pytest.param(EACH, marks=pytest.mark.slow)], ids=("one", "each")
 )
-def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cut, whole):
+def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cuts, whole):
     asked, complete = [], OracleSource.complete
     monkeypatch.setattr(OracleSource, "complete", lambda self, r: asked.append(r.id) or complete(self, r))
-    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut)
+    done = stopped_and_resumed(tiny(tmp_path / "cut"), *cuts)
     assert len(asked) == len(set(asked)) == 60
     assert done.metrics == whole.metrics
     for file in ("stages/round-1/negatives.jsonl", "round-1/training/student/model.safetensors"):

@@ -175,7 +175,7 @@ def test_stopped_while_it_builds_it_asks_nothing_twice_and_loses_nothing(tmp_pat
             raise KeyboardInterrupt
 
     stop = lambda patch: patch.setattr(TreeJournal, "append", append_then_stop)  # noqa: E731
-    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut, stop)
+    done = stopped_and_resumed(tiny(tmp_path / "cut"), cut, also=stop)
     assert sorted(asked) == sorted(set(asked)) and done.metrics == whole.metrics
     for file in ("stages/round-0/preference_trees.jsonl", "round-0/corpus/train.jsonl"):
         assert (done.folder / file).read_text() == (whole.folder / file).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -129,6 +130,7 @@ class _Crew:
 
 def _serve(connection: Connection, work: Work) -> None:
     """Run jobs until there are no more, or the parent has ended."""
+    gc.freeze()  # Each training has a full collection, which takes longer than many a small one: it skips what is imported.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while (job := connection.recv()) is not None:
@@ -139,6 +141,7 @@ def _serve(connection: Connection, work: Work) -> None:
                 if not isinstance(error, (InputError, KeyboardInterrupt)):
                     error.add_note(traceback.format_exc())
                 connection.send((number, None, error))
+    gc.unfreeze()
 
 
 def _end_with_parent() -> None:

@@ -20,8 +20,9 @@ def built_in() -> tuple[type[Method], ...]:
     return tuple(k for k in kinds if issubclass(k, Method) and "name" in vars(k))
 
 
-def all_methods() -> dict[str, type[Method]]:
-    """Every method by name: the built-in ones, then those of installed plug-ins."""
+@cache
+def _installed() -> dict[str, type[Method]]:
+    """The built-in methods by name, then those of installed plug-ins: read once, for that opens a file of every package."""
     found = {method.name: method for method in sorted(built_in(), key=lambda m: (m.paper or 0, m.name != "sft"))}
     for point in entry_points(group="understudy.methods"):
         loaded = point.load()
@@ -30,7 +31,12 @@ def all_methods() -> dict[str, type[Method]]:
         if loaded.name in found:
             raise InputError(f"Two methods are named {loaded.name!r}: the plug-in {point.value} must choose another.")
         found[loaded.name] = loaded
-    return {**found, **_adopted}
+    return found
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """Every method by name: the built-in ones, those of installed plug-ins, then those of this process."""
+    return {**_installed(), **_adopted}
 
 
 _adopted: dict[str, type[Method]] = {}

@@ -37,6 +37,9 @@ def test_the_sums_are_what_they_say():
     chance = np.random.default_rng(0)
     digits = [int(d) for d in chance.integers(0, 10, 6)]
     assert attempt(digits, 0.0, chance) == running_sums(digits)
+    assert attempt([7, 8, 4, 6, 8], 0.0, chance, [7, 8]) == [7, 6, 0, 6, 4] and attempt(
+        [8, 7], 0.0, chance, [7, 8]
+    ) == [8, 5]
     tries = [attempt(digits, 0.1, chance) for _ in range(4000)]
     first = np.mean([t[1] == running_sums(digits)[1] for t in tries])
     last = np.mean([t[-1] == running_sums(digits)[-1] for t in tries])

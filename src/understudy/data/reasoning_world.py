@@ -35,11 +35,19 @@ def running_sums(digits: Sequence[int]) -> list[int]:
     return list(accumulate(digits, lambda a, b: (a + b) % MODULUS))
 
 
-def attempt(digits: Sequence[int], error: float, chance: np.random.Generator) -> list[int]:
-    """Running sums of one who errs: each step is wrong with probability `error`, and the error is carried on."""
+def attempt(
+    digits: Sequence[int], error: float, chance: np.random.Generator, always: Sequence[int] | None = None
+) -> list[int]:
+    """Running sums of one who errs: each step is wrong with probability `error`, and the error is carried on.
+
+    Args:
+        always: a sum so far and a digit whose sum is one too much each time.
+    """
     sums = [digits[0]]
     for digit in digits[1:]:
         wrong = int(chance.integers(1, MODULUS)) if chance.random() < error else 0
+        if always is not None and (sums[-1], digit) == tuple(always):
+            wrong = 1
         sums.append((sums[-1] + digit + wrong) % MODULUS)
     return sums
 

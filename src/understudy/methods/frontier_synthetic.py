@@ -21,6 +21,7 @@ from understudy.evaluation.answers import wilson
 from understudy.generation import Completion, Prompt, Request
 from understudy.tasks import get as get_task
 from understudy.training import Pipeline, PipelineContext
+from understudy.training.solvers import WORLD_KEYS
 
 _COST = "Cost is that of the student's training; what the teacher wrote is in the table of what the models were asked."
 _KEYS = ("student", "trainer", "seed", "reduction", "eval_split")
@@ -171,8 +172,7 @@ class FrontierSynthetic(Pipeline):
 
     def _student(self, recipe: Mapping[str, Any], corpus: str, checker: Checker) -> dict[str, Any]:
         """The student's own run: supervised on the targets, judged on the data's own questions."""
-        made = {"digits", "size", "seed", "limit", "columns", "teacher_error"}  # what has done its work
-        data = {k: v for k, v in recipe["data"].items() if k not in made}
+        data = {k: v for k, v in recipe["data"].items() if k not in WORLD_KEYS}
         data |= {"name": corpus, "answers": checker.kind, "rationale": self.targets == "reasoning"}
         return {"task": "reasoning", "method": "sft", "data": data, **{k: recipe[k] for k in _KEYS}}
 

@@ -15,6 +15,7 @@ from understudy.synthetic.responses import Rejected
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Number = Annotated[int, Field(ge=0, strict=True)]
+_Digit = Annotated[int, Field(ge=0, le=9, strict=True)]
 _Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Flag = Annotated[bool, Field(strict=True)]
 _Packing = Literal["auto", "free", "none"]
@@ -258,6 +259,9 @@ class _Reasoning(BaseModel):
     shots: _Number = Field(0, description="Solved training questions before each question, of its style if it has one.")
     teacher_error: _Share = Field(
         0.03, description="Share of wrong steps of the oracle of sums, as a teacher that writes."
+    )
+    systematic_error: tuple[_Digit, _Digit] | None = Field(
+        None, description="A sum so far and a digit that this teacher always adds wrongly, by one, as in [7, 8]."
     )
     evaluator_noise: Annotated[float, Field(ge=0)] = Field(
         0.35,

@@ -184,22 +184,31 @@ class Reasoning(LanguageModeling):
             raise InputError(
                 f"The running sums have no teacher that writes {style!r}.{nearest(style, STYLES)} Known: {', '.join(STYLES)}."
             )
-        error = data.get("teacher_error", 0.03)
+        error, always = data.get("teacher_error", 0.03), data.get("systematic_error")
 
         def write(request: Request, chance: np.random.Generator) -> str:
             text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
             digits = digits_of(text)
             if style in ("", "ordered"):
-                sums = attempt(digits, error, chance)
+                sums = attempt(digits, error, chance, always)
                 return completion(shown(sums) if STEPS in text else "", str(sums[-1]))
             rationale = STYLES[style](digits, chance) if STEPS in text else ""
             return completion(rationale, str(running_sums(digits)[-1]))
 
-        return OracleSource(f"sums {error}" if style in ("", "ordered") else f"sums {style}", write)
+        errs = f"sums {error}" if always is None else f"sums {error} and {always[0]}+{always[1]}"
+        return OracleSource(errs if style in ("", "ordered") else f"sums {style}", write)
 
 
 _HOW = ("max_length", "packing", "truncation", "vocab_size", "tokenizer")
-_GRADED = ("answers", "max_new_tokens", "samples", "temperature", "teacher_error", "evaluator_noise")
+_GRADED = (
+    "answers",
+    "max_new_tokens",
+    "samples",
+    "temperature",
+    "teacher_error",
+    "systematic_error",
+    "evaluator_noise",
+)
 
 
 def _evaluator(noise: float) -> Source:

@@ -12,7 +12,7 @@ from understudy.data.text import write_records
 from understudy.generation import Completion, LocalSource, Prompt, Request
 from understudy.training.pipeline import PipelineContext
 
-WORLD_KEYS = frozenset({"digits", "size", "seed", "limit", "columns", "teacher_error", "styles"})
+WORLD_KEYS = frozenset({"digits", "size", "seed", "limit", "columns", "teacher_error", "systematic_error", "styles"})
 """Keys of `data` that choose its questions, and have done so where a procedure has written a corpus of its own."""
 _LOADED = ("dtype", "device", "quantization", "trust_remote_code")
 """How a model is loaded. Its tokenizer may lie elsewhere until it is trained, which saves it beside the weights."""

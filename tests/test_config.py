@@ -521,6 +521,9 @@ def test_what_does_not_go_together_is_said_without_all_values():
         ("method=mcts-dpo task=reasoning options.judge_prompt=nofile", "nofile"),
         ("method=ded task=reasoning options.temperature=0", "are all alike: raise the temperature"),
         ("method=qcrd task=reasoning options.teacher_prompt=nofile", "nofile"),
+        ("method=symbolic-kd task=text_generation options.tail_prompt=nofile", "nofile"),
+        ("method=i2d2 task=statement_generation options.prompt=nofile", "nofile"),
+        ("method=i2d2 task=statement_generation options.log=other.jsonl", "the run's own model does: leave it out"),
         ("method=frontier-synthetic task=language_modeling data.characters=20000", "task 'language_modeling' has none"),
     ],
 )

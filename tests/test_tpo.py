@@ -16,6 +16,7 @@ from understudy.data import Batch, TextSet, collate_lists, encode_lists, load_pr
 from understudy.data.trees import paths, token_steps
 from understudy.losses import preference, steps
 from understudy.methods.tpo import TPO
+from understudy.runs.recipe import make
 from understudy.training import SetupContext, TrainState
 
 TREE = {
@@ -286,7 +287,7 @@ def test_data_that_do_not_fit(tokenizer, tmp_path, caplog):
     with pytest.raises(InputError, match=r"train example 0 has the score 100 and options\.score_range is"):
         staged(tokenizer, tmp_path, TPO(score_range=(0, 1)))
     with pytest.raises(InputError, match="give the lower end first"):
-        staged(tokenizer, tmp_path, TPO(score_range=(1, 0)))
+        make({"task": "preferences", "method": "tpo", "options": {"score_range": [1, 0]}})
     rows = encoded(tokenizer).records
     equal = [{**row, "scores": [1.0, 1.0, 1.0]} for row in rows]
     with pytest.raises(InputError, match="none of 3 training examples has two answers of different scores"):

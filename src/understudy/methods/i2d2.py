@@ -100,13 +100,7 @@ class I2D2(Pipeline):
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
         task: Any = get_task(context.recipe["task"])
-        material = task.material(context.recipe)
-        if self.log is not None:
-            raise InputError(
-                "options.log shares what other models write, and here the run's own model does: leave it out."
-            )
-        material.check(self.filter, self.filter == "critic")
-        generics.statement_prompts(Prompt.load(self.prompt), material.seeds[:1], list(material.relations)[:1], [""])
+        material = self.check(context)
         model = context.recipe["student"]["model"]
         if is_new_causal_lm(model):
             start = task.start_recipe(context.recipe, material, context.folder / "world")
@@ -136,6 +130,18 @@ class I2D2(Pipeline):
         generics.write_statements(context.folder / "corpus", final)
         report = statement_report(rounds, final, material.is_valid, HELD, found)
         return {"split": HELD, **cost, **report, "notes": material.notes}
+
+    def check(self, context: PipelineContext) -> Any:
+        """Refuse a recipe that cannot be carried out; returns its material."""
+        task: Any = get_task(context.recipe["task"])
+        material = task.material(context.recipe)
+        if self.log is not None:
+            raise InputError(
+                "options.log shares what other models write, and here the run's own model does: leave it out."
+            )
+        material.check(self.filter, self.filter == "critic")
+        generics.statement_prompts(Prompt.load(self.prompt), material.seeds[:1], list(material.relations)[:1], [""])
+        return material
 
     # -- 1: prompts, the likeliest under the model before self-imitation -------------------------------------------
 

@@ -87,8 +87,7 @@ class SymbolicKD(Pipeline):
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
         task: Any = get_task(context.recipe["task"])
-        material = task.material(context.recipe)
-        self._check(context, material)
+        material = self.check(context)
         events = context.stage("events", Event, partial(self._events, context, material))
         triples = context.stage("triples", Triple, partial(self._triples, context, material, events))
         found: dict[str, Any] = {}
@@ -116,8 +115,10 @@ class SymbolicKD(Pipeline):
     def _asks_critic(self) -> bool:
         return self.filter in ("critic", "random")
 
-    def _check(self, context: PipelineContext, material: Any) -> None:
-        """What can be known to fail before anything is written and paid for."""
+    def check(self, context: PipelineContext) -> Any:
+        """Refuse a recipe that cannot be carried out; returns its material."""
+        task: Any = get_task(context.recipe["task"])
+        material = task.material(context.recipe)
         material.check(self.filter, self._asks_critic)
         relation = next(iter(material.relations.values()))
         knowledge.head_requests(Prompt.load(self.head_prompt), material.seeds, 1, 1, 0)
@@ -125,6 +126,7 @@ class SymbolicKD(Pipeline):
         student = context.recipe["student"]
         if not is_new_causal_lm(student["model"]):
             load_tokenizer(student.get("tokenizer", student["model"]))
+        return material
 
     # -- 1, 2: what the teacher writes ----------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ All answers of a tree, or list, are learned from at once, and steps that matter 
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from understudy.data import Batch, ListBatch
@@ -67,6 +67,13 @@ class TPO(Method):
         "start", description="The student at its start, or the recipe's teacher."
     )
 
+    @model_validator(mode="after")
+    def _range_ascends(self) -> Self:
+        if self.score_range is not None and not self.score_range[0] < self.score_range[1]:
+            low, high = self.score_range
+            raise ValueError(f"score_range is [{low:g}, {high:g}]: give the lower end first")
+        return self
+
     @property
     def requires(self) -> Requirements:
         teacher: Any = "setup" if self.reference == "teacher" else "none"
@@ -90,8 +97,6 @@ class TPO(Method):
             log.warning("tpo: %d of %d training examples order no answers and teach nothing.", flat, len(rows))
         every = [score for row in rows for score in row["scores"]]
         low, high = self.score_range or (min(every), max(every))
-        if not low < high:
-            raise InputError(f"tpo: options.score_range is [{low:g}, {high:g}]: give the lower end first.")
         for row in rows:
             for score in row["scores"]:
                 if not low <= score <= high:

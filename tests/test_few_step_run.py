@@ -206,6 +206,16 @@ def test_scores_that_agree_give_no_gradient(tmp_path):
     assert torch.equal(flat(closed.own["fake"]), flat(closed.student))
 
 
+@pytest.mark.parametrize("method", ["diffusion-dpo", "dmd"])
+def test_a_teacher_that_networks_start_from_runs_in_their_precision(method, tmp_path):
+    trainer = {**RING["trainer"], "bf16": True, "max_steps": 1}
+    options = {"beta": 500.0} if method == "diffusion-dpo" else {"pairs": 16, "fake_rate": 1e-9}
+    distill({**RING, "method": method, "options": options, "trainer": trainer, "output": str(tmp_path / "run")})
+    terms = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["terms"]
+    name, value = ("dpo", math.log(2)) if method == "diffusion-dpo" else ("dmd", 0.0)
+    assert terms[name] == pytest.approx(value, abs=1e-6)
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_preferences_begin_at_log_two(clip, tmp_path):
     """Also where the teacher bounds x_0 as it samples, which the student does not as it learns."""

@@ -71,7 +71,7 @@ class DiffusionDPO(Method):
     @property
     def requires(self) -> Requirements:
         """The teacher is the reference, and sees the pairs with noise."""
-        return Requirements(teacher="calls", teacher_model=True)
+        return Requirements(teacher="calls", teacher_autocast=True, teacher_model=True)
 
     # -- pairs ------------------------------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ class DistillationDPO(Method):
     @property
     def requires(self) -> Requirements:
         """The student's own samples are shown to the teacher."""
-        return Requirements(teacher="calls", teacher_model=True)
+        return Requirements(teacher="calls", teacher_autocast=True, teacher_model=True)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         """For the metric `nearest`: the training examples."""

@@ -32,6 +32,7 @@ from understudy.training.list_pairs import mean_by_list, ordered_pairs
 from understudy.training.reference import (
     Reward,
     attach,
+    attach_tokens,
     check_starts_at_zero,
     finite,
     need_order,
@@ -42,7 +43,6 @@ from understudy.training.reference import (
     with_margin,
 )
 from understudy.training.single_answers import add_strays, are_single, check_balance, stray_kl
-from understudy.training.token_columns import add_token_columns
 
 LossType = Literal[
     "dpo",
@@ -262,7 +262,7 @@ class DPO(Method):
         assert scorer is not None
         attach(context, {"reference": scorer})
         if self.ld_alpha is not None:
-            add_token_columns(context, scorer, lambda s: {"reference": s.by_token(self.name)[0]}, kind="log_probs")
+            attach_tokens(context, scorer, self.name)
         if unpaired:
             add_strays(context, scorer)
         return {}

@@ -20,15 +20,8 @@ from understudy.data import Batch, ListBatch
 from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.losses import steps
-from understudy.training import (
-    Method,
-    ModelOutput,
-    Requirements,
-    SetupContext,
-    Term,
-    TrainState,
-    add_token_columns,
-)
+from understudy.training import Method, ModelOutput, Requirements, SetupContext, Term, TrainState
+from understudy.training.reference import attach_tokens
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +76,7 @@ class TPO(Method):
         rows = context.splits["train"].records
         span = self._score_range(rows)
         scorer = context.live_teacher() if self.reference == "teacher" else context.student
-        add_token_columns(context, scorer, lambda s: {"reference": s.by_token(self.name)[0]}, kind="log_probs")
+        attach_tokens(context, scorer, self.name)
         ids = torch.tensor([row["id"] for row in rows])
         context.add_column(Column.by_token("step", ids, [_token_steps(row) for row in rows]))
         return {"score_range": torch.tensor(span, dtype=torch.float64)}

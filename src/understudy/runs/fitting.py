@@ -80,6 +80,7 @@ def assemble_teacher(
         features=method.requires.teacher_features,
         taps=method.taps("teacher", model, _example(prepared)) if method.requires.in_steps else {},
         sharded=sharded,
+        autocast=method.requires.teacher_autocast,
     )
 
 

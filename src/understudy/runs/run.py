@@ -60,6 +60,7 @@ from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
 from understudy.teachers import Teacher
 from understudy.training import Pipeline, PipelineContext, SetupContext
+from understudy.training.arguments import autocast_dtype
 from understudy.training.ranks import check_sharding
 
 TRACKED_AS = {"test": "test", "validation": "eval"}
@@ -335,6 +336,7 @@ def _setup_context(
         teacher=teacher,
         domains=prepared.domains,
         tokenizer=prepared.tokenizer,
+        autocast=autocast_dtype(recipe.trainer),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -41,6 +42,7 @@ class LocalTeacher:
         freeze: turn off the gradients of its parameters.
         features, taps: further outputs: features before the head, outputs of these layers.
         sharded: shard its weights over the ranks, each on its `device`. Every rank must call it equally often.
+        autocast: run in the mixed precision around the call, as a student does that it is compared with.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class LocalTeacher:
         features: bool = False,
         taps: Mapping[str, nn.Module] | None = None,
         sharded: bool = False,
+        autocast: bool = False,
     ) -> None:
         self.model, self.name, self.features, self.taps = model, name, features, taps
+        self.autocast = autocast
         if freeze:
             model.requires_grad_(False)
         if sharded and ranks() > 1:
@@ -75,7 +79,8 @@ class LocalTeacher:
         batch = batch.for_teacher()
         home = batch.labels.device
         device = next((p.device for p in self.model.parameters()), home)  # a cache or server has no parameters
-        with evaluating(self.model), torch.autocast(home.type, enabled=False):
+        own = nullcontext() if self.autocast else torch.autocast(home.type, enabled=False)
+        with evaluating(self.model), own:
             rows: ModelOutput = self.model(batch if device == home else batch.to(device), self.features, self.taps)
         return rows if device == home else rows.to(home)
 

@@ -280,6 +280,11 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
+def autocast_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of the run's mixed precision, `None` without any."""
+    return torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
+
+
 def update_size(args: TrainingArguments) -> int:
     """Number of examples in one update, over all micro-batches and ranks."""
     return int(args.train_batch_size * max(1, args.world_size) * args.gradient_accumulation_steps)

@@ -40,6 +40,8 @@ class Requirements:
         teacher_layers: whether `taps` reads inner layers of the teacher; its model must then run in this process.
         teacher_classes: whether the teacher's classes must be those of the data; not for a method that reads its inner layers
             alone. Its head may then be of other classes, or new.
+        teacher_autocast: whether the teacher runs in the mixed precision of the training steps: for a loss that compares it
+            with a network which starts as its copy. Else it runs in the dtype of its weights.
         teacher_model: whether `setup` runs the teacher's model on every example; a cache or server cannot replace it.
         members: names of models that `setup` reads one by one; the recipe gives them in `teacher.members`.
         temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
@@ -51,6 +53,7 @@ class Requirements:
     teacher_features: bool = False
     teacher_layers: bool = False
     teacher_classes: bool = True
+    teacher_autocast: bool = False
     teacher_model: bool = False
     members: tuple[str, ...] = ()
     temperature: float = 1.0

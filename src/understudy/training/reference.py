@@ -17,6 +17,7 @@ from understudy.teachers.cache.scores import ScoreStore, score_lists
 from understudy.training.method import TrainState
 from understudy.training.reduction import Term
 from understudy.training.setup import SetupContext
+from understudy.training.token_columns import add_token_columns
 
 SAYS = {"reference": "reference", "taught": "teacher"}
 """Whose log-probabilities a column of the data holds."""
@@ -78,11 +79,13 @@ def with_margin(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def attach(context: SetupContext, scorers: dict[str, ModelAdapter]) -> None:
-    """Compute each model's log-probabilities of all candidates once, into the column of its name."""
+    """Compute each model's log-probabilities of all candidates once, into the column of its name, in the precision that the
+    student's are computed in."""
     for column, model in scorers.items():
         store = ScoreStore(context.store / "scores")
         for split, examples in context.splits.items():
-            score_lists(model, examples, context.collate, store, column=column)
+            autocast = None if split in ("validation", "test") else context.autocast
+            score_lists(model, examples, context.collate, store, column=column, autocast=autocast)
             for row in examples.records:
                 for i, value in enumerate(row[column]):
                     if not math.isfinite(value):
@@ -90,6 +93,17 @@ def attach(context: SetupContext, scorers: dict[str, ModelAdapter]) -> None:
                             f"The {SAYS[column]} gives candidate {i} of {split} example {row['id']} the log-probability "
                             f"{value}, and it must be finite. Load the model in float32, or leave the example out."
                         )
+
+
+def attach_tokens(context: SetupContext, model: ModelAdapter, method: str) -> None:
+    """The same of each completion token of the training examples, as the column `reference`.
+
+    Args:
+        method: for the message, if the model tells nothing of tokens.
+    """
+    add_token_columns(
+        context, model, lambda s: {"reference": s.by_token(method)[0]}, kind="log_probs", autocast=context.autocast
+    )
 
 
 def recorded(context: SetupContext) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from understudy.data import Batch
@@ -40,6 +41,8 @@ class SetupContext:
         columns: numbers per example or token, see `add_column`.
         domains: names of the examples' domains, by their number in a batch; empty if the data have none.
         tokenizer: of both models, for text.
+        autocast: dtype of the training steps' mixed precision, if any. A reference that the student equals at the first step
+            is to be computed in it; evaluation is in the dtype of the weights.
     """
 
     student: ModelAdapter
@@ -56,6 +59,7 @@ class SetupContext:
     teacher: Teacher | None = None
     domains: Sequence[str] = ()
     tokenizer: Any = None
+    autocast: torch.dtype | None = None
 
     def add_column(self, column: Column) -> None:
         """Add a number to every example or token of the training data; `loss` reads it as `state.columns[name]`.

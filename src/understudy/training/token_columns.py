@@ -21,6 +21,7 @@ def add_token_columns(
     *,
     kind: str,
     split: str = "train",
+    autocast: torch.dtype | None = None,
 ) -> None:
     """Give every completion token of a split what `read` takes of the model's answer, as columns by the names of `read`.
 
@@ -29,10 +30,11 @@ def add_token_columns(
     Args:
         read: from the answer to finite numbers, `[tokens, …]` by name.
         kind: of what is read with its settings: answers are kept by model, candidate and this.
+        autocast: compute in mixed precision of this dtype: `context.autocast` for what the student is compared with.
     """
     examples = context.examples(split)
     store = ScoreStore(context.store / "tokens" / kind, kind)
-    found = score_tokens(model, examples, context.collate, store, read)
+    found = score_tokens(model, examples, context.collate, store, read, autocast=autocast)
     ids = torch.tensor([row["id"] for row in examples.records])
     for name in found[0]:
         context.add_column(Column.by_token(name, ids, [arrays[name] for arrays in found]))

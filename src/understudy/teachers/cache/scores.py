@@ -1,7 +1,8 @@
 """Scores of a frozen model (log-probabilities, relevance) by candidate or by token, computed once, in the store that caches
 of teachers use.
 
-The key of a score is the SHA-256 of the model's weights and of the candidate's inputs.
+The key of a score is the SHA-256 of the model's weights, of the dtype of mixed precision if there is any, and of the
+candidate's inputs.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def score_lists(
     column: str,
     contents: Callable[[Mapping[str, Any]], list[bytes]] = sequences,
     batch: int = 16,
+    autocast: torch.dtype | None = None,
 ) -> int:
     """Fill `column` of each example with the model's scores of its candidates.
 
@@ -71,6 +73,7 @@ def score_lists(
 
     Args:
         contents: the inputs that the score of each candidate depends on, apart from the weights.
+        autocast: compute in mixed precision of this dtype.
 
     Returns:
         The number of computed candidates.
@@ -80,8 +83,8 @@ def score_lists(
         values: Tensor = said.signal.values.double().cpu()
         return [[{"score": value[None]} for value in row] for row in values]
 
-    keys = _keys(model, examples, contents)
-    computed = _compute(model, examples, collate, store, keys, read, batch)
+    keys = _keys(model, examples, contents, autocast)
+    computed = _compute(model, examples, collate, store, keys, read, batch, autocast)
     for example, ks in zip(examples.records, keys, strict=True):
         example[column] = store.scores(ks)
     return computed
@@ -94,12 +97,14 @@ def score_tokens(
     store: ScoreStore,
     read: Callable[[Scores], Arrays],
     batch: int = 16,
+    autocast: torch.dtype | None = None,
 ) -> list[dict[str, Tensor]]:
     """What the model says of the completion tokens of each example, `[tokens, …]`, one candidate after the other.
 
     Args:
         store: holds nothing but what this `read` gave.
         read: from the model's answer to arrays with one row a token of the batch.
+        autocast: compute in mixed precision of this dtype.
     """
 
     def cut(said: ModelOutput, batch: Batch) -> list[list[Arrays]]:
@@ -108,15 +113,18 @@ def score_tokens(
         parts = {name: array.cpu().split(sizes) for name, array in read(said.signal).items()}
         return [[{name: part[s] for name, part in parts.items()} for s in group] for group in batch.groups]
 
-    keys = _keys(model, examples, sequences)
-    _compute(model, examples, collate, store, keys, cut, batch)
+    keys = _keys(model, examples, sequences, autocast)
+    _compute(model, examples, collate, store, keys, cut, batch, autocast)
     return [store.read(ks) for ks in keys]
 
 
 def _keys(
-    model: ModelAdapter, examples: Any, contents: Callable[[Mapping[str, Any]], list[bytes]]
+    model: ModelAdapter,
+    examples: Any,
+    contents: Callable[[Mapping[str, Any]], list[bytes]],
+    autocast: torch.dtype | None,
 ) -> list[list[bytes]]:
-    name = state_hash(model).encode()
+    name = (state_hash(model) + (f" {autocast}" if autocast is not None else "")).encode()
     return [[hashlib.sha256(name + c).digest() for c in contents(e)] for e in examples.records]
 
 
@@ -129,6 +137,7 @@ def _compute(
     keys: Sequence[Sequence[bytes]],
     read: Callable[[ModelOutput, Batch], list[list[Arrays]]],
     size: int,
+    autocast: torch.dtype | None,
 ) -> int:
     """Store what is missing of each example's candidates; how many were computed.
 
@@ -139,7 +148,7 @@ def _compute(
     missing = [i for i, ks in enumerate(keys) if any(k not in store for k in ks)]
     found: dict[bytes, Arrays] = {}
     computed = 0
-    with evaluating(model):
+    with evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for start in range(0, len(missing), size):
             chosen = missing[start : start + size]
             batch = Batch.from_dict(collate([examples[i] for i in chosen])).to(device)

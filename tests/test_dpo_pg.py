@@ -5,6 +5,7 @@ import torch
 
 from engine_cases import killed_run, weights
 from golden_vectors import close
+from split_cases import ends_alike
 from test_preference_methods import staged
 from test_preferences import PAIRS, anchored, lists, scorer
 from test_preferences import tokenizer as tokenizer
@@ -53,13 +54,7 @@ def test_what_does_not_conflict_is_dpo():
 
 
 def test_any_split_of_a_batch_gives_the_same_update(tokenizer, tmp_path):
-    results = []
-    for micro, accumulate in ((4, 1), (2, 2), (1, 4)):
-        trainer = anchored(DPOPG(), tokenizer, tmp_path / f"{micro}", micro, accumulate)
-        trainer.train()
-        results.append(torch.cat([p.detach().flatten() for p in trainer.model.student.parameters()]))
-    for other in results[1:]:
-        torch.testing.assert_close(results[0], other, rtol=0, atol=1e-6)
+    ends_alike(lambda micro, n: anchored(DPOPG(), tokenizer, tmp_path / f"{micro}", micro, n), ((4, 1), (2, 2), (1, 4)))
 
 
 def test_it_keeps_the_better_answers_likelier_than_dpo_does(tmp_path):

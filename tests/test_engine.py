@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine_cases import CONV, DIGITS, OPTIONS, TEXT, killed_run, weights
+from split_cases import ends_alike, flat
 from two_ranks import two_ranks
 from understudy import distill
 from understudy.data import Batch, collate_images, collate_text
@@ -168,13 +170,7 @@ METHODS = [
 def test_any_split_of_a_batch_gives_the_same_update(method, text, reduction, tmp_path):
     if text and "text" not in method.kinds:
         pytest.skip("works on images")
-    results = []
-    for micro, accumulate in ((12, 1), (4, 3), (1, 12)):
-        trainer = trainer_for(method, tmp_path, micro, accumulate, reduction=reduction, text=text)
-        trainer.train()
-        results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-    for other in results[1:]:
-        torch.testing.assert_close(results[0], other, rtol=0, atol=1e-6)
+    ends_alike(partial(trainer_for, method, tmp_path, reduction=reduction, text=text))
 
 
 RANKS = """
@@ -200,7 +196,7 @@ def test_two_ranks_give_the_result_of_one(index, text, tmp_path):
     assert done.returncode == 0, done.stderr
     single = trainer_for(METHODS[index], tmp_path, 12, 1, text=text)
     single.train()
-    alone = torch.cat([p.detach().flatten() for p in single.model.parameters()])
+    alone = flat(single.model)
     torch.testing.assert_close(torch.load(tmp_path / "two.pt"), alone, rtol=0, atol=1e-6)
 
 

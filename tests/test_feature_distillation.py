@@ -1,6 +1,7 @@
 """FitNets, attention transfer, SP, RKD, DKD, DIST: losses by hand and in their limits, bad input, runs."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from engine_cases import CONV, DIGITS, killed_run, weights
 from golden_vectors import close
+from split_cases import ends_alike
 from test_engine import trainer_for
 from understudy import InputError, distill
 from understudy.losses import decoupled_kl, forward_kl
@@ -242,13 +244,10 @@ def test_killed_and_resumed_ends_in_the_same_weights(method, tmp_path):
 
 @pytest.mark.parametrize("method", [DKD(), DIST(group=4), SP(group=4)], ids=lambda m: m.name)
 def test_any_split_between_groups_gives_the_same_update(method, tmp_path):
-    ends = []
-    for micro, accumulate in ((12, 1), (4, 3)):
-        trainer = trainer_for(method, tmp_path, micro, accumulate)
-        trainer.train()
-        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-    close(ends[0], ends[1], rtol=0, atol=1e-9)
-    assert all(p.grad is None for p in trainer.teacher.model.parameters())
+    def untouched(trainer):
+        assert all(p.grad is None for p in trainer.teacher.model.parameters())
+
+    ends_alike(partial(trainer_for, method, tmp_path), ((12, 1), (4, 3)), 1e-9, untouched)
 
 
 def test_the_hint_is_trained_alone_first_and_not_afterwards(tmp_path):

@@ -22,11 +22,12 @@ $(VENV)/ready: $(VENV)/package
 demo: $(VENV)/package
 	$(BIN)/understudy demo --output runs/demo
 
+# A file's tests run in one process, which makes its fixtures once.
 test: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 test-all: test test-slow
 

@@ -17,7 +17,7 @@ from understudy.training import zero
 from understudy.training.order import EpochSampler, Share
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # its fixture takes a minute: one process makes it
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,7 @@ from understudy.training.checkpoint import load_tree
 from understudy.training.ranks import check_sharding
 
 HERE = Path(__file__).parent
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("ranks_methods"),
-]  # its fixture takes a minute: one process makes it
+pytestmark = pytest.mark.slow
 WAYS = [(way, name) for way in ("ddp", "fsdp") for name in cases.CASES if way == "ddp" or name not in cases.AUXILIARY]
 
 

@@ -50,3 +50,12 @@ def test_a_hub_without_address_is_not_asked_again_and_again(load, unreachable, c
 def test_a_proxy_looks_names_up_itself(unreachable, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     assert folders.hub_id("nobody/nothing") == "nobody/nothing" and not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("name", ["lama:hidden=3", "/no/where", "a/b/c"])
+def test_what_no_name_of_the_hub_looks_like_is_told_without_asking_it(name, monkeypatch):
+    monkeypatch.setattr(folders, "_look_up", lambda endpoint: pytest.fail("asked"))
+    with pytest.raises(
+        InputError, match=r"is no path that exists, and no name on the Hub \(owner/name\) has this form"
+    ):
+        load_model(name)

@@ -66,9 +66,19 @@ def hub_id(name: str) -> str:
 
     Where the Hub's host has no address, its cache alone is read from here on: its client would try again for most of a
     minute at every file.
+
+    Raises:
+        InputError: no name on the Hub has this form.
     """
     from huggingface_hub.constants import ENDPOINT  # slow to import, and most runs load nothing from it
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise InputError(
+            f"{name!r} is no path that exists, and no name on the Hub (owner/name) has this form."
+        ) from None
     _look_up(ENDPOINT)
     return name
 

@@ -364,6 +364,21 @@ def test_adapters_that_do_not_fit_are_one_line(name, tmp_path, llama, tokenizer)
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize("model", ["llama:hidden=16,layers=1,heads=2", "llama"])
+def test_adapters_of_a_new_model_are_saved_with_it(model, tmp_path, llama):
+    """By themselves they would be all that is left of the run. Of a model in a folder they are saved alone."""
+    pytest.importorskip("peft")
+    student = {"model": str(llama) if model == "llama" else model, "peft": {"r": 2, "target_modules": ["q_proj"]}}
+    trainer = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1}
+    recipe = {"task": "language_modeling", "method": "sft", "data": {"characters": 20000}, "student": student}
+    done = distill({**recipe, "trainer": trainer, "output": str(tmp_path / "run")})
+    assert (done.folder / "student" / "adapter_config.json").is_file() == (model == "llama")
+    assert evaluate_run(done.folder)["metrics"]["nll"] == pytest.approx(done.metrics["nll"], rel=1e-6)
+    if model != "llama":
+        plain = transformers.AutoModelForCausalLM.from_pretrained(done.folder / "student")
+        assert not any("lora" in name for name in plain.state_dict())
+
+
 # -- the dtype to compute in ---------------------------------------------------------------------------------------------
 
 

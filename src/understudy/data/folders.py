@@ -71,7 +71,7 @@ def hub_id(name: str) -> str:
         InputError: no name on the Hub has this form.
     """
     from huggingface_hub.constants import ENDPOINT  # slow to import, and most runs load nothing from it
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)

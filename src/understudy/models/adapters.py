@@ -24,7 +24,7 @@ from understudy.models.modes import evaluating
 from understudy.models.processors import Processor
 from understudy.models.sharding import is_sharded, whole, whole_state
 from understudy.models.taps import tapped
-from understudy.models.weights import reason, save_network
+from understudy.models.weights import merged, reason, save_network
 from understudy.targets import Dense, Projected
 
 
@@ -83,7 +83,7 @@ class ModelAdapter(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Save with `save_pretrained`, in the small networks' own format, or as the module's state. PEFT adapters are
-        saved as adapters.
+        saved as adapters, unless their base has no name (a new model): then all of it is saved, merged.
 
         A sharded model is gathered first: every rank must call, and the first one writes.
         """
@@ -94,7 +94,7 @@ class ModelAdapter(nn.Module):
         if hasattr(getattr(self.model, "config", None), EXPERTS):
             save_experts(self.model, folder)
         else:
-            save_network(self.model, folder, state)
+            save_network(merged(self.model) if state is None else self.model, folder, state)
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Add LoRA adapters, which are trained instead of the model; `options` are those of `peft.LoraConfig`."""

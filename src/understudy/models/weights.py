@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,6 +48,16 @@ def save_network(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | N
     else:
         facts: Any = getattr(model, "understudy", None)
         write_model(model, folder, {MODULE: type(model).__name__} if facts is None else facts, state)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model, or a copy with its adapters merged if they say of no folder or Hub id whose they are: saved by themselves,
+    they would be all that is left of it."""
+    adapters = getattr(model, "peft_config", {}).values()
+    if not adapters or any(one.base_model_name_or_path for one in adapters):
+        return model
+    found: nn.Module = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    return found
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -303,10 +303,11 @@ def test_one_call_of_the_student_is_better_than_two_of_the_teacher(method, teach
     assert again.sampler.steps == 1 and again.sampler.renoise == (method == "consistency")
 
 
-def test_preferences_lower_the_cost_of_samples(teacher, tmp_path):
+@pytest.mark.parametrize("beta", [20.0, DiffusionDPO().beta])
+def test_preferences_lower_the_cost_of_samples(beta, teacher, tmp_path):
     recipe = {**RING, "method": ByFirst, "teacher": teacher}
     steps = {"max_steps": 150, "learning_rate": 3e-4, "per_device_train_batch_size": 64, "save_strategy": "no"}
-    options = {"beta": 20.0, "pairs": 256}
+    options = {"beta": beta, "pairs": 256}
     m = distill({**recipe, "options": options, "trainer": steps, "output": str(tmp_path)}).metrics
     assert m["nfe"] == m["teacher_nfe"] == 4 and m["cost"] < m["reference_cost"] - 0.1, m
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["terms"]

@@ -77,7 +77,12 @@ ARGUMENTS = {
     "neftune_noise_alpha": (5.0, "not supported"),
     "label_smoothing_factor": (0.1, "not supported"),
     "use_liger_kernel": (True, "not supported"),
-    "hub_strategy": (1, "Known: end"),
+    "push_to_hub": (True, "not supported: a finished student is pushed by `understudy push RUN REPO`"),
+    "bf16_full_eval": (True, "not supported: evaluations are the task's own"),
+    "train_sampling_strategy": ("group_by_length", "not supported: the order is that of trainer.data_seed"),
+    "average_tokens_across_devices": (False, "not supported: an update is divided by the counts of all devices"),
+    "include_for_metrics": (["loss"], "not supported"),
+    "log_level_replica": (1, "Known: detail"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from types import UnionType
 from typing import Annotated, Any, Literal, Union
 
@@ -112,7 +113,8 @@ def page() -> str:
             where = f" {key.where or 'all'} |" if placed else ""
             cells = (key.type, key.default, key.meaning)
             lines.append(f"| `{key.name}` |{where} " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    unsupported = "; ".join(f"`{n}` ({why})" for n, why in UNSUPPORTED.items())
+    by_reason = groupby(UNSUPPORTED.items(), lambda item: item[1])
+    unsupported = "; ".join(f"{', '.join(f'`{n}`' for n, _ in names)} ({why})" for why, names in by_reason)
     return "\n".join([*lines, "", f"Arguments of transformers' Trainer that are refused: {unsupported}."])
 
 

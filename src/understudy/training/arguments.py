@@ -33,13 +33,27 @@ RUN = frozenset(
 )
 """Arguments that the run sets itself."""
 
-UNSUPPORTED = {
-    "neftune_noise_alpha": "noise on the student's embeddings is not added here",
-    "label_smoothing_factor": "losses are the methods' own here; dpo has options.label_smoothing",
-    "use_liger_kernel": "losses are computed chunk by chunk without it here",
-    "parallelism_config": "several devices are used by DDP, trainer.fsdp or trainer.deepspeed here",
+_UNSUPPORTED = {
+    "noise on the student's embeddings is not added here": ("neftune_noise_alpha",),
+    "losses are the methods' own here; dpo has options.label_smoothing": ("label_smoothing_factor",),
+    "losses are computed chunk by chunk without it here": ("use_liger_kernel", "liger_kernel_config"),
+    "several devices are used by DDP, trainer.fsdp or trainer.deepspeed here": ("parallelism_config",),
+    "an update is divided by the counts of all devices here": ("average_tokens_across_devices",),
+    "the order is that of trainer.data_seed here, or the method's own": (
+        "train_sampling_strategy",
+        "length_column_name",
+    ),
+    "labels are columns of the data here (data.columns)": ("label_names",),
+    "evaluations are the task's own here, in the dtype of the weights": (
+        *("bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "eval_do_concat_batches"),
+        *("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
+    ),
+    "a finished student is pushed by `understudy push RUN REPO`": (
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    ),
 }
-"""Arguments of transformers that would have no effect, and why."""
+UNSUPPORTED = {name: why for why, names in _UNSUPPORTED.items() for name in names}
+"""Arguments of transformers that would have no effect, or not theirs, and why."""
 
 DEFAULTS: dict[str, Any] = {
     "save_steps": 200,
@@ -122,7 +136,7 @@ def checked_arguments(values: Any, where: str) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any, name: str) -> Any:
-    if key in UNSUPPORTED and value not in (None, 0, False):
+    if key in UNSUPPORTED and not _is_default(key, value):
         raise InputError(f"{name} is not supported: {UNSUPPORTED[key]}. Leave it out.")
     if key == "report_to":
         return _trackers(value, name)
@@ -139,6 +153,12 @@ def _checked(key: str, value: Any, name: str) -> Any:
     if isinstance(read, float) and read.is_integer() and not isinstance(value, float) and key.endswith(_COUNTED):
         return int(read)
     return read
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Whether an argument asks for nothing but what happens without it."""
+    held = fields()[key].default
+    return value == held or (held in (False, None, dataclasses.MISSING) and value in (None, 0, False, [], {}))
 
 
 _COUNTED = ("_steps", "_delay", "_epochs")

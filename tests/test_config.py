@@ -81,6 +81,7 @@ ARGUMENTS = {
     "train_sampling_strategy": ("group_by_length", "not supported: the order is that of trainer.data_seed"),
     "average_tokens_across_devices": (False, "not supported: an update is divided by the counts of all devices"),
     "include_for_metrics": (["loss"], "not supported"),
+    "ignore_data_skip": (True, "not supported: a resumed run goes on with the next examples"),
     "save_only_model": (True, "not supported: a run goes on from its checkpoints here"),
     "log_level_replica": (1, "Known: detail"),
 }

@@ -24,7 +24,9 @@ print("rows", len(found.table))
 LONG = """
 from understudy.workers import carry_out, processes
 
-work = "open({pid!r}, 'w').write(str(__import__('os').getpid())), __import__('time').sleep(600)"
+loading = "(d := iter(__import__('torch').utils.data.DataLoader(range(4), num_workers=1)))"
+told = "open({pid!r}, 'w').write(str([__import__('os').getpid(), d._workers[0].pid]))"
+work = f"{{loading}}, next(d), {{told}}, __import__('time').sleep(600)"
 carry_out(eval, [(work,)], 1, processes())
 """
 
@@ -56,11 +58,11 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.1)
-    worker = int((tmp_path / "pid").read_text())
-    assert alive(worker)
+    pids = json.loads((tmp_path / "pid").read_text())  # the worker, and that of its data loader
+    assert all(map(alive, pids))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    while alive(worker):
+    while any(map(alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

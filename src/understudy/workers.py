@@ -132,6 +132,8 @@ def _serve(connection: Connection, work: Work) -> None:
     """Run jobs until there are no more, or the parent has ended."""
     gc.freeze()  # Each training has a full collection, which takes longer than many a small one: it skips what is imported.
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Workers of data loaders end with the process that started them, which must be this one and no server of forks.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while (job := connection.recv()) is not None:
             number, arguments = job

@@ -48,6 +48,7 @@ _UNSUPPORTED = {
         *("bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "eval_do_concat_batches"),
         *("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
     ),
+    "a resumed run goes on with the next examples here": ("ignore_data_skip",),
     "a run goes on from its checkpoints here; trainer.save_strategy=no writes none": ("save_only_model",),
     "a finished student is pushed by `understudy push RUN REPO`": (
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),

@@ -192,7 +192,8 @@ def test_every_setting_of_every_claim_is_fair(name, setting, monkeypatch):
     # A procedure that changes no weights has neither.
     budgets = {(p.trainer.get("max_steps"), p.trainer.get("per_device_train_batch_size")) for p in plans}
     assert len(budgets) == 1 and one.candidates >= 1
-    worlds = [p.data for p in plans if p.task == "reasoning" and p.data["name"] == "sums"]
+    parts = [(p, {}) for p in plans] + [(p, v) for p in plans for k, v in p.options.items() if k.endswith("_data")]
+    worlds = [{**p.data, **(other or {})} for p, other in parts if p.task == "reasoning" and p.data["name"] == "sums"]
     assert all(tasks.get("reasoning").read(data).test for data in worlds)
     assert {c.arm for c in one.checks} | {c.other for c in one.checks} <= one.arms.keys()
     assert bool(get(name).settings) != (name in WITHOUT_REAL_DATA)

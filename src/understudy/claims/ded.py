@@ -21,7 +21,7 @@ def _arm(teachers: tuple[str, ...], recipe: object = None, **options: object) ->
 
 def _quarter(questions: str) -> Arm:
     warm = {"student": _STARTED, "data": {"digits": [3, 6], "size": 1500, "samples": 0}}
-    return _arm(("ordered",), warm, questions=questions, start_data=_EASY, other_data={"digits": [3, 4]})
+    return _arm(("ordered",), warm, questions=questions, start_data=_EASY, other_data=_EASY)
 
 
 def _four(rule: str) -> Arm:

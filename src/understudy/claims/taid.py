@@ -46,6 +46,7 @@ CLAIM = Claim(
         Check("taid", "reverse_kl", 0.0, "bits_per_byte", False, "TAID is below reverse KL"),
         Check("taid", "taid_linear", 0.0, "bits_per_byte", False, "the adaptive pace helps"),
     ),
+    knobs=(*({"t_start": t} for t in (0.4, 0.6, 0.8)), {"alpha": 32 / _STEPS}, {"drive": "kl"}),
     tuned_on=("bits_per_byte", False),
     settings={"real": _REAL},
 )

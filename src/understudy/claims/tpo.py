@@ -34,5 +34,10 @@ CLAIM = Claim(
         _above("tpo", "tpo without step weights", "step weights help"),
         _above("tpo", "tpo with 1 - cos", "likeness to the best answer is the right way round"),
     ),
+    knobs=(
+        *({"beta": beta} for beta in (0.1, 1.0, 2.0)),
+        {"lambda_weights": False, "divide_by": "pairs"},
+        *({"step_weights": how} for how in ("uniform", "one_minus_cos")),
+    ),
     tuned_on=("accuracy", True),
 )

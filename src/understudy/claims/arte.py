@@ -62,5 +62,6 @@ CLAIM = Claim(
         Check("arte", "arte", 0.0, "tailored_score", True, "what it writes helps more as an example", "drafts_score"),
     ),
     tuned_on=("accuracy", True),
-    caveat="its settings are a design and were not calibrated; arms without new questions train on 200 of them, others on 1000.",
+    caveat="Its settings are a design and were not calibrated: in the first three seeds the students of all arms answer at chance "
+    "(0.1), so that nothing is to be told apart. Arms without new questions train on 200 of them, others on 1000.",
 )

@@ -80,7 +80,8 @@ def test_the_teacher_is_aligned_with_what_helps_the_student_and_writes_its_data(
 EACH = ("first/teacher", "probes", "drafts", "rationales", "pairs", "alignment", "questions", "tailored", "training")
 
 
-@pytest.mark.parametrize("cuts", [("scores",), pytest.param(EACH, marks=pytest.mark.slow)], ids=("one", "each"))
+@pytest.mark.slow
+@pytest.mark.parametrize("cuts", [("scores",), EACH], ids=("one", "each"))
 def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, monkeypatch, cuts, whole):
     asked, write = [], LocalSource._completion
     monkeypatch.setattr(
@@ -95,7 +96,8 @@ def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, mon
         assert (whole.folder / file).read_bytes() == (done.folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("align", ["none", pytest.param("rationales", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("align", ["none", "rationales"])
 def test_ablations_leave_out_what_they_say(tmp_path, align):
     done = distill(tiny(tmp_path / "run", align=align))
     folder = done.folder

@@ -242,6 +242,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_images_a_copied_student_and_a_teacher_without_any_data(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     result = distill({**TINY, "output": str(tmp_path / "a")})

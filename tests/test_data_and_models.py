@@ -177,6 +177,7 @@ def test_a_module_of_other_classes_is_refused(outputs):
         rows(batch)
 
 
+@pytest.mark.slow
 def test_pretrained_resnet_on_real_images(data_folder):
     splits = load_images({"name": "cifar10"})
     model = load_classifier("cifar10_resnets/resnet20", classes=10, input_shape=(3, 32, 32))
@@ -190,6 +191,7 @@ def test_pretrained_resnet_on_real_images(data_folder):
     assert accuracy > 0.88
 
 
+@pytest.mark.slow
 def test_a_real_teacher_folder_teaches_a_student_on_text(data_folder, tmp_path):
     from understudy import distill
 
@@ -210,6 +212,7 @@ def test_a_real_teacher_folder_teaches_a_student_on_text(data_folder, tmp_path):
     assert student.config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_resnet56_teaches_a_small_student_on_cifar10(data_folder, tmp_path):
     from understudy import distill
 

@@ -196,6 +196,7 @@ def recipe(data, output, **teacher):
     return {**TEXT, "data": data, "teacher": spec, "output": str(output), "options": {"temperature": 1.0}}
 
 
+@pytest.mark.slow
 def test_a_routed_run_asks_the_right_expert_and_resumes_exactly(tmp_path, domains):
     """Each expert knows its own domain alone: the column says whom to ask."""
     routed = distill(recipe(domains, tmp_path / "routed", route="field"))

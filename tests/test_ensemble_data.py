@@ -48,6 +48,7 @@ def test_images_of_one_domain(tmp_path):
             load_images({**spec, **changes})
 
 
+@pytest.mark.slow
 def test_a_member_may_answer_from_a_cache(tmp_path):
     alone = make({**DIGITS, "output": str(tmp_path / "x")})
     capture_recipe(alone, tmp_path / "cache", "dense")

@@ -137,6 +137,7 @@ def test_a_second_process_is_told_who_writes(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_taken_over(cut, tmp_path):
     folder = copied(cut, tmp_path)
     assert (folder / ".understudy").read_text().startswith("process ")

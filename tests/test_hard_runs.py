@@ -61,6 +61,7 @@ def test_it_carries_over_what_the_teacher_ignores(tmp_path):
     assert "Augmented inputs" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["affine", "mix", "latent"])
 def test_every_family_learns_digits(family, tmp_path):
     options = {"augmentor": family, "l_min": 0.6, "l_max": 1.0, "max_augmentor_steps": 20, "autoencoder_steps": 300}

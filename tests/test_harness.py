@@ -62,6 +62,7 @@ def recipe(folder, **more):
     return {**TEXT, "method": "sft", "trainer": SHORT, "output": str(folder), **more}
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_numbers_that_the_harness_itself_gives(tasks, names, tmp_path, capsys):
     spec = {"tasks": ",".join(names), "include_path": str(tasks), "num_fewshot": 1, "limit": 10}
     result = distill(recipe(tmp_path / "run", lm_eval=spec))
@@ -103,6 +104,7 @@ def test_a_run_ends_with_the_numbers_that_the_harness_itself_gives(tasks, names,
     assert [row["value"] for row in again["rows"]] == [row["value"] for row in evaluation["lm_eval"]["rows"]]
 
 
+@pytest.mark.slow
 def test_training_and_metrics_do_not_change_by_it(tasks, names, tmp_path):
     spec = {"tasks": names[:1], "include_path": str(tasks), "limit": 2}
     found = [distill(recipe(tmp_path / "with", lm_eval=spec)), distill(recipe(tmp_path / "without"))]

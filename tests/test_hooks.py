@@ -95,6 +95,7 @@ def recipe(folder, teacher, method=TwoPhases):
     return {**DIGITS, "method": method, "output": str(folder), "trainer": {**DIGITS["trainer"], "max_steps": 20}}
 
 
+@pytest.mark.slow
 def test_phases_train_what_they_say_and_resume_exactly(teacher, tmp_path):
     whole = distill(recipe(tmp_path / "whole", teacher))
     assert whole.metrics["accuracy"] > 0.1

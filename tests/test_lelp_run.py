@@ -112,6 +112,7 @@ def small_resnet():
     return ResNetForImageClassification(config)
 
 
+@pytest.mark.slow
 def test_an_auto_model_gets_a_linear_head_and_says_how_near_it_is(tmp_path):
     small_resnet().save_pretrained(tmp_path / "start")
     values = {

@@ -97,6 +97,7 @@ def test_which_pairs_of_a_list_count():
     close(loss("random"), drawn)  # drawn for good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [{"name": "bandit", "noise": "heavy"}, {"name": "chains"}])
 @pytest.mark.parametrize("method", ["sft", "dpo", "adpo"])
 def test_methods_run_and_are_judged_again_from_their_folder(data, method, tmp_path):

@@ -134,6 +134,7 @@ def test_pairs_are_read_as_the_tokenizer_would(view):
     assert seen["input_ids"].equal(wanted["input_ids"]) and seen["attention_mask"].equal(wanted["attention_mask"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(recipe, tmp_path):
     distill(recipe)
     whole = weights(tmp_path / "run")

@@ -191,6 +191,7 @@ def other_teacher(monkeypatch):
     return {"model": "some-model", "endpoint": {"url": "http://localhost:1/v1"}}
 
 
+@pytest.mark.slow
 def test_labels_of_people_and_a_teacher_of_unknown_truth(tmp_path, files, other_teacher):
     """First without a filter, which gives triples to label, then with labels: the teacher is not asked again."""
     data, labels = files

@@ -187,6 +187,7 @@ def test_every_tenth_preference_is_set_aside_where_there_are_enough():
     [
         (lambda: in_context_scores(np.zeros((2, 3, 0)), np.zeros((2, 3))), "one probe at least"),
         (lambda: fit_item_response(np.zeros((0, 3))), "at least one of each"),
+        (lambda: fit_item_response([[0, 1], [1, np.nan]]), "model 1 to item 1 is nan"),
     ],
 )
 def test_bad_input(call, says):

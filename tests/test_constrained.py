@@ -211,6 +211,14 @@ def test_without_constraints_it_is_the_beam_search_of_transformers(kind, beams, 
         assert one[0].tokens == (row[: row.index(0) + 1] if ends and 0 in row else row)
 
 
+def test_one_beam_without_constraints_ends_where_the_most_likely_token_ends():
+    """Limit 1: an ending token that is not the first choice ends no text."""
+    table = torch.tensor([[0.1, 0.8, 0.1], [0.45, 0.0, 0.55], [0.5, 0.49, 0.01]], dtype=torch.float64).log()
+    settings = BeamSettings(1, 6, 1, no_repeat_ngram_size=0)
+    (found,) = constrained_search(Bigram(table), [[0]], [Constraints()], ends=[0], settings=settings)
+    assert found[0].tokens == [1, 2, 0]
+
+
 def test_a_model_satisfies_clauses_and_never_writes_what_is_forbidden():
     """Limits 4 and 5, on a model that likes other tokens."""
     model, prompts = small("gpt2"), [[3, 7], [5]]

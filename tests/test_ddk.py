@@ -116,6 +116,13 @@ def test_bad_perplexities_name_their_domain(value):
         perplexity_ratios(torch.tensor([2.0, 2.0]), torch.tensor([2.0, value]), ["web", "books"])
 
 
+def test_ratios_depend_on_no_common_factor_of_perplexities():
+    """Limit 4, also where the factor brings them below 1."""
+    student, teacher = torch.tensor([3.0, 4.0]).double(), torch.tensor([2.0, 2.0]).double()
+    expected = perplexity_ratios(student, teacher, ["a", "b"])
+    torch.testing.assert_close(perplexity_ratios(student / 10, teacher / 10, ["a", "b"]), expected)
+
+
 def records(number=60):
     """Three kinds of text: one word over and over, digits in order, letters at random."""
     draw, found = random.Random(0), []

@@ -69,6 +69,19 @@ def test_relation_limits():
     assert relation(student.relu(), teacher.relu()) <= 2 / images
 
 
+def test_small_features_are_divided_by_the_bound_of_the_norm():
+    """Card 12: each row is divided by max(‖row‖, 1e-12)."""
+    student, teacher = (
+        1e-8 * torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2)
+    )
+    grams = [a @ a.T for a in (student, teacher)]
+    rows = [g / g.norm(dim=1, keepdim=True).clamp(min=1e-12) for g in grams]
+    close(similarity_mse(student, teacher), (rows[0] - rows[1]).square().mean(1))
+    leaf = student.clone().requires_grad_()
+    similarity_mse(leaf, teacher).sum().backward()
+    assert leaf.grad.abs().max() == 0
+
+
 def test_a_dead_image_or_class_has_finite_value_and_gradient():
     student = G["feat_s"].clone().requires_grad_()
     relation(student, G["feat_t"]).backward()

@@ -124,6 +124,12 @@ def test_curves_that_say_nothing():
     assert not ruled_out.hacking and ruled_out.rise == 0
 
 
+def test_a_student_that_leaves_the_truth_is_hacking_its_teacher_by_however_little():
+    """From a golden distance of 0 every rise is more than δ of it."""
+    found = verdict([0.5, 0.0, 0.5], [1.0, 0.8, 0.4])
+    assert found.hacking and found.best == 1 and found.rise == math.inf
+
+
 def test_a_proxy_that_has_stalled_is_replaced_by_the_training_loss():
     golden, proxy = [1.0, 0.8, 0.9], [1.0, 0.7, 0.71]
     assert not verdict(golden, proxy).hacking

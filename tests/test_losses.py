@@ -77,6 +77,14 @@ def test_symmetries_and_limits():
     torch.testing.assert_close(hot, (centred[1] - centred[0]).square().sum(-1) / (2 * s.shape[1]), rtol=1e-3, atol=1e-6)
 
 
+def test_total_variation_near_certainty_is_exact_in_single_precision():
+    s, t = torch.tensor([[12.3, 0.0]]), torch.tensor([[11.7, 0.0]])
+    exact = gradient(losses.total_variation, s.double(), t.double())
+    torch.testing.assert_close(gradient(losses.total_variation, s, t).double(), exact, rtol=0.05, atol=0)
+    found, expected = losses.total_variation(s, t), losses.total_variation(s.double(), t.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("a,b", [(0.7, 0.0), (0.0, 0.7), (0.4, -0.4), (0.0, 0.0)])
 def test_alpha_beta_is_continuous_through_its_branches(a, b):
     s, t = draw(2, scale=1.0)

@@ -185,6 +185,33 @@ def test_golden_lists():
     close(smooth.mean(), g["pl_loss_poly1_top2_ls01"], rtol=1e-9)
 
 
+def test_large_scores_at_places_that_do_not_count_leave_the_gradient_finite():
+    """Card 2: log-ratios of ±100 stay finite; the last place of an order has no loss."""
+    score = torch.tensor([[0.0, 100.0], [1e4, -1e4]], requires_grad=True)
+    values = anchored.anchored_plackett_luce(score, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), poly=1.0)
+    values.sum().backward()
+    close(score.grad, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+    close(values, torch.tensor([101.0, 20001.0]))
+
+
+def test_lists_in_half_precision_are_computed_in_single():
+    reward, score = torch.tensor([[3.0, 1.0, 500.0]]), torch.tensor([[50.0, -50.0, 60.0]])
+    close(anchored.kde_rank(reward.bfloat16(), beta=1.0), anchored.kde_rank(reward, beta=1.0))
+    half, single = (s.clone().requires_grad_() for s in (score.bfloat16(), score))
+    for leaf in (half, single):
+        anchored.anchored_plackett_luce(leaf, reward).sum().backward()
+    close(half.grad.float(), single.grad.bfloat16().float())
+
+
+def test_a_target_by_a_temperature_that_is_not_positive_is_refused():
+    rewards = torch.tensor([[1.0, 2.0]])
+    for target in (anchored.softmax_advantage, anchored.kde_rank):
+        with pytest.raises(InputError, match="beta is 0 and must be positive"):
+            target(rewards, beta=0)
+    with pytest.raises(InputError, match="beta is 0 and must be positive"):
+        anchored.bradley_terry(*rewards[0], beta=0)
+
+
 @pytest.mark.golden
 def test_golden_pairs_as_lists():
     g = golden("02-adpo")

@@ -43,13 +43,13 @@ def perplexity_ratios(student: Tensor, teacher: Tensor, names: Sequence[str]) ->
         student, teacher: perplexities `[domains]`: exp of the mean negative log-likelihood of a token.
 
     Raises:
-        InputError: one that is not a finite number of at least 1, with the name of its domain.
+        InputError: one that is not a finite number above 0, with the name of its domain.
     """
     for side, values in (("student", student), ("teacher", teacher)):
         for name, value in zip(names, values.tolist(), strict=True):
-            if not 1 <= value < float("inf"):
+            if not 0 < value < float("inf"):
                 raise InputError(
-                    f"The {side}'s perplexity in domain {name!r} is {value} and must be a number of at least 1."
+                    f"The {side}'s perplexity in domain {name!r} is {value} and must be a finite number above 0."
                 )
     return student.double() / teacher.double()
 

@@ -58,13 +58,18 @@ def fit_item_response(responses: ArrayLike) -> ItemResponse:
         With abilities of mean 0 and variance 1 where they differ; the model does not change with their scale and origin.
 
     Raises:
-        InputError: no model or no item.
+        InputError: no model or no item, or a response that is neither 0 nor 1.
 
     Source: ARTE (2024), Sec. 3.1; the priors are ours.
     """
     answers = np.asarray(responses, np.float64)
     if answers.ndim != 2 or not answers.size:
         raise InputError(f"Responses have shape {answers.shape}: give [models, items], at least one of each.")
+    if (bad := ~np.isin(answers, (0, 1))).any():
+        model, item = (int(i[0]) for i in bad.nonzero())
+        raise InputError(
+            f"The response of model {model} to item {item} is {answers[model, item]}: give 1 for right, 0 for wrong."
+        )
     models, items = answers.shape
 
     def unpacked(x: Floats) -> ItemResponse:

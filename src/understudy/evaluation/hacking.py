@@ -175,7 +175,7 @@ class Verdict:
     Args:
         hacking: it rises by more than δ above its least while the proxy, or where that has stalled (it has risen by no more
             than δ) the training loss, falls further. best: place of its least, the first of several.
-            rise: (end − least) / least, 0 for a curve at 0.
+            rise: (end − least) / least, 0 for a curve that stays at 0.
             proxy_drop: (proxy there − proxy at the end) / proxy there.
     """
 
@@ -203,7 +203,8 @@ def verdict(
             "verdict: a golden or proxy value is nan: leave out evaluations of a student that has diverged."
         )
     best = min(range(len(golden)), key=golden.__getitem__)
-    rise = (golden[-1] - golden[best]) / golden[best] if golden[best] and golden[-1] > golden[best] else 0.0
+    up = golden[-1] - golden[best] if golden[-1] > golden[best] else 0.0
+    rise = up / golden[best] if golden[best] else (math.inf if up else 0.0)
     drop = (proxy[best] - proxy[-1]) / proxy[best] if proxy[best] else 0.0
     known = [value for value in loss[best:] if value is not None]
     nearer = drop > 0 or (drop >= -delta and bool(known) and known[-1] < known[0])

@@ -349,7 +349,9 @@ class _Search:
             chosen.state,
         )
         is_end = torch.isin(chosen.tokens, self.ends)
-        self._add(grown, chosen.valid & is_end & self.tracker.complete(chosen.state), ended=True)
+        # Where nothing has to be reached a text ends as in beam search: with one of the K best continuations.
+        may_end = self.tracker.counted.any(-1, keepdim=True) | (torch.arange(is_end.shape[1], device=is_end.device) < k)
+        self._add(grown, chosen.valid & is_end & may_end & self.tracker.complete(chosen.state), ended=True)
         goes_on = chosen.valid & ~is_end
         self.cut_off(beam, ~goes_on.any(-1))
         width = max(1, int(goes_on.sum(-1).max().clamp(max=k)))

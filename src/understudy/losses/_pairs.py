@@ -43,12 +43,12 @@ def full(x: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors along the last axis divided by their norms; one of norm 0 stays 0 and gets no gradient."""
-    # The norm is clamped under the root, where its gradient at 0 would be nan. What is clamped is 0 and has gradient 0:
-    # divided by the clamp its gradient would be 1e12 times all others.
+    """Vectors along the last axis divided by their norms, or by 1e-12 below that, where they get no gradient."""
+    # The norm is clamped under the root, where its gradient at 0 would be nan. What is clamped has gradient 0: divided by
+    # the clamp it would be 1e12 times all others.
     x = full(x)
     square = x.square().sum(-1, keepdim=True)
-    return torch.where(square > 1e-24, x, 0.0) * square.clamp(min=1e-24).rsqrt()
+    return torch.where(square > 1e-24, x, x.detach()) * square.clamp(min=1e-24).rsqrt()
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
 from understudy.losses.checks import check_finite
 
 Temperature = float | Tensor
@@ -33,7 +34,7 @@ def anchored_cross_entropy(
     With two candidates and q = (1, 0) it is DPO at β = 1/τ.
     """
     mask = _mask(log_prob, mask)
-    q = target.detach().masked_fill(~mask, 0.0)
+    q = full(target.detach()).masked_fill(~mask, 0.0)
     _check_target(q, mask)
     log_p = _anchored(log_prob, anchor, tau, mask)
     return -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
@@ -65,12 +66,16 @@ def adaptive_temperature(
 
 
 def _anchored(log_prob: Tensor, anchor: Tensor, tau: Temperature, mask: Tensor) -> Tensor:
-    if not bool(torch.as_tensor(tau > 0).all()):
-        raise InputError(f"tau is {tau} and must be positive.")
-    ours, theirs = (x.masked_fill(~mask, 0.0) for x in (log_prob, anchor.detach()))
+    _check_positive("tau", tau)
+    ours, theirs = (full(x).masked_fill(~mask, 0.0) for x in (log_prob, anchor.detach()))
     for name, x in (("log-probability", ours), ("anchor", theirs)):
         check_finite(x, _names(name))
     return torch.log_softmax(((ours - theirs) / by_list(tau)).masked_fill(~mask, -math.inf), -1)
+
+
+def _check_positive(name: str, value: Temperature) -> None:
+    if not bool(torch.as_tensor(value > 0).all()):
+        raise InputError(f"{name} is {value} and must be positive.")
 
 
 def by_list(tau: Temperature) -> Temperature:
@@ -97,13 +102,15 @@ def _check_target(q: Tensor, mask: Tensor) -> None:
 
 def bradley_terry(first: Tensor, second: Tensor, *, beta: float) -> Tensor:
     """The probability σ((r₁ − r₂) / β) that the first of two is better."""
+    _check_positive("beta", beta)
     return torch.sigmoid((first - second) / beta)
 
 
 def softmax_advantage(reward: Tensor, *, beta: float, mask: Tensor | None = None) -> Tensor:
     """softmax(A / β), A = (reward − mean) / deviation in each list (n − 1 in the denominator); uniform if all are equal."""
+    _check_positive("beta", beta)
     mask = _rewards(reward, mask)
-    return _softmax(_advantage(reward, mask) / beta, mask)
+    return _softmax(_advantage(full(reward), mask) / beta, mask)
 
 
 def _advantage(reward: Tensor, mask: Tensor) -> Tensor:
@@ -116,12 +123,14 @@ def _advantage(reward: Tensor, mask: Tensor) -> Tensor:
 
 def tempered(log_prob: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
     """softmax(log π_T / T) over the candidates: the teacher's distribution as target (KD)."""
-    return _softmax(log_prob / temperature, _mask(log_prob, mask))
+    _check_positive("temperature", temperature)
+    return _softmax(full(log_prob) / temperature, _mask(log_prob, mask))
 
 
 def exact_teacher(teacher: Tensor, anchor: Tensor, *, tau: Temperature, mask: Tensor | None = None) -> Tensor:
     """softmax((log π_T − log π_ref) / τ): with this target the optimum is the teacher itself, for any anchor."""
-    return _softmax((teacher - anchor) / by_list(tau), _mask(teacher, mask))
+    _check_positive("tau", tau)
+    return _softmax((full(teacher) - full(anchor)) / by_list(tau), _mask(teacher, mask))
 
 
 def best(reward: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -145,12 +154,14 @@ def kde_rank(
     An outlier's influence is bounded: a reward of 500 or of 5 million gives the same target. The bandwidth is
     max(factor · min(deviation, IQR / 1.349) · n^(−1/5), least).
     """
+    _check_positive("beta", beta)
     mask = _rewards(reward, mask)
     return _softmax(kde_logits(reward, mask, factor, least, clip) / beta, mask)
 
 
 def kde_logits(reward: Tensor, mask: Tensor, factor: float = 0.9, least: float = 1e-3, clip: float = 1e-4) -> Tensor:
     """log F − log(1 − F) of each candidate."""
+    reward = full(reward)
     number = mask.sum(-1, keepdim=True)
     z = (reward[..., :, None] - reward[..., None, :]) / kde_width(reward, mask, factor, least)[..., None, None]
     below = torch.special.ndtr(z).masked_fill(~mask[..., None, :], 0.0).sum(-1) / number
@@ -160,6 +171,7 @@ def kde_logits(reward: Tensor, mask: Tensor, factor: float = 0.9, least: float =
 
 def kde_width(reward: Tensor, mask: Tensor, factor: float = 0.9, least: float = 1e-3) -> Tensor:
     """The kernel's bandwidth, `[lists]`."""
+    reward = full(reward)
     number = mask.sum(-1)
     values = reward.masked_fill(~mask, math.nan)
     centred = (reward - values.nanmean(-1, keepdim=True)).masked_fill(~mask, 0.0)
@@ -193,7 +205,7 @@ def anchored_plackett_luce(
 
     Source: ADPO, list-wise variant, official code.
     """
-    mask = _rewards(reward, mask)
+    mask, score = _rewards(reward, mask), full(score)
     check_finite(score, _names("score"), mask)
     order = reward.masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     ranked, valid = score.masked_fill(~mask, 0.0).gather(-1, order), mask.gather(-1, order)
@@ -210,7 +222,7 @@ def anchored_plackett_luce(
     suffix = ranked.masked_fill(~valid, 0.0).flip(-1).cumsum(-1).flip(-1) / rest.clamp(min=1)
     positions = valid & (rest > 1) & (torch.arange(score.shape[-1], device=score.device) < (top or score.shape[-1]))
     log_z = log_z.masked_fill(~positions, 0.0)
-    nll = log_z - ranked
+    nll = (log_z - ranked).masked_fill(~positions, 0.0)  # elsewhere exp(−nll) may overflow, and its gradient with it
     if label_smoothing:
         nll = (1 - label_smoothing) * nll + label_smoothing * (log_z - suffix)
     if poly:

@@ -110,6 +110,12 @@ def test_scores_of_embeddings():
     assert some.norm() < torch.stack(drawn).norm(dim=1).quantile(0.25)  # nearer to the mean than draws
 
 
+def test_equals_are_herded_by_their_index_whatever_the_rounding():
+    x = torch.tensor([[-1, 0], [-1, -1], [-1, 1], [0, 0], [-1, 0], [-1, 1], [-1, 0], [1, -1], [-1, 1]])
+    order = pruning.herding_scores(x, torch.zeros(9, dtype=torch.long)).argsort(descending=True).tolist()
+    assert order == [0, 3, 4, 6, 2, 1, 5, 7, 8]  # in exact fractions
+
+
 def test_limits_of_ridge():
     torch.manual_seed(0)
     x, y, truth = torch.randn(4, 30).double(), torch.randn(30).double(), torch.randn(4).double()

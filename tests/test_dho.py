@@ -79,6 +79,15 @@ def test_golden_mixture():
     close(mixed_log_probabilities(ce, kd, **options).exp(), g["infer_probs"])
 
 
+def test_the_mixture_is_chosen_by_probabilities():
+    """Two saturated heads that disagree evenly tie, and the lower class wins, as with the mixed probabilities."""
+    ce = torch.randint(-100, 100, (300, 3), generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(300) % 3
+    found = best_mixing(ce, ce.flip(-1), labels, alphas=(0.5,), betas=(1.0,))
+    mixed = 0.5 * ce.softmax(-1) + 0.5 * ce.flip(-1).softmax(-1)
+    assert found.accuracy == float((mixed.argmax(-1) == labels).double().mean()) * 100
+
+
 @pytest.mark.golden
 def test_golden_aligned_head():
     g = golden("23-dho")

@@ -36,7 +36,7 @@ def test_golden_distributions(g):
     close(rejected, g["logp_rejected_opt"], rtol=1e-9)
     close(did.preference_matrix(ref, rejected), g["pref_matrix"], rtol=1e-9)
     assert bool(did.ordered_pairs(star, ref, rejected) == 1) == bool(g["log_margin_ordered"])
-    close(did.ordered_pairs(star, ref, g["logp_rejected_bad"]).double(), g["frac_pairs_ordered_bad"], atol=1e-6)
+    close(did.ordered_pairs(star, ref, g["logp_rejected_bad"]), g["frac_pairs_ordered_bad"], rtol=1e-9)
     policies, powers = powers_of(g["power_logp_ref"], g["power_alpha"])
     close(did.entropy_of(powers), g["power_did_entropy"], rtol=1e-9)
     close((policies.exp() * g["power_logp_ref"]).sum(-1), g["power_expected_ref_logp"], rtol=1e-9)
@@ -116,10 +116,18 @@ def test_rejected_are_uniform_where_the_target_is_the_square():
     close(uniform, torch.full_like(ref, -math.log(4)))
 
 
+def test_a_target_that_is_the_reference_moves_no_pair():
+    ref = torch.tensor([0.3, -1.0, 2.0, 0.1]).double().log_softmax(-1)
+    assert did.ordered_pairs(ref, ref, did.rejected_distribution(ref, ref, beta=0.1)) == 1
+
+
 def test_responses_of_probability_zero():
     a, b = torch.tensor([0.0, -1.0, -math.inf]), torch.tensor([-1.0, 0.0, -2.0])
     log_q = did.log_ratio_distribution(a, b)
     assert log_q[2] == -math.inf and did.entropy_of(log_q) == pytest.approx(0.36533, abs=1e-4)
+    leaf = log_q.requires_grad_()
+    assert torch.autograd.grad(did.entropy_of(leaf), leaf)[0].isfinite().all()
+    log_q = leaf.detach()
     with pytest.raises(InputError, match="response 2 has probability 0"):
         did.log_ratio_distribution(b, a)
     with pytest.warns(UserWarning, match="left out"):

@@ -77,6 +77,19 @@ def test_symmetries_and_limits():
     torch.testing.assert_close(hot, (centred[1] - centred[0]).square().sum(-1) / (2 * s.shape[1]), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature,apart", [(2.0, 1e-3), (1e4, 0.1), (1e4, 1e-4), (2.0, 3.0), (2.0, 1e4)])
+def test_the_binary_divergence_of_heads_is_as_exact_where_they_are_near(temperature, apart):
+    """Card 40, limit 2: d² / 8 for small d / τ."""
+    s, t = torch.tensor([[apart, 0.0]]), torch.zeros(1, 2)
+    exact = temperature**2 * math.log(math.cosh(apart / 2 / temperature)) if apart < 100 else 4 * (2500 - math.log(2))
+    expected = apart**2 / 8 if apart < temperature / 100 else exact
+    found = losses.binary_kl_norm(s, t, temperature=temperature)
+    torch.testing.assert_close(found, torch.tensor([expected]), rtol=1e-4, atol=0)
+    slope = gradient(losses.binary_kl_norm, s.double(), t.double(), temperature=temperature)
+    expected = temperature / 2 * math.tanh(apart / 2 / temperature)
+    torch.testing.assert_close(slope, torch.tensor([[expected, 0.0]]).double())
+
+
 def test_total_variation_near_certainty_is_exact_in_single_precision():
     s, t = torch.tensor([[12.3, 0.0]]), torch.tensor([[11.7, 0.0]])
     exact = gradient(losses.total_variation, s.double(), t.double())

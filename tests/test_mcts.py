@@ -119,6 +119,11 @@ def test_the_label_smoothing_lies_between_dpo_and_no_preference():
     assert table.max() == 0.5 and not table[:, 0].any()
 
 
+def test_the_label_smoothing_of_counts_is_exact():
+    close(visit_label_smoothing(torch.tensor([7]), torch.tensor([3])), torch.tensor([0.3]).double(), rtol=1e-7)
+    assert float(visit_label_smoothing(torch.tensor([7]), torch.tensor([3]))) == 0.3
+
+
 def test_tokens_that_both_steps_begin_with_get_no_gradient():
     logits = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     said = logits.log_softmax(-1)

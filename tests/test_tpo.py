@@ -148,6 +148,14 @@ def test_step_weights_and_rewards_at_their_ends():
     close(steps.step_reward(ratios[:, 1:], uniform[:, 1:]), torch.tensor([[9.0]]).double())
 
 
+@pytest.mark.parametrize("how,sign", [("adaptive", -1.0), ("one_minus_cos", 1.0)])
+def test_steps_without_weight_have_no_reward_whatever_the_rounding(how, sign):
+    e = torch.randn(200, 1, 1, 7, generator=torch.Generator().manual_seed(0))
+    e = torch.cat([e, sign * e], 1)
+    w = steps.step_weights(e, torch.ones(200, 2, 1, dtype=torch.bool), torch.zeros(200, dtype=torch.long), how=how)
+    assert (steps.step_reward(torch.full((200, 2, 1), 7.0), w)[:, 1] == 0).all()
+
+
 def test_half_precision_does_not_reach_the_means_of_steps():
     hidden = torch.randn(3000, 4).bfloat16()
     cell = torch.arange(3000) // 1500

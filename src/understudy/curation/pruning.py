@@ -107,10 +107,12 @@ def herding_scores(features: Tensor, labels: Tensor) -> Tensor:
     scores = torch.empty(len(labels), dtype=torch.float64)
     for rows in _by_class(labels):
         x = features[rows].double()
+        rounding = 1e-12 * x.square().sum(1).max()  # the first of equals
         wanted, taken = torch.zeros_like(x[0]), torch.zeros(len(rows), dtype=torch.float64)
         for place in range(len(rows)):
             wanted = wanted + x.mean(0)  # what brings the sum of those taken to the mean
-            i = int(((x - wanted).square().sum(1) + taken).argmin())
+            cost = (x - wanted).square().sum(1) + taken
+            i = int((cost <= cost.min() + rounding).nonzero()[0])
             taken[i] = torch.inf
             wanted = wanted - x[i]
             scores[rows[i]] = -place / len(rows)

@@ -74,10 +74,11 @@ def recalibrate(
     `none`: (P + ε) / Σ(P + ε).
 
     Args:
-        probs: the largest first. present: `[..., k]`, which classes a row has; all unless given.
+        probs: for `label_smoothing` the largest first. present: `[..., k]`, which classes a row has; all unless given.
 
     Raises:
-        InputError: c that is not above 0, or δ outside of 0 … 1.
+        InputError: c that is not above 0, δ outside of 0 … 1, or P that are negative, sum to more than 1,
+            or are not in the order that smoothing needs.
     """
     if not c > 0:
         raise InputError(f"recalibrate: c is {c} and must be above 0.")
@@ -85,6 +86,7 @@ def recalibrate(
         raise InputError(f"recalibrate: delta is {delta} and must lie in [0, 1].")
     there = torch.ones_like(probs, dtype=torch.bool) if present is None else present
     probs = probs.masked_fill(~there, 0.0)
+    _check_probabilities(probs, ordered=how == "label_smoothing")
     if how == "temperature":  # less the largest first, so that a small c cannot overflow
         scores = (probs - probs.amax(-1, keepdim=True)) / c
     elif how == "label_smoothing":
@@ -92,11 +94,22 @@ def recalibrate(
         share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
         others = there.sum(-1, keepdim=True).to(probs.dtype) - 1
         moved = torch.where(others > 0, delta / others.clamp(min=1), 0.0).expand_as(share).clone()
-        moved[..., :1] = torch.where(others > 0, -delta, 0.0)
+        moved[..., :1] = -delta * (others > 0).to(share.dtype)
         scores = (share + moved).clamp(min=0).log()
     else:
         scores = (probs + epsilon).log()
     return renormalised(scores.masked_fill(~there, -torch.inf))
+
+
+def _check_probabilities(probs: Tensor, *, ordered: bool) -> None:
+    wrong = (probs < 0).any(-1) | (probs.sum(-1) > 1 + 1e-3)
+    if ordered:
+        wrong = wrong | (probs[..., 1:] > probs[..., :-1]).any(-1)
+    if bool(wrong.any()):
+        row = [round(p, 4) for p in probs[wrong][0].tolist()]
+        raise InputError(
+            f"recalibrate: {row} are no probabilities{', the largest first' * ordered}: give those of a row's classes."
+        )
 
 
 def top_k_kl(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import logsumexp, softplus
+from understudy.losses._pairs import full, logsumexp, softplus
 
 FEW = 5.0
 """An effective number of samples below which an estimate says little."""
@@ -45,7 +45,8 @@ def entropy_of(log_q: Tensor) -> Tensor:
     Low: the update concentrates on few responses (reinforcement, the likelihood of the chosen rises). High: it spreads
     (smoothing, likelihood displacement). Source: paper 32, section on entropy.
     """
-    return -torch.where(log_q == -torch.inf, 0.0, log_q.exp() * log_q).sum(-1)
+    present = log_q.masked_fill(log_q == -torch.inf, 0.0)  # log 1 adds nothing, and has a gradient
+    return -(present.exp() * present).sum(-1)
 
 
 def rejected_distribution(log_reference: Tensor, log_target: Tensor, *, beta: float) -> Tensor:
@@ -101,8 +102,7 @@ def ordered_pairs(log_target: Tensor, log_reference: Tensor, log_rejected: Tenso
     """
     _check("ordered_pairs", log_target, log_reference)
     _check("ordered_pairs", log_reference, log_rejected)
-    rise, before = log_target - log_reference, log_reference - log_rejected
-    first, second = (torch.sign(x[..., :, None] - x[..., None, :]) for x in (rise, before))
+    first, second = (_order(a, b) for a, b in ((log_target, log_reference), (log_reference, log_rejected)))
     there = ~torch.stack(
         [x == -torch.inf for x in torch.broadcast_tensors(log_target, log_reference, log_rejected)]
     ).all(0)
@@ -111,7 +111,15 @@ def ordered_pairs(log_target: Tensor, log_reference: Tensor, log_rejected: Tenso
     number = apart.sum((-1, -2))
     if bool((number == 0).any()):
         raise InputError("ordered_pairs: one response makes no pair: give at least two.")
-    return ((first == second) & apart).sum((-1, -2)) / number
+    return ((first == second) & apart).sum((-1, -2)).to(full(log_target).dtype) / number
+
+
+def _order(a: Tensor, b: Tensor) -> Tensor:
+    """The sign of (a − b)_i − (a − b)_j, `[..., i, j]`; 0 where it is no more than rounding."""
+    change = a - b
+    noise = 8 * torch.finfo(change.dtype).eps * (a.abs() + b.abs()).nan_to_num(posinf=0.0)
+    apart = change[..., :, None] - change[..., None, :]
+    return torch.where(apart.abs() <= noise[..., :, None] + noise[..., None, :], 0.0, torch.sign(apart))
 
 
 def sampled_entropy(log_p: Tensor, log_reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,8 @@ def binary_kl_norm(student: Tensor, target: Target | Tensor, *, temperature: flo
     check_temperature("binary_kl_norm", temperature)
     teacher = _finite("binary_kl_norm", target, student)
     x = ((full(student) - teacher) / (2 * temperature)).abs()
-    log_cosh = x + softplus(-2 * x) - math.log(2)
+    small = x.clamp(max=1.0)  # where the other form, which never overflows, cancels
+    log_cosh = torch.where(x < 1, torch.log1p(2 * torch.sinh(small / 2).square()), x + softplus(-2 * x) - math.log(2))
     return checked("binary_kl_norm", temperature**2 * log_cosh.sum(-1), student, target)
 
 

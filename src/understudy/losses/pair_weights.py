@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import checked, log_softmax
+from understudy.losses._pairs import checked, full, log_softmax
 
 
 def visit_label_smoothing(chosen_visits: Tensor, rejected_visits: Tensor) -> Tensor:
@@ -29,8 +28,8 @@ def visit_label_smoothing(chosen_visits: Tensor, rejected_visits: Tensor) -> Ten
             raise InputError(
                 f"visit_label_smoothing: {float(visits[tuple(at)])} visits of the {side} side of pair {at[0]}: give counts."
             )
-    n = rejected_visits.to(torch.promote_types(rejected_visits.dtype, torch.float32))
-    return (n / (chosen_visits.clamp(min=1) + n)).clamp(max=0.5)
+    better, worse = (full(n) if n.is_floating_point() else n.double() for n in (chosen_visits, rejected_visits))
+    return (worse / (better.clamp(min=1) + worse)).clamp(max=0.5)
 
 
 def log_collision(logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._pairs import softplus
+from understudy.losses._pairs import full, softplus
 from understudy.losses.checks import check_finite
 
 
@@ -256,7 +256,7 @@ def kto(
     """
     _check("kto", log_ratio)
     positive("kto", beta)
-    difference = beta * (log_ratio - kl.detach())
+    difference = beta * (full(log_ratio) - full(kl.detach()))
     values = torch.sigmoid(torch.where(desirable, -difference, difference))
     return torch.where(desirable, desirable_weight * values, undesirable_weight * values)
 
@@ -362,7 +362,7 @@ def margin(
     """Log-ratio of chosen minus log-ratio of rejected, `[pairs]`; the reference is detached."""
     positive(loss, beta)
     _check(loss, chosen, rejected, chosen_ref, rejected_ref)
-    return (chosen - chosen_ref.detach()) - (rejected - rejected_ref.detach())
+    return (full(chosen) - full(chosen_ref.detach())) - (full(rejected) - full(rejected_ref.detach()))
 
 
 def rewards(
@@ -371,7 +371,7 @@ def rewards(
     """β times the log-ratios of chosen and of rejected, `[pairs]` each; the references are detached."""
     positive(loss, beta)
     _check(loss, chosen, rejected, chosen_ref, rejected_ref)
-    return beta * (chosen - chosen_ref.detach()), beta * (rejected - rejected_ref.detach())
+    return beta * (full(chosen) - full(chosen_ref.detach())), beta * (full(rejected) - full(rejected_ref.detach()))
 
 
 def _smoothed(h: Tensor, label_smoothing: float | Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from understudy.errors import InputError
+from understudy.losses._pairs import full
 from understudy.losses.checks import check_finite
 
 Reduce = Literal["max", "min"]
@@ -60,7 +61,7 @@ def many_to_one(
         raise InputError(f"many_to_one: shapes {shapes} differ: give one value for each rationale.")
     if beta < 0:
         raise InputError(f"many_to_one: beta is {beta:g} and must be at least 0: a negative one imitates mistakes.")
-    present = kind != 0
+    present, cross_entropy = kind != 0, full(cross_entropy)
     check_finite(cross_entropy, _says("cross-entropy", "the model gives it probability 0"), present)
     plus, minus = _weights(quality, cross_entropy, present)
     positive, first = _chosen(cross_entropy, kind > 0, plus, largest=False)

@@ -51,7 +51,8 @@ def step_weights(embeddings: Tensor, present: Tensor, anchor: Tensor, *, how: St
         return both.to(full(embeddings).dtype)
     e = full(embeddings.detach()).masked_fill(~present[..., None], 0.0)
     cosine = F.cosine_similarity(e, e[rows, anchor][:, None].expand_as(e), dim=-1)
-    return torch.where(both, 1 + cosine if how == "adaptive" else 1 - cosine, 0.0)
+    weights = 1 + cosine if how == "adaptive" else 1 - cosine
+    return torch.where(both & (weights > 8 * torch.finfo(e.dtype).eps), weights, 0.0)  # opposite vectors, to rounding
 
 
 def step_reward(log_ratios: Tensor, weights: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def step_reward(log_ratios: Tensor, weights: Tensor) -> Tensor:
     Args:
         log_ratios: ρ, log π − log π_ref of each step. weights: w, not differentiated. Both `[lists, candidates, steps]`.
     """
-    w = weights.detach()
+    w, log_ratios = weights.detach(), full(log_ratios)
     total = w.sum(-1)
     weighted = (w * log_ratios.masked_fill(w == 0, 0.0)).sum(-1)
     return weighted / torch.where(total == 0, 1.0, total)
@@ -93,7 +94,7 @@ def lambda_rank(
     if not beta > 0:
         raise InputError(f"lambda_rank: beta is {beta} and must be positive.")
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    rewards, grades = rewards.masked_fill(~mask, 0.0), grades.masked_fill(~mask, 0.0)
+    rewards, grades = full(rewards).masked_fill(~mask, 0.0), grades.masked_fill(~mask, 0.0)
     wrong = (~((grades >= 0) & (grades <= 1))).nonzero()
     if len(wrong):
         row, i = wrong[0].tolist()

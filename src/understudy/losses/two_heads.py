@@ -56,14 +56,18 @@ def mixed_log_probabilities(ce: Tensor, kd: Tensor, *, alpha: float, beta: float
 
     Source: DHO (paper 23), inference; it is as released.
     """
+    _check_mixture(ce, kd, alpha, beta)
+    ours, theirs = log_softmax(ce, 1.0), log_softmax(kd, beta)
+    return theirs if alpha == 0 else ours if alpha == 1 else mix(ours, theirs, alpha)
+
+
+def _check_mixture(ce: Tensor, kd: Tensor, alpha: float, beta: float) -> None:
     if ce.shape != kd.shape:
         raise InputError(
             f"Heads of {tuple(ce.shape)} and {tuple(kd.shape)} cannot be mixed: give them the same classes."
         )
     if not 0 <= alpha <= 1 or not beta > 0:
         raise InputError(f"A mixture has alpha in [0, 1] and beta above 0, and these are {alpha} and {beta}.")
-    ours, theirs = log_softmax(ce, 1.0), log_softmax(kd, beta)
-    return theirs if alpha == 0 else ours if alpha == 1 else mix(ours, theirs, alpha)
 
 
 def best_mixing(
@@ -83,8 +87,12 @@ def best_mixing(
         raise InputError("There are no examples to choose the mixture of two heads on.")
     check_labels("best_mixing", labels, ce.shape[-1])
     rows = []
+    ours = ce.double().softmax(-1)
     for beta in betas:
-        found = [mixed_log_probabilities(ce, kd, alpha=alpha, beta=beta).argmax(-1) for alpha in alphas]
+        for alpha in alphas:
+            _check_mixture(ce, kd, alpha, beta)
+        theirs = (kd.double() / beta).softmax(-1)
+        found = [(alpha * ours + (1 - alpha) * theirs).argmax(-1) for alpha in alphas]
         rows.append(torch.stack([(p == labels).double().mean() for p in found]) * 100)
     grid = torch.stack(rows)
     place = int(grid.flatten().argmax())  # the first of the largest

@@ -66,6 +66,8 @@ CASES = {
     "distillation-dpo": {**RING, "options": {"assistant_optimizer": "sgd", "assistant_rate": 0.1}},
     # companions that follow the student; denoisers save in their own way
     "adpo": {**WORDS, "options": {"anchor": "ema", "decay": 0.5}},
+    # a sum over all processes before the first loss
+    "kto": {**WORDS, "data": {"name": "answers.jsonl", "max_length": 64, "vocab_size": 300}, "options": {"beta": 1.0}},
     "boot": {**RING, "options": {"ema": 0.5}},
     # rankers save in their own way
     "margin-mse": {**RANKER, "student": "bert:hidden=16,layers=1,heads=2"},
@@ -91,13 +93,15 @@ def prepare(root):
         width = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
         ViTForImageClassification(ViTConfig(**shape, **width)).double().save_pretrained(root / name)
     lines = [Triple(5.0 + i % 3, i % 5 - 9.0, f"sun {i}", f"sea is {i % 7}", f"moon or {i}") for i in range(32)]
+    answers = [{"prompt": f"sun {i}", "completion": f" sea {i % 7}", "label": i % 3 == 0} for i in range(30)]
+    (root / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     write_triples(root / "triples.tsv", lines)
 
 
 def recipe(root, name, way, share):
     """The recipe of a case with `share` processes; the whole batch is that of one."""
     values = dict(CASES[name])
-    batch = 8 if name in ("adpo", "kd") else 16
+    batch = 8 if name in ("adpo", "kd", "kto") else 16
     trainer = {**STEPS, "per_device_train_batch_size": batch // share, "learning_rate": RATES.get(name, 0.1)}
     if way == "fsdp":
         trainer |= {"fsdp": True, **(WRAPPED if name == "kd" else {})}
@@ -107,8 +111,8 @@ def recipe(root, name, way, share):
             values[side] = {**spec, "model": str(root / spec["model"])}
         elif spec is not None and (root / spec).exists():
             values[side] = str(root / spec)
-    if name == "margin-mse":
-        values["data"] = {**values["data"], "name": str(root / "triples.tsv")}
+    if (root / values["data"]["name"]).is_file():
+        values["data"] = {**values["data"], "name": str(root / values["data"]["name"])}
     return {**values, "method": name, "trainer": trainer, "output": str(root / f"{name}-{way}")}
 
 

@@ -8,7 +8,9 @@ import torch
 
 from engine_cases import killed_run, weights
 from golden_vectors import close
+from split_cases import ends_alike
 from test_preferences import PAIRS, SMALL, lists, scorer
+from test_preferences import anchored as trainer_over
 from test_preferences import tokenizer as tokenizer
 from understudy import InputError, distill
 from understudy.data import Batch, collate_lists, encode_lists, mismatched
@@ -86,6 +88,24 @@ def test_labels_that_outweigh_the_others_are_said(tokenizer, tmp_path, caplog):
     caplog.clear()
     staged(DPO(loss_type="kto"), singles(tokenizer, rows[:6]), scorer(tokenizer), tmp_path)  # one label alone is fine
     assert not caplog.text
+
+
+def test_any_split_of_a_batch_of_unpaired_kto_gives_the_same_update(tokenizer, tmp_path):
+    """Its KL is that of the whole update."""
+    examples = singles(tokenizer)
+    student = scorer(tokenizer, 0)
+    method = DPO(loss_type="kto", beta=5.0, reference="teacher")
+    staged(method, examples, student, tmp_path, scorer(tokenizer, 1))
+    state = TrainState(student=student)
+    sums = [method.update_sums(Batch.from_dict(collate_lists([row])), state)["strays"] for row in examples.records]
+    whole = method.update_sums(Batch.from_dict(collate_lists(list(examples.records))), state)["strays"]
+    close(torch.stack(sums).sum(0), whole, rtol=1e-6)
+    assert whole[0] > 0 and len({float(s[0] > 0) for s in sums}) == 2, "a micro-batch by itself has another KL"
+
+    def trainer_of(micro, accumulate):
+        return trainer_over(method, tokenizer, tmp_path / f"{micro}", micro, accumulate, examples=singles(tokenizer))
+
+    ends_alike(trainer_of, ((4, 1), (2, 2), (1, 4)))
 
 
 def test_unpaired_kto_in_one_command_starts_at_a_half(tmp_path):

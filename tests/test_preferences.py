@@ -180,12 +180,13 @@ def test_killed_and_resumed_ends_in_the_same_weights(method, options, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1):
-    """A trainer over the four pairs whose update covers all of them, however it is cut."""
+def anchored(method, tokenizer, tmp_path, micro, accumulate, reference=1, examples=None):
+    """A trainer over four examples, by default pairs, whose update covers all of them, however it is cut."""
     student, other = scorer(tokenizer, 0), scorer(tokenizer, reference)
-    examples = lists(tokenizer, log_probs=[-9.0, -11.0])
-    for row in examples.records:
-        row["log_probs"] = [-9.0, -11.0]
+    if examples is None:
+        examples = lists(tokenizer, log_probs=[-9.0, -11.0])
+        for row in examples.records:
+            row["log_probs"] = [-9.0, -11.0]
     splits = {"train": examples}
     context = SetupContext(student, other, splits, collate_lists, len(tokenizer), tmp_path / "store", "key")
     tables = method.setup(context)

@@ -42,7 +42,7 @@ from understudy.training.reference import (
     rewarded,
     with_margin,
 )
-from understudy.training.single_answers import add_strays, are_single, check_balance, stray_kl
+from understudy.training.single_answers import add_strays, are_single, check_balance, stray_sums
 
 LossType = Literal[
     "dpo",
@@ -131,9 +131,9 @@ class DPO(Method):
         "not": "With graded lists or noisy scores see `adpo`. SimPO, CPO and ORPO have no anchor to hold them.",
         "deviations": "Pairs with a `label_smoothing` of their own are smoothed by it. The NLL of CPO and ORPO covers completion tokens (TRL's ORPO adds the prompt). IPO takes means a "
         "token unless `length=sum`. AOT sorts within a micro-batch, which is its group: it depends on how a batch is cut. `sft` is "
-        "the NLL a token over the whole update. With `ld_alpha` the logged rewards stay those of whole completions. KTO's KL couples the examples of a micro-batch, which is the group: it depends on how a "
-        "batch is cut, and gets no gradient. In pairs it is the mean log-ratio of the other side; for single answers that "
-        "of each prompt with the answer of another example, chosen once for the whole set.",
+        "the NLL a token over the whole update. With `ld_alpha` the logged rewards stay those of whole completions. KTO's KL gets no gradient. For single answers it is the mean "
+        "log-ratio, over the whole update, of each prompt with the answer of another example, chosen once for the whole set. In "
+        "pairs it is that of the other side in the micro-batch, which is its group: it depends on how a batch is cut.",
     }
 
     loss_type: LossType | tuple[LossType, ...] = Field("dpo", description="The variant, or several to add up.")
@@ -300,6 +300,10 @@ class DPO(Method):
         mean = self.loss_type in MEAN_REWARD or self.length == "mean"
         return Reward(self._beta, self._anchored, mean)
 
+    def update_sums(self, batch: Batch, state: TrainState) -> Mapping[str, Tensor]:
+        single = self.loss_type == "kto" and isinstance(batch, ListBatch) and batch.strays is not None
+        return {"strays": stray_sums(batch, state)} if single else {}
+
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
     ) -> dict[str, Term]:
@@ -404,7 +408,8 @@ class DPO(Method):
         middle = ratio.new_full((1, 1), 0.5) if single else _mean(batch.scores, batch)
         good, bad = ((side & batch.candidates) for side in (batch.scores > middle, batch.scores <= middle))
         if single:
-            kl = stray_kl(batch, state).expand_as(ratio)
+            total, number = (state.update_sums or self.update_sums(batch, state))["strays"]
+            kl = (total / number).clamp(min=0).expand_as(ratio)
         else:
             kl = torch.where(good, preference.kto_kl(ratio[bad]), preference.kto_kl(ratio[good]))
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}

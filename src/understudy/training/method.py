@@ -114,6 +114,7 @@ class TrainState:
         on_policy: how texts are written during training; `None` if none are.
         phase: name of the present phase; `step` and `total` then count its steps only.
         method_state: what `Method.init_state` returned.
+        update_sums: what `Method.update_sums` returned, summed over the present update.
         step: optimizer steps done.
         total: optimizer steps of the run.
         seed: of the run.
@@ -129,6 +130,7 @@ class TrainState:
     teacher: Teacher | None = None
     on_policy: OnPolicy | None = None
     method_state: Any = None
+    update_sums: Mapping[str, Tensor] = field(default_factory=dict)
     phase: str = ""
     step: int = 0
     total: int = 1
@@ -242,6 +244,12 @@ class Method(BaseModel):
     def auxiliary_loss(self, name: str, context: AuxiliaryContext, state: TrainState) -> Iterator[dict[str, Term]]:
         """Terms of the loss that an auxiliary optimiser minimises, for each micro-batch of `context.batches`."""
         raise NotImplementedError
+
+    def update_sums(self, batch: Batch, state: TrainState) -> Mapping[str, Tensor]:
+        """What the loss of each micro-batch depends on and is a sum over the whole update: the summands of one micro-batch,
+        without gradient. They are summed over all micro-batches and ranks before the update's first loss reads them in
+        `state.update_sums`."""
+        return {}
 
     def transform_batch(self, batch: Batch, state: TrainState) -> Batch:
         """Change the inputs of a micro-batch before student and teacher get it, for example add noise. Rows and ids

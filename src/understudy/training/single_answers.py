@@ -10,7 +10,6 @@ from torch import Tensor
 
 from understudy.data import ListBatch, mismatched
 from understudy.errors import InputError
-from understudy.losses import preference
 from understudy.models import ModelAdapter
 from understudy.training.method import TrainState
 from understudy.training.reference import attach, finite
@@ -65,10 +64,14 @@ def add_strays(context: SetupContext, scorer: ModelAdapter) -> None:
         row["stray"] = stray
 
 
-def stray_kl(batch: ListBatch, state: TrainState) -> Tensor:
-    """KTO's z of a micro-batch: the log-ratios of its prompts with the answers of other examples. No gradient."""
+def stray_sums(batch: ListBatch, state: TrainState) -> Tensor:
+    """Sum and number, `[2]`, of the log-ratios of a micro-batch's prompts with the answers of other examples. No gradient.
+
+    KTO's z is the mean over an update, or 0 where that is negative.
+    """
     strays = batch.strays
     assert strays is not None and strays.reference is not None and state.student is not None  # the data stage made them
     with torch.no_grad():
         said = finite(state.student(strays).signal.values, strays)
-    return preference.kto_kl(said - strays.reference.to(said.dtype))
+    ratio = said - strays.reference.to(said.dtype)
+    return torch.stack([ratio.sum(), ratio.new_tensor(ratio.numel())])

@@ -6,16 +6,17 @@ including the product with the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models import ModelAdapter, ModelOutput, find_head
-from understudy.models.sharding import block_names
+from understudy.models.sharding import block_names, usable
 from understudy.training.method import Method, TrainState
 from understudy.training.phases import Phase, freeze_all_but
 from understudy.training.reduction import Term, TermSums, sum_terms
@@ -124,6 +125,26 @@ class TrainModule(nn.Module):
         if output.router is not None:
             terms = {**terms, ROUTER: Term(output.router.expand(batch.num_items))}
         return sum_terms(terms, batch, self.reduction, self.counts(batch))
+
+    def sum_ahead(
+        self,
+        batches: Iterable[Batch],
+        counting: Iterable[bool],
+        total: Callable[[Sequence[Tensor]], list[Tensor]],
+    ) -> None:
+        """Give the method what it sums over an update before the update's first loss (`Method.update_sums`).
+
+        Args:
+            batches, counting: the update's micro-batches on this rank, and which of them count. total: sums over ranks.
+        """
+        if type(self.method).update_sums is Method.update_sums:
+            return
+        sums: dict[str, Any] = {}
+        with torch.no_grad(), usable(self):
+            for batch, counts in zip(batches, counting, strict=True):
+                for name, value in self.method.update_sums(batch, self.train_state).items():
+                    sums[name] = sums.get(name, 0.0) + value * float(counts)
+        self.train_state.update_sums = dict(zip(sums, total([*sums.values()]), strict=True))
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Divisors of terms that are not divided by the number of rows: those of the method, and that of the routers' loss,

@@ -185,6 +185,8 @@ class DistillationTrainer(Trainer):
         with self.meter.step("+".join(update.roles)) if self.meter is not None else nullcontext():
             if update.done == 0:
                 self._step_auxiliary()
+                with self.compute_loss_context_manager():
+                    self.model.sum_ahead(map(self.shown, update.batches), update.counting, self.ranks.sum_tensors)
             if "student" not in update.roles:
                 loss = torch.zeros((), device=self.args.device)
             elif self.model.method.merges_gradients:
@@ -206,8 +208,7 @@ class DistillationTrainer(Trainer):
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
         """DDP averages gradients over ranks; the count is already global, so the average is undone here."""
-        ranks = self.accelerator.num_processes
-        return loss if ranks == 1 else loss * ranks
+        return loss * self.accelerator.num_processes
 
     def term_sums(self, model: Any) -> TermSums:
         """The teacher's and student's forward pass on the update's next micro-batch, and the sum of each term over its rows."""
@@ -231,9 +232,8 @@ class DistillationTrainer(Trainer):
         names = [name for name in update.roles or () if name != "student"]
         if not names:
             return
-        assert train_state.student is not None
         context = AuxiliaryContext(
-            student=train_state.student,
+            student=self.model.student,
             teacher=self.teacher,
             batches=self.ranks.companions([self.shown(b) for b in update.batches], update.counting),
             counts=update.counts,

@@ -301,8 +301,9 @@ class DPO(Method):
         return Reward(self._beta, self._anchored, mean)
 
     def update_sums(self, batch: Batch, state: TrainState) -> Mapping[str, Tensor]:
-        single = self.loss_type == "kto" and isinstance(batch, ListBatch) and batch.strays is not None
-        return {"strays": stray_sums(batch, state)} if single else {}
+        if self.loss_type != "kto" or not isinstance(batch, ListBatch) or batch.strays is None:
+            return {}
+        return {"strays": stray_sums(batch, state)}
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState

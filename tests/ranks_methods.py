@@ -78,7 +78,7 @@ AUXILIARY = ("hard", "tgeo-kd", "distillation-dpo")
 RESUMED = ("trg", "crd", "lelp", "adpo", "kd")
 # Text models are read in float32, and so is what an augmentor sees, which moves by Adam. The factor of DDP is applied to the
 # summed loss, one rounding more than the one process has.
-TOLERANCE = {"hard": 1e-5, "kd": 1e-6, "adpo": 3e-6}
+TOLERANCE = {"hard": 1e-5, "kd": 1e-6, "adpo": 3e-6, "kto": 1e-6}
 RATES = {"margin-mse": 1e-2, "kd": 3.0}
 
 

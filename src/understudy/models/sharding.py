@@ -83,6 +83,7 @@ def usable(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
+    model._get_fsdp_state()._lazy_init()  # a part that is called first would take itself for the root
     model.unshard()
     try:
         yield

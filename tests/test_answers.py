@@ -22,6 +22,14 @@ from understudy.errors import InputError
 from understudy.evaluation.answers import cohen_kappa, consistent_verdicts, mcnemar, pass_at_k, wilson, win_rate
 
 
+def test_a_digit_that_is_repeated_without_end_is_no_number():
+    loop = "7" * 5000
+    assert Checker("number").parse(f"#### {loop}").reason == "no number"
+    assert Checker("number", "last").parse(f"so 12 and {loop}").value == "12"
+    with pytest.raises(InputError, match="is not one number"):
+        Checker("number").gold(loop)
+
+
 @pytest.mark.parametrize(
     "text,value",
     [

@@ -196,6 +196,20 @@ def test_costs_and_budgets(tmp_path):
         evolve(Space(("mlp:5",), {}), examiner(tmp_path, key="none", parameters=9), "s", evaluations=2)
 
 
+def test_a_search_that_finds_nothing_leaves_the_one_that_it_was_to_replace(tmp_path):
+    data, trainer = {"name": "digits", "limit": 60}, {"max_steps": 1, "save_strategy": "no"}
+    teacher = {"model": "convnet:2", "train": {"max_steps": 1}}
+    recipe = {"task": "image_classification", "data": data, "teacher": teacher, "trainer": trainer}
+    recipe |= {"output": str(tmp_path / "run"), "options": {"evaluations": 2, "train": 0}}
+    search(recipe)
+    kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and "logs" not in p.parts}
+    with pytest.raises(InputError, match="within the budget"):
+        search({**recipe, "options": {**recipe["options"], "parameters": 1}}, overwrite=True)
+    assert {p: p.read_bytes() for p in kept if p.exists()} == kept and not (tmp_path / "run" / ".replaced").exists()
+    assert search({**recipe, "seed": 1}, overwrite=True).folder == tmp_path / "run"
+    assert not (tmp_path / "run" / ".replaced").exists()
+
+
 def test_networks_that_cannot_be_built_do_not_end_a_search(tmp_path):
     space = Space(("resnet{d}:2", "mlp:{w}", "cnn:4x1k{d}", "convnet:{w}{w}x"), {"d": [8, 9], "w": [4]})
     found = evolve(space, examiner(tmp_path), "s", evaluations=50)

@@ -39,9 +39,14 @@ Reader = Callable[[str], list[str]]
 
 
 def numbers(text: str) -> list[str]:
-    """Every number in a text, as a reduced fraction: `1,200.50`, `$3`, `50%`, `1/2`, `−4`. The sign of a difference is its own."""
+    """Every number in a text, as a reduced fraction: `1,200.50`, `$3`, `50%`, `1/2`, `−4`. The sign of a difference is its own.
+
+    A model that repeats a digit without end writes no number: more than 1,000 characters are none.
+    """
     found = []
     for match in _NUMBER.finditer(text):
+        if len(match.group()) > 1000:
+            continue
         plain = re.sub(r"[\s$€£,+]", "", match.group()).replace("−", "-")
         above, _, below = plain.partition("/")
         if not below or Fraction(below):

@@ -29,6 +29,8 @@ RESULTS = (
     *("student", "pictures", "stages", "phases", "tensorboard", "export"),
 )
 """Files of a run other than checkpoints and samples."""
+REPLACED = ".replaced"
+"""Where a pipeline's run lies that is to be replaced, until the new one is complete."""
 LENGTHS = ("trainer.max_steps", "trainer.num_train_epochs")
 FREE = {"output"} | {
     f"trainer.{key}"
@@ -210,18 +212,43 @@ def take(recipe: Recipe) -> None:
             temporary.write_text(yaml.safe_dump(recipe.shown(), sort_keys=False))
 
 
-def clear(folder: Path) -> None:
-    """Remove the files of a run that a new run would write. Trained teachers and paid completions stay."""
+def clear(folder: Path, keep: bool = False) -> None:
+    """Remove the files of a run that a new run would write. Trained teachers and paid completions stay.
+
+    Args:
+        keep: move them aside, from where `put_back` brings them if the new run fails before a stage of it is complete.
+    """
+    aside = folder / REPLACED
+    if keep:
+        put_back(folder)
     for path in [
         *(folder / name for name in RESULTS),
         *folder.glob("samples*.jsonl"),
         *numbered(folder / "checkpoints"),
         *(path for inner in folder.glob("checkpoints/*") for path in numbered(inner)),
     ]:
-        if path.is_dir() and not path.is_symlink():
+        if keep and (path.exists() or path.is_symlink()):
+            moved = aside / path.relative_to(folder)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(moved)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def put_back(folder: Path) -> None:
+    """Bring back the run that `clear` moved aside, unless a stage of the new one is complete, which its seal says."""
+    aside = folder / REPLACED
+    if aside.is_dir() and not any((folder / "stages").rglob("*.json")):
+        clear(folder)
+        shutil.copytree(aside, folder, symlinks=True, dirs_exist_ok=True)
+    drop_replaced(folder)
+
+
+def drop_replaced(folder: Path) -> None:
+    """Remove the run that was moved aside."""
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 
 def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from understudy.files import write_json
 from understudy.models.sharding import together
-from understudy.runs.folder import clear, facts, first_rank, same_inputs, take, written
+from understudy.runs.folder import clear, drop_replaced, facts, first_rank, put_back, same_inputs, take, written
 from understudy.runs.preflight import Findings
 from understudy.runs.recipe import Recipe
 
@@ -27,10 +27,10 @@ class Journal:
         if not self.overwrite and written(self.folder) is not None:
             same_inputs(self.folder, hashes)
 
-    def begin(self) -> None:
-        """Write the recipe into the folder."""
+    def begin(self, keep: bool = False) -> None:
+        """Write the recipe into the folder. keep: a run that is replaced stays at hand, for `fail`."""
         if first_rank() and self.overwrite:
-            clear(self.folder)
+            clear(self.folder, keep)
         self.findings.notes.extend(
             f"The run was to end at {length} ({key}) and goes on: from there on a learning rate that falls until the end "
             "follows the longer run."
@@ -41,8 +41,15 @@ class Journal:
             take(self.recipe)
         together()
 
+    def fail(self) -> None:
+        """The run ended with an error: bring back the one that it replaced, if it left nothing."""
+        if first_rank() and self.overwrite:
+            put_back(self.folder)
+
     def record(self, status: str) -> None:
         """Write `run.json`."""
         if first_rank():
             found = facts(self.recipe, self.hashes, self.findings, status, self.started, self.lengthened)
             write_json(self.folder / "run.json", found)
+            if status == "done":
+                drop_replaced(self.folder)

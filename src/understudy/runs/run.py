@@ -355,12 +355,16 @@ def _run_pipeline(
             raise KeyboardInterrupt
         return result
 
-    journal.begin()
+    journal.begin(keep=True)
     values, task = recipe.dump(), get_task(recipe.task)
     logs = Path(method.log) if method.log is not None else folder / "logs"
     oracle = partial(task.oracle, values)
     context = PipelineContext(values, folder, models_of(recipe), train_inside, oracle, logs, recipe.budget)
-    evaluation = method.run(context)
+    try:
+        evaluation = method.run(context)
+    except InputError:
+        journal.fail()
+        raise
     general = [funnel_table(context.funnel), spent_table(context.spent())]
     evaluation["tables"] = [table for table in general if table["rows"]] + evaluation.get("tables", [])
     evaluation["pictures"] = save_pictures(folder, evaluation.get("pictures", {}))

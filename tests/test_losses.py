@@ -90,6 +90,21 @@ def test_the_binary_divergence_of_heads_is_as_exact_where_they_are_near(temperat
     torch.testing.assert_close(slope, torch.tensor([[expected, 0.0]]).double())
 
 
+@pytest.mark.parametrize("a,b", [(0.704, -0.114), (0.2, 0.7), (0.7, 0.0), (0.0, 0.1), (0.1, 0.0), (0.4, -0.4)])
+def test_alpha_beta_of_near_rows_is_exact_in_single_precision(a, b):
+    t = 2.5 * torch.randn(200, 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert losses.alpha_beta((t + 1.7).float(), t.float(), alpha=a, beta=b).abs().max() < 1e-9
+    for apart in (1e-3, 0.09, 0.11):
+        s = t + apart * torch.randn(200, 15, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        expected, slope = (
+            f(losses.alpha_beta, s, t, alpha=a, beta=b) for f in (lambda f, *x, **k: f(*x, **k), gradient)
+        )
+        found = losses.alpha_beta(s.float(), t.float(), alpha=a, beta=b)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-9)
+        steeper = gradient(losses.alpha_beta, s.float(), t.float(), alpha=a, beta=b)
+        torch.testing.assert_close(steeper.double(), slope, rtol=1e-3, atol=1e-5)  # of 1 / a²
+
+
 def test_total_variation_near_certainty_is_exact_in_single_precision():
     s, t = torch.tensor([[12.3, 0.0]]), torch.tensor([[11.7, 0.0]])
     exact = gradient(losses.total_variation, s.double(), t.double())

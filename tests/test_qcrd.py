@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from golden_vectors import close, golden, reduce
+from golden_vectors import OWN, close, golden, reduce
 from understudy import InputError
 from understudy.curation import majority
 from understudy.generation.decoding import choose
@@ -18,6 +18,12 @@ from understudy.methods.qcrd import QCRD
 @pytest.fixture(scope="module")
 def g():
     return golden("21-qcrd")
+
+
+@pytest.fixture(scope="module")
+def own():
+    """The same of known shapes, with a tie in row 3 and an empty row 4."""
+    return golden("21-qcrd", OWN)
 
 
 def entropies(logits, labels):
@@ -101,22 +107,22 @@ def test_votes_and_temperatures_are_the_golden_ones(g):
     assert drawn.unique().tolist() == [int(g["temp_logits"].argmax())]
 
 
-def test_limits(g):
-    ce, kind, quality = g["per_rationale_ce"], g["rationale_kind"], g["quality"]
+def test_limits(own):
+    ce, kind, quality = own["per_rationale_ce"], own["rationale_kind"], own["quality"]
     one, plus = torch.full((1, 1), 1.7, dtype=torch.float64), torch.ones(1, 1)
     close(many_to_one(one, plus, plus.double(), beta=0.0).values, one[0])  # the rationale part of DSS
-    assert not contrast(g, ce, delta=0.0).negative.any() and not contrast(g, ce, delta=-1.0).negative.any()
+    assert not contrast(own, ce, delta=0.0).negative.any() and not contrast(own, ce, delta=-1.0).negative.any()
     assert not many_to_one(ce, kind, torch.ones_like(quality)).negative.any()
     half = many_to_one(ce, kind, torch.full_like(quality, 0.5)).values
     close(half, 0.5 * many_to_one(ce, kind).values)
-    far = contrast(g, ce, delta=1e3)  # no floor
+    far = contrast(own, ce, delta=1e3)  # no floor
     rows = (far.chosen[:, 1] >= 0).nonzero()[:, 0]
     at = far.chosen[rows, 1]
     close(far.negative[rows], (1 - quality[rows, at]) * (ce[rows, at] - 1e3))
     order = torch.tensor([3, 0, 4, 2, 1])
     swapped = many_to_one(ce[:, order], kind[:, order], quality[:, order]).values
-    close(swapped[:3], contrast(g, ce, beta=0.2, delta=3.0).values[:3])  # question 3 has a tie
-    shifted = entropies(g["rationale_logits"] + 5.0, g["rationale_labels"])
+    close(swapped[:3], contrast(own, ce, beta=0.2, delta=3.0).values[:3])  # question 3 has a tie
+    shifted = entropies(own["rationale_logits"] + 5.0, own["rationale_labels"])
     close(shifted, ce)
     zeros = torch.zeros(3, dtype=torch.float64)
     close(
@@ -124,19 +130,19 @@ def test_limits(g):
     )
 
 
-def test_absent_rationales_may_hold_anything(g):
-    ce, quality = g["per_rationale_ce"].clone(), g["quality"].clone()
-    gone = g["rationale_kind"] == 0
+def test_absent_rationales_may_hold_anything(own):
+    ce, quality = own["per_rationale_ce"].clone(), own["quality"].clone()
+    gone = own["rationale_kind"] == 0
     ce[gone], quality[gone] = torch.nan, torch.inf
     ce.requires_grad_()
-    values = many_to_one(ce, g["rationale_kind"], quality).values
-    close(values, g["contrastive_per_sample"])
+    values = many_to_one(ce, own["rationale_kind"], quality).values
+    close(values, own["contrastive_per_sample"])
     (gradient,) = torch.autograd.grad(values.sum(), ce)
     assert gradient.isfinite().all() and not gradient[gone].any() and values[4] == 0
 
 
-def test_bad_input_of_the_loss(g):
-    ce, kind, quality = g["per_rationale_ce"], g["rationale_kind"], g["quality"]
+def test_bad_input_of_the_loss(own):
+    ce, kind, quality = own["per_rationale_ce"], own["rationale_kind"], own["quality"]
     with pytest.raises(InputError, match="differ: give one value"):
         many_to_one(ce, kind[:, :3])
     with pytest.raises(InputError, match="a negative one imitates mistakes"):

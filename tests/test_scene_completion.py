@@ -40,7 +40,7 @@ def batch_of(points=8, repeat=4, many=3):
 @pytest.mark.golden
 def test_golden_local_noise():
     g = golden("04-distillation-dpo")
-    levels = LocalNoise()
+    levels = LocalNoise(float(g["beta_start"]), float(g["beta_end"]), int(g["num_train_timesteps"]))
     alpha, sigma = levels.at(g["t"] / (int(g["num_train_timesteps"]) - 1))
     close(sigma, g["sqrt_one_minus_abar"], rtol=1e-9, atol=1e-9)
     assert alpha.eq(1).all()

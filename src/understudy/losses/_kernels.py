@@ -33,7 +33,14 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
         ratio = a * (log_p - log_q)  # log (p/q)^a
         return (torch.expm1(ratio) - ratio) / a**2
     cross, left, right = (a * log_p + b * log_q).exp(), ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
-    return -(cross - a / (a + b) * left - b / (a + b) * right) / (a * b)
+    apart = -(cross - a / (a + b) * left - b / (a + b) * right) / (a * b)
+    # Near each other the powers cancel to their rounding, which 1 / (a b) multiplies.
+    near = (log_q - log_p).abs() < 0.1
+    d = torch.where(near, log_q - log_p, 0.0)
+    p = log_p.masked_fill(~near, 0.0)
+    return torch.where(
+        near, ((a + b) * p).exp() * (b / (a + b) * torch.expm1((a + b) * d) - torch.expm1(b * d)) / (a * b), apart
+    )
 
 
 def _one_sided(log_x: Tensor, log_y: Tensor, a: float) -> Tensor:
@@ -41,7 +48,9 @@ def _one_sided(log_x: Tensor, log_y: Tensor, a: float) -> Tensor:
     x, y = (a * log_x).exp(), (a * log_y).exp()
     absent = log_x == -_INF
     ratio = torch.where(absent, torch.zeros_like(log_x), a * (log_x.masked_fill(absent, 0.0) - log_y))
-    return (x * ratio - x + y) / a**2
+    near = (ratio.abs() < 0.1) & ~absent
+    small = torch.where(near, ratio, 0.0)
+    return torch.where(near, x * (small + torch.expm1(-small)), x * ratio - x + y) / a**2
 
 
 def kl(log_x: Tensor, log_y: Tensor) -> Tensor:

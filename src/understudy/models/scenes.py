@@ -22,13 +22,13 @@ BANDS = 4
 class LocalNoise(Table):
     """Noise that is added to each point while the signal keeps its scale: α = 1, σ = √(1 − ᾱ).
 
-    ᾱ is that of 1,000 linear betas from 3.5e-5 to 7e-3, so σ ends at 0.985 m. The network's time input is t.
+    ᾱ is that of `steps` linear betas from `first` to `last`; with the defaults σ ends at 0.985 m. The network's time input is t.
 
     Source: LiDiff (2024); Distillation-DPO (2025, arXiv 2504.11447).
     """
 
-    def __init__(self) -> None:
-        betas = torch.linspace(3.5e-5, 7e-3, 1000, dtype=torch.float64)
+    def __init__(self, first: float = 3.5e-5, last: float = 7e-3, steps: int = 1000) -> None:
+        betas = torch.linspace(first, last, steps, dtype=torch.float64)
         super().__init__((1 - betas).cumprod(0))
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:

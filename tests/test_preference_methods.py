@@ -108,6 +108,17 @@ def test_any_split_of_a_batch_of_unpaired_kto_gives_the_same_update(tokenizer, t
     ends_alike(trainer_of, ((4, 1), (2, 2), (1, 4)))
 
 
+def test_supervised_training_imitates_no_answer_that_is_labelled_false(tokenizer):
+    from understudy.methods.sft import SFT
+
+    student, examples = scorer(tokenizer, 0), singles(tokenizer)
+    batch = Batch.from_dict(collate_lists(list(examples.records)))
+    values = SFT().loss(student(batch), None, batch, TrainState())["ce"].values
+    assert values[[1, 3]].tolist() == [0, 0] and (values[[0, 2]] > 0).all()
+    right = Batch.from_dict(collate_lists([examples.records[i] for i in (0, 2)]))
+    assert SFT().counts(batch) == SFT().counts(right)
+
+
 def test_unpaired_kto_in_one_command_starts_at_a_half(tmp_path):
     rows = [{**SINGLES[i % 4], "prompt": f"{SINGLES[i % 4]['prompt']} {i}"} for i in range(40)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -246,6 +246,22 @@ def test_a_record_with_an_empty_list_of_images_is_text(tmp_path):
     assert len(texts[0]) == 1 and texts[0] == texts[1] == texts[2]
 
 
+def test_answers_that_are_labelled_false_are_no_answers_to_learn(tmp_path):
+    rows = [{"prompt": f"q {i} ?", "completion": " right" if i % 2 else " wrong", "label": i % 2} for i in range(200)]
+
+    def read(lists):
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return load_image_texts({"name": str(tmp_path / "train.jsonl")}, {}, lists=lists)
+
+    found = read(False)
+    every = [r["completion"] for r in found.train + found.validation + found.test]
+    assert every == [" right"] * 100 and any("completions with label 0 were left out" in note for note in found.notes)
+    assert {c for r in read(True).train for c in r["completions"]} == {" right", " wrong"}
+    rows = [{**row, "label": 0} for row in rows]
+    with pytest.raises(InputError, match="every completion has label 0"):
+        read(False)
+
+
 def test_images_in_memory_may_be_arrays():
     rows = [{"image": np.full((8, 8, 3), i, np.uint8), "prompt": "which ?", "completion": f" {i}"} for i in range(30)]
     from understudy.runs.objects import named as by_name

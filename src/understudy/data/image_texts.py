@@ -47,7 +47,7 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
             training records), `columns` (names of columns), `unpaired` (keep single completions beside pairs); `size`,
             `pairs` and `seed` of embedded sets.
         lists: whether records become scored candidates, `{id, prompt, completions, scores}`; else the best is the
-            completion, `{id, prompt, completion}`. Either may have `pictures`.
+            completion, `{id, prompt, completion}`, and single ones with label 0 are left out. Either may have `pictures`.
     """
     check_keys(spec, OPTIONS)
     name = str(spec["name"])
@@ -65,7 +65,17 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
     for split in ("train", "validation", "test"):
         records = getattr(splits, split)
         if not lists:
-            setattr(splits, split, [_best(record) for record in records])
+            kept = [record for record in records if record["scores"] != [0.0]]
+            if records and not kept:
+                raise InputError(
+                    f"{name}, {split}: every completion has label 0, and this method learns right ones: give it some, or take a method of preferences."
+                )
+            setattr(splits, split, [_best(record) for record in kept])
+            if len(kept) < len(records):
+                wrong = len(records) - len(kept)
+                notes.append(
+                    f"{name}, {split}: {wrong} completions with label 0 were left out: they are no answers to learn."
+                )
         elif paired and not spec.get("unpaired"):
             kept = [record for record in records if len(record["completions"]) > 1]
             setattr(splits, split, kept)

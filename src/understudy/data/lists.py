@@ -77,6 +77,11 @@ class ListBatch(WholeExamples, Batch):
         return self.scores.masked_fill(~self.candidates, -torch.inf).argmax(-1)
 
     @cached_property
+    def chosen(self) -> Tensor:
+        """`[lists]`, whether the best candidate is one to imitate: of several always, a single answer if its label is 1."""
+        return (self.candidates.sum(1) > 1) | (self.scores[:, 0] > 0.5)
+
+    @cached_property
     def worst(self) -> Tensor:
         """`[lists]`, index of the candidate with the lowest score (the last of equals)."""
         flipped = self.scores.masked_fill(~self.candidates, torch.inf).flip(-1).argmin(-1)

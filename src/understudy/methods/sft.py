@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from understudy.data import Batch, GraphBatch, ListBatch
 from understudy.data.retrieval_batches import RankingBatch
 from understudy.losses import cross_entropy
@@ -22,7 +24,7 @@ class SFT(Method):
     page: ClassVar[dict[str, str]] = {
         "when": "As the baseline, and whenever labels are plentiful.",
         "not": "When a good teacher exists and labels are few: it ignores the teacher.",
-        "deviations": "None: this is the plain objective.",
+        "deviations": "None: this is the plain objective. Of several answers it learns the best, and none that is labelled false.",
     }
 
     @property
@@ -36,7 +38,7 @@ class SFT(Method):
             return {"ranknet": float(ordered_pairs(batch.labels, batch.candidates).sum())}
         if not isinstance(batch, ListBatch):
             return {}
-        return {"ce": float(batch.lengths.gather(1, batch.best[:, None]).sum())}
+        return {"ce": float(batch.lengths.gather(1, batch.best[:, None])[batch.chosen].sum())}
 
     def loss(
         self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch, state: TrainState
@@ -45,6 +47,7 @@ class SFT(Method):
             scores, valid = student.signal.values, ordered_pairs(batch.labels, batch.candidates)
             return {"ranknet": Term(over_pairs(lambda a, b, *_: ranknet(a, b), scores, scores, valid).sums)}
         if isinstance(batch, ListBatch):  # learn the best candidate, divided by its tokens
-            return {"ce": Term(-student.signal.values.gather(1, batch.best[:, None])[:, 0])}
+            best = student.signal.values.gather(1, batch.best[:, None])[:, 0]
+            return {"ce": Term(torch.where(batch.chosen, -best, 0.0))}
         signal, labels = batch.with_labels(student.signal)
         return {"ce": Term(rowwise(cross_entropy, signal, None, labels))}

@@ -60,8 +60,7 @@ class Reward:
         ours = log_probs.detach() / scale
         rewards = self.beta * (ours - reference.detach() / scale if self.anchored and reference is not None else ours)
         several = batch.candidates.sum(1) > 1
-        good = batch.scores[:, 0] > 0.5
-        found, sides = {}, {"chosen": (batch.best, several | good), "rejected": (batch.worst, several | ~good)}
+        found, sides = {}, {"chosen": (batch.best, batch.chosen), "rejected": (batch.worst, several | ~batch.chosen)}
         for kind, values in (("rewards", rewards), ("logps", ours)):
             for side, (place, counts) in sides.items():
                 found[f"{kind}/{side}"] = (values.gather(1, place[:, None])[:, 0], counts)

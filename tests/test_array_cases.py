@@ -11,11 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as Picture
 from PIL import Image
 
 from understudy import InputError, distill
 from understudy.data import load_graph, load_images, load_preferences, load_text
 from understudy.data.folders import split_of
+from understudy.data.memory import keep
 from understudy.data.retrieval_sources import load_rankings
 from understudy.data.scored_triples import Triple, read_texts, read_triples, write_triples
 
@@ -449,6 +452,33 @@ def test_images_of_a_table_may_be_files_beside_it(tmp_path):
     pq.write_table(pa.table({"image": cells, "label": [i % 2 for i in range(20)]}), tmp_path / "x.parquet")
     found = load_images({"name": str(tmp_path / "x.parquet")})
     assert [int(p[0, 0, 0]) for p in found.train.pixels] == found.train.ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["memory", "parquet"])
+def test_splits_that_number_their_classes_otherwise_are_matched_by_name(tmp_path, kind):
+    colours = {"apple": 10, "bear": 20, "cat": 30}
+
+    def split(names, number=12):
+        cells = [Image.new("L", (4, 4), colours[names[i % len(names)]]) for i in range(number)]
+        features = Features({"image": Picture(), "label": ClassLabel(names=names), "of": ClassLabel(names=names)})
+        numbers = [i % len(names) for i in range(number)]
+        return Dataset.from_dict({"image": cells, "label": numbers, "of": numbers}, features=features)
+
+    def read(**names):
+        splits = DatasetDict({s: split(n) for s, n in names.items()})
+        if kind == "memory":
+            return load_images({"name": keep(splits), "domain_column": "of"})
+        for name, rows in splits.items():
+            rows.to_parquet(tmp_path / f"{name}.parquet")
+        return load_images({"name": str(tmp_path), "domain_column": "of"})
+
+    found = read(train=["cat", "apple", "bear"], val=["apple", "bear", "cat"], test=["bear", "cat"])
+    assert found.classes == ["cat", "apple", "bear"]
+    for part in (found.train, found.validation, found.test):
+        named = [found.classes[i] for i in part.labels]
+        assert [colours[n] for n in named] == part.pixels[:, 0, 0, 0].tolist() and named == part.domains.tolist()
+    with pytest.raises(InputError, match="the class 'cat' of bear, cat, and the classes of train are apple, bear"):
+        read(train=["apple", "bear"], val=["apple", "bear"], test=["bear", "cat"])
 
 
 # Graphs

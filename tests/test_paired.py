@@ -6,6 +6,7 @@ import wave
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 from torch import nn
 
@@ -13,6 +14,7 @@ from engine_cases import DIGITS
 from understudy import InputError, distill
 from understudy.data import Batch
 from understudy.data.audio import read_wave, spectrogram
+from understudy.data.memory import keep
 from understudy.data.paired import Layout, Pairs, load_paired
 from understudy.data.paired_sources import read_paired
 from understudy.models.modalities import ModalitiesAdapter
@@ -109,6 +111,22 @@ def test_a_table_names_pictures_and_recordings_beside_it(files):
     high = whole["labels"] == 0
     assert torch.equal(high, whole["picture"].mean((1, 2, 3)) > 0.4)
     assert torch.equal(high, whole["sound"].mean((1, 3)).argmax(1) > 16)
+
+
+def test_splits_that_number_their_classes_otherwise_are_matched_by_name():
+    sounds = {"low": 1.0, "high": 2.0, "none": 3.0}
+
+    def split(names):
+        rows = [{"picture": [1.0, 2.0], "sound": [sounds[n]] * 3, "label": n} for n in names * 6]
+        numbered = ClassLabel(names=names)
+        return Dataset.from_list(rows).cast_column("label", numbered)
+
+    sets = {"train": split(["none", "low", "high"]), "val": split(["high", "low", "none"]), "test": split(["high"])}
+    splits, layout = read(keep(DatasetDict(sets)))
+    assert splits.classes == ["none", "low", "high"]
+    for part in (splits.train, splits.validation, splits.test):
+        whole = layout.collate([part[i] for i in range(len(part))])
+        assert [sounds[splits.classes[i]] for i in whole["labels"]] == whole["sound"].flatten(1)[:, 0].tolist()
 
 
 def test_records_in_memory_hold_arrays(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from engine_cases import OPTIONS, killed_run, weights
 from text_classes import as_csv, as_lines, classifier, reviews
@@ -13,6 +13,7 @@ from understudy.cli.main import main
 from understudy.data import Batch
 from understudy.data.classified_batches import Reading, TextClassBatch, TextClassCollator
 from understudy.data.classified_texts import SETS, load_classified
+from understudy.data.memory import keep
 from understudy.errors import InputError
 from understudy.methods import get
 from understudy.models import load_tokenizer
@@ -231,8 +232,6 @@ def test_columns_by_the_names_that_others_give_them(tmp_path, form):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder", "memory", "dataset"])
 def test_files_folders_and_lists_hold_the_same(tmp_path, kind):
-    from understudy.data.memory import keep
-
     rows = [{"review": r["text"], "mood": r["label"]} for r in reviews(40)]
     if kind == "csv":
         name = as_csv(tmp_path / "d.csv", rows)
@@ -285,6 +284,36 @@ def test_classes_are_numbered_as_the_model_has_them(tmp_path, case):
     given = {r["text"]: r["label"] for r in [*found.everything, *found.test]}
     assert [given[str(label)] for label in labels] == numbers
     assert any("none of the model's classes" in n for n in found.notes) == (case == "other names than the model's")
+
+
+def named(names, number):
+    """A split whose classes have these names and numbers."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = [{"text": f"{names[i % len(names)]} {i}", "label": i % len(names)} for i in range(number)]
+    return Dataset.from_list(rows, features=features)
+
+
+SPLIT_NAMES = {"train": ["cat", "apple", "bear"], "val": ["apple", "bear", "cat"], "test": ["bear", "cat"]}
+
+
+@pytest.mark.parametrize("kind", ["memory", "parquet", "saved"])
+def test_splits_that_number_their_classes_otherwise_are_matched_by_name(tmp_path, kind):
+    splits = DatasetDict({split: named(names, 12) for split, names in SPLIT_NAMES.items()})
+    if kind == "parquet":
+        for split, rows in splits.items():
+            rows.to_parquet(tmp_path / f"{split}.parquet")
+    elif kind == "saved":
+        splits.save_to_disk(tmp_path)
+    name = keep(splits) if kind == "memory" else str(tmp_path)
+    for known, classes in ((None, SPLIT_NAMES["train"]), (["BEAR", "CAT", "APPLE"], ["bear", "cat", "apple"])):
+        found = load_classified({"name": name}, known)
+        every = [*found.train, *found.validation, *found.test]
+        assert found.classes == classes and len(found.validation) == len(found.test) == 12
+        assert all(found.classes[r["label"]] == r["text"].split()[0] for r in every)
+    found = load_classified({"name": name, "classes": ["x", "y", "z"]})  # other names, in the order of the numbers
+    assert {r["text"].split()[0]: r["label"] for r in found.test} == {"bear": 2, "cat": 0}
+    with pytest.raises(InputError, match=r"is none of data.classes \(apple, pear, plum\)"):
+        load_classified({"name": name, "classes": ["apple", "pear", "plum"]})
 
 
 BAD = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from understudy.data.batch import UNLABELLED
+from understudy.data.class_labels import by_name, parquet_names, spell
 from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
 from understudy.data.tables import cells, class_numbers, columns_of, read_npz, read_parquet
@@ -188,13 +189,19 @@ def loose_images(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> I
     return ImageSet(pixels, torch.full((len(images),), UNLABELLED), torch.arange(len(images)))
 
 
-def image_table(files: list[Path], spec: Mapping[str, Any], counts: Counter[str]) -> ImageSet:
-    """The images of one split from its parquet or .npz files, concatenated."""
+def image_table(
+    files: list[Path], spec: Mapping[str, Any], counts: Counter[str], classes: Sequence[str] = ()
+) -> ImageSet:
+    """The images of one split from its parquet or .npz files, concatenated.
+
+    Args:
+        classes: names by number, if they are known: labels of a file with names of its own are numbered as these are.
+    """
     read = {".npz": _archive, ".parquet": _parquet}
     for path in files:
         if path.suffix.lower() not in read:
             raise InputError(f"{path} is not an image set: give a folder class/image, a .parquet or an .npz file.")
-    parts = [read[path.suffix.lower()](path, spec, counts) for path in files]
+    parts = [read[path.suffix.lower()](path, spec, counts, classes) for path in files]
     for path, (pixels, labels, domains) in zip(files, parts, strict=True):
         if not len(pixels) == len(labels) or any(len(d) != len(labels) for d in domains):
             raise InputError(
@@ -214,14 +221,17 @@ def image_table(files: list[Path], spec: Mapping[str, Any], counts: Counter[str]
 Columns = tuple[Tensor, Tensor, list[np.ndarray[Any, Any]]]
 
 
-def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
+def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str], classes: Sequence[str]) -> Columns:
     image, label = str(spec.get("image_column", "image")), label_column(spec)
     table = read_parquet(path)
     need_columns(path, set(table.column_names), {image, *label, *domain_column(spec)})
     found = [_cell(path, c) for c in cells(path, table, image)]
     pixels = decode(found, str(path), counts, spec.get("size"))
     labels = labels_in(str(path), [cells(path, table, column) for column in label], len(pixels))
-    domains = [np.asarray([str(v) for v in cells(path, table, column)]) for column in domain_column(spec)]
+    names = parquet_names(path)
+    if label:
+        labels = torch.tensor(by_name(str(path), labels.tolist(), names.get(label[0]), classes), dtype=torch.int64)
+    domains = [np.asarray([str(v) for v in spell(cells(path, table, c), names.get(c))]) for c in domain_column(spec)]
     return pixels, labels, domains
 
 
@@ -232,7 +242,7 @@ def _cell(path: Path, cell: Any) -> Any:
     return path.parent / cell if isinstance(cell, str) else cell
 
 
-def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
+def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str], _: Sequence[str]) -> Columns:
     have = columns_of(path)
     image, label = str(spec.get("image_column", "image")), label_column(spec)
     image = "images" if "images" in have and "image_column" not in spec else image

@@ -12,6 +12,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from PIL import Image
 
+from understudy.data.class_labels import names_in
+from understudy.data.folders import own_names
 from understudy.errors import InputError
 
 MEMORY = "memory:"
@@ -38,12 +40,15 @@ def keep(data: Any) -> str:
     """
     if isinstance(data, (IterableDataset, IterableDatasetDict)):
         raise InputError(f"data is an {type(data).__name__}, which has no length: give a Dataset or a list of records.")
-    splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    own = own_names("data", data) if isinstance(data, Mapping) else {}
+    splits = {split: data[name] for split, name in own.items()} if own else {"train": data}
     digest = hashlib.sha256()
     for split, rows in splits.items():
         if len(rows) == 0:
             raise InputError(f"data: the {split} split is empty.")
         digest.update(f"\n{split}\n".encode())
+        named = names_in(getattr(rows, "features", None))
+        digest.update(json.dumps(named, sort_keys=True).encode() if named else b"")
         for i, record in enumerate(_plain(rows)):
             if not isinstance(record, Mapping):
                 raise InputError(f"data, {split} record {i} is {type(record).__name__}, not a mapping of columns.")

@@ -165,6 +165,14 @@ def test_a_table_that_cannot_be_read_is_told(files, change, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("column", [*NAMES, "label"])
+def test_a_cell_that_is_no_number_is_no_class_and_no_example(column):
+    rows = [{"picture": [1.0, 2.0], "sound": [3.0], "label": ("cat", "dog")[i % 2]} for i in range(20)]
+    rows[7][column] = float("nan")
+    with pytest.raises(InputError, match=f"data, row 7 has no {column}: every example needs"):
+        read(keep(rows))
+
+
 @pytest.mark.parametrize("channels,cut", [(1, 1), (2, 2)])
 def test_a_recording_that_was_cut_off_is_named(channels, cut, tmp_path):
     with wave.open(str(tmp_path / "cut.wav"), "wb") as file:

@@ -317,6 +317,11 @@ def test_splits_that_number_their_classes_otherwise_are_matched_by_name(tmp_path
 
 
 BAD = {
+    "no domain": (
+        [{"text": "a", "label": "x", "from": float("nan")}],
+        "record 0 .*has no 'from' to name its domain",
+        {"domain_column": "from"},
+    ),
     "no label": ([{"text": "a", "label": None}], "record 0 .*the label is None; give one class"),
     "an empty label": ([{"text": "a", "label": " "}], "the label is ' '"),
     "part of a class": ([{"text": "a", "label": 0.5}], "the label is 0.5"),

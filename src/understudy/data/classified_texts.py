@@ -17,7 +17,7 @@ from understudy.data.batch import UNLABELLED
 from understudy.data.class_labels import NamesOf
 from understudy.data.columns import arrange, checked_text, names
 from understudy.data.folders import find
-from understudy.data.records import Record, place, read_records
+from understudy.data.records import Record, absent, place, read_records
 from understudy.data.text import check_keys, read_source, split_off, whole
 from understudy.errors import InputError, nearest
 
@@ -188,7 +188,7 @@ def _check(where: str, record: Record, column: str | None) -> None:
     record["label"] = _label(where, record["label"])
     if column is not None:
         domain = record.pop(column, None)
-        if domain is None or isinstance(domain, (list, dict)):
+        if absent(domain) or isinstance(domain, (list, dict)):
             raise InputError(
                 f"{where} has no {column!r} to name its domain. Choose another column (teacher.route, data.domain_column), "
                 "or fill it."

@@ -19,6 +19,7 @@ from understudy.data.batch import UNLABELLED
 from understudy.data.class_labels import by_name, parquet_names, spell
 from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
+from understudy.data.records import absent
 from understudy.data.tables import cells, class_numbers, columns_of, read_npz, read_parquet
 from understudy.errors import InputError
 from understudy.files import replacing
@@ -231,7 +232,7 @@ def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str], classes:
     names = parquet_names(path)
     if label:
         labels = torch.tensor(by_name(str(path), labels.tolist(), names.get(label[0]), classes), dtype=torch.int64)
-    domains = [np.asarray([str(v) for v in spell(cells(path, table, c), names.get(c))]) for c in domain_column(spec)]
+    domains = [domains_in(str(path), c, spell(cells(path, table, c), names.get(c))) for c in domain_column(spec)]
     return pixels, labels, domains
 
 
@@ -323,6 +324,17 @@ def labels_in(where: str, columns: list[Any], number: int) -> Tensor:
 def domain_column(spec: Mapping[str, Any]) -> list[str]:
     """The column of domains, if one is configured."""
     return [str(spec["domain_column"])] if spec.get("domain_column") is not None else []
+
+
+def domains_in(where: str, column: str, values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """The names of domains in their column."""
+    row = next((i for i, value in enumerate(values) if absent(value)), None)
+    if row is not None:
+        raise InputError(
+            f"{where}: {column} of image {row} is {values[row]} and names no domain: fill it, or choose another column "
+            "(data.domain_column)."
+        )
+    return np.asarray([str(value) for value in values])
 
 
 def need_columns(path: Path | str, have: set[str], want: set[str]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from understudy.data import memory
@@ -18,6 +17,7 @@ from understudy.data.image_files import (
     class_folders,
     decode,
     domain_column,
+    domains_in,
     image_table,
     label_column,
     labels_in,
@@ -162,7 +162,7 @@ def _columns(
     for split, theirs in own.items():
         rows, names = loaded[theirs], named[split]
         need_columns(name, set(rows.column_names), {image, *label, *domain_column(spec)})
-        domains = [np.asarray([str(v) for v in spell(rows[c], names.get(c))]) for c in domain_column(spec)]
+        domains = [domains_in(name, c, spell(rows[c], names.get(c))) for c in domain_column(spec)]
         pixels = decode(rows[image], name, counts, spec.get("size"))
         labels = labels_in(name, [rows[column] for column in label], len(rows))
         if label:

@@ -26,7 +26,7 @@ from understudy.data.image_files import array_pixels, decode, formats
 from understudy.data.image_sources import read_source
 from understudy.data.memory import MEMORY
 from understudy.data.paired import Pairs
-from understudy.data.records import place, read_records
+from understudy.data.records import absent, place, read_records
 from understudy.data.tables import class_numbers, columns_of, read_npz, read_parquet
 from understudy.errors import InputError, nearest
 
@@ -116,7 +116,7 @@ def _empty(cell: Any) -> bool:
     """Whether a cell holds nothing, as text, a list, or the bytes and path of a file."""
     if isinstance(cell, dict):
         return not (cell.get("bytes") or cell.get("path"))
-    return cell is None or (isinstance(cell, (str, list)) and not len(cell))
+    return absent(cell) or (isinstance(cell, (str, list)) and not len(cell))
 
 
 def _need(where: str, have: Any, wanted: Sequence[str]) -> None:

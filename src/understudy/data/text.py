@@ -17,7 +17,7 @@ from understudy.data.class_labels import NamesOf, names_in, parquet_names, spell
 from understudy.data.columns import arrange, checked_text, conversation, names, readable, tools, without_prompt
 from understudy.data.folders import find, hub_id, own_names, split_files
 from understudy.data.memory import MEMORY
-from understudy.data.records import READERS, Record, place, read_records, reason
+from understudy.data.records import READERS, Record, absent, place, read_records, reason
 from understudy.errors import InputError, nearest
 from understudy.files import replacing
 
@@ -160,7 +160,7 @@ def _check(where: str, record: Record, column: str | None, columns: str) -> bool
     keep_tools(where, record, any(isinstance(record.get(k), list) for k in ("messages", "prompt", "completion")))
     if column is not None:
         domain = record.get(column)
-        if domain is None or isinstance(domain, (list, dict)):
+        if absent(domain) or isinstance(domain, (list, dict)):
             raise InputError(
                 f"{where} has no {column!r} to name its domain: its columns are {columns}. Choose another column "
                 "(teacher.route, data.domain_column), or fill it."

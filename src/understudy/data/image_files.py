@@ -27,6 +27,7 @@ from understudy.files import replacing
 UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow lists but cannot read itself; some would start another program."""
 MOST_PIXELS = 2**26
+CHANNELS = (1, 3, 4)
 LAYOUTS = ("channels_first", "channels_last")
 
 
@@ -42,7 +43,7 @@ def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = 
     """Decode images to uint8 `[images, channels, height, width]`: one channel if all are gray, else three.
 
     Args:
-        cells: bytes, paths or PIL images.
+        cells: bytes, paths, PIL images or arrays.
         counts: incremented for each kind of change to an image.
         size: as in `load_images`.
 
@@ -54,6 +55,7 @@ def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = 
     places: list[str] = []
     for i, cell in enumerate(cells):
         places.append(str(cell) if isinstance(cell, Path) else f"{source}, row {i}")
+        cell = of_array(places[-1], cell) if isinstance(cell, np.ndarray) else cell
         pixels = torch.from_numpy(_pixels(places[-1], cell, counts))
         out.append(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1))
     if not out:
@@ -90,6 +92,30 @@ def wanted_size(size: Any) -> tuple[int, int] | None:
     if len(sides) != 2 or not all(type(s) is int and 1 <= s <= 4096 for s in sides):
         raise InputError(f"data.size is {size!r} and must be a number of pixels, or [height, width], each up to 4096.")
     return int(sides[0]), int(sides[1])
+
+
+def of_array(where: str, values: np.ndarray[Any, Any]) -> Image.Image:
+    """The image that an array of uint8 holds: gray `[height, width]` or `[height, width, 1]`, colours with their channels
+    last, or first where the last axis cannot hold them.
+
+    Raises:
+        InputError: another type or shape.
+    """
+    shape = values.shape
+    if values.ndim == 3 and shape[2] not in CHANNELS and shape[0] in CHANNELS:
+        values = np.moveaxis(values, 0, 2)
+    if (
+        values.dtype != np.uint8
+        or 0 in shape
+        or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in CHANNELS))
+    ):
+        raise InputError(
+            f"{where}: its image is an array of {values.dtype} {shape}; give uint8 of 0 … 255, (height, width), (height, width, "
+            "channels) or (channels, height, width) with 1, 3 or 4 channels."
+        )
+    return Image.fromarray(
+        np.ascontiguousarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
+    )
 
 
 def read_image(where: str, cell: Any, counts: Counter[str]) -> Image.Image:

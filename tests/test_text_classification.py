@@ -1,6 +1,7 @@
 """Text classification: data of all forms, models of all forms, and every method whose rows are classes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -272,6 +273,39 @@ NUMBERING = {  # labels of the data, names that a model has, data.classes → cl
     "truth values": ([True, False], None, None, ["false", "true"], [1, 0]),
     "other names than the model's": (["b", "a"], ["x", "y"], None, ["a", "b"], [1, 0]),
 }
+
+
+STARS = [f"{i} star" for i in range(1, 6)]
+DIGITS = ["1", "2", "3", "4", "5"]
+READINGS = {  # labels of the data, names of a model, data.classes → numbers of the labels, and what is said
+    "numbers of names that are numbers": ([0, 1, 2, 3, 4], DIGITS, None, [0, 1, 2, 3, 4], "as numbers.*: 0 is '1'"),
+    "names that are numbers": ([5, 1, 2], DIGITS, None, [4, 0, 1], "as names of the classes: 1 is '1'"),
+    "numbers that begin names": ([1, 5], STARS, None, [0, 4], "as names of the classes: 1 is '1 star'"),
+    "numbers of names that begin with numbers": ([0, 4], STARS, None, [0, 4], "as numbers, from 0.*: 0 is '1 star'"),
+    "given as numbers": ([1, 4], STARS, [0, 1, 2, 3, 4], [1, 4], None),
+    "given as names": ([1, 4], STARS, [1, 2, 3, 4, 5], [0, 3], "as names of the classes: 1 is '1'"),
+    "given in order": ([1, 4], None, STARS, [1, 4], "as numbers, from 0.*: 1 is '2 star'"),
+}
+
+
+@pytest.mark.parametrize("case", READINGS)
+def test_numbers_beside_names_that_are_numbers_are_read_as_said(tmp_path, case):
+    labels, known, chosen, numbers, said = READINGS[case]
+    rows = [{"text": str(label), "label": label} for label in labels] * 10
+    spec = {"name": str(as_lines(tmp_path / "d.jsonl", rows))} | ({"classes": chosen} if chosen else {})
+    found = load_classified(spec, known)
+    given = {r["text"]: r["label"] for r in [*found.everything, *found.test]}
+    assert [given[str(label)] for label in labels] == numbers and len(found.classes) == 5
+    assert [n for n in found.notes if "are read as" in n] == [n for n in found.notes if said and re.search(said, n)]
+    assert any("are read as" in n for n in found.notes) == (said is not None)
+
+
+@pytest.mark.parametrize("known", [DIGITS, STARS])
+def test_numbers_that_can_be_names_too_are_asked_about(tmp_path, known):
+    name = as_lines(tmp_path / "d.jsonl", [{"text": str(i), "label": i % 4 + 1} for i in range(40)])
+    says = r"the labels 1, 2, 3, 4 can be .*\[0, 1, 2, 3, 4\] if they are numbers, or \[1, 2, 3, 4, 5\]\."
+    with pytest.raises(InputError, match=says):
+        load_classified({"name": str(name)}, known)
 
 
 @pytest.mark.parametrize("case", NUMBERING)

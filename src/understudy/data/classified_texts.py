@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,11 +234,9 @@ def _classes(
         return _by_own_names(name, seen, chosen, known, own, notes)
     wanted = chosen or known
     numeric = all(label.isdecimal() for label in seen)
-    if wanted is not None and numeric and max(map(int, seen)) < len(wanted):
-        return list(wanted), {label: int(label) for label in seen}
-    named = _same_names(seen, wanted or ())
-    if named is not None:
-        return named
+    read = _as_wanted(name, seen, wanted, chosen is None, notes) if wanted else None
+    if read is not None:
+        return read
     if chosen is not None:
         other = max(seen, key=int) if numeric else sorted(seen - set(chosen))[0]
         raise _foreign(name, other, chosen)
@@ -249,6 +248,58 @@ def _classes(
     if numeric and found != [str(i) for i in range(len(found))]:
         notes.append(f"{name}: the labels {names(found)} are the names of classes that are numbered from 0.")
     return found, {label: i for i, label in enumerate(found)}
+
+
+def _as_wanted(
+    name: str, seen: set[str], wanted: Sequence[str], ask: bool, notes: list[str]
+) -> tuple[list[str], dict[str, int]] | None:
+    """The classes `wanted` and the number of each label; `None` where a label is neither a name nor a number of these.
+
+    Names that are numbers, or begin with one ("1 star"), may be what numbers in the data mean: whether 0 occurs, or the
+    last class, must not decide that silently.
+
+    Args:
+        ask: whether labels that can be read in both ways are refused; else they are names where all are, else numbers.
+
+    Raises:
+        InputError: the labels can be read in both ways.
+    """
+    named = _same_names(seen, wanted)
+    numeric = all(label.isdecimal() for label in seen)
+    if not numeric:
+        return named
+    starts = [(_NUMBER.match(w) or [w])[0] for w in wanted]
+    begun = {s: i for i, s in enumerate(starts)} if len(set(starts)) == len(starts) else {}
+    if named is None and seen <= begun.keys():
+        named = list(wanted), {label: begun[label] for label in seen}
+    counted = {label: int(label) for label in seen}
+    if max(counted.values()) >= len(wanted):
+        found, how = named, "names"
+    elif named is None or all(named[1][label] == number for label, number in counted.items()):
+        found, how = (list(wanted), counted), "numbers, from 0,"
+    elif ask:
+        raise InputError(
+            f"{name}: the labels {_in_order(seen)} can be numbers, from 0, or names of the model's classes ({_in_order(wanted)}): "
+            f"set data.classes=[{_in_order(map(str, range(len(wanted))))}] if they are numbers, or [{_in_order(starts)}]."
+        )
+    else:
+        exact = seen <= set(wanted)
+        found, how = (named, "names") if exact else ((list(wanted), counted), "numbers, from 0,")
+    if found is not None and starts != [str(i) for i in range(len(wanted))] and any(s.isdecimal() for s in starts):
+        one = min(seen, key=int)
+        notes.append(
+            f"{name}: the labels are read as {how} of the classes: {one} is {wanted[found[1][one]]!r}. Name them with data.classes "
+            "if this is wrong."
+        )
+    return found
+
+
+_NUMBER = re.compile(r"[0-9]+(?![0-9.])")
+
+
+def _in_order(values: Iterable[str]) -> str:
+    listed = list(values) if not isinstance(values, set) else sorted(values, key=int)
+    return ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")
 
 
 def _by_own_names(

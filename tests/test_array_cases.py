@@ -11,11 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as Picture
 from PIL import Image
 
 from understudy import InputError, distill
 from understudy.data import load_graph, load_images, load_preferences, load_text
 from understudy.data.folders import split_of
+from understudy.data.memory import keep
 from understudy.data.retrieval_sources import load_rankings
 from understudy.data.scored_triples import Triple, read_texts, read_triples, write_triples
 
@@ -209,6 +212,19 @@ def test_judgements_use_the_splits_of_their_files(tmp_path):
     [
         ({"qrels": {"grade": [float("nan")] * 30}}, "qrels.parquet, row 0: grade is nan"),
         ({"qrels": {"grade": ["one"] * 30}}, "grade is 'one' and must be a number"),
+        ({"qrels": {"query_id": [None, *map(str, range(1, 30))]}}, "qrels.parquet, row 0: query_id is None"),
+        ({"qrels": {"doc_id": [float("nan")] * 30}}, "qrels.parquet, row 0: doc_id is nan"),
+        ({"queries": {"query_id": [float("nan"), *map(float, range(29))]}}, "row 0: query_id is nan. Give every row"),
+        (
+            {
+                "qrels": {
+                    "doc_id": ["0", "0", *map(str, range(28))],
+                    "query_id": ["0"] * 30,
+                    "grade": [2.0, 1.0, *[0.0] * 28],
+                }
+            },
+            "row 1: document '0' has the grade 1 for query '0', and 2 in an earlier row",
+        ),
         ({"docs": {"doc_id": ["1"] * 30}}, "row 1: doc_id '1' is there twice"),
         ({"docs": {"text": [["a"]] * 30}}, "row 0: doc_id is 0 and text"),
         ({"queries": {"text": [""] * 30}}, "query '0' is empty"),
@@ -218,6 +234,11 @@ def test_judgements_use_the_splits_of_their_files(tmp_path):
 def test_bad_judgements_are_named(tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         load_rankings(judgements(tmp_path, {"qrels": range(30)}, **changes))
+
+
+def test_judgements_of_queries_that_are_not_there_are_counted(tmp_path):
+    spec = judgements(tmp_path, {"qrels": range(30)}, queries={"query_id": [str(i) for i in range(2, 32)]})
+    assert "2 judgements of queries that are not there were skipped" in " ".join(load_rankings(spec).notes)
 
 
 # Images
@@ -451,6 +472,33 @@ def test_images_of_a_table_may_be_files_beside_it(tmp_path):
     assert [int(p[0, 0, 0]) for p in found.train.pixels] == found.train.ids.tolist()
 
 
+@pytest.mark.parametrize("kind", ["memory", "parquet"])
+def test_splits_that_number_their_classes_otherwise_are_matched_by_name(tmp_path, kind):
+    colours = {"apple": 10, "bear": 20, "cat": 30}
+
+    def split(names, number=12):
+        cells = [Image.new("L", (4, 4), colours[names[i % len(names)]]) for i in range(number)]
+        features = Features({"image": Picture(), "label": ClassLabel(names=names), "of": ClassLabel(names=names)})
+        numbers = [i % len(names) for i in range(number)]
+        return Dataset.from_dict({"image": cells, "label": numbers, "of": numbers}, features=features)
+
+    def read(**names):
+        splits = DatasetDict({s: split(n) for s, n in names.items()})
+        if kind == "memory":
+            return load_images({"name": keep(splits), "domain_column": "of"})
+        for name, rows in splits.items():
+            rows.to_parquet(tmp_path / f"{name}.parquet")
+        return load_images({"name": str(tmp_path), "domain_column": "of"})
+
+    found = read(train=["cat", "apple", "bear"], val=["apple", "bear", "cat"], test=["bear", "cat"])
+    assert found.classes == ["cat", "apple", "bear"]
+    for part in (found.train, found.validation, found.test):
+        named = [found.classes[i] for i in part.labels]
+        assert [colours[n] for n in named] == part.pixels[:, 0, 0, 0].tolist() and named == part.domains.tolist()
+    with pytest.raises(InputError, match="the class 'cat' of bear, cat, and the classes of train are apple, bear"):
+        read(train=["apple", "bear"], val=["apple", "bear"], test=["bear", "cat"])
+
+
 # Graphs
 
 NODES = {"x": np.eye(9, 4, dtype=np.float32), "y": np.arange(9) % 2}
@@ -509,6 +557,29 @@ def test_the_splits_of_a_graph_have_their_usual_names(tmp_path, word):
     np.savez(tmp_path / "g.npz", **columns, eval_mask=np.arange(9) == 3)
     with pytest.raises(InputError, match="both the validation split"):
         load_graph({"name": str(tmp_path / "g.npz")})
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_mask_serves_all_folds(tmp_path, turned):
+    train, val, test = (np.isin(np.arange(9), nodes) for nodes in PARTS.values())
+    masks = {"train_mask": np.stack([train, val]), "val_mask": np.stack([val, train])}
+    columns = {**dict.fromkeys(SPLIT), **{k: v.T if turned else v for k, v in masks.items()}, "test_mask": test}
+    np.savez(tmp_path / "g.npz", **NODES, edges=EDGES, **{k: v for k, v in columns.items() if v is not None})
+    for fold, (first, second) in enumerate([("train", "val"), ("val", "train")]):
+        found = load_graph({"name": str(tmp_path / "g.npz"), "fold": fold})
+        labelled = [(s[0]["labels"] >= 0).nonzero()[:, 0].tolist() for s in (found.train, found.validation, found.test)]
+        assert labelled == [PARTS[s].tolist() for s in (first, second, "test")]
+    with pytest.raises(InputError, match=r"data\.fold is 2, and folds are numbered from 0 to 1"):
+        load_graph({"name": str(tmp_path / "g.npz"), "fold": 2})
+
+
+def test_columns_that_no_graph_has_are_noted(tmp_path):
+    edges, weights = torch.from_numpy(EDGES.T), torch.rand(7)
+    parts = {k: torch.as_tensor(v) for k, v in {**NODES, **SPLIT}.items()}
+    torch.save({**parts, "edge_index": edges, "edge_weight": weights}, tmp_path / "g.pt")
+    assert "g.pt: not used: column edge_weight." in load_graph({"name": str(tmp_path / "g.pt")}).notes
+    found = load_graph(graph(tmp_path / "g.npz", weight=np.ones(7), edge_attr=np.ones(7)))
+    assert "g.npz: not used: columns edge_attr, weight." in found.notes
 
 
 class Trap:

@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 
 from engine_cases import DIGITS, TEXT, weights
 from understudy import InputError, Method, Term, compare, distill
+from understudy.data import load_images
+from understudy.data.memory import keep
 from understudy.losses import cross_entropy, total_variation
 from understudy.models.small import build_small
 from understudy.streaming import rowwise
@@ -149,8 +151,6 @@ def test_texts_in_memory(form, tmp_path):
 
 
 def test_a_set_of_records_has_one_name_whatever_holds_it():
-    from understudy.data.memory import keep
-
     assert keep(RECORDS) == keep(Dataset.from_list(RECORDS)) == keep({"train": [dict(r) for r in RECORDS]})
     assert keep(RECORDS) != keep(RECORDS[::-1]) and keep(RECORDS) != keep({"test": RECORDS})
     assert keep(pictures(3)) != keep(pictures(3, shift=1))
@@ -169,6 +169,60 @@ def test_images_in_memory(form, tmp_path):
     distill({**IMAGES, "method": "sft", "data": TABLES[form], "trainer": SHORT, "output": str(tmp_path / "run")})
     hashes = json.loads((tmp_path / "run" / "run.json").read_text())["hashes"]
     assert len(hashes["data"]) == 64
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (3, 4, 5)])
+def test_arrays_in_memory_are_images_of_any_layout(shape):
+    values = np.random.default_rng(0).integers(0, 256, (20, *shape), dtype=np.uint8)
+    found = load_images({"name": keep([{"image": v, "label": i % 2} for i, v in enumerate(values)])})
+    last = values.ndim == 4 and shape[0] != 3
+    first = (np.moveaxis(values, 3, 1) if last else values.reshape(20, -1, 4, 5))[found.train.ids[0]]
+    assert np.array_equal(found.train.pixels[0].numpy(), first)
+
+
+def changed(record, **values):
+    rows = pictures(30)
+    rows[record] |= values
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rows,says",
+    [
+        (changed(7, label=None), "found 'None' at image 7"),
+        (changed(7, label=float("nan")), "the label of row 7 is nan"),
+        (changed(7, label="b"), "found 'b' at image 7"),
+        ([{**r, "label": (1, "1", "b")[i % 3]} for i, r in enumerate(pictures(30))], "found 'b' at image 2"),
+        (changed(7, label=[0, 1]), "labels are lists of several lengths|found '.0, 1.' at image 7"),
+        (changed(7, image=np.zeros((4, 4))), r"row 7: its image is an array of float64 \(4, 4\); give uint8"),
+        (changed(7, image=None), "row 7 is not a readable image"),
+    ],
+)
+def test_the_record_in_memory_that_is_wrong_is_named(rows, says):
+    with pytest.raises(InputError, match=says) as error:
+        load_images({"name": keep(rows)})
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_with_a_format_is_read_without_it():
+    rows = TABLES["dataset"]
+    plain, tensors = (load_images({"name": keep(r)}) for r in (rows, rows.with_format("torch")))
+    assert torch.equal(plain.train.pixels, tensors.train.pixels) and plain.hash == tensors.hash
+
+
+def test_records_that_have_no_name_are_one_line():
+    deep, ring = {"text": "end"}, {"text": "a"}
+    for _ in range(3000):
+        deep = {"text": "s", "children": [deep]}
+    ring["tree"] = ring
+    for record, says in (
+        ({1: "a", "text": "b"}, "train record 1 has a column 1, a name that is int"),
+        ({"text": "a", "tree": {1: "a", "b": 2}}, "train record 1 cannot be read: '<' not supported"),
+        ({"text": "a", "tree": deep}, "train record 1 cannot be read: its values are nested too deeply"),
+        ({"text": "a", "tree": ring}, "train record 1 cannot be read: Circular reference"),
+    ):
+        with pytest.raises(InputError, match=says):
+            keep([{"text": "first"}, record])
 
 
 def test_pairs_in_memory(tmp_path):

@@ -6,6 +6,7 @@ import wave
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 from torch import nn
 
@@ -13,6 +14,7 @@ from engine_cases import DIGITS
 from understudy import InputError, distill
 from understudy.data import Batch
 from understudy.data.audio import read_wave, spectrogram
+from understudy.data.memory import keep
 from understudy.data.paired import Layout, Pairs, load_paired
 from understudy.data.paired_sources import read_paired
 from understudy.models.modalities import ModalitiesAdapter
@@ -111,6 +113,22 @@ def test_a_table_names_pictures_and_recordings_beside_it(files):
     assert torch.equal(high, whole["sound"].mean((1, 3)).argmax(1) > 16)
 
 
+def test_splits_that_number_their_classes_otherwise_are_matched_by_name():
+    sounds = {"low": 1.0, "high": 2.0, "none": 3.0}
+
+    def split(names):
+        rows = [{"picture": [1.0, 2.0], "sound": [sounds[n]] * 3, "label": n} for n in names * 6]
+        numbered = ClassLabel(names=names)
+        return Dataset.from_list(rows).cast_column("label", numbered)
+
+    sets = {"train": split(["none", "low", "high"]), "val": split(["high", "low", "none"]), "test": split(["high"])}
+    splits, layout = read(keep(DatasetDict(sets)))
+    assert splits.classes == ["none", "low", "high"]
+    for part in (splits.train, splits.validation, splits.test):
+        whole = layout.collate([part[i] for i in range(len(part))])
+        assert [sounds[splits.classes[i]] for i in whole["labels"]] == whole["sound"].flatten(1)[:, 0].tolist()
+
+
 def test_records_in_memory_hold_arrays(tmp_path):
     found = arrays(60)
     rows = [{k: v[i] for k, v in found.items()} for i in range(60)]
@@ -145,6 +163,14 @@ def test_a_table_that_cannot_be_read_is_told(files, change, says):
     with pytest.raises(InputError, match=says) as error:
         read(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", [*NAMES, "label"])
+def test_a_cell_that_is_no_number_is_no_class_and_no_example(column):
+    rows = [{"picture": [1.0, 2.0], "sound": [3.0], "label": ("cat", "dog")[i % 2]} for i in range(20)]
+    rows[7][column] = float("nan")
+    with pytest.raises(InputError, match=f"data, row 7 has no {column}: every example needs"):
+        read(keep(rows))
 
 
 @pytest.mark.parametrize("channels,cut", [(1, 1), (2, 2)])

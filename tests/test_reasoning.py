@@ -83,6 +83,13 @@ def test_a_users_file_is_read_as_question_rationale_and_answer(tmp_path):
     assert completion("", "yes") == " #### yes"
 
 
+def test_a_level_in_a_table_is_its_number(tmp_path):
+    cells = "".join(f"q {i},{i},{('0', ' 12', '3.0', '')[i % 4]}\n" for i in range(40))
+    (tmp_path / "d.csv").write_text("question,answer,level\n" + cells)
+    found = load_reasoning({"name": str(tmp_path / "d.csv")})
+    assert {(int(r["answer"]) % 4, r.get("level")) for r in found.train} == {(0, 0), (1, 12), (2, 3), (3, None)}
+
+
 def test_questions_that_are_judged_are_not_trained_on(tmp_path):
     rows = [{"question": f"q {i}", "answer": str(i)} for i in range(20)]
     for split, part in {"train": rows, "validation": [{"question": "Q  3?", "answer": "3"}], "test": rows[:2]}.items():
@@ -208,6 +215,11 @@ def test_bad_input(data, says):
     "rows,keys,says",
     [
         ([{"question": "q", "answer": ""}], {}, "record 0 .*: answer is empty, not text"),
+        ([{"question": "q", "answer": float("nan")}], {}, "record 0 .*: answer is empty, not text"),
+        ([{"question": None, "answer": 1}], {}, "record 0 .*: question is empty, not text"),
+        ([{"question": "q", "answer": float("inf")}], {}, "record 0 .*: answer is inf, not text"),
+        ([{"question": "q", "answer": "1", "level": "1.5"}], {}, r"level is '1\.5' and must be a whole number"),
+        ([{"question": "q", "answer": "1", "level": float("nan")}], {}, "level is nan and must be a whole number"),
         ([{"question": ["q"], "answer": "1"}], {}, "question is list, not text"),
         ([{"question": "q", "answer": "x ####"}], {}, "nothing stands behind #### in the answer"),
         ([{"question": "q", "answer": "1", "rationale": 3}], {}, "rationale is int, not text"),

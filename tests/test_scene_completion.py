@@ -133,6 +133,45 @@ def test_scans_are_read_from_files(tmp_path):
         read_scenes(str(tmp_path)).splits["validation"][0][1]()
 
 
+@pytest.mark.parametrize("kind", ["folders", "sequences"])
+def test_scans_of_named_splits_stay_in_them(kind, tmp_path):
+    cloud = np.random.default_rng(0).normal(size=(60, 3))
+    for split, number in (("train", 5), ("dev", 3), ("test", 6), (".ipynb_checkpoints", 2), ("__MACOSX", 2)):
+        folder = tmp_path / split
+        if kind == "folders" or split[0] in "._":
+            folder.mkdir()
+            for i in range(number):
+                np.save(folder / f"{split.strip('._')}{i}.npy", cloud)
+        else:
+            np.savez(tmp_path / f"{split}.npz", xyz_cm=cloud, offsets=[0, *range(1, number), 60])
+    found = read_scenes(str(tmp_path))
+    assert {s: len(v) for s, v in found.splits.items()} == {"train": 5, "validation": 3, "test": 6}
+    own = {"train": "train", "validation": "dev", "test": "test"}
+    assert all(name.startswith(own[s]) for s, scenes in found.splits.items() for name, _ in scenes)
+    (tmp_path / "more").mkdir()
+    np.save(tmp_path / "more" / "a.npy", cloud)
+    found = read_scenes(str(tmp_path))
+    assert [len(v) for v in found.splits.values()] == [5, 3, 6] and any(
+        "1 files that no split" in n for n in found.notes
+    )
+
+
+def test_hidden_folders_hold_no_scans(tmp_path):
+    cloud = np.random.default_rng(0).normal(size=(60, 3))
+    for folder in (tmp_path, tmp_path / ".ipynb_checkpoints", tmp_path / "__MACOSX"):
+        folder.mkdir(exist_ok=True)
+        for i in range(5 if folder == tmp_path else 2):
+            np.save(folder / f"{i}.npy", cloud)
+    assert sum(map(len, read_scenes(str(tmp_path)).splits.values())) == 5
+
+
+def test_a_point_very_far_away_has_a_voxel_of_its_own():
+    cloud = np.random.default_rng(0).uniform(-1, 1, (500, 3))
+    near = voxel_points(cloud, 0.5)
+    far = voxel_points(np.concatenate([cloud, [[1e12, -1e12, 1e12]]]), 0.5)
+    assert len(near) <= 5**3 and len(far) > 1 and far[-1, 0] == 1e12
+
+
 def test_scenes_of_other_dimensions_and_cut_files_are_named(tmp_path):
     cloud = np.random.default_rng(0).normal(size=(60, 3)).astype("<f4")
     for i in range(3):
@@ -269,6 +308,10 @@ def test_real_scans(data_folder, tmp_path):
     [
         ({"data": {"name": "streat"}}, "holds no scans: name street"),
         ({"data": {**TINY["data"], "points": 0}}, "data.points"),
+        (
+            {"data": {**TINY["data"], "radius": 1e12}},
+            "data.radius=1e.12 m in voxels of data.voxel=.* lower data.radius",
+        ),
         ({"data": {**TINY["data"], "pionts": 3}}, "Did you mean 'points'"),
         ({"data": {**TINY["data"], "points": 400}}, "street2d, .* scene 0: .* points of the scan lie within"),
         ({"teacher": "denoiser:8", "student": "teacher"}, "completes no scans"),

@@ -1,10 +1,11 @@
 """Text classification: data of all forms, models of all forms, and every method whose rows are classes."""
 
 import json
+import re
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from engine_cases import OPTIONS, killed_run, weights
 from text_classes import as_csv, as_lines, classifier, reviews
@@ -13,6 +14,7 @@ from understudy.cli.main import main
 from understudy.data import Batch
 from understudy.data.classified_batches import Reading, TextClassBatch, TextClassCollator
 from understudy.data.classified_texts import SETS, load_classified
+from understudy.data.memory import keep
 from understudy.errors import InputError
 from understudy.methods import get
 from understudy.models import load_tokenizer
@@ -231,8 +233,6 @@ def test_columns_by_the_names_that_others_give_them(tmp_path, form):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder", "memory", "dataset"])
 def test_files_folders_and_lists_hold_the_same(tmp_path, kind):
-    from understudy.data.memory import keep
-
     rows = [{"review": r["text"], "mood": r["label"]} for r in reviews(40)]
     if kind == "csv":
         name = as_csv(tmp_path / "d.csv", rows)
@@ -275,6 +275,39 @@ NUMBERING = {  # labels of the data, names that a model has, data.classes → cl
 }
 
 
+STARS = [f"{i} star" for i in range(1, 6)]
+DIGITS = ["1", "2", "3", "4", "5"]
+READINGS = {  # labels of the data, names of a model, data.classes → numbers of the labels, and what is said
+    "numbers of names that are numbers": ([0, 1, 2, 3, 4], DIGITS, None, [0, 1, 2, 3, 4], "as numbers.*: 0 is '1'"),
+    "names that are numbers": ([5, 1, 2], DIGITS, None, [4, 0, 1], "as names of the classes: 1 is '1'"),
+    "numbers that begin names": ([1, 5], STARS, None, [0, 4], "as names of the classes: 1 is '1 star'"),
+    "numbers of names that begin with numbers": ([0, 4], STARS, None, [0, 4], "as numbers, from 0.*: 0 is '1 star'"),
+    "given as numbers": ([1, 4], STARS, [0, 1, 2, 3, 4], [1, 4], None),
+    "given as names": ([1, 4], STARS, [1, 2, 3, 4, 5], [0, 3], "as names of the classes: 1 is '1'"),
+    "given in order": ([1, 4], None, STARS, [1, 4], "as numbers, from 0.*: 1 is '2 star'"),
+}
+
+
+@pytest.mark.parametrize("case", READINGS)
+def test_numbers_beside_names_that_are_numbers_are_read_as_said(tmp_path, case):
+    labels, known, chosen, numbers, said = READINGS[case]
+    rows = [{"text": str(label), "label": label} for label in labels] * 10
+    spec = {"name": str(as_lines(tmp_path / "d.jsonl", rows))} | ({"classes": chosen} if chosen else {})
+    found = load_classified(spec, known)
+    given = {r["text"]: r["label"] for r in [*found.everything, *found.test]}
+    assert [given[str(label)] for label in labels] == numbers and len(found.classes) == 5
+    assert [n for n in found.notes if "are read as" in n] == [n for n in found.notes if said and re.search(said, n)]
+    assert any("are read as" in n for n in found.notes) == (said is not None)
+
+
+@pytest.mark.parametrize("known", [DIGITS, STARS])
+def test_numbers_that_can_be_names_too_are_asked_about(tmp_path, known):
+    name = as_lines(tmp_path / "d.jsonl", [{"text": str(i), "label": i % 4 + 1} for i in range(40)])
+    says = r"the labels 1, 2, 3, 4 can be .*\[0, 1, 2, 3, 4\] if they are numbers, or \[1, 2, 3, 4, 5\]\."
+    with pytest.raises(InputError, match=says):
+        load_classified({"name": str(name)}, known)
+
+
 @pytest.mark.parametrize("case", NUMBERING)
 def test_classes_are_numbered_as_the_model_has_them(tmp_path, case):
     labels, known, chosen, classes, numbers = NUMBERING[case]
@@ -287,7 +320,42 @@ def test_classes_are_numbered_as_the_model_has_them(tmp_path, case):
     assert any("none of the model's classes" in n for n in found.notes) == (case == "other names than the model's")
 
 
+def named(names, number):
+    """A split whose classes have these names and numbers."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = [{"text": f"{names[i % len(names)]} {i}", "label": i % len(names)} for i in range(number)]
+    return Dataset.from_list(rows, features=features)
+
+
+SPLIT_NAMES = {"train": ["cat", "apple", "bear"], "val": ["apple", "bear", "cat"], "test": ["bear", "cat"]}
+
+
+@pytest.mark.parametrize("kind", ["memory", "parquet", "saved"])
+def test_splits_that_number_their_classes_otherwise_are_matched_by_name(tmp_path, kind):
+    splits = DatasetDict({split: named(names, 12) for split, names in SPLIT_NAMES.items()})
+    if kind == "parquet":
+        for split, rows in splits.items():
+            rows.to_parquet(tmp_path / f"{split}.parquet")
+    elif kind == "saved":
+        splits.save_to_disk(tmp_path)
+    name = keep(splits) if kind == "memory" else str(tmp_path)
+    for known, classes in ((None, SPLIT_NAMES["train"]), (["BEAR", "CAT", "APPLE"], ["bear", "cat", "apple"])):
+        found = load_classified({"name": name}, known)
+        every = [*found.train, *found.validation, *found.test]
+        assert found.classes == classes and len(found.validation) == len(found.test) == 12
+        assert all(found.classes[r["label"]] == r["text"].split()[0] for r in every)
+    found = load_classified({"name": name, "classes": ["x", "y", "z"]})  # other names, in the order of the numbers
+    assert {r["text"].split()[0]: r["label"] for r in found.test} == {"bear": 2, "cat": 0}
+    with pytest.raises(InputError, match=r"is none of data.classes \(apple, pear, plum\)"):
+        load_classified({"name": name, "classes": ["apple", "pear", "plum"]})
+
+
 BAD = {
+    "no domain": (
+        [{"text": "a", "label": "x", "from": float("nan")}],
+        "record 0 .*has no 'from' to name its domain",
+        {"domain_column": "from"},
+    ),
     "no label": ([{"text": "a", "label": None}], "record 0 .*the label is None; give one class"),
     "an empty label": ([{"text": "a", "label": " "}], "the label is ' '"),
     "part of a class": ([{"text": "a", "label": 0.5}], "the label is 0.5"),

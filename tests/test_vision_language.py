@@ -13,6 +13,7 @@ from understudy import distill
 from understudy.data import Batch, collate_lists, collate_text, train_tokenizer
 from understudy.data.batch import COUNT
 from understudy.data.image_texts import encode_image_texts, load_image_texts
+from understudy.data.pictures import Pictures
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, SequenceAdapter, evaluating
 from understudy.models.vision_language import load_vision_language, new_processor
@@ -269,6 +270,25 @@ def test_images_in_memory_may_be_arrays():
     values, _ = by_name({**SCENES, "method": "sft", "data": rows})
     found = load_image_texts({"name": values["data"]["name"]}, {}, lists=False)
     assert all("pictures" in r for r in found.train) and len({str(r["pictures"]) for r in found.train}) > 20
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (3, 5, 7), (1, 5, 7)])
+def test_arrays_are_images_of_any_layout(shape):
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole = np.moveaxis(values, 0, 2) if shape[0] in (1, 3) else values if len(shape) == 3 else values[..., None]
+    read = np.asarray(Pictures.of("data", values, None).read()[0])
+    assert np.array_equal(read, np.broadcast_to(whole, (5, 7, 3)))
+
+
+def test_arrays_that_are_no_images_are_named():
+    for values in (
+        np.zeros((5, 7, 2), np.uint8),
+        np.zeros((5, 7, 3)),
+        np.zeros(5, np.uint8),
+        np.zeros((0, 5), np.uint8),
+    ):
+        with pytest.raises(InputError, match=r"^record 3: its image is an array of .* give uint8"):
+            Pictures.of("record 3", values, None)
 
 
 def test_completions_beside_pairs_are_kept_where_asked():

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 
 from understudy.data.batch import UNLABELLED
+from understudy.data.class_labels import NamesOf
 from understudy.data.columns import arrange, checked_text, names
 from understudy.data.folders import find
-from understudy.data.records import Record, place, read_records
+from understudy.data.records import Record, absent, place, read_records
 from understudy.data.text import check_keys, read_source, split_off, whole
 from understudy.errors import InputError, nearest
 
@@ -105,9 +107,10 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
     check_keys(spec, OPTIONS)
     name, column = str(spec["name"]), spec.get("domain_column")
     notes: list[str] = []
-    splits, published = _read(name, spec, notes)
     mapped = spec.get("columns")
-    label = mapped.get("label", "label") if isinstance(mapped, Mapping) else "label"
+    label = str(mapped.get("label", "label")) if isinstance(mapped, Mapping) else "label"
+    named: NamesOf = {c: {} for c in (label, column) if isinstance(c, str)}
+    splits, published = _read(name, spec, notes, named)
     for split in [s for s, rows in splits.items() if s != "train" and rows]:
         if any(str(r.get(label)) != "-1" for r in splits[split]):
             continue
@@ -120,12 +123,10 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
     shapes = {"text_pair" in r for records in splits.values() for r in records}
     if len(shapes) > 1:
         raise InputError(f"{name} holds single texts and pairs. Keep them in two sets.")
-    classes = _classes(name, splits, _named(spec), published or known, notes)
-    numbers = {label: i for i, label in enumerate(classes)}
-    by_number = not any(r["label"] in numbers for records in splits.values() for r in records)
-    for records in splits.values():
-        for record in records:
-            record["label"] = int(record["label"]) if by_number else numbers[record["label"]]
+    own = dict.fromkeys(n.strip() for split in ("train", *named[label]) for n in named[label].get(split, ()))
+    classes, numbers = _classes(name, splits, _named(spec), published or known, list(own), notes)
+    for record in (r for records in splits.values() for r in records):
+        record["label"] = numbers[record["label"]]
     # Files are often sorted by class, or alternate: what is set aside, and what `limit` keeps, is a fixed draw.
     order = torch.randperm(len(splits.get("train", ())), generator=torch.Generator().manual_seed(0)).tolist()
     splits |= {"train": [splits["train"][i] for i in order]} if order else {}
@@ -141,9 +142,13 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
 
 
 def _read(
-    name: str, spec: Mapping[str, Any], notes: list[str]
+    name: str, spec: Mapping[str, Any], notes: list[str], named: NamesOf
 ) -> tuple[dict[str, list[Record]], tuple[str, ...] | None]:
-    """The records of each split, and the published names of the classes of a set that is known."""
+    """The records of each split, and the published names of the classes of a set that is known.
+
+    Args:
+        named: see `read_source`.
+    """
     if name == EMBEDDED:
         return {"train": subjects()}, None
     if name in SETS and find(name) is None:
@@ -155,7 +160,7 @@ def _read(
             )
         files, classes = SETS[name]
         return {split: read_records(folder / f"{stem}.parquet") for split, stem in files.items()}, classes
-    return read_source(name, spec, (EMBEDDED, *SETS), notes), None
+    return read_source(name, spec, (EMBEDDED, *SETS), notes, named), None
 
 
 def subjects() -> list[Record]:
@@ -184,7 +189,7 @@ def _check(where: str, record: Record, column: str | None) -> None:
     record["label"] = _label(where, record["label"])
     if column is not None:
         domain = record.pop(column, None)
-        if domain is None or isinstance(domain, (list, dict)):
+        if absent(domain) or isinstance(domain, (list, dict)):
             raise InputError(
                 f"{where} has no {column!r} to name its domain. Choose another column (teacher.route, data.domain_column), "
                 "or fill it."
@@ -219,35 +224,137 @@ def _classes(
     splits: Mapping[str, Sequence[Record]],
     chosen: Sequence[str] | None,
     known: Sequence[str] | None,
+    own: Sequence[str],
     notes: list[str],
-) -> list[str]:
-    """The names of the classes, by number: `chosen` in the recipe, or `known` of the data or a model, where they fit."""
+) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes by number, and the number of each label: `chosen` in the recipe, or `known` of the data or a
+    model, where they fit; else the data's `own`, if numbers were replaced by these."""
     seen = {r["label"] for records in splits.values() for r in records}
-    known = chosen or known
+    if own and list(own) != [str(i) for i in range(len(own))]:
+        return _by_own_names(name, seen, chosen, known, own, notes)
+    wanted = chosen or known
     numeric = all(label.isdecimal() for label in seen)
-    if known is not None and numeric and max(map(int, seen)) < len(known):
-        return list(known)
-    back = {label.casefold(): label for label in sorted(seen)}
-    if known is not None and len(back) == len(seen) and back.keys() <= {k.casefold() for k in known}:
-        return [back.get(k.casefold(), k) for k in known]
+    read = _as_wanted(name, seen, wanted, chosen is None, notes) if wanted else None
+    if read is not None:
+        return read
     if chosen is not None:
         other = max(seen, key=int) if numeric else sorted(seen - set(chosen))[0]
-        raise InputError(
-            f"{name}: label {other!r} is none of data.classes ({names(chosen)}).{nearest(other, chosen)} Name all classes, "
-            "in the order of their numbers."
-        )
+        raise _foreign(name, other, chosen)
     if known is not None and not numeric:
-        other = sorted(seen - set(known))[0]
-        notes.append(
-            f"{name}: label {other!r} is none of the model's classes ({names(known)}): classes are numbered by alphabet. "
-            "Choose their order with data.classes."
-        )
+        notes.append(f"{_other(name, seen, known)}: classes are numbered by alphabet. {_ORDER}")
     found = sorted(seen, key=int) if numeric else sorted(seen)
     if len(found) < 2:
         raise InputError(f"{name} has {len(found)} class ({names(found)}). Give records of at least two.")
     if numeric and found != [str(i) for i in range(len(found))]:
         notes.append(f"{name}: the labels {names(found)} are the names of classes that are numbered from 0.")
+    return found, {label: i for i, label in enumerate(found)}
+
+
+def _as_wanted(
+    name: str, seen: set[str], wanted: Sequence[str], ask: bool, notes: list[str]
+) -> tuple[list[str], dict[str, int]] | None:
+    """The classes `wanted` and the number of each label; `None` where a label is neither a name nor a number of these.
+
+    Names that are numbers, or begin with one ("1 star"), may be what numbers in the data mean: whether 0 occurs, or the
+    last class, must not decide that silently.
+
+    Args:
+        ask: whether labels that can be read in both ways are refused; else they are names where all are, else numbers.
+
+    Raises:
+        InputError: the labels can be read in both ways.
+    """
+    named = _same_names(seen, wanted)
+    numeric = all(label.isdecimal() for label in seen)
+    if not numeric:
+        return named
+    starts = [(_NUMBER.match(w) or [w])[0] for w in wanted]
+    begun = {s: i for i, s in enumerate(starts)} if len(set(starts)) == len(starts) else {}
+    if named is None and seen <= begun.keys():
+        named = list(wanted), {label: begun[label] for label in seen}
+    counted = {label: int(label) for label in seen}
+    if max(counted.values()) >= len(wanted):
+        found, how = named, "names"
+    elif named is None or all(named[1][label] == number for label, number in counted.items()):
+        found, how = (list(wanted), counted), "numbers, from 0,"
+    elif ask:
+        raise InputError(
+            f"{name}: the labels {_in_order(seen)} can be numbers, from 0, or names of the model's classes ({_in_order(wanted)}): "
+            f"set data.classes=[{_in_order(map(str, range(len(wanted))))}] if they are numbers, or [{_in_order(starts)}]."
+        )
+    else:
+        exact = seen <= set(wanted)
+        found, how = (named, "names") if exact else ((list(wanted), counted), "numbers, from 0,")
+    if found is not None and starts != [str(i) for i in range(len(wanted))] and any(s.isdecimal() for s in starts):
+        one = min(seen, key=int)
+        notes.append(
+            f"{name}: the labels are read as {how} of the classes: {one} is {wanted[found[1][one]]!r}. Name them with data.classes "
+            "if this is wrong."
+        )
     return found
+
+
+_NUMBER = re.compile(r"[0-9]+(?![0-9.])")
+
+
+def _in_order(values: Iterable[str]) -> str:
+    listed = list(values) if not isinstance(values, set) else sorted(values, key=int)
+    return ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")
+
+
+def _by_own_names(
+    name: str,
+    seen: set[str],
+    chosen: Sequence[str] | None,
+    known: Sequence[str] | None,
+    own: Sequence[str],
+    notes: list[str],
+) -> tuple[list[str], dict[str, int]]:
+    """As `_classes`, where the data name their numbered classes."""
+    named = _same_names(seen, chosen or known or ())
+    if named is not None:
+        return named
+    place = {label: i for i, label in enumerate(own)}
+    for label in sorted(seen - place.keys()):  # of a split whose classes have no names
+        if not label.isdecimal() or int(label) >= len(own):
+            raise InputError(
+                f"{name}: label {label!r} is none of its classes ({names(own)}). Name it as they are named."
+            )
+        place[label] = int(label)
+    if chosen is not None:
+        same = {n.casefold() for n in chosen} & {n.casefold() for n in own}
+        if same or len(chosen) < len(own):  # other names for all classes stand in the order of the numbers
+            raise _foreign(name, sorted(seen - set(chosen))[0], chosen)
+        return list(chosen), place
+    if known is not None:
+        notes.append(f"{_other(name, seen, known)}: classes are numbered as the data number them. {_ORDER}")
+    return list(own), place
+
+
+_ORDER = "Choose their order with data.classes."
+
+
+def _same_names(seen: set[str], wanted: Sequence[str]) -> tuple[list[str], dict[str, int]] | None:
+    """The classes `wanted`, spelled as the labels are, and their numbers; `None` where a label is none of them."""
+    if seen <= set(wanted):
+        return list(wanted), {name: i for i, name in enumerate(wanted)}
+    back = {label.casefold(): label for label in sorted(seen)}
+    place = {name.casefold(): i for i, name in enumerate(wanted)}
+    if len(back) < len(seen) or not back.keys() <= place.keys():
+        return None
+    classes = [back.get(name.casefold(), name) for name in wanted]
+    return classes, {label: place[label.casefold()] for label in seen}
+
+
+def _foreign(name: str, label: str, chosen: Sequence[str]) -> InputError:
+    return InputError(
+        f"{name}: label {label!r} is none of data.classes ({names(chosen)}).{nearest(label, chosen)} Name all classes, "
+        "in the order of their numbers."
+    )
+
+
+def _other(name: str, seen: set[str], known: Sequence[str]) -> str:
+    return f"{name}: label {sorted(seen - set(known))[0]!r} is none of the model's classes ({names(known)})"
 
 
 def _student(everything: list[Record], spec: Mapping[str, Any], notes: list[str]) -> list[Record]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from understudy.data.columns import arrange, checked_text, readable
-from understudy.data.records import Record, place
+from understudy.data.records import Record, absent, place
 from understudy.data.text import TextSplits, check_keys, finish, read_source, split_off, whole
 from understudy.errors import InputError
 
@@ -59,5 +59,7 @@ def _messages(where: str, record: Record) -> list[dict[str, Any]]:
         raise InputError(f"{where}: the last message is empty.")
     for key in ("type", "persona"):
         if key in record:
+            if absent(record[key]):
+                raise InputError(f"{where}: {key} is {record[key]}, not text. Fill it, or leave it empty.")
             record[key] = checked_text(where, key, str(record[key]))
     return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from understudy.data.columns import names
 from understudy.data.planetoid import dense
 from understudy.data.tables import read_npz
 from understudy.errors import InputError
 
+SPARSE = {"x_indptr", "x_indices", "x_data", "x_shape"}
+COLUMNS = {"x", "y", "edges", "edge_index", *SPARSE}
 
-def graph_file(path: Path) -> dict[str, Any]:
+
+def graph_file(path: Path, splits: Collection[str], notes: list[str]) -> dict[str, Any]:
     """The columns of a graph from an .npz archive, or from torch-geometric data or a dictionary of tensors saved as
-    .pt."""
+    .pt.
+
+    Args:
+        splits: columns that name the nodes of splits. notes: columns that nothing reads are added.
+    """
     values: dict[str, Any] = dict(_saved(path) if path.suffix in (".pt", ".pth") else read_npz(path))
+    unused = values.keys() - COLUMNS - set(splits)
+    if unused:
+        notes.append(f"{path.name}: not used: {'column' if len(unused) == 1 else 'columns'} {names(unused)}.")
     if "edges" not in values and "edge_index" in values:
         edges = np.asarray(values["edge_index"])
         if edges.ndim != 2 or edges.shape[0] != 2:
             raise InputError(f"{path}: edge_index is {edges.shape}; give (2, edges).")
         values["edges"] = edges.T
-    sparse = {"x_indptr", "x_indices", "x_data", "x_shape"}
     missing = [c for c in ("y", "edges") if c not in values]
-    if "x" not in values and not sparse <= values.keys():
-        missing = [*missing, "x (or " + ", ".join(sorted(sparse)) + ")"]
+    if "x" not in values and not values.keys() >= SPARSE:
+        missing = [*missing, "x (or " + ", ".join(sorted(SPARSE)) + ")"]
     if missing:
         raise InputError(
             f"{path} has columns {', '.join(sorted(values)) or 'none'} and lacks {', '.join(missing)}; edges are (edges, 2), "

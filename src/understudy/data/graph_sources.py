@@ -20,6 +20,7 @@ from understudy.errors import InputError, nearest
 from understudy.losses.edges import check_edges
 
 Embedded = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+ENDS = ("idx", "mask")
 COLUMNS = {"train": "train_idx or train_mask", "validation": "val_idx or val_mask", "test": "test_idx or test_mask"}
 
 
@@ -82,7 +83,8 @@ def read_graph(spec: Mapping[str, Any], embedded: Mapping[str, Embedded]) -> Gra
     elif name.startswith("planetoid:"):
         values = read_planetoid(name.partition(":")[2], spec.get("root"))
     else:
-        values = graph_file(_path(name, embedded, notes))
+        columns = [f"{word}_{end}" for words in SPLITS.values() for word in words for end in ENDS]
+        values = graph_file(_path(name, embedded, notes), columns, notes)
     nodes, labels = _features(name, values["x"]), _labels(name, values["y"])
     if nodes.dim() != 2 or len(nodes) != len(labels) or 0 in nodes.shape:
         raise InputError(
@@ -155,9 +157,15 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
     if not any(given.values()):
         return _drawn(graph, seed)
     parts: dict[str, Tensor] = {}
+    folds = max((_folds(np.asarray(values[c]), number) for c in given.values() if c is not None), default=1)
     for split, column in given.items():
         if column is None:
             raise InputError(f"{graph.name} has a split without {COLUMNS[split]}.")
+        if fold >= folds and (np.asarray(values[column]).dtype == bool or column.endswith("_mask")):
+            raise InputError(
+                f"{graph.name}: {column} is {np.asarray(values[column]).shape} and there are {number} nodes; data.fold is {fold}, "
+                f"and folds are numbered from 0 to {folds - 1}."
+            )
         index = _chosen(graph.name, column, np.asarray(values[column]), number, fold)
         if len(index) and (int(index[0]) < 0 or int(index[-1]) >= number):
             raise InputError(f"{graph.name}: {column} names a node outside 0 … {number - 1}.")
@@ -170,22 +178,27 @@ def _splits(graph: Graph, values: Mapping[str, Any], fold: int, seed: int) -> di
 
 def _column(name: str, split: str, values: Mapping[str, Any]) -> str | None:
     """The column with a split's nodes, by any name of the split."""
-    found = [f"{word}_{end}" for word in sorted(SPLITS[split]) for end in ("idx", "mask") if f"{word}_{end}" in values]
+    found = [f"{word}_{end}" for word in sorted(SPLITS[split]) for end in ENDS if f"{word}_{end}" in values]
     if len(found) > 1:
         raise InputError(f"{name} has {found[0]} and {found[1]}, both the {split} split. Keep one.")
     return found[0] if found else None
 
 
+def _folds(raw: Any, number: int) -> int:
+    """How many masks of so many nodes a column holds."""
+    return int(raw.size // number) if raw.ndim == 2 and number in raw.shape else 1
+
+
 def _chosen(name: str, column: str, raw: Any, number: int, fold: int) -> Tensor:
-    """Node ids of a column: a mask (booleans or 0 and 1, one row per fold), or a list of ids."""
+    """Node ids of a column: a mask (booleans or 0 and 1, one row per fold, or one for all folds), or a list of ids."""
     if raw.dtype == bool or column.endswith("_mask"):
         masks = np.atleast_2d(raw)
         masks = masks.T if masks.shape[0] == number != masks.shape[-1] else masks  # torch-geometric: a column per fold
-        if masks.ndim != 2 or masks.shape[1] != number or fold >= len(masks):
+        if masks.ndim != 2 or masks.shape[1] != number or fold >= len(masks) > 1:
             raise InputError(f"{name}: {column} is {raw.shape} and there are {number} nodes; data.fold is {fold}.")
         if raw.dtype != bool and not np.isin(raw, (0, 1)).all():
             raise InputError(f"{name}: {column} is a mask and holds other values than 0 and 1; name node ids in *_idx.")
-        raw = np.flatnonzero(masks[fold])
+        raw = np.flatnonzero(masks[fold if len(masks) > 1 else 0])
     if raw.ndim != 1 or (raw.dtype.kind not in "iu" and len(raw)):
         raise InputError(f"{name}: {column} is {raw.dtype} {raw.shape}; give a list of node ids.")
     return torch.from_numpy(raw.astype(np.int64)).unique()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from understudy.data.batch import UNLABELLED
+from understudy.data.class_labels import by_name, parquet_names, spell
 from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
+from understudy.data.records import absent
 from understudy.data.tables import cells, class_numbers, columns_of, read_npz, read_parquet
 from understudy.errors import InputError
 from understudy.files import replacing
@@ -25,6 +27,7 @@ from understudy.files import replacing
 UNREAD = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow lists but cannot read itself; some would start another program."""
 MOST_PIXELS = 2**26
+CHANNELS = (1, 3, 4)
 LAYOUTS = ("channels_first", "channels_last")
 
 
@@ -40,7 +43,7 @@ def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = 
     """Decode images to uint8 `[images, channels, height, width]`: one channel if all are gray, else three.
 
     Args:
-        cells: bytes, paths or PIL images.
+        cells: bytes, paths, PIL images or arrays.
         counts: incremented for each kind of change to an image.
         size: as in `load_images`.
 
@@ -52,6 +55,7 @@ def decode(cells: Iterable[Any], source: str, counts: Counter[str], size: Any = 
     places: list[str] = []
     for i, cell in enumerate(cells):
         places.append(str(cell) if isinstance(cell, Path) else f"{source}, row {i}")
+        cell = of_array(places[-1], cell) if isinstance(cell, np.ndarray) else cell
         pixels = torch.from_numpy(_pixels(places[-1], cell, counts))
         out.append(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1))
     if not out:
@@ -88,6 +92,30 @@ def wanted_size(size: Any) -> tuple[int, int] | None:
     if len(sides) != 2 or not all(type(s) is int and 1 <= s <= 4096 for s in sides):
         raise InputError(f"data.size is {size!r} and must be a number of pixels, or [height, width], each up to 4096.")
     return int(sides[0]), int(sides[1])
+
+
+def of_array(where: str, values: np.ndarray[Any, Any]) -> Image.Image:
+    """The image that an array of uint8 holds: gray `[height, width]` or `[height, width, 1]`, colours with their channels
+    last, or first where the last axis cannot hold them.
+
+    Raises:
+        InputError: another type or shape.
+    """
+    shape = values.shape
+    if values.ndim == 3 and shape[2] not in CHANNELS and shape[0] in CHANNELS:
+        values = np.moveaxis(values, 0, 2)
+    if (
+        values.dtype != np.uint8
+        or 0 in shape
+        or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in CHANNELS))
+    ):
+        raise InputError(
+            f"{where}: its image is an array of {values.dtype} {shape}; give uint8 of 0 … 255, (height, width), (height, width, "
+            "channels) or (channels, height, width) with 1, 3 or 4 channels."
+        )
+    return Image.fromarray(
+        np.ascontiguousarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
+    )
 
 
 def read_image(where: str, cell: Any, counts: Counter[str]) -> Image.Image:
@@ -188,13 +216,19 @@ def loose_images(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> I
     return ImageSet(pixels, torch.full((len(images),), UNLABELLED), torch.arange(len(images)))
 
 
-def image_table(files: list[Path], spec: Mapping[str, Any], counts: Counter[str]) -> ImageSet:
-    """The images of one split from its parquet or .npz files, concatenated."""
+def image_table(
+    files: list[Path], spec: Mapping[str, Any], counts: Counter[str], classes: Sequence[str] = ()
+) -> ImageSet:
+    """The images of one split from its parquet or .npz files, concatenated.
+
+    Args:
+        classes: names by number, if they are known: labels of a file with names of its own are numbered as these are.
+    """
     read = {".npz": _archive, ".parquet": _parquet}
     for path in files:
         if path.suffix.lower() not in read:
             raise InputError(f"{path} is not an image set: give a folder class/image, a .parquet or an .npz file.")
-    parts = [read[path.suffix.lower()](path, spec, counts) for path in files]
+    parts = [read[path.suffix.lower()](path, spec, counts, classes) for path in files]
     for path, (pixels, labels, domains) in zip(files, parts, strict=True):
         if not len(pixels) == len(labels) or any(len(d) != len(labels) for d in domains):
             raise InputError(
@@ -214,14 +248,17 @@ def image_table(files: list[Path], spec: Mapping[str, Any], counts: Counter[str]
 Columns = tuple[Tensor, Tensor, list[np.ndarray[Any, Any]]]
 
 
-def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
+def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str], classes: Sequence[str]) -> Columns:
     image, label = str(spec.get("image_column", "image")), label_column(spec)
     table = read_parquet(path)
     need_columns(path, set(table.column_names), {image, *label, *domain_column(spec)})
     found = [_cell(path, c) for c in cells(path, table, image)]
     pixels = decode(found, str(path), counts, spec.get("size"))
     labels = labels_in(str(path), [cells(path, table, column) for column in label], len(pixels))
-    domains = [np.asarray([str(v) for v in cells(path, table, column)]) for column in domain_column(spec)]
+    names = parquet_names(path)
+    if label:
+        labels = torch.tensor(by_name(str(path), labels.tolist(), names.get(label[0]), classes), dtype=torch.int64)
+    domains = [domains_in(str(path), c, spell(cells(path, table, c), names.get(c))) for c in domain_column(spec)]
     return pixels, labels, domains
 
 
@@ -232,7 +269,7 @@ def _cell(path: Path, cell: Any) -> Any:
     return path.parent / cell if isinstance(cell, str) else cell
 
 
-def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
+def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str], _: Sequence[str]) -> Columns:
     have = columns_of(path)
     image, label = str(spec.get("image_column", "image")), label_column(spec)
     image = "images" if "images" in have and "image_column" not in spec else image
@@ -313,6 +350,17 @@ def labels_in(where: str, columns: list[Any], number: int) -> Tensor:
 def domain_column(spec: Mapping[str, Any]) -> list[str]:
     """The column of domains, if one is configured."""
     return [str(spec["domain_column"])] if spec.get("domain_column") is not None else []
+
+
+def domains_in(where: str, column: str, values: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """The names of domains in their column."""
+    row = next((i for i, value in enumerate(values) if absent(value)), None)
+    if row is not None:
+        raise InputError(
+            f"{where}: {column} of image {row} is {values[row]} and names no domain: fill it, or choose another column "
+            "(data.domain_column)."
+        )
+    return np.asarray([str(value) for value in values])
 
 
 def need_columns(path: Path | str, have: set[str], want: set[str]) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from understudy.data import memory
+from understudy.data.class_labels import by_name, names_in, parquet_names, spell
 from understudy.data.folders import find, hub_id, own_names, split_files
 from understudy.data.image_files import (
     class_folders,
     decode,
     domain_column,
+    domains_in,
     image_table,
     label_column,
     labels_in,
@@ -87,8 +88,9 @@ def _path(
     path: Path, spec: Mapping[str, Any], counts: Counter[str], notes: list[str]
 ) -> tuple[dict[str, ImageSet], list[str]]:
     if path.is_file():
-        part = image_table([path], spec, counts)
-        return {"train": part}, _names(part)
+        own = _own_names([path], spec)
+        part = image_table([path], spec, counts, own)
+        return {"train": part}, own or _names(part)
     left: list[str] = []
     tables = split_files(path, (".parquet", ".npz"), left, further=True)
     if not tables and not label_column(spec):
@@ -98,8 +100,15 @@ def _path(
     notes += left
     if "train" not in tables:
         raise InputError(f"{path} has {', '.join(sorted(tables))} but no train file.")
-    parts = {split: image_table(files, spec, counts) for split, files in tables.items()}
-    return parts, _class_names(path / "classes.json") or _names(parts["train"])
+    own = _own_names(tables["train"], spec)
+    parts = {split: image_table(files, spec, counts, own) for split, files in tables.items()}
+    return parts, _class_names(path / "classes.json") or own or _names(parts["train"])
+
+
+def _own_names(files: Sequence[Path], spec: Mapping[str, Any]) -> list[str]:
+    """The names of the classes by number as the first file that names them has them."""
+    tables = [parquet_names(f) for f in files if f.suffix.lower() == ".parquet"]
+    return next((names[column] for names in tables for column in label_column(spec) if column in names), [])
 
 
 def _class_names(path: Path) -> list[str]:
@@ -145,14 +154,19 @@ def _columns(
     """The splits of a set of `datasets`, by its columns."""
     image, label = str(spec.get("image_column", "image")), label_column(spec)
     parts: dict[str, ImageSet] = {}
-    for split, own in own_names(name, loaded).items():
-        rows = loaded[own]
+    own = own_names(name, loaded)
+    if "train" not in own:
+        raise InputError(f"{name} has splits {', '.join(own)} but no train split.")
+    named = {split: names_in(loaded[theirs].features) for split, theirs in own.items()}
+    classes = next((named["train"][column] for column in label if column in named["train"]), [])
+    for split, theirs in own.items():
+        rows, names = loaded[theirs], named[split]
         need_columns(name, set(rows.column_names), {image, *label, *domain_column(spec)})
-        domains = [np.asarray([str(v) for v in rows[column]]) for column in domain_column(spec)]
+        domains = [domains_in(name, c, spell(rows[c], names.get(c))) for c in domain_column(spec)]
         pixels = decode(rows[image], name, counts, spec.get("size"))
         labels = labels_in(name, [rows[column] for column in label], len(rows))
+        if label:
+            matched = by_name(f"{name}: the {split} split", labels.tolist(), names.get(label[0]), classes)
+            labels = torch.tensor(matched, dtype=torch.int64)
         parts[split] = ImageSet(pixels, labels, torch.arange(len(rows)), None, None, *domains)
-    if "train" not in parts:
-        raise InputError(f"{name} has splits {', '.join(parts)} but no train split.")
-    names = [getattr(loaded["train"].features[column], "names", None) for column in label]
-    return parts, next(filter(None, names), None) or _names(parts["train"])
+    return parts, classes or _names(parts["train"])

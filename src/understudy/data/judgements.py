@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from understudy.data.folders import split_of, visible, words_of
+from understudy.data.records import absent
 from understudy.data.retrieval_batches import IDEAL
 from understudy.data.scored_triples import read_rows
 from understudy.errors import InputError
@@ -55,7 +56,7 @@ def judged_folder(
     if empty is not None:
         raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or fix its text.")
     place = {name: i for i, name in enumerate(kept)}
-    grades, named = _judged(path, place, notes)
+    grades, named = _judged(path, place, queries.keys(), notes)
     asked = [q for q in queries if any(g > 0 for g in grades.get(q, {}).values())]
     if len(asked) < len(queries):
         notes.append(f"{path.name}: {len(queries) - len(asked)} queries without a relevant document were left out.")
@@ -86,24 +87,33 @@ def judged_folder(
 
 
 def _judged(
-    path: Path, place: Mapping[str, int], notes: list[str]
+    path: Path, place: Mapping[str, int], asked: Collection[str], notes: list[str]
 ) -> tuple[dict[str, dict[int, float]], dict[str, str | None]]:
     """For each query the grades of documents by index, and the split that its file is named after."""
     grades: dict[str, dict[int, float]] = {}
     named: dict[str, str | None] = {}
-    unknown = 0
+    unknown = unasked = 0
     for file in _tables(path, "qrels"):
         for place_in_file, j in enumerate(_rows(file, "qrels")):
-            query, document, split = str(j["query_id"]), str(j["doc_id"]), split_of(file.stem)
-            grade = _grade(f"{file}, row {place_in_file}", j["grade"])
+            where = f"{file}, row {place_in_file}"
+            query, document = (_id(where, key, j[key]) for key in ("query_id", "doc_id"))
+            split, grade = split_of(file.stem), _grade(where, j["grade"])
             if named.setdefault(query, split) != split:
                 raise InputError(f"{file}: the query {query!r} is graded in another split too. Keep it in one.")
-            if document in place:
-                grades.setdefault(query, {})[place[document]] = grade
-            else:
+            unasked += query not in asked
+            if document not in place:
                 unknown += 1
+                continue
+            first = grades.setdefault(query, {}).setdefault(place[document], grade)
+            if first != grade:
+                raise InputError(
+                    f"{where}: document {document[:60]!r} has the grade {grade:g} for query {query[:60]!r}, and {first:g} in an "
+                    "earlier row. Keep one."
+                )
     if unknown:
         notes.append(f"{path.name}: {unknown} judgements of documents that are not there were skipped.")
+    if unasked:
+        notes.append(f"{path.name}: {unasked} judgements of queries that are not there were skipped.")
     return grades, named
 
 
@@ -165,8 +175,8 @@ def _texts(file: Path, kind: str, key: str) -> dict[str, str]:
     """Id → text; "" for an empty text."""
     found: dict[str, str] = {}
     for number, row in enumerate(_rows(file, kind)):
-        name, text = str(row[key]), "" if row["text"] is None else row["text"]
-        if name in found or row[key] is None or not isinstance(text, str):
+        name, text = _id(f"{file}, row {number}", key, row[key]), "" if row["text"] is None else row["text"]
+        if name in found or not isinstance(text, str):
             what = (
                 f"{key} {name[:60]!r} is there twice"
                 if name in found
@@ -175,6 +185,12 @@ def _texts(file: Path, kind: str, key: str) -> dict[str, str]:
             raise InputError(f"{file}, row {number}: {what}. Give each {key} once, with its text.")
         found[name] = text
     return found
+
+
+def _id(where: str, key: str, value: Any) -> str:
+    if absent(value):
+        raise InputError(f"{where}: {key} is {value}. Give every row its {key}, or remove the row.")
+    return str(value)
 
 
 def _grade(where: str, value: Any) -> float:

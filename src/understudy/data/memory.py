@@ -12,6 +12,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 from PIL import Image
 
+from understudy.data.class_labels import names_in
+from understudy.data.folders import own_names
 from understudy.errors import InputError
 
 MEMORY = "memory:"
@@ -38,19 +40,37 @@ def keep(data: Any) -> str:
     """
     if isinstance(data, (IterableDataset, IterableDatasetDict)):
         raise InputError(f"data is an {type(data).__name__}, which has no length: give a Dataset or a list of records.")
-    splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    own = own_names("data", data) if isinstance(data, Mapping) else {}
+    splits = {split: data[name] for split, name in own.items()} if own else {"train": data}
     digest = hashlib.sha256()
     for split, rows in splits.items():
         if len(rows) == 0:
             raise InputError(f"data: the {split} split is empty.")
         digest.update(f"\n{split}\n".encode())
+        named = names_in(getattr(rows, "features", None))
+        digest.update(json.dumps(named, sort_keys=True).encode() if named else b"")
         for i, record in enumerate(_plain(rows)):
             if not isinstance(record, Mapping):
                 raise InputError(f"data, {split} record {i} is {type(record).__name__}, not a mapping of columns.")
-            digest.update(json.dumps(record, sort_keys=True, default=_content).encode() + b"\n")
+            digest.update(_said(f"data, {split} record {i}", record) + b"\n")
     name = f"{MEMORY}{digest.hexdigest()[:16]}"
     _held[name] = splits
     return name
+
+
+def _said(where: str, record: Mapping[str, Any]) -> bytes:
+    """A record as JSON text, for the name of its set."""
+    odd = next((key for key in record if not isinstance(key, str)), None)
+    if odd is not None:
+        raise InputError(f"{where} has a column {odd!r}, a name that is {type(odd).__name__} and not text. Rename it.")
+    try:
+        return json.dumps(record, sort_keys=True, default=_content).encode()
+    except RecursionError:
+        raise InputError(f"{where} cannot be read: its values are nested too deeply. Flatten them.") from None
+    except (TypeError, ValueError) as error:  # keys of several types inside, or a value that holds itself
+        raise InputError(
+            f"{where} cannot be read: {error}. Give names in text, and values that hold no others in a circle."
+        ) from None
 
 
 def held(name: str) -> Mapping[str, Any]:
@@ -67,18 +87,33 @@ def records(name: str) -> dict[str, list[dict[str, Any]]]:
     return {split: [dict(row) for row in _plain(rows)] for split, rows in held(name).items()}
 
 
-def tables(name: str) -> dict[str, Dataset]:
-    """Each split as a `Dataset`; arrays of lists become images."""
+class Listed:
+    """Records of a list by column, as a `Dataset` gives them; but each value stays what it is, of whatever type the others
+    are, so that a reader can say which record is wrong."""
 
-    def cell(value: Any) -> Any:
-        return Image.fromarray(value) if isinstance(value, np.ndarray) and value.dtype == np.uint8 else value
+    features = None
 
-    return {
-        split: Dataset.from_list([{k: cell(v) for k, v in row.items()} for row in rows])
-        if isinstance(rows, list)
-        else rows
-        for split, rows in held(name).items()
-    }
+    def __init__(self, rows: list[Mapping[str, Any]]) -> None:
+        self.rows = rows
+        self.column_names = list(dict.fromkeys(column for row in rows for column in row))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        return [row.get(column) for row in self.rows]
+
+
+def tables(name: str) -> dict[str, Any]:
+    """The columns of each split. A format such as that of torch, which would give tensors, is taken off; an own transform
+    stays."""
+
+    def columns(rows: Any) -> Any:
+        if isinstance(rows, list):
+            return Listed(rows)
+        return rows if rows.format["type"] == "custom" else rows.with_format(None)
+
+    return {split: columns(rows) for split, rows in held(name).items()}
 
 
 def _plain(rows: Any) -> Iterator[Any]:

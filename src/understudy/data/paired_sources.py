@@ -20,12 +20,13 @@ from torch import Tensor
 
 from understudy.data import memory
 from understudy.data.audio import read_wave, spectrogram
+from understudy.data.class_labels import NamesOf, names_in, parquet_names, spelled
 from understudy.data.folders import find, split_files
 from understudy.data.image_files import array_pixels, decode, formats
 from understudy.data.image_sources import read_source
 from understudy.data.memory import MEMORY
 from understudy.data.paired import Pairs
-from understudy.data.records import place, read_records
+from understudy.data.records import absent, place, read_records
 from understudy.data.tables import class_numbers, columns_of, read_npz, read_parquet
 from understudy.errors import InputError, nearest
 
@@ -51,8 +52,12 @@ def read_paired(spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Pa
         return spoken_digits(spec)
     label = str(spec.get("label_column") or "label")
     wanted, counts = [*spec["modalities"], label], Counter[str]()
+    named: NamesOf = {label: {}}
     if name.startswith(MEMORY):
-        found = {s: [_records("data", rows, wanted, None, spec, counts)] for s, rows in memory.records(name).items()}
+        found = {}
+        for split, rows in memory.records(name).items():
+            names = names_in(getattr(memory.held(name)[split], "features", None))
+            found[split] = [_records("data", spelled(rows, names, split, named), wanted, None, spec, counts)]
     else:
         path = find(name)
         if path is None:
@@ -60,20 +65,24 @@ def read_paired(spec: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Pa
         files = {"train": [path]} if path.is_file() else split_files(path, _TABLES, notes)
         if not files:
             raise InputError(f"{path} holds no file of columns ({', '.join(_TABLES)}): name them train.csv, test.csv.")
-        found = {split: [_file(file, wanted, spec, counts) for file in each] for split, each in files.items()}
+        found = {s: [_file(file, wanted, spec, counts, s, named) for file in each] for s, each in files.items()}
     notes += [f"{name}: {number} {what}." for what, number in counts.items() if number]
     whole = {split: _joined(name, parts, wanted[:-1], label) for split, parts in found.items()}
-    labels, classes = _labels(name, {split: columns[label] for split, columns in whole.items()})
+    own = list(dict.fromkeys(n for split in ("train", *named[label]) for n in named[label].get(split, ())))
+    labels, classes = _labels(name, {split: columns[label] for split, columns in whole.items()}, own)
     return {
         split: Pairs({m: columns[m] for m in wanted[:-1]}, labels[split]) for split, columns in whole.items()
     }, classes
 
 
-def _file(path: Path, wanted: Sequence[str], spec: Mapping[str, Any], counts: Counter[str]) -> Columns:
+def _file(
+    path: Path, wanted: Sequence[str], spec: Mapping[str, Any], counts: Counter[str], split: str, named: NamesOf
+) -> Columns:
     if path.suffix.lower() not in _TABLES:
         raise InputError(f"{path} is no file of columns: give one of {', '.join(_TABLES)}.")
     if path.suffix.lower() != ".npz":
-        return _records(str(path), read_records(path), wanted, path.parent, spec, counts)
+        rows = spelled(read_records(path), parquet_names(path), split, named)
+        return _records(str(path), rows, wanted, path.parent, spec, counts)
     _need(str(path), columns_of(path), wanted)
     arrays = read_npz(path, wanted)
     parts: Columns = {m: array_pixels(path, m, arrays[m], spec, counts) for m in wanted[:-1]}
@@ -107,7 +116,7 @@ def _empty(cell: Any) -> bool:
     """Whether a cell holds nothing, as text, a list, or the bytes and path of a file."""
     if isinstance(cell, dict):
         return not (cell.get("bytes") or cell.get("path"))
-    return cell is None or (isinstance(cell, (str, list)) and not len(cell))
+    return absent(cell) or (isinstance(cell, (str, list)) and not len(cell))
 
 
 def _need(where: str, have: Any, wanted: Sequence[str]) -> None:
@@ -175,8 +184,11 @@ def _joined(name: str, parts: Sequence[Columns], modalities: Sequence[str], labe
     return {**found, label: [value for part in parts for value in part[label]]}
 
 
-def _labels(name: str, columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Tensor], list[str]]:
-    """Labels by split as numbers, and the classes: names in alphabetical order, or numbers from 0."""
+def _labels(
+    name: str, columns: Mapping[str, Sequence[Any]], own: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Labels by split as numbers, and the classes: names in the data's `own` order, if their numbered classes have names,
+    or in alphabetical order; or numbers from 0."""
     for split, column in columns.items():
         odd = next((v for v in column if not isinstance(v, (str, Real))), None)
         if odd is not None:
@@ -186,7 +198,7 @@ def _labels(name: str, columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, 
     every = [v for column in columns.values() for v in column]
     values = {str(v) for v in every}
     if any(isinstance(v, str) for v in every) and not all(v.lstrip("-").isdigit() for v in values):
-        classes = sorted(values)
+        classes = list(own) if values <= set(own) else sorted(values)
         return {s: torch.tensor([classes.index(str(v)) for v in c]) for s, c in columns.items()}, classes
     found = {s: torch.from_numpy(class_numbers(f"{name}, {s}", list(c), "example")) for s, c in columns.items()}
     return found, [str(i) for i in range(max(int(part.max()) for part in found.values()) + 1)]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from understudy.data.batch import COUNT
-from understudy.data.image_files import read_image
+from understudy.data.image_files import of_array, read_image
 from understudy.errors import InputError
 
 SMALL = 1 << 16
@@ -100,8 +100,8 @@ def _cell(where: str, value: Any, folder: Path | None) -> Any:
                 f"{where}: image has {', '.join(map(str, value)) or 'nothing'}, and neither bytes nor a path."
             )
         value = held
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
-        value = Image.fromarray(value)
+    if isinstance(value, np.ndarray):
+        value = of_array(where, value)
     if isinstance(value, str):
         value = Path(value)
     if isinstance(value, Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from understudy.data.columns import arrange, checked_text
 from understudy.data.folders import find
 from understudy.data.reasoning_world import STYLES, digits_of, questions, running_sums, shown
-from understudy.data.records import Record, place, read_records
+from understudy.data.records import Record, absent, place, read_records
 from understudy.data.text import TextSplits, check_keys, finish, read_source, split_off, whole
 from understudy.errors import InputError, nearest
 
@@ -22,6 +23,7 @@ WORLD = "sums"
 MARK = "####"
 LETTERS = "ABCDEFGH"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,15}(\.0)?\s*")
 _SIZES = {"validation": 200, "test": 500}
 
 
@@ -125,11 +127,16 @@ def _check(where: str, record: Record) -> bool:
         value = record[key]
         if isinstance(value, bool):
             value = "yes" if value else "no"
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and math.isfinite(value):
             value = str(value)
         if not isinstance(value, str) or not value.strip():
-            raise InputError(f"{where}: {key} is {'empty' if value in (None, '') else type(value).__name__}, not text.")
+            said = (
+                "empty" if absent(value) or value == "" else value if isinstance(value, float) else type(value).__name__
+            )
+            raise InputError(f"{where}: {key} is {said}, not text.")
         record[key] = checked_text(where, key, value.strip())
+    if isinstance(record.get("level"), (str, float)) and _WHOLE.fullmatch(str(record["level"])):
+        record["level"] = int(float(record["level"]))  # cells of .csv are text, and columns with gaps are fractions
     if "level" in record and (not isinstance(record["level"], int) or isinstance(record["level"], bool)):
         raise InputError(f"{where}: level is {record['level']!r} and must be a whole number.")
     rationale = record.get("rationale") or ""

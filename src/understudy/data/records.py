@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from understudy.errors import InputError
 
 READERS = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
@@ -46,6 +48,11 @@ def printable(text: str) -> str:
 def reason(error: BaseException) -> str:
     """The message of an error, on one line."""
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def absent(value: Any) -> bool:
+    """Whether a cell holds no value: null, or NaN, which tables write in its place."""
+    return value is None or (isinstance(value, (float, np.floating)) and bool(np.isnan(value)))
 
 
 def read_records(path: Path) -> list[Record]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from understudy.data.folders import find
+from understudy.data.folders import files_below, find, split_files, split_of, visible
 from understudy.data.noise_sets import APART
 from understudy.data.tables import read_npz
 from understudy.errors import InputError
@@ -26,6 +26,7 @@ from understudy.errors import InputError
 Array = np.ndarray[Any, Any]
 Maker = Callable[[], tuple[Array, Array]]
 """Makes or reads one scene: scan and truth `[points, dimensions]` in metres, before they are reduced."""
+Scene = tuple[str, Maker]
 SUFFIXES = (".npz", ".npy", ".bin")
 CELL = 0.1
 """Side of the voxels of which the truth keeps one point each, in metres."""
@@ -73,9 +74,11 @@ class Reduction:
 
 def voxel_points(points: Array, voxel: float) -> Array:
     """The first of the points `[points, dimensions]` in every voxel, in their order."""
-    cells = np.floor((points - points.min(0)) / voxel).astype(np.int64)
-    first = np.unique(np.ravel_multi_index(tuple(cells.T), tuple(cells.max(0) + 1)), return_index=True)[1]
-    return points[np.sort(first)]
+    cells = np.floor((points - points.min(0)) / voxel)
+    sizes = cells.max(0) + 1
+    if sizes.prod() < 2**62:  # one number each, which is faster to sort, unless a point lies very far away
+        cells = np.ravel_multi_index(tuple(cells.astype(np.int64).T), tuple(sizes.astype(np.int64)))
+    return points[np.sort(np.unique(cells, axis=0, return_index=True)[1])]
 
 
 def farthest_points(points: Array, number: int) -> Array:
@@ -110,7 +113,7 @@ class SceneSet(Dataset[tuple[int, Tensor, Tensor]]):
     """
 
     def __init__(
-        self, makers: Sequence[tuple[str, Maker]], reduction: Reduction, split: str, measured: Measured = Measured()
+        self, makers: Sequence[Scene], reduction: Reduction, split: str, measured: Measured = Measured()
     ) -> None:
         self.makers, self.reduction, self.start, self.measured = list(makers), reduction, APART[split], measured
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
@@ -142,7 +145,7 @@ def collate_scenes(items: list[tuple[int, Tensor, Tensor]]) -> dict[str, Tensor]
 class Scenes:
     """The makers of each split, the number of dimensions, a content hash, and what a reader should know."""
 
-    splits: dict[str, list[tuple[str, Maker]]]
+    splits: dict[str, list[Scene]]
     dimensions: int
     key: str
     notes: tuple[str, ...] = ()
@@ -151,34 +154,39 @@ class Scenes:
 def read_scenes(name: str) -> Scenes:
     """Scenes of a file or folder, or of a name in the data folder.
 
-    With several sequences or folders of files the smallest one is the test split; with one, the last tenth is. The tenth
-    before it is the validation split.
+    Files and folders that are named after splits are these splits. Of others the smallest sequence or folder of files is the
+    test split; of one alone the last tenth is. The tenth before it is the validation split.
 
     Raises:
         InputError: there are no scenes, fewer than three, or a file that cannot be read.
     """
-    path = find(name)
-    below = sorted(path.rglob("*")) if path is not None and path.is_dir() else [path]
-    files = [f for f in below if f is not None and f.suffix.lower() in SUFFIXES]
+    path, notes = find(name), list[str]()
+    folder = path if path is not None and path.is_dir() else None
+    below = sorted(files_below(folder)) if folder is not None else [path] if path is not None else []
+    files = [f for f in below if f.suffix.lower() in SUFFIXES]
+    named = _named(folder) if folder is not None else {}
+    if 0 < len(named) < len(files):
+        notes.append(f"{name}: {len(files) - len(named)} files that no split is named after were left out.")
     if not files:
         raise InputError(
             f"data={name!r} holds no scans: name street, street2d, or a file or folder of {', '.join(SUFFIXES)}."
         )
-    digest, groups = hashlib.sha256(), dict[Any, list[tuple[str, Maker]]]()
-    for file in files:
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    digest, groups = hashlib.sha256(), dict[Any, list[Scene]]()
+    for file in sorted(named, key=lambda f: (named[f], f)) or files:
+        digest.update(named.get(file, "").encode() + file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
         for label, maker, sequence in _scans(file):
-            groups.setdefault(file if sequence else file.parent, []).append((label, maker))
-    ordered = sorted(groups.values(), key=len, reverse=True)
-    test = ordered.pop() if len(ordered) > 1 else []
-    rest = [scene for group in ordered for scene in group]
-    tenth = max(1, len(rest) // 10)
-    if not test:
-        rest, test = rest[:-tenth], rest[-tenth:]
-    train, validation = rest[:-tenth], rest[-tenth:]
+            groups.setdefault(named.get(file, file if sequence else file.parent), []).append((label, maker))
+    parts = groups if named else _apart(list(groups.values()))
+    number, train = sum(map(len, parts.values())), parts.get("train", [])
+    tenth = max(1, len(train) // 10)
+    for split in ("test", "validation"):
+        if split not in parts:
+            train, parts[split] = train[:-tenth], train[-tenth:]
+    validation, test = parts["validation"], parts["test"]
     if not train:
         raise InputError(
-            f"data={name!r} holds {len(train + validation + test)} scenes, and three splits need at least 3."
+            f"data={name!r} holds {number} scenes, and three splits need at least 3: the train split one, and one more for "
+            "each other split that no file or folder is named after."
         )
     note = f"{name}: {len(train)} scenes train, {len(validation)} validate and {len(test)} test; no scene is in two splits."
     (first, make), *_ = train
@@ -187,7 +195,20 @@ def read_scenes(name: str) -> Scenes:
         split: [(label, _alike(label, maker, first, dimensions)) for label, maker in makers]
         for split, makers in (("train", train), ("validation", validation), ("test", test))
     }
-    return Scenes(splits, dimensions, digest.hexdigest(), (note,))
+    return Scenes(splits, dimensions, digest.hexdigest(), (note, *notes))
+
+
+def _named(folder: Path) -> dict[Path, str]:
+    """The split of each file that has one, if files or folders are named after splits."""
+    if not any(split_of(entry.name if entry.is_dir() else entry.stem) for entry in visible(folder)):
+        return {}
+    return {file: split for split, files in split_files(folder, SUFFIXES, []).items() for file in files}
+
+
+def _apart(groups: list[list[Scene]]) -> dict[Any, list[Scene]]:
+    """The smallest of several groups for test, all others for training."""
+    *others, least = sorted(groups, key=len, reverse=True)
+    return {"train": [s for group in others for s in group], "test": least} if others else {"train": least}
 
 
 def _alike(name: str, make: Maker, first: str, dimensions: int) -> Maker:

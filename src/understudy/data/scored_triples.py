@@ -157,7 +157,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str, Any]]:
             raise InputError(
                 f"{where} has columns {', '.join(record)}; expected an id (id, doc_id, query_id) and text."
             )
-        yield where, str(record[key]), record["text"] or None
+        yield where, _text(where, key, record[key]), record["text"] or None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

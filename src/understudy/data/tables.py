@@ -90,7 +90,14 @@ def class_numbers(where: str, values: Any, what: str) -> np.ndarray[Any, Any]:
     Raises:
         InputError: not a list of integers, or a number that is not a class.
     """
-    raw = np.asarray(values)
+    try:
+        raw = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        raise InputError(
+            f"{where}: labels are lists of several lengths; give one class number for each {what}."
+        ) from None
+    if raw.dtype.kind == "U" and not isinstance(values, np.ndarray):
+        raw = np.asarray(values, dtype=object)  # numbers beside names stay numbers
     if raw.ndim != 1 or raw.dtype.kind not in "OfSUiub":
         raise InputError(f"{where}: labels are {raw.dtype} {raw.shape}; give one class number for each {what}.")
     if raw.dtype.kind not in "iub":
@@ -98,7 +105,9 @@ def class_numbers(where: str, values: Any, what: str) -> np.ndarray[Any, Any]:
             try:
                 whole = float(value)
             except (TypeError, ValueError):
-                raise InputError(f"{where}: labels must be class numbers, found {str(value)[:60]!r}.") from None
+                raise InputError(
+                    f"{where}: labels must be class numbers, found {str(value)[:60]!r} at {what} {row}. Number the classes from 0."
+                ) from None
             if not (whole.is_integer() and abs(whole) < 2**53):
                 raise InputError(f"{where}: the label of row {row} is {whole}, not a class number.")
         raw = raw.astype(float)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from understudy.data import memory
+from understudy.data.class_labels import NamesOf, names_in, parquet_names, spelled
 from understudy.data.columns import arrange, checked_text, conversation, names, readable, tools, without_prompt
 from understudy.data.folders import find, hub_id, own_names, split_files
 from understudy.data.memory import MEMORY
-from understudy.data.records import READERS, Record, place, read_records, reason
+from understudy.data.records import READERS, Record, absent, place, read_records, reason
 from understudy.errors import InputError, nearest
 from understudy.files import replacing
 
@@ -78,7 +79,7 @@ def load_text(spec: Mapping[str, Any]) -> TextSplits:
     check_keys(spec, OPTIONS)
     name, column = str(spec["name"]), spec.get("domain_column")
     notes: list[str] = []
-    splits = read_source(name, spec, ("stdlib",), notes)
+    splits = read_source(name, spec, ("stdlib",), notes, {column: {}} if isinstance(column, str) else None)
     for split, records in splits.items():
         if not records:
             raise InputError(f"{name}: the {split} split is empty.")
@@ -159,7 +160,7 @@ def _check(where: str, record: Record, column: str | None, columns: str) -> bool
     keep_tools(where, record, any(isinstance(record.get(k), list) for k in ("messages", "prompt", "completion")))
     if column is not None:
         domain = record.get(column)
-        if domain is None or isinstance(domain, (list, dict)):
+        if absent(domain) or isinstance(domain, (list, dict)):
             raise InputError(
                 f"{where} has no {column!r} to name its domain: its columns are {columns}. Choose another column "
                 "(teacher.route, data.domain_column), or fill it."
@@ -227,11 +228,17 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def read_source(
-    name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str]
+    name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str], named: NamesOf | None = None
 ) -> dict[str, list[Record]]:
-    """The records of each split with their original columns: a built-in set, file, folder or set of the Hub."""
+    """The records of each split with their original columns: a built-in set, file, folder or set of the Hub.
+
+    Args:
+        named: columns whose numbered classes are replaced by their names, which are added to it.
+    """
+    named = {} if named is None else named
     if name.startswith(MEMORY):
-        return memory.records(name)
+        features = {split: names_in(getattr(rows, "features", None)) for split, rows in memory.held(name).items()}
+        return {split: spelled(rows, features[split], split, named) for split, rows in memory.records(name).items()}
     if name == "stdlib":
         return {"train": stdlib(whole(spec, "characters", 1_200_000))}
     path = find(name)
@@ -240,17 +247,24 @@ def read_source(
             raise InputError(
                 f"Data {name!r} is neither built in ({', '.join(embedded)}), nor a path, nor in UNDERSTUDY_DATA.{nearest(name, embedded)}"
             )
-        return _hub(name)
+        return _hub(name, named)
     if path.is_file():
-        return {"train": read_records(path)}
+        return {"train": _file(path, "train", named)}
     if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        return _saved(path)
+        return _saved(path, named)
     if (path / "chunks.parquet").is_file():
         return _domains(path / "chunks.parquet", spec.get("domains"))
     files = split_files(path, READERS, notes)
     if not files:
         raise InputError(f"{path} holds no text files ({', '.join(sorted(READERS))}).")
-    return {split: [record for file in shards for record in read_records(file)] for split, shards in files.items()}
+    return {
+        split: [record for file in shards for record in _file(file, split, named)] for split, shards in files.items()
+    }
+
+
+def _file(path: Path, split: str, named: NamesOf) -> list[Record]:
+    names = parquet_names(path) if named and path.suffix == ".parquet" else {}
+    return spelled(read_records(path), names, split, named)
 
 
 def stdlib(characters: int) -> list[Record]:
@@ -296,23 +310,29 @@ def _domains(path: Path, chosen: list[str] | None) -> dict[str, list[Record]]:
     return splits
 
 
-def _saved(path: Path) -> dict[str, list[Record]]:
+def _saved(path: Path, named: NamesOf) -> dict[str, list[Record]]:
     """Read `save_to_disk` of `datasets`: one set, or one per split."""
     from datasets import DatasetDict, load_from_disk
 
     try:
         loaded = load_from_disk(str(path))
         parts = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
-        return {str(split): rows.to_list() for split, rows in parts.items()}
+        own = own_names(str(path), map(str, parts))
+        return {s: spelled(parts[n].to_list(), names_in(parts[n].features), s, named) for s, n in own.items()}
+    except InputError:
+        raise
     except Exception as error:  # readers raise many types; the folder is damaged
         raise InputError(f"Data set {path} cannot be loaded: {reason(error)}") from error
 
 
-def _hub(name: str) -> dict[str, list[Record]]:
+def _hub(name: str, named: NamesOf) -> dict[str, list[Record]]:
     from datasets import load_dataset
 
     try:
         loaded = load_dataset(hub_id(name))
     except Exception as error:  # the Hub client raises many types; the set is not available
         raise InputError(f"Data set {name!r} cannot be loaded: {reason(error)}") from error
-    return {split: loaded[own].to_list() for split, own in own_names(name, loaded).items()}
+    return {
+        split: spelled(loaded[own].to_list(), names_in(loaded[own].features), split, named)
+        for split, own in own_names(name, loaded).items()
+    }

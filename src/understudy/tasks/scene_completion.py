@@ -28,6 +28,8 @@ _TRAINER = {
     "weight_decay": 0.0,
 }
 _TEACHER = {"max_steps": 2500, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+_MOST_VOXELS = 2.0**28
+"""Of the grid that jsd counts points in: 2 GiB a cloud."""
 
 
 class SceneCompletion(TaskDefaults):
@@ -68,6 +70,12 @@ class SceneCompletion(TaskDefaults):
         points = given.get("points") or (32 if scenes.dimensions == 2 else 128)
         reduction = Reduction(points, given.get("repeat", 8), given.get("radius", 10.0), seed)
         measured = Measured(given.get("voxel", 0.5), tuple(given.get("compare_steps", (1, 2, 4, 8))))
+        cells = (2 * reduction.radius / measured.voxel) ** scenes.dimensions
+        if cells > _MOST_VOXELS:
+            raise InputError(
+                f"data.radius={reduction.radius:g} m in voxels of data.voxel={measured.voxel:g} m makes {cells:.3g} of them, and "
+                f"the metric jsd counts at most {_MOST_VOXELS:.3g}: lower data.radius, or raise data.voxel."
+            )
         sets: dict[str, Any] = {s: SceneSet(makers, reduction, s, measured) for s, makers in scenes.splits.items()}
         return Prepared(
             **sets,

@@ -1,0 +1,90 @@
+"""Numbered classes whose names `datasets` keeps beside a column (`ClassLabel`), in memory and in parquet files.
+
+Each split, and each shard, numbers its classes by itself: 0 may be "apple" in one and "bear" in another. So numbers of
+different sources are compared by their names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from understudy.errors import InputError
+
+NamesOf = dict[str, dict[str, list[str]]]
+"""By column and split the names of its classes, in the order of their numbers."""
+
+
+def names_in(features: Any) -> dict[str, list[str]]:
+    """The names of the classes of every numbered column.
+
+    Args:
+        features: of a set of `datasets`, or their description in a file; `None` without.
+    """
+    found = {}
+    for column, feature in (features or {}).items():
+        read = feature.get if isinstance(feature, Mapping) else partial(getattr, feature)
+        if read("_type", None) == "ClassLabel" and isinstance(read("names", None), list):
+            found[str(column)] = [str(name) for name in read("names", None)]
+    return found
+
+
+def parquet_names(path: Path) -> dict[str, list[str]]:
+    """As `names_in`, of a parquet file that `datasets` wrote; nothing of other files, and of those that cannot be read."""
+    import pyarrow.parquet as pq
+
+    try:
+        described = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+        return names_in(described["info"]["features"]) if described else {}
+    except Exception:  # pyarrow raises many types; who reads the records says what is wrong with the file
+        return {}
+
+
+def spell(values: Iterable[Any], names: Sequence[str] | None) -> list[Any]:
+    """The names of numbered classes in the place of their numbers; what is no such number (−1, for none) stays."""
+    if names is None:
+        return list(values)
+    return [names[v] if type(v) is int and 0 <= v < len(names) else v for v in values]
+
+
+def spelled(
+    records: list[dict[str, Any]], names: Mapping[str, list[str]], split: str, named: NamesOf
+) -> list[dict[str, Any]]:
+    """Replace the numbers of classes by their names in the columns of `named`, in place, and add these names to it."""
+    for column in named.keys() & names.keys():
+        for record, value in zip(records, spell([r.get(column) for r in records], names[column]), strict=True):
+            if column in record:
+                record[column] = value
+        known = named[column].setdefault(split, [])
+        known += [name for name in names[column] if name not in known]  # of several shards
+    return records
+
+
+def by_name(where: str, numbers: Sequence[int], names: Sequence[str] | None, known: Sequence[str]) -> list[int]:
+    """Numbers of classes as `known` has them.
+
+    Args:
+        numbers: as `names` has them; −1 and other numbers without a name stay.
+        names: of the classes here; `None` if nothing names them, so that numbers stay.
+        known: names of the set's classes by number; empty if nothing names them.
+
+    Raises:
+        InputError: a class that occurs here is none of `known`.
+    """
+    if names is None or not known or list(names) == list(known):
+        return list(numbers)
+    place = {name: i for i, name in enumerate(known)}
+    strange = next((names[n] for n in numbers if 0 <= n < len(names) and names[n] not in place), None)
+    if strange is not None:
+        raise InputError(
+            f"{where} has the class {strange!r} of {_listed(names)}, and the classes of train are {_listed(known)}: give all "
+            "splits the same classes."
+        )
+    return [place[names[n]] if 0 <= n < len(names) else n for n in numbers]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

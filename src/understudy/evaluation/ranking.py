@@ -196,7 +196,7 @@ def retrieved(student: BiEncoderAdapter, data: RankingSet, batch: int = 64) -> d
     )
     ideal = torch.tensor([r["ideal"] for r in data.records])
     total = torch.tensor([r["total"] for r in data.records])
-    mask, relevant = torch.ones_like(grades, dtype=torch.bool), grades >= data.relevant
+    mask, relevant = torch.ones_like(grades, dtype=torch.bool), grades > data.threshold
     return {
         "retrieval_ndcg_10": float(ndcg(scores, grades, mask, ideal=ideal).mean()),
         "retrieval_mrr_10": float(mrr(scores, relevant, mask).mean()),

@@ -431,6 +431,52 @@ def test_prompts_of_a_folder_stand_before_queries_and_documents(prompts, default
     )
 
 
+def sentence_folder(folder, words, settings=None, **more):
+    """A `sentence-transformers` folder without a Normalize module."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(words), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    body = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    save_encoder(Encoder(body), folder, View(words, 30, 60))
+    write(folder / SETTINGS, {"prompts": {}, "default_prompt_name": None, **(settings or {})})
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 62, **more})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "normalize"), [("cosine", None), ("dot", None), (None, None), ("cosine", False)]
+)
+def test_a_folder_that_compares_by_cosine_is_scored_by_it(similarity, normalize, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    name = sentence_folder(tmp_path, words, {"similarity_fn_name": similarity})
+    rows = load_ranker(name, View(words, 30, 60), {"scale": 1.0, "normalize": normalize}).eval()
+    texts = ["the cat sits over the mat", "a dog", "the fox sees the log and the frog"]
+    model = library.SentenceTransformer(name, device="cpu")
+    if similarity is None or normalize is False:  # the folder does not say, or the recipe says otherwise
+        model.similarity_fn_name = "dot"
+    wanted = model.similarity(*[model.encode(texts)] * 2)
+    queries, documents = rows.embed(texts, "query"), rows.embed(texts, "document")
+    torch.testing.assert_close((queries @ documents.T).detach(), wanted, rtol=1e-4, atol=1e-5)
+    rows.save(tmp_path / "saved")  # and the student says what it does
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(again.similarity(*[again.encode(texts)] * 2), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"similarity_fn_name": "euclidean"}, "similarity_fn_name is 'euclidean'; understood are cosine, dot"),
+        ({"similarity_fn_name": "manhattan"}, "similarity_fn_name is 'manhattan'"),
+        ({"truncate_dim": 8}, "truncate_dim is 8, and vectors are compared whole"),
+    ],
+)
+def test_what_a_folder_says_of_its_vectors_is_not_passed_over(settings, says, tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    name = sentence_folder(tmp_path, words, settings)
+    with pytest.raises(InputError, match=says):
+        load_ranker(name, View(words, 30, 60), {})
+
+
 def test_prompts_take_no_room_from_the_text(tokenizer):
     view = View(tokenizer, 3, 4, "the cat ", "")
     text = "the dog sits over the log and sees the fox"

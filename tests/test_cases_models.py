@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -475,6 +476,23 @@ def test_what_a_folder_says_of_its_vectors_is_not_passed_over(settings, says, tm
     name = sentence_folder(tmp_path, words, settings)
     with pytest.raises(InputError, match=says):
         load_ranker(name, View(words, 30, 60), {})
+
+
+def test_a_folder_that_lower_cases_its_texts_still_does_so_when_it_is_saved(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(["[PAD]", "the", "cat", "[UNK]"])}, "[UNK]")
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    name = sentence_folder(tmp_path, words, do_lower_case=True)
+    rows = load_ranker(name, View(load_tokenizer(name), 30, 60), {"scale": 1.0}).eval()
+    wanted = torch.from_numpy(library.SentenceTransformer(name, device="cpu").encode(["The CAT", "the cat"]))
+    torch.testing.assert_close(rows.embed(["The CAT", "the cat"], "query").detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert not wanted[0].equal(torch.from_numpy(library.SentenceTransformer(name).encode("dog")))
+    rows.save(tmp_path / "saved")
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(torch.from_numpy(again.encode(["The CAT", "the cat"])), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_take_no_room_from_the_text(tokenizer):

@@ -11,14 +11,17 @@ from torch import nn
 
 from understudy import distill
 from understudy.data import Batch, train_tokenizer
+from understudy.data.classified_batches import Reading
 from understudy.data.retrieval_batches import View, train_encoder_tokenizer
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, load_causal_lm, load_classifier, load_tokenizer, save_small
 from understudy.models.denoisers import load_denoiser
 from understudy.models.encoders import SETTINGS, Encoder, prompts_of, save_encoder
 from understudy.models.loading import auto_model
+from understudy.models.positions import positions
 from understudy.models.processors import Processor
 from understudy.models.ranker_loading import load_ranker
+from understudy.models.text_classifiers import load_text_classifier
 from understudy.models.weights import notes_of
 from understudy.runs.check import evaluate_run
 from understudy.runs.recipe import make, own_training
@@ -390,6 +393,56 @@ def test_half_precision_is_widened_without_a_gpu_and_said(llama, tokenizer):
     assert model.dtype == torch.float32 and "stored in float16 and there is no GPU" in notes_of(model)[0]
     model = load_causal_lm(str(llama), tokenizer=tokenizer, dtype="float16")
     assert model.dtype == torch.float16 and "slower on a CPU than float32" in notes_of(model)[0]
+
+
+# -- how many tokens a model reads ---------------------------------------------------------------------------------------
+
+FEW = {**SIZES, "max_position_embeddings": 42, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Longformer", "Data2VecText"])
+def test_a_model_reads_as_many_tokens_as_it_says(kind):
+    """Positions of RoBERTa and its relatives begin behind that of the padding token."""
+    body = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**FEW)).eval()
+    assert positions(body) == (42 if kind == "Bert" else 40)
+    ids = torch.full((1, positions(body)), 7)
+    assert body(input_ids=ids).last_hidden_state.shape[1] == ids.shape[1]
+    with pytest.raises((IndexError, RuntimeError)):
+        body(input_ids=torch.full((1, ids.shape[1] + 1), 7))
+
+
+def test_texts_beyond_the_positions_of_a_roberta_are_refused_before_they_are_read(tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    config = transformers.RobertaConfig(**{**FEW, "vocab_size": len(words)}, num_labels=3)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    load_text_classifier(str(tmp_path), Reading(words, 40), classes=3)
+    with pytest.raises(InputError, match=r"reads 40 tokens and data\.max_length is 41"):
+        load_text_classifier(str(tmp_path), Reading(words, 41), classes=3)
+    load_ranker(str(tmp_path), View(words, 30, 38), {"scorer": "dot"})
+    with pytest.raises(InputError, match="reads 40 tokens and the texts may have 39 with 2 special ones"):
+        load_ranker(str(tmp_path), View(words, 30, 39), {"scorer": "dot"})
+
+
+@pytest.fixture(scope="module")
+def xlnet():
+    return transformers.XLNetConfig(vocab_size=300, d_model=16, n_layer=1, n_head=2, d_inner=32, pad_token_id=0)
+
+
+def test_a_model_that_says_minus_one_has_no_limit(xlnet, tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    body = transformers.XLNetModel(xlnet)
+    assert positions(body) is None
+    body.save_pretrained(tmp_path)
+    rows = load_ranker(str(tmp_path), View(words, 30, 900), {}).eval()
+    assert rows.embed(["the cat " * 300], "document").isfinite().all()
+
+
+def test_a_permuted_language_model_is_no_causal_one(xlnet, tmp_path, tokenizer):
+    """XLNet has a head over the vocabulary and sees a whole text: its loss would be that of copying."""
+    model = transformers.XLNetLMHeadModel(xlnet)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="XLNetLMHeadModel reads later tokens to predict earlier ones"):
+        CausalLMAdapter(load_causal_lm(str(tmp_path), tokenizer=tokenizer), 300)
 
 
 # -- prompts of sentence-transformers ------------------------------------------------------------------------------------

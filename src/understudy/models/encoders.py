@@ -21,6 +21,7 @@ from understudy.data.folders import find
 from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
+from understudy.models.positions import positions
 from understudy.models.small import load_weights
 from understudy.models.weights import read_object, reason, write_model
 
@@ -183,7 +184,7 @@ def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
     before, after, *of_pair = view.template
     special = sum(map(len, of_pair)) if pair else len(before) + len(after)
     texts = sum(view.most.values()) if pair else max(view.most.values())
-    limit = min(getattr(config, "max_position_embeddings", None) or 10**9, view.tokenizer.model_max_length)
+    limit = min(positions(model) or 10**9, view.tokenizer.model_max_length)
     if config is not None and texts + special > limit:
         raise InputError(
             f"{name} reads {limit} tokens and the texts may have {texts} with {special} special ones. Lower "

@@ -4,20 +4,24 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from torch import nn
 
 from understudy import distill
 from understudy.data import Batch, train_tokenizer
+from understudy.data.classified_batches import Reading
 from understudy.data.retrieval_batches import View, train_encoder_tokenizer
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, load_causal_lm, load_classifier, load_tokenizer, save_small
 from understudy.models.denoisers import load_denoiser
 from understudy.models.encoders import SETTINGS, Encoder, prompts_of, save_encoder
 from understudy.models.loading import auto_model
+from understudy.models.positions import positions
 from understudy.models.processors import Processor
 from understudy.models.ranker_loading import load_ranker
+from understudy.models.text_classifiers import load_text_classifier
 from understudy.models.weights import notes_of
 from understudy.runs.check import evaluate_run
 from understudy.runs.recipe import make, own_training
@@ -391,6 +395,56 @@ def test_half_precision_is_widened_without_a_gpu_and_said(llama, tokenizer):
     assert model.dtype == torch.float16 and "slower on a CPU than float32" in notes_of(model)[0]
 
 
+# -- how many tokens a model reads ---------------------------------------------------------------------------------------
+
+FEW = {**SIZES, "max_position_embeddings": 42, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Longformer", "Data2VecText"])
+def test_a_model_reads_as_many_tokens_as_it_says(kind):
+    """Positions of RoBERTa and its relatives begin behind that of the padding token."""
+    body = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**FEW)).eval()
+    assert positions(body) == (42 if kind == "Bert" else 40)
+    ids = torch.full((1, positions(body)), 7)
+    assert body(input_ids=ids).last_hidden_state.shape[1] == ids.shape[1]
+    with pytest.raises((IndexError, RuntimeError)):
+        body(input_ids=torch.full((1, ids.shape[1] + 1), 7))
+
+
+def test_texts_beyond_the_positions_of_a_roberta_are_refused_before_they_are_read(tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    config = transformers.RobertaConfig(**{**FEW, "vocab_size": len(words)}, num_labels=3)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    load_text_classifier(str(tmp_path), Reading(words, 40), classes=3)
+    with pytest.raises(InputError, match=r"reads 40 tokens and data\.max_length is 41"):
+        load_text_classifier(str(tmp_path), Reading(words, 41), classes=3)
+    load_ranker(str(tmp_path), View(words, 30, 38), {"scorer": "dot"})
+    with pytest.raises(InputError, match="reads 40 tokens and the texts may have 39 with 2 special ones"):
+        load_ranker(str(tmp_path), View(words, 30, 39), {"scorer": "dot"})
+
+
+@pytest.fixture(scope="module")
+def xlnet():
+    return transformers.XLNetConfig(vocab_size=300, d_model=16, n_layer=1, n_head=2, d_inner=32, pad_token_id=0)
+
+
+def test_a_model_that_says_minus_one_has_no_limit(xlnet, tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    body = transformers.XLNetModel(xlnet)
+    assert positions(body) is None
+    body.save_pretrained(tmp_path)
+    rows = load_ranker(str(tmp_path), View(words, 30, 900), {}).eval()
+    assert rows.embed(["the cat " * 300], "document").isfinite().all()
+
+
+def test_a_permuted_language_model_is_no_causal_one(xlnet, tmp_path, tokenizer):
+    """XLNet has a head over the vocabulary and sees a whole text: its loss would be that of copying."""
+    model = transformers.XLNetLMHeadModel(xlnet)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="XLNetLMHeadModel reads later tokens to predict earlier ones"):
+        CausalLMAdapter(load_causal_lm(str(tmp_path), tokenizer=tokenizer), 300)
+
+
 # -- prompts of sentence-transformers ------------------------------------------------------------------------------------
 
 
@@ -429,6 +483,69 @@ def test_prompts_of_a_folder_stand_before_queries_and_documents(prompts, default
     torch.testing.assert_close(
         rows.embed(text, "document"), torch.from_numpy(again.encode_document(text)), rtol=1e-4, atol=1e-5
     )
+
+
+def sentence_folder(folder, words, settings=None, **more):
+    """A `sentence-transformers` folder without a Normalize module."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(words), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    body = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    save_encoder(Encoder(body), folder, View(words, 30, 60))
+    write(folder / SETTINGS, {"prompts": {}, "default_prompt_name": None, **(settings or {})})
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 62, **more})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "normalize"), [("cosine", None), ("dot", None), (None, None), ("cosine", False)]
+)
+def test_a_folder_that_compares_by_cosine_is_scored_by_it(similarity, normalize, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    name = sentence_folder(tmp_path, words, {"similarity_fn_name": similarity})
+    rows = load_ranker(name, View(words, 30, 60), {"scale": 1.0, "normalize": normalize}).eval()
+    texts = ["the cat sits over the mat", "a dog", "the fox sees the log and the frog"]
+    model = library.SentenceTransformer(name, device="cpu")
+    if similarity is None or normalize is False:  # the folder does not say, or the recipe says otherwise
+        model.similarity_fn_name = "dot"
+    wanted = model.similarity(*[model.encode(texts)] * 2)
+    queries, documents = rows.embed(texts, "query"), rows.embed(texts, "document")
+    torch.testing.assert_close((queries @ documents.T).detach(), wanted, rtol=1e-4, atol=1e-5)
+    rows.save(tmp_path / "saved")  # and the student says what it does
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(again.similarity(*[again.encode(texts)] * 2), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"similarity_fn_name": "euclidean"}, "similarity_fn_name is 'euclidean'; understood are cosine, dot"),
+        ({"similarity_fn_name": "manhattan"}, "similarity_fn_name is 'manhattan'"),
+        ({"truncate_dim": 8}, "truncate_dim is 8, and vectors are compared whole"),
+    ],
+)
+def test_what_a_folder_says_of_its_vectors_is_not_passed_over(settings, says, tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    name = sentence_folder(tmp_path, words, settings)
+    with pytest.raises(InputError, match=says):
+        load_ranker(name, View(words, 30, 60), {})
+
+
+def test_a_folder_that_lower_cases_its_texts_still_does_so_when_it_is_saved(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(["[PAD]", "the", "cat", "[UNK]"])}, "[UNK]")
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    name = sentence_folder(tmp_path, words, do_lower_case=True)
+    rows = load_ranker(name, View(load_tokenizer(name), 30, 60), {"scale": 1.0}).eval()
+    wanted = torch.from_numpy(library.SentenceTransformer(name, device="cpu").encode(["The CAT", "the cat"]))
+    torch.testing.assert_close(rows.embed(["The CAT", "the cat"], "query").detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert not wanted[0].equal(torch.from_numpy(library.SentenceTransformer(name).encode("dog")))
+    rows.save(tmp_path / "saved")
+    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(torch.from_numpy(again.encode(["The CAT", "the cat"])), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_take_no_room_from_the_text(tokenizer):

@@ -162,6 +162,18 @@ def test_metrics_know_documents_that_are_not_among_the_candidates():
     assert ndcg(values, torch.zeros(1, 3), mask).item() == 0 and mrr(values, grades > 9, mask).item() == 0
 
 
+@pytest.mark.parametrize("gain", ["linear", "exponential"])
+def test_a_grade_below_zero_gains_nothing(gain):
+    """As in trec_eval, where junk and spam are graded -2: they neither pay nor cost."""
+    grades = torch.tensor([[2.0, 1.0, -2.0, -2.0], [-1.0, -1.0, -1.0, -2.0]])
+    mask, plain = torch.ones(2, 4, dtype=torch.bool), grades.clamp(min=0)
+    for scores in (torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2), torch.tensor([[1.0, 3.0, 4.0, 2.0]] * 2)):
+        found = ndcg(scores, grades, mask, gain=gain)
+        torch.testing.assert_close(found, ndcg(scores, plain, mask, gain=gain))
+        torch.testing.assert_close(ndcg(scores, grades, mask, gain=gain, ideal=grades), found)
+    assert ndcg(torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2), grades, mask, gain=gain).tolist() == [1, 0]
+
+
 def test_search_is_exact_in_any_tile():
     queries, documents = torch.randn(5, 8), torch.randn(40, 8)
     wanted = (queries @ documents.T).sort(1, descending=True)

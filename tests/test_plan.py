@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from engine_cases import TEXT
 from understudy import InputError, plan
@@ -207,3 +208,16 @@ def test_predicted_memory_is_within_a_tenth_of_measured(monkeypatch):
     errors = {name: zoo.cell(name) for name in ("text-8k", "text-1k", "text-64k")}
     assert statistics.median(abs(e["memory_error_percent"]) for e in errors.values()) <= 10, errors
     assert all(abs(e["flop_error_percent"]) <= 5 for e in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (transformers.XLNetConfig, {"d_model": 16, "n_layer": 2, "n_head": 2}),
+        (transformers.BertConfig, {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}),
+    ],
+)
+def test_what_the_run_refuses_for_reading_later_tokens_is_not_planned(config, sizes, tmp_path):
+    config(**sizes, vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="LMHeadModel reads later tokens to predict earlier ones"):
+        plan({**small(), "teacher": None, "method": "sft", "student": str(tmp_path)}, **MACHINE)

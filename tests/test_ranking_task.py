@@ -2,8 +2,11 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from engine_cases import killed_run, weights
 from golden_vectors import close
@@ -12,7 +15,7 @@ from understudy.data import Batch
 from understudy.data.retrieval_batches import RankingBatch, RankingCollator, View, train_encoder_tokenizer
 from understudy.data.retrieval_sources import load_rankings
 from understudy.data.scored_triples import Triple, read_triples, write_triples
-from understudy.evaluation.ranking import ndcg
+from understudy.evaluation.ranking import evaluate_ranking, ndcg
 from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker
 from understudy.runs.recipe import make
@@ -70,7 +73,7 @@ def rows(number=6):
         for i, t in enumerate(TRIPLES[:number])
     ]
     return [
-        r | {"ideal": [1.0] + [0.0] * 9, "total": 1, "threshold": 1.0, "taught": [5.0, -1.0, 2.0][: len(r["labels"])]}
+        r | {"ideal": [1.0] + [0.0] * 9, "total": 1, "threshold": 0.0, "taught": [5.0, -1.0, 2.0][: len(r["labels"])]}
         for r in made
     ]
 
@@ -308,6 +311,23 @@ def test_it_learns_the_embedded_world(tmp_path):
     assert found["ndcg_10"] > chance + 0.08 and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
     assert {"retrieval_ndcg_10", "retrieval_mrr_10", "retrieval_recall_100"} <= found.keys()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "done"
+
+
+def test_any_grade_above_zero_is_relevant(tmp_path, view):
+    """In training, metrics, search and messages alike: grades of one half rank as grades of one do."""
+    model, found = load_ranker("embedding:8", view, {}), {}
+    for name, grade in (("one", 1.0), ("half", 0.5)):
+        (tmp_path / name).mkdir()
+        docs = [{"doc_id": str(i), "text": f"{WORDS[i % 16]} {WORDS[(i * 7) % 16]} {i}"} for i in range(30)]
+        asked = [{"query_id": str(i), "text": f"{WORDS[i % 16]} {i}"} for i in range(30)]
+        judged = [{"query_id": str(i), "doc_id": str(i), "grade": grade} for i in range(30)]
+        for kind, table in (("docs", docs), ("queries", asked), ("qrels", judged)):
+            pq.write_table(pa.Table.from_pylist(table), tmp_path / name / f"{kind}.parquet")
+        test = load_rankings({"name": str(tmp_path / name)}).test
+        loader = DataLoader(test, batch_size=4, collate_fn=RankingCollator([view]))
+        found[name] = evaluate_ranking(model, None, loader)["metrics"]
+    assert found["half"] == pytest.approx(found["one"])
+    assert found["half"]["retrieval_recall_100"] == 1 and found["half"]["mrr_10"] > 0
 
 
 def test_judgements_of_a_folder(data_folder):

@@ -142,7 +142,7 @@ def _judged_row(query: str, judged: Mapping[int, float], first: Sequence[int], t
         "labels": [judged.get(i, 0.0) for i in first],
         "grades": dict(judged),
         "ideal": best[:IDEAL],
-        "total": sum(g >= 1 for g in best),
+        "total": sum(g > 0 for g in best),
     }
 
 

@@ -36,7 +36,7 @@ class RankingBatch(WholeExamples, Batch):
         slots: `[queries, candidates]`, index of the document of each candidate, −1 for none.
         ideal: `[queries, 10]`, the best grades over all graded documents.
         total: `[queries]`, number of relevant documents.
-        threshold: `[queries]`, the lowest grade that counts as relevant.
+        threshold: `[queries]`, grades above it count as relevant.
         taught: `[queries, candidates]`, a teacher's scores, if known.
     """
 
@@ -58,7 +58,7 @@ class RankingBatch(WholeExamples, Batch):
     @cached_property
     def relevant(self) -> Tensor:
         """`[queries, candidates]`, True for relevant candidates."""
-        return (self.labels >= self.threshold[:, None]) & self.candidates
+        return (self.labels > self.threshold[:, None]) & self.candidates
 
     @cached_property
     def row_labels(self) -> Tensor:
@@ -149,16 +149,16 @@ class RankingSet(Dataset[dict[str, Any]]):
     Args:
         rows: `members` holds recorded scores, `[teachers][documents]`; `judged` grades by index into the collection.
         collection: all documents, for retrieval; empty if there is none.
-        relevant: the lowest grade that counts as relevant.
+        threshold: grades above it count as relevant.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], collection: Sequence[str] = (), relevant: float = 1.0) -> None:
-        self.records, self.collection, self.relevant = rows, collection, relevant
+    def __init__(self, rows: list[dict[str, Any]], collection: Sequence[str] = (), threshold: float = 0.0) -> None:
+        self.records, self.collection, self.threshold = rows, collection, threshold
         for row in rows:
-            row.setdefault("threshold", relevant)
+            row.setdefault("threshold", threshold)
             row.setdefault("ideal", sorted(row["labels"], reverse=True)[:IDEAL])
             row["ideal"] = [*row["ideal"], *[0.0] * (IDEAL - len(row["ideal"]))]
-            row.setdefault("total", sum(v >= relevant for v in row["labels"]))
+            row.setdefault("total", sum(v > threshold for v in row["labels"]))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -177,7 +177,7 @@ class RankingSet(Dataset[dict[str, Any]]):
             for start in range(0, len(every), size):
                 chosen = every[start : start + size]
                 rows.append({"id": len(rows), "query": query, "documents": chosen, "labels": [0.0] * len(chosen)})
-        return RankingSet(rows, relevant=self.relevant)
+        return RankingSet(rows, threshold=self.threshold)
 
 
 class RankingCollator:

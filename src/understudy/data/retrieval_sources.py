@@ -49,8 +49,8 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
             score the same triples by other teachers. `candidates`: of the first stage, for each query. `negatives`: for
             each relevant document of a folder. `seed`: of the world and of the choice of negatives. `limit`: most
             training rows. `foreign`: whether a made-up teacher has a scale of its own and an offset a query.
-        embedded: sets that need no file, by name: from `spec` to the rows of each split, the collection, and the least
-            label that is relevant.
+        embedded: sets that need no file, by name: from `spec` to the rows of each split, the collection, and the label
+            above which a document is relevant.
     """
     for key in spec:
         if key not in OPTIONS:
@@ -70,7 +70,7 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
     notes: list[str] = []
     path = find(name)
     if name in embedded:
-        found, collection, relevant = embedded[name](spec)
+        found, collection, threshold = embedded[name](spec)
     elif path is None:
         raise InputError(
             f"Data {name!r} is neither built in ({', '.join(embedded)}), nor a path, nor in UNDERSTUDY_DATA."
@@ -78,16 +78,16 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
         )
     elif is_judged(path):
         found, collection = judged_folder(path, spec, notes)
-        relevant = 1.0
+        threshold = 0.0
     else:
-        found, collection, relevant = scored_triples(path, spec, notes), [], 1.0
+        found, collection, threshold = scored_triples(path, spec, notes), [], 0.0
     found["train"] = found["train"][: spec.get("limit")]
     for split, rows_ in found.items():
         if not rows_:
             raise InputError(f"{name}: the {split} split is empty. Give more queries (at least ten).")
     digest = hashlib.sha256(json.dumps([found, list(collection)], sort_keys=True).encode()).hexdigest()
     sets = {
-        split: RankingSet(rows_, collection if split != "train" else [], relevant) for split, rows_ in found.items()
+        split: RankingSet(rows_, collection if split != "train" else [], threshold) for split, rows_ in found.items()
     }
     recorded = all("members" in row for rows_ in found.values() for row in rows_)
     return RankingSplits(**sets, recorded=recorded, notes=notes, hash=digest)

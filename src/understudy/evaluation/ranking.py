@@ -67,7 +67,8 @@ def ndcg(
         k: cutoff rank.
         ideal: `[queries, n]`, the best grades of each query over all graded documents, including those that are not
             candidates; those of the candidates if not given.
-        gain: `linear` (as trec_eval and scikit-learn) or `exponential` (2^grade − 1).
+        gain: `linear` (as trec_eval and scikit-learn) or `exponential` (2^grade − 1). A grade below 0 gains 0, as in
+            trec_eval: a list is not worse for what stands behind its relevant documents.
     """
     best = (grades.masked_fill(~mask, 0) if ideal is None else ideal).double().sort(1, descending=True).values
     found = _discounted(Ranked(scores, _gain(grades, gain), mask).expected, k)
@@ -76,7 +77,8 @@ def ndcg(
 
 
 def _gain(grades: Tensor, gain: Gain) -> Tensor:
-    return torch.exp2(grades.double()) - 1 if gain == "exponential" else grades.double()
+    grades = grades.double().clamp(min=0)
+    return torch.exp2(grades) - 1 if gain == "exponential" else grades
 
 
 def _discounted(gains: Tensor, k: int) -> Tensor:
@@ -194,7 +196,7 @@ def retrieved(student: BiEncoderAdapter, data: RankingSet, batch: int = 64) -> d
     )
     ideal = torch.tensor([r["ideal"] for r in data.records])
     total = torch.tensor([r["total"] for r in data.records])
-    mask, relevant = torch.ones_like(grades, dtype=torch.bool), grades >= data.relevant
+    mask, relevant = torch.ones_like(grades, dtype=torch.bool), grades > data.threshold
     return {
         "retrieval_ndcg_10": float(ndcg(scores, grades, mask, ideal=ideal).mean()),
         "retrieval_mrr_10": float(mrr(scores, relevant, mask).mean()),

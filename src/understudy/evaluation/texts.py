@@ -9,6 +9,7 @@ import torch
 from understudy.data.samples import prompt_length
 from understudy.generation.decoding import begin, read_by, without_routers
 from understudy.models import ModelAdapter, evaluating
+from understudy.models.positions import positions
 
 PROMPT, WRITTEN = 64, 40
 """Most tokens shown of a prompt, and most tokens generated after it."""
@@ -31,7 +32,7 @@ def sample_texts(
     writers = {n: s for n, s in sides.items() if getattr(getattr(s, "model", None), "can_generate", lambda: False)()}
     if "student" not in writers:
         return None
-    most = min(filter(None, map(_positions, writers.values())), default=PROMPT + WRITTEN)
+    most = min(filter(None, (positions(side.model) for side in writers.values())), default=PROMPT + WRITTEN)
     new = min(WRITTEN, most // 2)
     asked, wanted = [], []
     for row in (examples[i] for i in range(min(number, len(examples)))):
@@ -52,11 +53,6 @@ def _tokens(row: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if "sequences" in row:
         return row["sequences"][max(range(len(row["scores"])), key=lambda i: row["scores"][i])]
     return row["input_ids"], row["labels"]
-
-
-def _positions(side: ModelAdapter) -> int | None:
-    config = getattr(side.model, "config", None)
-    return getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
 
 
 def _written(side: ModelAdapter, prompts: list[torch.Tensor], tokenizer: Any, new: int) -> list[str]:

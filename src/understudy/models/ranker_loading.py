@@ -46,7 +46,7 @@ def load_ranker(
     Args:
         name: `embedding:24`, `bert:hidden=…` (new), a package, a folder or Hub id.
         options: `scorer` (`dot` unless the folder names another, or holds a classifier), `pooling` (`mean` or `cls`)
-            and `normalize` (by default those of a `sentence-transformers` folder), `towers` (1 shared, 2 separate),
+            and `normalize` (by default as a `sentence-transformers` folder pools and compares), `towers` (1 shared, 2 separate),
             `scale` (a number, or `learn`, which is the default for normalised vectors).
     """
     name = located(name)

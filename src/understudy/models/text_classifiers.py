@@ -18,6 +18,7 @@ from understudy.models.adapters import ClassifierAdapter
 from understudy.models.encoders import bert_config, is_new_encoder
 from understudy.models.heads import head_name
 from understudy.models.loading import ADAPTERS, auto_model, check_classes
+from understudy.models.positions import positions
 from understudy.models.ranker_loading import is_classifier
 
 OPTIONS = {"freeze": ("true or false", "false", "Train the head alone: what the folder holds stays as it is.")}
@@ -146,7 +147,7 @@ def _check_fit(name: str, model: Any, reading: Reading) -> None:
         raise InputError(
             f"{name} has {size} token embeddings and its tokenizer {tokens} tokens. Use the model's own tokenizer."
         )
-    limit = min(getattr(model.config, "max_position_embeddings", None) or 10**9, reading.tokenizer.model_max_length)
+    limit = min(positions(model) or 10**9, reading.tokenizer.model_max_length)
     if limit < reading.max_length:
         raise InputError(
             f"{name} reads {limit} tokens and data.max_length is {reading.max_length}. Lower data.max_length."

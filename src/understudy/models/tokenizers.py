@@ -7,14 +7,17 @@ import json
 import re
 from typing import Any
 
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
-from understudy.models.weights import reason
+from understudy.models.weights import read_object, reason
 
 FILES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "*.tiktoken", "tekken.json", "tokenizer_config.json", "*.py")
 """Files of which the folder of a tokenizer holds at least one."""
+SENTENCES = "sentence_*_config.json"
+"""Files in which `sentence-transformers` says how a folder reads its texts."""
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -32,7 +35,20 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise InputError(f"No tokenizer can be loaded from {name!r}: {reason(error)}") from error
     if not len(found):
         raise InputError(f"The tokenizer of {name!r} has no token: its files are incomplete.")
+    if path is not None and any(read_object(file).get("do_lower_case") for file in path.glob(SENTENCES)):
+        _lower(found, name)
     return found
+
+
+def _lower(tokenizer: Any, name: str) -> None:
+    """Lower-case texts in the tokenizer itself, so that it does so wherever it is saved."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{name!r} lower-cases its texts (do_lower_case), which needs a fast tokenizer: save one beside it."
+        )
+    core = tokenizer.backend_tokenizer
+    own = [core.normalizer] if core.normalizer is not None else []
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +20,14 @@ from understudy.data.folders import find
 from understudy.errors import InputError
 from understudy.models import is_new_causal_lm, load_causal_lm
 from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, ModelAdapter
+from understudy.models.bodies import is_causal, not_causal
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
 from understudy.models.transfer import BODY, TRANSFER, TransferClassifier, read_facts
 from understudy.runs.specs import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRIED = 100_000_000
+"""Most parameters of a model that is built to be tried."""
 OPTIMIZERS = {  # bytes of state a parameter, from those of the parameter itself (p)
     "adamw": lambda p: 2 * p,
     "8bit": lambda p: 2 * (1 + 4 / 256),  # one byte and a float32 scale for 256
@@ -61,11 +66,31 @@ def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAd
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=spec.trust_remote_code)
             except (ValueError, KeyError) as error:
                 raise InputError(f"{spec.model!r} is no causal LM: {str(error).splitlines()[0]}") from error
+            _try_one_layer(config, spec)
+        model.to("meta")  # what a model makes by numbers of its own is elsewhere
         rows = CausalLMAdapter(model, vocabulary or model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
         _even_experts(model)
         if spec.peft is not None:
             rows.add_adapters(spec.peft)
     return rows
+
+
+def _try_one_layer(config: Any, spec: ModelSpec) -> None:
+    """Refuse a model that reads later tokens, as its run does: on `meta` it could be planned. One layer with random weights
+    tells, and is not tried where it is large."""
+    config = copy.deepcopy(config)
+    config.get_text_config().num_hidden_layers = 1
+    build = partial(AutoModelForCausalLM.from_config, config, trust_remote_code=spec.trust_remote_code)
+    try:
+        if sum(p.numel() for p in build().parameters()) > TRIED:
+            return
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            model = build(dtype=torch.float32).eval()
+            causal = is_causal(model)
+    except Exception:  # a configuration that does not go with one layer; its run has all layers to try
+        return
+    if not causal:
+        raise not_causal(model)
 
 
 class _Tokens(SimpleNamespace):

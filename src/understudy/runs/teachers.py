@@ -15,6 +15,7 @@ from understudy.errors import InputError
 from understudy.files import check_seal
 from understudy.models import ClassifierAdapter, ModelAdapter
 from understudy.models.own import reload
+from understudy.models.positions import positions
 from understudy.models.weights import is_new
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import ModelSpec
@@ -194,8 +195,7 @@ def other_side(prepared: Prepared) -> Prepared:
 
 def other_tokenizer(model: ModelAdapter, prepared: Prepared) -> OtherTokenizer:
     """The teacher wrapped with the alignment of both tokenizers."""
-    limit = getattr(getattr(model.model, "config", None), "max_position_embeddings", None)
-    return OtherTokenizer(model, prepared.aligner, limit=limit)
+    return OtherTokenizer(model, prepared.aligner, limit=positions(model.model))
 
 
 def _cached(folder: str, method: Method, prepared: Prepared) -> CachedTeacher:

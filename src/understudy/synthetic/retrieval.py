@@ -101,5 +101,5 @@ def _words(rng: np.random.Generator, topic: Any, size: int, topics: int) -> Any:
 
 
 def embedded(spec: Mapping[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], list[str], float]:
-    """For `load_rankings`: rows, collection, and the least grade that is relevant."""
-    return *world(**{k: spec[k] for k in ("candidates", "seed", "foreign") if k in spec}), 3.0
+    """For `load_rankings`: rows, collection, and the grade above which a document is relevant."""
+    return *world(**{k: spec[k] for k in ("candidates", "seed", "foreign") if k in spec}), 2.0

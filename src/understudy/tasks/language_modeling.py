@@ -24,6 +24,7 @@ from understudy.models import (
     tokenizer_hashes,
 )
 from understudy.models.layouts import Packing
+from understudy.models.positions import positions
 from understudy.models.tokenizers import compare_tokenizers
 from understudy.models.weights import notes_of
 from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
@@ -114,9 +115,8 @@ def _same_ends(first: str, one: Any, name: str, other: Any, records: Sequence[An
 
 def _check_positions(name: str, model: nn.Module, longest: int) -> None:
     """Raise an error for a model with fewer positions than the longest row has tokens, padding of batches included."""
-    config = getattr(model, "config", None)
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    if most is not None and 0 < most < -(-longest // MULTIPLE) * MULTIPLE:
+    most = positions(model)
+    if most is not None and most < -(-longest // MULTIPLE) * MULTIPLE:
         raise InputError(
             f"{name} has {most} positions and the longest row has {longest} tokens (rows are padded to a multiple of "
             f"{MULTIPLE}): set data.max_length={most // MULTIPLE * MULTIPLE}, or choose a model with more positions."

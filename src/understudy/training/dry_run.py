@@ -15,6 +15,7 @@ from understudy.errors import InputError
 from understudy.generation.continuous import sample_continuously
 from understudy.generation.decoding import writer
 from understudy.models import ModelOutput, evaluating
+from understudy.models.positions import positions
 from understudy.teachers import CachedTeacher, Ensemble, Teacher
 from understudy.training import checkpoint as ck
 from understudy.training.on_policy import OnPolicy
@@ -106,8 +107,7 @@ def _try(train_module: TrainModule, batch: Batch, rows: ModelOutput | None) -> N
 def _check_room(policy: OnPolicy, sides: dict[str, Any], examples: Any) -> None:
     longest = max(prompt_length(examples[i]["labels"], policy.cut, 1.0) for i in range(len(examples)))
     for side, rows in sides.items():
-        config = getattr(getattr(rows, "model", None), "config", None)
-        most = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        most = positions(getattr(rows, "model", None))
         if most is not None and longest + policy.max_new_tokens > most:
             raise InputError(
                 f"A prompt of {longest} tokens and on_policy.max_new_tokens={policy.max_new_tokens} are more than the "

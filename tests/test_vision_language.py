@@ -248,7 +248,10 @@ def test_a_record_with_an_empty_list_of_images_is_text(tmp_path):
 
 
 def test_answers_that_are_labelled_false_are_no_answers_to_learn(tmp_path):
-    rows = [{"prompt": f"q {i} ?", "completion": " right" if i % 2 else " wrong", "label": i % 2} for i in range(200)]
+    rows = [
+        {"prompt": f"q {i} ?", "completion": " right" if i % 3 else " wrong", "label": int(i % 3 > 0)}
+        for i in range(90)
+    ]
 
     def read(lists):
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -256,7 +259,7 @@ def test_answers_that_are_labelled_false_are_no_answers_to_learn(tmp_path):
 
     found = read(False)
     every = [r["completion"] for r in found.train + found.validation + found.test]
-    assert every == [" right"] * 100 and any("completions with label 0 were left out" in note for note in found.notes)
+    assert every == [" right"] * 60 and any("completions with label 0 were left out" in note for note in found.notes)
     assert {c for r in read(True).train for c in r["completions"]} == {" right", " wrong"}
     rows = [{**row, "label": 0} for row in rows]
     with pytest.raises(InputError, match="every completion has label 0"):

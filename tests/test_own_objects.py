@@ -195,7 +195,7 @@ def changed(record, **values):
         ([{**r, "label": (1, "1", "b")[i % 3]} for i, r in enumerate(pictures(30))], "found 'b' at image 2"),
         (changed(7, label=[0, 1]), "labels are lists of several lengths|found '.0, 1.' at image 7"),
         (changed(7, image=np.zeros((4, 4))), r"row 7: its image is an array of float64 \(4, 4\); give uint8"),
-        (changed(7, image=None), "row 7 is not a readable image"),
+        (changed(7, image=None), "row 7 has no image"),
     ],
 )
 def test_the_record_in_memory_that_is_wrong_is_named(rows, says):

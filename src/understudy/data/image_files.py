@@ -130,6 +130,8 @@ def read_image(where: str, cell: Any, counts: Counter[str]) -> Image.Image:
 
 def _pixels(where: str, cell: Any, counts: Counter[str]) -> np.ndarray[Any, Any]:
     """One image as uint8 `[height, width]` or `[height, width, 3]`."""
+    if absent(cell):
+        raise InputError(f"{where} has no image. Give it one, or remove the row.")
     try:
         given = io.BytesIO(cell) if isinstance(cell, bytes) else cell
         opened = given if isinstance(given, Image.Image) else Image.open(given, formats=formats()[0])

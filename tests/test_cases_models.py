@@ -445,6 +445,25 @@ def test_a_permuted_language_model_is_no_causal_one(xlnet, tmp_path, tokenizer):
         CausalLMAdapter(load_causal_lm(str(tmp_path), tokenizer=tokenizer), 300)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_encoder_decoder_classifies_at_an_ending_token_that_its_tokenizer_adds(ends, tmp_path):
+    words = train_encoder_tokenizer(WORDS * 9, 300)  # adds [SEP]
+    end = words.sep_token_id if ends else words.mask_token_id
+    sizes = {"vocab_size": len(words), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    for labels in (1, 3):
+        more = {"eos_token_id": end, "decoder_start_token_id": 0, "num_labels": labels}
+        transformers.T5ForSequenceClassification(transformers.T5Config(**sizes, **more)).save_pretrained(tmp_path)
+        load = {
+            1: lambda: load_ranker(str(tmp_path), View(words, 8, 8), {"scorer": "cross"}),
+            3: lambda: load_text_classifier(str(tmp_path), Reading(words, 16), classes=3),
+        }[labels]
+        if ends:
+            load()
+        else:
+            with pytest.raises(InputError, match=r"ending token of a text \(eos_token_id 4\), and its tokenizer adds"):
+                load()
+
+
 # -- prompts of sentence-transformers ------------------------------------------------------------------------------------
 
 

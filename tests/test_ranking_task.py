@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from torch.utils.data import DataLoader
 
 from engine_cases import killed_run, weights
@@ -311,6 +312,29 @@ def test_it_learns_the_embedded_world(tmp_path):
     assert found["ndcg_10"] > chance + 0.08 and found["teacher_ndcg_10"] > 0.95 and found["agreement"] > 0.6
     assert {"retrieval_ndcg_10", "retrieval_mrr_10", "retrieval_recall_100"} <= found.keys()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "done"
+
+
+def test_a_decoder_without_padding_compares_pairs(tmp_path):
+    """It finds the last token of each pair by the padding behind it, as text classifiers do."""
+    words = train_encoder_tokenizer([t.positive for t in TRIPLES], 300)
+    words.eos_token, words.pad_token = "[SEP]", None
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.LlamaConfig(**sizes, vocab_size=len(words), num_labels=1, pad_token_id=None)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    view = View(words, 6, 10)
+    model = load_ranker(str(tmp_path), view, {"scorer": "cross"}).eval()
+    together = model(batch(view, rows())).signal.values
+    alone = [model(batch(view, [row])).signal.values[0] for row in rows()]
+    for found, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(found[: len(wanted)], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_classifier_of_two_classes_is_no_cross_encoder(tmp_path, view):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(**sizes, vocab_size=len(view.tokenizer), num_labels=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has 2 logits and scorer=cross needs one: name a cross-encoder"):
+        load_ranker(str(tmp_path), view, {"scorer": "cross"})
 
 
 def test_any_grade_above_zero_is_relevant(tmp_path, view):

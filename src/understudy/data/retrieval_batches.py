@@ -83,6 +83,10 @@ class View:
     document_prompt: str = ""
     _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token is None:  # decoders often have none, and what is masked is not read
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
     @cached_property
     def key(self) -> str:
         """A hash of the tokenizer, the lengths and the prompts."""

@@ -164,18 +164,34 @@ def load_cross(name: str, view: View, dtype: str, trust_remote_code: bool, quant
         kind = AutoModelForSequenceClassification
         model = auto_model(kind, name, folder, dtype, quantization, trust_remote_code, new_head=True, num_labels=1)
     check_fit(name, model, view, pair=True)
-    _try(name, lambda ids, mask: model(input_ids=ids, attention_mask=mask.long()).logits)
+    set_ends(name, model, view.tokenizer)
+    pair = torch.tensor(view.tokenizer("a", "a")["input_ids"])
+    _try(name, lambda ids, mask: model(input_ids=ids, attention_mask=mask.long()).logits, pair)
     return model
 
 
+def set_ends(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a classifier the token by which it finds the end of each text of a batch: what pads them, for a decoder. Refuse
+    an encoder-decoder, which classifies at the ending token, if its tokenizer adds none."""
+    config = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if getattr(config, "is_encoder_decoder", False) and not set(ends) & set(tokenizer("a")["input_ids"]):
+        raise InputError(
+            f"{name} classifies at the ending token of a text (eos_token_id {ends[0]}), and its tokenizer adds none. Save it "
+            "with one that does, or name that one."
+        )
+
+
 @torch.no_grad()
-def _try(name: str, model: Callable[[Tensor, Tensor], Tensor]) -> None:
+def _try(name: str, model: Callable[[Tensor, Tensor], Tensor], ids: Tensor | None = None) -> None:
     """Run on one short text: settings that contradict each other only show there."""
-    ids = torch.arange(4)[None]
+    ids = (torch.arange(4) if ids is None else ids)[None]
     try:
         model(ids, torch.ones_like(ids, dtype=torch.bool))
     except Exception as error:  # models raise any type on inputs that they do not support
-        raise InputError(f"{name} cannot read a text of 4 tokens: {reason(error)}") from error
+        raise InputError(f"{name} cannot read a text of {ids.shape[1]} tokens: {reason(error)}") from error
 
 
 def check_fit(name: str, model: nn.Module, view: View, *, pair: bool) -> None:

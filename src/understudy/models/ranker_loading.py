@@ -57,6 +57,7 @@ def load_ranker(
     if scorer not in SCORERS:
         raise InputError(f"options.scorer is {scorer!r}; known: {', '.join(SCORERS)}.")
     if scorer == "cross":
+        _check_logit(name, folder, trust_remote_code)
         return CrossEncoderAdapter(load_cross(name, view, dtype, trust_remote_code, quantization), view)
     towers = options.get("towers", 1)
     if towers not in (1, 2):
@@ -89,14 +90,30 @@ def _saved(folder: Path) -> dict[str, Any]:
     return read_object(file) if file.is_file() else {}
 
 
+def _check_logit(name: str, folder: Path | None, trust_remote_code: bool) -> None:
+    """Refuse a classifier of several classes: none of its logits is the score of a pair."""
+    config = _classifier_config(name, folder, trust_remote_code)
+    if config is not None and config.num_labels != 1:
+        raise InputError(
+            f"{name} has {config.num_labels} logits and scorer=cross needs one: name a cross-encoder, or an encoder, which gets "
+            "a new head."
+        )
+
+
 def is_classifier(name: str, folder: Path | None, trust_remote_code: bool) -> bool:
     """Whether a saved model has the head of a sequence classifier."""
+    return _classifier_config(name, folder, trust_remote_code) is not None
+
+
+def _classifier_config(name: str, folder: Path | None, trust_remote_code: bool) -> Any:
+    """The configuration of a saved sequence classifier, `None` for any other model."""
     if is_new_encoder(name) or (folder is not None and not (folder / "config.json").is_file()):
-        return False
+        return None
     if folder is not None:
         check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder or hub_id(name)), trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client raises many types; the model is not available
         raise InputError(f"Model {name!r} cannot be loaded: {reason(error)}") from error
-    return any(str(a).endswith("ForSequenceClassification") for a in _list(config.architectures))
+    found = any(str(a).endswith("ForSequenceClassification") for a in _list(config.architectures))
+    return config if found else None

@@ -15,7 +15,7 @@ from understudy.data.classified_batches import Reading
 from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.adapters import ClassifierAdapter
-from understudy.models.encoders import bert_config, is_new_encoder
+from understudy.models.encoders import bert_config, is_new_encoder, set_ends
 from understudy.models.heads import head_name
 from understudy.models.loading import ADAPTERS, auto_model, check_classes
 from understudy.models.positions import positions
@@ -97,8 +97,7 @@ def load_text_classifier(
     if exact:
         check_classes(name, model, classes)
     _check_fit(name, model, reading)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = reading.tokenizer.pad_token_id
+    set_ends(name, model, reading.tokenizer)
     if freeze:
         _freeze(name, model, classes)
     return model  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from understudy.data.retrieval_batches import View, train_encoder_tokenizer
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, load_causal_lm, load_classifier, load_tokenizer, save_small
 from understudy.models.denoisers import load_denoiser
-from understudy.models.encoders import SETTINGS, Encoder, prompts_of, save_encoder
+from understudy.models.encoders import SETTINGS, Encoder, prompts_of, save_encoder, set_ends
 from understudy.models.loading import auto_model
 from understudy.models.positions import positions
 from understudy.models.processors import Processor
@@ -435,6 +435,14 @@ def test_a_model_that_says_minus_one_has_no_limit(xlnet, tmp_path):
     body.save_pretrained(tmp_path)
     rows = load_ranker(str(tmp_path), View(words, 30, 900), {}).eval()
     assert rows.embed(["the cat " * 300], "document").isfinite().all()
+
+
+def test_a_classifier_that_reads_the_padding_of_a_batch_is_refused(xlnet):
+    words, model = train_encoder_tokenizer(WORDS * 9, 300), transformers.XLNetForSequenceClassification(xlnet)
+    with pytest.raises(InputError, match="classifies at the last position, which is padding"):
+        set_ends("xlnet", model, words)
+    model.config.summary_type = "first"
+    set_ends("xlnet", model, words)
 
 
 def test_a_permuted_language_model_is_no_causal_one(xlnet, tmp_path, tokenizer):

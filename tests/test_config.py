@@ -532,3 +532,14 @@ def test_what_does_not_go_together_is_said_without_all_values():
 def test_the_check_of_a_procedure_says_what_its_run_would(capsys, command, says):
     code, _, said = call(capsys, "check", *command.split())
     assert code == 2 and says in said
+
+
+def test_the_overview_names_the_tokens_at_both_ends_and_calls_no_graph_an_image(tmp_path, capsys):
+    from understudy.data.retrieval_batches import train_encoder_tokenizer
+    from understudy.runs.overview import _special_tokens
+
+    said = _special_tokens(train_encoder_tokenizer(["the cat sat"] * 9, 300))
+    assert said.endswith("the tokenizer adds cls [CLS] and sep [SEP] by itself")
+    data = ["task=node_classification", "method=sft", f"output={tmp_path}"]
+    code, shown, _ = call(capsys, "check", *data, "--json")
+    assert code == 0 and "processor" not in json.loads(shown)["overview"]

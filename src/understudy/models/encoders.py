@@ -172,10 +172,15 @@ def load_cross(name: str, view: View, dtype: str, trust_remote_code: bool, quant
 
 def set_ends(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a classifier the token by which it finds the end of each text of a batch: what pads them, for a decoder. Refuse
-    an encoder-decoder, which classifies at the ending token, if its tokenizer adds none."""
+    an encoder-decoder, which classifies at the ending token, if its tokenizer adds none, and what reads padding (XLNet)."""
     config = model.config
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
+    if hasattr(model, "sequence_summary") and getattr(config, "summary_type", None) == "last":
+        raise InputError(
+            f"{name} classifies at the last position, which is padding in a batch, for texts are padded on the right here. Name a "
+            "model that classifies at the first one, or at the end of the text."
+        )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if getattr(config, "is_encoder_decoder", False) and not set(ends) & set(tokenizer("a")["input_ids"]):
         raise InputError(

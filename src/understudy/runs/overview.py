@@ -101,15 +101,15 @@ def _special_tokens(tokenizer: Any) -> str:
         f"{side} {text} ({number})" if text is not None else f"no {side}" for side, (text, number) in named.items()
     )
     ids = tokenizer("a")["input_ids"]
-    added = [
-        side
-        for side, at in (("bos", 0), ("eos", -1))
-        if ids and named[side][1] is not None and ids[at] == named[side][1]
+    ends = [
+        [side for side in sides if ids and ids[at] == getattr(tokenizer, f"{side}_token_id")] for sides, at in _ADDED
     ]
-    return f"{said}; the tokenizer adds {' and '.join(added) or 'none'} by itself"
+    added = " and ".join(f"{found[0]} {getattr(tokenizer, found[0] + '_token')}" for found in ends if found)
+    return f"{said}; the tokenizer adds {added or 'none'} by itself"
 
 
 _SPECIAL = ("bos", "eos", "pad", "unk")
+_ADDED = (("bos", "cls"), 0), (("eos", "sep"), -1)
 
 
 def _template(tokenizer: Any) -> str:
@@ -122,7 +122,7 @@ def _template(tokenizer: Any) -> str:
 
 
 def _processor(prepared: Prepared, student: ModelAdapter | None) -> str:
-    if not prepared.input_shape:
+    if len(prepared.input_shape or ()) != 3:  # nodes and points are no images
         return ""
     shape = " × ".join(map(str, prepared.input_shape))
     normalise = getattr(student, "normalise", None)

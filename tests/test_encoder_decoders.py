@@ -40,7 +40,7 @@ def folder(path, tokenizer, seed=0):
 
 def test_rows_are_those_of_the_model_itself_and_of_a_causal_student():
     tokenizer = words()
-    adapter = EncoderDecoderAdapter(t5(tokenizer).eval(), len(tokenizer))
+    adapter = EncoderDecoderAdapter(t5(tokenizer).double().eval(), len(tokenizer))
     items = [examples(tokenizer, 6)[i] for i in range(6)]
     batch = Batch.from_dict(collate_text(items))
     found, causal = adapter(batch, features=True), rows(tokenizer)(batch)
@@ -51,7 +51,9 @@ def test_rows_are_those_of_the_model_itself_and_of_a_causal_student():
         start = int((item["labels"] != IGNORE).int().argmax())
         prompt = torch.cat([item["input_ids"][:start], torch.tensor([tokenizer.eos_token_id])])
         own.append(adapter.model(input_ids=prompt[None], labels=item["input_ids"][None, start:]).logits[0])
-    torch.testing.assert_close(found.signal.logits, torch.cat(own)[:, : len(tokenizer)], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.signal.logits, torch.cat(own)[:, : len(tokenizer)], rtol=1e-4, atol=1e-5, check_dtype=False
+    )
 
 
 def test_it_writes_as_generate_does():

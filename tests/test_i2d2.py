@@ -110,7 +110,8 @@ def test_interrupted_at_every_stage_it_ends_alike_and_writes_nothing_twice(tmp_p
         assert not (tmp_path / "cut" / "evaluation.json").exists()
     distill(cut)
     read = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("whole", "cut")]
-    assert read[0]["metrics"] == read[1]["metrics"]
+    # Texts are written in batches that an interruption cuts: the last bit of a log-probability may depend on the batch.
+    assert read[0]["metrics"] == pytest.approx(read[1]["metrics"], rel=1e-6)
     assert read[0]["tables"] == read[1]["tables"]  # the funnel and the samples too
     for file in ("corpus/train.jsonl", "critic/0/model.safetensors", "round-1/training/student/model.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file

@@ -354,3 +354,22 @@ def test_limits_of_rank_smoothing():
     close(narrow.sigmoid(), (torch.arange(1, 6).double() - 0.5)[None] / 5)  # mid-ranks
     some = torch.tensor([[0.3, -1.0, 2.0, 0.9]]).double()
     close(anchored.kde_rank(3 * some + 2, beta=0.5), anchored.kde_rank(some, beta=0.5), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a, b: preference.dpo(a, b, a - 1, b + 1),
+        lambda a, b: preference.kto_pair(a, b, a - 1, b + 1),
+        lambda a, b: preference.kto(a, a > -20, b.mean()),
+        preference.cpo,
+        lambda a, b: preference.simpo(a, b, torch.tensor([3, 4]), torch.tensor([5, 6])),
+        lambda a, b: preference.odds_ratio(a, b, torch.tensor([3, 4]), torch.tensor([5, 6])),
+        lambda a, b: preference.signed_likelihood(torch.stack([a, b], 1), torch.tensor([1.0, -0.5]), gamma=0.1),
+    ],
+)
+def test_half_precision_log_probabilities_are_compared_in_single(loss):
+    a, b = torch.tensor([-20.0, -31.5]).bfloat16(), torch.tensor([-25.0, -30.0]).bfloat16()
+    found = loss(a, b)
+    assert found.dtype == torch.float32
+    close(found, loss(a.float(), b.float()))

@@ -254,9 +254,9 @@ def kto(
 
     ½ at policy = reference. Source: Ethayarajh et al. 2024, Eq. 8.
     """
-    _check("kto", log_ratio)
+    (log_ratio,) = _checked("kto", log_ratio)
     positive("kto", beta)
-    difference = beta * (full(log_ratio) - full(kl.detach()))
+    difference = beta * (log_ratio - full(kl.detach()))
     values = torch.sigmoid(torch.where(desirable, -difference, difference))
     return torch.where(desirable, desirable_weight * values, undesirable_weight * values)
 
@@ -287,7 +287,7 @@ def kto_pair(
     ½ at policy = reference. Source: paper 03, `dpo_loss` of its released code with `loss_type="kto_pair"`.
     """
     positive("kto_pair", beta)
-    _check("kto_pair", chosen, rejected, chosen_ref, rejected_ref)
+    chosen, rejected, chosen_ref, rejected_ref = _checked("kto_pair", chosen, rejected, chosen_ref, rejected_ref)
     w, l = chosen - chosen_ref.detach(), rejected - rejected_ref.detach()  # noqa: E741
     z_w, z_l = (kto_kl(r) if detach_kl else r.mean().clamp(min=0) for r in (w, l))
     return torch.sigmoid(-beta * torch.stack([w - z_l, z_w - l], -1))
@@ -297,7 +297,7 @@ def cpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """softplus(−β (chosen − rejected)): DPO with a uniform reference (Xu et al. 2024). CPO adds the NLL of `chosen` to
     it."""
     positive("cpo", beta)
-    _check("cpo", chosen, rejected)
+    chosen, rejected = _checked("cpo", chosen, rejected)
     return softplus(-beta * (chosen - rejected))
 
 
@@ -312,7 +312,7 @@ def simpo(
 ) -> Tensor:
     """softplus(−(β (mean log-prob of chosen − of rejected) − γ)) (Meng et al. 2024, Eq. 6). No reference."""
     positive("simpo", beta)
-    _check("simpo", chosen, rejected)
+    chosen, rejected = _checked("simpo", chosen, rejected)
     means = per_token(chosen, chosen_tokens) - per_token(rejected, rejected_tokens)
     return softplus(-(beta * means - gamma))
 
@@ -322,7 +322,7 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, chosen_tokens: Tensor, rejected
 
     Mean log-probabilities are clamped at −1e−7, where the odds would be infinite.
     """
-    _check("odds_ratio", chosen, rejected)
+    chosen, rejected = _checked("odds_ratio", chosen, rejected)
     a, b = (per_token(x, n).clamp(max=-1e-7) for x, n in ((chosen, chosen_tokens), (rejected, rejected_tokens)))
     return softplus(-((a - b) - (_log1mexp(a) - _log1mexp(b))))
 
@@ -339,7 +339,7 @@ def signed_likelihood(log_probs: Tensor, weights: Tensor, *, gamma: float = 0.0)
 
     Source: REDI (2025, arXiv 2505.24850), Eq. for L_REDI; the factor is `negw` of its released code.
     """
-    _check("signed_likelihood", log_probs)
+    (log_probs,) = _checked("signed_likelihood", log_probs)
     if gamma < 0:
         raise InputError(f"signed_likelihood: gamma is {gamma} and must be at least 0.")
     faded = torch.where(weights < 0, gamma * log_probs, 0.0).exp()
@@ -361,8 +361,8 @@ def margin(
 ) -> Tensor:
     """Log-ratio of chosen minus log-ratio of rejected, `[pairs]`; the reference is detached."""
     positive(loss, beta)
-    _check(loss, chosen, rejected, chosen_ref, rejected_ref)
-    return (full(chosen) - full(chosen_ref.detach())) - (full(rejected) - full(rejected_ref.detach()))
+    chosen, rejected, chosen_ref, rejected_ref = _checked(loss, chosen, rejected, chosen_ref, rejected_ref)
+    return (chosen - chosen_ref.detach()) - (rejected - rejected_ref.detach())
 
 
 def rewards(
@@ -370,8 +370,8 @@ def rewards(
 ) -> tuple[Tensor, Tensor]:
     """β times the log-ratios of chosen and of rejected, `[pairs]` each; the references are detached."""
     positive(loss, beta)
-    _check(loss, chosen, rejected, chosen_ref, rejected_ref)
-    return beta * (full(chosen) - full(chosen_ref.detach())), beta * (full(rejected) - full(rejected_ref.detach()))
+    chosen, rejected, chosen_ref, rejected_ref = _checked(loss, chosen, rejected, chosen_ref, rejected_ref)
+    return beta * (chosen - chosen_ref.detach()), beta * (rejected - rejected_ref.detach())
 
 
 def _smoothed(h: Tensor, label_smoothing: float | Tensor) -> Tensor:
@@ -379,13 +379,14 @@ def _smoothed(h: Tensor, label_smoothing: float | Tensor) -> Tensor:
     return (1 - label_smoothing) * softplus(-h) + label_smoothing * softplus(h)
 
 
-def _check(loss: str, *log_probs: Tensor) -> None:
-    """Raise an error that names the position of −inf or nan."""
+def _checked(loss: str, *log_probs: Tensor) -> list[Tensor]:
+    """Log-probabilities in single precision at least; an error names the position of −inf or nan."""
     for values in log_probs:
         check_finite(
             values.flatten(),
             lambda value, at: f"{loss}: log-probability {at} is {value}: the model gives a completion probability 0.",
         )
+    return [full(values) for values in log_probs]
 
 
 def positive(loss: str, beta: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -206,6 +207,10 @@ def test_a_search_that_finds_nothing_leaves_the_one_that_it_was_to_replace(tmp_p
     with pytest.raises(InputError, match="within the budget"):
         search({**recipe, "options": {**recipe["options"], "parameters": 1}}, overwrite=True)
     assert {p: p.read_bytes() for p in kept if p.exists()} == kept and not (tmp_path / "run" / ".replaced").exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="down"):
+        patch.setattr("understudy.methods.diswot.DisWOT.run", Mock(side_effect=RuntimeError("the server is down")))
+        search({**recipe, "seed": 1}, overwrite=True)
+    assert {p: p.read_bytes() for p in kept if p.exists()} == kept
     assert search({**recipe, "seed": 1}, overwrite=True).folder == tmp_path / "run"
     assert not (tmp_path / "run" / ".replaced").exists()
 

@@ -362,7 +362,7 @@ def _run_pipeline(
     context = PipelineContext(values, folder, models_of(recipe), train_inside, oracle, logs, recipe.budget)
     try:
         evaluation = method.run(context)
-    except InputError:
+    except Exception:  # of whatever kind, as of a server that is down
         journal.fail()
         raise
     general = [funnel_table(context.funnel), spent_table(context.spent())]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
-from understudy.models import ModelAdapter, ModelOutput, find_head
+from understudy.models import ModelAdapter, ModelOutput, evaluating, find_head
 from understudy.models.sharding import block_names, usable
 from understudy.training.method import Method, TrainState
 from understudy.training.phases import Phase, freeze_all_but
@@ -132,7 +132,8 @@ class TrainModule(nn.Module):
         counting: Iterable[bool],
         total: Callable[[Sequence[Tensor]], list[Tensor]],
     ) -> None:
-        """Give the method what it sums over an update before the update's first loss (`Method.update_sums`).
+        """Give the method what it sums over an update before the update's first loss (`Method.update_sums`), with the
+        student in evaluation mode.
 
         Args:
             batches, counting: the update's micro-batches on this rank, and which of them count. total: sums over ranks.
@@ -140,7 +141,7 @@ class TrainModule(nn.Module):
         if type(self.method).update_sums is Method.update_sums:
             return
         sums: dict[str, Any] = {}
-        with torch.no_grad(), usable(self):
+        with torch.no_grad(), usable(self), evaluating(self.student):
             for batch, counts in zip(batches, counting, strict=True):
                 for name, value in self.method.update_sums(batch, self.train_state).items():
                     sums[name] = sums.get(name, 0.0) + value * float(counts)

@@ -68,7 +68,8 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
             kept = [record for record in records if record["scores"] != [0.0]]
             if records and not kept:
                 raise InputError(
-                    f"{name}, {split}: every completion has label 0, and this method learns right ones: give it some, or take a method of preferences."
+                    f"{name}, {split}: every completion has label 0, and this method learns right ones: give it some, or take "
+                    "a method of preferences."
                 )
             setattr(splits, split, [_best(record) for record in kept])
             if len(kept) < len(records):

@@ -66,9 +66,8 @@ def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
 def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½ Σ |p − q|. A difference within rounding error counts as 0, so that equal rows have the subgradient 0."""
     p, difference = log_p.exp(), log_p.exp() - log_q.exp()
-    same = (
-        difference.abs() <= 4 * torch.finfo(p.dtype).eps * (1 - log_p) * p
-    )  # what a rounded log p moves its exponential by
+    rounding = 4 * torch.finfo(p.dtype).eps * (1 - log_p) * p  # what a rounded log p moves its exponential by
+    same = difference.abs() <= rounding
     return 0.5 * difference.masked_fill(same, 0.0).abs().sum(-1)
 
 

@@ -87,7 +87,7 @@ def best_mixing(
         raise InputError("There are no examples to choose the mixture of two heads on.")
     check_labels("best_mixing", labels, ce.shape[-1])
     rows = []
-    ours = ce.double().softmax(-1)
+    ours = ce.double().softmax(-1)  # of saturated heads log-probabilities would break ties by their rounding
     for beta in betas:
         for alpha in alphas:
             _check_mixture(ce, kd, alpha, beta)

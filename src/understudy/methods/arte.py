@@ -169,9 +169,7 @@ class ARTE(Pipeline):
         recipe, sides = context.recipe, {side: context.models.get(side) for side in ("teacher", "student")}
         self.need_answers(context)
         if recipe["eval_split"] == "validation":
-            raise InputError(
-                "The teacher is aligned on validation questions, so the run is evaluated on test: leave out eval_split."
-            )
+            raise InputError("The teacher is aligned on validation questions, so leave out eval_split: it is test.")
         for side, spec in sides.items():
             if spec is None or spec.endpoint is not None or spec.model == ORACLE:
                 raise InputError(f"Method {self.name!r} trains its {side}: name one model here, without an endpoint.")

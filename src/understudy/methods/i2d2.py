@@ -90,9 +90,7 @@ class I2D2(Pipeline):
     )
     labels: int = Field(1000, ge=2, description="Labels for the critic, where an oracle gives them; else their share.")
     threshold_labels: int = Field(300, ge=2, description="Labels for early stopping and for `precision`.")
-    critic: CriticOptions = Field(
-        CriticOptions(views=1), description="Its model, fit and members; see `understudy.training.critic`."
-    )
+    critic: CriticOptions = Field(CriticOptions(views=1), description="Its fit; see `understudy.training.critic`.")
 
     @property
     def requires(self) -> Requirements:
@@ -136,9 +134,7 @@ class I2D2(Pipeline):
         task: Any = get_task(context.recipe["task"])
         material = task.material(context.recipe)
         if self.log is not None:
-            raise InputError(
-                "options.log shares what other models write, and here the run's own model does: leave it out."
-            )
+            raise InputError("options.log shares what other models write, and here the run's own does: leave it out.")
         material.check(self.filter, self.filter == "critic")
         generics.statement_prompts(Prompt.load(self.prompt), material.seeds[:1], list(material.relations)[:1], [""])
         return material
@@ -179,12 +175,10 @@ class I2D2(Pipeline):
             how: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": _STOP}
             return [Request(prompt.text, f"{prompt.id}/{draw}", draw, **how) for draw in range(self.texts)]
         limits = self.form.limits(prompt) if self.decoding == "constrained" else ()
+        names = {"num_beams", "length_penalty", "no_repeat_ngram_size", "prune", "tolerance"}
+        search = BeamSettings(min_new_tokens=self.min_tokens, **self.model_dump(include=names))
         how = {"max_tokens": self.max_tokens, "stop": _STOP, "limits": limits, "texts": self.texts}
-        return [ConstrainedRequest(prompt.text, prompt.id, search=self._search(), **how)]
-
-    def _search(self) -> BeamSettings:
-        names = ("num_beams", "length_penalty", "no_repeat_ngram_size", "prune", "tolerance")
-        return BeamSettings(min_new_tokens=self.min_tokens, **{name: getattr(self, name) for name in names})
+        return [ConstrainedRequest(prompt.text, prompt.id, search=search, **how)]
 
     # -- 3: the critic, fitted once ---------------------------------------------------------------------------------
 

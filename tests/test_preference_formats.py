@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -152,7 +153,7 @@ def test_equal_candidates_stay_and_are_counted(tmp_path):
     "record,says",
     [
         ({"prompt": "a", "completion": " b", "label": 0.3}, "label is 0.3 and must be true or false"),
-        ({"prompt": "a", "completion": " b", "label": "good"}, "label holds 'good'"),
+        ({"prompt": "a", "completion": " b", "label": "good"}, "label is 'good' and must be true or false"),
         ({"prompt": None, "chosen": " b", "rejected": " c"}, "the prompt is NoneType"),
         ({"prompt": ["hi"], "chosen": answer("b"), "rejected": answer("c")}, "the prompt holds 'hi', not a message"),
         ({"prompt": "a", "chosen": [{"content": "b"}], "rejected": answer("c")}, "not a message with role and content"),
@@ -171,6 +172,29 @@ def test_labels_may_be_booleans_or_numbers(tmp_path):
         assert loaded(tmp_path, {"prompt": "a", "completion": " b", "label": label}).train[0]["scores"] == [1.0]
     ids = torch.tensor([r["id"] for r in loaded(tmp_path, FORMATS["text"]).train])
     assert ids.unique().numel() == len(ids)
+
+
+def test_numbered_labels_are_read_by_their_names(tmp_path):
+    """`ClassLabel(names=["true", "false"])` stores true as 0."""
+    said = {"prompt": ["a", "b"], "completion": ["c", "d"], "label": [0, 1]}
+    for names, expected in ((["true", "false"], [1.0, 0.0]), (["False", "True"], [0.0, 1.0]), (["1", "0"], [1.0, 0.0])):
+        kinds = Features({"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=names)})
+        whole = Dataset.from_dict(said, features=kinds)
+        DatasetDict(dict.fromkeys(("train", "validation", "test"), whole)).save_to_disk(str(tmp_path / names[0]))
+        found = load_preferences({"name": str(tmp_path / names[0])}, {})
+        assert [r["scores"] for r in found.train] == [[score] for score in expected]
+    kinds["label"] = ClassLabel(names=["good", "bad"])
+    Dataset.from_dict(said, features=kinds).save_to_disk(str(tmp_path / "good"))
+    with pytest.raises(InputError, match=r"label is 'good' and must be true or false"):
+        load_preferences({"name": str(tmp_path / "good")}, {})
+
+
+def test_further_splits_are_named_and_not_read(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(30)]
+    parts = {"train": Dataset.from_list(rows), "unlabelled": Dataset.from_list([{"text": "x"}])}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    found = load_preferences({"name": str(tmp_path / "set")}, {})
+    assert any("not used are its further splits, unlabelled" in note for note in found.notes)
 
 
 def test_pairs_of_one_prompt_stay_in_one_split(tmp_path):

@@ -18,6 +18,12 @@ NamesOf = dict[str, dict[str, list[str]]]
 """By column and split the names of its classes, in the order of their numbers."""
 
 
+def label_name(spec: Mapping[str, Any]) -> str:
+    """What the data call the column `label`. `spec`: as the `data` of a recipe, which may map `columns`."""
+    mapped = spec.get("columns")
+    return str(mapped.get("label", "label")) if isinstance(mapped, Mapping) else "label"
+
+
 def names_in(features: Any) -> dict[str, list[str]]:
     """The names of the classes of every numbered column.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from understudy.data.batch import UNLABELLED
-from understudy.data.class_labels import NamesOf
+from understudy.data.class_labels import NamesOf, label_name
 from understudy.data.columns import arrange, checked_text, names
 from understudy.data.folders import find
 from understudy.data.records import Record, absent, place, read_records
@@ -107,8 +107,7 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
     check_keys(spec, OPTIONS)
     name, column = str(spec["name"]), spec.get("domain_column")
     notes: list[str] = []
-    mapped = spec.get("columns")
-    label = str(mapped.get("label", "label")) if isinstance(mapped, Mapping) else "label"
+    label = label_name(spec)
     named: NamesOf = {c: {} for c in (label, column) if isinstance(c, str)}
     splits, published = _read(name, spec, notes, named)
     for split in [s for s, rows in splits.items() if s != "train" and rows]:

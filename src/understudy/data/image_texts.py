@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from understudy.data.batch import IGNORE
+from understudy.data.class_labels import NamesOf, label_name
 from understudy.data.columns import arrange, checked_text, empty
 from understudy.data.ends import Ends
 from understudy.data.folders import find
@@ -52,7 +53,8 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
     check_keys(spec, OPTIONS)
     name = str(spec["name"])
     notes: list[str] = []
-    raw = embedded[name](spec) if name in embedded else read_source(name, spec, tuple(embedded), notes)
+    named: NamesOf = {label_name(spec): {}}
+    raw = embedded[name](spec) if name in embedded else read_source(name, spec, tuple(embedded), notes, named)
     path = find(name) if name not in embedded else None
     folder = path.parent if path is not None and path.is_file() else path
     notes += arrange(name, raw, FORMATS, {"image", "images", "log_probs", "facts"}, spec.get("columns"))

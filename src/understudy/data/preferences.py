@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from understudy.data.class_labels import NamesOf, label_name
 from understudy.data.columns import arrange, readable, without_prompt
 from understudy.data.records import Record, Row, place
 from understudy.data.text import (
@@ -46,8 +47,7 @@ FORMATS = (
     {"prompt", "tree"},
     {"prompt", "steps", "scores"},
 )
-
-
+_LABELS = ("true", "false", "1", "0", "1.0", "0.0")
 EXTRAS = {"log_probs", "tools", "label_smoothing", "ended"}
 
 
@@ -64,7 +64,8 @@ def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] =
     check_keys(spec, OPTIONS)
     name = str(spec["name"])
     notes: list[str] = []
-    raw = {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes)
+    named: NamesOf = {label_name(spec): {}}
+    raw = {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes, named)
     notes += arrange(name, raw, FORMATS, EXTRAS, spec.get("columns"))
     splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
     return finish(name, spec, splits, notes)
@@ -162,9 +163,10 @@ def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[floa
         return *_common_prompt(where, *both), [1.0, 0.0]
     prompt = readable(where, "the prompt", record["prompt"])
     if "label" in record:
-        score = _number(where, "label", record["label"])
+        label = record["label"]
+        score = None if isinstance(label, str) and label.strip().lower() not in _LABELS else _number(where, "label", label)
         if score not in (0.0, 1.0):
-            raise InputError(f"{where}: label is {reprlib.repr(record['label'])} and must be true or false (1 or 0).")
+            raise InputError(f"{where}: label is {reprlib.repr(label)} and must be true or false (1 or 0).")
         return prompt, [readable(where, "the completion", record["completion"])], [score]
     if "steps" in record:
         steps = checked_steps(where, record["steps"])

@@ -230,12 +230,22 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
 def read_source(
     name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str], named: NamesOf | None = None
 ) -> dict[str, list[Record]]:
-    """The records of each split with their original columns: a built-in set, file, folder or set of the Hub.
+    """The records of train, validation and test with their original columns: a built-in set, file, folder or set of the Hub.
 
     Args:
         named: columns whose numbered classes are replaced by their names, which are added to it.
     """
-    named = {} if named is None else named
+    splits = _every_split(name, spec, embedded, notes, {} if named is None else named)
+    further = [split for split in splits if split not in memory.SPLITS]
+    if not further or len(further) == len(splits):  # none, or what follows says that train is missing
+        return splits
+    notes.append(f"{name}: not used are its further splits, {', '.join(further)}.")
+    return {split: records for split, records in splits.items() if split not in further}
+
+
+def _every_split(
+    name: str, spec: Mapping[str, Any], embedded: tuple[str, ...], notes: list[str], named: NamesOf
+) -> dict[str, list[Record]]:
     if name.startswith(MEMORY):
         features = {split: names_in(getattr(rows, "features", None)) for split, rows in memory.held(name).items()}
         return {split: spelled(rows, features[split], split, named) for split, rows in memory.records(name).items()}

@@ -505,6 +505,17 @@ def test_the_command_of_every_page_and_every_task_without_a_method_is_a_recipe()
         assert task.kinds & all_methods()[make({"task": name}).method].kinds, name
 
 
+def test_keys_of_a_side_without_a_model_are_of_the_tasks_own():
+    """As `cache capture` says: train from it with teacher.cache=FOLDER."""
+    plain, made = make({"task": "node_classification"}), make({"task": "node_classification", "teacher": {"cache": "here"}})
+    assert made.teacher == plain.teacher.model_copy(update={"cache": "here"}) and made.student == plain.student
+    assert make({"student": {"dtype": "bfloat16"}}).student.dtype == "bfloat16"
+    with pytest.raises(InputError, match=r"teacher.cache is of no model: the recipe has no teacher. Name teacher.model"):
+        make({"task": "language_modeling", "method": "sft", "teacher": {"cache": "here"}})
+    with pytest.raises(InputError, match="Unknown recipe key: 'teacher.modl'. Did you mean 'model'"):
+        make({"teacher": {"modl": "here"}})
+
+
 def test_what_does_not_go_together_is_said_without_all_values():
     with pytest.raises(InputError, match=r"^Bad option of method 'llava-mod': top_k is 9"):
         make({"task": "preferences", "method": "llava-mod", "options": {"top_k": 9}})

@@ -14,6 +14,7 @@ from understudy.cli import main
 from understudy.data import Batch, GraphBatch, collate_graph, load_graph
 from understudy.data.graph_sources import clean_edges
 from understudy.models import NodeAdapter, load_nodes, load_small
+from understudy.runs.capture import capture_recipe
 from understudy.runs.check import evaluate_run
 from understudy.synthetic.topics import topics
 
@@ -330,3 +331,15 @@ def test_other_bad_input(tmp_path):
         "output": str(tmp_path / "ok"),
     }
     assert 0 <= distill({**run, **quiet}).metrics["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("support", [None, "dense"])
+def test_a_graph_is_captured_once_and_learned_from(support, tmp_path):
+    teacher = distill(RUN | {"method": "sft", "student": "gcn:hidden=8", "output": str(tmp_path / "teacher")})
+    recipe = RUN | {"method": "kd", "teacher": str(teacher.folder / "student")}
+    found = capture_recipe(recipe, tmp_path / "cache", support)
+    assert found.examples == found.rows == 1000
+    live = distill(recipe | {"output": str(tmp_path / "live")})
+    cached = {"model": recipe["teacher"], "cache": str(tmp_path / "cache")}
+    stored = distill(recipe | {"teacher": cached, "output": str(tmp_path / "stored")})
+    assert stored.metrics["accuracy"] == pytest.approx(live.metrics["accuracy"], abs=0 if support else 0.05)

@@ -221,3 +221,10 @@ def test_what_the_run_refuses_for_reading_later_tokens_is_not_planned(config, si
     config(**sizes, vocab_size=300).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="LMHeadModel reads later tokens to predict earlier ones"):
         plan({**small(), "teacher": None, "method": "sft", "student": str(tmp_path)}, **MACHINE)
+
+
+@pytest.mark.parametrize("config", [transformers.T5Config, transformers.BartConfig])
+def test_encoder_decoders_are_not_counted_as_their_decoders(config, tmp_path):
+    config(d_model=16, num_layers=2, vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="plan knows language models of a decoder alone"):
+        plan({**small(), "teacher": None, "method": "sft", "student": str(tmp_path)}, **MACHINE)

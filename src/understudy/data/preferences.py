@@ -65,7 +65,9 @@ def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] =
     name = str(spec["name"])
     notes: list[str] = []
     named: NamesOf = {label_name(spec): {}}
-    raw = {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes, named)
+    raw = (
+        {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes, named)
+    )
     notes += arrange(name, raw, FORMATS, EXTRAS, spec.get("columns"))
     splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
     return finish(name, spec, splits, notes)
@@ -164,7 +166,9 @@ def _sides(where: str, record: Record) -> tuple[Any, list[Any] | None, list[floa
     prompt = readable(where, "the prompt", record["prompt"])
     if "label" in record:
         label = record["label"]
-        score = None if isinstance(label, str) and label.strip().lower() not in _LABELS else _number(where, "label", label)
+        score = (
+            None if isinstance(label, str) and label.strip().lower() not in _LABELS else _number(where, "label", label)
+        )
         if score not in (0.0, 1.0):
             raise InputError(f"{where}: label is {reprlib.repr(label)} and must be true or false (1 or 0).")
         return prompt, [readable(where, "the completion", record["completion"])], [score]

@@ -59,6 +59,11 @@ def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAd
             model: nn.Module = load_causal_lm(spec.model, tokenizer=stand_in, dtype=spec.dtype)
         else:
             config = config_of(spec)
+            if getattr(config, "is_encoder_decoder", False):
+                raise InputError(
+                    f"plan knows language models of a decoder alone, and {spec.model!r} has an encoder: run a few steps and read "
+                    "`cost` in its evaluation.json."
+                )
             held = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
             own = held if isinstance(held, torch.dtype) else DTYPES.get(str(held), torch.float32)
             dtype = DTYPES.get(spec.dtype) or (own if gpu else torch.float32)

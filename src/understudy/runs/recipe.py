@@ -20,7 +20,7 @@ from understudy.methods import get as get_method
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
 from understudy.runs.roles import check_roles
-from understudy.runs.specs import ModelSpec, OracleSpec, said_no
+from understudy.runs.specs import ModelSpec, OracleSpec, add_unnamed, said_no, take_unnamed
 from understudy.tasks import TASKS
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
@@ -171,6 +171,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
     check_plain(values)
     remember(values)
     values = _with_defaults(_placed(resolved(_with_method(values))))
+    unnamed = take_unnamed(values)
     recipe: Recipe = validated(Recipe, values, "recipe key")
     task = get_task(recipe.task)
     check_data_keys(recipe.task, recipe.data)
@@ -189,6 +190,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
     filled = task.fill(given)
     if alone:
         filled["teacher"] = None
+    add_unnamed(filled, unnamed)
     recipe = validated(Recipe, _with_arguments(filled), "recipe key")
     if recipe.patience is not None and recipe.trainer.get("eval_strategy", "no") == "no":
         raise InputError(

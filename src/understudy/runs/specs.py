@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from understudy.errors import InputError
 from understudy.generation.limits import Endpoint
 from understudy.teachers.server.scores import Score
 
@@ -122,3 +124,22 @@ class OracleSpec(ModelSpec):
             if getattr(self, key) is not None:
                 raise ValueError(f"{key}: an oracle is one model that is trained already and runs here: leave it out")
         return self
+
+
+def take_unnamed(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take out of a recipe what it says of a teacher or student whose model it does not name, in place; by side."""
+    sides = {s: values[s] for s in ("teacher", "student") if isinstance(values.get(s), Mapping)}
+    naming = {"model", "endpoint", "members"}
+    return {side: dict(values.pop(side)) for side, said in sides.items() if said and not naming & said.keys()}
+
+
+def add_unnamed(values: dict[str, Any], unnamed: Mapping[str, dict[str, Any]]) -> None:
+    """Add it to the task's own models, in place: `teacher.cache=FOLDER` alone is a cache of the task's own teacher.
+
+    Raises:
+        InputError: the task or its method has none.
+    """
+    for side, said in unnamed.items():
+        if values.get(side) is None:
+            raise InputError(f"{side}.{next(iter(said))} is of no model: the recipe has no {side}. Name {side}.model.")
+        values[side] = {**values[side], **said}

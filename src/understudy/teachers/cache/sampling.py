@@ -52,6 +52,8 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
         InputError: `size` is too small for one drawn class per row.
     """
     rows, classes = log_p.shape
+    if rows == 0:  # as of a node that is not the first of its graph
+        return torch.zeros(0, size, dtype=torch.uint8)
     bands, surprise, p = _bands(classes, rows * size), -log_p.clamp(min=-1e4), log_p.exp()
     bins = (surprise * (LEVELS / FLOOR)).clamp(max=LEVELS).long()
     level, width = _finest(bins, p, bands, size)
@@ -74,6 +76,7 @@ def pack_sampled(log_p: Tensor, size: int, chance: torch.Generator) -> Tensor:
 def unpack_sampled(code: Tensor, counts: list[int], classes: int, temperature: float) -> Sampled:
     """The target of examples of `counts` rows each, from their bytes `[rows, size]`. Shorter rows are padded with
     weight 0."""
+    counts = [count for count in counts if count]
     parts = [_entries(part.numpy(), classes) for part in code.split(counts)]
     start = np.repeat(np.cumsum([0, *counts[:-1]]), [len(p[0]) for p in parts])
     row, ids, weights, log_p = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -430,6 +430,10 @@ BAD_IMAGES = {
         lambda t: archive(t / "x.npz", np.where(np.arange(40)[:, None, None, None] == 7, np.nan, PIXELS)),
         "image 7 that are not finite",
     ),
+    "values beyond single precision": (
+        lambda t: archive(t / "x.npz", np.where(np.arange(40)[:, None, None, None] == 7, 1e300, PIXELS)),
+        "image 7 that are not finite",
+    ),
     "negative values": (lambda t: archive(t / "x.npz", PIXELS.astype(int) - 1), "int64 from -1 to -1"),
     "a label of 2^62": (
         lambda t: archive(t / "x.npz", PIXELS, np.arange(40) + 2**62),

@@ -507,12 +507,17 @@ def test_the_command_of_every_page_and_every_task_without_a_method_is_a_recipe()
 
 def test_keys_of_a_side_without_a_model_are_of_the_tasks_own():
     """As `cache capture` says: train from it with teacher.cache=FOLDER."""
-    plain, made = make({"task": "node_classification"}), make({"task": "node_classification", "teacher": {"cache": "here"}})
+    plain, made = (
+        make({"task": "node_classification"}),
+        make({"task": "node_classification", "teacher": {"cache": "here"}}),
+    )
     assert made.teacher == plain.teacher.model_copy(update={"cache": "here"}) and made.student == plain.student
     assert make({"student": {"dtype": "bfloat16"}}).student.dtype == "bfloat16"
-    with pytest.raises(InputError, match=r"teacher.cache is of no model: the recipe has no teacher. Name teacher.model"):
+    with pytest.raises(
+        InputError, match=r"teacher.cache is of no model: the recipe has no teacher. Name teacher.model"
+    ):
         make({"task": "language_modeling", "method": "sft", "teacher": {"cache": "here"}})
-    with pytest.raises(InputError, match="Unknown recipe key: 'teacher.modl'. Did you mean 'model'"):
+    with pytest.raises(InputError, match=r"Unknown recipe key: 'teacher.modl'. Did you mean 'model'"):
         make({"teacher": {"modl": "here"}})
 
 
@@ -536,7 +541,7 @@ def test_what_does_not_go_together_is_said_without_all_values():
         ("method=qcrd task=reasoning options.teacher_prompt=nofile", "nofile"),
         ("method=symbolic-kd task=text_generation options.tail_prompt=nofile", "nofile"),
         ("method=i2d2 task=statement_generation options.prompt=nofile", "nofile"),
-        ("method=i2d2 task=statement_generation options.log=other.jsonl", "the run's own model does: leave it out"),
+        ("method=i2d2 task=statement_generation options.log=other.jsonl", "the run's own does: leave it out"),
         ("method=frontier-synthetic task=language_modeling data.characters=20000", "task 'language_modeling' has none"),
     ],
 )

@@ -247,6 +247,7 @@ def test_ids_are_joined_and_what_is_unknown_is_counted(tmp_path):
         ("1.0\t2.0\tq\tp", "line 2: 4 columns where 5"),
         ("high\t2.0\tq\tp\tn", "line 2: pos_score is 'high'"),
         ("1.0\tnan\tq\tp\tn", "line 2: neg_score is nan"),
+        ("1e300\t1.0\tq\tp\tn", r"line 2: pos_score is 1e\+300, not a finite number in single precision"),
         ("inf\t1.0\tq\tp\tn", "line 2: pos_score is inf"),
         ("\t1.0\tq\tp\tn", "line 2: pos_score is ''"),
         ("1.0\t2.0\t \tp\tn", "line 2: the query is empty"),

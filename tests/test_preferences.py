@@ -308,6 +308,7 @@ def test_real_pairs_in_one_command(data_folder, tmp_path):
 BAD = {
     "equal scores": ({"prompt": "a", "completions": [" b", " c"], "scores": [1, 1]}, {}, "no better and worse"),
     "missing scores": ({"prompt": "a", "completions": [" b", " c"], "scores": [1]}, {}, "2 completions and 1 scores"),
+    "far score": ({"prompt": "a", "completions": [" b", " c"], "scores": [1, 1e300]}, {}, "finite number in single"),
     "nan score": ({"prompt": "a", "completions": [" b", " c"], "scores": [1, math.nan]}, {}, "not a finite number"),
     "empty completion": ({"prompt": "a", "chosen": " b", "rejected": ""}, {}, "completion is empty"),
     "wrong columns": ({"question": "a", "answer": "b"}, {}, "expected one of"),

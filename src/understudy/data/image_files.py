@@ -20,7 +20,7 @@ from understudy.data.class_labels import by_name, parquet_names, spell
 from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
 from understudy.data.records import absent
-from understudy.data.tables import cells, class_numbers, columns_of, read_npz, read_parquet
+from understudy.data.tables import cells, class_numbers, columns_of, in_single, read_npz, read_parquet
 from understudy.errors import InputError
 from understudy.files import replacing
 
@@ -295,7 +295,7 @@ def array_pixels(
             "channels, height, width), (images, height, width) or (images, features)."
         )
     if raw.dtype.kind == "f":
-        wrong = np.flatnonzero(~np.isfinite(raw).reshape(len(raw), -1).all(1))
+        wrong = np.flatnonzero(~in_single(raw).reshape(len(raw), -1).all(1))
         if len(wrong):
             raise InputError(f"{path}: {column} has values of image {wrong[0]} that are not finite. Remove the image.")
         raw = raw.astype(np.float32 if raw.dtype.itemsize > 8 else raw.dtype.newbyteorder("="))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from understudy.data.folders import split_of, visible, words_of
 from understudy.data.records import absent
 from understudy.data.retrieval_batches import IDEAL
 from understudy.data.scored_triples import read_rows
+from understudy.data.tables import LARGEST
 from understudy.errors import InputError
 
 COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}
@@ -194,7 +194,7 @@ def _id(where: str, key: str, value: Any) -> str:
 
 
 def _grade(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise InputError(f"{where}: grade is {value!r:.60} and must be a number; relevant ones are above 0.")
     return float(value)
 

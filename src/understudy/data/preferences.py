@@ -16,7 +16,6 @@ wrong, and `ended`, one boolean per candidate of text: false for a part of an an
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -25,6 +24,7 @@ from typing import Any
 from understudy.data.class_labels import NamesOf, label_name
 from understudy.data.columns import arrange, readable, without_prompt
 from understudy.data.records import Record, Row, place
+from understudy.data.tables import LARGEST
 from understudy.data.text import (
     TextSplits,
     check_keys,
@@ -213,6 +213,8 @@ def _number(where: str, column: str, value: Any) -> float:
         raise InputError(f"{where}: {column} holds {reprlib.repr(value)}, which is not a number.") from None
     except OverflowError:
         number = float("inf")
-    if not math.isfinite(number):
-        raise InputError(f"{where}: {column} holds {reprlib.repr(value)}, which is not a finite number.")
+    if not abs(number) <= LARGEST:
+        raise InputError(
+            f"{where}: {column} holds {reprlib.repr(value)}, which is not a finite number in single precision."
+        )
     return number

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from understudy.data.folders import files_below, find, split_files, split_of, visible
 from understudy.data.noise_sets import APART
-from understudy.data.tables import read_npz
+from understudy.data.tables import in_single, read_npz
 from understudy.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -56,7 +56,7 @@ class Reduction:
         """
         near = []
         for part, cloud, least in (("scan", scan, self.points), ("truth", truth, 1)):
-            if not np.isfinite(cloud).all():
+            if not in_single(cloud).all():
                 raise InputError(f"{name}: the {part} has coordinates that are not finite. Remove these points.")
             kept = cloud[np.linalg.norm(cloud, axis=1) < self.radius]
             if len(kept) < least:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from understudy.data.folders import find
-from understudy.data.tables import read_parquet
+from understudy.data.tables import LARGEST, read_parquet
 from understudy.errors import InputError
 from understudy.files import replacing
 
@@ -260,6 +259,8 @@ def _number(where: str, name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: {name} is {str(value)[:60]!r} and must be a number.") from None
-    if not math.isfinite(number):
-        raise InputError(f"{where}: {name} is {number}. Score that pair again, or remove the line.")
+    if not abs(number) <= LARGEST:
+        raise InputError(
+            f"{where}: {name} is {number}, not a finite number in single precision. Score that pair again, or remove the line."
+        )
     return number

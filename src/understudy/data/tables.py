@@ -13,6 +13,14 @@ import psutil  # type: ignore[import-untyped]
 from understudy.errors import InputError
 
 MOST_CLASSES = 1_000_000
+LARGEST = 3.4028234663852886e38
+"""The largest number of single precision, in which all is computed: what is beyond it would be infinite."""
+
+
+def in_single(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which numbers are finite in single precision."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(values.astype(np.float32, copy=False))
 
 
 def columns_of(path: Path) -> set[str]:

@@ -22,6 +22,7 @@ from understudy.methods import all_methods
 from understudy.models.modalities import OPTIONS as MODALITIES
 from understudy.models.ranker_loading import MEANINGS
 from understudy.models.text_classifiers import OPTIONS as TEXT_CLASSIFIER
+from understudy.models.zero_shot import OPTIONS as ZERO_SHOT
 from understudy.runs.recipe import Recipe
 from understudy.runs.specs import ModelSpec, OracleSpec
 from understudy.tasks.data_keys import KEYS
@@ -53,6 +54,7 @@ def sections() -> dict[str, list[Key]]:
     oracle = [key for key in of_model(OracleSpec, "oracle.") if key.name.split(".")[1] not in ModelSpec.model_fields]
     of_tasks = {
         "ranking": MEANINGS,
+        "image_classification": ZERO_SHOT,
         "text_classification": TEXT_CLASSIFIER,
         "multimodal_classification": MODALITIES,
     }

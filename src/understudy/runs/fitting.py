@@ -141,6 +141,11 @@ def module_for(
     Args:
         total: optimizer steps of the run.
     """
+    if not any(p.requires_grad for p in student.parameters()):
+        raise InputError(
+            f"The student, {type(student.model).__name__}, has no weights to train: all are frozen (those of a zero-shot model "
+            "always are). Name another model, or unfreeze it."
+        )
     method, example = recipe.build_method(), _example(prepared)
     model = teacher.model if isinstance(teacher, LocalTeacher) else None
     sides = {"student": student, "teacher": model if method.requires.in_steps else None}

@@ -12,9 +12,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from understudy.data import collate_images, find, load_images
+from understudy.errors import InputError
 from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation, own_classes
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.weights import notes_of
+from understudy.models.zero_shot import OPTIONS, ZeroShotClassifier, is_zero_shot, load_zero_shot
 from understudy.synthetic.images import IMAGES
 from understudy.tasks.base import LabelledTask, Prepared, merged
 from understudy.tasks.class_names import name_classes
@@ -49,6 +51,7 @@ class ImageClassification(LabelledTask):
         {"for_teacher": True, "unlabelled": False, "labelled": None, "pool": None}
     )
     higher_is_better = True
+    model_options = frozenset(OPTIONS)
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Default: digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
@@ -107,15 +110,24 @@ class ImageClassification(LabelledTask):
         )
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
-        model = load_classifier(
-            spec.model if source is None else source,
-            classes=prepared.classes,
-            input_shape=prepared.input_shape,
-            dtype=spec.dtype,
-            quantization=spec.quantization,
-            trust_remote_code=spec.trust_remote_code,
-            exact=prepared.exact,
-        )
+        how: dict[str, Any] = {
+            "dtype": spec.dtype,
+            "quantization": spec.quantization,
+            "trust_remote_code": spec.trust_remote_code,
+        }
+        if source is None and is_zero_shot(spec.model, spec.trust_remote_code):
+            model: nn.Module = load_zero_shot(spec.model, prepared.facts["names"], **(spec.options or {}), **how)
+        elif spec.options:
+            raise InputError(
+                f"{spec.model} has classes of its own: options.prompts is of zero-shot models, such as CLIP."
+            )
+        else:
+            of: dict[str, Any] = {
+                "classes": prepared.classes,
+                "input_shape": prepared.input_shape,
+                "exact": prepared.exact,
+            }
+            model = load_classifier(spec.model if source is None else source, **of, **how)
         prepared.say(notes_of(model))
         name = str(spec.model if source is None else source) if not isinstance(source, nn.Module) else ""
         processor = processor_of(name, model, prepared.input_shape, prepared)
@@ -128,13 +140,14 @@ class ImageClassification(LabelledTask):
 
 def processor_of(name: str, model: nn.Module, shape: tuple[int, ...], prepared: Prepared) -> Processor | None:
     """The processor of a model of transformers for images of `shape`; a plain one if its folder has none."""
-    config = getattr(model, "config", None)
+    config = getattr(model.body if isinstance(model, ZeroShotClassifier) else model, "config", None)
     if not isinstance(config, PreTrainedConfig) or len(shape) != 3:
         return None
     held = load_processor(name, find(name)) if name else None
     if held is None and name:
         prepared.say([f"{name} has no preprocessor_config.json: it is shown pixels in [0, 1] at their size."])
-    found = Processor(held or plain_processor(shape), shape, getattr(config, "num_channels", shape[0]))
+    channels = getattr(getattr(config, "vision_config", config), "num_channels", shape[0])
+    found = Processor(held or plain_processor(shape), shape, channels)
     if not found.exact:
         prepared.say(
             [

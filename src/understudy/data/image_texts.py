@@ -57,12 +57,14 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
     raw = embedded[name](spec) if name in embedded else read_source(name, spec, tuple(embedded), notes, named)
     path = find(name) if name not in embedded else None
     folder = path.parent if path is not None and path.is_file() else path
-    notes += arrange(name, raw, FORMATS, {"image", "images", "log_probs", "facts"}, spec.get("columns"))
+    notes += arrange(name, raw, FORMATS, {"image", "images", "log_probs", "weight", "facts"}, spec.get("columns"))
     scored = {
         split: [_scored(name, split, i, record, folder) for i, record in enumerate(records)]
         for split, records in raw.items()
     }
     splits = finish(name, spec, scored, notes)  # the same split of the data for every method
+    if not lists and any("weight" in record for record in splits.train):
+        splits.notes.append(f"{name}: the column weight is not read: it is of methods of preferences.")
     paired = any(len(record["completions"]) > 1 for record in splits.train)
     for split in ("train", "validation", "test"):
         records = getattr(splits, split)
@@ -186,6 +188,7 @@ def encode_image_texts(records: list[Record], processor: Any, *, max_length: int
             size = byte_length(counted, processor.tokenizer)
             rows.append({**beside, "input_ids": ids, "labels": labels, "bytes": size})
         else:
+            beside |= {k: record[k] for k in ("weight",) if k in record}
             rows.append(
                 {**beside, "scores": record["scores"], "log_probs": record.get("log_probs"), "sequences": pairs}
             )

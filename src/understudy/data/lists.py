@@ -31,12 +31,14 @@ class ListBatch(WholeExamples, Batch):
         scores: `[lists, candidates]`, higher is better.
         reference, taught: `[lists, candidates]`, log-probabilities of the reference model and of a teacher, nats, if
             they were computed before.
+        weights: `[lists]`, what the loss of each is multiplied by; `None` if all are 1.
     """
 
     slots: Tensor
     scores: Tensor
     reference: Tensor | None = None
     taught: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -126,6 +128,13 @@ class ListBatch(WholeExamples, Batch):
         """`[tokens]`, how many tokens of its completion are before each."""
         return (self.tokens.mask.long().cumsum(1) - 1)[self.tokens.mask]
 
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values of lists, or of tokens, times the weight of their list."""
+        if self.weights is None:
+            return values
+        weights = self.weights.to(values.dtype)
+        return values * (weights if len(values) == len(weights) else weights[self.token_lists])
+
     @cached_property
     def shared(self) -> Tensor:
         """`[tokens]`, which belong to the beginning that all completions of a list have in common; none in a list of one."""
@@ -175,7 +184,7 @@ def encode_lists(
             counts.dropped += 1
             continue
         row = {"id": record["id"], "scores": record["scores"], "log_probs": record.get("log_probs")}
-        row |= {k: record[k] for k in ("label_smoothing",) if k in record}
+        row |= {k: record[k] for k in ("label_smoothing", "weight") if k in record}
         if "steps" in record:
             row["steps"] = [_steps(*e, texts, tokenizer) for e, texts in zip(encoded, record["steps"], strict=True)]
         rows.append(row | {"sequences": [(torch.tensor(i), torch.tensor(t)) for i, t in encoded]})
@@ -205,6 +214,9 @@ def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any
     shape = (len(items), max(sizes))
     slots, scores = torch.full(shape, -1), torch.zeros(shape, dtype=torch.float64)
     known = [c for c in ("reference", "taught") if all(item.get(c) is not None for item in items)]
+    weights = {}
+    if any("weight" in item for item in items):
+        weights["weights"] = torch.tensor([item.get("weight", 1.0) for item in items], dtype=torch.float64)
     columns = {c: torch.zeros(shape, dtype=torch.float64) for c in known}
     start = 0
     for row, (item, size) in enumerate(zip(items, sizes, strict=True)):
@@ -223,6 +235,7 @@ def collate_lists(items: list[dict[str, Any]], pad_id: int = 0) -> dict[str, Any
         "slots": slots,
         "scores": scores,
         **columns,
+        **weights,
         **{STRAY + k: v for k, v in others.items()},
     }
 

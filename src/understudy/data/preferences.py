@@ -11,7 +11,7 @@
 Messages may also be ShareGPT's (`from`, `value`), the columns LLaMA-Factory's (`conversations` or `instruction` and `input`
 beside `chosen` and `rejected`; `messages` and `label`). A record may carry `log_probs`, one per candidate, as recorded
 when they were sampled, `tools` for the chat template, `label_smoothing`, the probability (at most ½) that its order is
-wrong, and `ended`, one boolean per candidate of text: false for a part of an answer, behind which no end token is trained.
+wrong, `weight`, which its loss is multiplied by (1 if it has none; the divisor stays the number of records), and `ended`, one boolean per candidate of text: false for a part of an answer, behind which no end token is trained.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ FORMATS = (
     {"prompt", "steps", "scores"},
 )
 _LABELS = ("true", "false", "1", "0", "1.0", "0.0")
-EXTRAS = {"log_probs", "tools", "label_smoothing", "ended"}
+EXTRAS = {"log_probs", "tools", "label_smoothing", "weight", "ended"}
 
 
 def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> TextSplits:
     """Read a preference set; each record is `{id, prompt, completions, scores}` and, if recorded, `log_probs`,
-    `tools`, `label_smoothing` and `ended`.
+    `tools`, `label_smoothing`, `weight` and `ended`.
 
     Args:
         spec: `name` (one of `embedded`, a set in `UNDERSTUDY_DATA`, a file, folder or Hub id), `limit` (most training
@@ -137,6 +137,10 @@ def candidates(name: str, split: str, index: int, record: Record) -> Record | No
         out["label_smoothing"] = _number(where, "label_smoothing", record["label_smoothing"])
         if not 0 <= out["label_smoothing"] <= 0.5:
             raise InputError(f"{where}: label_smoothing is {out['label_smoothing']:g} and must lie in [0, 0.5].")
+    if "weight" in record:
+        out["weight"] = _number(where, "weight", record["weight"])
+        if out["weight"] < 0:
+            raise InputError(f"{where}: weight is {out['weight']:g} and must be at least 0.")
     if "ended" in record:
         out["ended"] = _ended(where, record["ended"], prompt, said)
     if "tools" in record:

@@ -244,6 +244,7 @@ class DPO(Method):
             need_order(self.name, context)
         rewarded(context, self._reward)
         self._add_smoothing(context)
+        self._check_weights(context)
         if not self._anchored:
             if self.reference != "start":
                 log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
@@ -282,6 +283,15 @@ class DPO(Method):
         values = [row.get("label_smoothing", usual) for row in rows]
         ids = torch.tensor([row["id"] for row in rows])
         context.add_column(Column.by_example(SMOOTHED, ids, torch.tensor(values, dtype=torch.float64)))
+
+    def _check_weights(self, context: SetupContext) -> None:
+        """Refuse weights of records where a row of the loss is of no record."""
+        weighted = next((row for row in context.splits["train"].records if "weight" in row), None)
+        if weighted is not None and SORTED & {*self._types}:
+            raise InputError(
+                f"dpo: train example {weighted['id']} has a weight, and loss_type {' + '.join(self._types)} sorts the batch, so that no "
+                "loss is of one record: leave the column weight out, or choose another loss_type."
+            )
 
     def _smoothing(self, name: str) -> float:
         return SMOOTHING.get(name, 0.0) if self.label_smoothing is None else self.label_smoothing

@@ -121,7 +121,8 @@ class TrainModule(nn.Module):
         output = self.student(batch, self.method.requires.features, self._taps)
         timer: AbstractContextManager[Any] = self.head_timer()
         with timer:
-            terms = self.method.loss(output, teacher, batch, self.train_state)
+            found = self.method.loss(output, teacher, batch, self.train_state)
+            terms = {name: term._replace(values=batch.weighted(term.values)) for name, term in found.items()}
         if output.router is not None:
             terms = {**terms, ROUTER: Term(output.router.expand(batch.num_items))}
         return sum_terms(terms, batch, self.reduction, self.counts(batch))

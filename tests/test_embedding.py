@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from understudy import InputError, distill
 from understudy.data import Batch
@@ -70,6 +71,49 @@ def test_a_narrower_encoder_learns_the_vectors(tmp_path, options):
     losses = logged(tmp_path / "run")
     assert losses[-1] < 0.6 * losses[0], losses
     assert (tmp_path / "run" / "student" / "modules.json").is_file() and "ndcg_10" in result.metrics
+
+
+@pytest.mark.parametrize("more", [{}, {"towers": 2}, {"normalize": True}])
+def test_a_kept_projection_is_the_saved_encoders_last_layer(tmp_path, more):
+    """The saved encoder has the teacher's width, here and in plain sentence-transformers, whose vectors are the same."""
+    options = {"reduce": "projection", "keep_projection": True}
+    student = {"model": "embedding:6", "options": more}
+    distill(recipe(tmp_path, options=options, student=student), output=str(tmp_path / "run"))
+    losses = logged(tmp_path / "run")
+    assert losses[-1] < 0.6 * losses[0], losses
+    folder = tmp_path / "run" / "student"
+    tower = folder / "query" if "towers" in more else folder
+    plain = pytest.importorskip("sentence_transformers").SentenceTransformer(str(tower), device="cpu")
+    ours = load_ranker(str(folder), View(AutoTokenizer.from_pretrained(tower), 12, 12), {})
+    texts = ["bala 0", "the domo text"]
+    found = ours.embed(texts, "query")
+    assert found.shape == (2, 12)
+    torch.testing.assert_close(found, torch.from_numpy(plain.encode(texts)), atol=1e-6, rtol=1e-5)
+
+
+def test_a_dense_module_of_sentence_transformers_is_read(tmp_path):
+    models = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from sentence_transformers import SentenceTransformer
+
+    tokenizer = train_encoder_tokenizer(["the bala text", "a domo text"] * 9, 300)
+    torch.manual_seed(0)
+    parts = [models.StaticEmbedding(tokenizer, embedding_dim=8), models.Dense(8, 5), models.Normalize()]
+    plain = SentenceTransformer(modules=parts, device="cpu")
+    plain.save(str(tmp_path / "model"))
+    view = View(AutoTokenizer.from_pretrained(tmp_path / "model"), 8, 8)
+    ours = load_ranker(str(tmp_path / "model"), view, {})
+    texts = ["the bala text", "domo"]
+    torch.testing.assert_close(ours.embed(texts, "query"), torch.from_numpy(plain.encode(texts)), atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match="scorer=late"):
+        load_ranker(str(tmp_path / "model"), view, {"scorer": "late"})
+    config = json.loads((tmp_path / "model" / "1_Dense" / "config.json").read_text())
+    for change, says in (
+        ({"activation_function": "x.Mish"}, "activation_function is Mish"),
+        ({"in_features": 0}, "maps a text"),
+    ):
+        (tmp_path / "model" / "1_Dense" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=says):
+            load_ranker(str(tmp_path / "model"), view, {})
 
 
 def test_widths_that_differ_are_refused_with_the_remedy(tmp_path):

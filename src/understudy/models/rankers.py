@@ -21,7 +21,7 @@ from understudy.data import Batch
 from understudy.data.retrieval_batches import RankingBatch, View
 from understudy.errors import InputError
 from understudy.models.adapters import ModelAdapter, ModelOutput
-from understudy.models.encoders import Encoder, save_encoder
+from understudy.models.encoders import Dense, Encoder, save_encoder
 from understudy.targets import Scores
 
 FACTS = "ranker.json"
@@ -110,6 +110,10 @@ class BiEncoderAdapter(RankerAdapter):
     def __init__(self, model: Towers, view: View, scorer: str) -> None:
         super().__init__(model, view)
         self.scorer = scorer
+        if scorer == "late" and model.side("query").maps:
+            raise InputError(
+                "A Dense module maps the vector of a text, and scorer=late compares tokens: use scorer=dot."
+            )
 
     @property
     def searches(self) -> bool:
@@ -178,6 +182,14 @@ class BiEncoderAdapter(RankerAdapter):
             else {}
         )
         (folder / FACTS).write_text(json.dumps(facts, indent=1))
+
+    def add_dense(self, width: int, seed: int) -> None:
+        """Add a linear map without bias to each tower's vectors, by weights that depend on the seed alone."""
+        for encoder in map(self.model.side, ("query", "document")[: len(self.model.encoders)]):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((seed + 1) * 1_000_003)  # another stream than that of the body
+                layer = Dense(encoder.width, width, bias=False)
+            encoder.dense.append(layer.to(next(encoder.parameters()).device))
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Add adapters to each tower."""

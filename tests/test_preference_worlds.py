@@ -113,6 +113,28 @@ def test_a_policy_learns_what_is_best(tmp_path):
     assert metrics["value"] > 0.4  # one of six by chance
 
 
+def test_a_policy_wins_against_a_worse_one_by_the_true_reward():
+    world = chains(0, "own")
+    chance, begin = torch.Generator().manual_seed(0), torch.arange(16).repeat(300)
+    best, usual = (world.returns(p, begin, chance) for p in (world.soft_optimal(), world.log_p))
+    for found, policy in ((best, world.soft_optimal()), (usual, world.log_p)):
+        exact = world.value(policy)["return"]  # of a first token drawn evenly, as `begin` is
+        assert abs(found.mean() - exact) < 4 * found.std() / len(found) ** 0.5
+    assert best.mean() > usual.mean()
+
+
+@pytest.mark.parametrize("data", [{"name": "bandit", "noise": "none"}, {"name": "chains"}])
+def test_a_run_says_how_often_it_wins_against_its_start(data, tmp_path):
+    recipe = {"task": "preference_world", "method": "dpo", "data": data, "trainer": {"max_steps": 60}}
+    result = distill(recipe, output=str(tmp_path / "run"))
+    still = distill(recipe | {"trainer": {"max_steps": 1, "learning_rate": 0.0}}, output=str(tmp_path / "still"))
+    assert result.metrics["win_rate"] > 0.55 and abs(still.metrics["win_rate"] - 0.5) < 0.03
+    assert (still.metrics["win_rate"] == pytest.approx(0.5, abs=1e-9)) == (data["name"] == "bandit")
+    assert "win_rate" in (tmp_path / "run" / "report.html").read_text()
+    other = distill(recipe | {"data": {"name": "responses"}, "trainer": {"max_steps": 2}}, output=str(tmp_path / "o"))
+    assert "win_rate" not in other.metrics
+
+
 @pytest.mark.parametrize(
     "change,says",
     [

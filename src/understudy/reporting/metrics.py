@@ -33,6 +33,7 @@ MEANINGS = {
     "rewards/accuracies": "Share of pairs whose better candidate has the higher reward. 1 is perfect.",
     "logps/chosen": "Mean log-probability of the better candidates under the student, in nats.",
     "logps/rejected": "Mean log-probability of the worse candidates under the student, in nats.",
+    "win_rate": "How often a sample of the student has a higher true reward than one of itself before training, a tie as a half. 0.5 is no change.",
     "displacement/both_fall": "Share of pairs both of whose answers are less likely than under the reference model.",
     "displacement/preferred_falls": "Share of pairs whose better answer is less likely than under the reference model.",
     "value": "Worth of the policy in a world of known truth: probability of the best item, return less KL, or less the KL from the target. Higher is better.",

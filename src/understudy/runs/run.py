@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,6 +226,7 @@ def _fit(
     method, meter = recipe.build_method(), CostMeter(task.unit)
     asked = assemble_teacher(recipe, prepared, method, teacher, student, home)
     hacking = Hacking(recipe, prepared, oracle, asked, folder) if oracle is not None else None
+    start = copy.deepcopy(student) if prepared.win_rate is not None else None
     context = _setup_context(recipe, prepared, student, shown, asked, home, hashes)
     tables = method.setup(context)
     student = method.student(student, context)
@@ -244,6 +246,8 @@ def _fit(
         evaluation.setdefault("tables", []).extend(found.get("tables", []))
         evaluation["tables"].extend(text_tables(prepared, student, shown, recipe.eval_split, findings))
         evaluation["metrics"] |= found.get("metrics", {})
+        if start is not None and prepared.win_rate is not None:
+            evaluation["metrics"]["win_rate"] = prepared.win_rate(student, start)
         if hacking is not None:
             evaluation["metrics"] |= hacking.finish(student)
             findings.notes.extend(hacking.notes())

@@ -52,6 +52,14 @@ class Chains:
             at = at @ q
         return {"return": total, "kl_to_reference": distance, "value": total - distance}
 
+    def returns(self, log_q: Tensor, begin: Tensor, chance: torch.Generator) -> Tensor:
+        """`[sequences]`, the return of one sequence of a policy `[tokens, tokens]` from each first token."""
+        at, total = begin, torch.zeros(len(begin), dtype=self.reward.dtype)
+        for _ in range(self.length):
+            after = torch.multinomial(log_q.exp()[at], 1, generator=chance)[:, 0]
+            at, total = after, total + self.reward[at, after]
+        return total
+
 
 class World(Protocol):
     """What measures a policy of transitions `[tokens, tokens]`."""
@@ -167,10 +175,15 @@ class BigramAdapter(ModelAdapter):
 
 
 @torch.no_grad()
+def transitions(policy: Bigram) -> Tensor:
+    """`[tokens, tokens]`, log-probability of the next token, float64."""
+    tokens = torch.arange(policy.into.num_embeddings, device=policy.into.weight.device)
+    return policy(tokens).double().cpu()
+
+
 def exact_value(policy: Bigram, world: World) -> dict[str, float]:
     """What a world says of a policy's transitions."""
-    tokens = torch.arange(policy.into.num_embeddings, device=policy.into.weight.device)
-    return world.value(policy(tokens).double().cpu())
+    return world.value(transitions(policy))
 
 
 def exact_policy(log_p: Tensor) -> Bigram:

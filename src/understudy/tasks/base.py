@@ -45,6 +45,8 @@ class Prepared:
         stored: called with the folder where a run, or a comparison, keeps results that are expensive to compute.
         exact: whether a classifier that is loaded must have these classes.
         measure: a further measurement of a finished student, beside the teacher where it runs: `{"metrics", "table"}`.
+        win_rate: share of a finished student's samples whose true reward is above that of one of itself before training, where
+            a reward can be checked; a tie is a half.
     """
 
     train: Any
@@ -67,6 +69,7 @@ class Prepared:
     stored: Callable[[Path], None] | None = None
     exact: bool = True
     measure: Callable[[ModelAdapter, ModelAdapter | None], dict[str, Any]] | None = None
+    win_rate: Callable[[ModelAdapter, ModelAdapter], float] | None = None
 
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from understudy.data import Batch, collate_lists
+from understudy.data import Batch, TextSet, collate_lists
 from understudy.errors import InputError, nearest
+from understudy.evaluation.answers import win_rate
 from understudy.evaluation.preference import evaluate_preferences
 from understudy.models import ModelAdapter, evaluating
 from understudy.synthetic.bandit import ChoiceAdapter, ChoiceBatch, ChoicePolicy, bandit, collate_choices
-from understudy.synthetic.chains import Bigram, BigramAdapter, Chains, chain_policy, chains, exact_value
+from understudy.synthetic.chains import Bigram, BigramAdapter, Chains, chain_policy, chains, exact_value, transitions
 from understudy.synthetic.markov import MarkovChain, markov
 from understudy.synthetic.policies import load_policy
 from understudy.synthetic.responses import Responses, responses
@@ -103,7 +105,14 @@ class PreferenceWorld(TaskDefaults):
             classes=len(world.log_p) if world is not None else 24,
             hashes={"data": hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()},
             facts={"world": world},
+            win_rate=self._win_rate(world, splits[recipe.eval_split]),
         )
+
+    def _win_rate(self, world: Any, held_out: TextSet) -> Callable[[ModelAdapter, ModelAdapter], float] | None:
+        """See `Prepared`: exact for the bandit, of 4,000 pairs of sequences for chains; other worlds have no reward."""
+        if isinstance(world, Chains):
+            return partial(_chain_wins, world)
+        return partial(_choice_wins, held_out) if world is None else None
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
         world = prepared.facts["world"]
@@ -130,3 +139,23 @@ class PreferenceWorld(TaskDefaults):
                 wins.append(student(batch).signal.values.exp().gather(1, best)[:, 0])
         found["metrics"]["value"] = float(torch.cat(wins).double().mean())
         return found
+
+
+def _chain_wins(world: Chains, student: ModelAdapter, start: ModelAdapter, number: int = 4000) -> float:
+    chance = torch.Generator().manual_seed(0)
+    begin = torch.randint(len(world.log_p), (number,), generator=chance)
+    ours, before = (world.returns(transitions(side.model), begin, chance) for side in (student, start))  # type: ignore[arg-type]
+    return win_rate((ours - before).sign().int().tolist())
+
+
+def _choice_wins(held_out: TextSet, student: ModelAdapter, start: ModelAdapter) -> float:
+    """Σ π(i) π₀(j) of the items i and j where i is truly better, and half of it where they are equal."""
+    shares = []
+    with torch.no_grad(), evaluating(student), evaluating(start):
+        for values in DataLoader(held_out, batch_size=64, collate_fn=collate_choices):
+            batch = Batch.from_dict(values)
+            assert isinstance(batch, ChoiceBatch)
+            ours, before = (side(batch).signal.values.double().exp() for side in (student, start))
+            better = (batch.truth[:, :, None] - batch.truth[:, None, :]).sign() / 2 + 0.5
+            shares.append((ours[:, :, None] * better * before[:, None, :]).sum((1, 2)))
+    return float(torch.cat(shares).mean())

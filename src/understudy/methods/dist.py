@@ -22,23 +22,23 @@ from understudy.training import Method, Requirements, Term, TrainState
 
 
 class DIST(Method):
-    """DIST (2022): the student's probabilities correlate with the teacher's, over classes and over images."""
+    """DIST (2022): the student's probabilities correlate with the teacher's, over classes and over examples."""
 
     name = "dist"
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = "as kd"
     page: ClassVar[dict[str, str]] = {
         "when": "A teacher much stronger than the student, whose probabilities it cannot match, only follow.",
         "not": "When probabilities must be matched: correlation leaves their scale free, so calibration is the labels' affair.",
-        "deviations": "The images of a group are coupled in the second term: `group` consecutive ones, so that a batch may be "
+        "deviations": "The examples of a group are coupled in the second term: `group` consecutive ones, so that a batch may be "
         "cut between groups.",
     }
 
     beta: float = Field(1.0, ge=0, description="β, weight of the correlation over classes.")
-    gamma: float = Field(1.0, ge=0, description="γ, weight of the correlation over images.")
+    gamma: float = Field(1.0, ge=0, description="γ, weight of the correlation over examples.")
     temperature: float = Field(1.0, gt=0, description="τ of both sides; the paper's 4 on CIFAR-100.")
     ce_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the labels.")
-    group: int = Field(64, ge=2, description="Consecutive images that are correlated with each other.")
+    group: int = Field(64, ge=2, description="Consecutive examples that are correlated with each other.")
 
     @property
     def requires(self) -> Requirements:

@@ -20,7 +20,7 @@ class DKD(Method):
     """Decoupled distillation (2022): classes other than the label weigh as much where the teacher is sure."""
 
     name = "dkd"
-    kinds = frozenset({"image", "text"})
+    kinds = frozenset({"classification", "text"})
     page: ClassVar[dict[str, str]] = {
         "when": "Labelled classification with a confident teacher, whose other classes plain distillation hardly weighs.",
         "not": "Without labels. With two classes nothing is left of the second part.",

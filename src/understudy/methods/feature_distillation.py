@@ -213,20 +213,21 @@ class SP(_WithLayers):
 
 
 class RKD(_WithLabels):
-    """Relational knowledge distillation (2019): distances and angles among images are the teacher's."""
+    """Relational knowledge distillation (2019): distances and angles among examples are the teacher's."""
 
     name = "rkd"
-    cost = "as kd, and images² · width (distances) and images³ (angles) operations a group of images"
+    kinds = frozenset({"classification"})
+    cost = "as kd, and examples² · width (distances) and examples³ (angles) operations a group of examples"
     page: ClassVar[dict[str, str]] = {
         "when": "Networks of any two kinds and widths, above all where embeddings are what is used.",
-        "not": "With groups of few images, which have few relations.",
-        "deviations": "Reads what the classifier's head reads. The images of a group are coupled: `group` consecutive ones, so "
+        "not": "With groups of few examples, which have few relations.",
+        "deviations": "Reads what the classifier's head reads. The examples of a group are coupled: `group` consecutive ones, so "
         "that a batch may be cut between groups. The losses are means over pairs and triples, as released.",
     }
 
     distance_weight: float = Field(25.0, ge=0, description="λ_D, weight of the distances.")
     angle_weight: float = Field(50.0, ge=0, description="λ_A, weight of the angles.")
-    group: int = Field(64, ge=2, description="Consecutive images that are compared with each other.")
+    group: int = Field(64, ge=2, description="Consecutive examples that are compared with each other.")
 
     @property
     def requires(self) -> Requirements:

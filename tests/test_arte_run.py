@@ -119,7 +119,7 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
         refused({**tiny(tmp_path / "run"), **keys}, says, asked="first")
 
     refuse("checks final answers and task 'language_modeling' has none", task="language_modeling", data={})
-    refuse("so the run is evaluated on test", eval_split="validation")
+    refuse("so leave out eval_split", eval_split="validation")
     refuse("trains its teacher: name one model here", teacher="oracle")
     refuse("is new and knows nothing: name a pretrained one, or train it first", student=MODEL)
     refuse("Prompt 'nope' is neither a file", options={**SMALL, "plain_prompt": "nope"})

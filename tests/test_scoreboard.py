@@ -36,8 +36,8 @@ def test_a_paper_counts_once(results):
     assert counted(board) == {"supported": 2, "not supported": 1, "inconclusive": 0, "not run": 38}
     assert summary(board).startswith("3 of 41 claims decided")
     (row,) = [r for r in board if r.entry.name == "pld"]
-    assert row.seeds == 3 and row.tally == "0 of 1 decided, 2 in all"
-    assert row.cost == pytest.approx(13.0 / 11.3)
+    assert row.seeds == 4 and row.tally == "0 of 1 decided, 2 in all"
+    assert row.cost == pytest.approx(19.4 / 14.7)
 
 
 def test_settings_that_disagree_do_not_count_as_support(results):
@@ -50,7 +50,7 @@ def test_settings_that_disagree_do_not_count_as_support(results):
 def test_the_page_holds_every_row(results, tmp_path):
     text = render_scoreboard(results, tmp_path / "board").read_text()
     assert len(re.findall(r"<tr data-verdict=", text)) == 42
-    assert "3 of 41 claims decided" in text and "understudy reproduce pld --seeds 3" in text
+    assert "3 of 41 claims decided" in text and "understudy reproduce pld --max-seeds 20" in text
     assert "http" not in text.replace("http://www.w3.org", "")  # nothing is loaded from elsewhere
 
 

@@ -216,12 +216,8 @@ def _fit(
     findings = journal.findings = preflight(task, prepared, student, shown, batch=min(32, recipe.evaluation_batch))
     for warning in findings.warnings:
         log.warning(warning)
-    hashes = {**prepared.hashes, "student_initial": state_hash(student)}
-    if teacher is not None:
-        hashes["teacher"] = state_hash(teacher)
     oracle = oracle_of(recipe, task, prepared)
-    if oracle is not None:
-        hashes["oracle"] = state_hash(oracle)
+    hashes = _hashes(prepared, student_initial=student, teacher=teacher, oracle=oracle)
     journal.compare(hashes)
     method, meter = recipe.build_method(), CostMeter(task.unit)
     asked = assemble_teacher(recipe, prepared, method, teacher, student, home)
@@ -261,6 +257,11 @@ def _fit(
     evaluation |= {"cost": {**meter.summary(), **speed}, "notes": findings.notes + findings.warnings}
     hashes["student"] = state_hash(student)
     return _finish(journal, evaluation, student.model)
+
+
+def _hashes(prepared: Prepared, **models: ModelAdapter | None) -> dict[str, str]:
+    """Those of the data, and of each model that there is."""
+    return {**prepared.hashes, **{name: state_hash(model) for name, model in models.items() if model is not None}}
 
 
 def _check_recipe(recipe: Recipe) -> None:

@@ -65,5 +65,6 @@ CLAIM = Claim(
         Check("sparse mimic", "sft", 0.0, "exact_match", True, "mimicking gives more exact captions than the labels"),
         Check("sparse mimic", "dense mimic", 0.0, "exact_match", True, "and experts more than a dense student"),
     ),
+    knobs=({"beta": 0.5}, {"preference_rate": 1e-3}, {"shares": [0.2, 0.3, 0.5]}),
     tuned_on=("exact_match", True),
 )

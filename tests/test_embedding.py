@@ -104,6 +104,8 @@ def test_a_dense_module_of_sentence_transformers_is_read(tmp_path):
     ours = load_ranker(str(tmp_path / "model"), view, {})
     texts = ["the bala text", "domo"]
     torch.testing.assert_close(ours.embed(texts, "query"), torch.from_numpy(plain.encode(texts)), atol=1e-6, rtol=1e-5)
+    half = load_ranker(str(tmp_path / "model"), view, {}, dtype="bfloat16")
+    assert half.embed(texts, "query").shape == (2, 5)
     with pytest.raises(InputError, match="scorer=late"):
         load_ranker(str(tmp_path / "model"), view, {"scorer": "late"})
     config = json.loads((tmp_path / "model" / "1_Dense" / "config.json").read_text())

@@ -175,6 +175,7 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
         body.pooler = None  # type: ignore[assignment]
     dense = [_load_dense(folder / path) for path in found.get("dense", ())] if folder is not None else []
     encoder = Encoder(body, pooling, normalize, dense)
+    encoder.dense.to(next(body.parameters()).dtype)
     check_fit(name, encoder.body, view, pair=False)
     _try(name, encoder.eval())
     return encoder

@@ -189,7 +189,7 @@ class BiEncoderAdapter(RankerAdapter):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed((seed + 1) * 1_000_003)  # another stream than that of the body
                 layer = Dense(encoder.width, width, bias=False)
-            encoder.dense.append(layer.to(next(encoder.parameters()).device))
+            encoder.dense.append(layer.to(next(encoder.parameters())))
 
     def add_adapters(self, options: dict[str, Any]) -> None:
         """Add adapters to each tower."""

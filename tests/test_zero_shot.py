@@ -12,9 +12,10 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    pipeline,
 )
 
-from understudy import InputError, distill
+from understudy import InputError, distill, plan
 from understudy.data import train_tokenizer
 from understudy.models.zero_shot import is_zero_shot, load_zero_shot
 from understudy.runs.capture import capture_recipe
@@ -34,7 +35,7 @@ def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / request.param
     kind, model, processor = KINDS[request.param]
     tokenizer = train_tokenizer(["a photo of a red green deep blue thing."] * 8, 300)
-    text = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "eos_token_id": tokenizer.eos_token_id}
+    text = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": tokenizer.eos_token_id}
     text |= {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     config = kind(text_config=text, vision_config=VISION, **({"projection_dim": 12} if kind is CLIPConfig else {}))
     torch.manual_seed(0)
@@ -79,7 +80,7 @@ def test_logits_are_those_of_the_model_for_one_prompt_and_the_mean_prototype_for
     classes = [name.replace("_", " ") for name in NAMES]
 
     def read(prompt):
-        return tokenizer([prompt.format(c) for c in classes], padding="max_length", max_length=24, return_tensors="pt")
+        return tokenizer([prompt.format(c) for c in classes], padding="max_length", max_length=64, return_tensors="pt")
 
     with torch.no_grad():
         one = load_zero_shot(str(folder), NAMES)(pixels)
@@ -111,6 +112,22 @@ def test_a_student_learns_from_it_with_few_labels_or_its_features(method, folder
         | {"teacher": {"model": str(folder), "options": prompts}}
     )
     assert found.metrics["accuracy"] >= 0 and found.folder.joinpath("student", "model.safetensors").is_file()
+
+
+def test_its_answers_about_files_are_those_of_the_pipeline_of_transformers(folder, pictures, tmp_path):
+    """With the model's own processor: the teacher's accuracy in a run is the share that the pipeline gets right."""
+    found = distill(recipe(folder, pictures, output=str(tmp_path / "run")))
+    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    right, labels = [], [name.replace("_", " ") for name in NAMES]
+    for path in sorted((pictures / "test").glob("*/*.png")):
+        best = classify(str(path), candidate_labels=labels, hypothesis_template="a photo of a {}.")[0]["label"]
+        right.append(best == path.parent.name.replace("_", " "))
+    assert len(right) == 9 and found.metrics["teacher_accuracy"] == pytest.approx(sum(right) / 9)
+
+
+def test_it_is_planned_as_nothing_else(folder, pictures):
+    with pytest.raises(InputError, match=r"plan does not know .*, which compares images with texts"):
+        plan(recipe(folder, pictures), peak=0.1, bandwidth=0.01)
 
 
 def test_it_is_captured_like_any_teacher(folder, pictures, tmp_path):

@@ -2,7 +2,7 @@
 
 Running sums of four and five digits. The teacher has learned to write the sums in order or the answer alone, and does either
 every second time. The student knows four digits, most of them in order, with an example before each; so an example without
-sums makes it guess. All arms train on as many questions and steps.
+sums makes it guess. All arms train for as many steps, on up to 400 questions each.
 """
 
 from understudy.claims.experiment import Arm, Check, Claim

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 
 from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
-from understudy.models.loading import auto_model, small_folder
+from understudy.models.loading import ADAPTERS, auto_model
 from understudy.models.modes import evaluating
 from understudy.models.small import is_small
 from understudy.models.weights import check_folder, reason
@@ -39,9 +39,7 @@ def is_zero_shot(name: str, trust_remote_code: bool = False) -> bool:
     if is_small(name) or (path is None and find(f"{name}.safetensors") is not None):
         return False
     if path is not None:
-        if not path.is_dir() or (path / "adapter_config.json").is_file() or small_folder(path):
-            return False
-        facts = check_folder(path)
+        facts = {} if (path / ADAPTERS).is_file() else check_folder(path)
         kind, kinds = facts.get("model_type"), facts.get("architectures")
     else:
         try:

@@ -23,6 +23,7 @@ from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, Model
 from understudy.models.bodies import is_causal, not_causal
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
 from understudy.models.transfer import BODY, TRANSFER, TransferClassifier, read_facts
+from understudy.models.zero_shot import is_zero_shot
 from understudy.runs.specs import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -123,6 +124,11 @@ def outline_classifier(spec: ModelSpec, classes: int, shape: tuple[int, ...]) ->
         elif path is not None and TRANSFER in _facts(path):
             body = outline_classifier(spec.model_copy(update={"model": str(path / BODY)}), classes, shape).model
             model = TransferClassifier(body, read_facts(path))
+        elif is_zero_shot(spec.model, spec.trust_remote_code):
+            raise InputError(
+                f"plan does not know {spec.model!r}, which compares images with texts: run a few steps and read `cost` in its "
+                "evaluation.json."
+            )
         else:
             model = AutoModelForImageClassification.from_config(config_of(spec))
         if spec.dtype in DTYPES:

@@ -54,9 +54,9 @@ class Chains:
 
     def returns(self, log_q: Tensor, begin: Tensor, chance: torch.Generator) -> Tensor:
         """`[sequences]`, the return of one sequence of a policy `[tokens, tokens]` from each first token."""
-        at, total = begin, torch.zeros(len(begin), dtype=self.reward.dtype)
+        at, total, q = begin, torch.zeros(len(begin), dtype=self.reward.dtype), log_q.exp()
         for _ in range(self.length):
-            after = torch.multinomial(log_q.exp()[at], 1, generator=chance)[:, 0]
+            after = torch.multinomial(q[at], 1, generator=chance)[:, 0]
             at, total = after, total + self.reward[at, after]
         return total
 

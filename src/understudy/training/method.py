@@ -247,8 +247,8 @@ class Method(BaseModel):
 
     def update_sums(self, batch: Batch, state: TrainState) -> Mapping[str, Tensor]:
         """What the loss of each micro-batch depends on and is a sum over the whole update: the summands of one micro-batch,
-        without gradient and with the student in evaluation mode. They are summed over all micro-batches and ranks before the update's first loss reads them in
-        `state.update_sums`."""
+        without gradient and with the student in evaluation mode. They are summed over all micro-batches and ranks before
+        the update's first loss reads them in `state.update_sums`."""
         return {}
 
     def transform_batch(self, batch: Batch, state: TrainState) -> Batch:

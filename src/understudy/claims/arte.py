@@ -65,5 +65,5 @@ CLAIM = Claim(
     tuned_on=("accuracy", True),
     first_seed=1,
     caveat="The sizes, the steps and the two ways of writing were chosen with a look at seed 0; with four ways a teacher of this "
-    "size learns none of them well. It is judged on seeds from 1 on, and nothing is tuned within an arm.",
+    "size learns none of them well. It is judged on seeds from 1 on and the same test questions, and nothing is tuned within an arm.",
 )

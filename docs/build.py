@@ -10,7 +10,7 @@ from understudy.catalogue import catalogue
 from understudy.claims import claims
 from understudy.keys import page as keys_page
 from understudy.pages import comparison, drawing, findings, notebook_page, page, searches, table
-from understudy.reporting.plots import ranked, standalone
+from understudy.reporting.plots import curves, ranked, standalone
 from understudy.reporting.ranks import compared_ranks, over_seeds
 from understudy.scoreboard import PILLARS, branch, choice, render_scoreboard, rows, summary
 
@@ -20,9 +20,14 @@ def build(folder: Path) -> None:
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     (folder / "catalogue.md").write_text(f"# Catalogue\n\n{table()}\n", encoding="utf-8")
     (folder / "keys.md").write_text(keys_page() + "\n", encoding="utf-8")
+    trained = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
     for entry in catalogue():
         if entry.status == "works":
-            (folder / "methods" / f"{entry.name}.md").write_text(page(entry) + "\n", encoding="utf-8")
+            curve = trained.get(entry.name)
+            (folder / "methods" / f"{entry.name}.md").write_text(page(entry, curve) + "\n", encoding="utf-8")
+            if curve:
+                drawn = curves({entry.name: (curve["steps"], curve["values"])}, f"validation {curve['metric']}")
+                (folder / "methods" / f"{entry.name}.svg").write_text(standalone(drawn), encoding="utf-8")
     (folder / "notebooks").mkdir(exist_ok=True)
     for path in (folder.parent / "examples" / "notebooks").glob("*.ipynb"):
         (folder / "notebooks" / f"{path.stem}.md").write_text(notebook_page(path) + "\n", encoding="utf-8")

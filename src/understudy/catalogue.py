@@ -45,6 +45,55 @@ class Entry:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A paper as it is cited. `authors` are in BibTeX's form; `arxiv` is the number there, or empty."""
+
+    name: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def told(self) -> str:
+        """The reference in a line of Markdown."""
+        names = [" ".join(reversed(a.split(", "))) for a in self.authors.split(" and ")]
+        first, last = ", ".join(names[:-1]), names[-1]
+        who = f"{names[0]} et al." if len(names) > 3 else f"{first} and {last}" if first else last
+        where = f", [arXiv {self.arxiv}](https://arxiv.org/abs/{self.arxiv})" if self.arxiv else ""
+        return f"{who} ({self.year}). *{self.title}*{where}."
+
+    @property
+    def bibtex(self) -> str:
+        """An entry for BibTeX, with the title's capitals kept."""
+        fields = {"title": "{" + self.title.replace("&", r"\&") + "}", "author": self.authors, "year": self.year}
+        if self.arxiv:
+            fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        return "\n".join([f"@misc{{{self.name},", *(f"  {key} = {{{value}}}," for key, value in fields.items()), "}"])
+
+
+def reference(entry: Entry) -> Reference | None:
+    """The paper of an entry: its own, or of a baseline that in `baselines.csv`; `None` of a plug-in, and where there is none."""
+    number, name = str(entry.number or ""), entry.name
+    for row in baselines():
+        if row["name"] == name:
+            number = row["paper"]
+            if not number:
+                return Reference(name, row["title"], row["authors"], int(row["year"]), row["arxiv"])
+    for row in papers():
+        if row["number"] == number:
+            return Reference(row["slug"], row["title"], row["authors"], int(row["year"]), row["arxiv"])
+    return None
+
+
+@cache
+def baselines() -> tuple[dict[str, str], ...]:
+    """The rows of `baselines.csv`: the papers of methods that are none of the 41, or the number of one of these."""
+    with (files("understudy") / "baselines.csv").open(encoding="utf-8") as file:
+        return tuple(csv.DictReader(file))
+
+
 @cache
 def papers() -> tuple[dict[str, str], ...]:
     """The rows of `papers.csv`."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
+import sys
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from understudy.catalogue import STUDIES, Entry, catalogue, requirements
+from understudy.catalogue import STUDIES, Entry, catalogue, reference, requirements
 from understudy.claims import claims
 from understudy.claims.result import verdict_told
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
 from understudy.reporting.side_by_side import method_rows
 from understudy.runs import hacking, study
-from understudy.runs.recipe import Recipe
+from understudy.runs.recipe import Recipe, make
 from understudy.tasks import TASKS
 from understudy.training import Method, OnPolicy
 
@@ -47,8 +49,13 @@ SURVEY = [
 """The page of paper 7: the taxonomy that the catalogue has its words from, and how to ask it."""
 
 
-def page(entry: Entry) -> str:
-    """Markdown page of a method: what it is, when to use it, options, cost, deviations, taxonomy."""
+def page(entry: Entry, curve: Mapping[str, Any] | None = None) -> str:
+    """Markdown page of a method: what it is, its equation, when to use it, options, an example, its reference.
+
+    Args:
+        curve: `{"metric", "seconds", …}` of the example as it ran, drawn in `NAME.svg` beside the page; empty where no
+            weights are trained.
+    """
     head = f"# {entry.number}. {entry.title} ({entry.year})" if entry.number else f"# {entry.title}"
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
@@ -58,7 +65,7 @@ def page(entry: Entry) -> str:
     elif method is None:
         lines += ["Planned: no method of this name is registered yet.", ""]
     else:
-        lines += [(method.__doc__ or "").strip(), "", *_facts(method.page)]
+        lines += [*_how(method), "", *_facts(method.page)]
         lines += [f"**Cost.** {method.cost}.", ""]
         lines += [
             f"**Needs.** {', '.join(requirements(method).names) or 'labels alone'}; "
@@ -73,7 +80,10 @@ def page(entry: Entry) -> str:
         others = [f"`method={other}`" for other, (name, _) in variants().items() if name == entry.name]
         if others:
             lines += [f"Variants have names of their own: {', '.join(others)}.", ""]
-        lines += [f"`{command(method)}`{_claimed(entry)}", ""]
+        lines += ["## Example", "", f"`{command(method)}`{_claimed(entry)}, or from Python:", ""]
+        lines += ["```python", *example(method).splitlines(), "```", ""]
+        lines += _learned(entry.name, curve)
+    lines += _reference(entry)
     if entry.number:
         lines.append(
             f"Taxonomy: knowledge by {', '.join(entry.elicitation)}; algorithm {', '.join(entry.algorithm)}; "
@@ -83,11 +93,77 @@ def page(entry: Entry) -> str:
 
 
 def command(method: type[Method]) -> str:
-    """The shortest command that trains with a method: on the default task, if it works there, else on the first that fits."""
-    default = Recipe.model_fields["task"].default
+    """The shortest command that trains with a method on the task and the data of its example."""
+    keys = {"task": _task(method), "method": method.name, **method.example}
+    if keys["task"] == Recipe.model_fields["task"].default:
+        del keys["task"]
+    return f"understudy train {' '.join(f'{key}={value}' for key, value in _flat(keys).items())}"
+
+
+def _task(method: type[Method]) -> str:
+    """The task of a method's example: the default one, if it works there, else the first that fits."""
+    default = str(Recipe.model_fields["task"].default)
     fits = [name for name, task in TASKS.items() if task.kinds & method.kinds]
-    task = method.page.get("task", default if default in fits else fits[0])
-    return f"understudy train {'' if task == default else f'task={task} '}method={method.name}"
+    return str(method.example.get("task", default if default in fits else fits[0]))
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested keys as the command line takes them: `{"data": {"name": "a"}}` is `{"data.name": "a"}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    return found
+
+
+def example(method: type[Method]) -> str:
+    """Python code that trains with a method on the data of its example, with the models that the recipe has there."""
+    recipe = make({"task": _task(method), **method.example, "method": method.name})
+    steps = recipe.trainer.get("max_steps")
+    looks = {"max_steps": steps, "eval_strategy": "steps", "eval_steps": max(1, steps // 10)} if steps else {}
+    models = {side: getattr(recipe, side) for side in ("teacher", "student")}
+    own = ", ".join(f'{side}="{spec.model}"' for side, spec in models.items() if spec and side not in method.example)
+    said = {"task": recipe.task, "method": method.name, "data": recipe.data.get("name"), **method.example}
+    said["trainer"] = {**looks, **method.example.get("trainer", {})}
+    lines = ["from understudy import distill", "", "result = distill("]
+    lines += [f"    {key}={_python(value)}," for key, value in said.items() if value]
+    lines += [f"    # {own}: the task's own, unless you name yours"] if own else []
+    return "\n".join([*lines, f'    output="runs/{method.name}",', ")", "print(result.metrics)"])
+
+
+def _python(value: Any) -> str:
+    """A plain value as Python source, with strings in double quotes."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_python(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_python, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _how(method: type[Method]) -> list[str]:
+    """What a method is, in a sentence, and how it works, with its equation: of its class where several share a module."""
+    said = inspect.cleandoc(method.__doc__ or "")
+    if "\n\n    " in said:
+        return [said]
+    return [said, "", *(sys.modules[method.__module__].__doc__ or "").rstrip().splitlines()[2:]]
+
+
+def _learned(name: str, curve: Mapping[str, Any] | None) -> list[str]:
+    """The learning curve of a method's example."""
+    if not curve:
+        return ["No weights are trained, so there is no learning curve.", ""] if curve is not None else []
+    said = f"Validation {curve['metric']} over the steps of the example: seed 0, {curve['seconds']} seconds on one core"
+    return [f"![{said}]({name}.svg)", "", f"{said}.", ""]
+
+
+def _reference(entry: Entry) -> list[str]:
+    """The paper, with its address, and an entry for BibTeX."""
+    paper = reference(entry)
+    if paper is None:
+        return []
+    return ["## Reference", "", paper.told, "", "```bibtex", *paper.bibtex.splitlines(), "```", ""]
 
 
 def _facts(facts: Mapping[str, str]) -> list[str]:

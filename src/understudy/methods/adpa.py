@@ -53,6 +53,11 @@ class ADPA(Method):
         **{name: {"objective": ("dckd",)} for name in ("chosen_weight", "rejected_weight")},
     }
     cost = "two student forwards and backwards a pair; each teacher costs two forwards a pair, once and stored"
+    example: ClassVar[dict[str, Any]] = {
+        "task": "preference_world",
+        "data": "chains",
+        "teacher": {"members": {"aligned": "soft_optimal", "reference": "reference"}},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "A large teacher that had preference training, the model that it began from, and a small student after "
         "supervised training. `dckd` needs the first teacher alone; the paper's ADPA+ is `adpa` on a student of `dckd`.",

@@ -62,8 +62,8 @@ class ARTE(Pipeline):
         "draft_choice": {"align": ("none",)},
         "quartile": {"align": ("both", "questions")},
     }
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning", "student": {"train": {"max_steps": 200}}}
     page: ClassVar[dict[str, str]] = {
-        "task": "reasoning",
         "when": "The teacher can be trained, some hundred labelled questions are at hand, and the student is small: what helps "
         "it is not what a larger model finds good.",
         "not": "Where the student cannot use an example in its prompt: all scores are then equal and carry no signal. With 40 "

@@ -3,10 +3,10 @@
 A few examples x_S of each class stand for the data T. Real ones are chosen (at random, herding, k-center, EL2N, norm of the
 gradient, matching pursuit of gradients), or synthetic ones are optimised so that training on them does what training on T does:
 
-gradient (DC):      Σ_c D(∇L(x_S, c), ∇L(x_T, c)) at random networks, and along their training on x_S
-distribution (DM):  Σ_c ‖mean φ(x_S, c) − mean φ(x_T, c)‖², φ a random network without its head
-trajectory (MTT):   ‖θ_n − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², θ_n: n steps on x_S from an expert's θ*_t, step size learned
-kernel (KIP):       mean ½ ‖y_T − K_TS (K_SS + λ I)⁻¹ y_S‖²
+    gradient (DC):      Σ_c D(∇L(x_S, c), ∇L(x_T, c)) at random networks, and along their training on x_S
+    distribution (DM):  Σ_c ‖mean φ(x_S, c) − mean φ(x_T, c)‖², φ a random network without its head
+    trajectory (MTT):   ‖θ_n − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², θ_n: n steps on x_S from an expert's θ*_t, step size learned
+    kernel (KIP):       mean ½ ‖y_T − K_TS (K_SS + λ I)⁻¹ y_S‖²
 
 Then the student trains on them: (1 − α) CE + α τ² KL(teacher_τ ‖ student_τ).
 

@@ -61,6 +61,10 @@ class DDK(Method):
     name = "ddk"
     paper = 17
     cost = "as kd, and every `interval` steps one student forward of `samples` held-out examples a domain"
+    example: ClassVar[dict[str, Any]] = {
+        "task": "language_modeling",
+        "data": {"name": "lm_domains", "domain_column": "domain", "max_length": 64},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "Data of several domains (`data.domain_column`) whose shares are to follow the student's gaps.",
         "not": "When the mean over domains is what counts: effort is moved, not made, and domains that are drawn less get "

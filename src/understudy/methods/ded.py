@@ -55,8 +55,8 @@ class DED(Pipeline):
         "smoke_samples completions a smoke question and a short training for each of several teachers; attempts of the student a "
         "question; samples completions a kept question; the student's training"
     )
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning"}
     page: ClassVar[dict[str, str]] = {
-        "task": "reasoning",
         "when": "Several reasoning models could be the teacher (`teacher.members.NAME`), answers can be checked, and the "
         "student is to learn from hundreds of traces rather than many thousands and keep its other abilities.",
         "not": "Where questions are many and cheap to answer: with the same teacher more data is better. A smoke test too small "

@@ -1,6 +1,6 @@
 """DistiLLM (Ko et al. 2024, arXiv 2402.03898): skew divergences, and samples of the student as the validation loss asks.
 
-loss = KL(p ‖ α p + (1 − α) q), or KL(q ‖ α q + (1 − α) p)
+    loss = KL(p ‖ α p + (1 − α) q), or KL(q ‖ α q + (1 − α) p)
 
 Texts begin as the data's. When the validation loss rises, a larger share is the student's, more and more of it from a buffer.
 """

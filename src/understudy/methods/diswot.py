@@ -327,7 +327,10 @@ EXPLAINED = {
 
 
 class DisWOTKD(Method):
-    """Distillation with DisWOT's two similarities as losses (DisWOT†)."""
+    """Distillation with DisWOT's two similarities as losses (DisWOT†).
+
+    loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + w_s D_sem + w_r D_rel
+    """
 
     name = "diswot-kd"
     kinds = frozenset({"image"})

@@ -90,7 +90,12 @@ class _WithLayers(_WithLabels):
 
 
 class FitNets(_WithLayers):
-    """FitNets (2015): a regressor on a middle layer of the student predicts the teacher's."""
+    """FitNets (2015): a regressor on a middle layer of the student predicts the teacher's.
+
+        loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + w · mean (r(F_s) − F_t)²
+
+    F are the maps of a middle layer, r a convolution of 1 × 1 that is learned and stays behind.
+    """
 
     name = "fitnets"
     cost = "as kd, and one convolution of 1 × 1 from the student's channels to the teacher's"
@@ -138,10 +143,17 @@ class FitNets(_WithLayers):
 
 
 class AttentionTransfer(_WithLayers):
-    """Attention transfer (2017): where the student's maps are active, stage by stage, is where the teacher's are."""
+    """Attention transfer (2017): where the student's maps are active, stage by stage, is where the teacher's are.
+
+    loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + β Σ_stages mean (a_s / ‖a_s‖ − a_t / ‖a_t‖)²,   a = Σ_channels |F|^p
+    """
 
     name = "attention-transfer"
     cost = "as kd, and a sum over channels at each stage"
+    example: ClassVar[dict[str, Any]] = {
+        "student": "convnet:8",
+        "teacher": {"model": "convnet:16", "train": {"max_steps": 500}},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "Convolutional networks of any two widths: nothing is projected, and no layer is added.",
         "not": "For networks without maps: of vectors there is one position, and the term is 0.",
@@ -179,7 +191,12 @@ class AttentionTransfer(_WithLayers):
 
 
 class SP(_WithLayers):
-    """Similarity-preserving distillation (2019): images that excite the teacher alike excite the student alike."""
+    """Similarity-preserving distillation (2019): images that excite the teacher alike excite the student alike.
+
+        loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + γ / b² · ‖G_s − G_t‖²,   G = F Fᵀ, its rows divided by their norms
+
+    F holds the maps of the b images of a group, a row each.
+    """
 
     name = "sp"
     cost = "as kd, and images² · width operations a group of images"
@@ -213,7 +230,13 @@ class SP(_WithLayers):
 
 
 class RKD(_WithLabels):
-    """Relational knowledge distillation (2019): distances and angles among examples are the teacher's."""
+    """Relational knowledge distillation (2019): distances and angles among examples are the teacher's.
+
+        loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + λ_D mean huber(d_s(i, j) − d_t(i, j))
+               + λ_A mean huber(cos_s(i, j, k) − cos_t(i, j, k))
+
+    d is a distance of two embeddings over the mean of such distances, cos that of the angle at j of three.
+    """
 
     name = "rkd"
     kinds = frozenset({"classification"})

@@ -47,8 +47,8 @@ class FrontierSynthetic(Pipeline):
     paper = 36
     kinds = frozenset({"text"})
     cost = "samples completions a question; two more a judged question; the student's training"
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning"}
     page: ClassVar[dict[str, str]] = {
-        "task": "reasoning",
         "when": "The baseline of all that learns from a teacher's text: questions whose answers can be checked, a teacher "
         "behind an endpoint, and a student that is to answer by itself what the teacher needs a long prompt for.",
         "not": "Where the teacher errs in a systematic way: unsystematic noise averages out, a systematic error is copied. "

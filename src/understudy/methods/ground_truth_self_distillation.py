@@ -1,10 +1,11 @@
 """38. Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed by Self-Distillation (2021).
 
-generation 1: L = mse(softmax(z), y)
-generation t: L = α_t · mse(softmax(z), y) + (1 − α_t) · mse(softmax(z), softmax(z of generation t − 1)), a new network
+    generation 1: L = mse(softmax(z), y)
+    generation t: L = α_t · mse(softmax(z), y) + (1 − α_t) · mse(softmax(z), softmax(z of generation t − 1)), a new network
+    α_t = ⟨p₁ − p₀, y − p₀⟩ / ‖p₁ − p₀‖², unless it is given
 
-α_t is given, or the best on the line between two fits of the validation labels y: p₁ of generation 1 (α = 1) and p₀ of a
-network that learns from generation t − 1 alone (α = 0):  α*_t = ⟨p₁ − p₀, y − p₀⟩ / ‖p₁ − p₀‖²
+This is the best on the line between two fits of the validation labels y: p₁ of generation 1 (α = 1) and p₀ of a network that
+learns from generation t − 1 alone (α = 0).
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _METRICS = ("accuracy", "nll", "ece")
 
 
 class ProbabilityMSE(Method):
-    """Squared error of probabilities to the labels and the teacher's probabilities; `alpha` weighs the labels."""
+    """Squared error of probabilities to the labels and the teacher's probabilities; `alpha` weighs the labels.
+
+    loss = α · mse(softmax(z), y) + (1 − α) · mse(softmax(z), softmax(z of the teacher))
+    """
 
     name = "probability-mse"
     kinds = frozenset({"image"})

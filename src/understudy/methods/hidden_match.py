@@ -1,6 +1,6 @@
 """Matching of hidden states, as FitNets has it (Romero et al. 2015, arXiv 1412.6550), beside softened classes and labels.
 
-loss = CE · ce_weight + kd_weight · τ² · KL(teacher_τ ‖ student_τ) + weight · mean |W h_S − h_T|²
+    loss = CE · ce_weight + kd_weight · τ² · KL(teacher_τ ‖ student_τ) + weight · mean |W h_S − h_T|²
 
 h are the states before the head; W is learnt with the student and stays behind.
 """

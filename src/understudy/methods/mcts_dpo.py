@@ -32,8 +32,8 @@ class MCTSDPO(StepRounds):
     paper = 26
     kinds = frozenset({"text"})
     cost = "simulations · (steps + 3) walks a question, each new state `width` proposals and judgements, at most `calls`; then DPO"
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning"}
     page: ClassVar[dict[str, str]] = {
-        "task": "reasoning",
         "when": "Answers can be checked (arithmetic, multiple choice) and nobody has labelled steps. Searches are stored "
         "(`stages/round-N/trees.jsonl`), drawn in the report, and each pair names its nodes and requests.",
         "not": "Where the policy never reaches a right answer, or always: siblings then have one value and give no pair. A policy too "

@@ -1,6 +1,6 @@
 """MiniLLM (Gu et al. 2024, arXiv 2306.08543): the reverse KL of whole texts by its policy gradient, with three corrections.
 
-∇L = E_{y ∼ α p + (1 − α) q} Σ_t w_t [∇ KL(q_t ‖ p_t) − R_t ∇ log q(y_t)] + weight · ∇ CE
+    ∇L = E_{y ∼ α p + (1 − α) q} Σ_t w_t [∇ KL(q_t ‖ p_t) − R_t ∇ log q(y_t)] + weight · ∇ CE
 
 R_t is the mean of log p / q over later tokens, w_t the importance weight of a token. CE is on the data's own texts.
 """

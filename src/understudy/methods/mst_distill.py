@@ -72,8 +72,8 @@ class MSTDistill(Method):
         "co-training: a forward and backward of every model a row; specialising: a teacher forward and backward a mask; "
         "routing: a teacher forward a mask, and one student forward and backward"
     )
+    example: ClassVar[dict[str, Any]] = {"task": "multimodal_classification"}
     page: ClassVar[dict[str, str]] = {
-        "task": "multimodal_classification",
         "when": "Examples with several modalities in training and one in deployment (task `multimodal_classification`; "
         "`options.reads` of each model says what it sees), and two or more teachers in `teacher.members`. Your own data are a "
         "file, or a folder with one for each of train, validation and test, that has a column for each modality and one for "

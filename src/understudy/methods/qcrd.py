@@ -47,8 +47,8 @@ class QCRD(ContrastOptions, Pipeline):
     paper = 21
     kinds = frozenset({"text"})
     cost = "samples completions a question; an iteration: a sample of the student a question, a fit of D, training"
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning"}
     page: ClassVar[dict[str, str]] = {
-        "task": "reasoning",
         "when": "A teacher that errs at random and can be asked several times, and a student that is to answer alone.",
         "not": "Where the teacher errs alike every time: the vote then confirms the error. With `beta` the contrast can hurt: "
         "compare with `beta=0`.",

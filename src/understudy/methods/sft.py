@@ -1,4 +1,7 @@
-"""Supervised training on the data's own labels: the baseline that every method must beat, without a teacher."""
+"""Supervised training on the data's own labels: the baseline that every method must beat, without a teacher.
+
+loss = −log q(y | x)
+"""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ class Swing(Method):
     name = "swing"
     paper = 13
     cost = "as kd with autograd in the place of its fast path, one hash a class for the noise, and one pass over the data before"
+    example: ClassVar[dict[str, Any]] = {"task": "language_modeling"}
     page: ClassVar[dict[str, str]] = {
         "when": "The teacher was trained on texts with names, numbers or addresses that the student must not repeat. Plant "
         "canaries in the teacher's data and measure (`data.canaries`).",

@@ -45,8 +45,8 @@ class TPOTrees(StepRounds):
         )
     }
     cost = "simulations · (steps + 3) walks a question, each new state `width` proposals, at most `calls`; a grade an answer; then TPO"
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning"}
     page: ClassVar[dict[str, str]] = {
-        "task": "reasoning",
         "when": "Trees for `tpo` are wanted and nobody has written them. They are in `round-N/corpus`, read by task=preferences, "
         "and each names its nodes and requests. With `learn=false` they are all that is made.",
         "not": "Where no answer is right, or all are: a tree of one score is dropped, unless a model grades it.",

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from scipy.stats import binomtest
 from transformers import CONFIG_MAPPING
 
-from understudy.catalogue import Entry, find
+from understudy.catalogue import Entry, find, reference
 from understudy.data import find as find_data
 from understudy.errors import InputError
 from understudy.evaluation.harness import PREFIX, harness_table
@@ -163,13 +163,14 @@ def _body(
     lines += [first, ""] if first else []
     teacher = recipe.get("teacher")
     teacher = teacher if isinstance(teacher, dict) else {}  # or the name of scores that the data hold
+    entry = find(facts["method"])
     members = teacher.get("members") or {}
     named = ", ".join(_public(m["model"]) for m in members.values()) or _public(facts["teacher"])
     lines += [
         f"- **Teacher:** {named}{', trained for this run on the labels' if teacher.get('train') else ''}",
         f"- **Student at the start:** {_public(facts['student'])}",
         f"- **Data:** {_public(_data_name(recipe))}; task {facts['task']}; evaluated on the {evaluation.get('split')} split",
-        f"- **Method:** {_cited(find(facts['method']), facts['method'])}",
+        f"- **Method:** {_cited(entry, facts['method'])}",
         f"- **Seed:** {facts['seed']}",
         "",
     ]
@@ -188,14 +189,15 @@ def _body(
             lines += [f"![{caption.split('.')[0]}]({file})", "", caption, ""]
     notes = [_PATH.sub(r"\1", note) for note in evaluation.get("notes", [])]
     lines += ["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []
+    paper = reference(entry)
+    lines += ["## Citation", "", "```bibtex", *paper.bibtex.splitlines(), "```", ""] if paper is not None else []
     versions = ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items())
     return [*lines, f"Made with Understudy ({versions})."]
 
 
 def _cited(entry: Entry, name: str) -> str:
-    if entry.number is None:
-        return f"`{name}`: {entry.title}"
-    return f"`{name}`, of the paper *{entry.title}* ({entry.year})"
+    paper = reference(entry)
+    return f"`{name}`: {entry.title if paper is None else paper.told}"
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> list[str]:

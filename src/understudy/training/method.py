@@ -142,8 +142,8 @@ class Method(BaseModel):
 
     Class attributes: `name` (on the command line), `paper` (catalogue number, `None` for a baseline), `kinds` (kinds of
     task that it trains on: `classification` where rows are examples with a class, `image` where these must be images),
-    `cost` (per step, one line), `page` (`when` to use it, when `not`, `deviations` from the paper, and the `task` of its
-    example where its `kinds` do not tell),
+    `cost` (per step, one line), `page` (`when` to use it, when `not`, and `deviations` from the paper), `example` (recipe keys
+    that the example on its page has beside `method`; by default the first task that fits, with its own data and models),
     `defaults` (of recipe keys such as `on_policy` and `trainer`, below the recipe's own), `variants` (an option whose values
     are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
     that a pipeline uses beside teacher and student, by name), `used_with` (options that have an effect only with some values
@@ -158,6 +158,7 @@ class Method(BaseModel):
     kinds: ClassVar[frozenset[str]] = frozenset({"classification", "text"})
     cost: ClassVar[str] = "one teacher forward and one student forward and backward a row"
     page: ClassVar[Mapping[str, str]] = {}
+    example: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
     variants: ClassVar[str | None] = None
     roles: ClassVar[Mapping[str, Role]] = {}

@@ -1,0 +1,90 @@
+"""The page of every method: its equation, an example that runs as printed, a learning curve, and its paper."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import understudy
+from understudy.catalogue import catalogue, find, reference
+from understudy.cli.options import load_recipe
+from understudy.methods import built_in
+from understudy.pages import command, example, page
+from understudy.runs.recipe import make
+from understudy.training import Pipeline
+
+DOCS = Path(__file__).parent.parent / "docs"
+METHODS = {method.name: method for method in built_in()}
+WITHOUT_PAPER = {"sft"}
+
+
+def run(code, monkeypatch):
+    """The keys that an example gives to `distill`."""
+    given = {}
+
+    def distill(**keys):
+        given.update(keys)
+        return understudy.runs.run.Result(None, {}, Path())
+
+    monkeypatch.setattr(understudy, "distill", distill)
+    exec(code, {})
+    return given
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_page_has_an_equation_an_example_and_a_reference(name):
+    text = page(find(name))
+    formulas = re.findall(r"^    (\S.*)$", text.split("## Example")[0], re.MULTILINE)
+    assert formulas, "its docstring, or that of its module, has an indented paragraph"
+    if not issubclass(METHODS[name], Pipeline):
+        assert any(re.search(r"[=:∇~]", line) for line in formulas)
+    assert ("```bibtex" in text) == (name not in WITHOUT_PAPER)
+    assert f"method={name}" in text and len(example(METHODS[name]).splitlines()) <= 14
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_example_and_the_command_are_one_recipe(name, monkeypatch):
+    keys = run(example(METHODS[name]), monkeypatch)
+    keys["trainer"] = {k: v for k, v in keys.get("trainer", {}).items() if not k.startswith("eval_")}
+    said = load_recipe(None, [*command(METHODS[name]).split()[2:], f"output={keys['output']}"])
+    assert make(keys) == said
+
+
+def test_every_method_has_a_learning_curve():
+    found = json.loads((DOCS / "curves.json").read_text())
+    assert set(found) == set(METHODS)
+    for name, curve in found.items():
+        if curve:
+            assert len(curve["steps"]) == len(curve["values"]) >= 2 and sorted(curve["steps"]) == curve["steps"], name
+            assert (DOCS / "methods" / f"{name}.svg").is_file() and f"({name}.svg)" in page(find(name), curve)
+
+
+def test_references_are_those_of_the_papers():
+    for entry in catalogue():
+        paper = reference(entry)
+        if entry.number is None and entry.name in WITHOUT_PAPER:
+            assert paper is None
+            continue
+        assert paper is not None and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv), entry.name
+        # Numbers on arXiv begin with year and month; a paper may be published later.
+        assert 0 <= paper.year - (2000 + int(paper.arxiv[:2])) <= 2, entry.name
+        assert all(re.fullmatch(r"[^,]+, [^,]+", who) for who in paper.authors.split(" and ")), entry.name
+    kd = reference(find("kd"))
+    assert kd.told == (
+        "Geoffrey Hinton, Oriol Vinyals and Jeff Dean (2015). *Distilling the Knowledge in a Neural Network*, "
+        "[arXiv 1503.02531](https://arxiv.org/abs/1503.02531)."
+    )
+    assert kd.bibtex.splitlines() == [
+        "@misc{kd,",
+        "  title = {{Distilling the Knowledge in a Neural Network}},",
+        "  author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},",
+        "  year = {2015},",
+        "  eprint = {1503.02531},",
+        "  archivePrefix = {arXiv},",
+        "}",
+    ]
+    assert (
+        reference(find("tpo-trees")) == reference(find("tpo"))
+        and r"Multi-branch \& Multi" in reference(find("tpo")).bibtex
+    )

@@ -126,7 +126,7 @@ def stepped(
         gains = tuple((b.log_prob - a.log_prob) / b.tokens for a, b in zip(before, likely, strict=True))
         found.append(r.model_copy(update={"id": "", "parents": (r.id,), "gains": gains}))
     helpful = sum(r.score > 0 for r in found)
-    lost = {"makes them less so": len(found) - helpful} if helpful < len(found) else {}
+    lost = Counter("makes them less so" for r in found if not r.score > 0)
     funnel.note("rationales that make the probes likelier by a step", len(found), helpful, lost)
     return found
 

@@ -1,4 +1,7 @@
-"""Paper 5: its golden vectors, in-context scores, and item response theory."""
+"""Paper 5: its golden vectors, in-context scores, scores by a step of training, and item response theory."""
+
+import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +24,14 @@ from understudy.curation.drafts import (
 )
 from understudy.curation.in_context import in_context_scores
 from understudy.curation.item_response import ItemResponse, fit_item_response, most_discriminating
+from understudy.data.tokenize import train_tokenizer
 from understudy.errors import InputError
-from understudy.generation import Completion, Request
+from understudy.evaluation.readings import StepReader
+from understudy.evaluation.tailoring import stepped, tailoring_report
+from understudy.generation import Completion, LocalSource, Prompt, Request
 from understudy.losses.preference import dpo
+from understudy.models import load_causal_lm, state_hash
+from understudy.training.solvers import Solver
 
 
 def tensor(values):
@@ -180,6 +188,131 @@ def test_every_tenth_preference_is_set_aside_where_there_are_enough():
     few, many = preference_records(pairs[:19], chat=True), preference_records(pairs, chat=False)
     assert len(few["train"]) == len(few["test"]) == 19 and few["train"][0]["chosen"][0]["role"] == "assistant"
     assert [r["prompt"] for r in many["test"]] == ["0", "10", "20"] and len(many["train"]) == 27
+
+
+# -- a step of training on an example -----------------------------------------------------------------------------------
+
+PROBES = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}\n#### {a + b}"} for a, b in ((1, 2), (3, 14), (5, 5))]
+EXAMPLE = {"prompt": "2 + 7 =", "completion": " 9, since 7 and 2 are 9\n#### 9"}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_tokenizer([p["prompt"] + p["completion"] for p in PROBES], 260)
+
+
+@pytest.fixture
+def student(words):
+    torch.manual_seed(0)
+    return load_causal_lm("llama:hidden=16,layers=1,heads=2,init=0.1", tokenizer=words).double().eval()
+
+
+def tokens_of(words, record):
+    asked = words(record["prompt"])["input_ids"]
+    said = words(record["completion"], add_special_tokens=False)["input_ids"] + [words.eos_token_id]
+    return torch.tensor([asked + said]), len(said)
+
+
+def by_hand(model, words, record):
+    """Log-probability of a completion, and the number of its tokens."""
+    ids, said = tokens_of(words, record)
+    log_p = model(ids).logits[0, :-1].log_softmax(-1)
+    return log_p.gather(1, ids[0, 1:, None])[-said:, 0].sum(), said
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_likelihoods_after_a_step_are_those_of_a_manual_one(student, words, batch):
+    reader, held = StepReader(student, words, PROBES, 64, 0.3, batch=batch), state_hash(student)
+    before, after, again = reader.read(None), reader.read(EXAMPLE), reader.read(None)
+    assert before == again and state_hash(student) == held and reader.read(EXAMPLE) == after
+    moved = copy.deepcopy(student)
+    total, said = by_hand(moved, words, EXAMPLE)
+    (-total / said).backward()
+    torch.optim.SGD(moved.parameters(), lr=0.3).step()
+    for found, model in ((before, student), (after, moved)):
+        for one, record in zip(found, PROBES, strict=True):
+            log_p, said = by_hand(model, words, record)
+            assert one.tokens == said
+            assert one.log_prob == pytest.approx(float(log_p.detach()), rel=1e-9)
+    assert sum(a.log_prob - b.log_prob for a, b in zip(after, before, strict=True)) > 1  # it is a step worth making
+
+
+def test_the_weights_are_the_old_ones_after_an_exception_too(student, words):
+    reader, held, calls = StepReader(student, words, PROBES, 64, 0.3), state_hash(student), []
+
+    def second(*_):
+        calls.append(0)
+        if len(calls) == 2:  # of the probes, with the weights after the step
+            raise KeyboardInterrupt
+
+    hook = student.model.layers[0].register_forward_pre_hook(second)
+    with pytest.raises(KeyboardInterrupt):
+        reader.read(EXAMPLE)
+    hook.remove()
+    assert state_hash(student) == held and not student.training
+    assert all(p.grad is None and p.requires_grad for p in student.parameters())
+
+
+def test_half_precision_weights_make_the_step_in_single_precision(student, words):
+    exact = StepReader(student.bfloat16().float(), words, PROBES, 64, 1e-3)
+    expected = [exact.read(None), exact.read(EXAMPLE)]
+    half = StepReader(student.bfloat16(), words, PROBES, 64, 1e-3)
+    found = [half.read(None), half.read(EXAMPLE)]
+    gains = [[a.log_prob - b.log_prob for a, b in zip(*pair, strict=True)] for pair in (found, expected)]
+    assert gains[0] == pytest.approx(gains[1], rel=1e-3) and state_hash(student) == state_hash(student.bfloat16())
+
+
+def test_a_step_is_made_once_and_goes_on_behind_a_kill(student, words, tmp_path, monkeypatch):
+    solver = Solver(LocalSource(student, words, "student"), Prompt.load("bare"), 8)
+    context, questions = SimpleNamespace(folder=tmp_path, prefix=""), ["2 + 7 =", "1 + 1 ="]
+    rows = [
+        DraftRationale(id=f"r/{i}", draft=d, place=i, rationale=r, answer="9")
+        for i, (d, r) in enumerate([(0, "9, yes"), (0, ""), (1, "9, yes"), (0, "9, yes")])
+    ]
+    made, read = [], StepReader.read
+
+    def reading(self, example):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(example)
+        return read(self, example)
+
+    def run(some=rows):
+        return stepped(context, solver, some, questions, PROBES, 64, 0.3, Funnel())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepReader, "read", reading)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    monkeypatch.setattr(StepReader, "read", lambda self, example: made.append(example) or read(self, example))
+    found, funnel = run(), Funnel()
+    assert len(made) == 4 and made[0] is None  # the student as it is, and three different examples
+    assert [r.parents for r in found] == [("r/0",), ("r/1",), ("r/2",), ("r/3",)] and found[0].gains == found[3].gains
+    (example,) = [e for e in made if e and e["completion"] == " 9, yes\n#### 9" and e["prompt"].startswith("2")]
+    reader = StepReader(student, words, PROBES, 64, 0.3)
+    before, after = read(reader, None), read(reader, example)
+    expected = [(a.log_prob - b.log_prob) / a.tokens for a, b in zip(after, before, strict=True)]
+    assert found[0].gains == pytest.approx(expected) and found[0].score == pytest.approx(np.mean(expected))
+    stepped(context, solver, rows[:1], questions, PROBES, 64, 0.3, funnel)
+    assert len(made) == 4 and funnel.rows[0]["before"] == 1
+    scores = scores_of(found, 2, 4)
+    np.testing.assert_allclose(scores.rationales[0, [0, 1, 3]], [found[i].score for i in (0, 1, 3)])
+    assert np.isnan(scores.rationales[1, [0, 1, 3]]).all() and scores.questions[1] == pytest.approx(found[2].score)
+    best = max((r for r in found if r.draft == 0), key=lambda r: r.score)
+    assert one_of_each(found, best=True)[0].id == best.id
+    metrics, table = tailoring_report({"drafts": found}, "sft_step")
+    assert (
+        metrics["drafts_score"] == pytest.approx(np.mean([r.score for r in found])) and "step" in table["headings"][3]
+    )
+    with pytest.raises(InputError, match="belongs to source"):  # of other steps
+        stepped(context, solver, rows, questions, PROBES, 64, 0.1, Funnel())
+
+
+def test_a_step_too_long_is_told_the_remedy(student, words, tmp_path):
+    solver = Solver(LocalSource(student, words, "student"), Prompt.load("bare"), 8)
+    context, rows = SimpleNamespace(folder=tmp_path, prefix=""), [rationale(0, 0)]
+    with pytest.raises(InputError, match=r"step on .* Lower options\.step_rate \(1e\+300\)"):
+        stepped(context, solver, rows, ["2 + 7 ="], PROBES, 64, 1e300, Funnel())
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,40 @@ def test_stopped_at_any_stage_it_asks_nothing_twice_and_ends_alike(tmp_path, mon
         assert (whole.folder / file).read_bytes() == (done.folder / file).read_bytes()
 
 
+BY_STEPS = {"scorer": "sft_step", "step_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def by_steps(tmp_path_factory):
+    return distill(tiny(tmp_path_factory.mktemp("steps") / "run", **BY_STEPS))
+
+
+def test_a_step_of_training_can_score_in_place_of_an_answer(by_steps):
+    folder, m = by_steps.folder, by_steps.metrics
+    scores, pairs = (lines(folder / "stages" / f"{n}.jsonl") for n in ("scores", "pairs"))
+    assert all(len(r["gains"]) == 5 and not r["right"] for r in scores)
+    assert not (folder / "logs" / "in_context.jsonl").exists()  # nothing was asked
+    mean = {r["id"]: sum(r["gains"]) / 5 for r in scores}
+    assert m["drafts_score"] == pytest.approx(sum(mean.values()) / len(mean)) and len(set(mean.values())) > 1
+    rationales = [p for p in pairs if p["kind"] == "rationale"]
+    assert rationales and all(p["chosen_score"] > p["rejected_score"] for p in pairs)
+    for p in rationales:
+        assert [mean[i] for i in p["parents"]] == pytest.approx([p["chosen_score"], p["rejected_score"]])
+    keys = [row["key"] for row in lines(folder / "logs" / "sft_step.jsonl")[1:]]
+    assert len(keys) == len(set(keys)) and len(keys) % 5 == 0
+    assert {"tailored_score", "few_shot_accuracy", "accuracy"} <= set(m)
+    page = (folder / "report.html").read_text()
+    assert "gain by a step on one (nats a token)" in page and "likelier by a step" in page
+
+
+@pytest.mark.slow
+def test_stopped_while_it_scores_by_steps_it_ends_alike(tmp_path, by_steps):
+    done = stopped_and_resumed(tiny(tmp_path / "cut", **BY_STEPS), "scores", "tailored_scores")
+    assert done.metrics == by_steps.metrics
+    file = "training/student/model.safetensors"
+    assert (by_steps.folder / file).read_bytes() == (done.folder / file).read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("align", ["none", "rationales"])
 def test_ablations_leave_out_what_they_say(tmp_path, align):
@@ -122,6 +156,9 @@ def test_bad_input_is_one_line_before_anything_is_asked(tmp_path):
     refuse("so leave out eval_split", eval_split="validation")
     refuse("trains its teacher: name one model here", teacher="oracle")
     refuse("is new and knows nothing: name a pretrained one, or train it first", student=MODEL)
+    refuse("step_rate has no effect with scorer=in_context", options={**SMALL, "step_rate": 0.5})
+    whole = {"model": MODEL, "train": FIRST, "quantization": {"load_in_8bit": True}}
+    refuse("leave student.quantization out", student=whole, options={**SMALL, **BY_STEPS})
     refuse("Prompt 'nope' is neither a file", options={**SMALL, "plain_prompt": "nope"})
     refuse("Prompt bare needs slot 'question'", options={**SMALL, "question_prompt": "bare"})
 

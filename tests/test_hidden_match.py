@@ -1,4 +1,4 @@
-"""Matching of hidden states, and the α-β divergence as an option of kd."""
+"""Matching of hidden states, and the α-β and adaptive divergences as options of kd."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_distances():
         hidden_distance(s, t[:, :5])
 
 
-def test_alpha_beta_is_an_option_of_kd():
+def test_alpha_beta_and_adaptive_kl_are_options_of_kd():
     assert resolve("alpha_beta") == ("kd", {"divergence": "alpha_beta"})
     s, t = torch.randn(5, 7), torch.randn(5, 7)
     batch = Batch({}, torch.arange(5), torch.arange(5))
@@ -36,6 +36,10 @@ def test_alpha_beta_is_an_option_of_kd():
         return KD(temperature=1.0, **options).loss(*sides, batch, TrainState())["kd"].values
 
     torch.testing.assert_close(values(divergence="alpha_beta", ab=(1.0, 0.0)), values(divergence="forward_kl"))
+    torch.testing.assert_close(values(divergence="adaptive_kl"), losses.adaptive_kl(s, t))
+    torch.testing.assert_close(values(divergence="adaptive_kl", mu=0.9), losses.adaptive_kl(s, t, mu=0.9))
+    with pytest.raises(ValueError, match="mu has no effect"):
+        KD(mu=0.9)
     torch.testing.assert_close(values(divergence="alpha_beta"), losses.alpha_beta(s, t, alpha=0.2, beta=0.7))
 
 

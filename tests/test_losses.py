@@ -11,6 +11,7 @@ from golden_vectors import reduce
 from understudy import losses
 from understudy.errors import InputError
 from understudy.losses.gradients import align
+from understudy.losses.truncation import NAMES
 from understudy.models import ModelOutput
 from understudy.targets import Dense, Projected, TopK, largest, sample, top_k
 
@@ -23,6 +24,7 @@ DIVERGENCES = {
     "skew_reverse_kl": {"alpha": 0.2},
     "total_variation": {},
     "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+    "adaptive_kl": {"mu": 0.6},
 }
 
 
@@ -129,6 +131,56 @@ def test_gradients_in_closed_form():
     torch.testing.assert_close(gradient(losses.interpolated_kl, s, t, t=0.4), q - p_t)
 
 
+def by_loop(s, t, mu):
+    """AKL's weight, value and gradient of one row, class by class."""
+    q, p = s.softmax(-1), t.softmax(-1)
+    head, held = [], 0.0
+    for v in sorted(range(len(p)), key=lambda v: -p[v]):
+        if held < mu:
+            head.append(v)
+            held += float(p[v])
+    gap = (p - q).abs()
+    w = gap[head].sum() / gap.sum()
+    back = (q * (q / p).log()).sum()
+    value = w * (p * (p / q).log()).sum() + (1 - w) * back
+    return value, w * (q - p) + (1 - w) * q * ((q / p).log() - back)
+
+
+@pytest.mark.parametrize("mu", [1e-6, 0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_adaptive_kl_weighs_both_directions_by_the_error_of_head_and_tail(mu, scale):
+    s, t = draw(7, classes=11, scale=scale)
+    value, slope = (torch.stack(x) for x in zip(*map(by_loop, s, t, [mu] * 4), strict=True))
+    torch.testing.assert_close(losses.adaptive_kl(s, t, mu=mu), value)
+    torch.testing.assert_close(gradient(losses.adaptive_kl, s, t, mu=mu), slope)
+    close = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
+    torch.testing.assert_close(losses.adaptive_kl(s.float(), t.float(), mu=mu), value, **close)
+    torch.testing.assert_close(gradient(losses.adaptive_kl, s.float(), t.float(), mu=mu), slope, **close)
+    hot = losses.adaptive_kl(s, t, mu=mu, temperature=2.0, tau_squared=True)
+    torch.testing.assert_close(hot, 4 * losses.adaptive_kl(s / 2, t / 2, mu=mu))
+
+
+def test_limits_of_adaptive_kl():
+    s, t = draw(8)
+    torch.testing.assert_close(losses.adaptive_kl(s, t, mu=1.0), losses.forward_kl(s, t))
+    swapped = torch.tensor([[1.0, 0, 0, 0]]).double(), torch.tensor([[0, 1.0, 0, 0]]).double()
+    flat = torch.zeros(1, 4).double()
+    head = losses.adaptive_kl(swapped[0], flat, mu=0.5)  # of equal classes the lower are the head: here 0 and 1
+    torch.testing.assert_close(head, losses.adaptive_kl(swapped[1], flat, mu=0.5))
+    # The bucket of a truncated target is one class of the tail, however much it holds.
+    cut = top_k(t, 2)
+    q, p = s.softmax(-1).gather(-1, cut.ids), t.softmax(-1).gather(-1, cut.ids)
+    gap = (p - q).abs()
+    w = gap.sum(-1) / (gap.sum(-1) + (p.sum(-1) - q.sum(-1)).abs())
+    both = w * losses.forward_kl(s, cut) + (1 - w) * losses.reverse_kl(s, cut)
+    torch.testing.assert_close(losses.adaptive_kl(s, cut, mu=1.0), both)
+    # Forbidden by the teacher alone, a class makes the tail's part infinite; by the student alone, its own.
+    for side in (s, t):
+        kept, side[:, 0] = side[:, 0].clone(), -math.inf
+        assert losses.adaptive_kl(s, t).eq(math.inf).all()
+        side[:, 0] = kept
+
+
 def test_an_interpolated_target_is_the_geometric_mean_and_moves_away_with_t():
     s, t = 2 * torch.randn(2, 6, 5, dtype=torch.float64)
     p_t = (torch.softmax(s, -1) ** 0.7 * torch.softmax(t, -1) ** 0.3).log()
@@ -194,7 +246,7 @@ def test_forbidden_tokens_of_the_alpha_beta_divergence(a, b):
 def test_truncation_takes_the_divergences_as_they_are():
     s, t = draw(3)
     for name, options in DIVERGENCES.items():
-        if name != "cross_entropy_soft":
+        if name in NAMES:
             whole = getattr(losses, name)(s, t, **options)
             for support in ("teacher", "student", "union"):
                 torch.testing.assert_close(losses.truncate(name, s, t, 7, support=support, **options), whole)
@@ -229,6 +281,9 @@ def of_no_weight(student, teacher):
         (lambda s, t: losses.forward_kl(s, t, temperature=0), "temperature is 0"),
         (lambda s, t: losses.jsd(s, t, beta=1.5), "beta is 1.5"),
         (lambda s, t: losses.skew_kl(s, t, alpha=1.0), "alpha is 1.0"),
+        (lambda s, t: losses.adaptive_kl(s, t, mu=0.0), "mu is 0.0 and must lie in"),
+        (lambda s, t: losses.adaptive_kl(s, t * math.nan), "row 0 .* teacher has nan"),
+        (lambda s, t: losses.adaptive_kl(s, sample(t, 3)), "adaptive_kl is not defined for Sampled"),
         (lambda s, t: losses.forward_kl(s, top_k(t, 2, temperature=2.0)), "temperature 2.0 and the loss requires 1.0"),
         (lambda s, t: losses.forward_kl(s * math.nan, t), "row 0 .* student has nan"),
         (lambda s, t: losses.forward_kl(s, t * math.inf), "teacher has"),

@@ -35,6 +35,7 @@ CASES = [
     (losses.skew_reverse_kl, {}),
     (losses.total_variation, {}),
     (losses.alpha_beta, {"alpha": 0.2, "beta": 0.7}),
+    (losses.adaptive_kl, {"mu": 0.7}),
     (losses.interpolated_kl, {"t": 0.4}),
     (losses.binary_kl_norm, {}),
 ]

@@ -102,7 +102,9 @@ def test_word_vectors_load_in_plain_transformers_and_do_not_see_order(tmp_path, 
 HEADS = {"dhkd": {"head": "linear"}}  # the nonlinear one normalises over a batch, and the last has one record
 
 
-@pytest.mark.parametrize("method", ["sft", "kd", "pld", "taid", "dhkd", "lelp", "tgeo-kd", "dkd", "dist", "rkd"])
+@pytest.mark.parametrize(
+    "method", ["sft", "kd", "pld", "taid", "dhkd", "lelp", "tgeo-kd", "dkd", "dist", "rkd", "ctkd"]
+)
 def test_every_method_of_classes_works(tmp_path, teacher, method):
     """Unchanged, with a teacher of other tokens."""
     data = as_csv(tmp_path / "d.csv", reviews(60))

@@ -44,7 +44,7 @@ class DraftRationale(Item):
 
     Args:
         draft: its question's place among the drafts. place: among that question's rationales. right: which probes the student
-            answers with it as the example; none before they are asked.
+            answers with it as the example. gains: what each probe gains by a step of training on it. One of both, once it is tried.
     """
 
     draft: int
@@ -52,11 +52,12 @@ class DraftRationale(Item):
     rationale: str
     answer: str
     right: tuple[bool, ...] = ()
+    gains: tuple[float, ...] = ()
 
     @property
-    def share(self) -> float:
-        """Of probes that are right."""
-        return fmean(self.right)
+    def score(self) -> float:
+        """The share of probes that are right, or their mean gain."""
+        return fmean(self.gains or self.right)
 
 
 class Preference(Item):
@@ -149,10 +150,10 @@ def read_drafts(
 
 
 def one_of_each(rationales: Sequence[DraftRationale], best: bool) -> list[DraftRationale]:
-    """Of each draft the first rationale, or the first of those with the largest share."""
+    """Of each draft the first rationale, or the first of those with the largest score."""
     found: dict[int, DraftRationale] = {}
     for r in rationales:
-        if r.draft not in found or (best and r.share > found[r.draft].share):
+        if r.draft not in found or (best and r.score > found[r.draft].score):
             found[r.draft] = r
     return list(found.values())
 
@@ -163,11 +164,11 @@ def scores_of(rationales: Sequence[DraftRationale], drafts: int, places: int) ->
     Args:
         drafts, places: numbers of questions, and of rationales that each was to have.
     """
-    probes = len(rationales[0].right) if rationales else 0
-    correct, asked = np.zeros((drafts, places, probes), bool), np.zeros((drafts, places), bool)
+    probes = len(rationales[0].gains or rationales[0].right) if rationales else 0
+    values, asked = np.zeros((drafts, places, probes)), np.zeros((drafts, places), bool)
     for r in rationales:
-        correct[r.draft, r.place], asked[r.draft, r.place] = r.right, True
-    return in_context_scores(correct, asked)
+        values[r.draft, r.place], asked[r.draft, r.place] = r.gains or r.right, True
+    return in_context_scores(values, asked)
 
 
 def rationale_preferences(

@@ -16,7 +16,7 @@ class InContextScores(NamedTuple):
     """Scores of drafts, NaN where there is nothing to score.
 
     Args:
-        rationales: `[questions, rationales]`, 0 … 1. questions: their means over the rationales there are, `[questions]`.
+        rationales: `[questions, rationales]`. questions: their means over the rationales there are, `[questions]`.
     """
 
     rationales: NDArray[np.float64]
@@ -27,7 +27,8 @@ def in_context_scores(correct: ArrayLike, asked: ArrayLike) -> InContextScores:
     """The share of right answers with each rationale as the example, and its mean over a question's rationales.
 
     Args:
-        correct: `[questions, rationales, probes]`, whether the model answers a probe with the example before it.
+        correct: `[questions, rationales, probes]`, whether the model answers a probe with the example before it; or any other
+            number of how much the example helps there, whose means are taken.
         asked: the same shape, or `[questions, rationales]`, whether it was asked: not where there is no rationale, nor where
             the probe is the example's own question.
 
@@ -36,14 +37,14 @@ def in_context_scores(correct: ArrayLike, asked: ArrayLike) -> InContextScores:
 
     Source: ARTE (2024), Sec. 3.2.
     """
-    right = np.asarray(correct, bool)
+    right = np.asarray(correct, np.float64)
     if right.ndim != 3 or not right.shape[2]:
         raise InputError(
             f"In-context answers have shape {right.shape}: give [questions, rationales, probes], one probe at least."
         )
     known = np.asarray(asked, bool)
     known = np.broadcast_to(known if known.ndim == 3 else known[:, :, None], right.shape)
-    rationales = _share((right & known).sum(-1), known.sum(-1))
+    rationales = _share(np.where(known, right, 0.0).sum(-1), known.sum(-1))
     there = ~np.isnan(rationales)
     return InContextScores(rationales, _share(np.where(there, rationales, 0.0).sum(1), there.sum(1)))
 

@@ -2,6 +2,7 @@
 
 from understudy.losses.classification import binary_cross_entropy, cross_entropy
 from understudy.losses.divergences import (
+    adaptive_kl,
     alpha_beta,
     cross_entropy_soft,
     entropy,
@@ -25,6 +26,7 @@ from understudy.losses.preference import signed_likelihood
 from understudy.losses.truncation import truncate
 
 __all__ = [
+    "adaptive_kl",
     "alpha_beta",
     "binary_cross_entropy",
     "binary_kl",

@@ -63,6 +63,16 @@ def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
     return (safe.exp() * difference).masked_fill(absent, 0.0).sum(-1)
 
 
+def head_share(log_p: Tensor, log_q: Tensor, mu: float, classes: int) -> Tensor:
+    """The part of Σ |p − q| in the fewest most probable of the first `classes` that hold `mu` of p; ½ where p = q."""
+    p, gap = log_p.exp(), (log_p.exp() - log_q.exp()).abs()
+    ordered, at = p[..., :classes].sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    head = gap.gather(-1, at).masked_fill(before >= mu, 0.0).sum(-1)
+    whole = gap.sum(-1)
+    return torch.where(whole == 0, 0.5, head / whole)
+
+
 def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½ Σ |p − q|. A difference within rounding error counts as 0, so that equal rows have the subgradient 0."""
     p, difference = log_p.exp(), log_p.exp() - log_q.exp()

@@ -12,10 +12,11 @@ renormalises.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from understudy.errors import InputError
-from understudy.losses._kernels import alpha_beta_sum, kl, mix, tv, weighted
+from understudy.losses._kernels import alpha_beta_sum, head_share, kl, mix, tv, weighted
 from understudy.losses._pairs import (
     Temperature,
     Truncation,
@@ -27,7 +28,7 @@ from understudy.losses._pairs import (
     pair,
     same_temperature,
 )
-from understudy.targets import Sampled, Target
+from understudy.targets import Sampled, Target, TopK
 
 
 def forward_kl(
@@ -171,6 +172,33 @@ def alpha_beta(
     """
     log_q, log_p = pair("alpha_beta", student, target, temperature, truncation)
     return _done("alpha_beta", alpha_beta_sum(log_p, log_q, alpha, beta), student, target, temperature, tau_squared)
+
+
+def adaptive_kl(
+    student: Tensor,
+    target: Target | Tensor,
+    *,
+    mu: float = 0.5,
+    temperature: Temperature = 1.0,
+    tau_squared: bool = False,
+    truncation: Truncation = "tail",
+) -> Tensor:
+    """w KL(p ‖ q) + (1 − w) KL(q ‖ p), with w the head's share of Σ |p − q| (AKL). w has no gradient.
+
+    The head are the fewest most probable classes of the teacher that hold `mu` of its probability, of equal ones the lower
+    class first. μ = 1 is `forward_kl` where p > 0. With `TopK` and `"tail"` the bucket of all other classes is no part of the
+    head. Source: Wu et al. 2024 (arXiv 2404.02657), Sec. 4.3; the released code ends the head before the class that
+    reaches μ.
+    """
+    if not 0 < mu <= 1:
+        raise InputError(f"adaptive_kl: mu is {mu} and must lie in (0, 1].")
+    log_q, log_p = pair("adaptive_kl", student, target, temperature, truncation)
+    bucket = isinstance(as_target(target), TopK) and truncation == "tail"
+    share = head_share(log_p, log_q.detach(), mu, classes=log_p.shape[-1] - bucket)
+    # A side of weight 0 is left out, for it may be +inf.
+    parts = ((share, kl(log_p, log_q)), (1 - share, kl(log_q, log_p)))
+    values = sum((torch.where(w == 0, 0.0, w * part) for w, part in parts), start=torch.zeros_like(share))
+    return _done("adaptive_kl", values, student, target, temperature, tau_squared)
 
 
 def entropy(logits: Tensor, *, temperature: Temperature = 1.0) -> Tensor:

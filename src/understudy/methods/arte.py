@@ -2,7 +2,8 @@
 
 probes      D_pref: the k validation questions with the largest α in  P(i answers j) = σ(α_j (θ_i − β_j))
 drafts      questions q ~ teacher(seeds), rationales r ~ teacher(q, style),  n styles a question
-preference  s_r = mean over D_pref of 1[student(q, r; q') = a'],  s_q = mean over r of s_r
+preference  s_r = mean over D_pref of 1[student(q, r; q') = a'],  s_q = mean over r of s_r;  or, with `scorer=sft_step`,
+            s_r = mean over D_pref of log p(a' | q'; θ − η ∇ CE(r | q)) − log p(a' | q'; θ), a token
 alignment   DPO of the teacher, −log σ(β [log π/π₀ (better) − log π/π₀ (worse)]), on the best against the worst quarter of the
             questions, and on the best against the worst rationale of each, asked by the plain prompt ("prompt erasure")
 student     cross-entropy on what the aligned teacher writes by the same prompts
@@ -31,7 +32,7 @@ from understudy.curation.drafts import (
 )
 from understudy.data.text import write_records
 from understudy.errors import InputError
-from understudy.evaluation.tailoring import discriminating, few_shot_accuracy, tailoring_report, tried
+from understudy.evaluation.tailoring import discriminating, few_shot_accuracy, stepped, tailoring_report, tried
 from understudy.generation import Prompt
 from understudy.models import is_new_causal_lm
 from understudy.tasks.reasoning import Questions, Reasoning
@@ -55,19 +56,21 @@ class ARTE(Pipeline):
         "examinee": Role("answers the validation questions, to tell which discriminate", required=False, many=True)
     }
     cost = (
-        "drafts × rationales texts of the teacher, and a student's answer for each of them and each probe; DPO of the teacher; "
-        "as many texts again; the student's training"
+        "drafts × rationales texts of the teacher, and a student's answer (`sft_step`: likelihood) for each of them and each "
+        "probe; DPO of the teacher; as many texts again; the student's training"
     )
     used_with: ClassVar[dict[str, Any]] = {
         "draft_choice": {"align": ("none",)},
+        "step_rate": {"scorer": ("sft_step",)},
         "quartile": {"align": ("both", "questions")},
     }
     example: ClassVar[dict[str, Any]] = {"task": "reasoning", "student": {"train": {"max_steps": 200}}}
     page: ClassVar[dict[str, str]] = {
         "when": "The teacher can be trained, some hundred labelled questions are at hand, and the student is small: what helps "
         "it is not what a larger model finds good.",
-        "not": "Where the student cannot use an example in its prompt: all scores are then equal and carry no signal. With 40 "
-        "probes a score has a standard error of 0.08: use many drafts. An aligned teacher may write few different questions.",
+        "not": "Where the student cannot use an example in its prompt, all scores are equal: take `scorer=sft_step`, for which "
+        "the style of the probes' own solutions counts. With 40 probes a share of right answers has a standard error of 0.08: "
+        "use many drafts. An aligned teacher may write few different questions.",
         "deviations": "There is no released code; the method is reconstructed. Abilities and difficulties have Gaussian priors. "
         "The student itself is an examinee. Drafts that are also validation or test questions are left out, so no probe is seen as "
         "an example. A question's pair is of single questions, though the prompt may ask for several.",
@@ -78,6 +81,8 @@ class ARTE(Pipeline):
     probes: int = Field(40, ge=1, description="k, validation questions that examples are tried on.")
     validation_questions: int = Field(100, ge=1, description="Those of which the k most discriminating are chosen.")
     shots: tuple[int, ...] = Field((0, 1, 2, 3), description="Examples in the prompts of an examinee's runs.")
+    scorer: Literal["in_context", "sft_step"] = Field("in_context", description="s_r: as example, or by a step on it.")
+    step_rate: float = Field(0.1, gt=0, description="η, the learning rate of that step of SGD.")
     align: Literal["both", "rationales", "questions", "none"] = Field(
         "both", description="What the teacher is aligned by; `none` trains on a drafted rationale each."
     )
@@ -96,30 +101,20 @@ class ARTE(Pipeline):
         },
         description="Arguments of Trainer for DPO; raise the rate for a small teacher.",
     )
-    examples: int | None = Field(
-        None, ge=1, description="Questions of the tailored data; as many as drafts if not given."
-    )
+    examples: int | None = Field(None, ge=1, description="Tailored questions; as many as drafts if not given.")
     per_prompt: int = Field(5, ge=1, description="Questions that a prompt asks for.")
     seeds: int = Field(3, ge=1, description="Training questions in that prompt.")
     tries: int = Field(5, ge=1, description="Times the prompts that would do if all they bring were new, at most.")
     temperature: float = Field(1.0, gt=0, description="Of questions, and of drafted rationales.")
     max_tokens: int = Field(512, ge=1, description="Of a text of the teacher.")
-    question_prompt: str = Field(
-        "write_questions", description="File with the slots `questions` and, if wanted, `number`."
-    )
+    question_prompt: str = Field("write_questions", description="File with slots `questions` and maybe `number`.")
     style_prompts: tuple[str, ...] = Field(
         ("solve_steps", "solve_parts", "solve_facts", "solve_briefly"), description="Files with the slot `question`."
     )
-    plain_prompt: str = Field(
-        "solve_steps", description="File with the slot `question`, which the teacher is aligned by."
-    )
+    plain_prompt: str = Field("solve_steps", description="File with the slot `question`, for the alignment.")
     chat: bool = Field(True, description="Ask the teacher in a chat; off, prompts are texts to be continued.")
-    teacher_data: dict[str, Any] = Field(
-        {}, description="Keys of `data` that differ where `teacher.train` trains it first."
-    )
-    student_data: dict[str, Any] = Field(
-        {}, description="Keys of `data` that differ where `student.train` trains it first."
-    )
+    teacher_data: dict[str, Any] = Field({}, description="Keys of `data` that differ for `teacher.train`.")
+    student_data: dict[str, Any] = Field({}, description="Keys of `data` that differ for `student.train`.")
     eval_shots: int = Field(3, ge=0, description="Examples in the prompts of the student's few-shot accuracy.")
 
     def run(self, context: PipelineContext) -> dict[str, Any]:
@@ -155,7 +150,7 @@ class ARTE(Pipeline):
         write_corpus(context.folder / "corpus", solutions, given.splits)
         run = context.train("training", corpus_run(recipe, student, context.folder / "corpus", given.checker))
         found = json.loads((run.folder / "evaluation.json").read_text())
-        metrics, table = tailoring_report({"drafts": scored, "tailored": some})
+        metrics, table = tailoring_report({"drafts": scored, "tailored": some}, self.scorer)
         evaluated = getattr(given.splits, recipe["eval_split"])
         solver = Solver.load(student_of(run, student), given.data)
         few = (train, evaluated, self.eval_shots, given.checker, "few_shot")
@@ -178,6 +173,8 @@ class ARTE(Pipeline):
                     f"Method {self.name!r} asks its {side}, and {spec.model!r} is new and knows nothing: name a pretrained one, "
                     f"or train it first ({side}.train)."
                 )
+            if self.scorer == "sft_step" and side == "student" and spec.quantization is not None:
+                raise InputError("scorer=sft_step moves all weights of the student: leave student.quantization out.")
         styles, plain = [Prompt.load(p) for p in self.style_prompts], Prompt.load(self.plain_prompt)
         how: Any = self.model_dump(include={"temperature", "max_tokens", "chat", "tries"})
         ask, seed = Prompt.load(self.question_prompt), recipe["seed"]
@@ -206,9 +203,11 @@ class ARTE(Pipeline):
         rationales: Sequence[DraftRationale],
         name: str,
     ) -> list[DraftRationale]:
-        """Which probes the student answers with each rationale as the example before them."""
+        """How much each rationale helps the student on the probes."""
         texts, load = [d.question for d in drafts], partial(Solver.load, student, given.data)
-        make = lambda f: tried(context, load(), rationales, texts, probes, given.checker, f)  # noqa: E731
+        step = partial(stepped, max_length=int(given.data["max_length"]), rate=self.step_rate)
+        score = step if self.scorer == "sft_step" else partial(tried, checker=given.checker)
+        make = lambda f: score(context, load(), rationales, texts, probes, funnel=f)  # noqa: E731
         return context.stage(name, DraftRationale, make)
 
     def _pairs(

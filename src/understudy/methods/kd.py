@@ -33,12 +33,14 @@ class KD(Method):
         "beta": {"divergence": ("jsd",)},
         "alpha": {"divergence": ("skew_kl", "skew_reverse_kl")},
         "ab": {"divergence": ("alpha_beta",)},
+        "mu": {"divergence": ("adaptive_kl",)},
     }
     page: ClassVar[dict[str, str]] = {
         "when": "The first thing to try with any teacher; the yardstick of all other methods. With the recipe key "
         "`on_policy` the student learns from texts of its own: with `jsd` or `reverse_kl` that is GKD. `alpha_beta` is "
-        "ABKD (with ce_weight 0). `teacher_noise` is the ablation of paper 14: it asks whether a good teacher's precise "
-        "probabilities matter.",
+        "ABKD (with ce_weight 0), `adaptive_kl` AKL: forward KL weighted by the error in the head of the teacher's "
+        "distribution, reverse KL by that in its tail. `teacher_noise` is the ablation of paper 14: it asks whether a good "
+        "teacher's precise probabilities matter.",
         "not": "When only the teacher's text is known.",
         "deviations": "The default weights (0.1 and 0.9 at temperature 2) are those of the baseline in paper 9. On "
         "graphs every node is a row, with or without a label: temperature 1 and weights λ and 1 − λ make it GLNN. "
@@ -46,7 +48,7 @@ class KD(Method):
     }
 
     divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl"
     ] = Field("forward_kl", description="Between the softened distributions, teacher first.")
     temperature: float = Field(2.0, gt=0, description="Divides both sides' logits before the softmax.")
     tau_squared: bool = Field(True, description="Multiply the divergence by temperature².")
@@ -60,6 +62,8 @@ class KD(Method):
     ab: tuple[float, float] = Field(
         (0.2, 0.7), description="α and β of `alpha_beta`: (1, 0) is forward_kl, (0, 1) reverse_kl."
     )
+
+    mu: float = Field(0.5, gt=0, le=1, description="Teacher's probability in the head of `adaptive_kl`.")
 
     @property
     def requires(self) -> Requirements:
@@ -80,6 +84,8 @@ class KD(Method):
             options["alpha"] = self.alpha
         elif self.divergence == "alpha_beta":
             options["alpha"], options["beta"] = self.ab
+        elif self.divergence == "adaptive_kl":
+            options["mu"] = self.mu
         if self.teacher_noise:
             drawn = batch.ids[batch.sequence], state.step * _ROWS + batch.places
             options |= {"divergence": divergence, "sigma": self.teacher_noise, "seed": state.seed}

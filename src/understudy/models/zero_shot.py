@@ -57,7 +57,11 @@ class ZeroShotClassifier(nn.Module):
     Args:
         body: with `get_image_features` and `logit_scale`.
         prototypes: of the classes, `[classes, width]`, of length 1.
+
+    With an `adapter` (`understudy.models.few_shot`), what it returns for the embeddings is added to the logits.
     """
+
+    adapter: nn.Module | None
 
     def __init__(self, body: Any, prototypes: Tensor) -> None:
         super().__init__()
@@ -67,14 +71,14 @@ class ZeroShotClassifier(nn.Module):
         with torch.no_grad():
             self.head.weight.copy_(body.logit_scale.exp() * prototypes)
             self.head.bias.fill_(0.0 if bias is None else float(bias))
+        self.adapter = None
         self.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `[images, classes]`."""
-        logits: Tensor = self.head(
-            F.normalize(_pooled(self.body.get_image_features(pixel_values=pixels)).float(), dim=-1)
-        )
-        return logits
+        features = F.normalize(_pooled(self.body.get_image_features(pixel_values=pixels)).float(), dim=-1)
+        logits: Tensor = self.head(features)
+        return logits if self.adapter is None else logits + self.adapter(features)
 
 
 def load_zero_shot(

@@ -47,7 +47,7 @@ class DHO(Method):
 
     name = "dho"
     paper = 23
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = "as kd, and one more head"
     used_with: ClassVar[dict[str, Any]] = {"kd_head": {"heads": ("two",)}}
     page: ClassVar[dict[str, str]] = {

@@ -428,7 +428,7 @@ def test_few_labels_are_left_or_come_so(tmp_path):
     firsts = [next(i for i, w in enumerate(whole.train) if w["label"] == c) for c in (0, 1)]
     assert all(labels[i] >= 0 for i in firsts) and found.hash != whole.hash
     assert load_classified({**spec, "for_teacher": True}).train == whole.everything
-    with pytest.raises(InputError, match="data.labelled is 0"):
+    with pytest.raises(InputError, match=r"data\.labelled is 0"):
         load_classified({**spec, "labelled": 0})
     bare = [{**r, "label": -1} if i >= 40 else r for i, r in enumerate(rows)]
     own = load_classified({"name": str(as_lines(tmp_path / "own.jsonl", bare))}, ["good", "bad"])
@@ -442,7 +442,7 @@ def test_few_labels_are_left_or_come_so(tmp_path):
     folder.mkdir()
     as_lines(folder / "train.jsonl", bare)
     as_lines(folder / "test.jsonl", bare[30:50])
-    with pytest.raises(InputError, match="test record 10 .*the label is -1; give one class"):
+    with pytest.raises(InputError, match=r"test record 10 .*the label is -1; give one class"):
         load_classified({"name": str(folder)})
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import (
+    AutoModelForImageClassification,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -23,6 +25,7 @@ from understudy.data import Batch, train_tokenizer
 from understudy.models.few_shot import ALPHAS, BETAS, FewShotAdapter
 from understudy.models.zero_shot import is_zero_shot, load_zero_shot
 from understudy.runs.capture import capture_recipe
+from understudy.runs.check import evaluate_run
 from understudy.runs.recipe import make
 from understudy.tasks.image_classification import ImageClassification
 
@@ -55,8 +58,6 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Images of 16 × 16 whose class is their colour, by folder."""
-    from PIL import Image
-
     root, chance = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for split, number in (("train", 24), ("test", 9)):
         for label, name in enumerate(NAMES):
@@ -261,6 +262,32 @@ def test_its_states_are_read_where_its_classes_are_not(folder, pictures, tmp_pat
     assert 0 <= found.metrics["accuracy"] <= 1
 
 
+def test_a_student_of_it_is_its_images_side_with_a_new_head(folder, pictures, tmp_path):
+    """Also with the same folder as teacher; it starts at the saved weights and is saved as an ordinary classifier."""
+    whole = recipe(folder, pictures, student=str(folder), output=str(tmp_path / "run"))
+    found = make(whole)
+    prepared = ImageClassification().prepare(found)
+    student = ImageClassification().model(found.student, prepared)
+    plain = (CLIPModel if folder.name == "clip" else SiglipModel).from_pretrained(folder)
+    held = dict(plain.vision_model.named_parameters())
+    started = {n.removeprefix("vision_model."): p for n, p in student.model.vision_model.named_parameters()}
+    assert held.keys() == started.keys()
+    torch.testing.assert_close(started, held, rtol=0, atol=0)
+    assert student.model.classifier.out_features == 3 and all(p.requires_grad for p in student.parameters())
+    assert any("no weights for classifier" in note for note in prepared.notes)
+    saved = distill(whole).folder / "student"
+    again = AutoModelForImageClassification.from_pretrained(saved)
+    assert list(again.config.id2label.values()) == sorted(NAMES) and not is_zero_shot(str(saved))
+    image = Image.open(pictures / "test" / "red" / "0.png")
+    assert {s["label"] for s in pipeline("image-classification", model=str(saved))(image, top_k=3)} == set(NAMES)
+    assert 0 <= evaluate_run(saved.parent)["metrics"]["accuracy"] <= 1
+
+
+def test_a_student_that_is_a_copy_of_it_is_refused(folder, pictures, tmp_path):
+    with pytest.raises(InputError, match="ZeroShotClassifier, has no weights to train"):
+        distill(recipe(folder, pictures, student="teacher", output=str(tmp_path / "run")))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -268,12 +295,10 @@ def test_its_states_are_read_where_its_classes_are_not(folder, pictures, tmp_pat
         ({"teacher": {"options": {"prompts": ["a photo"]}}}, "'a photo' must be text with one {} where the name"),
         ({"teacher": {"options": {"prompts": []}}}, "options.prompts is empty"),
         ({"teacher": {"model": "resnet8", "options": {"prompts": "{}"}}}, "resnet8 has classes of its own"),
-        ({"student": {"model": "FOLDER"}}, "ZeroShotClassifier, has no weights to train"),
+        ({"student": {"options": {"prompts": "{}"}}}, r"student.options.prompts is of zero-shot teachers"),
     ],
 )
 def test_bad_input(changes, says, folder, pictures, tmp_path):
     filled = {side: {"model": str(folder), **keys} for side, keys in changes.items()}
-    if "student" in filled:
-        filled["student"]["model"] = str(folder)
     with pytest.raises(InputError, match=says):
         distill(recipe(folder, pictures, output=str(tmp_path / "run"), **filled))

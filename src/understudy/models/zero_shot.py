@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from understudy.data.folders import find, hub_id
@@ -128,6 +133,15 @@ def load_zero_shot(
             found.append(F.normalize(_pooled(body.get_text_features(**read.to(body.device))).float(), dim=-1))
         prototypes = F.normalize(torch.cat(found).view(len(classes), len(prompts), -1).mean(1), dim=-1)
     return ZeroShotClassifier(body, prototypes)
+
+
+def load_tower(name: str, classes: int, **how: Any) -> nn.Module:
+    """The part of such a model that reads images, with a new head of `classes`: an ordinary classifier of transformers.
+
+    Args:
+        how: as of `load_zero_shot`: `dtype`, `quantization`, `trust_remote_code`.
+    """
+    return auto_model(AutoModelForImageClassification, name, find(name), new_head=True, num_labels=classes, **how)
 
 
 def _pooled(output: Any) -> Tensor:

@@ -19,7 +19,7 @@ from understudy.errors import InputError
 from understudy.models import ClassifierAdapter, ModelAdapter, few_shot, load_classifier, normalisation, own_classes
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.weights import notes_of
-from understudy.models.zero_shot import OPTIONS, ZeroShotClassifier, is_zero_shot, load_zero_shot
+from understudy.models.zero_shot import OPTIONS, ZeroShotClassifier, is_zero_shot, load_tower, load_zero_shot
 from understudy.synthetic.images import IMAGES
 from understudy.tasks.base import LabelledTask, Prepared, merged
 from understudy.tasks.class_names import name_classes
@@ -114,6 +114,7 @@ class ImageClassification(LabelledTask):
             facts={
                 "names": splits.classes,
                 "prompted": splits.classes,
+                "student": recipe.student,
                 "with_validation": bool(data.get("with_validation")),
             },
         )
@@ -126,8 +127,16 @@ class ImageClassification(LabelledTask):
         }
         options = dict(spec.options or {})
         adapter = options.pop("adapter", False)
-        if source is None and is_zero_shot(spec.model, spec.trust_remote_code):
-            model: nn.Module = load_zero_shot(spec.model, prepared.facts["prompted"], **options, **how)
+        zero_shot = source is None and is_zero_shot(spec.model, spec.trust_remote_code)
+        if zero_shot and spec is prepared.facts["student"]:
+            if spec.options:
+                raise InputError(
+                    f"student.options.{next(iter(spec.options))} is of zero-shot teachers: as a student {spec.model} gets a new "
+                    "head. Leave it out."
+                )
+            model: nn.Module = load_tower(spec.model, prepared.classes, **how)
+        elif zero_shot:
+            model = load_zero_shot(spec.model, prepared.facts["prompted"], **options, **how)
         elif spec.options:
             raise InputError(
                 f"{spec.model} has classes of its own: options.{next(iter(spec.options))} is of zero-shot models, such as CLIP."

@@ -83,7 +83,7 @@ def given(adapter: Any) -> tuple[float, float] | None:
     """
     if adapter is True:
         return None
-    both = [adapter.get(key) for key in ("alpha", "beta")] if isinstance(adapter, Mapping) else []
+    both: list[Any] = [adapter.get(key) for key in ("alpha", "beta")] if isinstance(adapter, Mapping) else []
     if (
         len(both) != 2
         or len(adapter) != 2

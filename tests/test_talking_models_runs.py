@@ -16,6 +16,9 @@ from understudy.methods.talking_models import TalkingModels
 from understudy.models import ClassifierAdapter, own_classes
 from understudy.models.messages import Places, States, as_output, carried, compared, states_of
 from understudy.models.text_classifiers import TextClassifierAdapter
+from understudy.runs.recipe import make
+from understudy.runs.teachers import for_teacher
+from understudy.tasks import get as get_task
 from understudy.teachers import LocalTeacher
 from understudy.training import TrainModule
 from understudy.training.shapes import probe
@@ -262,6 +265,34 @@ def test_a_teacher_of_other_classes(tmp_path):
     assert own_classes(nn.Sequential(nn.Linear(3, 7), nn.ReLU())) == 7
     with pytest.raises(InputError, match="does not say how many classes"):
         own_classes(nn.Flatten())
+
+
+def test_a_teacher_of_another_resolution_sees_the_students_images_as_its_processor_makes_them(tmp_path):
+    """Images of 8 × 8 and one channel for the student, of 16 × 16 and three normalised ones for the teacher."""
+    from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    size = {"image_size": 16, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vit = ViTForImageClassification(ViTConfig(**size, intermediate_size=8, num_labels=7)).eval()
+    folder = tmp_path / "vit"
+    vit.save_pretrained(folder)
+    held = {"size": {"height": 16, "width": 16}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.1]}
+    ViTImageProcessor(**held).save_pretrained(folder)
+    trainer = {"max_steps": 3, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    given = {**RUN, "teacher": str(folder), "student": "convnet:4", "trainer": trainer, "output": str(tmp_path / "run")}
+    whole = make(given)
+    task = get_task(whole.task)
+    prepared = task.prepare(whole)
+    teacher = task.model(whole.teacher, for_teacher(whole, prepared))
+    batch = Batch.from_dict(prepared.collate([prepared.train[i] for i in range(4)]))
+    found = LocalTeacher(teacher, "vit", taps=whole.build_method().taps("teacher", teacher, batch))(batch).taps
+    grey = (batch.inputs["pixel_values"] * 255).round().byte().repeat(1, 3, 1, 1)
+    pixels = AutoImageProcessor.from_pretrained(folder)(list(grey.numpy()), return_tensors="pt")["pixel_values"]
+    states = vit.vit(pixels, output_hidden_states=True)
+    assert pixels.shape[2:] == (16, 16) and found["low"].shape == (4, 17, 8)  # a class token and 4 × 4 patches
+    close(found["high"], states.last_hidden_state, rtol=0, atol=0.05)  # the library resizes in integers
+    result = distill(given)
+    assert 0 <= result.metrics["accuracy"] <= 1 and result.metrics["message_variance"] > 0
 
 
 def test_an_encoder_that_was_trained_for_another_task_teaches_texts(tmp_path):

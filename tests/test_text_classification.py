@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from engine_cases import OPTIONS, killed_run, weights
 from text_classes import as_csv, as_lines, classifier, reviews
@@ -58,7 +59,7 @@ def recipe(teacher, data, **more):
 
 def test_a_saved_bert_is_distilled_from_a_csv_in_one_command(tmp_path, teacher, capsys):
     """What was saved by plain transformers comes back for plain transformers, smaller, with its label names."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    from transformers import pipeline
 
     data, out = as_csv(tmp_path / "reviews.csv", reviews(300)), tmp_path / "run"
     words = [
@@ -103,7 +104,7 @@ HEADS = {"dhkd": {"head": "linear"}}  # the nonlinear one normalises over a batc
 
 
 @pytest.mark.parametrize(
-    "method", ["sft", "kd", "pld", "taid", "dhkd", "lelp", "tgeo-kd", "dkd", "dist", "rkd", "ctkd"]
+    "method", ["sft", "kd", "pld", "taid", "dhkd", "lelp", "tgeo-kd", "dkd", "dist", "rkd", "ctkd", "dho"]
 )
 def test_every_method_of_classes_works(tmp_path, teacher, method):
     """Unchanged, with a teacher of other tokens."""
@@ -374,6 +375,7 @@ BAD = {
         "label 'god' is none of data.classes.*Did you mean 'good'",
         {"classes": ["good", "bad"]},
     ),
+    "no label at all": ([{"text": "a", "label": -1}] * 20, "every record has the label -1, which is none"),
     "classes twice": (
         [{"text": "a", "label": 0}],
         "data.classes is .* list of different names",
@@ -415,6 +417,59 @@ def test_the_students_part_is_a_fixed_draw(tmp_path):
     )
     hidden = load_classified({**spec, "unlabelled": True})
     assert {r["label"] for r in hidden.train} == {-1} and {r["label"] for r in hidden.test} == {0, 1}
+
+
+def test_few_labels_are_left_or_come_so(tmp_path):
+    """`labelled` keeps the first of each class of the student's part; a record of label −1 has none, and is never set aside."""
+    rows = reviews(100)
+    spec = {"name": str(as_lines(tmp_path / "d.jsonl", rows)), "limit": 40, "labelled": 3}
+    found, whole = load_classified(spec), load_classified({**spec, "labelled": None})
+    labels = [r["label"] for r in found.train]
+    assert [labels.count(c) for c in (0, 1, -1)] == [3, 3, 34]
+    assert all(r["label"] in (-1, w["label"]) for r, w in zip(found.train, whole.train, strict=True))
+    firsts = [next(i for i, w in enumerate(whole.train) if w["label"] == c) for c in (0, 1)]
+    assert all(labels[i] >= 0 for i in firsts) and found.hash != whole.hash
+    assert load_classified({**spec, "for_teacher": True}).train == whole.everything
+    with pytest.raises(InputError, match=r"data\.labelled is 0"):
+        load_classified({**spec, "labelled": 0})
+    bare = [{**r, "label": -1} if i >= 40 else r for i, r in enumerate(rows)]
+    own = load_classified({"name": str(as_lines(tmp_path / "own.jsonl", bare))}, ["good", "bad"])
+    assert own.classes == ["good", "bad"] and len(own.everything) == 60 + len(own.taught())
+    assert {r["label"] for r in [*own.validation, *own.test, *own.taught()]} == {0, 1}
+    assert len(own.validation) + len(own.test) + len(own.taught()) == 40
+    assert any("60 of 92 training records have no label (-1)" in note for note in own.notes), own.notes
+    alone = load_classified({"name": str(tmp_path / "own.jsonl"), "for_teacher": True})
+    assert alone.train == alone.taught() and len(alone.train) == len(own.taught())
+    folder = tmp_path / "set"
+    folder.mkdir()
+    as_lines(folder / "train.jsonl", bare)
+    as_lines(folder / "test.jsonl", bare[30:50])
+    with pytest.raises(InputError, match=r"test record 10 .*the label is -1; give one class"):
+        load_classified({"name": str(folder)})
+
+
+def test_two_heads_learn_from_few_labels_and_a_teacher_of_texts(tmp_path, teacher):
+    """DHO: the saved student is an ordinary classifier with the names of the classes, and learns what the labels cannot tell."""
+    rows = as_lines(tmp_path / "d.jsonl", reviews(240))
+    base = recipe(
+        teacher,
+        rows,
+        method="dho",
+        student="bert:hidden=16,layers=1,heads=2",
+        options={"labelled_batch": 4, "unlabelled_batch": 12},
+        trainer={**TRAINER, "max_steps": 60, "per_device_train_batch_size": 16, "save_strategy": "no"},
+    )
+    base["data"]["labelled"] = 4
+    found = distill(base, output=str(tmp_path / "run"))
+    assert found.metrics["accuracy"] > 0.9  # chance is 0.5
+    assert {"mix_alpha", "mix_beta"} <= found.metrics.keys()
+    plain = AutoModelForSequenceClassification.from_pretrained(found.folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(found.folder / "student")
+    assert plain.config.num_labels == 2 and set(plain.config.id2label.values()) == {"good", "bad"}
+    shown = tokenizer(["the film was superb", "the film was awful"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        said = [plain.config.id2label[i] for i in plain(**shown).logits.argmax(-1).tolist()]
+    assert said == ["good", "bad"]
 
 
 def test_sets_of_the_data_folder_have_their_names(monkeypatch):

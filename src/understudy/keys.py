@@ -19,6 +19,7 @@ from understudy.evaluation.leakage import Canaries
 from understudy.generation import Budget
 from understudy.generation.limits import Endpoint
 from understudy.methods import all_methods
+from understudy.models.few_shot import OPTIONS as FEW_SHOT
 from understudy.models.modalities import OPTIONS as MODALITIES
 from understudy.models.ranker_loading import MEANINGS
 from understudy.models.text_classifiers import OPTIONS as TEXT_CLASSIFIER
@@ -54,7 +55,7 @@ def sections() -> dict[str, list[Key]]:
     oracle = [key for key in of_model(OracleSpec, "oracle.") if key.name.split(".")[1] not in ModelSpec.model_fields]
     of_tasks = {
         "ranking": MEANINGS,
-        "image_classification": ZERO_SHOT,
+        "image_classification": {**ZERO_SHOT, **FEW_SHOT},
         "text_classification": TEXT_CLASSIFIER,
         "multimodal_classification": MODALITIES,
     }

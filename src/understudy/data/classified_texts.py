@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from understudy.data.records import Record, absent, place, read_records
 from understudy.data.text import check_keys, read_source, split_off, whole
 from understudy.errors import InputError, nearest
 
-OPTIONS = {"name", "limit", "columns", "classes", "domain_column", "unlabelled", "for_teacher"}
+OPTIONS = {"name", "limit", "columns", "classes", "domain_column", "unlabelled", "labelled", "for_teacher"}
 PAIRS = (
     ("text", "text_pair"),
     ("text_a", "text_b"),
@@ -70,7 +71,7 @@ class ClassifiedTexts:
     """Records `{"id", "text", "label"}` of each split, with `text_pair` and `domain` where the data have them.
 
     Args:
-        everything: the training split before `limit`: what a teacher that is trained first may see.
+        everything: the training split before `limit`, with its labels.
         classes: names of the classes by number.
     """
 
@@ -82,6 +83,10 @@ class ClassifiedTexts:
     notes: list[str] = field(default_factory=list)
     hash: str = ""
     domains: tuple[str, ...] = ()
+
+    def taught(self) -> list[Record]:
+        """What a teacher that is trained first may see: all training records that have a label."""
+        return [r for r in self.everything if r["label"] != UNLABELLED]
 
     def texts(self) -> list[str]:
         """All training texts, for training a tokenizer."""
@@ -95,11 +100,12 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
         spec: `name` (`subjects`, one of `SETS`, a file, folder or Hub id), `limit` (training records of the student, drawn
             once), `columns` (names of columns, `{ours: theirs}`), `classes` (names of the classes, by number),
             `domain_column` (a column that names each record's domain), `unlabelled` (hide the student's training labels),
-            `for_teacher` (train on everything).
+            `labelled` (hide all but so many of each class), `for_teacher` (train on everything that has a label).
         known: names of the classes by number as a model of the run has them.
 
     Labels are class names, or numbers from 0. Names are numbered as `classes` or `known` has them, else by alphabet.
-    A further split without any label (−1 throughout, as published test splits have it) is left out.
+    A training record of label −1 has none. A further split without any label (−1 throughout, as published test splits have
+    it) is left out.
 
     Raises:
         InputError: a record without text or label, a label that is no class, or fewer than two classes.
@@ -118,26 +124,41 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
     notes += arrange(name, splits, FORMATS, {column} if column is not None else set(), spec.get("columns"))
     for split, records in splits.items():
         for i, record in enumerate(records):
-            _check(place(f"{name}, {split} record {i}", record), record, column)
+            _check(place(f"{name}, {split} record {i}", record), record, column, split == "train")
     shapes = {"text_pair" in r for records in splits.values() for r in records}
     if len(shapes) > 1:
         raise InputError(f"{name} holds single texts and pairs. Keep them in two sets.")
     own = dict.fromkeys(n.strip() for split in ("train", *named[label]) for n in named[label].get(split, ()))
     classes, numbers = _classes(name, splits, _named(spec), published or known, list(own), notes)
-    for record in (r for records in splits.values() for r in records):
+    for record in (r for records in splits.values() for r in records if r["label"] != UNLABELLED):
         record["label"] = numbers[record["label"]]
     # Files are often sorted by class, or alternate: what is set aside, and what `limit` keeps, is a fixed draw.
     order = torch.randperm(len(splits.get("train", ())), generator=torch.Generator().manual_seed(0)).tolist()
     splits |= {"train": [splits["train"][i] for i in order]} if order else {}
-    split_off(name, splits, notes)
+    _split_off(name, splits, notes)
     for number, record in enumerate(r for records in splits.values() for r in records):
         record["id"] = number
     everything = splits["train"]
-    train = everything if spec.get("for_teacher") else _student(everything, spec, notes)
+    found = ClassifiedTexts([], splits["validation"], splits["test"], everything, classes, notes)
+    found.train = train = found.taught() if spec.get("for_teacher") else _student(everything, spec, notes)
     said = [train, everything, splits["validation"], splits["test"], classes]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    domains = tuple(sorted({r["domain"] for rows in splits.values() for r in rows})) if column is not None else ()
-    return ClassifiedTexts(train, splits["validation"], splits["test"], everything, classes, notes, digest, domains)
+    found.hash = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    found.domains = tuple(sorted({r["domain"] for rows in splits.values() for r in rows})) if column is not None else ()
+    return found
+
+
+def _split_off(name: str, splits: dict[str, list[Record]], notes: list[str]) -> None:
+    """Set aside records for the splits that are missing, of those that have a label if any does."""
+    drawn = splits.get("train", [])
+    labelled = [r for r in drawn if r["label"] != UNLABELLED]
+    if labelled:
+        splits["train"] = labelled
+    split_off(name, splits, notes)
+    if len(labelled) < len(drawn):
+        aside = {id(r) for split, records in splits.items() if split != "train" for r in records}
+        splits["train"] = [r for r in drawn if id(r) not in aside]
+        number = sum(r["label"] == UNLABELLED for r in splits["train"])
+        notes.append(f"{name}: {number} of {len(splits['train'])} training records have no label (-1).")
 
 
 def _read(
@@ -175,8 +196,8 @@ def subjects() -> list[Record]:
     return records
 
 
-def _check(where: str, record: Record, column: str | None) -> None:
-    """Give a record the columns `text`, `text_pair` and `label`, with its label as text."""
+def _check(where: str, record: Record, column: str | None, train: bool) -> None:
+    """Give a record the columns `text`, `text_pair` and `label`, with its label as text; −1 stays where it may, in `train`."""
     pair = next((pair for pair in PAIRS if set(pair) <= record.keys()), None)
     sides = pair or tuple(text for text in TEXTS if text in record)
     texts = [(side, record.pop(side)) for side in sides]
@@ -185,7 +206,8 @@ def _check(where: str, record: Record, column: str | None) -> None:
             raise InputError(f"{where}: {side} is {type(text).__name__}, not text.")
         checked_text(where, side, text)
     record |= dict(zip(("text", "text_pair"), (text for _, text in texts), strict=False))
-    record["label"] = _label(where, record["label"])
+    none = train and type(record["label"]) is int and record["label"] == UNLABELLED
+    record["label"] = UNLABELLED if none else _label(where, record["label"])
     if column is not None:
         domain = record.pop(column, None)
         if absent(domain) or isinstance(domain, (list, dict)):
@@ -228,7 +250,9 @@ def _classes(
 ) -> tuple[list[str], dict[str, int]]:
     """The names of the classes by number, and the number of each label: `chosen` in the recipe, or `known` of the data or a
     model, where they fit; else the data's `own`, if numbers were replaced by these."""
-    seen = {r["label"] for records in splits.values() for r in records}
+    seen = {r["label"] for records in splits.values() for r in records if r["label"] != UNLABELLED}
+    if not seen:
+        raise InputError(f"{name}: every record has the label {UNLABELLED}, which is none. Label some.")
     if own and list(own) != [str(i) for i in range(len(own))]:
         return _by_own_names(name, seen, chosen, known, own, notes)
     wanted = chosen or known
@@ -357,8 +381,17 @@ def _other(name: str, seen: set[str], known: Sequence[str]) -> str:
 
 
 def _student(everything: list[Record], spec: Mapping[str, Any], notes: list[str]) -> list[Record]:
-    """The student's training records: the first `limit`, with or without labels."""
+    """The student's training records: the first `limit`, with the labels that it may read."""
     found = everything[: whole(spec, "limit", len(everything))]
+    if spec.get("labelled") is not None:
+        number, seen = whole(spec, "labelled", 1), Counter[int]()
+        shown = []
+        for record in found:
+            seen[record["label"]] += 1
+            shown.append(record if seen[record["label"]] <= number else {**record, "label": UNLABELLED})
+        found = shown
+        known = sum(r["label"] != UNLABELLED for r in found)
+        notes.append(f"{known} of the student's {len(found)} training records have a label.")
     if spec.get("unlabelled"):
         notes.append("The student's training part is used without its labels.")
         found = [{**record, "label": UNLABELLED} for record in found]

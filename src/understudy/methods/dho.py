@@ -47,11 +47,11 @@ class DHO(Method):
 
     name = "dho"
     paper = 23
-    kinds = frozenset({"image"})
+    kinds = frozenset({"classification"})
     cost = "as kd, and one more head"
     used_with: ClassVar[dict[str, Any]] = {"kd_head": {"heads": ("two",)}}
     page: ClassVar[dict[str, str]] = {
-        "when": "A general teacher, such as a zero-shot one (`teacher=openai/clip-vit-base-patch32`), few labels (`data.labelled`, or label −1 in your own data) and many examples without. The "
+        "when": "A general teacher, such as a zero-shot one (`teacher=openai/clip-vit-base-patch32`; with `teacher.options.adapter=true` the few labelled images vote too), few labels (`data.labelled`, or label −1 in your own data) and many examples without. The "
         "balance of labels and teacher is chosen after training.",
         "not": "When the teacher is about as good as the labels: one head with a large λ does as well. On other losses of two "
         "heads see `dhkd`.",

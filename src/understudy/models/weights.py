@@ -169,7 +169,9 @@ def notes_of(model: nn.Module) -> list[str]:
 
 def _in_body(key: str, model: Any) -> bool:
     body = model.base_model
-    names = {n for n, _ in body.named_children()} | {n for n, _ in body.named_parameters(recurse=False)}
+    whole = body is model  # such as CLIP's classifier, whose head stands beside the parts of the body
+    parts = {n for n, m in body.named_children() if not (whole and isinstance(m, nn.Linear))}
+    names = parts | {n for n, _ in body.named_parameters(recurse=False)}
     return key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in names
 
 

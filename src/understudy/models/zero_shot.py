@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForZeroShotImageClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoTokenizer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from understudy.data.folders import find, hub_id
@@ -57,7 +62,11 @@ class ZeroShotClassifier(nn.Module):
     Args:
         body: with `get_image_features` and `logit_scale`.
         prototypes: of the classes, `[classes, width]`, of length 1.
+
+    With an `adapter` (`understudy.models.few_shot`), what it returns for the embeddings is added to the logits.
     """
+
+    adapter: nn.Module | None
 
     def __init__(self, body: Any, prototypes: Tensor) -> None:
         super().__init__()
@@ -67,14 +76,14 @@ class ZeroShotClassifier(nn.Module):
         with torch.no_grad():
             self.head.weight.copy_(body.logit_scale.exp() * prototypes)
             self.head.bias.fill_(0.0 if bias is None else float(bias))
+        self.adapter = None
         self.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `[images, classes]`."""
-        logits: Tensor = self.head(
-            F.normalize(_pooled(self.body.get_image_features(pixel_values=pixels)).float(), dim=-1)
-        )
-        return logits
+        features = F.normalize(_pooled(self.body.get_image_features(pixel_values=pixels)).float(), dim=-1)
+        logits: Tensor = self.head(features)
+        return logits if self.adapter is None else logits + self.adapter(features)
 
 
 def load_zero_shot(
@@ -124,6 +133,15 @@ def load_zero_shot(
             found.append(F.normalize(_pooled(body.get_text_features(**read.to(body.device))).float(), dim=-1))
         prototypes = F.normalize(torch.cat(found).view(len(classes), len(prompts), -1).mean(1), dim=-1)
     return ZeroShotClassifier(body, prototypes)
+
+
+def load_tower(name: str, classes: int, **how: Any) -> nn.Module:
+    """The part of such a model that reads images, with a new head of `classes`: an ordinary classifier of transformers.
+
+    Args:
+        how: as of `load_zero_shot`: `dtype`, `quantization`, `trust_remote_code`.
+    """
+    return auto_model(AutoModelForImageClassification, name, find(name), new_head=True, num_labels=classes, **how)
 
 
 def _pooled(output: Any) -> Tensor:

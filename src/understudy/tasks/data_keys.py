@@ -213,6 +213,7 @@ class _ClassifiedTexts(BaseModel):
     )
     domain_column: str | None = Field(None, description="Column that names each record's domain.")
     unlabelled: _Flag = Field(False, description="Hide the student's training labels.")
+    labelled: _Count | None = Field(None, description="Hide all labels but so many of each class.")
     for_teacher: _Flag = Field(
         False, description="Train on the teacher's part; set for a teacher that is trained first."
     )

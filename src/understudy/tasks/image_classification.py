@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from understudy.data import collate_images, find, load_images
+from understudy.data import Batch, collate_images, find, load_images
+from understudy.data.image_set import ImageSet
 from understudy.errors import InputError
-from understudy.models import ClassifierAdapter, ModelAdapter, load_classifier, normalisation, own_classes
+from understudy.models import ClassifierAdapter, ModelAdapter, few_shot, load_classifier, normalisation, own_classes
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.weights import notes_of
-from understudy.models.zero_shot import OPTIONS, ZeroShotClassifier, is_zero_shot, load_zero_shot
+from understudy.models.zero_shot import OPTIONS, ZeroShotClassifier, is_zero_shot, load_tower, load_zero_shot
 from understudy.synthetic.images import IMAGES
 from understudy.tasks.base import LabelledTask, Prepared, merged
 from understudy.tasks.class_names import name_classes
+
+log = logging.getLogger(__name__)
 
 _SMALL = {
     "max_steps": 1000,
@@ -51,7 +56,7 @@ class ImageClassification(LabelledTask):
         {"for_teacher": True, "unlabelled": False, "labelled": None, "pool": None}
     )
     higher_is_better = True
-    model_options = frozenset(OPTIONS)
+    model_options = frozenset({**OPTIONS, **few_shot.OPTIONS})
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Default: digits with a trained MLP teacher; CIFAR-10 with the pretrained ResNet-56."""
@@ -106,7 +111,12 @@ class ImageClassification(LabelledTask):
             notes=list(splits.notes),
             more_tests=splits.more_tests,
             hashes={"data": splits.hash},
-            facts={"names": splits.classes},
+            facts={
+                "names": splits.classes,
+                "prompted": splits.classes,
+                "student": recipe.student,
+                "with_validation": bool(data.get("with_validation")),
+            },
         )
 
     def model(self, spec: Any, prepared: Prepared, source: Path | nn.Module | None = None) -> ModelAdapter:
@@ -115,11 +125,21 @@ class ImageClassification(LabelledTask):
             "quantization": spec.quantization,
             "trust_remote_code": spec.trust_remote_code,
         }
-        if source is None and is_zero_shot(spec.model, spec.trust_remote_code):
-            model: nn.Module = load_zero_shot(spec.model, prepared.facts["names"], **(spec.options or {}), **how)
+        options = dict(spec.options or {})
+        adapter = options.pop("adapter", False)
+        zero_shot = source is None and is_zero_shot(spec.model, spec.trust_remote_code)
+        if zero_shot and spec is prepared.facts["student"]:
+            if spec.options:
+                raise InputError(
+                    f"student.options.{next(iter(spec.options))} is of zero-shot teachers: as a student {spec.model} gets a new "
+                    "head. Leave it out."
+                )
+            model: nn.Module = load_tower(spec.model, prepared.classes, **how)
+        elif zero_shot:
+            model = load_zero_shot(spec.model, prepared.facts["prompted"], **options, **how)
         elif spec.options:
             raise InputError(
-                f"{spec.model} has classes of its own: options.prompts is of zero-shot models, such as CLIP."
+                f"{spec.model} has classes of its own: options.{next(iter(spec.options))} is of zero-shot models, such as CLIP."
             )
         else:
             of: dict[str, Any] = {
@@ -134,8 +154,60 @@ class ImageClassification(LabelledTask):
         classes = prepared.classes if prepared.exact else own_classes(model)
         rows = ClassifierAdapter(model, classes, normalise=normalisation(model), processor=processor)
         rows.try_on(prepared.input_shape)
+        if adapter is not False:
+            add_adapter(spec.model, rows, prepared, adapter)
         name_classes(model, prepared.facts["names"], prepared, spec.model)
         return rows
+
+
+def add_adapter(name: str, rows: ClassifierAdapter, prepared: Prepared, adapter: Any) -> None:
+    """Give a zero-shot classifier an adapter of the training images that have a label, in place.
+
+    Args:
+        adapter: `options.adapter`: true to choose α and β on validation data, or both.
+
+    Raises:
+        InputError: no image has a label, or α and β cannot be chosen because no validation image has one or they are trained
+            on.
+    """
+    numbers = few_shot.given(adapter)
+    train, validation = (part.select(part.labels >= 0) for part in (prepared.train, prepared.validation))
+    if not len(train):
+        raise InputError(
+            "options.adapter: the training images that have a label vote, and none has one. Label some, without "
+            "data.unlabelled and data.pool, or leave options.adapter out."
+        )
+    if numbers is None and (prepared.facts["with_validation"] or not len(validation)):
+        said = "are trained on (data.with_validation)" if len(validation) else "have no labels"
+        raise InputError(
+            f"options.adapter: alpha and beta are chosen on the validation images, and these {said}. Give both, as in "
+            "options.adapter={alpha: 1.0, beta: 5.5}."
+        )
+    moved = torch.cuda.is_available() and next(rows.parameters()).device.type == "cpu"
+    if moved:
+        rows.cuda()
+    held = few_shot.labelled_images(rows, _batches(train, prepared))
+    votes = few_shot.FewShotAdapter(*held, prepared.classes, *(numbers or (0.0, 1.0)))
+    if numbers is None:
+        found = few_shot.choose(rows, votes, _batches(validation, prepared))
+        votes.alpha.fill_(found.alpha)
+        votes.beta.fill_(found.beta)
+        note = (
+            f"{name}: {len(train)} labelled images vote with α = {found.alpha:.4g} and β = {found.beta:.4g}, chosen on "
+            f"{found.examples} validation images, where accuracy is {float(found.grid.max()):.4f} ({float(found.grid[0, 0]):.4f} "
+            "without votes)."
+        )
+        log.info("%s", note)
+        prepared.say([note])
+    rows.model.adapter = votes
+    if moved:
+        rows.cpu()
+
+
+def _batches(part: ImageSet, prepared: Prepared, size: int = 64) -> Iterator[Batch]:
+    for start in range(0, len(part), size):
+        chosen = part.__getitems__(list(range(start, min(start + size, len(part)))))
+        yield Batch.from_dict(prepared.collate(chosen))
 
 
 def processor_of(name: str, model: nn.Module, shape: tuple[int, ...], prepared: Prepared) -> Processor | None:

@@ -47,7 +47,7 @@ class TextClassification(LabelledTask):
     kind = "classification"
     unit = "texts"
     metric = "accuracy"
-    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True, "unlabelled": False})
+    start_data: Mapping[str, Any] = MappingProxyType({"for_teacher": True, "unlabelled": False, "labelled": None})
     higher_is_better = True
     model_options = frozenset(OPTIONS)
 
@@ -90,7 +90,7 @@ class TextClassification(LabelledTask):
             train=texts.train,
             validation=texts.validation,
             test=texts.test,
-            teacher_train=texts.everything,
+            teacher_train=texts.taught(),
             collate=TextClassCollator(list(same.values()), texts.domains),
             domains=texts.domains,
             classes=len(texts.classes),

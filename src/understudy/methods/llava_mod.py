@@ -50,6 +50,7 @@ class LLaVAMoD(Method):
         "pair, of student and teacher"
     )
     used_with: ClassVar[dict[str, Any]] = {"detach_kl": {"loss_type": ("kto_pair",)}}
+    example: ClassVar[dict[str, Any]] = {"task": "vision_language"}
     page: ClassVar[dict[str, str]] = {
         "when": "A vision-language student (`task=vision_language`), or a text LM (`task=preferences`), that is to become "
         "larger without becoming slower, and a teacher with the same tokens that makes fewer things up. Pairs of better and "

@@ -53,7 +53,7 @@ def teacher_of(
         if method.requires.temperature != 1.0:
             raise InputError(
                 "Teacher and student have different tokenizers, and the likelihood of a text is taken at temperature 1: "
-                f"set options.temperature=1 (it is {method.requires.temperature})."
+                f"set options.temperature=1 (it is {method.requires.temperature}), or give a teacher with the student's tokenizer."
             )
     if recipe.teacher.cache is not None:
         return _cached(recipe.teacher.cache, method, prepared)

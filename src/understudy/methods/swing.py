@@ -53,7 +53,9 @@ class Swing(Method):
         "the teacher, and protection comes of small gradients and noise; `student_temperature=one` flattens the student too. "
         "The cross-entropy leaves out private tokens (`mask_labels`), or it would teach the secrets themselves. Noise hangs on "
         "run seed, example and token alone: it is the same in every epoch, so it does not average out.",
+        "task": "language_modeling",
     }
+    value_kinds: ClassVar[dict[str, Any]] = {"score": {"detector": frozenset({"text"})}}
 
     score: Literal["detector", "memorisation", "domains"] = Field(
         "detector",

@@ -148,7 +148,8 @@ class Method(BaseModel):
     are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
     that a pipeline uses beside teacher and student, by name), `used_with` (options that have an effect only with some values
     of another one, or with one of several, as `{"beta": {"divergence": ("jsd",)}}`; elsewhere a value that is not the default
-    is refused).
+    is refused), `value_kinds` (values of options that work on some of `kinds` alone, as
+    `{"score": {"detector": frozenset({"text"})}}`; on other tasks a recipe is refused).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -162,6 +163,7 @@ class Method(BaseModel):
     variants: ClassVar[str | None] = None
     roles: ClassVar[Mapping[str, Role]] = {}
     used_with: ClassVar[Mapping[str, Mapping[str, Sequence[Any]]]] = {}
+    value_kinds: ClassVar[Mapping[str, Mapping[Any, frozenset[str]]]] = {}
 
     @model_validator(mode="after")
     def _are_used(self) -> Self:

@@ -208,6 +208,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
     method = recipe.build_method()
     check_roles(recipe.method, method, recipe.teacher, recipe.roles or {}, recipe.budget)
     check_kinds(recipe.method, method, task)
+    method.check_trainer(recipe.trainer)
     _check_on_policy(recipe, method, task.kind)
     _check_oracle(recipe, method, task.kind)
     if recipe.lm_eval is not None:

@@ -77,6 +77,7 @@ ARGUMENTS = {
     "label_smoothing_factor": (0.1, "not supported"),
     "use_liger_kernel": (True, "not supported"),
     "push_to_hub": (True, "not supported: a finished student is pushed by `understudy push RUN REPO`"),
+    "hub_token": (SECRET, "not supported: the Hub's token is the one of the environment variable HF_TOKEN"),
     "bf16_full_eval": (True, "not supported: evaluations are the task's own"),
     "train_sampling_strategy": ("group_by_length", "not supported: the order is that of trainer.data_seed"),
     "average_tokens_across_devices": (False, "not supported: an update is divided by the counts of all devices"),
@@ -237,11 +238,11 @@ def test_secrets_are_masked_by_field_and_in_text():
 def test_no_secret_leaves_the_process(tmp_path, capsys):
     folder = tmp_path / "run"
     recipe = {**DIGITS, "method": "sft", "teacher": None, "output": str(folder), "arms": {"kd": {"api_key": SECRET}}}
-    recipe["trainer"] = {"max_steps": 2, "per_device_train_batch_size": 4, "hub_token": SECRET}
+    recipe["trainer"] = {"max_steps": 2, "per_device_train_batch_size": 4}
     distill(recipe)
     written = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert not written
-    assert yaml.safe_load((folder / "recipe.yaml").read_text())["trainer"]["hub_token"] == MASK
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["arms"]["kd"]["api_key"] == MASK
     distill(recipe)  # the folder is recognised as the same run
     with pytest.raises(InputError) as found:
         distill({**recipe, "trainer": {**recipe["trainer"], "learning_rate": 0.5}})

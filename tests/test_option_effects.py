@@ -1,9 +1,12 @@
 """Options that have an effect only with some values of another one are refused elsewhere, unless they are the default."""
 
+from typing import get_args
+
 import pytest
 
 from understudy.errors import InputError
 from understudy.methods import all_methods
+from understudy.pages import command
 from understudy.runs.recipe import make
 
 METHODS = {name: method for name, method in all_methods().items() if method.used_with}
@@ -53,6 +56,34 @@ def test_they_are_taken_where_they_have_one_and_where_they_are_the_default():
     known["adpo"](target="plackett_luce", top=3, label_smoothing=0.1, poly=1.0)
     resolved = known["adpo"](anchor="ema", decay=0.5).model_dump()
     assert known["adpo"](**resolved).model_dump() == resolved
+
+
+BY_KIND = {name: method for name, method in all_methods().items() if method.value_kinds}
+
+
+@pytest.mark.parametrize("name", BY_KIND)
+def test_values_of_options_that_work_on_some_tasks_alone(name):
+    """The rules are about values that there are and kinds that the method has, some value is left on each kind, and the
+    command on the method's page is not refused."""
+    method = BY_KIND[name]
+    for option, kinds in method.value_kinds.items():
+        known = set(get_args(method.model_fields[option].annotation))
+        assert set(kinds) < known
+        assert all(on and on < method.kinds for on in kinds.values())
+    values = dict(word.split("=") for word in command(method).strip("`").split()[2:])
+    assert make(values).method == name
+
+
+@pytest.mark.parametrize("task", ["image_classification", "text_classification"])
+def test_a_value_is_refused_on_a_task_that_it_does_not_work_on(task):
+    says = "^options.score=detector works on text tasks and '{}' is an? .* task: set options.score to memorisation or domains"
+    data = {"name": "topics"} if task == "text_classification" else {}
+    recipe = {"task": task, "data": data, "method": "swing", "options": {}}
+    for options in ({}, {"score": "detector"}):
+        with pytest.raises(InputError, match=says.format(task)) as caught:
+            make({**recipe, "options": options})
+        assert "\n" not in str(caught.value)
+    assert make({**recipe, "options": {"score": "memorisation"}}).options == {"score": "memorisation"}
 
 
 def test_a_recipe_says_it_in_one_line():

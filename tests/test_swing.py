@@ -1,5 +1,6 @@
 """Paper 13, Swing Distillation: golden vectors, limits of temperatures, noise and exposure, bad input, and a run that resumes."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,15 +11,17 @@ from transformers import PreTrainedTokenizerFast
 
 from engine_cases import DIGITS, TEXT, killed_run, weights
 from golden_vectors import close, golden, reduce
+from text_classes import as_csv, classifier, reviews
 from understudy import InputError, distill, losses
 from understudy.curation.private import detector, private_tokens
 from understudy.data import Batch
 from understudy.data.noise import laplace
 from understudy.evaluation.leakage import canaries, exposure, plant, text_exposures
-from understudy.losses.privacy import noisy_forward_kl, perturbed, private_temperature
+from understudy.losses.privacy import clipped_whole, noisy_forward_kl, perturbed, private_temperature
 from understudy.methods.swing import Swing
 from understudy.streaming import rowwise
 from understudy.targets import Dense, Projected, top_k
+from understudy.training.shares import WatchedShare
 
 
 @pytest.mark.golden
@@ -256,8 +259,112 @@ def test_without_noise_and_flat_targets_it_is_kd(tmp_path):
     teacher = {"model": str(tmp_path / "kd" / "teacher" / "student")}
     distill(base, method="swing", options=options, teacher=teacher, output=str(tmp_path / "swing"))
     torch.testing.assert_close(weights(tmp_path / "swing"), weights(tmp_path / "kd"), rtol=1e-4, atol=1e-6)
-    with pytest.raises(InputError, match="detector reads text"):
-        distill(base, method="swing", teacher=teacher, output=str(tmp_path / "bad"))
+
+
+def test_which_targets_noise_makes_uniform():
+    """Where every entry is at or below 0, of classes that may have one; there the target is uniform, and nowhere else."""
+    logits = torch.randn(4000, 3, dtype=torch.float64)
+    logits[:5, 0] = -torch.inf
+    noise = 2 * laplace(torch.arange(4000), (3,), seed=0, step=0)
+    noise[0] = torch.tensor([1.0, -5.0, -5.0])  # only what the teacher forbids is left
+    tau = torch.full((4000,), 2.0, dtype=torch.float64)
+    p = torch.softmax(logits / 2, -1)
+    for keep in (False, True):
+        found = clipped_whole(logits, tau, noise, keep_support=keep)
+        allowed = (p > 0) | (not keep)
+        assert torch.equal(found, ((p + noise <= 0) | ~allowed).all(-1))
+        even = allowed / allowed.sum(-1, keepdim=True, dtype=p.dtype)
+        assert torch.equal(found, (perturbed(p, noise, keep_support=keep) == even).all(-1))
+        assert 0.01 < float(found.double().mean()) < 0.2
+        assert bool(found[0]) == keep
+    assert not bool(clipped_whole(logits, tau, torch.zeros_like(noise)).any())
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_uniform_targets_are_counted_as_the_loss_is_computed(projected):
+    """In tiles and strips too; the share is that of the noise which the loss drew."""
+    ids, hidden, head = torch.arange(40), torch.randn(40, 4), torch.randn(3, 4)
+    teacher, method = torch.randn(40, 3), Swing(privacy_budget=0.3)
+    student = Projected(hidden.requires_grad_(), head) if projected else Dense(hidden @ head.T)
+    uniform, private = torch.zeros(40, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
+    rows = (torch.full((40,), 2.0), ids, torch.zeros_like(ids), private, uniform)
+    values = rowwise(
+        method._noisy, student, Dense(teacher), *rows, seed=3, **({"tile_bytes": 100} if projected else {})
+    )
+    noise = method.scale * laplace(ids, (3,), seed=3, step=torch.zeros_like(ids), stream=0x513)
+    assert torch.equal(uniform, clipped_whole(teacher, 2.0, noise)) and 0 < int(uniform.sum()) < 40
+    even = losses.forward_kl(hidden @ head.T, torch.zeros(40, 3), temperature=torch.tensor([1.0]).expand(40))
+    own = losses.forward_kl(hidden @ head.T / 2, torch.zeros(40, 3))
+    assert not torch.allclose(values, even)
+    torch.testing.assert_close(values[uniform], own[uniform])
+
+
+def test_a_share_is_judged_after_some_updates_or_at_the_end_and_once(caplog):
+    def watched(*shares, total=20):
+        caplog.clear()
+        watch = WatchedShare("uniform", 0.01, "noise made {share:.1%} uniform")
+        for i, share in enumerate(shares):
+            other = WatchedShare("uniform", 0.01, "noise made {share:.1%} uniform")
+            other.load_state_dict(watch.state_dict())
+            watch = other
+            watch.update(share, i + 1 == total)
+        assert watch.logs() == {"uniform": pytest.approx(sum(shares) / len(shares))}
+        return [record.message for record in caplog.records]
+
+    assert watched(*[0.5] * 9) == [] and watched(*[0.005] * 20) == []
+    assert watched(*[0.5] * 20) == ["noise made 50.0% uniform"]
+    assert watched(0.0, 0.04, total=2) == ["noise made 2.0% uniform"]
+    assert watched(0.05, *[0.0] * 19) == []  # one update of few rows is no share of the run
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory):
+    """Of two classes noise of a small budget clips both in one target of five."""
+    folder = tmp_path_factory.mktemp("two")
+    data = as_csv(folder / "reviews.csv", reviews(200))
+    return {
+        "task": "text_classification",
+        "data": {"name": str(data), "max_length": 16, "vocab_size": 300},
+        "teacher": str(classifier(folder / "teacher")),
+        "student": "embedding:8",
+        "trainer": {"max_steps": 12, "per_device_train_batch_size": 8, "save_steps": 4, "logging_steps": 1},
+        "method": "swing",
+    }
+
+
+def test_a_run_counts_uniform_targets_and_warns_once(two_classes, tmp_path, caplog, monkeypatch):
+    def run(name, budget, **more):
+        caplog.clear()
+        options = {"score": "memorisation", "privacy_budget": budget}
+        found = distill(two_classes, options=options, output=str(tmp_path / name), **more).metrics
+        return found.get("uniform_targets"), [r.message for r in caplog.records if "swing" in r.message]
+
+    share, said = run("whole", 0.2)
+    assert 0.1 < share < 0.3 and len(said) == 1
+    assert "options.privacy_budget=0.2 (of scale 5) clips every class" in said[0] and "Raise options.privacy" in said[0]
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["terms"]["uniform"] for line in lines) / 12 == pytest.approx(share)
+    assert lines[-1]["state"] == {"uniform_targets": pytest.approx(share)}
+    assert run("quiet", 100.0) == (0.0, []) and run("none", None) == (None, [])
+    split = {**two_classes["trainer"], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert run("split", 0.2, trainer=split)[0] == pytest.approx(share)
+
+    def fail(self, state, context):
+        raise RuntimeError("killed after training")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Swing, "finish", fail)
+        with pytest.raises(RuntimeError, match="killed after training"):
+            run("ended", 0.2)
+    assert run("ended", 0.2)[0] == share  # resumed where no step is left
+
+
+def test_a_killed_run_has_the_same_share_of_uniform_targets(two_classes, tmp_path):
+    recipe = {**two_classes, "options": {"score": "memorisation", "privacy_budget": 0.2}}
+    whole = distill(recipe, output=str(tmp_path / "whole"))
+    assert killed_run({**recipe, "output": str(tmp_path / "cut")}, 6, "after")
+    assert distill(recipe, output=str(tmp_path / "cut")).metrics == whole.metrics
+    torch.testing.assert_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

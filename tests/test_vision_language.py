@@ -18,12 +18,13 @@ from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, SequenceAdapter, evaluating
 from understudy.models.vision_language import load_vision_language, new_processor
 from understudy.planning.setting import setting
+from understudy.runs.check import check_recipe
 from understudy.runs.recipe import make
 from understudy.streaming import logits_of
 from understudy.synthetic.scenes import caption, named, scenes
 from understudy.tasks import get
 from understudy.teachers.cache.scores import sequences
-from vision_cases import SCENES, TINY, qwen2_vl_processor, tiny_qwen2_vl, write_images
+from vision_cases import SCENES, TINY, qwen2_vl_processor, tiny_paligemma, tiny_qwen2_vl, write_images
 
 
 def records(lists=False, **spec):
@@ -310,3 +311,19 @@ def test_what_does_not_go_with_images_is_refused(tmp_path):
         setting(make({**SCENES, "method": "kd"}), None, 1, None, None)
     with pytest.raises(InputError, match="'width=3' is not one of hidden=N"):
         load_vision_language("llava:width=3", processor=None)
+
+
+@pytest.mark.parametrize("both_ways", [None, False])
+def test_a_model_that_sees_its_answers_is_refused(both_ways, tmp_path):
+    """PaliGemma without token types reads later tokens, and with the processor's, of a prompt alone, those of the answer."""
+    processor, model = tiny_paligemma(tokenizer(), both_ways)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    recipe = make(
+        {**SCENES, "method": "sft", "teacher": "none", "student": str(tmp_path), "output": str(tmp_path / "run")}
+    )
+    with pytest.raises(InputError, match=r"prefix attention\), which is not supported.*Name a model of causal") as said:
+        check_recipe(recipe)
+    assert "PaliGemmaForConditionalGeneration" in str(said.value) and "\n" not in str(said.value)
+    with pytest.raises(InputError, match="prefix attention"):
+        load_vision_language(model, processor=processor)

@@ -4,9 +4,13 @@ import json
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import (
     AutoProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     ProcessorMixin,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -85,3 +89,35 @@ def tiny_qwen2_vl(tokenizer):
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in named.items()}
     torch.manual_seed(0)
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids, **ends))
+
+
+def tiny_paligemma(tokenizer, both_ways=None):
+    """PaliGemma and its processor, for images of 24 × 24 pixels; `both_ways` says whether its text model reads later tokens
+    also where no token types are given, as by default."""
+    kind = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
+    pixels = kind(size={"height": 24, "width": 24})
+    pixels.image_seq_length = 9
+    processor = PaliGemmaProcessor(pixels, tokenizer)
+    sizes = {"intermediate_size": 32, "num_attention_heads": 2}
+    text = {
+        "model_type": "gemma",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "use_bidirectional_attention": both_ways,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "image_size": 24,
+        "patch_size": 8,
+    }
+    vision |= {"projection_dim": 32, "vision_use_head": False}
+    named = {"image_token_index": processor.image_token_id, "projection_dim": 32}
+    torch.manual_seed(0)
+    config = PaliGemmaConfig(text_config={**sizes, **text}, vision_config={**sizes, **vision}, **named)
+    return processor, PaliGemmaForConditionalGeneration(config)

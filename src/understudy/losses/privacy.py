@@ -35,11 +35,28 @@ def perturbed(probs: Tensor, noise: Tensor, *, keep_support: bool = False) -> Te
     Args:
         probs: p `[rows, classes]`. noise: ξ, likewise. keep_support: classes of probability 0 stay at 0.
     """
-    allowed = probs > 0 if keep_support else torch.ones_like(probs, dtype=torch.bool)
-    raw = (probs + noise.to(probs)).clamp(min=0).masked_fill(~allowed, 0.0)
+    raw, allowed = _clipped(probs, noise, keep_support)
     total = raw.sum(-1, keepdim=True)
     even = allowed.to(probs) / allowed.sum(-1, keepdim=True)
     return torch.where(total > 0, raw / torch.where(total > 0, total, 1.0), even)
+
+
+def clipped_whole(
+    target: Target | Tensor, temperature: Temperature, noise: Tensor, *, keep_support: bool = False
+) -> Tensor:
+    """Of which rows the noise clips every class away, so that `perturbed` is uniform: `[rows]`, of booleans.
+
+    Args:
+        target, temperature, noise, keep_support: as of `noisy_forward_kl`.
+    """
+    log_p = log_softmax(need_dense("clipped_whole", target), temperature)
+    return ~(_clipped(log_p.exp(), full(noise), keep_support)[0] > 0).any(-1)
+
+
+def _clipped(probs: Tensor, noise: Tensor, keep_support: bool) -> tuple[Tensor, Tensor]:
+    """clip(p + ξ, 0) of the classes that may have probability, and which these are; both `[rows, classes]`."""
+    allowed = probs > 0 if keep_support else torch.ones_like(probs, dtype=torch.bool)
+    return (probs + noise.to(probs)).clamp(min=0).masked_fill(~allowed, 0.0), allowed
 
 
 def noisy_forward_kl(

@@ -17,10 +17,10 @@ from torch import Tensor
 from understudy import InputError
 from understudy.data import Batch, ListBatch, TextSet
 from understudy.losses import signed_likelihood
-from understudy.training import Method, ModelOutput, Phase, Requirements, SetupContext, Term, TrainState
+from understudy.training import CollapseMonitored, ModelOutput, Phase, Requirements, SetupContext, Term, TrainState
 
 
-class REDI(Method):
+class REDI(CollapseMonitored):
     """Supervised training on correct traces, then an asymmetric objective on correct and wrong ones."""
 
     name = "redi"
@@ -30,7 +30,7 @@ class REDI(Method):
     page: ClassVar[dict[str, str]] = {
         "when": "Several traces of a teacher for each problem, scored right or wrong by a checker.",
         "not": "Without supervised training first, or at its learning rate: the second loss has no lower bound and the "
-        "likelihood of both sides falls. Judge by the task's accuracy.",
+        "likelihood of both sides falls (`collapse_monitor` watches it). Judge by the task's accuracy.",
         "deviations": "A list is one problem: its best and its worst trace are y_w and y_l, where the paper draws one. The "
         "second phase gets a share of the run's steps in place of one epoch, and the recipe's schedule.",
     }

@@ -26,14 +26,16 @@ from understudy.data.numeric_columns import Column
 from understudy.errors import InputError
 from understudy.evaluation.rows import row_statistics
 from understudy.losses import cross_entropy
-from understudy.losses.privacy import noisy_forward_kl, private_temperature
+from understudy.losses.privacy import clipped_whole, noisy_forward_kl, private_temperature
 from understudy.models import ModelOutput, evaluating
 from understudy.models.tokenizers import token_bytes
 from understudy.streaming import rowwise
 from understudy.targets import Target
 from understudy.training import Method, Requirements, SetupContext, Term, TrainState
+from understudy.training.shares import WatchedShare
 
 _STREAM = 0x513  # of the noise on targets
+_UNIFORM = 0.01  # share of targets clipped whole from which on a run is warned
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +57,7 @@ class Swing(Method):
         "The cross-entropy leaves out private tokens (`mask_labels`), or it would teach the secrets themselves. Noise hangs on "
         "run seed, example and token alone: it is the same in every epoch, so it does not average out.",
     }
+    value_kinds: ClassVar[dict[str, Any]] = {"score": {"detector": frozenset({"text"})}}
 
     score: Literal["detector", "memorisation", "domains"] = Field(
         "detector",
@@ -96,6 +99,14 @@ class Swing(Method):
     def scale(self) -> float:
         """b = Δ/ε, 0 without noise."""
         return 0.0 if self.privacy_budget is None else self.sensitivity / self.privacy_budget
+
+    def init_state(self, total: int) -> WatchedShare | None:
+        says = (
+            f"swing: the noise of options.privacy_budget={self.privacy_budget} (of scale {self.scale:g}) clips every class of "
+            "{share:.1%} of the targets: they are uniform and teach nothing. Raise options.privacy_budget, or let noise be on "
+            "private tokens alone (options.noise_on=private)."
+        )
+        return WatchedShare("uniform_targets", _UNIFORM, says) if self.scale else None
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         ids: list[Tensor] = []
@@ -142,6 +153,7 @@ class Swing(Method):
         score = state.columns["private_score"].of_rows(batch)
         private = score > self.threshold
         noisy = private if self.noise_on == "private" else torch.ones_like(private)
+        uniform = torch.zeros_like(private)  # filled in as the noise is drawn
         values = rowwise(
             self._noisy,
             student.signal,
@@ -150,9 +162,12 @@ class Swing(Method):
             batch.ids[batch.sequence],
             batch.places,
             noisy,
+            uniform,
             seed=state.seed,
         )
         terms = {"kd": Term(values, self.kd_weight)}
+        if self.scale:
+            terms["uniform"] = Term(uniform.float(), 0.0)
         if self.kd_weight < 1:
             signal, labels = batch.with_labels(student.signal)
             ce = batch.among_rows(rowwise(cross_entropy, signal, None, labels))
@@ -167,15 +182,18 @@ class Swing(Method):
         ids: Tensor,
         positions: Tensor,
         noisy: Tensor,
+        uniform: Tensor,
         *,
         seed: int,
     ) -> Tensor:
-        """KL to the noisy targets of some rows, whose noise is drawn by example and position."""
+        """KL to the noisy targets of some rows, whose noise is drawn by example and position; `uniform`, a view of these rows,
+        is set where it clips a target whole."""
         noise = None
         if self.scale:
             draw = laplace if self.noise == "laplace" else normal
             drawn = draw(ids, (student.shape[-1],), seed=seed, step=positions, stream=_STREAM)
             noise = self.scale * drawn * noisy[:, None]
+            uniform.copy_(clipped_whole(target, temperature, noise, keep_support=self.keep_support))
         return noisy_forward_kl(
             student,
             target,
@@ -186,11 +204,17 @@ class Swing(Method):
             keep_support=self.keep_support,
         )
 
+    def on_pre_optimizer_step(self, state: TrainState, means: Mapping[str, float]) -> None:
+        if self.scale:
+            state.method_state.update(means["uniform"], state.step + 1 >= state.total)
+
     def finish(self, state: TrainState, context: SetupContext) -> Mapping[str, Any]:
-        """The student's likelihood of private tokens and of all others, on the split that is judged."""
+        """The share of targets that noise made uniform, and the student's likelihood of private tokens and of all others on
+        the split that is judged."""
         assert state.student is not None
+        clipped = state.method_state.logs() if self.scale else {}
         if self.score == "memorisation":  # of the student as it started, which is gone
-            return {}
+            return {"metrics": clipped}
         nll, private = [], []
         with torch.no_grad(), evaluating(state.student):
             for batch in context.batches(context.eval_split, 16):
@@ -198,7 +222,7 @@ class Swing(Method):
                 private.append(self._scores(batch, context) > self.threshold)
         every, marked = torch.cat(nll), torch.cat(private)
         parts = {"private_nll": every[marked], "public_nll": every[~marked]}
-        return {"metrics": {name: float(part.mean()) for name, part in parts.items() if len(part)}}
+        return {"metrics": clipped | {name: float(part.mean()) for name, part in parts.items() if len(part)}}
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,9 +82,10 @@ def _tokens(model: Any, length: int = 8) -> Tensor:
     return ids[None].to(next(model.parameters()).device)
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
+def _logits(model: Any, ids: Tensor, zeros: Sequence[str] = ()) -> Tensor:
+    beside = {name: torch.zeros_like(ids) for name in zeros}
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **beside).logits
     except Exception as error:  # models raise any type on inputs that they do not support
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{type(model).__name__} cannot read a text of {ids.shape[1]} tokens: {reason}") from error
@@ -102,13 +103,17 @@ def check_causal(model: Any) -> None:
 
 
 @torch.no_grad()
-def is_causal(model: Any) -> bool:
-    """Whether a model's outputs at the tokens of a text stay the same when later ones change."""
+def is_causal(model: Any, zeros: Sequence[str] = ()) -> bool:
+    """Whether a model's outputs at the tokens of a text stay the same when later ones change.
+
+    Args:
+        zeros: names of further inputs with a value for each token, which are 0.
+    """
     ids = _tokens(model)
-    own, half = _logits(model, ids), ids.shape[1] // 2
+    own, half = _logits(model, ids, zeros), ids.shape[1] // 2
     later = ids.clone()
     later[:, half:] = (later[:, half:] + 1) % model.get_input_embeddings().weight.shape[0]
-    return _near(_logits(model, later)[:, :half], own[:, :half])
+    return _near(_logits(model, later, zeros)[:, :half], own[:, :half])
 
 
 def not_causal(model: Any) -> InputError:

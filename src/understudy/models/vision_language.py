@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from transformers import (
 
 from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
+from understudy.models.bodies import is_causal
+from understudy.models.layouts import needs_gpu
 from understudy.models.loading import auto_model
+from understudy.models.modes import evaluating
 from understudy.models.weights import reason
 
 IMAGE = "<image>"
@@ -83,12 +87,35 @@ def load_vision_language(
         processor: what a new model is made for.
     """
     if isinstance(name, nn.Module):
-        return name
-    name = str(name)
-    if is_new_vision_language(name):
-        model: nn.Module = _new_llava(name, processor)
-        return model if dtype == "auto" else model.to(getattr(torch, dtype))
-    return auto_model(AutoModelForImageTextToText, name, find(name), dtype, quantization, trust_remote_code)
+        model = name
+    elif is_new_vision_language(name := str(name)):
+        model = _new_llava(name, processor)
+        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+    else:
+        model = auto_model(AutoModelForImageTextToText, name, find(name), dtype, quantization, trust_remote_code)
+    _check_answers_are_causal(model, processor)
+    return model
+
+
+def _check_answers_are_causal(model: Any, processor: Any) -> None:
+    """Raise an error for a model that sees an answer's later tokens, as PaliGemma does unless token types say where an answer
+    begins: the processor's have a value for each token of the prompt, and 0 after it."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None or needs_gpu(model):
+        return  # said, or tried, where the model is used
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.is_meta or not embeddings.numel():
+        return
+    read = inspect.signature(model.forward).parameters
+    types = [
+        name for name in getattr(processor, "model_input_names", ()) if name.endswith("token_type_ids") and name in read
+    ]
+    with evaluating(model):
+        if is_causal(model, types):
+            return
+    raise InputError(
+        f"{type(model).__name__} reads a prompt and what follows it in both directions (prefix attention), which is not "
+        "supported: answers are predicted token by token here. Name a model of causal attention, such as LLaVA or Qwen2-VL."
+    )
 
 
 def _new_llava(name: str, processor: Any) -> nn.Module:

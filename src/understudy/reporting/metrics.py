@@ -91,6 +91,7 @@ MEANINGS = {
     "labels_strict_precision": "The same precision of scores strictly above the cutoff, as filtering does.",
     "labels_strict_recall": "The same recall of scores strictly above the cutoff, as filtering does.",
     "private_nll": "Mean negative log-likelihood of private tokens, in nats. Higher is safer.",
+    "uniform_targets": "Share of training targets that noise clipped whole: they are uniform and teach nothing.",
     "public_nll": "Mean negative log-likelihood of all other tokens, in nats. Lower is better.",
     "worst_ratio": "Perplexity of the student divided by the teacher's, in the domain where it is largest. 1 is a perfect copy.",
     "mean_ratio": "Mean of that ratio over the domains.",

@@ -344,6 +344,11 @@ def _validation(
     return with_distances(task.evaluate(student, None, loader)["metrics"], hacking, student)
 
 
+def alarms(folder: Path) -> list[str]:
+    """What the method said against the run by its log, in order."""
+    return [record["alarm"] for record in read_log(folder / "metrics.jsonl")[0] if "alarm" in record]
+
+
 def train(trainer: DistillationTrainer, folder: Path) -> bool:
     """Train from the last complete checkpoint, if any. True if the run was stopped early."""
     last = last_complete(Path(trainer.args.output_dir))

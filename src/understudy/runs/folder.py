@@ -37,7 +37,7 @@ FREE = {"output"} | {
     for key in (
         *("logging_steps", "logging_strategy", "logging_first_step", "logging_dir", "log_level", "log_level_replica"),
         *("log_on_each_node", "report_to", "run_name", "project", "trackio_space_id", "disable_tqdm", "save_steps"),
-        *("save_strategy", "save_total_limit", "hub_token", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("save_strategy", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory"),
         *("dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps"),
         *("skip_memory_metrics", "include_num_input_tokens_seen"),
     )

@@ -19,6 +19,7 @@ from understudy.methods import all_methods, resolve
 from understudy.methods import get as get_method
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
+from understudy.runs.kinds import check_kinds
 from understudy.runs.roles import check_roles
 from understudy.runs.specs import ModelSpec, OracleSpec, add_unnamed, said_no, take_unnamed
 from understudy.tasks import TASKS
@@ -206,12 +207,8 @@ def make(values: Mapping[str, Any]) -> Recipe:
                 )
     method = recipe.build_method()
     check_roles(recipe.method, method, recipe.teacher, recipe.roles or {}, recipe.budget)
-    if not task.kinds & method.kinds:
-        raise InputError(
-            f"Method {recipe.method!r} works on {'/'.join(sorted(method.kinds))} tasks and {recipe.task!r} is "
-            f"{with_article(task.kind)} task. Choose another method (`understudy methods`), or of the tasks "
-            f"{', '.join(name for name, one in TASKS.items() if one.kinds & method.kinds)}."
-        )
+    check_kinds(recipe.method, method, task)
+    method.check_trainer(recipe.trainer)
     _check_on_policy(recipe, method, task.kind)
     _check_oracle(recipe, method, task.kind)
     if recipe.lm_eval is not None:

@@ -25,7 +25,7 @@ from understudy.models.own import check_saves, reload
 from understudy.models.sharding import is_sharded, together, usable
 from understudy.reporting import render_run, run_panels, write_card
 from understudy.runs.evaluating import add_tasks, evaluate_split, gain, text_tables
-from understudy.runs.fitting import assemble_teacher, fit
+from understudy.runs.fitting import alarms, assemble_teacher, fit
 from understudy.runs.folder import (
     agree,
     clear,
@@ -234,6 +234,7 @@ def _fit(
     if fitted.interrupted:
         journal.record("interrupted")
         return Result(student.model, {}, folder, interrupted=True)
+    findings.warnings.extend(alarms(folder))
     student = method.export(module.student, context)
     _save(student, prepared.tokenizer, folder / "student")
     with usable(module):

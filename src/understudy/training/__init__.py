@@ -3,6 +3,7 @@
 from understudy.models import ModelOutput
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.checkpoint import last_complete
+from understudy.training.collapse import CollapseMonitored
 from understudy.training.method import Method, MethodState, Requirements, Role, TeacherUse, TrainState
 from understudy.training.on_policy import OnPolicy
 from understudy.training.phases import Phase
@@ -18,6 +19,7 @@ from understudy.training.trainer import DistillationTrainer
 __all__ = [
     "AuxiliaryContext",
     "AuxiliaryOptimizer",
+    "CollapseMonitored",
     "DistillationTrainer",
     "Method",
     "MethodState",

@@ -53,6 +53,7 @@ _UNSUPPORTED = {
     "a finished student is pushed by `understudy push RUN REPO`": (
         *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     ),
+    "the Hub's token is the one of the environment variable HF_TOKEN, so that no recipe holds it": ("hub_token",),
 }
 UNSUPPORTED = {name: why for why, names in _UNSUPPORTED.items() for name in names}
 """Arguments of transformers that would have no effect, or not theirs, and why."""

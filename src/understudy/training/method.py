@@ -17,6 +17,7 @@ from understudy.data import Batch
 from understudy.data.numeric_columns import Column
 from understudy.models import ModelAdapter, ModelOutput
 from understudy.teachers import Teacher
+from understudy.training.alarm import Alarm
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizer
 from understudy.training.on_policy import OnPolicy
 from understudy.training.order import Sampling
@@ -148,7 +149,8 @@ class Method(BaseModel):
     are also names of methods: `method=kto` is `dpo` with that value), `roles` (the models
     that a pipeline uses beside teacher and student, by name), `used_with` (options that have an effect only with some values
     of another one, or with one of several, as `{"beta": {"divergence": ("jsd",)}}`; elsewhere a value that is not the default
-    is refused).
+    is refused), `value_kinds` (values of options that work on some of `kinds` alone, as
+    `{"score": {"detector": frozenset({"text"})}}`; on other tasks a recipe is refused).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -163,6 +165,7 @@ class Method(BaseModel):
     variants: ClassVar[str | None] = None
     roles: ClassVar[Mapping[str, Role]] = {}
     used_with: ClassVar[Mapping[str, Mapping[str, Sequence[Any]]]] = {}
+    value_kinds: ClassVar[Mapping[str, Mapping[Any, frozenset[str]]]] = {}
 
     @model_validator(mode="after")
     def _are_used(self) -> Self:
@@ -181,6 +184,9 @@ class Method(BaseModel):
     def requires(self) -> Requirements:
         """What the method needs of a run, given its options."""
         return Requirements()
+
+    def check_trainer(self, trainer: Mapping[str, Any]) -> None:
+        """Raise an `InputError` for a recipe's arguments of the trainer that the options do not go with."""
 
     # -- before training ----------------------------------------------------------------------------------------
 
@@ -298,6 +304,12 @@ class Method(BaseModel):
     def logged(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """The values to log for an update: the means of its terms, and values computed from them."""
         return means
+
+    def alarm(self, history: Sequence[Mapping[str, Any]]) -> Alarm | None:
+        """What is wrong with training by the trainer's log of the present phase, or `None`. It is asked on every rank after
+        each log, and where a run resumes, so it must depend on `history` alone. The first log with an alarm gives a warning;
+        an alarm may end the phase as early stopping does."""
+        return None
 
     def on_step_end(self, state: TrainState) -> None:
         """Called after each optimizer step; `state.step` already counts it."""

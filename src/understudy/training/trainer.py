@@ -29,6 +29,7 @@ from understudy.models.sharding import agreed, is_sharded, load_optimizer, load_
 from understudy.teachers import Teacher
 from understudy.training import checkpoint as ck
 from understudy.training import saving
+from understudy.training.alarm import new_alarm, write_line
 from understudy.training.arguments import epoch_length
 from understudy.training.auxiliary import AuxiliaryContext, AuxiliaryOptimizers
 from understudy.training.method import Method
@@ -302,7 +303,7 @@ class DistillationTrainer(Trainer):
             # A run with more steps than its checkpoint recorded is continued.
             if self.settled or self.state.global_step >= max(self.state.max_steps, self.model.train_state.total):
                 self._load_from_checkpoint(resume_from_checkpoint)
-                self._load_rng_state(resume_from_checkpoint)
+                self._load_rng_state(resume_from_checkpoint, early=("rollouts", "sampler"))
                 self.model.train_state.step = self.state.global_step
                 if self.args.load_best_model_at_end and self._best_folder.is_dir():
                     self._load_best_model()
@@ -312,8 +313,10 @@ class DistillationTrainer(Trainer):
 
     @property
     def settled(self) -> bool:
-        """Whether the last `patience` evaluations brought no improvement, which ends training."""
-        return self.validation is not None and self.validation.settled(self.state.log_history, self.args)
+        """Whether the last `patience` evaluations brought no improvement, or the method raises an alarm that ends training."""
+        history, alarm = self.state.log_history, self.model.method.alarm(self.state.log_history)
+        idle = self.validation is not None and self.validation.settled(history, self.args)
+        return idle or (alarm is not None and alarm.ends)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -422,10 +425,11 @@ class DistillationTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         saving.save_state(self._state_file(output_dir), self._stateful())
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(
+        self, checkpoint: str | None, early: tuple[str, ...] = ("method", "rollouts", "sampler")
+    ) -> None:
         if checkpoint is not None:
-            # already there, see `_load_optimizer_and_scheduler`
-            parts = self._stateful() | {"method": None, "rollouts": None, "sampler": None}
+            parts = self._stateful() | dict.fromkeys(early)  # already there, see `_load_optimizer_and_scheduler`
             saving.load_state(self._state_file(checkpoint), parts, self.args.world_size)
 
     # -- logs ---------------------------------------------------------------------------------------------------
@@ -433,7 +437,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the trackers and, during training, write one line to `metrics.jsonl`. The terms of the update are
         logged with the loss: those with TRL's names (`rewards/chosen`) as they are, others as `terms/NAME`, and the
-        method's state as `state/NAME`."""
+        method's state as `state/NAME`. A method's alarm is a warning, and may end training."""
         if "loss" not in logs:
             super().log(logs, start_time)
             return
@@ -441,20 +445,7 @@ class DistillationTrainer(Trainer):
         state = self.model.train_state.method_state.logs() if self.model.train_state.method_state is not None else {}
         named = {name if "/" in name else f"terms/{name}": value for name, value in terms.items()}
         super().log({**logs, **named, **{f"state/{name}": value for name, value in state.items()}}, start_time)
-        if self.metrics_file is None or not self.args.should_save:
-            return
-        line = {
-            "step": self.steps_before + self.state.global_step,
-            "epoch": round(self.state.epoch or 0.0, 6),
-            "loss": logs["loss"],
-            "terms": terms,
-            "lr": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
-            "state": state,
-        }
-        if self.model.train_state.phase:
-            line["phase"] = self.model.train_state.phase
-        if self.rollouts is not None:
-            line |= self.rollouts.logs()
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        alarm = new_alarm(self.model.method, self.state.log_history)
+        if alarm is not None and alarm.ends:
+            self.control.should_training_stop = True
+        write_line(self, logs, terms, state, alarm)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -56,7 +57,7 @@ def page(entry: Entry, curve: Mapping[str, Any] | None = None) -> str:
         curve: `{"metric", "seconds", …}` of the example as it ran, drawn in `NAME.svg` beside the page; empty where no
             weights are trained.
     """
-    head = f"# {entry.number}. {entry.title} ({entry.year})" if entry.number else f"# {entry.title}"
+    head = f"# {entry.number}. {entry.title} ({entry.year})" if entry.number else f"# {entry.name}"
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
     method = all_methods().get(entry.name)
     if entry.number in STUDIES:
@@ -147,7 +148,9 @@ def _how(method: type[Method]) -> list[str]:
     said = inspect.cleandoc(method.__doc__ or "")
     if "\n\n    " in said:
         return [said]
-    return [said, "", *(sys.modules[method.__module__].__doc__ or "").rstrip().splitlines()[2:]]
+    body = (sys.modules[method.__module__].__doc__ or "").partition("\n\n")[2].rstrip()
+    # Without a paragraph of prose all of it is the equation.
+    return [said, "", body if "\n\n    " in f"\n\n{body}" else textwrap.indent(body, "    ")]
 
 
 def _learned(name: str, curve: Mapping[str, Any] | None) -> list[str]:

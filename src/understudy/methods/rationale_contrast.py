@@ -6,7 +6,7 @@ l⁺ = min over positives of ℓ(r),      l⁻ = min(ℓ(r⁻) − δ, 0),  r⁻
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ class RationaleContrast(ContrastOptions, Method):
     name = "rationale-contrast"
     kinds = frozenset({"preference"})
     cost = "one student forward and backward a rationale; of these, two carry a gradient"
+    example: ClassVar[dict[str, Any]] = {"task": "preferences", "data": "rationales.jsonl"}
     page: ClassVar[dict[str, str]] = {
-        "when": "Rationales that are sorted already: lists whose scores are 1 (positive) or −1 (negative) with log D as "
-        "`log_probs`, and lists of one answer with score 0.",
+        "when": "Rationales that are sorted already, in a file of your own: records of `prompt`, `completions` and `scores`, which "
+        "are 1 (positive) or −1 (negative), with log D as `log_probs`; and records of one answer with score 0.",
         "not": "To make the rationales too: that is `qcrd`.",
         "deviations": "Answer and rationales are lists of their own, each kind with its own mean.",
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine_cases import DIGITS, weights
+from engine_cases import DIGITS, killed_run, weights
 from test_dataset_distillation import BASE, FEW, images, run
 from understudy import InputError, distill
 from understudy.methods.dataset_distillation import DatasetDistillation
@@ -159,6 +159,30 @@ def test_bad_input(tmp_path):
     ):
         with pytest.raises(InputError, match=says):
             make({**BASE, "options": options})
+
+
+def test_an_autoencoder_that_was_changed_is_refused_when_the_run_goes_on(tmp_path):
+    torch.manual_seed(0)
+    Autoencoder((1, 8, 8), 4, 8).save(tmp_path / "coder")
+    asked = {**BASE, "teacher": None, "output": str(tmp_path / "run")}
+    asked["options"] = {**FEW, "alpha": 0, "others": [], "space": "latents", "autoencoder": str(tmp_path / "coder")}
+    asked["trainer"] = {**asked["trainer"], "save_steps": 2}
+    assert killed_run(asked, 5, "before")
+    Autoencoder((1, 8, 8), 4, 8).save(tmp_path / "coder")
+    with pytest.raises(InputError, match=r"The options\.autoencoder of run .* changed since it began"):
+        distill(asked)
+
+
+def test_a_flipped_bit_of_what_setup_stored_is_refused(tmp_path):
+    asked = {**BASE, "teacher": None, "output": str(tmp_path / "run"), "options": {**FEW, "alpha": 0, "others": []}}
+    asked["trainer"] = {**asked["trainer"], "save_steps": 2}
+    assert killed_run(asked, 5, "before")
+    for file in (tmp_path / "run" / "store").glob("distilled-*.safetensors"):
+        held = bytearray(file.read_bytes())
+        held[8 + int.from_bytes(held[:8], "little")] ^= 1  # the last digit of a number
+        file.write_bytes(held)
+    with pytest.raises(InputError, match=r"distilled-\w+\.safetensors differs from what was written"):
+        distill(asked)
 
 
 def test_images_of_latents_train_better_than_random_ones(tmp_path):

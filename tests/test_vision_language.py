@@ -310,3 +310,18 @@ def test_what_does_not_go_with_images_is_refused(tmp_path):
         setting(make({**SCENES, "method": "kd"}), None, 1, None, None)
     with pytest.raises(InputError, match="'width=3' is not one of hidden=N"):
         load_vision_language("llava:width=3", processor=None)
+
+
+def test_a_prompt_that_is_repeated_is_read_once(tmp_path):
+    def read(rows, lists):
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return load_image_texts({"name": str(tmp_path / "train.jsonl")}, {}, lists=lists)
+
+    asked = [f"what is number {i}?" for i in range(20)]
+    found = read([{"prompt": q, "completion": f"{q} a cat"} for q in asked], False)
+    assert {r["completion"] for r in found.train} == {" a cat"} and set(asked) >= {r["prompt"] for r in found.train}
+    assert any("20 records repeat the prompt in front of the completion" in note for note in found.notes)
+    found = read([{"prompt": q, "chosen": f"{q} a cat", "rejected": f"{q} a dog"} for q in asked], True)
+    assert {tuple(r["completions"]) for r in found.train} == {(" a cat", " a dog")}
+    found = read([{"prompt": q, "completion": f"a cat, {q}"} for q in asked], False)
+    assert found.train[0]["completion"].startswith("a cat") and not any("repeat the prompt" in note for note in found.notes)

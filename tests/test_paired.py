@@ -1,6 +1,7 @@
 """Examples with several modalities: files of columns, records in memory, recordings, and models that read their own."""
 
 import csv
+import json
 import wave
 
 import numpy as np
@@ -341,3 +342,22 @@ def test_spoken_digits_have_an_image_of_their_digit(data_folder):
         means[split] = torch.stack([held["image"][held["labels"] == c].mean(0) for c in range(10)]).flatten(1)
     apart = torch.cdist(means[found.train], means[found.test])
     assert apart.argmin(1).tolist() == list(range(10))  # the images of a label show one digit
+
+
+def test_recordings_of_two_rates_are_refused(tmp_path):
+    rows = []
+    for i in range(12):
+        tone(tmp_path / f"{i}.wav", rate=16000 if i == 7 else 8000)
+        rows.append({"picture": [[0.0, 1.0]], "sound": f"{i}.wav", "label": i % 2})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(InputError, match=r"7\.wav has 16000 samples a second and 0\.wav 8000"):
+        read(tmp_path / "train.jsonl")
+
+
+@pytest.mark.parametrize("names", [["x", "y", "z"], [0, 1, 2]])
+def test_a_class_that_train_lacks_is_refused(names, tmp_path):
+    held = arrays(classes=2)
+    for split, labels in (("train", held["label"]), ("test", held["label"] * 2)):
+        np.savez(tmp_path / f"{split}.npz", **{**held, "label": np.array(names)[labels]})
+    with pytest.raises(InputError, match=f"the test split has a class '{names[2]}' that train lacks"):
+        read(tmp_path)

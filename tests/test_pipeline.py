@@ -238,3 +238,48 @@ def test_roles_are_named_on_the_command_line(tmp_path, world):
     assert found.roles["judge"].endpoint.url == "http://localhost:1/v1" and found.budget.cost == 2.5
     assert set(models_of(found)) == {"teacher", "student", "judge"}
     assert "roles" not in make({"method": "kd"}).dump()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"funnel": 3}', bytes(range(256))])
+def test_a_damaged_seal_of_a_stage_is_one_line(content, tmp_path):
+    made = lambda funnel: [Draft(text="a")]  # noqa: E731
+    assert context(tmp_path).stage("drafts", Draft, made)[0].text == "a"
+    (tmp_path / "stages" / "drafts.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"drafts\.json is damaged") as caught:
+        context(tmp_path).stage("drafts", Draft, made)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_recipe_names_may_not_change_before_a_procedure_goes_on(tmp_path, world, monkeypatch):
+    """The files of its data and options, by their content; requests and stages are of what it began with."""
+
+    class Reading(Debate):
+        name = "reading"
+        prompt: str = "not a file"
+        many: tuple[str, ...] = ()
+
+    (tmp_path / "data").mkdir()
+    for file in ("data/a.txt", "ask.txt", "other.txt"):
+        (tmp_path / file).write_text(file)
+    options = {"prompt": str(tmp_path / "ask.txt"), "many": [str(tmp_path / "other.txt"), "x" * 5000]}
+    asked = recipe(tmp_path, method=Reading, data={"name": str(tmp_path / "data")}, options=options)
+    stage = PipelineContext.stage
+
+    def stopped(self, name, *rest):
+        if self.prefix == "round-1/":
+            raise KeyboardInterrupt
+        return stage(self, name, *rest)
+
+    monkeypatch.setattr(PipelineContext, "stage", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distill(asked)
+    monkeypatch.setattr(PipelineContext, "stage", stage)
+    for file, key in (("data/a.txt", "data.name"), ("ask.txt", "options.prompt"), ("other.txt", "options.many.0")):
+        (tmp_path / file).write_text("other")
+        with pytest.raises(InputError, match=f"The {key} of run .* changed since it began"):
+            distill(asked)
+        (tmp_path / file).write_text(file)
+    assert distill(asked).metrics == {"kept": 3.0}
+    (tmp_path / "ask.txt").write_text("other")
+    with pytest.raises(InputError, match=r"The options\.prompt of run .* changed since it began"):
+        distill(asked)

@@ -540,3 +540,12 @@ def test_the_task_has_both_kinds_of_methods():
     assert image.kinds == {"image", "classification"} and text.kinds == {"classification"}
     assert get_task("language_modeling").kinds == {"text"}
     assert "classification" in get("kd").kinds and "image" in get("hard").kinds
+
+
+def test_a_class_that_train_lacks_is_refused_unless_the_classes_are_named(tmp_path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+    for split, more in (("train", []), ("test", [{"text": "other", "label": "c"}])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + more))
+    with pytest.raises(InputError, match=r"the test split has a class 'c' that train lacks; its classes are a, b\."):
+        load_classified({"name": str(tmp_path)})
+    assert load_classified({"name": str(tmp_path), "classes": ["a", "b", "c"]}).classes == ["a", "b", "c"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from golden_vectors import close
+from test_symbolic_kd import tiny
 from text_classes import as_csv, classifier, reviews
 from understudy import InputError, distill
 from understudy.curation import pruning
@@ -173,3 +174,31 @@ def test_matched_embeddings_train_better_than_those_of_random_texts(tmp_path):
         for match in ("random", "distribution", "trajectory")
     }
     assert found["trajectory"] > found["random"] + 0.06 and found["distribution"] > found["random"] + 0.02
+
+
+@pytest.mark.parametrize("match", ["herding", "pursuit", "gradient", "distribution"])
+def test_texts_that_a_teacher_wrote_are_a_pool_to_select_from(match, pool, tmp_path):
+    """The facts that symbolic-kd keeps, by relation: each stays in the few as it was written, with its class."""
+    data = {"name": str(pool), "columns": {"text": "tail", "label": "relation"}, "max_length": 16, "vocab_size": 300}
+    done = distill({**recipe(pool, tmp_path / "run", match=match, alpha=0, per_class=2), "data": data})
+    _, lines, _ = kept(done)
+    wrote = [json.loads(line) for line in pool.read_text().splitlines()]
+    relations = sorted({row["relation"] for row in wrote})
+    assert len(lines) == 2 * len(relations)
+    assert {(r["text"], relations[r["label"]]) for r in lines} <= {(r["tail"], r["relation"]) for r in wrote}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """What a procedure's teacher wrote and its filter kept."""
+    folder = distill(tiny(tmp_path_factory.mktemp("pool") / "run", filter="none")).folder
+    return folder / "stages" / "kept.jsonl"
+
+
+def test_embeddings_may_be_made_from_latents(data, tmp_path):
+    latents = {"space": "latents", "latent": 4, "autoencoder_steps": 20}
+    _, lines, beside = kept(distill(recipe(data, tmp_path, match="distribution", alpha=0, per_class=2, **latents)))
+    assert len(lines) == 4 and beside["embeddings"].isfinite().all()
+    with pytest.raises(InputError, match=r"is not a folder with a config\.json"):
+        folder = {"space": "latents", "autoencoder": str(tmp_path / "none")}
+        distill(recipe(data, tmp_path / "other", match="distribution", alpha=0, **folder))

@@ -622,3 +622,28 @@ def test_real_sets_of_other_tools(data_folder, tokenizer):
     kto = load_preferences({"name": "preferences/kto_en_demo.parquet"}).train[0]
     assert kto["prompt"][-1]["role"] == "user" and kto["completions"][0][0]["role"] == "assistant"
     assert torch.tensor(kto["scores"]).shape == (1,)
+
+
+# -- weights of messages ---------------------------------------------------------------------------------------------
+
+
+def test_messages_of_weight_zero_are_read_and_not_learned(tmp_path, tokenizer):
+    bad, good = {**assistant("hello"), "weight": 0}, {**assistant("world"), "weight": 1}
+    found = text_of(tmp_path, {"messages": [user("a"), bad, user("b"), good]})
+    record = found.train[0]
+    (row,) = encode([record], tokenizer, max_length=99, pack=False)[0]
+    assert trained(tokenizer, row["input_ids"].tolist(), row["labels"].tolist()) == "world</s>"
+    assert "hello" in tokenizer.decode(row["input_ids"])
+    shared = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "hello", "weight": 0},
+        {"from": "gpt", "value": "b"},
+    ]
+    assert [m.get("weight") for m in text_of(tmp_path, {"conversations": shared}).train[0]["messages"]] == [
+        None,
+        0,
+        None,
+    ]
+    for weight in (0.5, "0", [0]):
+        with pytest.raises(InputError, match="holds a message of weight"):
+            text_of(tmp_path, {"messages": [user("a"), {**assistant("b"), "weight": weight}]})

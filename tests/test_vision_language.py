@@ -327,3 +327,20 @@ def test_a_model_that_sees_its_answers_is_refused(both_ways, tmp_path):
     assert "PaliGemmaForConditionalGeneration" in str(said.value) and "\n" not in str(said.value)
     with pytest.raises(InputError, match="prefix attention"):
         load_vision_language(model, processor=processor)
+
+
+def test_a_prompt_that_is_repeated_is_read_once(tmp_path):
+    def read(rows, lists):
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return load_image_texts({"name": str(tmp_path / "train.jsonl")}, {}, lists=lists)
+
+    asked = [f"what is number {i}?" for i in range(20)]
+    found = read([{"prompt": q, "completion": f"{q} a cat"} for q in asked], False)
+    assert {r["completion"] for r in found.train} == {" a cat"} and set(asked) >= {r["prompt"] for r in found.train}
+    assert any("20 records repeat the prompt in front of the completion" in note for note in found.notes)
+    found = read([{"prompt": q, "chosen": f"{q} a cat", "rejected": f"{q} a dog"} for q in asked], True)
+    assert {tuple(r["completions"]) for r in found.train} == {(" a cat", " a dog")}
+    found = read([{"prompt": q, "completion": f"a cat, {q}"} for q in asked], False)
+    assert found.train[0]["completion"].startswith("a cat") and not any(
+        "repeat the prompt" in note for note in found.notes
+    )

@@ -105,7 +105,7 @@ def conversation_tokens(
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation.
 
-    The assistant's messages from message `first` on are trained on, each with the end token that the template adds and
+    The assistant's messages from message `first` on are trained on, save those of `weight` 0, each with the end token that the template adds and
     without the generation prompt. A token that overlaps with a message counts. If the template adds no end, the token
     after the message is its end: the first of the next message, or EOS.
 
@@ -123,7 +123,7 @@ def conversation_tokens(
     labels = [IGNORE] * len(ids)
     for i, message in enumerate(messages):
         content = message["content"].strip()
-        if i < first or message["role"] != "assistant" or (i == 0 and not content):
+        if i < first or message["role"] != "assistant" or (i == 0 and not content) or message.get("weight") == 0:
             continue
         after = render(messages[: i + 1], tokenizer, tools=tools)
         before = (

@@ -24,6 +24,25 @@ def label_name(spec: Mapping[str, Any]) -> str:
     return str(mapped.get("label", "label")) if isinstance(mapped, Mapping) else "label"
 
 
+def check_taught(name: str, labels: Mapping[str, Iterable[str]], remedy: str = "") -> None:
+    """Refuse a class that another split has and `train` lacks: no model of these data can answer it.
+
+    Args:
+        labels: the classes of the records of each split. remedy: a further one, as the rest of a sentence.
+
+    Raises:
+        InputError: there is such a class.
+    """
+    taught = set(labels["train"])
+    for split, own in labels.items():
+        strange = sorted(set(own) - taught)
+        if strange:
+            raise InputError(
+                f"{name}: the {split} split has a class {strange[0]!r} that train lacks; its classes are "
+                f"{', '.join(sorted(taught))[:200]}. Give train records of it, or leave them out{remedy}."
+            )
+
+
 def names_in(features: Any) -> dict[str, list[str]]:
     """The names of the classes of every numbered column.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from understudy.data.batch import UNLABELLED
-from understudy.data.class_labels import NamesOf, label_name
+from understudy.data.class_labels import NamesOf, check_taught, label_name
 from understudy.data.columns import arrange, checked_text, names
 from understudy.data.folders import find
 from understudy.data.records import Record, absent, place, read_records
@@ -130,6 +130,9 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
         raise InputError(f"{name} holds single texts and pairs. Keep them in two sets.")
     own = dict.fromkeys(n.strip() for split in ("train", *named[label]) for n in named[label].get(split, ()))
     classes, numbers = _classes(name, splits, _named(spec), published or known, list(own), notes)
+    if not (published or known or own or spec.get("classes")):  # nothing but the records says which classes there are
+        seen = {split: [r["label"] for r in rows if r["label"] != UNLABELLED] for split, rows in splits.items()}
+        check_taught(name, seen, ", or name every class in data.classes")
     for record in (r for records in splits.values() for r in records if r["label"] != UNLABELLED):
         record["label"] = numbers[record["label"]]
     # Files are often sorted by class, or alternate: what is set aside, and what `limit` keeps, is a fixed draw.

@@ -268,7 +268,12 @@ def _parsed(where: str, column: str, value: Any) -> Any:
 def _message(where: str, what: str, message: Any) -> dict[str, Any]:
     if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
         role = message["from"]
-        message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": message["value"]}
+        rest = {k: v for k, v in message.items() if k not in ("from", "value")}
+        message = {
+            **rest,
+            "role": ROLES.get(role, role) if isinstance(role, str) else role,
+            "content": message["value"],
+        }
     if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
         raise InputError(f"{where}: {what} holds {reprlib.repr(message)}, not a message with role and content.")
     role, content = message["role"], message.get("content")
@@ -286,6 +291,10 @@ def _message(where: str, what: str, message: Any) -> dict[str, Any]:
             checked_text(where, what, json.dumps(more, ensure_ascii=False, default=str))
     except RecursionError:
         raise InputError(f"{where}: {what} holds a message that is nested too deeply. Flatten it.") from None
+    if more.get("weight", 1) not in (0, 1):
+        raise InputError(
+            f"{where}: {what} holds a message of weight {reprlib.repr(more['weight'])}: 1 trains on it, as without one, 0 does not."
+        )
     return {"role": checked_text(where, what, role), "content": checked_text(where, what, content), **more}
 
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from understudy.data.batch import IGNORE
 from understudy.data.class_labels import NamesOf, label_name
-from understudy.data.columns import arrange, checked_text, empty
+from understudy.data.columns import arrange, checked_text, empty, without_prompt
 from understudy.data.ends import Ends
 from understudy.data.folders import find
 from understudy.data.pictures import Pictures, shown
 from understudy.data.preferences import candidates
 from understudy.data.records import Record, place
-from understudy.data.text import TextSplits, check_keys, finish, read_source
+from understudy.data.text import TextSplits, check_keys, finish, read_source, repetition
 from understudy.data.tokenize import Counts, TextSet, byte_length, check_length, continuation
 from understudy.errors import InputError
 
@@ -62,6 +62,10 @@ def load_image_texts(spec: Mapping[str, Any], embedded: Mapping[str, Embedded], 
         split: [_scored(name, split, i, record, folder) for i, record in enumerate(records)]
         for split, records in raw.items()
     }
+    for split, records in scored.items():
+        repeated = sum(r.pop("repeated") for r in records)
+        if repeated:
+            notes.append(repetition(name, split, repeated))
     splits = finish(name, spec, scored, notes)  # the same split of the data for every method
     if not lists and any("weight" in record for record in splits.train):
         splits.notes.append(f"{name}: the column weight is not read: it is of methods of preferences.")
@@ -109,6 +113,10 @@ def _scored(name: str, split: str, index: int, record: Record, folder: Any) -> R
         if not text:
             raise InputError(f"{where} has an empty text: leave the record out.")
         checked_text(where, "its text", text)
+    bare = without_prompt(found["prompt"], found["completions"])
+    found["repeated"] = bare is not None and all(bare[1])
+    if bare is not None and found["repeated"]:
+        found["prompt"], found["completions"] = bare
     if image is not None:
         found["pictures"] = Pictures.of(where, image, folder)
     if "facts" in record:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from understudy.data import memory
 from understudy.data.audio import read_wave, spectrogram
-from understudy.data.class_labels import NamesOf, names_in, parquet_names, spelled
+from understudy.data.class_labels import NamesOf, check_taught, names_in, parquet_names, spelled
 from understudy.data.folders import find, split_files
 from understudy.data.image_files import array_pixels, decode, formats
 from understudy.data.image_sources import read_source
@@ -141,7 +141,7 @@ def _cells(
         if ends <= formats()[1]:
             return decode(files, where, counts, spec.get("size"))
         if ends == {".wav"}:
-            return torch.stack([spectrogram(*read_wave(file)) for file in files])
+            return _spectrograms(where, files)
         if ends != {".npy"}:
             raise InputError(
                 f"{where}: {str(cells[0])[:60]!r} names no file of numbers: a column holds names of images, of .npy or of .wav "
@@ -158,6 +158,19 @@ def _cells(
             f"{where}: row {odd} is {arrays[odd].shape} and row 0 is {arrays[0].shape}: all rows must have one shape."
         )
     return array_pixels(Path(where), "the column", np.stack(arrays), spec, counts)
+
+
+def _spectrograms(where: str, files: Sequence[Path]) -> Tensor:
+    """Of recordings that have one rate: the bands reach up to half of it, so those of two rates are no longer the same."""
+    heard = [read_wave(file) for file in files]
+    first = heard[0][1]
+    odd = next((i for i, (_, rate) in enumerate(heard) if rate != first), None)
+    if odd is not None:
+        raise InputError(
+            f"{where}: {files[odd].name} has {heard[odd][1]} samples a second and {files[0].name} {first}: convert the "
+            "recordings to one rate."
+        )
+    return torch.stack([spectrogram(samples, first) for samples, _ in heard])
 
 
 def _beside(folder: Path | None, name: Any) -> Path:
@@ -197,6 +210,8 @@ def _labels(
             )
     every = [v for column in columns.values() for v in column]
     values = {str(v) for v in every}
+    if not own:  # nothing but the examples says which classes there are
+        check_taught(name, {s: [str(v) for v in c] for s, c in columns.items()})
     if any(isinstance(v, str) for v in every) and not all(v.lstrip("-").isdigit() for v in values):
         classes = list(own) if values <= set(own) else sorted(values)
         return {s: torch.tensor([classes.index(str(v)) for v in c]) for s, c in columns.items()}, classes

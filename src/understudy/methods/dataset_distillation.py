@@ -8,6 +8,8 @@ gradient, matching pursuit of gradients), or synthetic ones are optimised so tha
     trajectory (MTT):   ‖θ_n − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖², θ_n: n steps on x_S from an expert's θ*_t, step size learned
     kernel (KIP):       mean ½ ‖y_T − K_TS (K_SS + λ I)⁻¹ y_S‖²
 
+in x_S, or in latents z of a frozen generator, x_S = G(z).
+
 Then the student trains on them: (1 − α) CE + α τ² KL(teacher_τ ‖ student_τ).
 
 x are the pixels of images. Of a text it is what the head of a frozen classifier reads (the teacher's, or the student's as it
@@ -38,6 +40,7 @@ from understudy.evaluation.pictures import picture_grid
 from understudy.files import COMPLETE, seal
 from understudy.losses import cross_entropy, forward_kl
 from understudy.models import ModelAdapter, ModelOutput, evaluating, find_head, state_hash
+from understudy.models.autoencoders import Autoencoder, load_autoencoder
 from understudy.models.fitting import minimise
 from understudy.models.small import is_small
 from understudy.streaming import rowwise
@@ -46,7 +49,8 @@ from understudy.targets import Dense
 from understudy.teachers import LocalTeacher
 from understudy.training import Method, Phase, Requirements, SetupContext, Term, TrainState
 from understudy.training.checkpoint import save_tree
-from understudy.training.set_matching import SELECTIONS, Examples, Matching, MatchingOptions, new_network
+from understudy.training.latents import Generator, trained_autoencoder
+from understudy.training.set_matching import ITERATIONS, SELECTIONS, Examples, Matching, MatchingOptions, new_network
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +74,9 @@ class DatasetDistillation(MatchingOptions, Method):
         "architectures, continual learning. A teacher's soft labels (`alpha`) add to any of the matchings. "
         "`match=random` is the baseline: real examples of the same number. The set is an ordinary data set: "
         "`data.name=FOLDER`, with the folder that the report names, trains any other student on it. For texts choose real ones: "
-        "`herding` and `k-center` by the embeddings of a classifier, `pursuit` by gradients of its head.",
+        "`herding` and `k-center` by the embeddings of a classifier, `pursuit` by gradients of its head. They may be texts that a "
+        "teacher wrote: `data.name=RUN/stages/kept.jsonl`, with `data.columns={text: tail, label: relation}`, selects from what "
+        "symbolic-kd kept. `space=latents` keeps images to what a decoder makes, also from noise.",
         "not": "When one network is to be trained: synthesis costs more than that. With more than some tens of images a class, "
         "selection (data-pruning-kd) is as good and cheaper. Text is discrete, and embeddings that are optimised lie off its "
         "manifold: compare `fresh_accuracy_NETWORK` with `fresh_accuracy_NETWORK_texts`, which is after projection to real texts. "
@@ -83,7 +89,8 @@ class DatasetDistillation(MatchingOptions, Method):
         "statistics of real images; trajectory needs a network without it. No augmentation during matching. Results do not carry "
         "over to every network: `others` trains fresh ones on the examples. Rules choose class by class; those by error read "
         "`experts` networks after `expert_steps` steps. Texts are matched in the embeddings of one frozen classifier, and projected "
-        "to distinct real texts, not to tokens.",
+        "to distinct real texts, not to tokens. Generators are decoders of autoencoders, whose latents are scaled to mean 0 and "
+        "deviation 1 over the data; no GAN.",
     }
 
     alpha: float = Field(1.0, ge=0, le=1, description="α, weight of the teacher's soft labels.")
@@ -92,6 +99,13 @@ class DatasetDistillation(MatchingOptions, Method):
         ("mlp:64,64",), description="Small networks that are trained afresh on the examples."
     )
     evaluations: int = Field(5, ge=1, description="Fresh networks of each kind.")
+
+    used_with: ClassVar[dict[str, Any]] = {
+        "space": {"match": tuple(ITERATIONS)},
+        "autoencoder": {"space": ("latents",)},
+        "latent": {"space": ("latents",)},
+        "autoencoder_steps": {"space": ("latents",)},
+    }
 
     @property
     def requires(self) -> Requirements:
@@ -122,10 +136,13 @@ class DatasetDistillation(MatchingOptions, Method):
         elif texts:
             settings["alpha"] = True
         labels = torch.arange(context.classes, device=real.y.device).repeat_interleave(self.per_class)
-        matching = Matching(self, real, labels, context.classes, name, context.seed)
+        generator = self._generator(context, raw.x, mean, deviation)
+        if generator is not None:
+            settings["generator"] = state_hash(generator)
+        matching = Matching(self, real, labels, context.classes, name, context.seed, generator)
         start, index = self._initial(context, real, matching, settings)
-        x = matching.run(start, context, settings).to(real.x)
-        tables = {"x": x, "labels": labels, "mean": mean, "deviation": deviation, "initial": start}
+        x = matching.run(start, context, settings)
+        tables = {"x": x, "labels": labels, "mean": mean, "deviation": deviation, "initial": matching.examples(start)}
         if texts:
             tables["index"] = index if self.match in SELECTIONS else _nearest(x, labels, real)
             tables["projected"] = real.x[tables["index"]]
@@ -156,13 +173,28 @@ class DatasetDistillation(MatchingOptions, Method):
     def _initial(
         self, context: SetupContext, real: Examples, matching: Matching, settings: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """What the examples are or start from, class by class, and the indices of the real ones among the training data."""
+        """What the examples (or their latents) are or start from, class by class, and the indices of the real ones among the
+        training data."""
+        generator = matching.generator
         if self.initial == "noise" and self.match not in SELECTIONS:
-            shape = (context.classes * self.per_class, *real.x.shape[1:])
+            one = real.x[:1] if generator is None else generator.latents(real.x[:1])
+            shape = (context.classes * self.per_class, *one.shape[1:])
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(context.seed))
             return noise.to(real.x), torch.zeros(0, dtype=torch.long)
         index = matching.chosen(context, settings)
-        return real.x[index], index
+        chosen = real.x[index]
+        return (chosen if generator is None else generator.latents(chosen)), index
+
+    def _generator(self, context: SetupContext, x: Tensor, mean: Tensor, deviation: Tensor) -> Generator | None:
+        """G of the data `x [examples, *shape]`, where latents are optimised."""
+        if self.space == "examples":
+            return None
+        shape = tuple(x.shape[1:])
+        if self.autoencoder is not None:
+            return Generator(load_autoencoder(self.autoencoder, shape), x, mean, deviation)
+        coder = Autoencoder(shape, self.latent)
+        coder.load_state_dict(trained_autoencoder(context, lambda: x, self.latent, self.autoencoder_steps))
+        return Generator(coder, x, mean, deviation)
 
     def _reader(self, context: SetupContext) -> ModelAdapter:
         """The classifier whose embeddings of texts are read."""

@@ -41,6 +41,7 @@ from understudy.training import (
     Term,
     TrainState,
 )
+from understudy.training.latents import trained_autoencoder
 from understudy.training.update_schedule import AlternatingSchedule
 
 _SPREAD = {"shift1d": 0.5, "affine": 0.02, "mix": 0.1, "latent": 0.1}
@@ -128,14 +129,10 @@ class HARD(Method):
             load_autoencoder(self.autoencoder, shape)  # a bad folder is told now, before training
             return {}
 
-        def fitted() -> Mapping[str, Tensor]:
-            with torch.random.fork_rng():  # a run that finds it in the store goes on with the same random numbers
-                torch.manual_seed(context.seed)
-                pixels = torch.cat([b.inputs["pixel_values"][b.mask] for b in context.batches("train")])
-                return Autoencoder(shape, self.latent).to(pixels).fit(pixels, steps=self.autoencoder_steps).state_dict()
+        def pixels() -> Tensor:
+            return torch.cat([b.inputs["pixel_values"][b.mask] for b in context.batches("train")])
 
-        settings = {"latent": self.latent, "steps": self.autoencoder_steps, "seed": context.seed}
-        return context.once("autoencoder", fitted, **settings)
+        return trained_autoencoder(context, pixels, self.latent, self.autoencoder_steps)
 
     def modules(self, shapes: Shapes) -> dict[str, nn.Module]:
         spread = _SPREAD[self.augmentor] if self.spread is None else self.spread

@@ -262,7 +262,7 @@ def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
     for key, now in hashes.items():
         if key in before and before[key] != now and key != "student_initial":  # checkpoints hold the whole student
             raise InputError(
-                f"The {key.replace('_', ' ')} of run {folder} changed since it began: SHA-256 {before[key]} then, {now} "
+                f"The {key if '.' in key else key.replace('_', ' ')} of run {folder} changed since it began: SHA-256 {before[key]} then, {now} "
                 "now. Put back what it began with, choose another output, or start again with --overwrite."
             )
 

@@ -37,6 +37,7 @@ from understudy.runs.folder import (
     save_pictures,
 )
 from understudy.runs.hacking import Hacking, oracle_of
+from understudy.runs.inputs import named_files
 from understudy.runs.journal import Journal
 from understudy.runs.objects import checked_callbacks, named
 from understudy.runs.preflight import check as preflight
@@ -174,6 +175,7 @@ def _run(
         if first_rank() and not (folder / "report.html").is_file():  # killed before it was written
             render_run(folder)
         if not (folder / "student").is_dir():
+            same_inputs(folder, named_files(recipe))
             return Result(None, done["metrics"], folder)  # a pipeline: its models are in the runs below
         prepared = task.prepare(recipe)
         same_inputs(folder, prepared.hashes)
@@ -217,7 +219,7 @@ def _fit(
     for warning in findings.warnings:
         log.warning(warning)
     oracle = oracle_of(recipe, task, prepared)
-    hashes = _hashes(prepared, student_initial=student, teacher=teacher, oracle=oracle)
+    hashes = _hashes(prepared, student_initial=student, teacher=teacher, oracle=oracle) | named_files(recipe)
     journal.compare(hashes)
     method, meter = recipe.build_method(), CostMeter(task.unit)
     asked = assemble_teacher(recipe, prepared, method, teacher, student, home)
@@ -361,6 +363,7 @@ def _run_pipeline(
             raise KeyboardInterrupt
         return result
 
+    journal.compare(named_files(recipe))
     journal.begin(keep=True)
     values, task = recipe.dump(), get_task(recipe.task)
     logs = Path(method.log) if method.log is not None else folder / "logs"

@@ -5,9 +5,11 @@ The structure is stored as JSON in the file's metadata and tensors bit for bit, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +58,45 @@ def _unflatten(node: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     return node["value"]
 
 
-def save_tree(tree: Any, path: Path) -> None:
-    """Write a tree of dicts, lists, numbers and tensors to `path`."""
+def save_tree(tree: Any, path: Path, *, checksum: bool = False) -> None:
+    """Write a tree of dicts, lists, numbers and tensors to `path`.
+
+    Args:
+        checksum: keep a hash of the content in the file, for one that lies in no sealed folder.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    structure = json.dumps(_flatten(tree, tensors))
+    metadata = {"structure": json.dumps(_flatten(tree, tensors))}
+    if checksum:
+        metadata["sha256"] = _checksum(metadata["structure"], tensors)
     with writing(path):
-        save_file(tensors, str(path), metadata={"structure": structure})
+        save_file(tensors, str(path), metadata=metadata)
+
+
+def _checksum(structure: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256(structure.encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_tree(path: Path) -> Any:
     """Read what `save_tree` wrote.
 
     Raises:
-        InputError: the file is damaged; the message names it.
+        InputError: the file is damaged, or is not what its checksum is of; the message names it.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            structure = json.loads(file.metadata()["structure"])
+            metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return _unflatten(structure, tensors)
+        found = _unflatten(json.loads(metadata["structure"]), tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(
             f"Checkpoint file {path} cannot be read ({error}). Delete its folder to go back to the one before."
         ) from error
+    if "sha256" in metadata and metadata["sha256"] != _checksum(metadata["structure"], tensors):
+        raise InputError(f"{path} differs from what was written: put it back, or delete it to have it made again.")
+    return found
 
 
 def rng_state() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from pydantic import Field
 from understudy.curation import Funnel, Item
 from understudy.data.text import write_records
 from understudy.errors import InputError
-from understudy.files import write_json
+from understudy.files import read_json, write_json
 from understudy.generation import (
     Budget,
     Completion,
@@ -96,12 +95,15 @@ class PipelineContext:
             ]
             write_records(file, [item.model_dump(mode="json") for item in items])
             write_json(seal, {"items": len(items), "sha256": _hash(file), "funnel": counted.rows})
-        facts = json.loads(seal.read_text(encoding="utf-8"))
-        if not file.is_file() or _hash(file) != facts["sha256"]:
+        facts = read_json(seal) or {}
+        counts = facts.get("funnel")
+        if not isinstance(counts, list) or not all(isinstance(row, dict) for row in counts):
+            raise InputError(f"{seal} is damaged: put it back, or delete it to have stage {name} made again.")
+        if not file.is_file() or _hash(file) != facts.get("sha256"):
             raise InputError(
                 f"{file} is not what stage {name} wrote: put it back, or delete {seal.name} too to have it made again."
             )
-        self.funnel.extend({"stage": name, **row} for row in facts["funnel"])
+        self.funnel.extend({"stage": name, **row} for row in counts)
         return [kind.model_validate_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
     def train(self, name: str, values: Mapping[str, Any]) -> Any:

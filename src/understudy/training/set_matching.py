@@ -1,5 +1,5 @@
 """A few examples from which networks learn what they learn from the data (paper 37): chosen by six rules, or optimised by four
-matchings. An example is an image, or the embedding of a text."""
+matchings. An example is an image, or the embedding of a text; what is optimised is the example, or a latent that it is made from."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from understudy.losses.matching import (
 from understudy.models.fitting import minimise
 from understudy.models.heads import head_name, put_head
 from understudy.models.small import build_small
+from understudy.training.latents import Generator
 from understudy.training.setup import SetupContext
 from understudy.training.unrolled import Parameters, flat, gradients, sgd_step, unrolled_sgd
 
@@ -77,6 +78,15 @@ class MatchingOptions(BaseModel):
         description="A small network to match in, such as mlp:64,64 or convnet:32; the student's own if not given, or mlp:64,64 on "
         "texts.",
     )
+    space: Literal["examples", "latents"] = Field(
+        "examples",
+        description="What is optimised: the examples, or latents z of a frozen autoencoder, whose decoder makes the examples.",
+    )
+    autoencoder: str | None = Field(
+        None, description="Of `latents`: a folder, ours or of diffusers; else one is trained on the data."
+    )
+    latent: int = Field(16, ge=1, description="Numbers in the latent of an autoencoder that is trained.")
+    autoencoder_steps: int = Field(1000, ge=1, description="And the steps of 128 examples it is trained for.")
     iterations: int | None = Field(
         None, ge=1, description="Of matching; 200 for gradient, 500 for distribution, 300 for trajectory and kernel."
     )
@@ -108,14 +118,23 @@ class Matching:
 
     Args:
         options: which of them, and its numbers. real: the data. labels: of the examples. network: name of a small network.
-        seed: of the run.
+        seed: of the run. generator: G, from the latents that are optimised to the examples; the examples themselves are
+            optimised if not given.
     """
 
     def __init__(
-        self, options: MatchingOptions, real: Examples, labels: Tensor, classes: int, network: str, seed: int
+        self,
+        options: MatchingOptions,
+        real: Examples,
+        labels: Tensor,
+        classes: int,
+        network: str,
+        seed: int,
+        generator: Generator | None = None,
     ) -> None:
         self.options, self.real, self.labels, self.classes = options, real, labels, classes
         self.network, self.seed = network, seed
+        self.generator = generator
 
     def chosen(self, context: SetupContext, settings: Mapping[str, Any]) -> Tensor:
         """Indices of `per_class` real examples of each class, in the order of the classes; where they are optimised, of random
@@ -180,74 +199,82 @@ class Matching:
         logits, read = (torch.stack(part) for part in zip(*found, strict=True))
         return logits, read
 
-    def run(self, x: Tensor, context: SetupContext, settings: Mapping[str, Any]) -> Tensor:
+    def run(self, z: Tensor, context: SetupContext, settings: Mapping[str, Any]) -> Tensor:
         """The examples after all iterations; chosen ones as they are. What has been stored is read.
 
         Args:
-            x: what they start from.
+            z: what they, or the latents that they are made from, start from.
         """
         o = self.options
         if o.match in SELECTIONS:
-            return x
+            return z
         total = o.iterations or ITERATIONS[o.match]
         trajectories = context.once("experts", self._experts, **settings)["flat"] if o.match == "trajectory" else None
-        state: Any = {"x": x.cpu(), "rate": torch.tensor(o.expert_rate), "optimizer": None}
+        state: Any = {"x": z.cpu(), "rate": torch.tensor(o.expert_rate), "optimizer": None}
         ends = [round(part * total / PARTS) for part in range(PARTS + 1)]
         for first, last in zip(ends, ends[1:], strict=False):
             make = partial(self._advance, state, first, last, trajectories)
             state = context.once("distilled", make, **settings, end=last)
-        found: Tensor = state["x"]
-        return found
+        return self.examples(state["x"].to(z))
+
+    def examples(self, z: Tensor) -> Tensor:
+        """Those that are made from `z`, a constant."""
+        with torch.no_grad():
+            return self._made(z)
+
+    def _made(self, z: Tensor) -> Tensor:
+        return z if self.generator is None else self.generator(z)
 
     def _advance(self, state: Any, first: int, last: int, trajectories: Tensor | None) -> dict[str, Any]:
-        """The examples, the step size and the optimiser after iterations `first` to `last`."""
+        """What is optimised, the step size and the optimiser after iterations `first` to `last`."""
         o, device = self.options, self.real.x.device
-        x, rate = (state[k].to(device, copy=True).requires_grad_() for k in ("x", "rate"))
+        z, rate = (state[k].to(device, copy=True).requires_grad_() for k in ("x", "rate"))
         size = o.image_rate or RATES[o.match]
-        groups = [{"params": [x], "lr": size}, {"params": [rate], "lr": size / 10}]
+        groups = [{"params": [z], "lr": size}, {"params": [rate], "lr": size / 10}]
         adam = o.match in ("trajectory", "kernel")
         optimizer = torch.optim.Adam(groups) if adam else torch.optim.SGD(groups, momentum=0.5)
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
         for i in range(first, last):
             generator = torch.Generator().manual_seed(self._seed(i))
-            minimise(self._losses(x, rate, i, generator, trajectories), optimizer)
-            if not bool(x.isfinite().all()):
+            minimise(self._losses(z, rate, i, generator, trajectories), optimizer)
+            if not bool(z.isfinite().all()):
                 raise InputError(
                     f"The examples are not finite after iteration {i + 1}: lower options.image_rate ({size:g})."
                 )
-        return {"x": x.detach(), "rate": rate.detach(), "optimizer": optimizer.state_dict()}
+        return {"x": z.detach(), "rate": rate.detach(), "optimizer": optimizer.state_dict()}
 
     def _losses(
-        self, x: Tensor, rate: Tensor, i: int, generator: torch.Generator, trajectories: Tensor | None
+        self, z: Tensor, rate: Tensor, i: int, generator: torch.Generator, trajectories: Tensor | None
     ) -> Iterator[Tensor]:
-        """The losses of an iteration, each of the examples after the step before."""
+        """The losses of an iteration, each of the examples, or their latents, after the step before."""
         if self.options.match == "gradient":
-            return self._gradient(x, self._new_network(i, generator), generator)
+            return self._gradient(z, self._new_network(i, generator), generator)
         if self.options.match == "distribution":
-            return self._distribution(x, self._new_network(i, generator), generator)
+            return self._distribution(z, self._new_network(i, generator), generator)
         if trajectories is not None:
-            return self._trajectory(x, rate, trajectories, generator)
-        return self._kernel(x, generator)
+            return self._trajectory(z, rate, trajectories, generator)
+        return self._kernel(z, generator)
 
-    def _gradient(self, x: Tensor, net: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
+    def _gradient(self, z: Tensor, net: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
         o, parameters = self.options, dict[str, Tensor](net.named_parameters())
         for _ in range(o.outer):
-            distances = []
+            x, distances = self._made(z), []
             for label in range(self.classes):
                 own, real = self.labels == label, self.real.of(label).some(o.real_batch, generator)
                 wanted = gradients(_mean_loss(net, real.x, real.y), parameters, differentiable=False)
                 found = gradients(_mean_loss(net, x[own], self.labels[own]), parameters, differentiable=True)
                 distances.append(gradient_distance(found, wanted, metric=o.distance))
             yield torch.stack(distances).sum()
+            x = self._made(z).detach()  # after the step
             for _ in range(o.inner):
-                parameters = sgd_step(_mean_loss(net, x.detach(), self.labels), parameters, o.network_rate)
+                parameters = sgd_step(_mean_loss(net, x, self.labels), parameters, o.network_rate)
 
-    def _distribution(self, x: Tensor, net: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
+    def _distribution(self, z: Tensor, net: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
         head = head_name(net, self.classes)
         assert head is not None  # every small network has one
         put_head(net, head, nn.Identity())
-        distances = []
+        x, distances = self._made(z), []
         for label in range(self.classes):
             real = self.real.of(label).some(self.options.real_batch, generator)
             with torch.no_grad():
@@ -256,9 +283,9 @@ class Matching:
         yield torch.stack(distances).sum()
 
     def _trajectory(
-        self, x: Tensor, rate: Tensor, trajectories: Tensor, generator: torch.Generator
+        self, z: Tensor, rate: Tensor, trajectories: Tensor, generator: torch.Generator
     ) -> Iterator[Tensor]:
-        o, net = self.options, self._new_network(0, generator)
+        o, net, x = self.options, self._new_network(0, generator), self._made(z)
         expert = int(torch.randint(len(trajectories), (), generator=generator))
         t = int(torch.randint(min(o.latest_start, o.expert_steps - o.span) + 1, (), generator=generator))
         start, target = (trajectories[expert, at].to(x.device) for at in (t, t + o.span))
@@ -268,9 +295,10 @@ class Matching:
         end = unrolled_sgd(_mean_loss(net, x, self.labels), parameters, rate, o.student_steps)
         yield trajectory_distance(flat(end), start, target)
 
-    def _kernel(self, x: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    def _kernel(self, z: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         real = self.real.some(self.options.real_batch * self.classes, generator)
-        ours, bandwidth = x.flatten(1), x[0].numel() ** 0.5
+        ours = self._made(z).flatten(1)
+        bandwidth = ours.shape[1] ** 0.5
         cross, kernel = (gaussian_kernel(a, ours, bandwidth) for a in (real.x.flatten(1), ours))
         wanted, targets = (F.one_hot(y, self.classes) - 1 / self.classes for y in (real.y, self.labels))
         prediction = kernel_ridge_prediction(cross, kernel, targets, self.options.ridge)

@@ -108,6 +108,6 @@ class SetupContext:
             self.store.mkdir(parents=True, exist_ok=True)
             made = dict(make())
             with replacing(file) as temporary:
-                save_tree(made, temporary)
+                save_tree(made, temporary, checksum=True)
         found: dict[str, Tensor] = load_tree(file)
         return found

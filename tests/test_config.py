@@ -35,7 +35,7 @@ from understudy.reading import parse_json, parse_yaml, read_yaml
 from understudy.runs.recipe import make
 from understudy.tasks import TASKS
 from understudy.tasks.data_keys import KEYS
-from understudy.training.arguments import checked_arguments, rehearse_arguments
+from understudy.training.arguments import checked_arguments, dry_run_arguments
 
 SECRET = "hf_averysecretvalue"
 
@@ -121,7 +121,7 @@ def test_what_this_machine_cannot_do_is_said_before_a_model_is_loaded(values, sa
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=says) as found:
-        rehearse_arguments(checked_arguments(values, "trainer"))
+        dry_run_arguments(checked_arguments(values, "trainer"))
     assert "\n" not in str(found.value)
 
 

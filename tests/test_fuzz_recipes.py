@@ -16,7 +16,7 @@ from engine_cases import DIGITS, TEXT
 from understudy.errors import InputError
 from understudy.reading import parse_yaml
 from understudy.runs.recipe import Recipe, load, make
-from understudy.training.arguments import fields, rehearse_arguments
+from understudy.training.arguments import fields, dry_run_arguments
 
 SERVED = {"url": "http://localhost:8000/v1", "api_key_env": "KEY", "timeout": 3.0, "rate": 2.0, "extra": {"top_k": 1}}
 MEMBERS = {
@@ -162,7 +162,7 @@ def check_mutation(recipe, said):
     began = time.perf_counter()
     try:
         made = make(recipe)
-        rehearse_arguments(made.trainer)
+        dry_run_arguments(made.trainer)
         again = make(yaml.safe_load(yaml.safe_dump(made.dump())))
         assert again.dump() == made.dump(), said
     except InputError as error:
@@ -187,7 +187,7 @@ def fuzz(seed, number):
 
 def test_the_recipes_themselves_are_valid():
     for recipe in VALID:
-        rehearse_arguments(make(recipe).trainer)
+        dry_run_arguments(make(recipe).trainer)
 
 
 def test_wrong_values_are_refused_in_one_line_or_valid():

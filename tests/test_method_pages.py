@@ -1,12 +1,15 @@
 """The page of every method: its equation, an example that runs as printed, a learning curve, and its paper."""
 
+import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 import understudy
+from understudy import distill
 from understudy.catalogue import catalogue, find, reference
 from understudy.cli.options import load_recipe
 from understudy.methods import built_in
@@ -17,6 +20,9 @@ from understudy.training import Pipeline
 DOCS = Path(__file__).parent.parent / "docs"
 METHODS = {method.name: method for method in built_in()}
 WITHOUT_PAPER = {"sft"}
+spec = importlib.util.spec_from_file_location("curves", DOCS / "curves.py")
+curves = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(curves)
 
 
 def run(code, monkeypatch):
@@ -49,6 +55,27 @@ def test_the_example_and_the_command_are_one_recipe(name, monkeypatch):
     keys["trainer"] = {k: v for k, v in keys.get("trainer", {}).items() if not k.startswith("eval_")}
     said = load_recipe(None, [*command(METHODS[name]).split()[2:], f"output={keys['output']}"])
     assert make(keys) == said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not issubclass(method, Pipeline)])
+def test_an_example_runs_as_printed_but_shorter(name, tmp_path, monkeypatch):
+    """Procedures are run in tests of their own; `docs/curves.py` runs all examples whole."""
+    if name == "ddk" and "UNDERSTUDY_DATA" not in os.environ:
+        pytest.skip("needs UNDERSTUDY_DATA")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rationales.jsonl").write_text(curves.rationales())
+    keys = make(run(example(METHODS[name]), monkeypatch)).dump()
+    keys["trainer"] |= {"max_steps": 4, "eval_steps": 2}
+    for side in ("teacher", "student"):
+        spec = keys.get(side) or {}
+        for part in (spec, *(spec.get("members") or {}).values()):
+            if part.get("train"):
+                part["train"] |= {"max_steps": 4}
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    result = distill(keys)
+    assert result.metrics and (result.folder / "validation.jsonl").is_file()
 
 
 def test_every_method_has_a_learning_curve():

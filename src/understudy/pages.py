@@ -127,7 +127,7 @@ def example(method: type[Method]) -> str:
     models = {side: getattr(recipe, side) for side in ("teacher", "student")}
     own = ", ".join(f'{side}="{spec.model}"' for side, spec in models.items() if spec and side not in method.example)
     said = {"task": recipe.task, "method": method.name, "data": recipe.data.get("name"), **method.example}
-    said["trainer"] = {**looks, **method.example.get("trainer", {})}
+    said["trainer"] = {**method.example.get("trainer", {}), **looks}
     lines = ["from understudy import distill", "", "result = distill("]
     lines += [f"    {key}={_python(value)}," for key, value in said.items() if value]
     lines += [f"    # {own}: the task's own, unless you name yours"] if own else []

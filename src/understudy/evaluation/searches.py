@@ -26,7 +26,7 @@ EXPLAINED = {
 _COST = "Cost is that of the last round's training."
 
 
-class Judged(Item):
+class CheckedAnswer(Item):
     """A greedy answer, and whether it is right."""
 
     text: str
@@ -59,20 +59,20 @@ def policy_report(
     records, most = getattr(splits, split), int(context.recipe["data"]["max_new_tokens"])
     greedy: Any = {"max_tokens": most, "temperature": 0.0}
 
-    def judged(number: int, policy: str, _: Funnel) -> list[Judged]:
+    def judged(number: int, policy: str, _: Funnel) -> list[CheckedAnswer]:
         requests = [Request(r["prompt"], f"judged-{number}/{i}", **greedy) for i, r in enumerate(records)]
         said = context.ask_trained(load(context, policy), requests, f"judged-{number}")
         golds = [checker.gold(r["answer"]) for r in records]
         right = [a.finish == "stop" and checker.correct(a.text, g) for a, g in zip(said, golds, strict=True)]
-        return [Judged(text=a.text, right=r) for a, r in zip(said, right, strict=True)]
+        return [CheckedAnswer(text=a.text, right=r) for a, r in zip(said, right, strict=True)]
 
-    found = [context.stage(f"judged-{i}", Judged, partial(judged, i, p)) for i, p in enumerate(policies)]
+    found = [context.stage(f"judged-{i}", CheckedAnswer, partial(judged, i, p)) for i, p in enumerate(policies)]
     cost = json.loads((Path(policies[-1]).parent / "evaluation.json").read_text())["cost"]
     return {"split": split, "cost": cost, **search_report(found, searched, unit), "notes": [*splits.notes, _COST]}
 
 
 def search_report(
-    judged: Sequence[Sequence[Judged]], searched: Sequence[Searched], unit: str = "pairs"
+    judged: Sequence[Sequence[CheckedAnswer]], searched: Sequence[Searched], unit: str = "pairs"
 ) -> dict[str, Any]:
     """Metrics, a table of the rounds, and one tree of the first and of the last round.
 

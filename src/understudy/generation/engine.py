@@ -159,7 +159,7 @@ class Crew:
             reason = next(reversed(self.failed.values()))
             early = f" Stopped early: {GIVE_UP} requests in a row failed." if self.todo else ""
             raise FailedRequests(
-                f"{len(self.failed)} requests failed ({some}), the last one: {reason}.{early} {kept}; "
+                f"{len(self.failed)} requests failed ({some}), the last one: {reason.rstrip('.')}.{early} {kept}; "
                 "starting again sends only what is missing.",
                 self.failed,
             )

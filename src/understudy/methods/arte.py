@@ -37,7 +37,7 @@ from understudy.generation import Prompt
 from understudy.models import is_new_causal_lm
 from understudy.tasks.reasoning import Questions, Reasoning
 from understudy.training import Pipeline, PipelineContext, Role
-from understudy.training.drafting import Drafting
+from understudy.training.drafting import BARE, Drafting
 from understudy.training.pipeline import ORACLE
 from understudy.training.solvers import Solver, corpus_run, first_trained, other_data, student_of, write_corpus
 
@@ -64,7 +64,7 @@ class ARTE(Pipeline):
         "step_rate": {"scorer": ("sft_step",)},
         "quartile": {"align": ("both", "questions")},
     }
-    example: ClassVar[dict[str, Any]] = {"task": "reasoning", "student": {"train": {"max_steps": 200}}}
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning", "student": {"train": {"max_steps": 200}}, "options": BARE}
     page: ClassVar[dict[str, str]] = {
         "when": "The teacher can be trained, some hundred labelled questions are at hand, and the student is small: what helps "
         "it is not what a larger model finds good.",

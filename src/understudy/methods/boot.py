@@ -47,6 +47,7 @@ class BOOT(AveragedMethod):
         "three student forwards (two with backward) and two teacher calls a row; `solver=heun` one teacher call more, "
         "guidance twice the teacher's calls"
     )
+    example: ClassVar[dict[str, Any]] = {"teacher": {"train": {"max_steps": 500}}, "trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "A trained diffusion model without its data, that is to draw in one call and may not store trajectories.",
         "not": "Where storing pairs of noise and output is no trouble: plain regression on them (`target=regression`) "

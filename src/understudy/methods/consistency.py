@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -47,6 +47,7 @@ class Consistency(AveragedMethod):
         "two student forwards (one with backward, one of its average) and one teacher call a row; `solver=heun` one teacher "
         "call more, guidance twice the teacher's calls; two copies of the student"
     )
+    example: ClassVar[dict[str, Any]] = {"teacher": {"train": {"max_steps": 500}}, "trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "A diffusion model that is to sample in one call or a few, with examples to noise (or the teacher's samples "
         "where there are none). Start from the teacher (`student=teacher`).",

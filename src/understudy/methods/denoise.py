@@ -7,7 +7,7 @@ It trains the teachers of generation; the students of that task need no examples
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -27,6 +27,7 @@ class Denoise(AveragedMethod):
     name = "denoise"
     kinds = frozenset({"noise"})
     cost = "one student forward and backward a row; no teacher; a copy of the student for the average"
+    example: ClassVar[dict[str, Any]] = {"trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "To train a diffusion model that will be a teacher, or the baseline that sees the data itself.",
         "not": "When a trained diffusion model exists: `boot` makes it draw in one call, without data.",

@@ -47,6 +47,7 @@ class DiffusionDPO(Method):
         "two student forwards and backwards and two teacher calls a pair; without columns of pairs, before it two samples of the "
         "teacher for each pair, and their metric"
     )
+    example: ClassVar[dict[str, Any]] = {"teacher": {"train": {"max_steps": 500}}, "trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "A trained diffusion model, and pairs of better and worse examples (`data.image_column` and "
         "`data.rejected_column`), or a measure of quality without gradient for its own samples: the model keeps its sampler and its "

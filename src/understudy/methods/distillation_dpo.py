@@ -57,6 +57,7 @@ class DistillationDPO(Method):
         "and the metric of four samples; two assistants of the teacher's size in memory, with their optimiser"
     )
     used_with: ClassVar[dict[str, Any]] = {"voxel": {"metric": ("jsd", "iou")}}
+    example: ClassVar[dict[str, Any]] = {"teacher": {"train": {"max_steps": 500}}, "trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "A diffusion model that needs tens of calls, and a measure of quality that has no gradient (Chamfer distance, "
         "a voxel score, a judge's mark): the student draws in one call or a few.",

@@ -60,6 +60,7 @@ class DMD(Method):
         "score (one with backward) a row, guidance twice the teacher's calls, and before training `pairs` samples of the "
         "teacher; a copy of the teacher in memory, with its optimiser"
     )
+    example: ClassVar[dict[str, Any]] = {"teacher": {"train": {"max_steps": 500}}, "trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "A diffusion model that is to sample in one call, from noise alone: what matters is the distribution of samples, "
         "not that each is the teacher's own. Start from the teacher (`student=teacher`).",

@@ -58,7 +58,11 @@ class LightGen(AveragedMethod):
         "two of the reference, before it the student's `pairs` samples; two copies of the student"
     )
     used_with: ClassVar[dict[str, Any]] = {"beta": {"refine": ("dpo",)}, "pairs": {"refine": ("dpo", "sft")}}
-    example: ClassVar[dict[str, Any]] = {"student": "mar:48,2,2"}
+    example: ClassVar[dict[str, Any]] = {
+        "student": "mar:48,2,2",
+        "teacher": {"train": {"max_steps": 500}},
+        "trainer": {"max_steps": 300},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "A generator of images that is good but large or slow, of which only samples are wanted, and a compact one to "
         "be trained on them; with some real images, preferences then mend what the samples got wrong. Choose "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -45,6 +45,7 @@ class Progressive(Method):
         "one student forward and backward and two teacher calls a row (guidance twice as many, in the first phase alone); a "
         "copy of the student, which is the teacher from the second phase on"
     )
+    example: ClassVar[dict[str, Any]] = {"teacher": {"train": {"max_steps": 500}}, "trainer": {"max_steps": 300}}
     page: ClassVar[dict[str, str]] = {
         "when": "A diffusion model that is to sample in a few calls and remain one: deterministic, with the same schedule, and "
         "every halving is of use by itself. Start from the teacher (`student=teacher`).",

@@ -247,7 +247,7 @@ def training_arguments(values: Mapping[str, Any], output: Path, seed: int) -> Tr
         raise InputError(f"Bad trainer options: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def rehearse_arguments(values: Mapping[str, Any]) -> None:
+def dry_run_arguments(values: Mapping[str, Any]) -> None:
     """Build the optimiser, schedule and trackers that the arguments request for a single weight, as a test.
 
     Raises:
@@ -261,7 +261,7 @@ def rehearse_arguments(values: Mapping[str, Any]) -> None:
         return  # these change the state of the whole process, so they are set up once, with the model
     with TemporaryDirectory() as scratch:
         args = training_arguments(values, Path(scratch), 0)
-    _rehearse_trackers(args)
+    _dry_run_trackers(args)
     name = str(args.optim.value)
     package = next((p for part, p in _MODEL_BOUND.items() if part in name), None)
     if package is not None:
@@ -289,7 +289,7 @@ def rehearse_arguments(values: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _rehearse_trackers(args: TrainingArguments) -> None:
+def _dry_run_trackers(args: TrainingArguments) -> None:
     for name in args.report_to:
         if name not in get_available_reporting_integrations():
             raise InputError(

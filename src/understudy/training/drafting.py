@@ -17,6 +17,14 @@ from understudy.training.pipeline import PipelineContext
 from understudy.training.solvers import load_source
 
 Records = Sequence[Mapping[str, Any]]
+BARE = {
+    "chat": False,
+    "max_tokens": 48,
+    "question_prompt": "write_bare",
+    "style_prompts": ["bare"],
+    "plain_prompt": "bare",
+}
+"""Options that ask small models which know no words: questions are continued by questions, and a question by its solution."""
 
 
 @dataclass(frozen=True)

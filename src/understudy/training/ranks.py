@@ -23,7 +23,7 @@ from understudy.errors import InputError
 from understudy.models import ModelAdapter
 from understudy.models.sharding import fill, outline, unwrap
 from understudy.training import zero
-from understudy.training.arguments import rehearse_arguments
+from understudy.training.arguments import dry_run_arguments
 from understudy.training.method import Method
 from understudy.training.order import COUNTS, Share, Shared
 from understudy.training.train_module import TrainModule
@@ -193,7 +193,7 @@ def check_sharding(method: Method, options: Mapping[str, Any]) -> None:
         _refuse_what_needs_whole_weights(method, "trainer.fsdp")
         _refuse_empty_weights(bool(str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"))))
         return
-    rehearse_arguments(options)
+    dry_run_arguments(options)
 
 
 def _refuse_what_cannot_be_sharded(

@@ -30,7 +30,10 @@ from understudy.evaluation.readings import StepReader
 from understudy.evaluation.tailoring import stepped, tailoring_report
 from understudy.generation import Completion, LocalSource, Prompt, Request
 from understudy.losses.preference import dpo
+from understudy.methods.arte import ARTE
 from understudy.models import load_causal_lm, state_hash
+from understudy.runs.recipe import make
+from understudy.training.arguments import checked_arguments
 from understudy.training.solvers import Solver
 
 
@@ -326,3 +329,16 @@ def test_a_step_too_long_is_told_the_remedy(student, words, tmp_path):
 def test_bad_input(call, says):
     with pytest.raises(InputError, match=says):
         call()
+
+
+def test_arguments_of_the_alignment_are_checked_with_the_recipe_and_the_default_ones_exist():
+    assert checked_arguments(dict(ARTE().alignment), "options.alignment") == ARTE().alignment
+    recipe = {"task": "reasoning", "method": "arte", "student": {"train": {"max_steps": 2}}}
+    read = make({**recipe, "options": {"alignment": {"learning_rate": "1e-5"}}})
+    assert read.build_method().alignment == {"learning_rate": 1e-5}
+    for alignment, says in (
+        ({"warmup": 3}, r"options\.alignment\.warmup"),
+        ({"max_steps": "many"}, r"options\.alignment\.max_steps"),
+    ):
+        with pytest.raises(InputError, match=says):
+            make({**recipe, "options": {"alignment": alignment}})

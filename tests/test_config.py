@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -500,7 +501,7 @@ def test_the_command_of_every_page_and_every_task_without_a_method_is_a_recipe()
     from understudy.pages import command
 
     for method in built_in():
-        recipe = load_recipe(None, command(method).split()[2:])
+        recipe = load_recipe(None, shlex.split(command(method))[2:])
         assert recipe.method == method.name, method.name
     for name, task in TASKS.items():
         assert task.kinds & all_methods()[make({"task": name}).method].kinds, name

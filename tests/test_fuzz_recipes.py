@@ -16,7 +16,7 @@ from engine_cases import DIGITS, TEXT
 from understudy.errors import InputError
 from understudy.reading import parse_yaml
 from understudy.runs.recipe import Recipe, load, make
-from understudy.training.arguments import fields, dry_run_arguments
+from understudy.training.arguments import dry_run_arguments, fields
 
 SERVED = {"url": "http://localhost:8000/v1", "api_key_env": "KEY", "timeout": 3.0, "rate": 2.0, "extra": {"top_k": 1}}
 MEMBERS = {

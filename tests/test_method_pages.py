@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_a_page_has_an_equation_an_example_and_a_reference(name):
 def test_the_example_and_the_command_are_one_recipe(name, monkeypatch):
     keys = run(example(METHODS[name]), monkeypatch)
     keys["trainer"] = {k: v for k, v in keys.get("trainer", {}).items() if not k.startswith("eval_")}
-    said = load_recipe(None, [*command(METHODS[name]).split()[2:], f"output={keys['output']}"])
+    said = load_recipe(None, [*shlex.split(command(METHODS[name]))[2:], f"output={keys['output']}"])
     assert make(keys) == said
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ def command(method: type[Method]) -> str:
     keys = {"task": _task(method), "method": method.name, **method.example}
     if keys["task"] == Recipe.model_fields["task"].default:
         del keys["task"]
-    return f"understudy train {' '.join(f'{key}={value}' for key, value in _flat(keys).items())}"
+    return shlex.join(["understudy", "train", *(f"{key}={value}" for key, value in _flat(keys).items())])
 
 
 def _task(method: type[Method]) -> str:
@@ -115,7 +116,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             found |= _flat(value, f"{above}{key}.")
         else:
-            found[f"{above}{key}"] = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            found[f"{above}{key}"] = json.dumps(value) if isinstance(value, list) else value
     return found
 
 

@@ -37,6 +37,7 @@ from understudy.generation import Prompt
 from understudy.models import is_new_causal_lm
 from understudy.tasks.reasoning import Questions, Reasoning
 from understudy.training import Pipeline, PipelineContext, Role
+from understudy.training.arguments import TrainerOptions
 from understudy.training.drafting import BARE, Drafting
 from understudy.training.pipeline import ORACLE
 from understudy.training.solvers import Solver, corpus_run, first_trained, other_data, student_of, write_corpus
@@ -64,7 +65,7 @@ class ARTE(Pipeline):
         "step_rate": {"scorer": ("sft_step",)},
         "quartile": {"align": ("both", "questions")},
     }
-    example: ClassVar[dict[str, Any]] = {"task": "reasoning", "student": {"train": {"max_steps": 200}}, "options": BARE}
+    example: ClassVar[dict[str, Any]] = {"task": "reasoning", "student": {"train": {"max_steps": 800}}, "options": BARE}
     page: ClassVar[dict[str, str]] = {
         "when": "The teacher can be trained, some hundred labelled questions are at hand, and the student is small: what helps "
         "it is not what a larger model finds good.",
@@ -90,13 +91,13 @@ class ARTE(Pipeline):
     quartile: float = Field(0.25, gt=0, le=0.5, description="Share of best, and of worst, questions.")
     question_pairs: int = Field(50, ge=1, description="Pairs of questions.")
     beta: float = Field(0.1, gt=0, description="β of DPO.")
-    alignment: dict[str, Any] = Field(
+    alignment: TrainerOptions = Field(
         {
             "learning_rate": 1e-7,
             "num_train_epochs": 1,
             "max_steps": -1,
             "per_device_train_batch_size": 16,
-            "warmup_ratio": 0.1,
+            "warmup_steps": 0.1,
             "lr_scheduler_type": "cosine",
         },
         description="Arguments of Trainer for DPO; raise the rate for a small teacher.",

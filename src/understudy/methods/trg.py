@@ -49,6 +49,10 @@ class TRG(Method):
     paper = 8
     kinds = frozenset({"image"})
     cost = "as kd, and tokens² · width operations a group of images; one projector"
+    example: ClassVar[dict[str, Any]] = {
+        "student": "convnet:8",
+        "teacher": {"model": "convnet:16", "train": {"max_steps": 500}},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "Image classifiers whose inner layers can be read, above all with classes of very different size.",
         "not": "When only the teacher's outputs are known. The local term is bounded by 1/2 a token: with the default "

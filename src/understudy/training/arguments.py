@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -136,6 +136,14 @@ def checked_arguments(values: Any, where: str) -> dict[str, Any]:
             )
         found[key] = _checked(key, value, f"{where}.{key}")
     return found
+
+
+def _of_option(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    return checked_arguments(values, f"options.{info.field_name}")
+
+
+TrainerOptions = Annotated[dict[str, Any], AfterValidator(_of_option)]
+"""Type of a method's option that holds arguments of Trainer, checked when the recipe is read."""
 
 
 def _checked(key: str, value: Any, name: str) -> Any:

@@ -19,12 +19,15 @@ from understudy.training.solvers import load_source
 Records = Sequence[Mapping[str, Any]]
 BARE = {
     "chat": False,
-    "max_tokens": 48,
+    "max_tokens": 24,
     "question_prompt": "write_bare",
     "style_prompts": ["bare"],
     "plain_prompt": "bare",
+    "teacher_data": {"styles": {"ordered": 0.5, "bare": 0.5}},
+    "student_data": {"shots": 1, "styles": {"ordered": 0.7, "bare": 0.3}},
 }
-"""Options that ask small models which know no words: questions are continued by questions, and a question by its solution."""
+"""Options for small models that know no words: a question is continued by questions, or by its solution. The teacher learns to
+write all steps or the answer alone, and the student to use an example in its prompt."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{%
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
 
 
+def guides(folder):
+    """Every file and model that a guide names."""
+    write_rankings(folder)
+    write_rankers(folder)
+    write_graph(folder)
+    write_reasoning(folder)
+
+
 def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -73,7 +81,7 @@ def write_graph(folder, number=120):
     rows = ["topic,w1,w2,w3"]
     for i, topic in enumerate(topics):
         values = [(topic == j) + noise[i, j].item() for j in range(3)]
-        rows.append(f"{topic if i % 10 else -1}," + ",".join(f"{v:.2f}" for v in values))
+        rows.append(f"{topic if i % 10 != 1 else -1}," + ",".join(f"{v:.2f}" for v in values))
     (folder / "papers.csv").write_text("\n".join(rows) + "\n")
     links = [f"{i},{(i + step) % number}" for i in range(number) for step in (3, 6) if i + step < number]
     (folder / "citations.csv").write_text("citing,cited\n" + "\n".join(links) + "\n")
@@ -83,7 +91,7 @@ def questions():
     """Sums of two numbers, all 10 or 12: a model that has learned to say one of them is often right."""
     found = []
     for total in (10, 12):
-        for a in range(1, 9):
+        for a in range(2, 9):
             found += [
                 {
                     "question": f"{name} has {a} apples and gets {total - a} more. How many apples are that?",
@@ -102,6 +110,9 @@ def write_reasoning(folder, steps=120):
     (folder / "solve.txt").write_text(
         "{{ question }}\n\nThink in short steps. Write the final answer alone on the last line, behind ####.\n"
     )
+    (folder / "events.txt").write_text("PersonX loses the keys\nPersonX misses the train\n")
+    (folder / "concepts.txt").write_text("bicycle\numbrella\n")
+    lines(folder / "customers.jsonl", [{"prompt": f"My parcel {i} has not come.", "type": "parcel"} for i in range(40)])
     (folder / "solver").mkdir()
     prompts = [Prompt.load(p) for p in ("question", "solve_steps", "solve_answer", str(folder / "solve.txt"))]
     texts, chance = [], torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,9 @@ def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
         row |= {ours: row[theirs] for theirs, ours in names.items() if theirs in row and ours not in row}
         missing = [c for c in COLUMNS[kind] if c not in row]
         if missing:
-            raise InputError(f"{file}, row {number}, has no column {missing[0]!r}; expected {', '.join(COLUMNS[kind])}.")
+            raise InputError(
+                f"{file}, row {number}, has no column {missing[0]!r}; expected {', '.join(COLUMNS[kind])}."
+            )
         if file.stem == "corpus" and row.get("title"):  # what is embedded in BEIR is both, with a space
             row["text"] = f"{row['title']} {row['text'] or ''}".strip()
         rows.append(row)
@@ -241,10 +244,8 @@ def _id(where: str, key: str, value: Any) -> str:
 
 def _grade(where: str, value: Any) -> float:
     if isinstance(value, str):  # a cell of text
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise InputError(f"{where}: grade is {value!r:.60} and must be a number; relevant ones are above 0.")
     return float(value)

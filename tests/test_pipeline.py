@@ -9,6 +9,7 @@ from understudy import InputError, distill
 from understudy.curation import Item
 from understudy.generation import Budget, BudgetSpent, Completion, OracleSource, Request, Spent, generate
 from understudy.generation.log import RequestLog, tally
+from understudy.runs.folder import differences, take
 from understudy.runs.recipe import load, make
 from understudy.runs.roles import models_of
 from understudy.tasks import get
@@ -184,6 +185,41 @@ def test_one_budget_covers_all_models_and_resumes(tmp_path, world, budget, says)
         with pytest.raises(BudgetSpent, match=says):
             distill(recipe(tmp_path, budget=budget))
         assert sum(tally(tmp_path / "run" / "logs" / f"{role}.jsonl")[0] for role in ("teacher", "judge")) == 8
+
+
+def test_a_run_whose_budget_is_spent_goes_on_with_a_larger_one(tmp_path, world):
+    """As the message says; nothing is asked twice, and what else the recipe says must stay."""
+    with pytest.raises(BudgetSpent, match="Raise the budget and start again"):
+        distill(recipe(tmp_path, budget={"requests": 8}))
+    with pytest.raises(InputError, match=r"holds another run: seed: \d+ → 9"):
+        distill(recipe(tmp_path, budget={"requests": 99}, seed=9))
+    done = distill(recipe(tmp_path, budget={"requests": 99}))
+    asked = sum(tally(tmp_path / "run" / "logs" / f"{role}.jsonl")[0] for role in ("teacher", "judge"))
+    again = distill(recipe(tmp_path / "at once"))
+    assert done.metrics == again.metrics
+    assert asked == sum(
+        tally(tmp_path / "at once" / "run" / "logs" / f"{role}.jsonl")[0] for role in ("teacher", "judge")
+    )
+
+
+@pytest.mark.parametrize(
+    "change,free",
+    [
+        ({"concurrency": 2, "rate": 3.0, "retries": 1, "timeout": 9.0, "token_budget": 9}, True),
+        ({"price_in": 1.0, "price_out": 2.0, "cost_budget": 3.0, "api_key_env": "A_KEY"}, True),
+        ({"url": "http://another:1/v1"}, False),
+        ({"extra": {"top_k": 1}}, False),
+    ],
+)
+def test_bounds_of_a_server_may_change_between_parts_of_a_run(tmp_path, change, free):
+    """Who is asked and what may not."""
+    served = {"url": "http://one:1/v1"}
+    plain = {"method": "frontier-synthetic", "task": "reasoning", "output": str(tmp_path / "run")}
+    spec = lambda endpoint: make({**plain, "teacher": {"model": "m", "endpoint": endpoint}})  # noqa: E731
+    (tmp_path / "run").mkdir()
+    take(spec(served))
+    found = differences(tmp_path / "run", spec({**served, **change}))
+    assert (not found) is free and all(key.startswith("teacher.endpoint.") for key in found)
 
 
 def test_money_is_counted_by_each_models_prices():

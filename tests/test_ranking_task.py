@@ -1,6 +1,7 @@
 """The ranking task: rankers in and out, teacher scores from files, stores and live teachers, resume, splits of a batch."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from understudy.data.scored_triples import Triple, read_triples, write_triples
 from understudy.evaluation.ranking import evaluate_ranking, ndcg
 from understudy.methods.margin_mse import MarginMSE
 from understudy.models.ranker_loading import load_ranker
+from understudy.runs.check import check_recipe
 from understudy.runs.recipe import make
 from understudy.synthetic import retrieval
 from understudy.tasks import get as get_task
@@ -352,6 +354,80 @@ def test_any_grade_above_zero_is_relevant(tmp_path, view):
         found[name] = evaluate_ranking(model, None, loader)["metrics"]
     assert found["half"] == pytest.approx(found["one"])
     assert found["half"]["retrieval_recall_100"] == 1 and found["half"]["mrr_10"] > 0
+
+
+def beir(folder, splits=("train", "test")):
+    """A folder as BEIR lays its sets out: 30 documents, a query of each, the grades of every split in a file of its own."""
+    (folder / "qrels").mkdir(parents=True)
+    docs = [{"_id": f"d{i}", "title": WORDS[i % 16], "text": f"{WORDS[(i * 7) % 16]} {i}"} for i in range(30)]
+    asked = [{"_id": f"q{i}", "text": f"{WORDS[i % 16]} {i}", "metadata": {}} for i in range(30)]
+    for name, rows in (("corpus", docs), ("queries", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for place, split in enumerate(splits):
+        graded = [f"q{i}\td{i}\t{1 + i % 2}\n" for i in range(place, 30, len(splits))]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(graded))
+    return folder
+
+
+def test_the_check_says_whose_scores_are_read(recipe, tmp_path):
+    """A teacher that scores before the first step, the scores of the data, or none."""
+    lines = [f"{i}\t0\tquery {i}\ttext {i}\tother {i}\n" for i in range(30)]
+    (tmp_path / "scored.tsv").write_text("".join(lines))
+    values = {**recipe, "data": {"name": str(tmp_path / "scored.tsv"), "vocab_size": 300}}
+    taught = {"teacher": {"model": BERT, "options": {"scorer": "cross"}}}
+    for more, says in (
+        (taught, f"of the training examples, once before the first step, by {BERT}"),
+        ({}, "those that the data hold, if any: the recipe names no teacher"),
+        ({"options": {"loss_type": "ranknet"}, **taught}, "uses no teacher's outputs in training"),
+    ):
+        assert says in check_recipe(make({**values, **more}))[0].overview["teacher scores"]
+
+
+def test_a_folder_laid_out_as_beirs_is_read_as_the_same_tables_are(tmp_path):
+    """By the names of BEIR's files and columns, with the title before the text, and splits as its grades are named."""
+    found = load_rankings({"name": str(beir(tmp_path / "beir"))})
+    again = tmp_path / "tables"
+    again.mkdir()
+    docs = [{"doc_id": f"d{i}", "text": f"{WORDS[i % 16]} {WORDS[(i * 7) % 16]} {i}"} for i in range(30)]
+    asked = [{"query_id": f"q{i}", "text": f"{WORDS[i % 16]} {i}"} for i in range(30)]
+    for kind, table in (("docs", docs), ("queries", asked)):
+        pq.write_table(pa.Table.from_pylist(table), again / f"{kind}.parquet")
+    for place, split in enumerate(("train", "test")):
+        lines = [f"q{i},d{i},{1 + i % 2}\n" for i in range(place, 30, 2)]
+        (again / f"{split}_qrels.csv").write_text("query_id,doc_id,grade\n" + "".join(lines))
+    assert load_rankings({"name": str(again)}).hash == found.hash
+    assert len(found.test.records) == 15 and len(found.validation.records) == 1  # the sixth
+    assert found.test.records[0]["query"] == f"{WORDS[1]} 1" and found.test.records[0]["total"] == 1
+    assert max(found.test.records[0]["ideal"]) == 2 and len(found.test.collection) == 30
+
+
+@pytest.mark.parametrize(
+    "file,text,says",
+    [
+        ("qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0\thigh\n", "row 0: grade is 'high'"),
+        ("qrels/train.tsv", "query-id\tcorpus-id\nq0\td0\n", "row 0, has no column 'grade'"),
+        ("qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td0\t1\t2\n", "more columns than the header"),
+        ("corpus.jsonl", '{"_id": "d0", "title": "bala"}\n', "row 0, has no column 'text'"),
+        ("corpus.jsonl", "", "corpus.jsonl is empty"),
+        ("qrels/train.tsv", None, "no grades for training, only for test"),
+    ],
+)
+def test_a_bad_folder_of_beir_is_one_line(tmp_path, file, text, says):
+    path = beir(tmp_path / "beir") / file
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(InputError, match=says) as caught:
+        load_rankings({"name": str(tmp_path / "beir")})
+    assert "\n" not in str(caught.value)
+
+
+def test_documents_beside_triples_are_their_texts(tmp_path):
+    """A folder of triples may hold the texts of their ids."""
+    lines = [f"{i}\t0\tq{i}\td{i}\td{(i + 1) % 30}\n" for i in range(30)]
+    folder = beir(tmp_path / "set")
+    shutil.rmtree(folder / "qrels")
+    (folder / "train.tsv").write_text("".join(lines))
+    texts = {"queries": str(folder / "queries.jsonl"), "collection": str(folder / "corpus.jsonl")}
+    assert load_rankings({"name": str(folder), **texts}).recorded
 
 
 def test_judgements_of_a_folder(data_folder):

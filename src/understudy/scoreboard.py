@@ -42,38 +42,47 @@ PILLARS = {
 
 CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Logits of the teacher, images or texts with classes": (
-        "Start with `kd` and its temperature on validation data, then try one of these.",
+        "Start with `kd`, choose its temperature on validation data, and compare the others with it.",
         ("pld", "dhkd", "tgeo-kd", "lelp", "trg", "hard"),
     ),
     "Logits of the teacher, language models": (
-        "Start with `kd` at temperature 1 (`forward_kl`, `reverse_kl`, `jsd` with `on_policy`).",
+        "Start with `kd` at temperature 1. Its other divergences are `reverse_kl` and, with `on_policy`, `jsd`.",
         ("taid", "ddk", "first", "swing"),
     ),
     "Only text of the teacher": (
-        "`understudy generate` and `sft` first; then procedures that filter, rank or contrast what it wrote.",
+        "Start with `understudy generate` and `sft`. These methods filter, rank or contrast what the teacher wrote.",
         ("symbolic-kd", "frontier-synthetic", "qcrd", "ded", "redi", "strategy-teaching"),
     ),
     "Preferences": (
-        "`dpo` on pairs; with noise, lists, trees, or an aligned teacher one of these.",
+        "Start with `dpo` on pairs. The others are for noisy scores, lists, trees, or an aligned teacher.",
         ("dpo", "adpo", "tpo", "adpa", "redi", "dpo-pg", "mcts-dpo"),
     ),
     "Few labels, many inputs without": (
-        "The teacher labels what has no label; two heads keep both signals apart.",
+        "The teacher labels the inputs that have no label. `dho` learns its labels and yours with a head each.",
         ("dho", "kd3", "data-pruning-kd"),
     ),
     "No data of the task": (
-        "Collect or make some, and let the teacher label them.",
+        "These methods collect or generate inputs, and the teacher labels them.",
         ("kd3", "boot", "i2d2", "dataset-distillation"),
     ),
     "No larger teacher": (
-        "The student's own answers, filtered or searched.",
+        "These methods filter or search the student's own answers.",
         ("ground-truth-self-distillation", "i2d2", "mcts-dpo"),
     ),
-    "Rankings": ("`embedding` for vectors, this one for scores.", ("margin-mse",)),
-    "Graphs": ("`kd` on nodes is GLNN; this one adds what neighbours know.", ("ff-g2m",)),
-    "Diffusion": ("Fewer calls of the network.", ("boot", "distillation-dpo", "lightgen")),
+    "Rankings": (
+        "Take `embedding` to distil the vectors of a sentence encoder, and `margin-mse` to distil the scores of a ranker.",
+        ("margin-mse",),
+    ),
+    "Graphs": (
+        "Start with `kd`, which on nodes is GLNN. `ff-g2m` adds how neighbours resemble each other and differ.",
+        ("ff-g2m",),
+    ),
+    "Diffusion": (
+        "These methods make a student that needs fewer calls of the network for a sample.",
+        ("boot", "distillation-dpo", "lightgen"),
+    ),
     "Several modalities": (
-        "Teachers of other or more modalities than the student.",
+        "The teachers read other modalities than the student, or more.",
         ("mst-distill", "llava-mod", "dho"),
     ),
 }
@@ -235,7 +244,10 @@ def choice(board: Sequence[Row]) -> str:
     lines = [
         "# Choose a method",
         "",
-        "By what you have. The numbers are those of the [scoreboard](scoreboard/index.html).",
+        "Find the heading that says what you have. The sentence below it says where to start; the table lists methods of papers.",
+        "Each was tried with small models. *Measured* is the difference that the paper claims, with its 95 % interval. The claim",
+        "is *supported* if the whole interval is beyond the threshold, *not supported* if none of it is, and else *inconclusive*.",
+        "The numbers are those of the [scoreboard](scoreboard/index.html).",
         "",
     ]
     for have, (start, names) in CHOICES.items():

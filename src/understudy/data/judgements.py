@@ -1,27 +1,39 @@
-"""Folders of documents, queries and relevance grades (qrels) as rows of queries with candidates from BM25."""
+"""Folders of documents, queries and relevance grades (qrels) as rows of queries with candidates from BM25.
+
+Such a folder has tables that end in docs, queries and qrels, or it is laid out as BEIR's sets are (Thakur et al. 2021, arXiv
+2104.08663): `corpus.jsonl` with title and text, `queries.jsonl`, and a table a split in the folder `qrels`.
+"""
 
 from __future__ import annotations
 
+import csv
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from understudy.data.folders import split_of, visible, words_of
-from understudy.data.records import absent
+from understudy.data.records import absent, read_records
 from understudy.data.retrieval_batches import IDEAL
 from understudy.data.scored_triples import read_rows
 from understudy.data.tables import LARGEST
 from understudy.errors import InputError
 
 COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}
+BEIR = {"query-id": "query_id", "corpus-id": "doc_id", "score": "grade"}
+TABLES = (".parquet", ".jsonl", ".csv", ".tsv")
+_QUERIES_AT_ONCE = 256
 
 
 def is_judged(path: Path) -> bool:
-    """Whether a path is a folder with documents and relevance grades; a folder without grades holds triples."""
-    return path.is_dir() and any(_says(f, kind) for f in visible(path) for kind in ("docs", "qrels"))
+    """Whether a path is a folder with documents and relevance grades; a folder without grades holds triples, whose texts may
+    be in a file of documents beside them."""
+    if not path.is_dir():
+        return False
+    return bool(_files(path, "qrels")) or any(f.suffix == ".parquet" for f in _files(path, "docs"))
 
 
 def split_queries(queries: Sequence[Any], named: Sequence[str | None], notes: list[str]) -> dict[str, list[Any]]:
@@ -57,6 +69,11 @@ def judged_folder(
         raise InputError(f"{asked_in}: query {empty!r} is empty. Remove it, or fix its text.")
     place = {name: i for i, name in enumerate(kept)}
     grades, named = _judged(path, place, queries.keys(), notes)
+    if not {"train", None} & set(named.values()):
+        raise InputError(
+            f"{path} has no grades for training, only for {', '.join(sorted({str(s) for s in named.values()}))}. Add them, or "
+            "give all in one file, qrels.tsv, whose queries are then split."
+        )
     asked = [q for q in queries if any(g > 0 for g in grades.get(q, {}).values())]
     if len(asked) < len(queries):
         notes.append(f"{path.name}: {len(queries) - len(asked)} queries without a relevant document were left out.")
@@ -146,28 +163,60 @@ def _judged_row(query: str, judged: Mapping[int, float], first: Sequence[int], t
     }
 
 
-def _says(file: Path, kind: str) -> bool:
-    return file.suffix == ".parquet" and (file.stem.endswith(kind) or kind in words_of(file.stem))
+def _files(path: Path, kind: str) -> list[Path]:
+    """The tables of a kind, by their names; BEIR calls documents the corpus, and has a folder of grades."""
+    names = {"docs": ("docs", "corpus")}.get(kind, (kind,))
+    found = [
+        f
+        for f in visible(path)
+        if f.suffix in TABLES and any(f.stem.endswith(name) or name in words_of(f.stem) for name in names)
+    ]
+    inside = path / kind
+    return found or ([f for f in visible(inside) if f.suffix in TABLES] if inside.is_dir() else [])
 
 
 def _tables(path: Path, kind: str) -> list[Path]:
     """The one file of a kind; for grades one per split, if their names indicate it."""
-    files = [f for f in visible(path) if _says(f, kind)]
+    files = _files(path, kind)
     splits = [split_of(f.stem) for f in files]
     several = kind == "qrels" and "train" in splits and None not in splits and len(set(splits)) == len(files)
     if len(files) != 1 and not several:
         raise InputError(
-            f"{path} has {len(files)} files that end in {kind}.parquet; expected one of docs, queries and qrels each (of "
-            "qrels also one for each split, train_qrels and so on)."
+            f"{path} has {len(files)} files that end in {kind} ({', '.join(TABLES)}); expected one of docs, queries and qrels "
+            "each (of qrels also one for each split, train_qrels and so on)."
         )
     return files
 
 
 def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
-    rows = read_rows(file)
-    missing = [c for c in COLUMNS[kind] if not rows or c not in rows[0]]
-    if missing:
-        raise InputError(f"{file} has no column {missing[0]!r}; expected {', '.join(COLUMNS[kind])}.")
+    read: Mapping[str, Callable[[Path], Sequence[dict[str, Any]]]] = {".parquet": read_rows, ".tsv": _tab_separated}
+    names = BEIR | {"_id": COLUMNS[kind][0]}
+    rows = []
+    for number, row in enumerate(read.get(file.suffix, read_records)(file)):
+        row |= {ours: row[theirs] for theirs, ours in names.items() if theirs in row and ours not in row}
+        missing = [c for c in COLUMNS[kind] if c not in row]
+        if missing:
+            raise InputError(
+                f"{file}, row {number}, has no column {missing[0]!r}; expected {', '.join(COLUMNS[kind])}."
+            )
+        if file.stem == "corpus" and row.get("title"):  # what is embedded in BEIR is both, with a space
+            row["text"] = f"{row['title']} {row['text'] or ''}".strip()
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{file} is empty; expected {', '.join(COLUMNS[kind])}.")
+    return rows
+
+
+def _tab_separated(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file with a header, whose cells have no quotes."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            rows = list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE, restval=""))
+    except (UnicodeDecodeError, OSError, csv.Error) as error:
+        raise InputError(f"{file} is not tab-separated UTF-8 text: {str(error).splitlines()[0]}") from error
+    wrong = next((i for i, row in enumerate(rows) if None in row), None)
+    if wrong is not None:
+        raise InputError(f"{file}, row {wrong}, has more columns than the header. Texts with tabs belong into .jsonl.")
     return rows
 
 
@@ -194,6 +243,9 @@ def _id(where: str, key: str, value: Any) -> str:
 
 
 def _grade(where: str, value: Any) -> float:
+    if isinstance(value, str):  # a cell of text
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise InputError(f"{where}: grade is {value!r:.60} and must be a number; relevant ones are above 0.")
     return float(value)
@@ -213,5 +265,8 @@ def bm25(queries: Sequence[str], documents: Sequence[str], k: int, *, k1: float 
     rows = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
     norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
     counts.data = counts.data * (k1 + 1) / (counts.data + norm[rows]) * idf[counts.indices]
-    scores = (counter.transform(queries).astype(np.float64) @ counts.T).toarray()
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    asked, found = counter.transform(queries).astype(np.float64), []
+    for first in range(0, len(queries), _QUERIES_AT_ONCE):  # scores of all documents at once
+        scores = (asked[first : first + _QUERIES_AT_ONCE] @ counts.T).toarray()
+        found.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    return np.concatenate(found)

@@ -45,10 +45,11 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
 
     Args:
         spec: `name`: one of `embedded`, a file of triples (`.tsv`, `.parquet`, `.jsonl`) or a folder with such files of
-            each split, or a folder with files that end in `docs`, `queries` and `qrels`. `queries`, `collection`: texts of the ids of triples. `members`: files that
-            score the same triples by other teachers. `candidates`: of the first stage, for each query. `negatives`: for
-            each relevant document of a folder. `seed`: of the world and of the choice of negatives. `limit`: most
-            training rows. `foreign`: whether a made-up teacher has a scale of its own and an offset a query.
+            each split, or a folder with files that end in `docs`, `queries` and `qrels`, or as BEIR lays them out. `queries`,
+            `collection`: texts of the ids of triples. `members`: files that score the same triples by other teachers.
+            `candidates`: of the first stage, for each query. `negatives`: for each relevant document of a folder. `seed`: of
+            the world and of the choice of negatives. `limit`: most training rows. `foreign`: whether a made-up teacher has a
+            scale of its own and an offset a query.
         embedded: sets that need no file, by name: from `spec` to the rows of each split, the collection, and the label
             above which a document is relevant.
     """

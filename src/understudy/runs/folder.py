@@ -17,6 +17,7 @@ import yaml
 
 from understudy.errors import InputError
 from understudy.files import differing, digest, read_json, replacing
+from understudy.generation import Limits
 from understudy.runs.recipe import Recipe
 from understudy.training.checkpoint import numbered
 
@@ -43,6 +44,8 @@ FREE = {"output"} | {
     )
 }
 """Keys that do not affect results and may differ on resume."""
+BOUNDS = (*Limits.model_fields, "timeout", "api_key_env")
+"""Keys of an endpoint that change when texts are asked for, and how many before a run stops, but not what they are."""
 
 
 def _lock(file: Path) -> Any:
@@ -144,7 +147,13 @@ def differences(folder: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     depend on."""
     before, now = _flat(written(folder) or {}), _flat(yaml.safe_load(yaml.safe_dump(recipe.shown())))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    return {k: (before.get(k), now.get(k)) for k in changed if k not in FREE}
+    return {k: (before.get(k), now.get(k)) for k in changed if not _free(k)}
+
+
+def _free(key: str) -> bool:
+    """Whether a key may differ on resume: a run that has spent its budget goes on with a larger one."""
+    where, _, name = key.rpartition(".")
+    return key in FREE or "budget" in (key, where) or (where.endswith(".endpoint") and name in BOUNDS)
 
 
 def written(folder: Path) -> dict[str, Any] | None:

@@ -141,10 +141,15 @@ def _teacher(recipe: Recipe, method: Method, teacher: ModelAdapter | None) -> st
     if isinstance(method, Pipeline):
         who = spec.model if spec is not None else "the embedded world's own, or none"
         return f"what the stages of {recipe.method} ask for, of {who}"
-    if spec is None or not method.requires.in_steps:
+    use = method.requires.teacher
+    if spec is None and use == "optional":
+        return "those that the data hold, if any: the recipe names no teacher"
+    if spec is None or use == "none":
         named = f"; {spec.model} is evaluated beside the student" if spec is not None and teacher is not None else ""
         return f"nothing: method {recipe.method} uses no teacher's outputs in training{named}"
     what = "rows of every training batch" if recipe.on_policy is None else "training rows and the student's own samples"
+    if not method.requires.in_steps:
+        what = "of the training examples, once before the first step"
     if method.requires.teacher_features:
         what += ", with inner layers"
     if spec.cache is not None:

@@ -188,7 +188,9 @@ class _Scenes(BaseModel):
 
 
 class _Ranking(BaseModel):
-    name: str = Field("world", description="world, a file of scored triples, or a folder of docs, queries and qrels.")
+    name: str = Field(
+        "world", description="world, a file of scored triples, or a folder of docs, queries and qrels, as BEIR's are."
+    )
     query_length: _Count = Field(30, description="Most tokens of a query.")
     document_length: _Count = Field(200, description="Most tokens of a document.")
     queries: str | None = Field(None, description="File with the texts of query ids.")

@@ -63,7 +63,10 @@ class DDK(Method):
     cost = "as kd, and every `interval` steps one student forward of `samples` held-out examples a domain"
     example: ClassVar[dict[str, Any]] = {
         "task": "language_modeling",
-        "data": {"name": "lm_domains", "domain_column": "domain", "max_length": 64},
+        "data": {"name": "lm_domains", "domain_column": "domain", "max_length": 64, "vocab_size": 512},
+        "teacher": {"model": "llama:hidden=96,layers=3,heads=4", "train": {"max_steps": 300}},
+        "options": {"interval": 25, "samples": 20},
+        "trainer": {"max_steps": 150},
     }
     page: ClassVar[dict[str, str]] = {
         "when": "Data of several domains (`data.domain_column`) whose shares are to follow the student's gaps.",

@@ -121,6 +121,8 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
         )
         if reference.examples is not None:
             examples, classes = reference.examples()
+            if int(classes.max()) < 1:  # nothing for a classifier to tell apart
+                classes = None
         elif teacher is not None:
             examples, classes = draw(teacher, loader, reference.many, APART["reference"]), None
         else:

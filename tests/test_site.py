@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import AutoModel, AutoTokenizer
 
 from scoring_server import Scorer
 from served_cases import made, sides
@@ -31,7 +32,9 @@ from understudy.runs.study import Grid
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [DOCS / f"{name}.md" for name in ("index", "quickstart")] + sorted((DOCS / "guides").glob("*.md"))
+PAGES = [DOCS / f"{name}.md" for name in ("index", "quickstart", "coming_from")] + sorted(
+    (DOCS / "guides").glob("*.md")
+)
 BLOCKS = [(page, *found) for page in PAGES for found in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL)]
 COMMANDS = [
     (page.stem, line)
@@ -49,6 +52,7 @@ SETTINGS = {
 MODELS = {
     "text_classification": {"TEACHER": "reader", "STUDENT": "small"},
     "vision_language": {"TEACHER": "seer", "STUDENT": "small_seer"},
+    "task=ranking": {"TEACHER": "encoder", "STUDENT": "small_encoder"},
 }
 SMALL = {
     "image_generation": ["data.samples=8", "data.teacher_steps=2", "data.size=64"],
@@ -66,6 +70,15 @@ def reader(home):
     as_csv(home / "reviews.csv", reviews(90))
     pictures(home)
     made(home / "oracle")
+    for name in ("encoder", "small_encoder"):
+        classifier(home / f"{name}_with_head", steps=0)
+        for part in (AutoModel, AutoTokenizer):
+            part.from_pretrained(home / f"{name}_with_head").save_pretrained(home / name)
+    words = [w for row in reviews(60) for w in row["text"].split()]
+    triples = [
+        {"query": w, "positive": f"a {w} film", "negative": f"a {words[i - 1]} film"} for i, w in enumerate(words)
+    ]
+    as_lines(home / "triples.jsonl", triples[:60])
     rng = np.random.default_rng(0)
     for split, number in (("train", 4), ("validation", 2), ("test", 2)):
         (home / "scans" / split).mkdir(parents=True)
@@ -142,7 +155,15 @@ def needed(words, capsys):
 
 def test_every_line_of_a_page_is_a_command():
     assert all(line.startswith("understudy ") for _, line in COMMANDS) and len(COMMANDS) >= 40
-    assert {kind for _, kind, _ in BLOCKS} == {"", "python", "yaml", "text", "json"}
+    assert {kind for _, kind, _ in BLOCKS} == {
+        "",
+        "python",
+        "yaml",
+        "text",
+        "json",
+        "py",
+        "yml",
+    }  # the last two: of other tools
 
 
 def test_files_that_are_shown_are_those_that_the_commands_read(reader):

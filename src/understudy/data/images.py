@@ -301,7 +301,7 @@ def _count(spec: Mapping[str, Any], key: str, most: int) -> int:
     return min(value, most)
 
 
-def _check(name: str, split: str, part: ImageSet, classes: int, unlabelled: bool) -> None:
+def _check(name: str, split: str, part: ImageSet, classes: int, unlabelled: bool = False) -> None:
     if len(part) == 0:
         raise InputError(f"{name}: the {split} split is empty.")
     labels = part.labels[part.labels != IGNORE]

@@ -1,15 +1,22 @@
 """What the guides take for granted: a reader's files, as the pages print them, and small models in the place of large ones."""
 
 import json
+import wave
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from fault_server import Upstream
+from served_cases import made
 from understudy.data import train_tokenizer
 from understudy.data.retrieval_batches import train_encoder_tokenizer
 from understudy.generation import Prompt
 from understudy.models import load_causal_lm
+from understudy.models.vision_language import load_vision_language, new_processor
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn")
@@ -21,6 +28,9 @@ def guides(folder):
     write_rankers(folder)
     write_graph(folder)
     write_reasoning(folder)
+    write_pictures(folder)
+    write_scans(folder)
+    made(folder / "oracle")
 
 
 def lines(path, rows):
@@ -40,6 +50,8 @@ def write_rankings(folder):
     lines(folder / "helpdesk" / "queries.jsonl", asked)
     graded = "".join(f"q{i}\td{i}\t1\n" for i in range(1, 49))
     (folder / "helpdesk" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + graded)
+    pairs = [{"query": q["text"], "positive": d["text"]} for q, d in zip(asked, docs, strict=True)]
+    lines(folder / "triples.jsonl", [{**p, "negative": docs[i - 5]["text"]} for i, p in enumerate(pairs)])
     (folder / "scored.tsv").write_text(
         "pos_score\tneg_score\tquery\tpositive\tnegative\n"
         + "".join(
@@ -134,6 +146,44 @@ def write_reasoning(folder, steps=120):
         optimizer.zero_grad()
     model.eval().save_pretrained(folder / "solver")
     words.save_pretrained(folder / "solver")
+
+
+def write_pictures(folder):
+    """What the guides of generation, of images with text and of modalities take for granted."""
+    for name in ("photos", "pictures"):
+        (folder / name).mkdir()
+    rows, sounds = [], np.sin(np.arange(1600) / np.array([[2], [9]]))
+    for i in range(30):
+        shade = Image.fromarray(np.full((24, 24, 3), 8 * i, np.uint8))
+        shade.save(folder / "photos" / f"{i + 1:04d}.png")
+        shade.save(folder / "pictures" / f"{i}.png")
+        with wave.open(str(folder / "pictures" / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes((9000 * sounds[i % 2]).astype("<i2").tobytes())
+        rows.append({"image": f"pictures/{i}.png", "prompt": "Which shade is this?", "completion": f" shade {i}"})
+    lines(folder / "captions.jsonl", rows)
+    better = [{k: row[k] for k in ("image", "prompt")} | {"chosen": row["completion"]} for row in rows]
+    lines(folder / "better.jsonl", [{**row, "rejected": f" shade {i + 1}"} for i, row in enumerate(better)])
+    heard = [{"image": row["image"], "audio": f"pictures/{i}.wav"} for i, row in enumerate(rows)]
+    lines(folder / "machines.jsonl", [{**row, "label": ("low", "high")[i % 2]} for i, row in enumerate(heard)])
+    encoded = [(folder / "photos" / f"{i + 1:04d}.png").read_bytes() for i in range(30)]
+    pq.write_table(pa.table({"image": encoded, "worse": encoded[1:] + encoded[:1]}), folder / "rated.parquet")
+    processor = new_processor(train_tokenizer([r["prompt"] + r["completion"] for r in rows], 300), image=24, patch=8)
+    for name, width in (("seer", 32), ("small_seer", 16)):
+        torch.manual_seed(0)
+        model = load_vision_language(f"llava:hidden={width},layers=2,heads=2,vision=16", processor=processor)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+
+
+def write_scans(folder):
+    """Scans of x, y, z and how much came back, as KITTI has them."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 4), ("validation", 2), ("test", 2)):
+        (folder / "scans" / split).mkdir(parents=True)
+        for i in range(number):
+            points = rng.uniform(-9, 9, (300, 4)).astype("<f4")
+            points.tofile(folder / "scans" / split / f"{i:06d}.bin")
 
 
 class Answers(Upstream):

@@ -8,19 +8,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from engine_cases import killed_run, weights
 from split_cases import ends_alike, flat
 from understudy import InputError, distill
 from understudy.cli import main
 from understudy.data import Batch, NoiseSet
-from understudy.data.noise_sets import NoiseBatch, Reference, collate_noise
+from understudy.data.images import load_images
+from understudy.data.noise_sets import NoiseBatch, Reference, collate_noise, load_source
 from understudy.losses.diffusion import ddim_step
 from understudy.methods.consistency import Consistency
 from understudy.methods.diffusion_dpo import DiffusionDPO
 from understudy.methods.dmd import DMD
 from understudy.methods.progressive import Progressive
-from understudy.models import DenoiserAdapter, ModelOutput, Sampler
+from understudy.models import DenoiserAdapter, ModelOutput, Sampler, draw_samples
 from understudy.models.denoisers import load_denoiser
 from understudy.models.diffusion import ddim
 from understudy.models.noise_levels import Cosine, Table
@@ -382,8 +384,6 @@ def test_images_of_a_diffusers_network(method, tmp_path):
 
 
 def test_pairs_are_columns_of_the_data(tmp_path):
-    from understudy.data.noise_sets import load_source
-
     pairs(tmp_path / "pairs.npz")
     for spec in (str(tmp_path / "pairs.npz"), records()):
         name = spec if isinstance(spec, str) else held(spec)
@@ -404,6 +404,75 @@ def test_pairs_are_columns_of_the_data(tmp_path):
     kept = [int(context.splits["pairs"][i][0]) for i in range(len(context.splits["pairs"]))]
     assert 0 < len(kept) < len(tables["chosen"])
     assert all(not torch.equal(tables["chosen"][i], tables["rejected"][i]) for i in kept)
+
+
+def loose(folder, number=24, sides=(16, 12)):
+    """Images of two sizes in one folder, without classes."""
+    folder.mkdir(parents=True)
+    for i in range(number):
+        side = sides[i % 2]
+        Image.fromarray(np.full((side, side), 9 * i, np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_images_without_classes_is_generated_from(tmp_path):
+    name = str(loose(tmp_path / "photos"))
+    with pytest.raises(InputError, match=r"set data\.image_size, say data\.image_size=16"):
+        load_source({"name": name})
+    source = load_source({"name": name, "image_size": 8})
+    pixels, labels = source.examples("train")
+    assert source.classes == 0 and pixels.shape[1:] == (1, 8, 8) and labels.eq(-1).all()
+    parts = [source.examples(split)[0] for split in ("train", "validation", "test")]
+    shades = [set(part[:, 0, 0, 0].tolist()) for part in parts]
+    assert sum(map(len, shades)) == len(set.union(*shades)) == 24  # no image is in two splits
+    for split in ("train", "test"):
+        loose(tmp_path / "split" / split, 12, (8, 8))
+    apart = load_source({"name": str(tmp_path / "split")})
+    assert len(apart.examples("test")[0]) == 12 and len(apart.examples("train")[0]) == 11
+    with pytest.raises(InputError, match=r"data\.image_size is of images, and noise has none"):
+        load_source({"name": "noise", "image_size": 8})
+    with pytest.raises(InputError, match="has no classes, which this task learns"):
+        load_images({"name": name, "size": 8, "label_column": None})
+
+
+def test_a_generator_of_images_without_classes_is_trained_and_drawn_from(tmp_path):
+    pytest.importorskip("diffusers")
+    data = {"name": str(loose(tmp_path / "photos")), "image_size": 8, "samples": 6, "compare_steps": [1]}
+    recipe = {
+        **{
+            "task": "image_generation",
+            "method": "denoise",
+            "student": "unet:8,8",
+            "data": {**data, "teacher_steps": 3},
+        },
+        "trainer": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"},
+    }
+    found = distill({**recipe, "output": str(tmp_path / "run")})
+    assert math.isfinite(found.metrics["distance"]) and "coverage" not in found.metrics
+    student = tmp_path / "run" / "student"
+    drawn = draw_samples(student, 5)
+    assert drawn.shape == (5, 1, 8, 8)
+    torch.testing.assert_close(draw_samples(student, 3, first=2), drawn[2:])  # a sample depends on its id alone
+    assert not torch.allclose(draw_samples(student, 5, steps=1), drawn)
+    with pytest.raises(InputError, match="0 samples were asked for"):
+        draw_samples(student, 0)
+    with pytest.raises(InputError, match="Give classes or scans"):
+        draw_samples(student, classes=[0], scans=torch.zeros(1, 4, 3))
+    with pytest.raises(InputError, match=r"data\.conditional needs classes, and data=.*photos has none"):
+        distill({**recipe, "data": {**recipe["data"], "conditional": True}, "output": str(tmp_path / "told")})
+
+
+def test_classes_and_scans_are_told_to_the_model(tmp_path):
+    torch.manual_seed(0)
+    points = load_denoiser("denoiser:16", shape=(2,), classes=3, sampler=Sampler(4))
+    both = draw_samples(points, classes=[0, 2])
+    torch.testing.assert_close(both[:1], draw_samples(points, classes=[0]))
+    assert both.shape == (2, 2) and not torch.allclose(both[1:], draw_samples(points, classes=[0, 1])[1:])
+    scenes = load_denoiser("pointnet:8,8", shape=(16, 3), sampler=Sampler(2, t_min=0.0, t_max=1.0))
+    scans = torch.randn(2, 4, 3)
+    assert draw_samples(scenes, scans=scans).shape == (2, 16, 3)
+    with pytest.raises(InputError, match="This denoiser completes scans"):
+        draw_samples(scenes, 2)
 
 
 def records():

@@ -208,13 +208,20 @@ def _images(folder: Path, counts: Counter[str]) -> list[Path]:
     return images
 
 
+def are_loose(path: Path) -> bool:
+    """Whether images lie in a folder, or in each folder of its splits, without folders of classes."""
+    inside = [visible(root) for root in split_folders(path).values() or [path]]
+    return not any(entry.is_dir() for entries in inside for entry in entries) and all(
+        any(entry.suffix.lower() in formats()[1] for entry in entries) for entries in inside
+    )
+
+
 def loose_images(path: Path, spec: Mapping[str, Any], counts: Counter[str]) -> ImageSet:
-    """All images below a folder, without labels; of folders named after splits those of `train`."""
-    root = split_folders(path).get("train", path)
-    images = [f for f in files_below(root) if f.suffix.lower() in formats()[1]]
+    """All images below a folder, without labels."""
+    images = [f for f in files_below(path) if f.suffix.lower() in formats()[1]]
     if not images:
-        raise InputError(f"{root} holds no images: give a folder with a .png, .jpg, .tif, .gif, … in it.")
-    pixels = decode(images, str(root), counts, spec.get("size"))
+        raise InputError(f"{path} holds no images: give a folder with a .png, .jpg, .tif, .gif, … in it.")
+    pixels = decode(images, str(path), counts, spec.get("size"))
     return ImageSet(pixels, torch.full((len(images),), UNLABELLED), torch.arange(len(images)))
 
 

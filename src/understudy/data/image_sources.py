@@ -12,7 +12,7 @@ import torch
 
 from understudy.data import memory
 from understudy.data.class_labels import by_name, names_in, parquet_names, spell
-from understudy.data.folders import find, hub_id, own_names, split_files
+from understudy.data.folders import find, hub_id, own_names, split_files, split_folders
 from understudy.data.image_files import (
     class_folders,
     decode,
@@ -94,7 +94,9 @@ def _path(
     left: list[str] = []
     tables = split_files(path, (".parquet", ".npz"), left, further=True)
     if not tables and not label_column(spec):
-        return {"train": loose_images(path, spec, counts)}, []
+        splits = split_folders(path)
+        roots = splits if "train" in splits else {"train": path}
+        return {split: loose_images(root, spec, counts) for split, root in roots.items()}, []
     if not tables:
         return class_folders(path, spec, counts)
     notes += left

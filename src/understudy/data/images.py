@@ -62,7 +62,9 @@ class Splits:
         return tuple(self.train.pixels.shape[1:])
 
 
-def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({})) -> Splits:
+def load_images(
+    spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = MappingProxyType({}), *, unlabelled: bool = False
+) -> Splits:
     """Read an image set.
 
     Args:
@@ -80,6 +82,7 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
             `size` (a side in pixels, or [height, width]: every image is resized to it),
             `input_data_format` (`channels_first` or `channels_last`, of arrays whose shape does not tell).
         embedded: sets that need no file, by name: from `spec` to the examples of each split and the classes' names.
+        unlabelled: whether the set may do without classes (`label_column` is `None`).
 
     The first tenth of a seeded permutation of the training part becomes the validation split where there is none.
     A random label is any class, the right one included.
@@ -119,7 +122,7 @@ def load_images(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Mapp
     parts = {"train": student, "validation": validation, "test": test}
     more = {split: part for split, part in pools.items() if split.startswith("test_")}
     for split, part in {**parts, **more}.items():
-        _check(name, split, part, len(classes))
+        _check(name, split, part, len(classes), unlabelled)
     digest = hashlib.sha256(json.dumps(dict(spec), default=str, sort_keys=True).encode())
     for part in (*parts.values(), teacher_train, *more.values()):
         digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
@@ -298,12 +301,19 @@ def _count(spec: Mapping[str, Any], key: str, most: int) -> int:
     return min(value, most)
 
 
-def _check(name: str, split: str, part: ImageSet, classes: int) -> None:
+def _check(name: str, split: str, part: ImageSet, classes: int, unlabelled: bool = False) -> None:
     if len(part) == 0:
         raise InputError(f"{name}: the {split} split is empty.")
     labels = part.labels[part.labels != IGNORE]
     if len(labels) == 0:
         raise InputError(f"{name}: no example of the {split} split has a label.")
+    if not classes and unlabelled:
+        return
+    if not classes:
+        raise InputError(
+            f"{name} has no classes, which this task learns: put the images into a folder for each class, or name the "
+            "column of the classes with data.label_column."
+        )
     if split == "train":
         labels = labels[labels != UNLABELLED]
     if labels.numel() == 0:

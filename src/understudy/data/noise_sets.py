@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from understudy.data.batch import Batch, WholeExamples
+from understudy.data.folders import find
+from understudy.data.image_files import are_loose
 from understudy.data.images import Splits, load_images
 from understudy.errors import InputError
 
@@ -150,10 +152,20 @@ class Source:
     rejected: Callable[[str], Tensor] | None = None
 
 
+def _sized(spec: dict[str, Any]) -> Splits:
+    """Images, whose side is `image_size` here, where `size` is the number of noises; they may have no classes."""
+    own = {k: v for k, v in spec.items() if k != "image_size"}
+    try:
+        return load_images({**own, "size": spec.get("image_size")}, unlabelled=True)
+    except InputError as error:
+        raise InputError(str(error).replace("data.size", "data.image_size")) from None
+
+
 def load_source(
     spec: dict[str, Any], embedded: Mapping[str, Source] = MappingProxyType({}), rejected: str | None = None
 ) -> Source:
-    """`noise` (no data), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1].
+    """`noise` (no data), one of `embedded`, or an image set of `load_images` with pixels in [−1, 1], which may be a folder of
+    images without classes.
 
     Args:
         rejected: column of a table with a worse image for each, if the set holds pairs.
@@ -161,15 +173,20 @@ def load_source(
     name = str(spec["name"])
     if rejected is not None and (name == "noise" or name in embedded):
         raise InputError(f"data.rejected_column names a column of a table of pairs, and {name} has none.")
+    if spec.get("image_size") is not None and (name == "noise" or name in embedded):
+        raise InputError(f"data.image_size is of images, and {name} has none: leave it out.")
     if name == "noise":
         return Source(None)
     if name in embedded:
         return embedded[name]
-    splits = load_images(spec)
+    path = find(name)
+    if path is not None and path.is_dir() and are_loose(path):
+        spec = {"label_column": None, **spec}
+    splits = _sized(spec)
     if rejected is None:
         worse = None
     else:  # the same rows with another column: the splits follow from their number
-        worse = load_images({**spec, "image_column": rejected})
+        worse = _sized({**spec, "image_column": rejected})
         if worse.shape != splits.shape:
             raise InputError(
                 f"{name}: better images have shape {splits.shape} and those of data.rejected_column={rejected} {worse.shape}: "

@@ -120,7 +120,8 @@ def evaluate_generation(student: Any, teacher: Any, loader: DataLoader[Any], ref
             {n: draw(teacher, loader, n) for n in {*reference.steps, reference.many}} if teacher is not None else {}
         )
         if reference.examples is not None:
-            examples, classes = reference.examples()
+            examples, labels = reference.examples()
+            classes = labels if int(labels.max()) > 0 else None  # else nothing for a classifier to tell apart
         elif teacher is not None:
             examples, classes = draw(teacher, loader, reference.many, APART["reference"]), None
         else:

@@ -159,7 +159,7 @@ class DisWOT(Pipeline):
         task, spec = get_task(context.recipe["task"]), context.models.get("teacher")
         if spec is None or spec.endpoint is not None or spec.model.startswith(MODULE):
             raise InputError("Method 'diswot' reads the teacher's architecture: name one model that runs here.")
-        prepared = task.prepare(SimpleNamespace(data=context.recipe["data"]))
+        prepared = task.prepare(SimpleNamespace(data=context.recipe["data"], student=None))
         batch, seed = self._batch(prepared, context.recipe["seed"]), context.recipe["seed"]
         teacher: Any = task.model(spec, prepared)
         similarity = TeacherSimilarity(teacher, batch, seed=seed, repeats=self.repeats, semantic=self.semantic)

@@ -12,6 +12,7 @@ from understudy.models.adapters import (
 )
 from understudy.models.classifier_heads import replace_head
 from understudy.models.diffusion import DenoiserAdapter, Sampler
+from understudy.models.drawing import draw_samples
 from understudy.models.encoder_decoders import EncoderDecoderAdapter, is_encoder_decoder
 from understudy.models.heads import SubclassHead
 from understudy.models.loading import is_new_causal_lm, load_causal_lm, load_classifier, own_classes
@@ -37,6 +38,7 @@ __all__ = [
     "SequenceAdapter",
     "SubclassHead",
     "compare_tokenizers",
+    "draw_samples",
     "evaluating",
     "find_head",
     "is_encoder_decoder",

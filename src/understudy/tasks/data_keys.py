@@ -153,6 +153,7 @@ class _Generation(_Images):
         "digits", description="digits, ring8, noise (no data, only the teacher), a set, folder or Hub id."
     )
     size: _Count = Field(64_000, description="Noises in an epoch.")
+    image_size: Any = Field(None, description="Pixels that images are resized to: one number, or [height, width].")
     samples: _Count | None = Field(None, description="Number of samples for evaluation; 4,000 points or 600 images.")
     rejected_column: str | None = Field(
         None, description="Column of a table of pairs that holds the worse image; data.image_column has the better one."

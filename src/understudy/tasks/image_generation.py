@@ -94,7 +94,7 @@ class ImageGeneration(TaskDefaults):
 
     def prepare(self, recipe: Any) -> Prepared:
         given = dict(recipe.data)
-        known = {*_OWN, *IMAGE_OPTIONS}
+        known = {*_OWN, *IMAGE_OPTIONS, "image_size"}
         for key in given:
             if key not in known:
                 raise InputError(f"Unknown key data.{key}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
@@ -115,7 +115,9 @@ class ImageGeneration(TaskDefaults):
             check_prediction(str(own["prediction"]))
         classes = source.classes if own["conditional"] else 0
         if own["conditional"] and not source.classes:
-            raise InputError("data.conditional needs classes, and data=noise has none. Name data with classes.")
+            raise InputError(
+                f"data.conditional needs classes, and data={given['name']} has none. Name data with classes."
+            )
         many = own["teacher_steps"] or (200 if world else 32)
         references = {s: _reference(source, s, own, many) for s in ("train", "validation", "test")}
         samples, notes = own["samples"], list(source.notes)

@@ -258,7 +258,17 @@ class Facts(BaseModel):
 
 
 def load_small(folder: Path) -> nn.Module:
-    """Read what `save_small` wrote."""
+    """Load a small network that a run trained, such as `convnet:16` or the MLP of a graph, in training mode.
+
+    Args:
+        folder: of the student, with `config.json` and `model.safetensors`.
+
+    Returns:
+        A module that maps a batch of inputs to logits `[examples, classes]`.
+
+    Raises:
+        InputError: the folder holds none, or is damaged.
+    """
     facts = Facts.read(folder / "config.json")
     try:
         if not is_small(facts.understudy_model):

@@ -32,7 +32,10 @@ class Embedding(Method):
     kinds = frozenset({"ranking"})
     used_with: ClassVar[dict[str, Any]] = {"keep_projection": {"reduce": ("projection",)}}
     cost = "one teacher forward and one student forward and backward a query and document; `pca` embeds the texts once more"
-    example: ClassVar[dict[str, Any]] = {"teacher": {"model": "embedding:64", "train": {"max_steps": 1000}}}
+    example: ClassVar[dict[str, Any]] = {
+        "teacher": {"model": "embedding:64", "train": {"max_steps": 1000}},
+        "options": {"reduce": "pca"},
+    }
     page: ClassVar[dict[str, str]] = {
         "when": "A sentence encoder is to become a smaller or faster one and its vectors, not its scores, are to be kept: "
         "without labels, and without negatives. The baseline for `margin-mse`.",

@@ -52,7 +52,7 @@ MODELS = {
         "CROSS": "cross",
         "LARGE": "large",
         "ENCODER": "encoder",
-        "TEACHER": "large",
+        "TEACHER": "encoder",
         "STUDENT": "encoder",
     },
     **{

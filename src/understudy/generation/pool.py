@@ -53,9 +53,9 @@ class ShardedLog:
         self.path, self.source = Path(path), source
         with ExitStack() as stack:
             files = shard_files(self.path, number)
-            opened = {
-                file: stack.enter_context(RequestLog(file, source)) for file in [*files, *_found(self.path, files)]
-            }
+            # Those on disk first: if one is of another model, no new file is left beside it.
+            every = sorted([*files, *_found(self.path, files)], key=lambda file: not file.exists())
+            opened = {file: stack.enter_context(RequestLog(file, source)) for file in every}
             self._open = stack.pop_all()
         self.shards = [opened[file] for file in files]
         self._logs = list(opened.values())

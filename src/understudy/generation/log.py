@@ -40,7 +40,7 @@ class RequestLog:
     """
 
     def __init__(self, path: str | Path, source: str) -> None:
-        self.path, self.source, self._former = Path(path), source, ""
+        self.path, self.source, self.former = Path(path), source, ""
         self.prompt_tokens = self.tokens = 0
         self._known: dict[str, Completion] = {}
         self._lock = threading.Lock()
@@ -107,8 +107,8 @@ class RequestLog:
         if version != FORMAT:
             raise InputError(f"Request log {self.path} has format {version!r} and this version reads {FORMAT}.")
         if isinstance(written, str) and SERVED.sub("served ", written) == self.source:
-            self._former = written
-        if written not in (self.source, self._former):
+            self.former = written
+        if written not in (self.source, self.former):
             raise InputError(
                 f"Request log {self.path} belongs to source {written!r} and the source is {self.source!r} now. "
                 "Choose another log, or delete this one."
@@ -146,8 +146,8 @@ class RequestLog:
     def key(self, request: Request) -> str:
         """The key that a request's completion is under, or will be."""
         key = request.key(self.source)
-        if self._former and key not in self and request.key(self._former) in self:
-            return request.key(self._former)
+        if self.former and key not in self and request.key(self.former) in self:
+            return request.key(self.former)
         return key
 
     def append(self, key: str, name: str, completion: Completion) -> None:

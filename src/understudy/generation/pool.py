@@ -86,8 +86,11 @@ class ShardedLog:
 
     def key(self, request: Request) -> str:
         """The key that a request's completion is under, or will be."""
-        keys = (log.key(request) for log in self._logs)
-        return next((key for key in keys if key in self), request.key(self.source))
+        key = request.key(self.source)
+        if key in self:
+            return key
+        former = (log.key(request) for log in self._logs if log.former)
+        return next((found for found in former if found in self), key)
 
     def append(self, key: str, name: str, completion: Completion) -> None:
         """Store a completion in its shard; see `RequestLog.append`."""

@@ -108,7 +108,7 @@ class RequestLog:
             raise InputError(f"Request log {self.path} has format {version!r} and this version reads {FORMAT}.")
         if isinstance(written, str) and SERVED.sub("served ", written) == self.source:
             self.former = written
-        if written not in (self.source, self.former):
+        if written != (self.former or self.source):
             raise InputError(
                 f"Request log {self.path} belongs to source {written!r} and the source is {self.source!r} now. "
                 "Choose another log, or delete this one."

@@ -1,9 +1,11 @@
-"""A process that generates through an endpoint; tests kill it. Arguments: URL, log, requests, concurrency, token budget."""
+"""A process that generates through an endpoint; tests kill it. Arguments: URL, or several with commas, log, requests,
+concurrency, token budget."""
 
 import sys
+from pathlib import Path
 
 from fault_server import KEY_ENV
-from understudy.generation import Endpoint, EndpointSource, Request, RequestLog, generate
+from understudy.generation import Endpoint, EndpointSource, Request, ServerPool, generate, log_of
 
 
 def requests(number):
@@ -11,9 +13,9 @@ def requests(number):
 
 
 def main(url, path, number, concurrency, budget):
-    endpoint = Endpoint(url=url, api_key_env=KEY_ENV, timeout=4.0)
-    source = EndpointSource("toy", endpoint)
-    with RequestLog(path, source.name) as log:
+    endpoint = Endpoint(url=url.split(","), api_key_env=KEY_ENV, timeout=4.0)
+    source = (ServerPool if "," in url else EndpointSource)("toy", endpoint)
+    with log_of(source, Path(path)) as log:
         generate(
             source,
             requests(int(number)),

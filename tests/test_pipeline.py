@@ -207,12 +207,13 @@ def test_a_run_whose_budget_is_spent_goes_on_with_a_larger_one(tmp_path, world):
     [
         ({"concurrency": 2, "rate": 3.0, "retries": 1, "timeout": 9.0, "token_budget": 9}, True),
         ({"price_in": 1.0, "price_out": 2.0, "cost_budget": 3.0, "api_key_env": "A_KEY"}, True),
-        ({"url": "http://another:1/v1"}, False),
+        ({"url": "http://another:1/v1"}, True),
+        ({"url": ["http://one:1/v1", "http://two:1/v1"]}, True),
         ({"extra": {"top_k": 1}}, False),
     ],
 )
 def test_bounds_of_a_server_may_change_between_parts_of_a_run(tmp_path, change, free):
-    """Who is asked and what may not."""
+    """Which model is asked, and what, may not."""
     served = {"url": "http://one:1/v1"}
     plain = {"method": "frontier-synthetic", "task": "reasoning", "output": str(tmp_path / "run")}
     spec = lambda endpoint: make({**plain, "teacher": {"model": "m", "endpoint": endpoint}})  # noqa: E731

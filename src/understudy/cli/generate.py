@@ -103,7 +103,7 @@ def _carry_out(
         )
     source = source_from(validated(ModelSpec, spec, "model"), batch=bounds.concurrency)
     with RequestLog(beside, source.name) as log:
-        before = sum(r.key(source.name) in log for r in requests)
+        before = sum(log.key(r) in log for r in requests)
         try:
             generate(source, requests, log, progress=progress, **limits)
         finally:
@@ -189,7 +189,7 @@ def _write(output: Path, requests: Sequence[Request], log: RequestLog) -> int:
     count = 0
     with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for request in requests:
-            completion = log.get(request.key(log.source))
+            completion = log.get(log.key(request))
             if completion is None:
                 continue
             chat = not isinstance(request.prompt, str)

@@ -9,6 +9,7 @@ from understudy.generation.endpoint import EndpointSource
 from understudy.generation.engine import BudgetSpent, FailedRequests, generate
 from understudy.generation.limits import Endpoint, Limits
 from understudy.generation.log import RequestLog, tally
+from understudy.generation.pool import ServerPool, ShardedLog, log_of, tally_all
 from understudy.generation.prompts import Prompt, draw_names, few_shot, name_people, restore_people
 from understudy.generation.request import Completion, RefusedRequest, Request, Source, SourceError
 from understudy.generation.sources import OracleSource, limits_from, source_from
@@ -30,6 +31,8 @@ __all__ = [
     "RefusedRequest",
     "Request",
     "RequestLog",
+    "ServerPool",
+    "ShardedLog",
     "Source",
     "SourceError",
     "Spent",
@@ -37,10 +40,12 @@ __all__ = [
     "few_shot",
     "generate",
     "limits_from",
+    "log_of",
     "name_people",
     "restore_people",
     "source_from",
     "tally",
+    "tally_all",
 ]
 
 

@@ -28,6 +28,11 @@ MOST_TOKENS = 10**9  # largest valid token count of a response
 SAME = 16  # responses with one and the same id after which a server's ids are ignored
 
 
+def served_name(model: str, endpoint: Endpoint) -> str:
+    """What answers depend on: the model and further fields of its requests, not the address it is served at."""
+    return f"served {model}" + (f" {json.dumps(endpoint.extra, sort_keys=True)}" if endpoint.extra else "")
+
+
 class Client:
     """A client of one server: sends a JSON body, returns a JSON object, and maps every failure to one of three
     exceptions.
@@ -46,9 +51,7 @@ class Client:
 
     def __init__(self, model: str, endpoint: Endpoint) -> None:
         self.model, self.endpoint = model, endpoint
-        self.name = f"{endpoint.url} {model}" + (
-            f" {json.dumps(endpoint.extra, sort_keys=True)}" if endpoint.extra else ""
-        )
+        self.name, self.url = served_name(model, endpoint), endpoint.address
         self._transport = Transport(endpoint)
         self._lock = threading.Lock()
         self._seen: set[bytes] = set()
@@ -135,7 +138,7 @@ class Client:
         key = os.environ.get(self.endpoint.api_key_env or "", "")
         reason = reason.replace(key, "[key]") if key else reason
         line = "".join(c if c.isprintable() else " " for c in reason)
-        return f"{self.endpoint.url}: {' '.join(line.split())[:300]}"
+        return f"{self.url}: {' '.join(line.split())[:300]}"
 
 
 class EndpointSource(Client):

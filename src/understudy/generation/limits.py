@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from understudy.errors import InputError
+
 LONGEST_WAIT = 600.0  # longest `Retry-After` in seconds that is obeyed (daily quotas give hours)
 SECRET = {"apikey", "authorization", "accesstoken", "token", "secret", "password", "key"}
 
@@ -19,8 +21,8 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    concurrency: int = Field(8, ge=1, le=1024, description="Requests in flight at once.")
-    rate: float | None = Field(None, ge=1e-5, description="Most attempts a second.")
+    concurrency: int = Field(8, ge=1, le=1024, description="Requests in flight at once, at each server.")
+    rate: float | None = Field(None, ge=1e-5, description="Most attempts a second, at each server.")
     retries: int = Field(8, ge=0, description="Attempts after the first one, for each request.")
     backoff: float = Field(
         0.5, gt=0, le=LONGEST_WAIT, description="Seconds before the first retry; each later one waits twice as long."
@@ -43,9 +45,13 @@ class Limits(BaseModel):
 
 
 class Endpoint(Limits):
-    """An OpenAI-compatible server. The key stays in its environment variable; only the variable's name is stored."""
+    """An OpenAI-compatible server, or several that serve one model. The key stays in its environment variable; only the
+    variable's name is stored."""
 
-    url: str = Field(description="Base URL, for example http://localhost:8000/v1; a bare host gets /v1.")
+    url: str | list[str] = Field(
+        description="Base URL, for example http://localhost:8000/v1; a bare host gets /v1. A list is a pool of servers of the "
+        "same model, which share the requests for texts; `score` asks one server."
+    )
     api_key_env: str | None = Field(None, description="Environment variable that holds the key; none sends no key.")
     timeout: float = Field(
         120.0, gt=0, le=86_400.0, description="Seconds until a request whose answer is not whole counts as failed."
@@ -59,21 +65,35 @@ class Endpoint(Limits):
         None, ge=1, description="Most tokens being scored at once; computed from the vocabulary if not given."
     )
 
-    @field_validator("url")
+    @field_validator("url", mode="before")
     @classmethod
-    def _plain_url(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port >= 0)
-        except ValueError:
-            known = None
-        if not known or not value.isprintable():
-            raise ValueError("a URL begins with http:// or https:// and names a host")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                "a URL holds no user, password or query; put the key into a variable, named by api_key_env"
-            )
-        return value.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+    def _plain_urls(cls, value: Any) -> str | list[str]:
+        """One URL is a text, several are a list."""
+        given = value if isinstance(value, list) else [value]
+        if not given or not all(isinstance(url, str) for url in given):
+            raise ValueError("a URL is a text, and those of several servers of one model a list")
+        urls = [_plain(url) for url in given]
+        twice = [url for i, url in enumerate(urls) if url in urls[:i]]
+        if twice:
+            raise ValueError("a list of servers names one twice: leave it out, and raise concurrency for more at once")
+        return urls[0] if len(urls) == 1 else urls
+
+    @property
+    def servers(self) -> list[Endpoint]:
+        """The endpoint of each server."""
+        urls = [self.url] if isinstance(self.url, str) else self.url
+        return [self.model_copy(update={"url": url}) for url in urls]
+
+    @property
+    def address(self) -> str:
+        """The URL of the one server.
+
+        Raises:
+            InputError: there are several.
+        """
+        if not isinstance(self.url, str):
+            raise InputError(f"endpoint.url names {len(self.url)} servers ({', '.join(self.url)}) where one is asked.")
+        return self.url
 
     @field_validator("api_key_env")
     @classmethod
@@ -103,3 +123,17 @@ class Endpoint(Limits):
     def limits(self) -> dict[str, Any]:
         """Only the limits, as arguments of `generate`."""
         return {name: getattr(self, name) for name in Limits.model_fields}
+
+
+def _plain(value: str) -> str:
+    """A base URL in its one form."""
+    try:
+        parts = urlsplit(value)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port >= 0)
+    except ValueError:
+        known = None
+    if not known or not value.isprintable():
+        raise ValueError("a URL begins with http:// or https:// and names a host")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("a URL holds no user, password or query; put the key into a variable, named by api_key_env")
+    return value.rstrip("/") + ("" if parts.path.strip("/") else "/v1")

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from dataclasses import asdict
@@ -14,11 +15,12 @@ from types import TracebackType
 from typing import Any
 
 from understudy.errors import InputError
-from understudy.generation.request import Completion
+from understudy.generation.request import Completion, Request
 
 log = logging.getLogger(__name__)
 FORMAT = 1
 SYNC_SECONDS = 1.0
+SERVED = re.compile(r"^https?://\S+ ")  # how the name of a served model began before version 0.11
 
 
 class RequestLog:
@@ -30,14 +32,15 @@ class RequestLog:
 
     Args:
         path: the file, created if it does not exist.
-        source: `Source.name` of the source. A log of another source is refused.
+        source: `Source.name` of the source. A log of another source is refused. Before version 0.11 a served model was named
+            with its address; such a log is one of the model, and its answers are found.
 
     Raises:
         InputError: the log belongs to another source, another process has it open, or the file is not a log.
     """
 
     def __init__(self, path: str | Path, source: str) -> None:
-        self.path, self.source = Path(path), source
+        self.path, self.source, self.former = Path(path), source, ""
         self.prompt_tokens = self.tokens = 0
         self._known: dict[str, Completion] = {}
         self._lock = threading.Lock()
@@ -103,7 +106,9 @@ class RequestLog:
             raise InputError(f"{self.path} is not a request log: its first line names no source.") from None
         if version != FORMAT:
             raise InputError(f"Request log {self.path} has format {version!r} and this version reads {FORMAT}.")
-        if written != self.source:
+        if isinstance(written, str) and SERVED.sub("served ", written) == self.source:
+            self.former = written
+        if written != (self.former or self.source):
             raise InputError(
                 f"Request log {self.path} belongs to source {written!r} and the source is {self.source!r} now. "
                 "Choose another log, or delete this one."
@@ -137,6 +142,13 @@ class RequestLog:
     def get(self, key: str) -> Completion | None:
         """The completion of a request, or `None` if there is none."""
         return self._known.get(key)
+
+    def key(self, request: Request) -> str:
+        """The key that a request's completion is under, or will be."""
+        key = request.key(self.source)
+        if self.former and key not in self and request.key(self.former) in self:
+            return request.key(self.former)
+        return key
 
     def append(self, key: str, name: str, completion: Completion) -> None:
         """Store a completion. The first one of a key is kept; `name` is the request's id, for readers of the file."""

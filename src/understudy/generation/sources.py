@@ -9,6 +9,7 @@ import numpy as np
 
 from understudy.generation.endpoint import EndpointSource
 from understudy.generation.limits import Endpoint
+from understudy.generation.pool import ServerPool
 from understudy.generation.request import Completion, Request, Source, cut
 
 
@@ -54,9 +55,11 @@ class ModelLike(Protocol):
 
 
 def source_from(spec: ModelLike, *, batch: int = 8) -> Source:
-    """The source of a recipe's model: its `endpoint` if it has one, else a model in this process."""
+    """The source of a recipe's model: its `endpoint` if it has one, with one server or several, else a model in this
+    process."""
     if spec.endpoint is not None:
-        return EndpointSource(spec.model, spec.endpoint)
+        several = not isinstance(spec.endpoint.url, str)
+        return (ServerPool if several else EndpointSource)(spec.model, spec.endpoint)
     from understudy.generation.local import LocalSource
 
     return LocalSource.load(

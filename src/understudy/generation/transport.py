@@ -127,12 +127,12 @@ def _client(endpoint: Endpoint) -> tuple[Any, dict[str, Any]]:
         key = os.environ.get(endpoint.api_key_env, "").strip()
         if not key:
             raise InputError(
-                f"{endpoint.url}: environment variable {endpoint.api_key_env} is not set; it holds the key."
+                f"{endpoint.address}: environment variable {endpoint.api_key_env} is not set; it holds the key."
             )
         if not (key.isascii() and key.isprintable()):
-            raise InputError(f"{endpoint.url}: {endpoint.api_key_env} holds characters that no key has.")
+            raise InputError(f"{endpoint.address}: {endpoint.api_key_env} holds characters that no key has.")
     http = _bounded()(timeout=endpoint.timeout, follow_redirects=False)
-    client = openai.AsyncOpenAI(base_url=endpoint.url, api_key=key, max_retries=0, timeout=endpoint.timeout, http_client=http)  # fmt: skip
+    client = openai.AsyncOpenAI(base_url=endpoint.address, api_key=key, max_retries=0, timeout=endpoint.timeout, http_client=http)  # fmt: skip
     # The client would read these from the environment and send them to any server.
     names = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (endpoint.api_key_env is None)
     return client, {name: openai.Omit() for name in names}

@@ -44,8 +44,9 @@ FREE = {"output"} | {
     )
 }
 """Keys that do not affect results and may differ on resume."""
-BOUNDS = (*Limits.model_fields, "timeout", "api_key_env")
-"""Keys of an endpoint that change when texts are asked for, and how many before a run stops, but not what they are."""
+BOUNDS = (*Limits.model_fields, "timeout", "api_key_env", "url")
+"""Keys of an endpoint that change when and where texts are asked for, and how many before a run stops, but not of which
+model."""
 
 
 def _lock(file: Path) -> Any:

@@ -89,7 +89,7 @@ class ModelSpec(BaseModel):
     @field_validator("endpoint", mode="before")
     @classmethod
     def _url_alone(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else value
+        return {"url": value} if isinstance(value, (str, list)) else value
 
     @field_validator("score")
     @classmethod
@@ -100,6 +100,8 @@ class ModelSpec(BaseModel):
     def _score_of_a_server(self) -> Self:
         if self.score is not None and self.endpoint is None:
             raise ValueError("score is requested from a server: name it with endpoint, or leave score out")
+        if self.score is not None and self.endpoint is not None and not isinstance(self.endpoint.url, str):
+            raise ValueError("score is requested from one server: give endpoint.url one address, or leave score out")
         if self.score is not None and self.train is not None:
             raise ValueError("a model behind an endpoint is not trained here: leave train or score out")
         return self

@@ -24,8 +24,9 @@ from understudy.generation import (
     Spent,
     generate,
     limits_from,
+    log_of,
     source_from,
-    tally,
+    tally_all,
 )
 from understudy.training.method import Method
 
@@ -131,8 +132,8 @@ class PipelineContext:
         return self._sources[role]
 
     def ask(self, role: str, requests: Sequence[Request]) -> list[Completion]:
-        """Completions of the model in a role, through its request log `logs/ROLE.jsonl`: what the log holds is not asked
-        for again. The run's budget and the endpoint's own bounds hold."""
+        """Completions of the model in a role, through its request log `logs/ROLE.jsonl`, which has a file for each server of
+        a pool: what the log holds is not asked for again. The run's budget and the endpoint's own bounds hold."""
         with self.asking(role) as ask:
             return ask(requests)
 
@@ -146,7 +147,7 @@ class PipelineContext:
             before = sum((s for name, s in others.items() if name != role), Spent())
             return generate(source, requests, log, budget=self.budget, before=before, **limits)
 
-        with RequestLog(self.logs / f"{role}.jsonl", source.name) as log:
+        with log_of(source, self.logs / f"{role}.jsonl") as log:
             yield ask
 
     def check_log_probs(self, role: str, request: Request, why: str, remedy: str) -> None:
@@ -185,7 +186,7 @@ class PipelineContext:
         """What each model has been asked, by role: all that is in its log, earlier runs too."""
         found = {}
         for role, spec in self.models.items():
-            requests, read, written = tally(self.logs / f"{role}.jsonl")
+            requests, read, written = tally_all(self.logs / f"{role}.jsonl")
             cost = spec.endpoint.cost(read, written) if spec.endpoint is not None else 0.0
             if requests:
                 found[role] = Spent(requests, read, written, cost)

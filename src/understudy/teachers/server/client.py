@@ -154,7 +154,7 @@ class ScoringClient(Client):
             found = [self._read(choice, one) for choice, one in zip(choices, piece, strict=True)]
             check_own()
         except (SourceError, InputError) as error:
-            raise type(error)(self._say(str(error).removeprefix(f"{self.endpoint.url}: "))) from None
+            raise type(error)(self._say(str(error).removeprefix(f"{self.url}: "))) from None
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError):
             raise SourceError(self._say("the answer misses fields, or they cannot be read")) from None
         return found, self._spent(reply, piece)
@@ -215,12 +215,12 @@ class ScoringClient(Client):
             except FailedRequests:
                 if request.refused is None:
                     raise
-                said.append(str(request.refused).removeprefix(f"{self.endpoint.url}: "))
+                said.append(str(request.refused).removeprefix(f"{self.url}: "))
                 if self.score.kind == "ids":
                     break  # these have a single format
         words = "; ".join(dict.fromkeys(said))
         raise OtherWay(
-            f"{self.endpoint.url} gives no scores of a text's tokens for score={self.score}: {words}. It must offer "
+            f"{self.url} gives no scores of a text's tokens for score={self.score}: {words}. It must offer "
             f"/completions with prompt_logprobs (vLLM, started with --max-logprobs {self.score.k}) or with echo and logprobs."
         )
 

@@ -16,6 +16,7 @@ from understudy.data import IGNORE, Batch
 from understudy.errors import InputError
 from understudy.files import replacing
 from understudy.generation import Endpoint, SourceError
+from understudy.generation.endpoint import served_name
 from understudy.models import ModelAdapter, ModelOutput, evaluating
 from understudy.streaming import project
 from understudy.targets import Projected
@@ -63,14 +64,13 @@ class ServedTeacher(CachedTeacher):
         self.score, self.tokenizer, self.student = score, tokenizer, student
         self.home, self.given, self.notes = folder, dict(identity), list[str]()
         self._begin(model, endpoint)
-        self.name = self.client.name
+        self.name = f"{self.client.url} {model}"
 
     def _begin(self, model: str, endpoint: Endpoint) -> None:
-        extra = f" {json.dumps(endpoint.extra, sort_keys=True)}" if endpoint.extra else ""
         classes = int(self.given["classes"])
         facts = {
             **self.given,
-            "teacher": f"served {model}{extra}",
+            "teacher": served_name(model, endpoint),
             "score": str(self.score),
             "support": f"scored:{min(self.score.k, classes)}",
             "temperature": 1.0,
@@ -95,14 +95,14 @@ class ServedTeacher(CachedTeacher):
             change = sum(abs(a - b) for a, b in zip(own, before, strict=True)) / len(own)
             if change > ANOTHER_MODEL:
                 raise InputError(
-                    f"{self.client.name} now answers {change:.2f} nats a token away from what cache {self.store.folder} was begun "
+                    f"{self.name} now answers {change:.2f} nats a token away from what cache {self.store.folder} was begun "
                     "with: it serves another model under this name. Choose another output, or serve the first one again."
                 )
             return
         even = torch.tensor(float(self.classes)).log().item()
         if -sum(own) / len(own) > even + WORSE_THAN_GUESSING:
             raise InputError(
-                f"{self.client.name} gives the training text {-sum(own) / len(own):.1f} nats a token, and guessing evenly "
+                f"{self.name} gives the training text {-sum(own) / len(own):.1f} nats a token, and guessing evenly "
                 f"gives {even:.1f}: it reads these ids as other tokens. Serve the teacher of the run's tokenizer, or set "
                 "teacher.tokenizer to the teacher's."
             )
@@ -128,7 +128,7 @@ class ServedTeacher(CachedTeacher):
             self.notes.append(f"The server scores no given ids: score={wanted} became {self.score}.")
             self._begin(self.client.model, self.client.endpoint)
             return self._probe(example)
-        self.notes.append(f"{self.score.meaning} Scores come from {self.client.name}.")
+        self.notes.append(f"{self.score.meaning} Scores come from {self.name}.")
         return ids, before["log_probs"] if before else None, own
 
     def _same_tokenizer(self, conversations: bool) -> None:
@@ -151,13 +151,13 @@ class ServedTeacher(CachedTeacher):
         for what, (theirs, ours) in checks.items():
             if theirs != list(ours):
                 raise InputError(
-                    f"{self.client.name} and the run have different tokenizers: {what} is {_some(theirs)} there and "
+                    f"{self.name} and the run have different tokenizers: {what} is {_some(theirs)} there and "
                     f"{_some(ours)} here. Serve a teacher of the student's family, or choose a student of the teacher's."
                 )
 
     def _tokenize(self, body: Mapping[str, Any]) -> list[int] | None:
         """The server's tokenization, or `None` if it does not provide it."""
-        url = self.client.endpoint.url.removesuffix("/v1") + "/tokenize"
+        url = self.client.url.removesuffix("/v1") + "/tokenize"
         try:
             reply, _ = self.client.post(url, {"model": self.client.model, **body})
         except (SourceError, InputError):

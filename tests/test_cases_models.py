@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -16,11 +17,13 @@ from understudy.data.retrieval_batches import View, train_encoder_tokenizer
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, load_causal_lm, load_classifier, load_tokenizer, save_small
 from understudy.models.denoisers import load_denoiser
-from understudy.models.encoders import SETTINGS, Encoder, prompts_of, save_encoder, set_ends
+from understudy.models.encoders import Encoder, save_encoder, set_ends
 from understudy.models.loading import auto_model
 from understudy.models.positions import positions
 from understudy.models.processors import Processor
 from understudy.models.ranker_loading import load_ranker
+from understudy.models.sentence_folders import SETTINGS, prompts_of, transformer_of, view_of
+from understudy.models.small import build_small
 from understudy.models.text_classifiers import load_text_classifier
 from understudy.models.weights import notes_of
 from understudy.runs.check import evaluate_run
@@ -586,6 +589,57 @@ def test_prompts_take_no_room_from_the_text(tokenizer):
     assert len(view.ids(text, "document")) == 4
 
 
+def test_a_model_of_the_hub_is_read_as_its_folder(tmp_path, monkeypatch):
+    library = pytest.importorskip("sentence_transformers")
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    held = tmp_path / "models--me--enc"
+    folder = held / "snapshots" / "abc"
+    sentence_folder(folder, words, {"prompts": {"query": "the cat "}, "similarity_fn_name": "cosine"})
+    edited(folder / "1_Pooling", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    view = view_of("me/enc", words, (30, 55), [])
+    assert (view.query_prompt, view.document_prompt) == ("the cat ", "")
+    rows = load_ranker("me/enc", view, {"scale": 1.0}).eval()
+    plain = library.SentenceTransformer(str(folder), device="cpu")
+    texts = ["the cat sits over the mat", "a dog"]
+    for side, wanted in (("query", plain.encode_query(texts)), ("document", plain.encode_document(texts))):
+        wanted = torch.nn.functional.normalize(torch.from_numpy(wanted), dim=-1)
+        torch.testing.assert_close(rows.embed(texts, side).detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_cut_where_the_folder_cuts_them(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    name = sentence_folder(tmp_path, words, {"prompts": {"query": "the cat ", "document": ""}}, max_seq_length=12)
+    notes = []
+    view = view_of(name, words, (30, 55), notes)
+    assert "reads 12 tokens of a text (max_seq_length)" in notes[0]
+    rows = load_ranker(name, view, {"scale": 1.0}).eval()
+    text, plain = [" ".join(WORDS * 4)], library.SentenceTransformer(name, device="cpu")
+    for side, wanted in (("query", plain.encode_query(text)), ("document", plain.encode_document(text))):
+        torch.testing.assert_close(rows.embed(text, side).detach(), torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
+    edited(tmp_path, "sentence_bert_config.json", max_seq_length="many")
+    with pytest.raises(InputError, match="max_seq_length is 'many'"):
+        view_of(name, words, (30, 55), [])
+
+
+def test_the_transformer_of_an_older_folder_lies_in_one_of_its_own(tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    words = train_encoder_tokenizer(WORDS * 9, 300)
+    name, inner = sentence_folder(tmp_path, words), tmp_path / "0_Transformer"
+    wanted = torch.from_numpy(library.SentenceTransformer(name, device="cpu").encode(["the cat sits"]))
+    inner.mkdir()
+    for file in [f for f in tmp_path.iterdir() if f.is_file() and f.name not in ("modules.json", SETTINGS)]:
+        file.rename(inner / file.name)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    write(tmp_path / "modules.json", [{**m, "path": "0_Transformer"} if not m["idx"] else m for m in modules])
+    assert transformer_of(name) == str(inner)
+    rows = load_ranker(name, View(load_tokenizer(transformer_of(name)), 30, 60), {"scale": 1.0}).eval()
+    torch.testing.assert_close(rows.embed(["the cat sits"], "query").detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
 # -- the scheduler of a diffusion model ----------------------------------------------------------------------------------
 
 
@@ -691,6 +745,96 @@ def test_a_models_own_processor_is_applied_on_its_side(colours, tmp_path):
         found = rows(Batch.from_dict(prepared.collate([prepared.test[0], prepared.test[1]]))).signal.logits
         raw = model(nn.functional.interpolate(pixels, (16, 16))).logits
     assert float((found - wanted).abs().max()) < 0.1 * float((raw - wanted).abs().max())
+
+
+class Conv(nn.Module):
+    """A head that is no linear layer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv1d(width, 3, 1)
+
+    def forward(self, features):
+        return self.conv(features[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("kind", ["vit", "two heads", "small", "no linear head"])
+def test_classes_that_a_model_has_in_another_order_are_put_in_that_of_the_data(kind, colours, tmp_path):
+    torch.manual_seed(0)
+    own, folder = ["red", "blue", "green"], tmp_path / "teacher"
+    config = {**VIT, "num_channels": 3, "id2label": dict(enumerate(own)), "label2id": {n: i for i, n in enumerate(own)}}
+    if kind == "small":
+        model = build_small("mlp:8", 3, (3, 8, 8))
+        model.understudy["labels"] = own
+        save_small(model, folder)
+    elif kind == "two heads":
+        model = transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**config))
+        model.save_pretrained(folder)
+    else:
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**config))
+        model.save_pretrained(folder)
+    recipe = make({"method": "sft", "teacher": str(folder), "student": "mlp:8", "data": str(colours)})
+    task = get_task("image_classification")
+    prepared = task.prepare(recipe)
+    if kind == "no linear head":
+        model.classifier = Conv(VIT["hidden_size"])
+        with pytest.raises(InputError, match=r"numbers the classes otherwise than the data .*no linear layer"):
+            task.model(recipe.teacher, prepared, model)
+        return
+    batch = Batch.from_dict(prepared.collate([prepared.test[0], prepared.test[1]]))
+    given = model.eval()(batch.inputs["pixel_values"])
+    wanted = (given if kind == "small" else given.logits)[:, [own.index(c) for c in ("blue", "green", "red")]]
+    rows = task.model(recipe.teacher, prepared)
+    torch.testing.assert_close(rows.eval()(batch).signal.logits, wanted, rtol=1e-4, atol=1e-5)
+    assert any("its outputs were put in their order" in note for note in prepared.notes)
+    rows.save(tmp_path / "saved")  # and whoever loads it is told that order
+    facts = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (facts["labels"] if kind == "small" else facts["id2label"]) in (
+        ["blue", "green", "red"],
+        {"0": "blue", "1": "green", "2": "red"},
+    )
+
+
+def test_classes_of_other_names_are_said_to_be_taken_in_order(colours, tmp_path):
+    model = build_small("mlp:8", 3, (3, 8, 8))
+    model.understudy["labels"] = ["cat", "dog", "bird"]
+    save_small(model, tmp_path / "teacher")
+    recipe = make({"method": "kd", "teacher": str(tmp_path / "teacher"), "student": "mlp:8", "data": str(colours)})
+    task = get_task("image_classification")
+    prepared = task.prepare(recipe)
+    task.model(recipe.teacher, prepared)
+    assert "names its classes cat, dog, bird, ..., and the data blue, green, red" in prepared.warnings[0]
+
+
+def test_numbers_that_are_no_pixels_are_not_scaled_like_pixels(tmp_path):
+    torch.manual_seed(0)
+    folder, pixels = tmp_path / "teacher", torch.randint(0, 256, (60, 3, 8, 8)).numpy()
+    transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**VIT, "num_channels": 3}, num_labels=3)
+    ).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    labels = torch.arange(60).numpy() % 3
+    task = get_task("image_classification")
+    for name, values in (("bytes", pixels.astype("u1")), ("share", pixels / 255), ("wide", pixels * 1.0)):
+        np.savez(tmp_path / f"{name}.npz", images=values, labels=labels)
+        recipe = make({"method": "kd", "teacher": str(folder), "data": {"name": str(tmp_path / f"{name}.npz")}})
+        prepared = task.prepare(recipe)
+        if name == "wide":
+            with pytest.raises(InputError, match=r"scales pixels in \[0, 1\] by itself, .* floats from 0 to 255"):
+                task.model(recipe.teacher, prepared)
+        else:
+            task.model(recipe.teacher, prepared)
+
+
+def test_a_module_is_said_to_have_no_processor(colours):
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**{**VIT, "num_channels": 3}, num_labels=3))
+    recipe = make({"method": "kd", "teacher": "mlp:8", "student": "mlp:8", "data": str(colours)})
+    task = get_task("image_classification")
+    prepared = task.prepare(recipe)
+    task.model(recipe.teacher, prepared, model)
+    assert any(
+        n.startswith("A module (ViTForImageClassification) comes with no preprocessor_config") for n in prepared.notes
+    )
 
 
 def test_a_saved_student_works_in_a_pipeline(colours, tmp_path):

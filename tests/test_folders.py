@@ -252,6 +252,29 @@ def test_a_report_that_is_missing_is_made(done, tmp_path):
     assert "accuracy" in (folder / "report.html").read_text()
 
 
+def test_a_kill_while_a_report_or_a_log_is_written_leaves_the_one_before(done, cut, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    write = Path.write_text
+
+    def half(self, text, *args, **keys):
+        write(self, text[: len(text) // 2], *args, **keys)
+        raise Killed
+
+    finished, begun = copied(done, tmp_path / "a"), copied(cut, tmp_path / "b")
+    report, log = (finished / "report.html").read_text(), (begun / "metrics.jsonl").read_text()
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(Killed):
+        render_run(finished)
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, *a, **k: (half if "metrics" in self.name else write)(self, *a, **k)
+    )
+    with pytest.raises(Killed):
+        distill(recipe(begun))
+    assert (finished / "report.html").read_text() == report and (begun / "metrics.jsonl").read_text() == log
+
+
 def test_damaged_lines_are_counted_and_said(cut, tmp_path, caplog):
     folder = copied(cut, tmp_path)
     with (folder / "metrics.jsonl").open("ab") as file:

@@ -13,9 +13,10 @@ from understudy.data.retrieval_batches import View, train_encoder_tokenizer
 from understudy.errors import InputError
 from understudy.models import CausalLMAdapter, ClassifierAdapter, load_causal_lm, load_classifier, load_tokenizer
 from understudy.models.denoisers import load_denoiser
-from understudy.models.encoders import Encoder, Static, prompts_of, save_encoder
+from understudy.models.encoders import Encoder, Static, save_encoder
 from understudy.models.processors import Processor, load_processor, plain_processor
 from understudy.models.ranker_loading import load_ranker
+from understudy.models.sentence_folders import prompts_of
 from understudy.models.small import build_small, normalisation, save_small
 from understudy.synthetic.bandit import ChoicePolicy
 from understudy.synthetic.policies import load_policy

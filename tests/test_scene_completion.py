@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -292,6 +293,40 @@ def test_killed_and_resumed_ends_in_the_same_weights(tmp_path):
     distill(cut)
     a, b = (weights(tmp_path / f) for f in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Touch:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("kind", ["objects", "a pickle", "an archive", "a terabyte", "empty"])
+def test_a_scan_that_is_no_array_of_numbers_is_one_line(kind, tmp_path):
+    for i in range(6):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).normal(size=(60, 3)))
+    wrong, touched = tmp_path / "3.npy", tmp_path.parent / f"{tmp_path.name}-touched"
+    if kind == "objects":
+        np.save(wrong, np.array([Touch(str(touched))], dtype=object), allow_pickle=True)
+    elif kind == "a pickle":
+        wrong.write_bytes(pickle.dumps(Touch(str(touched))))
+    elif kind == "an archive":
+        with wrong.open("wb") as file:
+            np.savez(file, scan=np.zeros((9, 3)))
+    elif kind == "a terabyte":
+        facts = {"descr": "<f4", "fortran_order": False, "shape": (10**11, 3)}
+        with wrong.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, facts)
+    else:
+        wrong.write_bytes(b"")
+    with pytest.raises(InputError, match=r"3\.npy") as stop:
+        for _, make in read_scenes(str(tmp_path)).splits["train"]:
+            make()
+    assert "\n" not in str(stop.value) and not touched.exists()
 
 
 def test_real_scans(data_folder, tmp_path):

@@ -549,3 +549,51 @@ def test_a_class_that_train_lacks_is_refused_unless_the_classes_are_named(tmp_pa
     with pytest.raises(InputError, match=r"the test split has a class 'c' that train lacks; its classes are a, b\."):
         load_classified({"name": str(tmp_path)})
     assert load_classified({"name": str(tmp_path), "classes": ["a", "b", "c"]}).classes == ["a", "b", "c"]
+
+
+MIXED = {
+    "truth beside numbers": ([False, 1, 0, 1], "False and 1 stand beside"),
+    "a truth value in two spellings": ([True, "false", "True", "true"], "'True' stand beside|'true' stand beside"),
+    "numbers beside names": (["good", 1, "bad", 0], "'good' and 1 stand beside"),
+    "one number written in two ways": (["1", "0", "01", "0"], "'1' and '01' stand beside"),
+    "one number with a point": (["1", "0", "1.0", "0"], "'1' and '1.0' stand beside"),
+    "truth as text beside numbers": (["true", "0", "true", "1"], "'true' and '0' stand beside"),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_one_class_does_not_become_two_by_how_it_is_written(case, tmp_path):
+    labels, says = MIXED[case]
+    rows = [{"text": f"the film {i}", "label": labels[i % 4]} for i in range(40)]
+    with pytest.raises(InputError, match=says):
+        load_classified({"name": str(as_lines(tmp_path / "a.jsonl", rows))})
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([True, False], ["false", "true"]),
+        ([1.0, 0], ["0", "1"]),
+        ([1, "0"], ["0", "1"]),
+        (["1", "3+"], ["1", "3+"]),
+        (["nan", "1e3"], ["1e3", "nan"]),
+    ],
+)
+def test_labels_of_one_kind_are_classes_as_before(labels, classes, tmp_path):
+    rows = [{"text": f"the film {i}", "label": labels[i % 2]} for i in range(40)]
+    assert load_classified({"name": str(as_lines(tmp_path / "a.jsonl", rows))}).classes == classes
+
+
+def test_a_teacher_that_numbers_the_classes_otherwise_teaches_the_same(tmp_path, teacher):
+    other = classifier(tmp_path / "other", labels=("bad", "good"))
+    data = str(as_csv(tmp_path / "a.csv", reviews(60)))
+    recipe = make(
+        {"task": "text_classification", "method": "kd", "teacher": str(other), "student": str(teacher), "data": data}
+    )
+    recipe = recipe.model_copy(update={"data": {**recipe.data, "classes": ["good", "bad"]}})
+    task = get_task("text_classification")
+    prepared = task.prepare(recipe)
+    batch = Batch.from_dict(prepared.collate([prepared.test[i] for i in range(4)]))
+    for spec in (recipe.teacher, recipe.student):
+        rows = task.model(spec, prepared).eval()
+        assert rows(batch).signal.logits.argmax(1).tolist() == batch.labels.tolist()

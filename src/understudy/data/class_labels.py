@@ -7,6 +7,7 @@ different sources are compared by their names.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,42 @@ def check_taught(name: str, labels: Mapping[str, Iterable[str]], remedy: str = "
                 f"{name}: the {split} split has a class {strange[0]!r} that train lacks; its classes are "
                 f"{', '.join(sorted(taught))[:200]}. Give train records of it, or leave them out{remedy}."
             )
+
+
+def check_alike(name: str, labels: Iterable[Any]) -> None:
+    """Refuse labels of which one class would become two: truth values beside numbers, numbers beside names, one number or
+    truth value written in two ways.
+
+    Args:
+        labels: of all records, as they are written; -1, which says that there is none, may stand beside any.
+
+    Raises:
+        InputError: there are such labels.
+    """
+    first: dict[str, Any] = {}
+    spelled: dict[Any, Any] = {}
+    for label in labels:
+        said = str(label).strip()
+        if said == "-1" or not isinstance(label, (bool, int, float, str)):
+            continue
+        number, truth = _NUMBER.fullmatch(said), said.casefold() in ("true", "false")
+        kind = "truth" if truth else "number" if not isinstance(label, str) else "numeral" if number else "name"
+        meant = float(said) if number else said.casefold() if truth else said
+        written = said if isinstance(label, str) else said.lower().removesuffix(".0")
+        other = next((first[k] for k in _APART[kind] if k in first), None)
+        if other is None and spelled.setdefault(meant, (written, label))[0] != written:
+            other = spelled[meant][1]
+        if other is not None:
+            raise InputError(
+                f"{name}: the labels {other!r} and {label!r} stand beside one another, and may be one class or two. Write all "
+                "labels alike, or name every class in data.classes."
+            )
+        first.setdefault(kind, label)
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+_APART = {"truth": ("number", "numeral"), "number": ("truth", "name"), "numeral": ("truth",), "name": ("number",)}
+"""The kinds of labels that do not stand beside a kind."""
 
 
 def names_in(features: Any) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from understudy.data.batch import UNLABELLED
-from understudy.data.class_labels import NamesOf, check_taught, label_name
+from understudy.data.class_labels import NamesOf, check_alike, check_taught, label_name
 from understudy.data.columns import arrange, checked_text, names
 from understudy.data.folders import find
 from understudy.data.records import Record, absent, place, read_records
@@ -122,6 +122,8 @@ def load_classified(spec: Mapping[str, Any], known: Sequence[str] | None = None)
         del splits[split]
         notes.append(f"{name}: the {split} split has no labels (-1) and is not used.")
     notes += arrange(name, splits, FORMATS, {column} if column is not None else set(), spec.get("columns"))
+    if not any(named[label].values()) and spec.get("classes") is None:
+        check_alike(name, (r["label"] for records in splits.values() for r in records))
     for split, records in splits.items():
         for i, record in enumerate(records):
             _check(place(f"{name}, {split} record {i}", record), record, column, split == "train")

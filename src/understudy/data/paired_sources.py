@@ -20,14 +20,14 @@ from torch import Tensor
 
 from understudy.data import memory
 from understudy.data.audio import read_wave, spectrogram
-from understudy.data.class_labels import NamesOf, check_taught, names_in, parquet_names, spelled
+from understudy.data.class_labels import NamesOf, check_alike, check_taught, names_in, parquet_names, spelled
 from understudy.data.folders import find, split_files
 from understudy.data.image_files import array_pixels, decode, formats
 from understudy.data.image_sources import read_source
 from understudy.data.memory import MEMORY
 from understudy.data.paired import Pairs
 from understudy.data.records import absent, place, read_records
-from understudy.data.tables import class_numbers, columns_of, read_npz, read_parquet
+from understudy.data.tables import class_numbers, columns_of, read_npy, read_npz, read_parquet
 from understudy.errors import InputError, nearest
 
 SPOKEN = "spoken_digits"
@@ -147,7 +147,7 @@ def _cells(
                 f"{where}: {str(cells[0])[:60]!r} names no file of numbers: a column holds names of images, of .npy or of .wav "
                 "files, all of one kind, or lists of numbers."
             )
-        cells = [_array(file) for file in files]
+        cells = [read_npy(file) for file in files]
     try:
         arrays = [np.asarray(c) for c in cells]
     except ValueError:
@@ -178,14 +178,6 @@ def _beside(folder: Path | None, name: Any) -> Path:
     return Path(str(name)) if folder is None else folder / str(name)
 
 
-def _array(file: Path) -> np.ndarray[Any, Any]:
-    try:
-        found: np.ndarray[Any, Any] = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{file} is not a readable .npy file: {str(error).splitlines()[0]}") from error
-    return found
-
-
 def _joined(name: str, parts: Sequence[Columns], modalities: Sequence[str], label: str) -> Columns:
     """The shards of one split."""
     for modality in modalities:
@@ -211,6 +203,7 @@ def _labels(
     every = [v for column in columns.values() for v in column]
     values = {str(v) for v in every}
     if not own:  # nothing but the examples says which classes there are
+        check_alike(name, every)
         check_taught(name, {s: [str(v) for v in c] for s, c in columns.items()})
     if any(isinstance(v, str) for v in every) and not all(v.lstrip("-").isdigit() for v in values):
         classes = list(own) if values <= set(own) else sorted(values)

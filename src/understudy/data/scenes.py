@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from understudy.data.folders import files_below, find, split_files, split_of, visible
 from understudy.data.noise_sets import APART
-from understudy.data.tables import in_single, read_npz
+from understudy.data.tables import in_single, read_npy, read_npz
 from understudy.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -268,13 +268,14 @@ def _alone(cloud: Array) -> tuple[Array, Array]:
 
 
 def _read(file: Path) -> Array:
+    if file.suffix.lower() == ".npy":
+        return read_npy(file)
     try:
-        if file.suffix.lower() == ".npy":
-            found: Array = np.load(file, allow_pickle=False)
-            return found
         if file.stat().st_size % 16:
             raise InputError(f"{file} ends within a point of four numbers of 32 bits: put it back as it was written.")
         return np.fromfile(file, dtype="<f4").reshape(-1, 4)
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file} is no readable cloud of points: {str(error).splitlines()[0]}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -43,9 +43,7 @@ def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.nda
     for name in sorted(known if names is None else names):
         try:
             with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-                head = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if head == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, kind = read(file)
+                shape, _, kind = _header(file)
         except Exception as error:  # as above
             raise _unreadable(path, f"a readable .npz file ({name})", error) from error
         if kind.hasobject:
@@ -59,6 +57,31 @@ def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.nda
         except Exception as error:  # as above
             raise _unreadable(path, f"a readable .npz file ({name})", error) from error
     return found
+
+
+def read_npy(path: Path) -> np.ndarray[Any, Any]:
+    """The array of a `.npy` file.
+
+    Raises:
+        InputError: another kind of file, a damaged one, an array of objects, or one that does not fit into memory.
+    """
+    try:
+        with path.open("rb") as file:
+            shape, _, kind = _header(file)
+        check_memory(f"{path} is {kind} {tuple(shape)}", kind.itemsize, shape)
+        found: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+    except InputError:
+        raise
+    except Exception as error:  # as above
+        raise _unreadable(path, "a readable .npy file", error) from error
+    return found
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of an array in the format `.npy`."""
+    head = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if head == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def check_memory(what: str, itemsize: int, shape: Iterable[int]) -> None:

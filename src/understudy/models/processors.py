@@ -35,6 +35,9 @@ class Processor:
         channels: number of channels that the model takes.
     """
 
+    plain = False
+    """Whether it stands for a model that has none."""
+
     def __init__(self, held: Any, shape: tuple[int, ...], channels: int) -> None:
         self.held, self.channels = held, channels
         if shape[0] not in (1, channels):

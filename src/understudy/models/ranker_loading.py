@@ -11,8 +11,9 @@ from transformers import AutoConfig
 from understudy.data.folders import find, hub_id
 from understudy.data.retrieval_batches import View
 from understudy.errors import InputError
-from understudy.models.encoders import is_new_encoder, load_cross, load_encoder, located
+from understudy.models.encoders import load_cross, load_encoder
 from understudy.models.rankers import FACTS, BiEncoderAdapter, CrossEncoderAdapter, RankerAdapter, Towers
+from understudy.models.sentence_folders import is_new_encoder, located
 from understudy.models.weights import check_folder, read_object, reason
 
 MEANINGS = {

@@ -245,6 +245,7 @@ class Facts(BaseModel):
     normalise: tuple[list[FiniteFloat], list[FiniteFloat]] | None = None
     subclasses: int | None = Field(None, ge=1)
     mixture: tuple[_Share, _Positive] | tuple[_Share, _Positive, _Positive] | None = None
+    labels: list[str] | None = None
 
     @classmethod
     def read(cls, file: Path) -> Facts:
@@ -296,6 +297,8 @@ def load_small(folder: Path) -> nn.Module:
                 "channels."
             )
     model.understudy["normalise"] = list(facts.normalise) if facts.normalise is not None else None  # type: ignore[index,operator,assignment]
+    if facts.labels is not None:
+        model.understudy["labels"] = facts.labels  # type: ignore[index,operator,assignment]
     load_weights(model, folder / "model.safetensors")
     return model
 

@@ -15,11 +15,12 @@ from understudy.data.classified_batches import Reading
 from understudy.data.folders import find, hub_id
 from understudy.errors import InputError
 from understudy.models.adapters import ClassifierAdapter
-from understudy.models.encoders import bert_config, is_new_encoder, set_ends
+from understudy.models.encoders import bert_config, set_ends
 from understudy.models.heads import head_name
 from understudy.models.loading import ADAPTERS, auto_model, check_classes
 from understudy.models.positions import positions
 from understudy.models.ranker_loading import is_classifier
+from understudy.models.sentence_folders import is_new_encoder
 
 OPTIONS = {"freeze": ("true or false", "false", "Train the head alone: what the folder holds stays as it is.")}
 """Keys of `options`, with the type, default and meaning of each."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from understudy.data.retrieval_batches import View
-from understudy.models.encoders import load_encoder, located, prompts_of
+from understudy.models.encoders import load_encoder
+from understudy.models.sentence_folders import located, transformer_of, view_of
 from understudy.models.tokenizers import load_tokenizer
 
 WORDS = "words"
@@ -30,8 +30,7 @@ def text_vectors(name: str = WORDS, *, length: int = 256, batch: int = 64) -> Ca
     if name == WORDS:
         return _word_counts
     place = located(name)
-    tokenizer = load_tokenizer(place)
-    view = View(tokenizer, length, length, *prompts_of(name))
+    view = view_of(name, load_tokenizer(transformer_of(name)), (length, length), [])
     encoder = load_encoder(place, view, {}, "float32", False)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from understudy.errors import InputError
-from understudy.files import differing, read_json, read_log, writing
+from understudy.files import differing, read_json, read_log, replacing, writing
 from understudy.reporting import plots, study
 from understudy.reporting.gains import export_table, gain_table, headline
 from understudy.reporting.hacking import hacking_panels
@@ -77,8 +77,9 @@ def run_panels(folder: Path) -> Drawn:
 
 def _written(folder: Path, values: dict[str, Any]) -> Path:
     out = folder / "report.html"
-    with writing(out):
-        out.write_text(_render(**values), encoding="utf-8")
+    page = _render(**values)
+    with replacing(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return out
 
 
@@ -384,7 +385,8 @@ def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
     shares = _shares(value["runs"])
     if any(shares.values()):
         panels.append(_panel("Where the time goes", plots.time_bar(shares), "First seed of each method."))
-    panels += _first_panels(folder, value["runs"], metric)
+    firsts, damage = _first_panels(folder, value["runs"], metric)
+    panels += firsts
     return {
         "title": value["title"],
         "facts": {"versions": value.get("versions", {}), "budget": value.get("budget", {})},
@@ -400,7 +402,7 @@ def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
             for r in rows
         ],
         "panels": panels,
-        "notes": [*(f"{name}: {meaning(name)}" for name in (metric, *others)), *missing],
+        "notes": [*(f"{name}: {meaning(name)}" for name in (metric, *others)), *missing, *damage],
         "recipe": yaml.safe_dump(value.get("recipe", {}), sort_keys=False),
     }
 
@@ -409,10 +411,11 @@ def _shares(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {r["method"]: r["cost"]["time_share"] for r in reversed(runs)}
 
 
-def _first_panels(folder: Path, runs: Sequence[dict[str, Any]], metric: str) -> list[Panel]:
+def _first_panels(folder: Path, runs: Sequence[dict[str, Any]], metric: str) -> Drawn:
     """Panels of the first seed of each method: its loss on separate axes, since losses differ in scale, and the
-    validation curves of the metric on common axes."""
+    validation curves of the metric on common axes. And notes on damaged lines of their logs."""
     panels: list[Panel] = []
+    notes: list[str] = []
     curves: dict[str, Any] = {}
     first: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -423,15 +426,18 @@ def _first_panels(folder: Path, runs: Sequence[dict[str, Any]], metric: str) -> 
         first.setdefault(run["method"], run)
     for run in first.values():
         home, name = folder / run["folder"], run["method"]
-        lines, _ = read_log(home / "metrics.jsonl", _whole)
+        lines, damaged = read_log(home / "metrics.jsonl", _whole)
+        looks, wrong = _validations(home)
+        for log, number in (("metrics.jsonl", damaged), ("validation.jsonl", wrong)):
+            notes += [f"{run['folder']}: {said}" for said in _damage(home / log, number)]
         if lines:
             loss = {name: ([x["step"] for x in lines], [x["loss"] for x in lines])}
             panels.append(
                 _panel(f"Loss of {name}", plots.curves(loss, "loss"), "Losses of methods are not comparable.")
             )
-        seen = [x for x in _validations(home)[0] if metric in x]
+        seen = [x for x in looks if metric in x]
         if seen:
             curves[name] = ([x["step"] for x in seen], [x[metric] for x in seen])
     if curves:
         panels.insert(0, _panel(f"Validation {metric}", plots.curves(curves, metric), "While training."))
-    return panels
+    return panels, notes

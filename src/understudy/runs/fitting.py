@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from understudy.data import Batch
 from understudy.errors import InputError, nearest
 from understudy.evaluation import CostMeter
-from understudy.files import read_log, writing
+from understudy.files import read_log, replacing
 from understudy.models import ModelAdapter
 from understudy.models.sharding import together
 from understudy.runs.folder import first_rank
@@ -360,8 +360,8 @@ def train(trainer: DistillationTrainer, folder: Path) -> bool:
             records, damaged = read_log(log)
             if damaged:
                 logger.warning("%s: %d damaged lines are left out.", log, damaged)
-            with writing(log):
-                log.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= most))
+            with replacing(log) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= most))
     together()
     if last is not None:
         trainer.args.eval_on_start = False  # the evaluations before the checkpoint are in the log

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from understudy.data import Batch, collate_images, find, load_images
@@ -153,10 +153,12 @@ class ImageClassification(LabelledTask):
         processor = processor_of(name, model, prepared.input_shape, prepared)
         classes = prepared.classes if prepared.exact else own_classes(model)
         rows = ClassifierAdapter(model, classes, normalise=normalisation(model), processor=processor)
+        if rows.normalise is not None or (processor is not None and not processor.plain):
+            _check_pixels(spec.model, prepared.train.pixels)
         rows.try_on(prepared.input_shape)
         if adapter is not False:
             add_adapter(spec.model, rows, prepared, adapter)
-        name_classes(model, prepared.facts["names"], prepared, spec.model)
+        name_classes(rows, prepared, spec.model)
         return rows
 
 
@@ -210,16 +212,30 @@ def _batches(part: ImageSet, prepared: Prepared, size: int = 64) -> Iterator[Bat
         yield Batch.from_dict(prepared.collate(chosen))
 
 
+def _check_pixels(name: str, pixels: Tensor) -> None:
+    """Refuse numbers that a model's own preprocessing, which is of pixels in [0, 1], would take for pixels."""
+    if not pixels.is_floating_point():
+        return
+    low, high = (float(v) for v in pixels.aminmax())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InputError(
+            f"{name} scales pixels in [0, 1] by itself, and the data's are floats from {low:.4g} to {high:.4g}: give pixels as "
+            "whole numbers (0 to 255) or as floats in [0, 1]."
+        )
+
+
 def processor_of(name: str, model: nn.Module, shape: tuple[int, ...], prepared: Prepared) -> Processor | None:
     """The processor of a model of transformers for images of `shape`; a plain one if its folder has none."""
     config = getattr(model.body if isinstance(model, ZeroShotClassifier) else model, "config", None)
     if not isinstance(config, PreTrainedConfig) or len(shape) != 3:
         return None
     held = load_processor(name, find(name)) if name else None
-    if held is None and name:
-        prepared.say([f"{name} has no preprocessor_config.json: it is shown pixels in [0, 1] at their size."])
+    if held is None:
+        said = f"{name} has" if name else f"A module ({type(model).__name__}) comes with"
+        prepared.say([f"{said} no preprocessor_config.json: it is shown pixels in [0, 1] at their size."])
     channels = getattr(getattr(config, "vision_config", config), "num_channels", shape[0])
     found = Processor(held or plain_processor(shape), shape, channels)
+    found.plain = held is None
     if not found.exact:
         prepared.say(
             [

@@ -114,7 +114,7 @@ class MultimodalClassification(LabelledTask):
         normalise = normalisation(model) if alone else None
         rows = ModalitiesAdapter(model, prepared.classes, reads, normalise=normalise, processor=processor)
         rows.try_on(shapes)
-        name_classes(model, prepared.facts["names"], prepared, spec.model)
+        name_classes(rows, prepared, spec.model)
         return rows
 
 

@@ -19,9 +19,9 @@ from understudy.data.retrieval_sources import RankingSplits, load_rankings
 from understudy.errors import InputError
 from understudy.evaluation.ranking import evaluate_ranking
 from understudy.models import ModelAdapter, load_tokenizer, tokenizer_hashes
-from understudy.models.encoders import is_new_encoder, located, prompts_of
 from understudy.models.ranker_loading import OPTIONS, load_ranker
 from understudy.models.rankers import BiEncoderAdapter, RankerEnsemble
+from understudy.models.sentence_folders import is_new_encoder, transformer_of, view_of
 from understudy.models.weights import notes_of
 from understudy.synthetic import retrieval
 from understudy.tasks.base import MODULE, Prepared, TaskDefaults, merged
@@ -80,10 +80,11 @@ class Ranking(TaskDefaults):
         splits = load_rankings(data, {"world": retrieval.embedded})
         views: dict[str, View] = {}
         trained: list[PreTrainedTokenizerBase] = []
+        said: list[str] = []
         for spec in (recipe.student, recipe.teacher):
             for name in _names(spec):
                 tokenizer = self._tokenizer(spec, name, own, splits, vocabulary, trained)
-                views[name] = View(tokenizer, *lengths, *prompts_of(name))
+                views[name] = view_of(name, tokenizer, lengths, said)
         mine = views[recipe.student.model]
         same = {view.key: view for view in reversed(views.values())}
         prepared = _RankingData(
@@ -94,7 +95,7 @@ class Ranking(TaskDefaults):
             collate=RankingCollator(list(same.values())),
             classes=0,
             tokenizer=mine.tokenizer,
-            notes=list(splits.notes),
+            notes=[*splits.notes, *said],
             hashes={"data": splits.hash, **tokenizer_hashes(mine.tokenizer)},
             show=lambda batch: show_ranking(batch, mine),
         )
@@ -114,7 +115,7 @@ class Ranking(TaskDefaults):
         if name.startswith(MODULE):
             raise InputError("The ranking task takes models by name: a folder, a Hub id, or a new encoder.")
         if spec.tokenizer is not None or not is_new_encoder(name):
-            found = load_tokenizer(spec.tokenizer or located(name), trust_remote_code=spec.trust_remote_code)
+            found = load_tokenizer(spec.tokenizer or transformer_of(name), trust_remote_code=spec.trust_remote_code)
         else:
             if not trained:
                 trained.append(

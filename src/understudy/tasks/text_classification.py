@@ -18,7 +18,7 @@ from understudy.data.classified_texts import EMBEDDED, ClassifiedTexts, load_cla
 from understudy.data.retrieval_batches import train_encoder_tokenizer
 from understudy.errors import InputError
 from understudy.models import ModelAdapter, load_tokenizer, own_classes, tokenizer_hashes
-from understudy.models.encoders import is_new_encoder, located
+from understudy.models.sentence_folders import is_new_encoder, transformer_of
 from understudy.models.text_classifiers import OPTIONS, TextClassifierAdapter, class_names, load_text_classifier
 from understudy.models.weights import notes_of
 from understudy.tasks.base import COPY, MODULE, LabelledTask, Prepared, merged
@@ -127,7 +127,9 @@ class TextClassification(LabelledTask):
         if module and spec.tokenizer is None and own is None:
             raise InputError("A model that is handed over as a module needs a tokenizer: name it with data.tokenizer.")
         if spec.tokenizer is not None or not (module or is_new_encoder(spec.model)):
-            return load_tokenizer(spec.tokenizer or located(spec.model), trust_remote_code=spec.trust_remote_code)
+            return load_tokenizer(
+                spec.tokenizer or transformer_of(spec.model), trust_remote_code=spec.trust_remote_code
+            )
         if not trained:
             named = load_tokenizer(own) if own is not None else None
             trained.append(named or train_encoder_tokenizer(texts.texts(), vocabulary))
@@ -140,7 +142,7 @@ class TextClassification(LabelledTask):
         assert isinstance(prepared, _TextClassData)
         reading = prepared.readings[spec.model, spec.tokenizer]
         model = load_text_classifier(
-            located(spec.model) if source is None else source,
+            transformer_of(spec.model) if source is None else source,
             reading,
             classes=prepared.classes,
             freeze=bool((spec.options or {}).get("freeze")) and source is None,
@@ -150,8 +152,9 @@ class TextClassification(LabelledTask):
             exact=prepared.exact,
         )
         prepared.say(notes_of(model))
-        name_classes(model, prepared.facts["names"], prepared, spec.model)
-        return TextClassifierAdapter(model, prepared.classes if prepared.exact else own_classes(model), reading)
+        rows = TextClassifierAdapter(model, prepared.classes if prepared.exact else own_classes(model), reading)
+        name_classes(rows, prepared, spec.model)
+        return rows
 
 
 def _specs(recipe: Any) -> Iterator[Any]:
@@ -168,7 +171,7 @@ def _known(recipe: Any) -> list[str] | None:
     for spec in _specs(recipe) if alike else [recipe.student]:
         absent = spec.cache is not None and find(spec.model) is None  # its answers are there without it
         if not absent and spec.endpoint is None and not spec.model.startswith(MODULE):
-            found = class_names(located(spec.model), spec.trust_remote_code)
+            found = class_names(transformer_of(spec.model), spec.trust_remote_code)
             if found is not None:
                 return found
     return None

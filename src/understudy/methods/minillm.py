@@ -30,6 +30,7 @@ class MiniLLM(Method):
     kinds = frozenset({"text"})
     cost = "one teacher forward, one student forward and backward a row, and one pass of both for each written token"
     defaults: ClassVar[Mapping[str, Any]] = {"on_policy": {"fraction": 0.5, "teacher_share": 0.2, "steps": 1}}
+    example: ClassVar[dict[str, Any]] = {"trainer": {"max_steps": 60}}
     page: ClassVar[dict[str, str]] = {
         "when": "A small student of a live teacher, on long answers: what a token leads to counts, not the token alone. α is "
         "`on_policy.teacher_share`; the data's own texts, the share that `on_policy.fraction` leaves, keep its language.",

@@ -25,7 +25,7 @@ def build(folder: Path) -> None:
         if entry.status == "works":
             curve = trained.get(entry.name)
             (folder / "methods" / f"{entry.name}.md").write_text(page(entry, curve) + "\n", encoding="utf-8")
-            if curve:
+            if curve and len(curve["steps"]) > 1:
                 drawn = curves({entry.name: (curve["steps"], curve["values"])}, f"validation {curve['metric']}")
                 (folder / "methods" / f"{entry.name}.svg").write_text(standalone(drawn), encoding="utf-8")
     (folder / "notebooks").mkdir(exist_ok=True)

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ def curve(name: str, code: str) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
         Path("rationales.jsonl").write_text(rationales(), encoding="utf-8")
-        begun = time.perf_counter()
         exec(code, {})
         logs = sorted(Path("runs", name).rglob("validation.jsonl"), key=os.path.getmtime)
         if not logs:
@@ -54,12 +52,10 @@ def curve(name: str, code: str) -> dict[str, Any]:
         task = get_task(json.loads((logs[-1].parent / "run.json").read_text(encoding="utf-8"))["task"])
         shown = [key for key in (task.metric, *lines[0]) if key != "step" and key in lines[0]]
         metric = next((key for key in shown if len({line[key] for line in lines}) > 1), shown[0])
-        seconds = round(time.perf_counter() - begun)
         return {
             "metric": metric,
             "steps": [line["step"] for line in lines],
             "values": [line[metric] for line in lines],
-            "seconds": seconds,
         }
 
 

@@ -55,8 +55,8 @@ def page(entry: Entry, curve: Mapping[str, Any] | None = None) -> str:
     """Markdown page of a method: what it is, its equation, when to use it, options, an example, its reference.
 
     Args:
-        curve: `{"metric", "seconds", …}` of the example as it ran, drawn in `NAME.svg` beside the page; empty where no
-            weights are trained.
+        curve: `{"metric", "steps", "values"}` of the example as it ran, drawn in `NAME.svg` beside the page; empty where
+            no weights are trained.
     """
     head = f"# {entry.number}. {entry.title} ({entry.year})" if entry.number else f"# {entry.name}"
     lines = [head, "", f"`{entry.name}` · {entry.family} · {entry.status}", ""]
@@ -158,7 +158,10 @@ def _learned(name: str, curve: Mapping[str, Any] | None) -> list[str]:
     """The learning curve of a method's example."""
     if not curve:
         return ["No weights are trained, so there is no learning curve.", ""] if curve is not None else []
-    said = f"Validation {curve['metric']} over the steps of the example: seed 0, {curve['seconds']} seconds on one core"
+    if len(curve["steps"]) < 2:
+        last = f"{curve['metric']} on validation data was {curve['values'][-1]:.3g}"
+        return [f"The last round is too short for a learning curve: after it {last}.", ""]
+    said = f"Validation {curve['metric']} over the steps of the example, as it came out with seed 0"
     return [f"![{said}]({name}.svg)", "", f"{said}.", ""]
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+MOST_TOKENS = 10**9  # largest valid token count of a response
 LONGEST_WAIT = 600.0  # longest `Retry-After` in seconds that is obeyed (daily quotas give hours)
 SECRET = {"apikey", "authorization", "accesstoken", "token", "secret", "password", "key"}
 

@@ -105,7 +105,7 @@ def test_no_task_gives_sft_a_teacher(task):
     assert make({"task": task, "method": "sft"} | methods.get(task, {})).teacher is None
 
 
-@pytest.mark.parametrize("none", ["none", None])
+@pytest.mark.parametrize("none", ["none", "None", None])
 def test_no_teacher_can_be_said(none, tmp_path):
     assert make({"method": "sft", "teacher": none}).teacher is None
     with pytest.raises(InputError, match="the recipe says there is none"):

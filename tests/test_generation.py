@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from understudy.generation import (
     SourceError,
     generate,
 )
+from understudy.generation.tree_search import TreeJournal
 
 QUICK = {"backoff": 0.001, "longest_backoff": 0.01}
 TEXTS = ["plain", "two\nlines", "\x00\x1b[31m", "日本 🙂", "\ud800", " \x85", "", '"}\n{"key": "x"}']
@@ -101,6 +103,39 @@ def test_a_log_refuses_other_sources_other_files_and_second_writers(tmp_path):
     assert (tmp_path / "text").read_text() == "hello\n"
     with pytest.raises(InputError, match="is a folder"):
         RequestLog(tmp_path, "one")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes",
+        b"my notes\nand more",
+        b'{"text": "x"}\n{"text"',
+        b"{",
+        b'{"format": 1, "source": "another"}',
+        b"\n\nx",
+    ],
+)
+@pytest.mark.parametrize("kind", ["log", "journal"])
+def test_a_file_that_is_no_log_is_refused_as_it_is(content, kind, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"notes\.txt") if content != b"{" else nullcontext():
+        (RequestLog(path, "s") if kind == "log" else TreeJournal(path, {"seed": 0}))
+    assert path.read_bytes() == content or content == b"{"  # the first byte of a log whose writer was killed
+
+
+def test_counts_that_no_model_has_are_damage(tmp_path, caplog):
+    path = tmp_path / "log.jsonl"
+    with RequestLog(path, "s") as log:
+        log.append("a", "a", Completion("text", "stop", None, 3, 4))
+    with path.open("a") as file:
+        file.write(
+            path.read_text().splitlines()[1].replace('"a"', '"b"').replace('"tokens": 4', f'"tokens": {10**30}') + "\n"
+        )
+    with RequestLog(path, "s") as log:
+        assert len(log) == 1 and log.tokens == 4
+    assert "1 damaged line is left out" in caplog.text
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):

@@ -251,3 +251,24 @@ def test_parts_of_answers_have_no_end_and_pairs_their_own_smoothing(tmp_path, to
             loaded(tmp_path, {**record, **keys})
     with pytest.raises(InputError, match="ended is false for messages"):
         loaded(tmp_path, {**record, "prompt": said("the sky?"), "ended": [False, True]})
+
+
+def _lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("column", ["question", "query", "input"])
+def test_a_prompt_under_another_name_is_asked_about_and_not_left_out(column, tmp_path):
+    rows = [{"system": "brief", column: f"why {i}?", "chosen": f"so {i}", "rejected": "no"} for i in range(30)]
+    name = _lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        InputError, match=rf"has '{column}' beside chosen and rejected, .*data\.columns=.prompt: {column}."
+    ):
+        load_preferences({"name": name})
+    found = load_preferences({"name": name, "columns": {"prompt": column}}).train[0]
+    assert found["prompt"] == "why 1?" and found["completions"] == ["so 1", "no"]
+    held = [{column: f"why {i}?", "chosen": f"why {i}? so", "rejected": f"why {i}? no"} for i in range(30)]
+    assert (
+        load_preferences({"name": _lines(tmp_path / "b.jsonl", held)}).train[0]["prompt"] == "why 1?"
+    )  # both sides hold it

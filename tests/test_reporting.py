@@ -12,7 +12,7 @@ from engine_cases import DIGITS
 from understudy import compare
 from understudy.cli import main
 from understudy.evaluation import expected_calibration_error, fit_temperature, reliability, row_statistics
-from understudy.reporting import interval, paired, verdict
+from understudy.reporting import interval, paired, render_comparison, verdict
 from understudy.targets import Dense
 
 
@@ -68,6 +68,14 @@ def test_comparisons_have_equal_budgets_and_paired_intervals(comparison):
         assert low <= row["mean"] <= high and row["seeds"] == 2
     cost = data["runs"][0]["cost"]
     assert sum(cost["time_share"].values()) == pytest.approx(1) and cost["flops_total"] > 0
+
+
+def test_damaged_lines_of_a_comparisons_runs_are_said(comparison, tmp_path):
+    folder = shutil.copytree(comparison.folder, tmp_path / "copy")
+    runs = json.loads((folder / "comparison.json").read_text())["runs"]
+    log = folder / next(run["folder"] for run in runs if run["method"] == "kd") / "metrics.jsonl"
+    log.write_text(log.read_text() + "not JSON\n")
+    assert "1 damaged line of metrics.jsonl is left out" in render_comparison(folder).read_text()
 
 
 def test_the_report_is_one_file_that_asks_for_nothing(comparison):

@@ -134,3 +134,13 @@ def test_committed_branches_and_scoreboard_are_current(tmp_path):
         shutil.copytree(DOCS / name, tmp_path / name)
     page = render_scoreboard(tmp_path / "claims", tmp_path / "board")
     assert page.read_text() == (DOCS / "scoreboard" / "index.html").read_text(), "run `make docs`"
+
+
+def test_a_page_that_is_not_ours_is_left_alone(results, tmp_path):
+    page = tmp_path / "site" / "index.html"
+    render_scoreboard(results, page.parent)
+    render_scoreboard(results, page.parent)  # ours is drawn anew
+    page.write_text("<title>My site</title>")
+    with pytest.raises(InputError, match=r"index\.html is no scoreboard of ours"):
+        render_scoreboard(results, page.parent)
+    assert page.read_text() == "<title>My site</title>"

@@ -15,11 +15,13 @@ from understudy.catalogue import Entry, catalogue
 from understudy.claims import EMBEDDED
 from understudy.claims.result import verdict_told
 from understudy.errors import InputError
-from understudy.files import read_json, writing
+from understudy.files import read_json, replacing
 from understudy.reporting.side_by_side import method_rows
 
 VERDICTS = ("supported", "not supported", "inconclusive", "not run")
 DECIDED = VERDICTS[:2]
+OURS = "Scoreboard – Understudy".encode()
+"""What the page's title is, by which it is known again."""
 PILLARS = {
     "elicitation": {
         "labeling": "the teacher writes answers or rationales for given inputs",
@@ -212,11 +214,14 @@ def render_scoreboard(folder: Path, output: Path) -> Path:
     environment = Environment(loader=PackageLoader("understudy", "reporting"), autoescape=True)
     page = environment.get_template("scoreboard.html.j2")
     families = sorted({r.entry.family for r in board})
+    index = output / "index.html"
+    if index.exists() and OURS not in index.read_bytes():
+        raise InputError(f"{index} is no scoreboard of ours and is left alone: choose another folder for --output.")
     output.mkdir(parents=True, exist_ok=True)
-    with writing(output / "index.html"):
+    with replacing(index) as temporary:
         beside = side_by_side(folder.parent / "comparisons", output)
         text = page.render(rows=board, summary=summary(board), verdicts=VERDICTS, families=families, comparisons=beside)
-        (output / "index.html").write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
     return output / "index.html"
 
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from understudy.data.class_labels import NamesOf, label_name
-from understudy.data.columns import arrange, readable, without_prompt
+from understudy.data.columns import CONVERSATIONS, arrange, readable, without_prompt
 from understudy.data.records import Record, Row, place
 from understudy.data.tables import LARGEST
 from understudy.data.text import (
@@ -68,9 +68,36 @@ def load_preferences(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] =
     raw = (
         {"train": embedded[name](spec)} if name in embedded else read_source(name, spec, tuple(embedded), notes, named)
     )
+    _ask_for_prompts(name, raw, spec.get("columns"))
     notes += arrange(name, raw, FORMATS, EXTRAS, spec.get("columns"))
     splits = {split: _kept(name, split, records, notes) for split, records in raw.items()}
     return finish(name, spec, splits, notes)
+
+
+PROMPTS = ("question", "query", "input", "problem", "context")
+"""What others call the column of the prompt, besides those that `arrange` recognises."""
+
+
+def _ask_for_prompts(name: str, splits: Mapping[str, list[Record]], columns: Any) -> None:
+    """Refuse pairs beside a text that is their prompt by its name, and that neither side holds: it would go unused."""
+    if isinstance(columns, Mapping) and "prompt" in columns:
+        return
+    for split, records in splits.items():
+        for i, record in enumerate(records):
+            named = {"prompt", "instruction", *CONVERSATIONS} & record.keys()
+            if named or not {"chosen", "rejected"} <= record.keys():
+                continue
+            said = str(record["chosen"])
+            other = next((c for c in PROMPTS if isinstance(record.get(c), str) and record[c].strip()), None)
+            if (
+                other is not None
+                and record[other].strip() not in said
+                and repr(record[other].strip())[1:-1] not in said
+            ):
+                raise InputError(
+                    f"{place(f'{name}, {split} record {i}', record)} has {other!r} beside chosen and rejected, which do not "
+                    f"hold it, and no prompt. If it is the prompt, say so: data.columns={{prompt: {other}}}. If not, remove it."
+                )
 
 
 def _kept(name: str, split: str, records: list[Record], notes: list[str]) -> list[Record]:

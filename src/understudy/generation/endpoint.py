@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from understudy.errors import InputError
-from understudy.generation.limits import Endpoint
+from understudy.generation.limits import MOST_TOKENS, Endpoint
 from understudy.generation.request import Completion, RefusedRequest, Request, SourceError, cut
 from understudy.generation.transport import Transport
 
@@ -24,7 +24,6 @@ OF_THE_REQUEST = {400, 413, 414, 422}
 MARK = "understudy-"
 ANSWER_BYTES = 2**20  # most bytes of a response apart from its tokens
 TOKEN_BYTES = 2**12  # most bytes of a response for each token, with the log-probabilities of alternatives
-MOST_TOKENS = 10**9  # largest valid token count of a response
 SAME = 16  # responses with one and the same id after which a server's ids are ignored
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from understudy.errors import InputError
 
+MOST_TOKENS = 10**9  # largest valid token count of a response
 LONGEST_WAIT = 600.0  # longest `Retry-After` in seconds that is obeyed (daily quotas give hours)
 SECRET = {"apikey", "authorization", "accesstoken", "token", "secret", "password", "key"}
 

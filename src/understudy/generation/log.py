@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from understudy.errors import InputError
+from understudy.generation.limits import MOST_TOKENS
 from understudy.generation.request import Completion, Request
 
 log = logging.getLogger(__name__)
@@ -77,16 +78,20 @@ class RequestLog:
         lines = data.split(b"\n")
         last = lines.pop()  # empty if the file ends with a complete line
         self._end = len(data) - len(last)
+        header = json.dumps({"format": FORMAT, "source": self.source}).encode()
+        # A file is changed only once it is known to be a log: its header, or the beginning of one.
+        if lines:
+            self._check_header(lines[0])
+        elif not header.startswith(last):
+            self._check_header(last)
         if last and lines and _record(last) is not None:  # complete except for its newline
             lines.append(last)
             self._write(b"\n", len(data))
         elif last:
             self._file.truncate(self._end)
         if not lines:
-            header = {"format": FORMAT, "source": self.source}
-            self._write(json.dumps(header).encode() + b"\n", self._end)
+            self._write(header + b"\n", self._end)
             return
-        self._check_header(lines[0])
         damaged = 0
         for line in lines[1:]:
             record = _record(line)
@@ -204,7 +209,7 @@ def _record(line: bytes) -> tuple[str, Completion] | None:
         counts = [values["prompt_tokens"], values["tokens"]]
         if not isinstance(key, str) or not isinstance(text, str) or finish not in ("stop", "length"):
             return None
-        if any(type(count) is not int or count < 0 for count in counts):
+        if any(type(count) is not int or not 0 <= count <= MOST_TOKENS for count in counts):
             return None
         if log_prob is not None and (type(log_prob) not in (int, float) or not math.isfinite(log_prob)):
             return None

@@ -140,12 +140,12 @@ class TreeJournal:
         self._file.seek(0)
         data = self._file.read()
         *lines, last = data.split(b"\n")
-        self._file.truncate(len(data) - len(last))
-        if not lines:
+        if not lines and json.dumps(header).encode().startswith(last):
+            self._file.truncate(0)
             self._write(header)
             return
         rows = []
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines or [last]):
             try:
                 rows.append(json.loads(line))
                 if number:
@@ -162,6 +162,7 @@ class TreeJournal:
                 f"{self.path} holds the nodes of a search with other settings ({_differing(rows[0], header)}): choose another "
                 "journal, or delete it to search anew."
             )
+        self._file.truncate(len(data) - len(last))  # only now is it known to be ours
 
     def _write(self, row: Mapping[str, Any]) -> None:
         rest = memoryview(json.dumps(row, allow_nan=False).encode() + b"\n")

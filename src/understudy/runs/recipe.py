@@ -85,7 +85,7 @@ class Recipe(BaseModel):
     @field_validator("teacher", "student", "oracle", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
-        if value == NONE:
+        if isinstance(value, str) and value.casefold() == NONE:  # Python's None is a text in YAML
             return None
         return {"model": value} if isinstance(value, str) else value
 

@@ -130,9 +130,17 @@ def example(method: type[Method]) -> str:
     said = {"task": recipe.task, "method": method.name, "data": recipe.data.get("name"), **method.example}
     said["trainer"] = {**method.example.get("trainer", {}), **looks}
     lines = ["from understudy import distill", "", "result = distill("]
-    lines += [f"    {key}={_python(value)}," for key, value in said.items() if value]
+    lines += [line for key, value in said.items() if value for line in _argument(key, value)]
     lines += [f"    # {own}: the task's own, unless you name yours"] if own else []
     return "\n".join([*lines, f'    output="runs/{method.name}",', ")", "print(result.metrics)"])
+
+
+def _argument(key: str, value: Any, most: int = 120) -> list[str]:
+    """A keyword argument, in a line if it has at most `most` characters."""
+    line = f"    {key}={_python(value)},"
+    if len(line) <= most or not isinstance(value, Mapping):
+        return [line]
+    return [f"    {key}={{", *(f"        {json.dumps(k)}: {_python(v)}," for k, v in value.items()), "    },"]
 
 
 def _python(value: Any) -> str:

@@ -184,7 +184,8 @@ def test_a_card_is_one_of_the_hub(runs, name):
     wanted = {"image": "image-classification", "text": "text-generation", "classification": "text-classification"}
     assert card.data.pipeline_tag == wanted[name] and card.data.base_model is None  # a new small model has none
     assert card.data.library_name == ("understudy" if name == "image" else "transformers")
-    assert "Match the teacher's softened distribution" in card.text and "## Cost" in card.text
+    assert "*Distilling the Knowledge in a Neural Network*" in card.text and "@misc{kd," in card.text
+    assert "## Cost" in card.text
     panels = re.findall(r"\]\((panels/[^)]*)\)", card.text)
     assert panels and all("var(--" not in (folder / "student" / p).read_text() for p in panels)
     row = re.search(r"\| accuracy \| ([\d.]+) \| (.*?) \|", card.text)

@@ -130,7 +130,7 @@ def test_scans_are_read_from_files(tmp_path):
     assert {n for n, _ in split["test"]} == {f"s.npz, scan {i}" for i in range(4)} and len(split["train"]) == 4
     assert np.allclose(split["test"][1][1]()[1], points[100:200] / 100)
     (tmp_path / "5.npy").write_bytes(b"no array")
-    with pytest.raises(InputError, match=r"5\.npy is no readable cloud"):
+    with pytest.raises(InputError, match=r"5\.npy is not a readable \.npy file"):
         read_scenes(str(tmp_path)).splits["validation"][0][1]()
 
 

@@ -197,6 +197,7 @@ def test_costs_and_budgets(tmp_path):
         evolve(Space(("mlp:5",), {}), examiner(tmp_path, key="none", parameters=9), "s", evaluations=2)
 
 
+@pytest.mark.slow
 def test_a_search_that_finds_nothing_leaves_the_one_that_it_was_to_replace(tmp_path):
     data, trainer = {"name": "digits", "limit": 60}, {"max_steps": 1, "save_strategy": "no"}
     teacher = {"model": "convnet:2", "train": {"max_steps": 1}}

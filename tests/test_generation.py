@@ -307,6 +307,7 @@ def _interrupted(path, event):
         generate(source, asked(1000), log, concurrency=4)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_in_flight(tmp_path):
     context = multiprocessing.get_context("forkserver")
     event = context.Event()

@@ -33,6 +33,7 @@ TEMPLATES = {
 HASTY = {"augmentor": "shift1d", "l_min": 0.4, "l_max": 1.0}
 
 
+@pytest.mark.slow
 def test_it_carries_over_what_the_teacher_ignores(tmp_path):
     """More of the moved signals than plain KD gets, in as many steps; the report shows inputs and costs."""
     found = {}

@@ -123,6 +123,7 @@ def test_a_policy_wins_against_a_worse_one_by_the_true_reward():
     assert best.mean() > usual.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [{"name": "bandit", "noise": "none"}, {"name": "chains"}])
 def test_a_run_says_how_often_it_wins_against_its_start(data, tmp_path):
     recipe = {"task": "preference_world", "method": "dpo", "data": data, "trainer": {"max_steps": 60}}

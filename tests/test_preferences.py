@@ -252,6 +252,7 @@ def test_reference_scores_are_paid_for_once(tokenizer, tmp_path):
         ScoreStore(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method,options", [("dpo", {}), ("adpo", {"tau": 5.0})])
 def test_it_learns_which_completion_is_better(method, options, tmp_path):
     start = {"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 5e-3}

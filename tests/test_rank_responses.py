@@ -65,6 +65,7 @@ def test_a_masked_candidate_may_hold_anything():
             assert grad.isfinite().all() and grad[0, 2] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["rrhf", "pro"])
 def test_a_policy_learns_the_order(loss_type, tmp_path):
     recipe = {"task": "preference_world", "data": {"name": "chains"}, "output": str(tmp_path / "run")}

@@ -113,7 +113,6 @@ class ImageClassification(LabelledTask):
             hashes={"data": splits.hash},
             facts={
                 "names": splits.classes,
-                "prompted": splits.classes,
                 "student": recipe.student,
                 "with_validation": bool(data.get("with_validation")),
             },
@@ -136,7 +135,7 @@ class ImageClassification(LabelledTask):
                 )
             model: nn.Module = load_tower(spec.model, prepared.classes, **how)
         elif zero_shot:
-            model = load_zero_shot(spec.model, prepared.facts["prompted"], **options, **how)
+            model = load_zero_shot(spec.model, prepared.facts["names"], **options, **how)
         elif spec.options:
             raise InputError(
                 f"{spec.model} has classes of its own: options.{next(iter(spec.options))} is of zero-shot models, such as CLIP."

@@ -43,6 +43,8 @@ def run(code, monkeypatch):
 def test_a_page_has_an_equation_an_example_and_a_reference(name):
     text = page(find(name))
     formulas = re.findall(r"^    (\S.*)$", text.split("## Example")[0], re.MULTILINE)
+    before = text.split("**Use it.**")[0]
+    assert not re.search(r"^(loss|L|∇L) = ", before, re.MULTILINE), "an equation is an indented paragraph"
     assert formulas, "its docstring, or that of its module, has an indented paragraph"
     if not issubclass(METHODS[name], Pipeline):
         assert any(re.search(r"[=:∇~]", line) for line in formulas)

@@ -76,8 +76,7 @@ class StepReader:
         self.reader, self.rate = CausalLMAdapter(model, len(tokenizer)), rate
         self._encode = lambda some: _batches(model, tokenizer, some, max_length, batch)
         self.batches = self._encode(records)
-        wide = lambda x: x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach()  # noqa: E731
-        self.weights = {name: wide(p) for name, p in self.reader.named_parameters()}
+        self.weights = {name: _single(p.detach()) for name, p in self.reader.named_parameters()}
         self.buffers = {name: b.detach().clone() for name, b in self.reader.named_buffers()}
 
     def read(self, example: Mapping[str, str] | None) -> list[Likelihood]:
@@ -100,6 +99,11 @@ class StepReader:
         sums = losses.new_zeros(len(part.ids)).index_add(0, of, -losses)
         counts = torch.bincount(of, minlength=len(part.ids))
         return [Likelihood(s, n) for s, n in zip(sums.tolist(), counts.tolist(), strict=True)]
+
+
+def _single(x: Tensor) -> Tensor:
+    """In float32, if it is of half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _batches(model: Any, tokenizer: Any, records: Records, max_length: int, size: int) -> list[Batch]:

@@ -329,7 +329,9 @@ EXPLAINED = {
 class DisWOTKD(Method):
     """Distillation with DisWOT's two similarities as losses (DisWOT†).
 
-    loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + w_s D_sem + w_r D_rel
+        loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + w_s D_sem + w_r D_rel
+
+    D_sem and D_rel are those of `diswot`, of the trained student's maps.
     """
 
     name = "diswot-kd"

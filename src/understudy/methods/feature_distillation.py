@@ -145,7 +145,9 @@ class FitNets(_WithLayers):
 class AttentionTransfer(_WithLayers):
     """Attention transfer (2017): where the student's maps are active, stage by stage, is where the teacher's are.
 
-    loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + β Σ_stages mean (a_s / ‖a_s‖ − a_t / ‖a_t‖)²,   a = Σ_channels |F|^p
+        loss = CE + λ τ² KL(teacher_τ ‖ student_τ) + β Σ_stages mean (a_s / ‖a_s‖ − a_t / ‖a_t‖)²,   a = Σ_channels |F|^p
+
+    F is the map of a stage, and p the power.
     """
 
     name = "attention-transfer"

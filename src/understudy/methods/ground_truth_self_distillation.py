@@ -38,7 +38,9 @@ _METRICS = ("accuracy", "nll", "ece")
 class ProbabilityMSE(Method):
     """Squared error of probabilities to the labels and the teacher's probabilities; `alpha` weighs the labels.
 
-    loss = α · mse(softmax(z), y) + (1 − α) · mse(softmax(z), softmax(z of the teacher))
+        loss = α · mse(softmax(z), y) + (1 − α) · mse(softmax(z), softmax(z of the teacher))
+
+    y are the labels, one-hot, and z logits.
     """
 
     name = "probability-mse"

@@ -113,6 +113,7 @@ class ImageClassification(LabelledTask):
             hashes={"data": splits.hash},
             facts={
                 "names": splits.classes,
+                "prompted": splits.classes,  # also where a method does not read the teacher's classes, and `names` are none
                 "student": recipe.student,
                 "with_validation": bool(data.get("with_validation")),
             },
@@ -135,7 +136,7 @@ class ImageClassification(LabelledTask):
                 )
             model: nn.Module = load_tower(spec.model, prepared.classes, **how)
         elif zero_shot:
-            model = load_zero_shot(spec.model, prepared.facts["names"], **options, **how)
+            model = load_zero_shot(spec.model, prepared.facts["prompted"], **options, **how)
         elif spec.options:
             raise InputError(
                 f"{spec.model} has classes of its own: options.{next(iter(spec.options))} is of zero-shot models, such as CLIP."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,14 +46,9 @@ class ImageSet(Dataset[tuple[Any, ...]]):
         found = self.pixels[index], int(self.labels[index]), int(self.ids[index])
         return found if self.domains is None else (*found, str(self.domains[index]))
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Any, ...]]:
-        """As `__getitem__` of each: a loader asks for a whole batch."""
-        index = torch.tensor(indices)
-        labels, ids = (v.index_select(0, index).tolist() for v in (self.labels, self.ids))
-        columns: list[Sequence[Any]] = [self.pixels.index_select(0, index).unbind(), labels, ids]
-        if self.domains is not None:
-            columns.append([str(d) for d in self.domains[indices]])
-        return list(zip(*columns, strict=True))
+    def __getitems__(self, indices: list[int]) -> ImageSet:
+        """A loader asks for a whole batch, and `collate_images` reads the columns of the part it gets."""
+        return self.select(torch.tensor(indices))
 
     def select(self, index: Tensor | slice) -> ImageSet:
         clean, parts = (v[index] if v is not None else None for v in (self.clean, self.parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -27,16 +27,20 @@ OPTIONS = {
 }
 
 
-def collate_images(items: list[tuple[Any, ...]], domains: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Tensors of a `Batch`; uint8 pixels become [0, 1], and names of `domains` become indices."""
-    pixels, labels, ids, *named = zip(*items, strict=True)
-    stacked = torch.stack(pixels)
-    numbers = {"domains": torch.tensor([domains.index(d) for d in named[0]])} if named else {}
+def collate_images(items: ImageSet | Sequence[tuple[Any, ...]], domains: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Tensors of a `Batch`, from examples or a part of a set; uint8 pixels become [0, 1], names of `domains` indices."""
+    named: Iterable[Any] | None
+    if isinstance(items, ImageSet):
+        pixels, labels, ids, named = items.pixels, items.labels, items.ids, items.domains
+    else:
+        images, classes, numbers, *names = zip(*items, strict=True)
+        pixels, labels, ids = torch.stack(images), torch.tensor(classes), torch.tensor(numbers)
+        named = names[0] if names else None
     return {
-        **numbers,
-        "pixel_values": stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked.float(),
-        "labels": torch.tensor(labels),
-        "ids": torch.tensor(ids),
+        **({} if named is None else {"domains": torch.tensor([domains.index(str(d)) for d in named])}),
+        "pixel_values": pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float(),
+        "labels": labels,
+        "ids": ids,
     }
 
 

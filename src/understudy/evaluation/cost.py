@@ -61,6 +61,22 @@ NO_STEPS: Mapping[str, Any] = MappingProxyType({"steps": 0, "seconds": 0.0, "for
 """The cost of a run that trains nothing, such as a procedure of no rounds."""
 
 
+class _Timer:
+    """Adds the seconds inside its context to those of a role."""
+
+    def __init__(self, seconds: dict[str, float], role: str) -> None:
+        self.seconds, self.role = seconds, role
+
+    def __enter__(self) -> None:
+        synchronize()
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            synchronize()
+            self.seconds[self.role] += time.perf_counter() - self.start
+
+
 class CostMeter:
     """Accumulates the cost of a run, also over resumes.
 
@@ -98,13 +114,8 @@ class CostMeter:
 
         model.register_forward_hook(note)
 
-    @contextmanager
-    def _timed(self, role: str) -> Iterator[None]:
-        synchronize()
-        start = time.perf_counter()
-        yield
-        synchronize()
-        self.seconds[role] += time.perf_counter() - start
+    def _timed(self, role: str) -> _Timer:
+        return _Timer(self.seconds, role)
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
@@ -201,9 +212,15 @@ class CostMeter:
             setattr(self, key, value)
 
 
+@cache
+def _gpu() -> bool:
+    """Whether there is a GPU, looked for once: steps ask often."""
+    return torch.cuda.is_available()
+
+
 def synchronize() -> None:
     """Wait until a GPU has done what it was given."""
-    if torch.cuda.is_available():
+    if _gpu():
         torch.cuda.synchronize()
 
 

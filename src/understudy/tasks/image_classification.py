@@ -208,7 +208,7 @@ def add_adapter(name: str, rows: ClassifierAdapter, prepared: Prepared, adapter:
 
 def _batches(part: ImageSet, prepared: Prepared, size: int = 64) -> Iterator[Batch]:
     for start in range(0, len(part), size):
-        chosen = part.__getitems__(list(range(start, min(start + size, len(part)))))
+        chosen = part.select(slice(start, start + size))
         yield Batch.from_dict(prepared.collate(chosen))
 
 

@@ -98,7 +98,7 @@ class TrainModule(nn.Module):
     def train(self, mode: bool = True) -> TrainModule:
         """Set the mode; companions and modules that the phase freezes stay in evaluation mode."""
         super().train(mode)
-        for part in (self.companions, *self._frozen):
+        for part in (*self.companions.values(), *self._frozen):
             part.eval()
         return self
 
@@ -132,17 +132,19 @@ class TrainModule(nn.Module):
         batches: Iterable[Batch],
         counting: Iterable[bool],
         total: Callable[[Sequence[Tensor]], list[Tensor]],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Give the method what it sums over an update before the update's first loss (`Method.update_sums`), with the
         student in evaluation mode.
 
         Args:
             batches, counting: the update's micro-batches on this rank, and which of them count. total: sums over ranks.
+            autocast: the context of mixed precision.
         """
         if type(self.method).update_sums is Method.update_sums:
             return
         sums: dict[str, Any] = {}
-        with torch.no_grad(), usable(self), evaluating(self.student):
+        with autocast(), torch.no_grad(), usable(self), evaluating(self.student):
             for batch, counts in zip(batches, counting, strict=True):
                 for name, value in self.method.update_sums(batch, self.train_state).items():
                     sums[name] = sums.get(name, 0.0) + value * float(counts)

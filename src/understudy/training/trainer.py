@@ -186,8 +186,12 @@ class DistillationTrainer(Trainer):
         with self.meter.step("+".join(update.roles)) if self.meter is not None else nullcontext():
             if update.done == 0:
                 self._step_auxiliary()
-                with self.compute_loss_context_manager():
-                    self.model.sum_ahead(map(self.shown, update.batches), update.counting, self.ranks.sum_tensors)
+                self.model.sum_ahead(
+                    map(self.shown, update.batches),
+                    update.counting,
+                    self.ranks.sum_tensors,
+                    self.compute_loss_context_manager,
+                )
             if "student" not in update.roles:
                 loss = torch.zeros((), device=self.args.device)
             elif self.model.method.merges_gradients:
@@ -209,7 +213,8 @@ class DistillationTrainer(Trainer):
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
         """DDP averages gradients over ranks; the count is already global, so the average is undone here."""
-        return loss * self.accelerator.num_processes
+        ranks = self.accelerator.num_processes
+        return loss if ranks == 1 else loss * ranks
 
     def term_sums(self, model: Any) -> TermSums:
         """The teacher's and student's forward pass on the update's next micro-batch, and the sum of each term over its rows."""

@@ -91,10 +91,9 @@ class Listed:
     """Records of a list by column, as a `Dataset` gives them; but each value stays what it is, of whatever type the others
     are, so that a reader can say which record is wrong."""
 
-    features = None
-
     def __init__(self, rows: list[Mapping[str, Any]]) -> None:
         self.rows = rows
+        self.features: dict[str, Any] | None = None
         self.column_names = list(dict.fromkeys(column for row in rows for column in row))
 
     def __len__(self) -> int:

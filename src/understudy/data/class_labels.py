@@ -81,9 +81,17 @@ _APART = {"truth": ("number", "numeral"), "number": ("truth", "name"), "numeral"
 
 
 def text_classes(labels: Iterable[Any]) -> list[str]:
-    """The classes of labels that are names, sorted as folders of classes are; none if the labels are numbers."""
-    names = {label for label in labels if isinstance(label, str) and label}
-    return [] if all(_NUMBER.fullmatch(name.strip()) for name in names) else sorted(names)
+    """The classes of labels that are names, sorted as folders of classes are; none if one of the labels is a number."""
+    names = set()
+    for label in labels:
+        if not isinstance(label, str):
+            if isinstance(label, (int, float)) and label not in (-1,) and label == label:  # noqa: PLR0124 (not nan)
+                return []
+        elif label and label != "-1":
+            if _NUMBER.fullmatch(label.strip()):
+                return []
+            names.add(label)
+    return sorted(names)
 
 
 def places_of(where: str, labels: Sequence[Any], classes: Sequence[str], what: str) -> list[int]:

@@ -133,7 +133,7 @@ def _own_names(files: Sequence[Path], spec: Mapping[str, Any], given: Sequence[s
 
 def _ordered(names: list[str], given: Sequence[str]) -> list[str]:
     """The names of classes in the order that is given, if it has them all."""
-    return list(given) if names and set(names) - {"-1"} <= set(given) else [name for name in names if name != "-1"]
+    return list(given) if names and set(names) <= set(given) else names
 
 
 def _class_names(path: Path) -> list[str]:

@@ -9,17 +9,18 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from understudy.data.memory import is_data, keep
+from understudy.data.memory import keep
+from understudy.data.tabular import is_data
 from understudy.errors import InputError
 from understudy.methods import adopt
 from understudy.tasks.base import MODULE
+from understudy.tasks.data_keys import KEYS
 from understudy.training import Method
 
 SIDES = ("teacher", "student")
 IN_MEMORY = (
     *("language_modeling", "preferences", "image_classification", "image_generation", "text_classification"),
-    "multimodal_classification",
-    "vision_language",
+    *("multimodal_classification", "vision_language", "ranking", "reasoning", "conversation"),
 )
 """Tasks whose data may be handed over in memory."""
 
@@ -84,10 +85,10 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
                 "method is an instance with options of its own, and options are given too: give one of them."
             )
         found["options"] = options or found.get("options") or {}
-    data = found.get("data")
-    inside = data.get("name") if isinstance(data, Mapping) and not is_data(data) else data
+    data, task = found.get("data"), found.get("task", "image_classification")
+    keys = KEYS[task].model_fields if task in KEYS else ()
+    inside = data.get("name") if isinstance(data, Mapping) and not is_data(data, keys) else data
     if is_data(inside):
-        task = found.get("task", "image_classification")
         if task not in IN_MEMORY:
             raise InputError(
                 f"Data of task {task!r} are read from files: in memory they work for {', '.join(IN_MEMORY)}."

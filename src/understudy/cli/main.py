@@ -26,6 +26,7 @@ from understudy.cli.options import (
     Overwrite,
     RecipePath,
     Workers,
+    json_option,
     keep_traceback,
     load_recipe,
     out,
@@ -229,7 +230,7 @@ def compare(
     workers: Workers = None,
     executor: Executor = "processes",
     overwrite: Overwrite = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here too.")] = None,
+    json_file: Annotated[Path | None, json_option("the comparison")] = None,
 ) -> None:
     """Compare methods, or named arms of them, over seeds on equal budgets."""
     from understudy.reporting import comparison_table
@@ -258,7 +259,7 @@ def reproduce(
         str | None,
         typer.Option(help="Other data of the same columns (folder, file or Hub id), or a folder as UNDERSTUDY_DATA."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[Path | None, json_option("the result")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
     ] = None,

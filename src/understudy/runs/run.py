@@ -46,6 +46,7 @@ from understudy.runs.roles import models_of
 from understudy.runs.specs import ModelSpec
 from understudy.runs.teachers import (
     MEMBERS,
+    check_room_first,
     comparable,
     copy_of,
     ensemble,
@@ -202,6 +203,9 @@ def _fit(
     folder = journal.folder
     _check_recipe(recipe)
     prepared = task.prepare(recipe)
+    recipe.build_method().check_data(prepared)
+    if trained_first(recipe, home) and "student" not in modules:
+        check_room_first(recipe, task, prepared)
     set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     shown = comparable(teacher, prepared)

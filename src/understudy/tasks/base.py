@@ -71,6 +71,11 @@ class Prepared:
     measure: Callable[[ModelAdapter, ModelAdapter | None], dict[str, Any]] | None = None
     win_rate: Callable[[ModelAdapter, ModelAdapter], float] | None = None
 
+    @property
+    def splits(self) -> dict[str, Any]:
+        """The examples of train, validation and test by name."""
+        return {name: self.split(name) for name in ("train", "validation", "test")}
+
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""
         self.notes.extend(note for note in notes if note not in self.notes)

@@ -188,6 +188,14 @@ class Method(BaseModel):
     def check_trainer(self, trainer: Mapping[str, Any]) -> None:
         """Raise an `InputError` for a recipe's arguments of the trainer that the options do not go with."""
 
+    def check_data(self, data: Any) -> None:
+        """Raise an `InputError` for data that the method cannot learn from; `understudy check` and every run ask before a model
+        is loaded, or trained first.
+
+        Args:
+            data: their `splits`, `tokenizer` and `domains`, as a `SetupContext` has them too.
+        """
+
     # -- before training ----------------------------------------------------------------------------------------
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:

@@ -85,7 +85,7 @@ def text_classes(labels: Iterable[Any]) -> list[str]:
     names = set()
     for label in labels:
         if not isinstance(label, str):
-            if isinstance(label, (int, float)) and label not in (-1,) and label == label:  # noqa: PLR0124 (not nan)
+            if isinstance(label, (int, float)) and label not in (-1,) and label == label:
                 return []
         elif label and label != "-1":
             if _NUMBER.fullmatch(label.strip()):

@@ -92,7 +92,7 @@ class DDK(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(temperature=self.temperature, support="dense")
+        return Requirements(temperature=self.temperature, support="dense", splits=("train", "validation"))
 
     @property
     def epoch_steps(self) -> int:

@@ -73,7 +73,8 @@ def dry_run_stored(train_module: TrainModule, teacher: CachedTeacher | Ensemble,
         InputError: the method's losses are not defined for that kind of target, or the members' kinds cannot be
             combined.
     """
-    batch = _beginning(example).to(next(train_module.student.parameters()).device)
+    numbered = any(column.lengths is not None for column in train_module.train_state.columns.values())
+    batch = (example if numbered else _beginning(example)).to(next(train_module.student.parameters()).device)
     try:
         _try(train_module, batch, teacher.imagined(batch))
     except InputError as error:

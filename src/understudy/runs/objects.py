@@ -13,6 +13,7 @@ from understudy.data.memory import keep
 from understudy.data.tabular import is_data
 from understudy.errors import InputError
 from understudy.methods import adopt
+from understudy.runs.foreign import plain
 from understudy.tasks.base import MODULE
 from understudy.tasks.data_keys import KEYS
 from understudy.training import Method
@@ -61,7 +62,7 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
     Raises:
         InputError: an unsupported object, or two keys for the same thing.
     """
-    found = dict(values)
+    found = plain(values)
     if "model_init" in found:
         if found.get("student") is not None:
             raise InputError("model_init makes the student, and student names one too: give one of them.")
@@ -85,6 +86,8 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
                 "method is an instance with options of its own, and options are given too: give one of them."
             )
         found["options"] = options or found.get("options") or {}
+    if isinstance(found.get("arms"), Mapping):
+        found["arms"] = named_arms(found["arms"])
     data, task = found.get("data"), found.get("task", "image_classification")
     keys = KEYS[task].model_fields if task in KEYS else ()
     inside = data.get("name") if isinstance(data, Mapping) and not is_data(data, keys) else data
@@ -95,6 +98,23 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
             )
         found["data"] = {**(data if inside is not data else {}), "name": keep(inside)}  # type: ignore[dict-item]
     return found, Modules(given)
+
+
+def named_arms(arms: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms of a comparison with names of methods that are classes or instances; an instance's options are the arm's."""
+    found = {}
+    for name, arm in arms.items():
+        arm = {"method": arm} if not isinstance(arm, Mapping) else dict(arm)
+        if arm.get("method") is not None:
+            arm["method"], options = method_name(arm["method"])
+            if options and arm.get("options"):
+                raise InputError(
+                    f"arms.{name}.method is an instance with options of its own, and options are given too: give one of them."
+                )
+            if options:
+                arm["options"] = options
+        found[name] = arm
+    return found
 
 
 def method_name(method: Any) -> tuple[str, dict[str, Any]]:

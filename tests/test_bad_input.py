@@ -97,12 +97,12 @@ CASES = {
         lambda t: image(data={"name": str(image_table(t / "x.parquet", [0.0, float("nan")]))}),
         "label of row 1 is nan",
     ),
-    "labels that are words": (
-        lambda t: image(data={"name": str(image_table(t / "x.parquet", ["cat", "dog"]))}),
+    "labels that are words beside numbers": (
+        lambda t: image(data={"name": str(image_table(t / "x.parquet", ["cat", "2"]))}),
         "must be class numbers",
     ),
-    "labels of an archive that are words": (
-        lambda t: image(data={"name": str(archive(t / "x.npz", ["cat", "dog"]))}),
+    "labels of an archive that are words beside numbers": (
+        lambda t: image(data={"name": str(archive(t / "x.npz", ["cat", "2"]))}),
         "must be class numbers, found 'cat'",
     ),
     "a negative label": (

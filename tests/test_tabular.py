@@ -130,3 +130,15 @@ def test_each_of_several_negatives_is_a_triple() -> None:
     assert [row["members"][0] for row in itertools.islice(rows, 2)] == [[2.0, 1.0], [2.0, 0.5]]
     with pytest.raises(InputError, match=r"2 negatives and neg_score 1\.0: give a list of one for each"):
         load_rankings({"name": keep([{**r, "pos_score": 2.0, "neg_score": 1.0} for r in listed])})
+
+
+@pytest.mark.parametrize("qrels", ["q{0}\t0\td{0}\t1\n", "q{0}\td{0}\t1\n"])
+def test_tables_of_ms_marco_have_no_headers(qrels: str, tmp_path: Any) -> None:
+    """`collection.tsv`, `queries.tsv` and qrels as TREC writes them; the first line is no header."""
+    (tmp_path / "collection.tsv").write_text("".join(f"d{i}\tpassage about thing {i}\n" for i in range(30)))
+    (tmp_path / "queries.train.tsv").write_text("".join(f"q{i}\tthing {i}\n" for i in range(20)))
+    (tmp_path / "qrels.train.tsv").write_text("".join(qrels.format(i) for i in range(20)))
+    found = load_rankings({"name": str(tmp_path)})
+    asked = {row["query"] for part in (found.train, found.validation, found.test) for row in part.records}
+    assert asked == {f"thing {i}" for i in range(20)}
+    assert all(row["documents"][0] == f"passage about {row['query']}" for row in found.train.records)

@@ -104,8 +104,9 @@ def named_arms(arms: Mapping[str, Any]) -> dict[str, Any]:
     """The arms of a comparison with names of methods that are classes or instances; an instance's options are the arm's."""
     found = {}
     for name, arm in arms.items():
-        arm = {"method": arm} if not isinstance(arm, Mapping) else dict(arm)
-        if arm.get("method") is not None:
+        alone = isinstance(arm, (str, Method)) or (isinstance(arm, type) and issubclass(arm, Method))
+        arm = {"method": arm} if alone else dict(arm) if isinstance(arm, Mapping) else arm
+        if isinstance(arm, dict) and arm.get("method") is not None:
             arm["method"], options = method_name(arm["method"])
             if options and arm.get("options"):
                 raise InputError(

@@ -73,7 +73,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if dataclasses.is_dataclass(value) and type(value).__module__.startswith("peft."):
-        return _set_by_hand(value, type(value)())  # type: ignore[call-arg]
+        kind: Any = type(value)
+        return _set_by_hand(value, kind())
     return value
 
 

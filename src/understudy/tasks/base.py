@@ -24,7 +24,7 @@ MODULE = "module:"
 COPY = "teacher"
 """Name of a student that starts as a copy of the teacher."""
 
-Collate = Callable[[list[Any]], dict[str, Any]]
+Collate = Callable[[Any], dict[str, Any]]
 
 
 @dataclass

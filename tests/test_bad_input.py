@@ -152,6 +152,11 @@ CASES = {
     "reproduce an unknown claim": (lambda t: ["reproduce", "pdl"], "Did you mean 'pld'"),
     "an unknown command": (lambda t: ["trian"], "No such command"),
     "an unknown flag": (lambda t: ["methods", "--jsn"], "No such option"),
+    "a flag of other trainers": (lambda t: ["train", "--max-steps", "3"], "written as trainer.max_steps=VALUE"),
+    "a folder that is no cache": (
+        lambda t: ["cache", "verify", str(t / "none"), "task=image_classification"],
+        "none is no cache",
+    ),
     "zero seeds": (lambda t: ["compare", "task=image_classification", "--seeds", "0"], "--seeds"),
 }
 

@@ -399,7 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except Exception as error:
         if hasattr(error, "format_message"):  # an error of the command parser
-            said = " ".join(error.format_message().split())
+            said = _parser_says(error)
             _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help has been shown
         said = " ".join(str(error).split()) or "no message"
         _fail(
@@ -414,6 +414,18 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:  # also if the command parser caught Ctrl-C
         _fail("Stopped. The same command goes on from what is saved.", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _parser_says(error: Any) -> str:
+    """What the command parser refuses, with a recipe's way to write what other trainers have as a flag."""
+    said = " ".join(error.format_message().split())
+    said += "" if not said or said.endswith((".", "!", "?", ")")) else "."
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    if not name or not said.startswith("No such option"):
+        return said
+    from understudy.training.arguments import fields
+
+    return f"{said} Keys of a recipe are written as trainer.{name}=VALUE." if name in fields() else said
 
 
 def _interrupt(number: int, frame: Any) -> None:

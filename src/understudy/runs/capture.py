@@ -142,6 +142,7 @@ def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str
     Raises:
         InputError: a shard was changed since it was written, or the stored outputs are another teacher's.
     """
+    describe(folder)  # no teacher is trained for a folder that is no cache
     if recipe.teacher is not None and recipe.teacher.served:
         ShardStore(folder).check()
         prepared = get_task(recipe.task).prepare(recipe)

@@ -83,7 +83,9 @@ def _sparse(path: Path, values: Mapping[str, Any], name: str) -> Any:
 
     try:
         data, indices, indptr, shape = (values[f"{name}_{part}"] for part in ("data", "indices", "indptr", "shape"))
-        return csr_matrix((data, indices, indptr), shape=tuple(int(n) for n in shape))
+        matrix = csr_matrix((data, indices, indptr), shape=tuple(int(n) for n in shape))
+        matrix.check_format()
+        return matrix
     except Exception as error:  # scipy raises many types; the columns form no matrix
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         parts = f"{name}_indptr, {name}_indices, {name}_data and {name}_shape"

@@ -97,12 +97,12 @@ CASES = {
         lambda t: image(data={"name": str(image_table(t / "x.parquet", [0.0, float("nan")]))}),
         "label of row 1 is nan",
     ),
-    "labels that are words": (
-        lambda t: image(data={"name": str(image_table(t / "x.parquet", ["cat", "dog"]))}),
+    "labels that are words beside numbers": (
+        lambda t: image(data={"name": str(image_table(t / "x.parquet", ["cat", "2"]))}),
         "must be class numbers",
     ),
-    "labels of an archive that are words": (
-        lambda t: image(data={"name": str(archive(t / "x.npz", ["cat", "dog"]))}),
+    "labels of an archive that are words beside numbers": (
+        lambda t: image(data={"name": str(archive(t / "x.npz", ["cat", "2"]))}),
         "must be class numbers, found 'cat'",
     ),
     "a negative label": (
@@ -152,6 +152,11 @@ CASES = {
     "reproduce an unknown claim": (lambda t: ["reproduce", "pdl"], "Did you mean 'pld'"),
     "an unknown command": (lambda t: ["trian"], "No such command"),
     "an unknown flag": (lambda t: ["methods", "--jsn"], "No such option"),
+    "a flag of other trainers": (lambda t: ["train", "--max-steps", "3"], "written as trainer.max_steps=VALUE"),
+    "a folder that is no cache": (
+        lambda t: ["cache", "verify", str(t / "none"), "task=image_classification"],
+        "none is no cache",
+    ),
     "zero seeds": (lambda t: ["compare", "task=image_classification", "--seeds", "0"], "--seeds"),
 }
 

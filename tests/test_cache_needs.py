@@ -4,6 +4,7 @@ import pytest
 
 from engine_cases import DIGITS, TEXT
 from understudy import distill
+from understudy.data.memory import keep
 from understudy.errors import InputError
 from understudy.runs.capture import capture_recipe, describe
 from understudy.runs.check import check_recipe
@@ -71,3 +72,23 @@ def test_check_compares_a_cache_with_the_method_and_the_data(tmp_path):
         check_recipe(make({**cached, "method": "taid"}))
     with pytest.raises(InputError, match="are not in cache"):
         check_recipe(make({**cached, "data": {**values["data"], "max_length": 24}}))
+
+
+@pytest.mark.parametrize("method", ["gkd", "distillm", "minillm", "seqkd"])
+def test_a_method_that_asks_about_new_texts_is_refused_before_the_capture(method, tmp_path):
+    with pytest.raises(InputError, match=r"texts that are written during training.*Nothing was captured"):
+        capture_recipe(make(recipe(tmp_path, method=method)), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "method,options",
+    [("first", {}), ("swing", {"score": "detector"}), ("ddk", {"interval": 1, "samples": 4})],
+)
+def test_a_capture_holds_what_setup_asks_about(method, options, tmp_path):
+    """Validation examples too where the method reads them; columns of numbers by token belong to whole examples."""
+    rows = [{"text": f"text number {i} of {'ab'[i % 2]} is here", "topic": "ab"[i % 2]} for i in range(60)]
+    data = {"name": keep(rows), "max_length": 32, "vocab_size": 300, "pack": False, "domain_column": "topic"}
+    values = recipe(tmp_path, method=method, data=data, options=options)
+    capture_recipe(make(values), tmp_path / "cache")
+    assert distill(from_cache(values, tmp_path / "cache")).metrics["accuracy"] >= 0

@@ -438,3 +438,21 @@ def test_generate_replaces_nothing_that_it_did_not_write(tmp_path, capsys):
             main(["generate", str(tmp_path / "p.txt"), "--model", "none", "--output", str(tmp_path / output)])
         assert stop.value.code == 2 and says in capsys.readouterr().err
     assert (tmp_path / "mine.jsonl").read_text() == "mine" and Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("command", ["compare", "reproduce", "study"])
+def test_a_file_of_results_that_cannot_be_written_is_refused_before_anything_starts(command, tmp_path, capsys):
+    """`--json`: a folder where a file belongs; a folder that is not there is made, so that no run ends in vain."""
+    (tmp_path / "file").touch()
+    (tmp_path / "recipe.yaml").write_text("task: image_classification\nmethod: sft\n")
+    words = {"reproduce": ["pld", "--seeds", "1", "--output", str(tmp_path / "runs")]}
+    given = words.get(command, [str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'runs'}"])
+    for path, says in ((tmp_path, "is a folder"), (tmp_path / "file" / "out.json", "its folder cannot be made")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, *given, "--json", str(path)])
+        assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    wrong = ["nonsense", *given[1:]] if command == "reproduce" else ["nonsense.yaml"]
+    with pytest.raises(SystemExit):
+        main([command, *wrong, "--json", str(tmp_path / "new" / "out.json")])
+    assert (tmp_path / "new").is_dir()

@@ -12,7 +12,7 @@ from engine_cases import killed_run, weights
 from understudy import InputError, distill
 from understudy.cli import main
 from understudy.data import Batch, GraphBatch, collate_graph, load_graph
-from understudy.data.graph_sources import clean_edges
+from understudy.data.graph_sources import clean_edges, read_graph
 from understudy.models import NodeAdapter, load_nodes, load_small
 from understudy.runs.capture import capture_recipe
 from understudy.runs.check import evaluate_run
@@ -343,3 +343,36 @@ def test_a_graph_is_captured_once_and_learned_from(support, tmp_path):
     cached = {"model": recipe["teacher"], "cache": str(tmp_path / "cache")}
     stored = distill(recipe | {"teacher": cached, "output": str(tmp_path / "stored")})
     assert stored.metrics["accuracy"] == pytest.approx(live.metrics["accuracy"], abs=0 if support else 0.05)
+
+
+GRAPH_FORMS = {
+    "names": lambda g: {"features": g["x"], "labels": g["y"], "edge_index": g["edges"].T},
+    "adjacency": lambda g: {"x": g["x"], "y": g["y"], "adj": g["adj"]},
+    "one column": lambda g: {"x": g["x"], "y": g["y"][:, None], "edges": g["edges"]},
+    "one hot": lambda g: {"x": g["x"], "y": np.eye(3)[g["y"]], "edges": g["edges"]},
+    "fractions": lambda g: {"x": g["x"], "y": g["y"].astype(np.float64), "edges": g["edges"]},
+    "sparse": lambda g: {
+        **{"adj_data": g["csr"].data, "adj_indices": g["csr"].indices, "adj_indptr": g["csr"].indptr},
+        **{"adj_shape": np.array(g["csr"].shape), "attr_matrix": g["x"], "labels": g["y"]},
+    },
+}
+
+
+@pytest.mark.parametrize("form", GRAPH_FORMS)
+def test_a_graph_is_the_same_in_every_form(form, tmp_path):
+    """Other names of columns, a matrix of edges, labels as a column or one of each class; and a graph so small that twenty of
+    each class would leave nothing to evaluate on is split too."""
+    from scipy.sparse import csr_matrix
+
+    random = np.random.default_rng(0)
+    upper = np.triu(random.random((30, 30)) < 0.15, 1)
+    graph = {"x": random.normal(size=(30, 4)).astype(np.float32), "y": np.arange(30) % 3}
+    graph |= {"edges": np.argwhere(upper), "adj": (upper | upper.T).astype(np.float32)}
+    graph["csr"] = csr_matrix(graph["adj"])
+    np.savez(tmp_path / "graph.npz", **GRAPH_FORMS[form](graph))
+    found = read_graph({"name": str(tmp_path / "graph.npz")}, {})
+    assert found.labels.tolist() == graph["y"].tolist() and np.allclose(found.nodes, graph["x"])
+    assert (
+        found.edges.shape[1] == 2 * upper.sum() and upper[tuple(found.edges[:, found.edges[0] < found.edges[1]])].all()
+    )
+    assert {split: len(index) for split, index in found.splits.items()} == {"train": 9, "validation": 7, "test": 10}

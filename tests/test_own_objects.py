@@ -238,7 +238,7 @@ def test_data_that_are_none(tmp_path):
         ([], {}, "train split is empty"),
         ([1, 2], {}, "record 0 is int"),
         (stream, {}, "has no length"),
-        (RECORDS, {"task": "ranking"}, "Data of task 'ranking' are read from files"),
+        (RECORDS, {"task": "node_classification"}, "Data of task .node_classification. are read from files"),
     )
     for data, changes, says in cases:
         with pytest.raises(InputError, match=says):

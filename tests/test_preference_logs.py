@@ -112,3 +112,10 @@ def test_every_term_is_an_event_in_the_run_folder(tmp_path, monkeypatch):
     last = {name: value for _, name, value, _ in Writer.seen}
     assert last["test/accuracy"] == result.metrics["accuracy"]
     assert last["test/rewards/margins"] == result.metrics["rewards/margins"]
+
+
+def test_tpo_logs_the_accuracy_of_its_rewards(tmp_path):
+    trainer = {**SMALL["trainer"], "max_steps": 1}
+    distill({**SMALL, "trainer": trainer, "method": "tpo", "output": str(tmp_path / "run")})
+    terms = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["terms"]
+    assert {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} <= terms.keys()

@@ -361,3 +361,17 @@ def test_real_scans(data_folder, tmp_path):
 def test_bad_input(keys, says, tmp_path):
     with pytest.raises(InputError, match=says):
         distill({**TINY, **keys, "output": str(tmp_path)})
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_scans_may_have_their_points_along_the_second_axis(rows, tmp_path):
+    """`[3, points]`, as MATLAB and some sensors write them: four rows at most of many columns are no points."""
+    points = np.random.default_rng(0).normal(size=(64, rows)).astype(np.float32)
+    for folder, values in (("rows", points), ("columns", points.T)):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            np.save(tmp_path / folder / f"{i}.npy", values + i)
+    found = [read_scenes(str(tmp_path / folder)) for folder in ("rows", "columns")]
+    assert [f.dimensions for f in found] == [min(rows, 3)] * 2
+    clouds = [f.splits["train"][0][1]()[1] for f in found]
+    assert np.array_equal(*clouds) and len(clouds[0]) == 64

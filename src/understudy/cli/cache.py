@@ -36,7 +36,10 @@ def capture(
             callback=finite, min=1e-3, help="At which probabilities are kept; that of the recipe's method unless given."
         ),
     ] = None,
-    splits: Annotated[str, typer.Option(help="Separated by commas.")] = "train",
+    splits: Annotated[
+        str | None,
+        typer.Option(help="Separated by commas; those about which the recipe's method asks the teacher unless given."),
+    ] = None,
     shard: Shard = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +55,7 @@ def capture(
             output,
             support,
             temperature=temperature,
-            splits=splits.split(","),
+            splits=None if splits is None else [name.strip() for name in splits.split(",")],
             shard=shard_of(shard),
             tick=tick,
         )

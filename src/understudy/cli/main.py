@@ -26,6 +26,7 @@ from understudy.cli.options import (
     Overwrite,
     RecipePath,
     Workers,
+    json_option,
     keep_traceback,
     load_recipe,
     out,
@@ -229,7 +230,7 @@ def compare(
     workers: Workers = None,
     executor: Executor = "processes",
     overwrite: Overwrite = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here too.")] = None,
+    json_file: Annotated[Path | None, json_option("the comparison")] = None,
 ) -> None:
     """Compare methods, or named arms of them, over seeds on equal budgets."""
     from understudy.reporting import comparison_table
@@ -258,7 +259,7 @@ def reproduce(
         str | None,
         typer.Option(help="Other data of the same columns (folder, file or Hub id), or a folder as UNDERSTUDY_DATA."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[Path | None, json_option("the result")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs (default runs/claims/NAME, with the setting and data).")
     ] = None,
@@ -398,7 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except Exception as error:
         if hasattr(error, "format_message"):  # an error of the command parser
-            said = " ".join(error.format_message().split())
+            said = _parser_says(error)
             _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help has been shown
         said = " ".join(str(error).split()) or "no message"
         _fail(
@@ -413,6 +414,18 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:  # also if the command parser caught Ctrl-C
         _fail("Stopped. The same command goes on from what is saved.", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _parser_says(error: Any) -> str:
+    """What the command parser refuses, with a recipe's way to write what other trainers have as a flag."""
+    said = " ".join(error.format_message().split())
+    said += "" if not said or said.endswith((".", "!", "?", ")")) else "."
+    name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    if not name or not said.startswith("No such option"):
+        return said
+    from understudy.training.arguments import fields
+
+    return f"{said} Keys of a recipe are written as trainer.{name}=VALUE." if name in fields() else said
 
 
 def _interrupt(number: int, frame: Any) -> None:

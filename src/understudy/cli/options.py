@@ -42,6 +42,32 @@ Executor = Annotated[
         "slurm:partition=gpu,time=60,memory=8,gpus=1,account=NAME. Jobs outlive the command, which finds them again."
     ),
 ]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """A file to write when all is done, checked before anything starts; its folder is made.
+
+    Raises:
+        InputError: a folder, a file that may not be written, or one whose folder cannot be made.
+    """
+    if path is None or str(path) == os.devnull:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--json {path}: its folder cannot be made: {error.strerror}. Choose another file.") from None
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise InputError(f"--json {path} is {'a folder' if path.is_dir() else 'no regular file'}: name a file in it.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--json {path} may not be written: change its permissions, or choose another file.")
+    return path
+
+
+def json_option(what: str) -> Any:
+    """The option `--json FILE` of a command that also prints a table. `what`: what it writes."""
+    return typer.Option("--json", help=f"Write {what} to this file too.", callback=_writable)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from understudy.cli.options import Executor, Overwrite, Workers, out, works_in
+from understudy.cli.options import Executor, Overwrite, Workers, json_option, out, works_in
 from understudy.errors import InputError
 
 EPILOG = "Example: understudy study study.yaml --seeds 3, or: understudy study runs/a runs/b --output runs/study"
@@ -30,7 +30,7 @@ def study_command(
     workers: Workers = None,
     executor: Executor = "processes",
     overwrite: Overwrite = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the study here too.")] = None,
+    json_file: Annotated[Path | None, json_option("the study")] = None,
 ) -> None:
     """Does a taught student beat one trained alone, and does it answer as its teacher does? Gains, fidelity, tests."""
     from understudy.reporting.study import notes, study_tables

@@ -80,6 +80,40 @@ _APART = {"truth": ("number", "numeral"), "number": ("truth", "name"), "numeral"
 """The kinds of labels that do not stand beside a kind."""
 
 
+def text_classes(labels: Iterable[Any]) -> list[str]:
+    """The classes of labels that are names, sorted as folders of classes are; none if one of the labels is a number."""
+    names = set()
+    for label in labels:
+        if not isinstance(label, str):
+            if isinstance(label, (int, float)) and label not in (-1,) and label == label:
+                return []
+        elif label and label != "-1":
+            if _NUMBER.fullmatch(label.strip()):
+                return []
+            names.add(label)
+    return sorted(names)
+
+
+def places_of(where: str, labels: Sequence[Any], classes: Sequence[str], what: str) -> list[int]:
+    """The numbers of classes that are named; −1, which says that there is none, stays.
+
+    Args:
+        what: what one label belongs to, for the message.
+
+    Raises:
+        InputError: a label that is none of the classes.
+    """
+    place = {name: i for i, name in enumerate(classes)} | {-1: -1, "-1": -1}
+    for row, label in enumerate(labels):
+        if not isinstance(label, (str, int)) or label == "" or label not in place:
+            said = "no label" if label in (None, "") or label != label else f"the label {str(label)[:60]!r}"
+            raise InputError(
+                f"{where}: {what} {row} has {said}, and the classes of train are {_listed(classes)}: give it one of them, "
+                "-1 for none, or leave it out."
+            )
+    return [place[label] for label in labels]
+
+
 def names_in(features: Any) -> dict[str, list[str]]:
     """The names of the classes of every numbered column.
 

@@ -19,6 +19,16 @@ SPARSE = {"x_indptr", "x_indices", "x_data", "x_shape"}
 COLUMNS = {"x", "y", "edges", "edge_index", *SPARSE}
 
 
+NAMES = {
+    **dict.fromkeys(("features", "feat", "feats", "node_feat", "attr_matrix"), "x"),
+    **dict.fromkeys(("labels", "label", "node_label"), "y"),
+    **{f"attr_{part}": f"x_{part}" for part in ("indptr", "indices", "data", "shape")},
+    **dict.fromkeys(("adjacency", "adj_matrix", "A"), "adj"),
+}
+"""Other names of columns, as other collections of graphs have them, by ours."""
+_ADJACENCY = ("adj_data", "adj_indices", "adj_indptr", "adj_shape")
+
+
 def graph_file(path: Path, splits: Collection[str], notes: list[str]) -> dict[str, Any]:
     """The columns of a graph from an .npz archive, or from torch-geometric data or a dictionary of tensors saved as
     .pt.
@@ -27,6 +37,11 @@ def graph_file(path: Path, splits: Collection[str], notes: list[str]) -> dict[st
         splits: columns that name the nodes of splits. notes: columns that nothing reads are added.
     """
     values: dict[str, Any] = dict(_saved(path) if path.suffix in (".pt", ".pth") else read_npz(path))
+    for theirs in values.keys() & NAMES.keys():
+        if NAMES[theirs] not in values:
+            values[NAMES[theirs]] = values.pop(theirs)
+    if not values.keys() & {"edges", "edge_index"}:
+        _from_adjacency(path, values)
     unused = values.keys() - COLUMNS - set(splits)
     if unused:
         notes.append(f"{path.name}: not used: {'column' if len(unused) == 1 else 'columns'} {names(unused)}.")
@@ -41,24 +56,40 @@ def graph_file(path: Path, splits: Collection[str], notes: list[str]) -> dict[st
     if missing:
         raise InputError(
             f"{path} has columns {', '.join(sorted(values)) or 'none'} and lacks {', '.join(missing)}; edges are (edges, 2), "
-            "or edge_index (2, edges)."
+            "edge_index (2, edges), or adj (nodes, nodes)."
         )
     if "x" not in values:
-        values["x"] = _dense(path, values)
+        values["x"] = dense(str(path), _sparse(path, values, "x"))
     return values
 
 
-def _dense(path: Path, values: Mapping[str, Any]) -> Any:
+def _from_adjacency(path: Path, values: dict[str, Any]) -> None:
+    """Turn a matrix of edges, dense or in the parts of a sparse one, into pairs of nodes, in place."""
+    if values.keys() >= set(_ADJACENCY):
+        matrix = _sparse(path, values, "adj").tocoo()
+        values["edges"] = np.stack([matrix.row, matrix.col], 1)[matrix.data != 0].astype(np.int64)
+    elif "adj" in values:
+        matrix = np.asarray(values["adj"])
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype.kind not in "fiub":
+            raise InputError(f"{path}: adj is {matrix.dtype} {matrix.shape}; give numbers, a row and a column a node.")
+        values["edges"] = np.argwhere(matrix != 0)
+    for name in ("adj", *_ADJACENCY):
+        values.pop(name, None)
+
+
+def _sparse(path: Path, values: Mapping[str, Any], name: str) -> Any:
+    """The matrix of `NAME_data`, `NAME_indices`, `NAME_indptr` and `NAME_shape`."""
     from scipy.sparse import csr_matrix
 
     try:
-        parts = (values["x_data"], values["x_indices"], values["x_indptr"])
-        return dense(str(path), csr_matrix(parts, shape=tuple(int(n) for n in values["x_shape"])))
-    except InputError:
-        raise
+        data, indices, indptr, shape = (values[f"{name}_{part}"] for part in ("data", "indices", "indptr", "shape"))
+        matrix = csr_matrix((data, indices, indptr), shape=tuple(int(n) for n in shape))
+        matrix.check_format()
+        return matrix
     except Exception as error:  # scipy raises many types; the columns form no matrix
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: x_indptr, x_indices, x_data and x_shape make no matrix: {reason}.") from error
+        parts = f"{name}_indptr, {name}_indices, {name}_data and {name}_shape"
+        raise InputError(f"{path}: {parts} make no matrix: {reason}.") from error
 
 
 def _saved(path: Path) -> dict[str, Any]:

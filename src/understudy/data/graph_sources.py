@@ -141,6 +141,13 @@ def _features(name: str, values: Any) -> Tensor:
 
 def _labels(name: str, values: Any) -> Tensor:
     raw = np.asarray(values)
+    if raw.ndim == 2 and raw.dtype.kind in "fiub":
+        if raw.shape[1] == 1:
+            raw = raw[:, 0]
+        elif np.isin(raw, (0, 1)).all() and (raw.sum(1) <= 1).all():  # a column a class; a row of zeros has none
+            raw = np.where(raw.any(1), raw.argmax(1), -1)
+    if raw.ndim == 1 and raw.dtype.kind == "f" and np.isfinite(raw).all() and (raw == np.floor(raw)).all():
+        raw = raw.astype(np.int64)
     if raw.ndim != 1 or raw.dtype.kind not in "iu":
         raise InputError(f"{name}: labels are {raw.dtype} {raw.shape}; give one class number a node, −1 for none.")
     labels = torch.from_numpy(class_numbers(name, raw, "node"))
@@ -222,13 +229,16 @@ def _drawn(graph: Graph, seed: int) -> dict[str, Tensor]:
     order = torch.randperm(len(graph.labels), generator=torch.Generator().manual_seed(seed))
     order = order[graph.labels[order] != IGNORE]
     labels = graph.labels[order]
+    counts = torch.bincount(labels, minlength=graph.classes)
+    small = int((counts - 20).clamp(min=0).sum()) < 2  # 20 of each class would leave nothing to evaluate on
     chosen = torch.zeros(len(order), dtype=torch.bool)
     for c in range(graph.classes):
-        chosen[(labels == c).nonzero()[:20, 0]] = True
+        most = max(1, int(counts[c]) // 3) if small else 20
+        chosen[(labels == c).nonzero()[:most, 0]] = True
     rest = order[~chosen]
     validation, test = min(500, len(rest) // 3), min(1000, len(rest) // 2)
     graph.notes.append(
-        f"{graph.name} has no split: 20 nodes of each class are for training, others are drawn for validation and test."
+        f"{graph.name} has no split: {'a third of the' if small else '20'} nodes of each class are for training, others are drawn for validation and test."
     )
     parts = {"train": order[chosen], "validation": rest[:validation], "test": rest[validation : validation + test]}
     return _apart(graph.name, {s: index.sort().values for s, index in parts.items()})

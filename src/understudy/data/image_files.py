@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from understudy.data.batch import UNLABELLED
-from understudy.data.class_labels import by_name, parquet_names, spell
+from understudy.data.class_labels import by_name, parquet_names, places_of, spell, text_classes
 from understudy.data.folders import files_below, split_folders, visible
 from understudy.data.image_set import ImageSet
 from understudy.data.records import absent
@@ -236,7 +236,9 @@ def image_table(
     read = {".npz": _archive, ".parquet": _parquet}
     for path in files:
         if path.suffix.lower() not in read:
-            raise InputError(f"{path} is not an image set: give a folder class/image, a .parquet or an .npz file.")
+            raise InputError(
+                f"{path} is not an image set: give a folder class/image, a .parquet or .npz file, or a .csv or .jsonl of files."
+            )
     parts = [read[path.suffix.lower()](path, spec, counts, classes) for path in files]
     for path, (pixels, labels, domains) in zip(files, parts, strict=True):
         if not len(pixels) == len(labels) or any(len(d) != len(labels) for d in domains):
@@ -258,12 +260,12 @@ Columns = tuple[Tensor, Tensor, list[np.ndarray[Any, Any]]]
 
 
 def _parquet(path: Path, spec: Mapping[str, Any], counts: Counter[str], classes: Sequence[str]) -> Columns:
-    image, label = str(spec.get("image_column", "image")), label_column(spec)
-    table = read_parquet(path)
+    label, table = label_column(spec), read_parquet(path)
+    image = image_column(spec, table.column_names)
     need_columns(path, set(table.column_names), {image, *label, *domain_column(spec)})
     found = [_cell(path, c) for c in cells(path, table, image)]
     pixels = decode(found, str(path), counts, spec.get("size"))
-    labels = labels_in(str(path), [cells(path, table, column) for column in label], len(pixels))
+    labels = labels_in(str(path), [cells(path, table, column) for column in label], len(pixels), classes)
     names = parquet_names(path)
     if label:
         labels = torch.tensor(by_name(str(path), labels.tolist(), names.get(label[0]), classes), dtype=torch.int64)
@@ -278,15 +280,25 @@ def _cell(path: Path, cell: Any) -> Any:
     return path.parent / cell if isinstance(cell, str) else cell
 
 
-def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str], _: Sequence[str]) -> Columns:
+def label_values(path: Path, column: str) -> list[Any]:
+    """The labels of a parquet or .npz file as they are written; nothing without the column."""
+    if path.suffix.lower() == ".npz":
+        have = columns_of(path)
+        column = "labels" if "labels" in have else column
+        return list(read_npz(path, [column])[column].ravel().tolist()) if column in have else []
+    table = read_parquet(path)
+    return cells(path, table, column) if column in table.column_names else []
+
+
+def _archive(path: Path, spec: Mapping[str, Any], counts: Counter[str], classes: Sequence[str]) -> Columns:
     have = columns_of(path)
-    image, label = str(spec.get("image_column", "image")), label_column(spec)
+    image, label = image_column(spec, have), label_column(spec)
     image = "images" if "images" in have and "image_column" not in spec else image
     label = ["labels"] if label and "labels" in have else label
     need_columns(path, have, {image, *label, *domain_column(spec)})
     arrays = read_npz(path, [image, *label, *domain_column(spec)])
     pixels = array_pixels(path, image, arrays[image], spec, counts)
-    labels = labels_in(str(path), [arrays[column] for column in label], len(pixels))
+    labels = labels_in(str(path), [arrays[column] for column in label], len(pixels), classes)
     return pixels, labels, [arrays[column].astype(str) for column in domain_column(spec)]
 
 
@@ -349,10 +361,19 @@ def label_column(spec: Mapping[str, Any]) -> list[str]:
     return [] if spec.get("label_column", "") is None else [str(spec.get("label_column", "label"))]
 
 
-def labels_in(where: str, columns: list[Any], number: int) -> Tensor:
-    """The labels of so many images in their column, or `UNLABELLED` without one."""
+def image_column(spec: Mapping[str, Any], have: Iterable[str]) -> str:
+    """The column of images among those of a table: the configured one, `image`, or `file_name` as `imagefolder` has it."""
+    given = spec.get("image_column")
+    return str(given) if given is not None else "file_name" if "file_name" in have and "image" not in have else "image"
+
+
+def labels_in(where: str, columns: list[Any], number: int, classes: Sequence[str] = ()) -> Tensor:
+    """The labels of so many images in their column, by number or by the names of `classes`, or `UNLABELLED` without one."""
     if not columns:
         return torch.full((number,), UNLABELLED)
+    labels = columns[0].tolist() if isinstance(columns[0], np.ndarray) else list(columns[0])
+    if text_classes(labels):
+        return torch.tensor(places_of(where, labels, classes, "image"), dtype=torch.int64)
     return torch.from_numpy(class_numbers(where, columns[0], "image"))
 
 

@@ -1,4 +1,5 @@
-"""Sources of images: built-in sets, folders `class/image`, tables with `image` and `label`, sets of the Hub."""
+"""Sources of images: built-in sets, folders `class/image`, tables with `image` and `label`, tables that name image files,
+sets of the Hub."""
 
 from __future__ import annotations
 
@@ -11,25 +12,30 @@ from typing import Any
 import torch
 
 from understudy.data import memory
-from understudy.data.class_labels import by_name, names_in, parquet_names, spell
+from understudy.data.class_labels import by_name, names_in, parquet_names, spell, text_classes
 from understudy.data.folders import find, hub_id, own_names, split_files, split_folders
 from understudy.data.image_files import (
     class_folders,
     decode,
     domain_column,
     domains_in,
+    image_column,
     image_table,
     label_column,
+    label_values,
     labels_in,
     loose_images,
     need_columns,
     resized,
     wanted_size,
 )
+from understudy.data.image_records import is_metadata, named_images
 from understudy.data.image_set import ImageSet
 from understudy.data.memory import MEMORY
 from understudy.errors import InputError, nearest
 
+NAMING = (".csv", ".jsonl", ".json")
+"""Files that may name an image in each row."""
 Embedded = Callable[[Mapping[str, Any]], tuple[dict[str, ImageSet], list[str]]]
 
 
@@ -87,12 +93,16 @@ def _alike(name: str, pools: dict[str, ImageSet], spec: Mapping[str, Any], count
 def _path(
     path: Path, spec: Mapping[str, Any], counts: Counter[str], notes: list[str]
 ) -> tuple[dict[str, ImageSet], list[str]]:
-    if path.is_file():
+    if path.is_file() and path.suffix.lower() not in NAMING:
         own = _own_names([path], spec)
         part = image_table([path], spec, counts, own)
         return {"train": part}, own or _names(part)
     left: list[str] = []
-    tables = split_files(path, (".parquet", ".npz"), left, further=True)
+    tables = {} if path.is_file() else split_files(path, (".parquet", ".npz"), left, further=True)
+    if path.is_file() or all(is_metadata(f) for files in tables.values() for f in files):
+        tables, rows = {}, named_images(path, spec, counts, notes)
+        if rows is not None:
+            return _columns(str(path), rows, spec, counts, _class_names(path / "classes.json"))
     if not tables and not label_column(spec):
         splits = split_folders(path)
         roots = splits if "train" in splits else {"train": path}
@@ -102,15 +112,28 @@ def _path(
     notes += left
     if "train" not in tables:
         raise InputError(f"{path} has {', '.join(sorted(tables))} but no train file.")
-    own = _own_names(tables["train"], spec)
+    given = _class_names(path / "classes.json")
+    own = _own_names(tables["train"], spec, given)
     parts = {split: image_table(files, spec, counts, own) for split, files in tables.items()}
-    return parts, _class_names(path / "classes.json") or own or _names(parts["train"])
+    return parts, given or own or _names(parts["train"])
 
 
-def _own_names(files: Sequence[Path], spec: Mapping[str, Any]) -> list[str]:
-    """The names of the classes by number as the first file that names them has them."""
+def _own_names(files: Sequence[Path], spec: Mapping[str, Any], given: Sequence[str] = ()) -> list[str]:
+    """The names of the classes by number as the first file that names them has them; else of labels that are names, in the
+    order that is `given` or sorted."""
     tables = [parquet_names(f) for f in files if f.suffix.lower() == ".parquet"]
-    return next((names[column] for names in tables for column in label_column(spec) if column in names), [])
+    for names in tables:
+        for column in label_column(spec):
+            if column in names:
+                return names[column]
+    ends = (".parquet", ".npz")
+    read = [v for f in files if f.suffix.lower() in ends for c in label_column(spec) for v in label_values(f, c)]
+    return _ordered(text_classes(read), given)
+
+
+def _ordered(names: list[str], given: Sequence[str]) -> list[str]:
+    """The names of classes in the order that is given, if it has them all."""
+    return list(given) if names and set(names) <= set(given) else names
 
 
 def _class_names(path: Path) -> list[str]:
@@ -151,24 +174,29 @@ def _hub(name: str, spec: Mapping[str, Any], counts: Counter[str]) -> tuple[dict
 
 
 def _columns(
-    name: str, loaded: Mapping[str, Any], spec: Mapping[str, Any], counts: Counter[str]
+    name: str, loaded: Mapping[str, Any], spec: Mapping[str, Any], counts: Counter[str], given: Sequence[str] = ()
 ) -> tuple[dict[str, ImageSet], list[str]]:
-    """The splits of a set of `datasets`, by its columns."""
-    image, label = str(spec.get("image_column", "image")), label_column(spec)
+    """The splits of a set of `datasets`, or of rows of records, by its columns. `given`: the classes' names in order."""
+    label = label_column(spec)
     parts: dict[str, ImageSet] = {}
     own = own_names(name, loaded)
     if "train" not in own:
         raise InputError(f"{name} has splits {', '.join(own)} but no train split.")
     named = {split: names_in(loaded[theirs].features) for split, theirs in own.items()}
     classes = next((named["train"][column] for column in label if column in named["train"]), [])
+    taught = loaded[own["train"]]
+    if not classes:
+        held = [v for c in label if c in taught.column_names for v in taught[c]]
+        classes = _ordered(text_classes(held), given)
     for split, theirs in own.items():
         rows, names = loaded[theirs], named[split]
+        image = image_column(spec, rows.column_names)
         need_columns(name, set(rows.column_names), {image, *label, *domain_column(spec)})
         domains = [domains_in(name, c, spell(rows[c], names.get(c))) for c in domain_column(spec)]
         pixels = decode(rows[image], name, counts, spec.get("size"))
-        labels = labels_in(name, [rows[column] for column in label], len(rows))
+        labels = labels_in(f"{name}, {split}", [rows[column] for column in label], len(rows), classes)
         if label:
             matched = by_name(f"{name}: the {split} split", labels.tolist(), names.get(label[0]), classes)
             labels = torch.tensor(matched, dtype=torch.int64)
         parts[split] = ImageSet(pixels, labels, torch.arange(len(rows)), None, None, *domains)
-    return parts, classes or _names(parts["train"])
+    return parts, classes or list(given) or _names(parts["train"])

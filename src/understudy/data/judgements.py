@@ -1,7 +1,8 @@
 """Folders of documents, queries and relevance grades (qrels) as rows of queries with candidates from BM25.
 
 Such a folder has tables that end in docs, queries and qrels, or it is laid out as BEIR's sets are (Thakur et al. 2021, arXiv
-2104.08663): `corpus.jsonl` with title and text, `queries.jsonl`, and a table a split in the folder `qrels`.
+2104.08663): `corpus.jsonl` with title and text, `queries.jsonl`, and a table a split in the folder `qrels`; or as MS MARCO's:
+`collection.tsv`, `queries.tsv` and `qrels.tsv` without headers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from understudy.errors import InputError
 
 COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}
 BEIR = {"query-id": "query_id", "corpus-id": "doc_id", "score": "grade"}
+TREC = ("query_id", "iteration", "doc_id", "grade")
 TABLES = (".parquet", ".jsonl", ".csv", ".tsv")
 _QUERIES_AT_ONCE = 256
 
@@ -164,8 +167,8 @@ def _judged_row(query: str, judged: Mapping[int, float], first: Sequence[int], t
 
 
 def _files(path: Path, kind: str) -> list[Path]:
-    """The tables of a kind, by their names; BEIR calls documents the corpus, and has a folder of grades."""
-    names = {"docs": ("docs", "corpus")}.get(kind, (kind,))
+    """The tables of a kind, by their names; BEIR calls documents the corpus and MS MARCO the collection; BEIR has a folder of grades."""
+    names = {"docs": ("docs", "corpus", "collection")}.get(kind, (kind,))
     found = [
         f
         for f in visible(path)
@@ -189,7 +192,10 @@ def _tables(path: Path, kind: str) -> list[Path]:
 
 
 def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
-    read: Mapping[str, Callable[[Path], Sequence[dict[str, Any]]]] = {".parquet": read_rows, ".tsv": _tab_separated}
+    read: Mapping[str, Callable[[Path], Sequence[dict[str, Any]]]] = {
+        ".parquet": read_rows,
+        ".tsv": partial(_tab_separated, kind),
+    }
     names = BEIR | {"_id": COLUMNS[kind][0]}
     rows = []
     for number, row in enumerate(read.get(file.suffix, read_records)(file)):
@@ -207,11 +213,15 @@ def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _tab_separated(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file with a header, whose cells have no quotes."""
+def _tab_separated(kind: str, file: Path) -> list[dict[str, Any]]:
+    """The rows of a file whose cells have no quotes, with a header or, as MS MARCO's and TREC's, without."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            rows = list(csv.DictReader(opened, delimiter="\t", quoting=csv.QUOTE_NONE, restval=""))
+            first = opened.readline().rstrip("\r\n").split("\t")
+            opened.seek(0)
+            bare = not {*COLUMNS[kind], *BEIR, "_id", "id"} & set(first)
+            names = {2: COLUMNS[kind][:2], 3: COLUMNS["qrels"], 4: TREC}.get(len(first)) if bare else None
+            rows = list(csv.DictReader(opened, names, delimiter="\t", quoting=csv.QUOTE_NONE, restval=""))
     except (UnicodeDecodeError, OSError, csv.Error) as error:
         raise InputError(f"{file} is not tab-separated UTF-8 text: {str(error).splitlines()[0]}") from error
     wrong = next((i for i, row in enumerate(rows) if None in row), None)

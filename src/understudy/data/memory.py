@@ -9,39 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset, IterableDatasetDict
 from PIL import Image
 
 from understudy.data.class_labels import names_in
-from understudy.data.folders import own_names
+from understudy.data.tabular import SPLITS, tables_of
 from understudy.errors import InputError
 
+__all__ = ["MEMORY", "SPLITS", "Listed", "held", "keep", "records", "tables"]
 MEMORY = "memory:"
 """Prefix of the name of a data set in memory."""
-SPLITS = ("train", "validation", "test")
 _held: dict[str, Mapping[str, Any]] = {}
-
-
-def is_data(value: Any) -> bool:
-    """Whether `value` is a data set: a `Dataset`, a list of records, or a mapping from splits to these."""
-    if isinstance(value, Mapping) and value and all(isinstance(v, (Dataset, list)) for v in value.values()):
-        return set(value) <= set(SPLITS) or all(isinstance(v, Dataset) for v in value.values())
-    return isinstance(value, (Dataset, IterableDataset, IterableDatasetDict, list))
 
 
 def keep(data: Any) -> str:
     """Register a data set for the recipes of this process. Returns a name derived from its content.
 
     Args:
-        data: see `is_data`; one without splits is the train split.
+        data: see `tabular.is_data`; one without splits is the train split.
 
     Raises:
         InputError: a record is not a mapping, there is no record, or the set is streaming.
     """
-    if isinstance(data, (IterableDataset, IterableDatasetDict)):
-        raise InputError(f"data is an {type(data).__name__}, which has no length: give a Dataset or a list of records.")
-    own = own_names("data", data) if isinstance(data, Mapping) else {}
-    splits = {split: data[name] for split, name in own.items()} if own else {"train": data}
+    splits = tables_of(data)
     digest = hashlib.sha256()
     for split, rows in splits.items():
         if len(rows) == 0:
@@ -91,10 +80,9 @@ class Listed:
     """Records of a list by column, as a `Dataset` gives them; but each value stays what it is, of whatever type the others
     are, so that a reader can say which record is wrong."""
 
-    features = None
-
     def __init__(self, rows: list[Mapping[str, Any]]) -> None:
         self.rows = rows
+        self.features: dict[str, Any] | None = None
         self.column_names = list(dict.fromkeys(column for row in rows for column in row))
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from understudy.data.batch import Batch, WholeExamples
 from understudy.data.folders import find
 from understudy.data.image_files import are_loose
+from understudy.data.image_records import has_tables
 from understudy.data.images import Splits, load_images
 from understudy.errors import InputError
 
@@ -180,7 +181,7 @@ def load_source(
     if name in embedded:
         return embedded[name]
     path = find(name)
-    if path is not None and path.is_dir() and are_loose(path):
+    if path is not None and path.is_dir() and are_loose(path) and not has_tables(path, spec):
         spec = {"label_column": None, **spec}
     splits = _sized(spec)
     if rejected is None:

@@ -12,8 +12,10 @@ from typing import Any
 
 from understudy.data.folders import find, split_files
 from understudy.data.judgements import is_judged, judged_folder, split_queries
+from understudy.data.memory import MEMORY
 from understudy.data.retrieval_batches import RankingSet
-from understudy.data.scored_triples import Triple, read_triples
+from understudy.data.scored_triples import COLUMNAR, Held, Triple, read_triples
+from understudy.data.text import read_source
 from understudy.errors import InputError, nearest
 
 OPTIONS = {"name", "queries", "collection", "members", "candidates", "negatives", "seed", "limit", "foreign"}
@@ -44,7 +46,8 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
     """Read a ranking set.
 
     Args:
-        spec: `name`: one of `embedded`, a file of triples (`.tsv`, `.parquet`, `.jsonl`) or a folder with such files of
+        spec: `name`: one of `embedded`, a file of triples (`.tsv`, `.parquet`, `.jsonl`, `.json`, `.csv`), a set of the Hub or in
+            memory, or a folder with such files of
             each split, or a folder with files that end in `docs`, `queries` and `qrels`, or as BEIR lays them out. `queries`,
             `collection`: texts of the ids of triples. `members`: files that score the same triples by other teachers.
             `candidates`: of the first stage, for each query. `negatives`: for each relevant document of a folder. `seed`: of
@@ -69,19 +72,25 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
         raise InputError(f"data.members is {spec['members']!r} and must be a list of files.")
     name = str(spec["name"])
     notes: list[str] = []
-    path = find(name)
+    path = None if name in embedded or name.startswith(MEMORY) else find(name)
     if name in embedded:
         found, collection, threshold = embedded[name](spec)
-    elif path is None:
-        raise InputError(
-            f"Data {name!r} is neither built in ({', '.join(embedded)}), nor a path, nor in UNDERSTUDY_DATA."
-            f"{nearest(name, embedded)}"
-        )
+    elif path is None or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        held = read_source(name, spec, tuple(embedded), notes)  # in memory, of the Hub, or as `datasets` saves it
+        shown = "data" if path is None and name.startswith(MEMORY) else name
+        own = {split: [Held(shown, records)] for split, records in held.items()}
+        found, collection, threshold = scored_triples(shown, own, spec, notes), [], 0.0
     elif is_judged(path):
         found, collection = judged_folder(path, spec, notes)
         threshold = 0.0
     else:
-        found, collection, threshold = scored_triples(path, spec, notes), [], 0.0
+        ends = (".tsv", ".txt", *COLUMNAR)
+        files = {"train": [path]} if path.is_file() else split_files(path, ends, notes)
+        if not files:
+            raise InputError(
+                f"{path} holds neither triples ({', '.join(ends)}) nor files that end in docs, queries, qrels."
+            )
+        found, collection, threshold = scored_triples(path.name, files, spec, notes), [], 0.0
     found["train"] = found["train"][: spec.get("limit")]
     for split, rows_ in found.items():
         if not rows_:
@@ -94,15 +103,16 @@ def load_rankings(spec: Mapping[str, Any], embedded: Mapping[str, Embedded] = Ma
     return RankingSplits(**sets, recorded=recorded, notes=notes, hash=digest)
 
 
-def scored_triples(path: Path, spec: Mapping[str, Any], notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of triples, split by the names of files or by query; each of `members` adds the scores of another teacher."""
+def scored_triples(
+    path: str, files: Mapping[str, Sequence[Path | Held]], spec: Mapping[str, Any], notes: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of triples, split by the names of files or by query; each of `members` adds the scores of another teacher.
+
+    Args:
+        path: what the data are called. files: of each split.
+    """
     texts = {"queries": spec.get("queries"), "collection": spec.get("collection")}
     members = [str(member) for member in spec.get("members") or []]
-    files = {"train": [path]} if path.is_file() else split_files(path, (".tsv", ".parquet", ".jsonl", ".txt"), notes)
-    if not files:
-        raise InputError(
-            f"{path} holds neither triples (.tsv, .parquet, .jsonl) nor files that end in docs, queries, qrels."
-        )
     if members and len(files) > 1:
         raise InputError(f"data.members score the triples of one file, and {path} has {', '.join(sorted(files))}.")
     by_query: dict[str, list[list[Triple]]] = {}
@@ -140,7 +150,7 @@ def scored_triples(path: Path, spec: Mapping[str, Any], notes: list[str]) -> dic
                 rows.append({"id": number, **row})
                 number += 1
         out[split] = rows
-    notes += [f"{path.name}: {said[0]}"]
+    notes += [f"{path}: {said[0]}"]
     return out
 
 

@@ -30,6 +30,8 @@ Scene = tuple[str, Maker]
 SUFFIXES = (".npz", ".npy", ".bin")
 CELL = 0.1
 """Side of the voxels of which the truth keeps one point each, in metres."""
+_COORDINATES, _FEATURES = 4, 16
+"""Most rows of an array that has its points along the second axis, and most columns of one that has them along the first."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,10 @@ def _read(file: Path) -> Array:
 
 
 def _cloud(file: Path, values: Array) -> Array:
-    """The coordinates of `[points, 2]`, or the first three columns of more."""
+    """The coordinates of `[points, 2]`, or the first three columns of more; an array with its points along the second axis,
+    `[3, points]`, is turned."""
+    if values.ndim == 2 and 2 <= values.shape[0] <= _COORDINATES < _FEATURES < values.shape[1]:
+        values = values.T
     if values.ndim != 2 or values.shape[1] < 2 or values.dtype.kind not in "fiu":
         raise InputError(f"{file}: a cloud has numbers [points, 2] or [points, 3 or more], not {list(values.shape)}.")
     return values[:, :3].astype(np.float64)

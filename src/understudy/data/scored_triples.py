@@ -1,28 +1,51 @@
 """Files of training triples with teacher scores, as published with Hofstätter et al. 2020, or without scores.
 
-A line holds `pos_score  neg_score  query_id  pos_id  neg_id`, separated by tabs, or texts in place of the ids; parquet
-and JSON Lines have columns of these names (`query`, `positive`, `negative` for texts). Where no line has scores, a teacher
-scores the triples. Ids are joined with the files `queries` and `collection` (id and text, of the same three formats).
+A line holds `pos_score  neg_score  query_id  pos_id  neg_id`, separated by tabs, or texts in place of the ids; parquet,
+JSON, JSON Lines and CSV have columns of these names (`query`, `positive`, `negative` for texts; as in sentence-transformers
+the query may be the `anchor`, and there may be several negatives, `negative_1`, `negative_2`, … or a list). Where no line has
+scores, a teacher scores the triples. Ids are joined with the files `queries` and `collection` (id and text, of the same three formats).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from understudy.data.folders import find
+from understudy.data.records import place, read_records
 from understudy.data.tables import LARGEST, read_parquet
 from understudy.errors import InputError
 from understudy.files import replacing
 
 log = logging.getLogger(__name__)
 NUMBERS = ("pos_score", "neg_score")
-COLUMNAR = (".parquet", ".jsonl")
+COLUMNAR = (".parquet", ".jsonl", ".json", ".csv")
 IDS, TEXTS = ("query_id", "pos_id", "neg_id"), ("query", "positive", "negative")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Records with the columns of triples that lie in no file of their own: of the Hub, or in memory.
+
+    Args:
+        path: what they are called. records: a mapping of columns each.
+    """
+
+    path: str
+    records: Sequence[Mapping[str, Any]]
+    suffix = ".jsonl"
+
+    def __str__(self) -> str:
+        return self.path
+
+    @property
+    def name(self) -> str:
+        return self.path
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,7 @@ class Triple:
 
 
 def read_triples(
-    path: str | Path,
+    path: str | Path | Held,
     *,
     queries: str | Path | None = None,
     collection: str | Path | None = None,
@@ -53,7 +76,7 @@ def read_triples(
         InputError: a line with another number of columns than five or three, a score that is not a finite number, an
             empty or invalid text (each with its line), or a file with only unknown ids.
     """
-    path = located(path)
+    path = path if isinstance(path, Held) else located(path)
     if (queries is None) != (collection is None):
         raise InputError("Ids need both data.queries and data.collection; give the one that is missing.")
     names = None if queries is None or collection is None else (read_texts(queries), read_texts(collection))
@@ -83,7 +106,7 @@ def read_triples(
     return triples
 
 
-def _remark(path: Path, triples: Sequence[Triple], skipped: int, same: int, notes: list[str]) -> None:
+def _remark(path: Path | Held, triples: Sequence[Triple], skipped: int, same: int, notes: list[str]) -> None:
     said = []
     if skipped:
         said.append(f"{path.name}: {skipped} of {skipped + len(triples)} triples have unknown ids and were skipped.")
@@ -180,15 +203,15 @@ def located(path: str | Path) -> Path:
     return found
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[Any] | None, Sequence[Any]]]:
+def _rows(path: Path | Held, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[Any] | None, Sequence[Any]]]:
     """Location, scores (`None` if the file has none) and texts or ids of each triple."""
-    if path.suffix not in COLUMNAR:
+    if isinstance(path, Path) and path.suffix not in COLUMNAR:
         shown = {5: " ".join((*NUMBERS, *columns)), 3: " ".join(columns)}
         for where, row in _lines(path, shown):
             yield where, row[:-3] or None, row[-3:]
         return
     scored: bool | None = None
-    for where, record in _records(path):
+    for where, record in ((at, row) for at, one in _records(path) for row in _triples_of(at, one)):
         scored = any(n in record for n in NUMBERS) if scored is None else scored
         missing = [c for c in (*(NUMBERS if scored else ()), *columns) if c not in record]
         if missing:
@@ -201,8 +224,38 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Sequence[
         yield where, [record[c] for c in NUMBERS] if scored else None, [record[c] for c in columns]
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Location and content of each record of a file with columns."""
+_NEGATIVE = re.compile(r"negative_\d+")
+
+
+def _triples_of(where: str, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A record with sentence-transformers' names of columns as triples: one for each of its negatives."""
+    one = dict(record)
+    if "anchor" in one and "query" not in one:
+        one["query"] = one.pop("anchor")
+    given = one.get("negative", one.get("negatives"))
+    several = [one.pop(c) for c in [c for c in one if isinstance(c, str) and _NEGATIVE.fullmatch(c)]]
+    negatives = [*(given if isinstance(given, (list, tuple)) else [given] if given is not None else []), *several]
+    if len(negatives) < 2 and not several and not isinstance(given, (list, tuple)):
+        yield one
+        return
+    if not negatives:
+        raise InputError(f"{where} has no negative: its list is empty. Give it one, or remove the record.")
+    scores = one.get("neg_score")
+    listed = scores if isinstance(scores, (list, tuple)) else [scores] * len(negatives)
+    if len(listed) != len(negatives) or (scores is not None and listed is not scores and len(negatives) > 1):
+        raise InputError(f"{where} has {len(negatives)} negatives and neg_score {scores}: give a list of one for each.")
+    for negative, score in zip(negatives, listed, strict=True):
+        yield {**one, "negative": negative, **({} if scores is None else {"neg_score": score})}
+
+
+def _records(path: Path | Held) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Location and content of each record of a file with columns, or of records that lie in none."""
+    if isinstance(path, Held):
+        yield from ((place(f"{path}, record {number}", row), row) for number, row in enumerate(path.records))
+        return
+    if path.suffix in (".csv", ".json"):
+        yield from ((place(f"{path}, row {number}", row), row) for number, row in enumerate(read_records(path)))
+        return
     if path.suffix == ".parquet":
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(read_rows(path)))
         return

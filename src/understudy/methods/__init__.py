@@ -59,6 +59,11 @@ def adopt(method: type[Method]) -> str:
     return name
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is that of a class of the caller's own."""
+    return name in _adopted
+
+
 def _names(annotation: Any) -> tuple[str, ...]:
     """The values that an option may have by name, apart from lists of them."""
     parts = [annotation, *get_args(annotation)]
@@ -99,4 +104,4 @@ def get(name: str) -> type[Method]:
     return all_methods()[resolve(name)[0]]
 
 
-__all__ = ["adopt", "all_methods", "built_in", "get", "resolve", "variants"]
+__all__ = ["adopt", "all_methods", "built_in", "get", "is_own", "resolve", "variants"]

@@ -86,10 +86,13 @@ class ADPA(Method):
         both = self.objective == "adpa" and self.advantage == "log_ratio"
         return Requirements(teacher="setup", teacher_model=True, members=("aligned", "reference") if both else ())
 
-    def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        for row in context.splits["train"].records:
+    def check_data(self, data: Any) -> None:
+        for row in data.splits["train"].records:
             if len(row["scores"]) < 2:
                 raise InputError(f"adpa: train example {row['id']} has one answer: give a better and a worse one.")
+
+    def setup(self, context: SetupContext) -> dict[str, Tensor]:
+        self.check_data(context)
         teacher = context.live_teacher()
         models = [teacher.model[name] for name in self.requires.members] or [teacher]
         read = partial(_kept if self.objective == "dckd" else _advantages, k=self.top_k)

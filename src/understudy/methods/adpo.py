@@ -119,7 +119,7 @@ class ADPO(Method):
             raise InputError(
                 f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
             )
-        self._check(context)
+        self.check_data(context)
         rewarded(context, self._reward)
         scorers = {"reference": context.student} if self.anchor == "fixed" else {}
         if context.teacher_model is not None and self.anchor == "teacher":
@@ -132,14 +132,14 @@ class ADPO(Method):
         means = [sum(row["scores"]) / len(row["scores"]) for row in context.splits["train"].records]
         return {"rewards": torch.tensor([min(means), max(means)], dtype=torch.float64)} if self._adapts else {}
 
-    def _check(self, context: SetupContext) -> None:
+    def check_data(self, data: Any) -> None:
         """What the data must be like for this target."""
-        if all(len(row["scores"]) < 2 for row in context.splits["train"].records):
+        if all(len(row["scores"]) < 2 for row in data.splits["train"].records):
             raise InputError(
                 "adpo: every training example has one candidate, so there is nothing to prefer. Give lists or pairs; for "
                 "single labelled answers there is dpo with loss_type=kto."
             )
-        for split, examples in context.splits.items():
+        for split, examples in data.splits.items():
             for row in examples.records:
                 scores, where = row["scores"], f"{split} example {row['id']}"
                 if self.target == "bradley_terry" and len(scores) != 2:

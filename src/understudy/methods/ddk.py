@@ -92,16 +92,19 @@ class DDK(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(temperature=self.temperature, support="dense")
+        return Requirements(temperature=self.temperature, support="dense", splits=("train", "validation"))
 
     @property
     def epoch_steps(self) -> int:
         return self.interval
 
+    def check_data(self, data: Any) -> None:
+        if not data.domains:
+            raise InputError("Method 'ddk' weighs domains and the data name none: set data.domain_column.")
+
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         assert context.teacher is not None
-        if not context.domains:
-            raise InputError("Method 'ddk' weighs domains and the data name none: set data.domain_column.")
+        self.check_data(context)
         domains = {split: _domains(context, split) for split in ("train", "validation")}
         for split, numbers in domains.items():
             held = Counter(numbers.tolist())

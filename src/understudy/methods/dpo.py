@@ -236,15 +236,18 @@ class DPO(Method):
     def requires(self) -> Requirements:
         return Requirements(teacher="setup" if self.reference == "teacher" else "none")
 
+    def check_data(self, data: Any) -> None:
+        if not (self.loss_type == "kto" and are_single(data)):
+            need_order(self.name, data)
+        self._check_weights(data)
+
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
+        self.check_data(context)
         unpaired = self.loss_type == "kto" and are_single(context)
         if unpaired:
             check_balance(context, self.desirable_weight, self.undesirable_weight)
-        else:
-            need_order(self.name, context)
         rewarded(context, self._reward)
         self._add_smoothing(context)
-        self._check_weights(context)
         if not self._anchored:
             if self.reference != "start":
                 log.warning("%s has no reference: options.reference=%s is ignored.", self.loss_type, self.reference)
@@ -284,9 +287,9 @@ class DPO(Method):
         ids = torch.tensor([row["id"] for row in rows])
         context.add_column(Column.by_example(SMOOTHED, ids, torch.tensor(values, dtype=torch.float64)))
 
-    def _check_weights(self, context: SetupContext) -> None:
+    def _check_weights(self, data: Any) -> None:
         """Refuse weights of records where a row of the loss is of no record."""
-        weighted = next((row for row in context.splits["train"].records if "weight" in row), None)
+        weighted = next((row for row in data.splits["train"].records if "weight" in row), None)
         if weighted is not None and SORTED & {*self._types}:
             raise InputError(
                 f"dpo: train example {weighted['id']} has a weight, and loss_type {' + '.join(self._types)} sorts the batch, so that no "

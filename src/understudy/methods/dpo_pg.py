@@ -10,7 +10,7 @@ likelihood of the better answer fall with that of the worse one (smoothing, high
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -58,8 +58,11 @@ class DPOPG(Method):
     def requires(self) -> Requirements:
         return Requirements(teacher="setup" if self.reference == "teacher" else "none")
 
+    def check_data(self, data: Any) -> None:
+        need_order(self.name, data)
+
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        need_order(self.name, context)
+        self.check_data(context)
         rewarded(context, Reward(self.beta))
         if self.reference == "recorded":
             recorded(context)

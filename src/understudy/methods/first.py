@@ -84,7 +84,8 @@ class FIRST(Method):
 
     @property
     def requires(self) -> Requirements:
-        return Requirements(support=f"scored:{self.k}")
+        asked = ("train",) if self.recalibration == "none" else tuple(dict.fromkeys(("train", self.calibrate_on)))
+        return Requirements(support=f"scored:{self.k}", splits=asked)
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
         if self.recalibration == "none":

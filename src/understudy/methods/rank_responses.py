@@ -9,7 +9,7 @@ With s = log π(y | x) / |y| of every response of a list and r its reward:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -47,8 +47,11 @@ class RankResponses(Method):
     def requires(self) -> Requirements:
         return Requirements(teacher="none")
 
+    def check_data(self, data: Any) -> None:
+        need_order(self.name, data)
+
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        need_order(self.name, context)
+        self.check_data(context)
         rewarded(context, _REWARD)
         return {}
 

@@ -11,7 +11,7 @@ that the teacher knows. With s in 0 … 1 how private a token looks,
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal, Self
 
@@ -108,7 +108,23 @@ class Swing(Method):
         )
         return WatchedShare("uniform_targets", _UNIFORM, says) if self.scale else None
 
+    def check_data(self, data: Any) -> None:
+        if self.score == "domains":
+            self._known(data.domains)
+        elif self.score == "detector":
+            if data.tokenizer is None:
+                raise InputError("options.score=detector reads text: set options.score to memorisation or domains.")
+            _pieces(data.tokenizer)
+
+    def _known(self, domains: Sequence[str]) -> None:
+        """Refuse private domains that the data do not have."""
+        unknown = [name for name in self.private_domains if name not in domains]
+        if unknown:
+            known = ", ".join(domains) or "none (set data.domain_column)"
+            raise InputError(f"options.private_domains names {unknown[:1]}; known: {known}.")
+
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
+        self.check_data(context)
         ids: list[Tensor] = []
         scores: list[Tensor] = []
         for batch in context.batches("train", 16):
@@ -130,16 +146,10 @@ class Swing(Method):
             student, teacher = (row_statistics(s, None, batch.row_labels).nll for s in sides)
             return torch.sigmoid(student - teacher).float()
         if self.score == "domains":
-            unknown = [name for name in self.private_domains if name not in context.domains]
-            if unknown or batch.domains is None:
-                known = ", ".join(context.domains) or "none (set data.domain_column)"
-                raise InputError(
-                    f"options.private_domains names {unknown[:1] or self.private_domains}; known: {known}."
-                )
+            self._known(context.domains if batch.domains is not None else ())
+            assert batch.domains is not None
             private = torch.tensor([name in self.private_domains for name in context.domains])
             return private.float()[batch.domains.cpu()][batch.sequence.cpu()]
-        if context.tokenizer is None or batch.kind != "text":
-            raise InputError("options.score=detector reads text: set options.score to memorisation or domains.")
         tokens, pattern = batch.inputs["input_ids"].cpu(), detector(self.patterns, self.names)
         pieces, flags = _pieces(context.tokenizer), torch.zeros(tokens.shape)
         for i, row in enumerate(tokens.tolist()):

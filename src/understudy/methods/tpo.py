@@ -115,7 +115,9 @@ class TPO(Method):
         )
         seen = self.beta * rewards.detach()
         chosen, rejected = (seen.gather(1, side[:, None])[:, 0] for side in (batch.best, batch.worst))
-        monitors = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
+        margins = chosen - rejected
+        right = (margins > 0).to(margins.dtype)
+        monitors = {"chosen": chosen, "rejected": rejected, "margins": margins, "accuracies": right}
         return {"tpo": Term(values), **{f"rewards/{name}": Term(value, 0.0) for name, value in monitors.items()}}
 
     def _rewards(self, student: ModelOutput, batch: ListBatch, state: TrainState) -> Tensor:

@@ -196,9 +196,13 @@ class ClassifierAdapter(ModelAdapter):
 
     def checked(self, output: Any, examples: int) -> Tensor:
         """The logits in what a model returned for so many examples."""
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        logits = output if isinstance(output, Tensor) else held
         if not isinstance(logits, Tensor):
-            raise InputError(f"{type(self.model).__name__} returns a {type(output).__name__}, not logits.")
+            raise InputError(
+                f"{type(self.model).__name__} returns a {type(output).__name__}, not logits: return a tensor [images, classes], or "
+                "a mapping or an object with logits."
+            )
         if self.classes == 2 and logits.shape[-1] == 1:  # one sigmoid output: the logit of the second class
             return torch.cat([torch.zeros_like(logits), logits], -1)
         if logits.shape != (examples, self.classes):

@@ -236,6 +236,7 @@ def load_causal_lm(
     Half-precision weights of a folder are converted to float32 under `dtype="auto"` if there is no GPU.
     """
     if isinstance(name, nn.Module):
+        _check_vocabulary(type(name).__name__, name, tokenizer, "Name its own with data.tokenizer")
         return name
     name = str(name)
     if is_new_causal_lm(name):
@@ -246,12 +247,15 @@ def load_causal_lm(
         if encoders and _has_encoder(name, path, trust_remote_code):
             kind = AutoModelForSeq2SeqLM
         model = auto_model(kind, name, path, dtype, quantization, trust_remote_code)
-    size = getattr(model.config, "vocab_size", None)
-    if size is not None and size < len(tokenizer):
-        raise InputError(
-            f"{name} has {size} token embeddings and the tokenizer {len(tokenizer)} tokens. Use the model's own tokenizer."
-        )
+    _check_vocabulary(name, model, tokenizer, "Use the model's own tokenizer")
     return model if dtype == "auto" or quantization else model.to(_DTYPES[dtype])
+
+
+def _check_vocabulary(name: str, model: nn.Module, tokenizer: Any, remedy: str) -> None:
+    """Refuse a model with fewer token embeddings than its tokenizer has tokens."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is not None and tokenizer is not None and size < len(tokenizer):
+        raise InputError(f"{name} has {size} token embeddings and the tokenizer {len(tokenizer)} tokens. {remedy}.")
 
 
 def _has_encoder(name: str, path: Path | None, trust_remote_code: bool) -> bool:

@@ -35,7 +35,7 @@ def capture_recipe(
     support: str | None = None,
     *,
     temperature: float | None = None,
-    splits: Sequence[str] = ("train",),
+    splits: Sequence[str] | None = None,
     progress: bool = False,
     tick: Callable[[int], None] | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -49,6 +49,7 @@ def capture_recipe(
             `sampled:38B`, or `dense` if the method cannot learn from that. A served teacher has its
             `score`.
         temperature: of the stored probabilities; by default that of the recipe's method.
+        splits: by default those about which the recipe's method asks the teacher.
         shard: (i, n): only every n-th batch, from the i-th on. Shards may write to one folder, or to several whose
             files are merged: their union equals a capture without shards, to the bit.
 
@@ -56,6 +57,7 @@ def capture_recipe(
         InputError: the recipe's method could not learn from the stored targets; nothing is captured then.
     """
     recipe, folder = recipe if isinstance(recipe, Recipe) else make(recipe), Path(folder)
+    splits = recipe.build_method().requires.splits if splits is None else splits
     for split in splits:
         if split not in ("train", "validation", "test"):
             raise InputError(f"Split {split!r} is not train, validation or test.")
@@ -99,6 +101,12 @@ def _learnable(
     if not method.requires.in_steps:
         return choices[0], at
     outputs_alone(method, "a cache only keeps its outputs")
+    if recipe.on_policy is not None:
+        raise InputError(
+            f"Method {recipe.method!r} asks the teacher about texts that are written during training (on_policy), and a cache "
+            "knows none of them: train it with the live teacher, leave on_policy out, or name the method that will read the "
+            "cache. Nothing was captured."
+        )
     if method.requires.teacher_model:
         raise InputError(
             f"Method {recipe.method!r} reads the teacher's own model before training, and a cache is none: train it with "
@@ -134,6 +142,7 @@ def verify_recipe(recipe: Recipe, folder: Path, *, sample: int = 64) -> dict[str
     Raises:
         InputError: a shard was changed since it was written, or the stored outputs are another teacher's.
     """
+    describe(folder)  # no teacher is trained for a folder that is no cache
     if recipe.teacher is not None and recipe.teacher.served:
         ShardStore(folder).check()
         prepared = get_task(recipe.task).prepare(recipe)

@@ -31,7 +31,7 @@ from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY
 from understudy.teachers import CachedTeacher
 from understudy.training import Method, Pipeline, PipelineContext
-from understudy.training.dry_run import dry_run_stored
+from understudy.training.dry_run import check_room, dry_run_stored
 from understudy.training.ranks import check_sharding
 
 
@@ -58,12 +58,15 @@ def check_recipe(recipe: Recipe) -> tuple[Findings, Any]:
     set_seed(recipe.seed)
     assert recipe.student is not None
     copied = recipe.teacher is not None and recipe.student.model == COPY
+    method.check_data(prepared)
     student = load_model(task, recipe.teacher if copied else recipe.student, prepared)
     if recipe.student.peft is not None:
         student.add_adapters(recipe.student.peft)
     if recipe.lm_eval is not None:
         check_student(student, prepared.tokenizer)
     teacher = standing(recipe, prepared)
+    if recipe.on_policy is not None:
+        check_room(recipe.on_policy, {"student": student, "teacher": teacher}, prepared.train)
     findings = preflight(task, prepared, student, teacher)
     findings.overview = overview(recipe, prepared, method, student, teacher)
     if recipe.teacher is not None and recipe.teacher.served:

@@ -19,12 +19,12 @@ from understudy.data.memory import MEMORY
 from understudy.errors import InputError, nearest
 from understudy.evaluation.cost import NO_STEPS
 from understudy.files import read_json, write_json
-from understudy.methods import all_methods, resolve
+from understudy.methods import all_methods, is_own, resolve
 from understudy.methods import get as get_method
 from understudy.reporting import render_comparison, summarise
 from understudy.runs.executors import PROCESSES, Slurm, executor_of, submit
 from understudy.runs.folder import agree, clear, differences, finished, held
-from understudy.runs.objects import Modules, method_name, named
+from understudy.runs.objects import Modules, method_name, named, named_arms
 from understudy.runs.recipe import Recipe, load, make
 from understudy.runs.run import inputs, run, trained_first
 from understudy.tasks import get as get_task
@@ -64,7 +64,7 @@ def compare(
         methods: names of arms or of methods, or classes and instances of `Method`; options of those without any come
             from the recipe's `arms`. Default: all arms, if the recipe names any with a method, else `sft` and `kd`.
         seeds: their number, or a list.
-        arms: `{name: {"method": …, "options": {…}}}`, instead of the recipe's `arms`.
+        arms: `{name: {"method": …, "options": {…}}}`, instead of the recipe's `arms`; a method may be a class or an instance.
         baseline: the arm that differences are computed against; by default the first.
         workers: number of parallel runs; by default one per GPU, or one per core without a GPU.
         executor: `processes` of this machine, or jobs of a Slurm cluster: `slurm`, `slurm:partition=gpu,time=60,memory=8`
@@ -75,7 +75,8 @@ def compare(
     own = bool(given) or str(recipe.data["name"]).startswith(MEMORY)
     own = own or any(not isinstance(m, str) for m in methods or ())
     if arms is not None:
-        recipe = make(recipe.dump() | {"arms": {name: dict(arm) for name, arm in arms.items()}})
+        recipe = make(recipe.dump() | {"arms": named_arms(arms)})
+    own = own or any(is_own(str(arm.get("method", name))) for name, arm in recipe.arms.items())
     pairs = [method_name(m) for m in methods or ()]
     adopted = {name: {"method": name, "options": options} for name, options in pairs if options}
     recipe = recipe.model_copy(update={"arms": {**recipe.arms, **adopted}})

@@ -19,6 +19,8 @@ from understudy.errors import InputError
 from understudy.files import differing, digest, read_json, replacing
 from understudy.generation import Limits
 from understudy.runs.recipe import Recipe
+from understudy.training.arguments import fields as training_fields
+from understudy.training.arguments import is_default
 from understudy.training.checkpoint import numbered
 
 LOCK = ".understudy"
@@ -41,6 +43,7 @@ FREE = {"output"} | {
         *("save_strategy", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory"),
         *("dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps"),
         *("skip_memory_metrics", "include_num_input_tokens_seen"),
+        "per_device_eval_batch_size",  # for want of memory, after training; the numbers are the same but for rounding
     )
 }
 """Keys that do not affect results and may differ on resume."""
@@ -148,7 +151,14 @@ def differences(folder: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     depend on."""
     before, now = _flat(written(folder) or {}), _flat(yaml.safe_load(yaml.safe_dump(recipe.shown())))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changed = [k for k in changed if not ((k in before) != (k in now) and _says_the_default(k, {**before, **now}[k]))]
     return {k: (before.get(k), now.get(k)) for k in changed if not _free(k)}
+
+
+def _says_the_default(key: str, value: Any) -> bool:
+    """Whether a key of the trainer that one recipe leaves out asks for what happens without it."""
+    where, _, name = key.partition(".")
+    return where == "trainer" and name in training_fields() and is_default(name, value)
 
 
 def _free(key: str) -> bool:

@@ -9,17 +9,19 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from understudy.data.memory import is_data, keep
+from understudy.data.memory import keep
+from understudy.data.tabular import is_data
 from understudy.errors import InputError
 from understudy.methods import adopt
+from understudy.runs.foreign import plain
 from understudy.tasks.base import MODULE
+from understudy.tasks.data_keys import KEYS
 from understudy.training import Method
 
 SIDES = ("teacher", "student")
 IN_MEMORY = (
     *("language_modeling", "preferences", "image_classification", "image_generation", "text_classification"),
-    "multimodal_classification",
-    "vision_language",
+    *("multimodal_classification", "vision_language", "ranking", "reasoning", "conversation"),
 )
 """Tasks whose data may be handed over in memory."""
 
@@ -60,7 +62,7 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
     Raises:
         InputError: an unsupported object, or two keys for the same thing.
     """
-    found = dict(values)
+    found = plain(values)
     if "model_init" in found:
         if found.get("student") is not None:
             raise InputError("model_init makes the student, and student names one too: give one of them.")
@@ -84,16 +86,36 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
                 "method is an instance with options of its own, and options are given too: give one of them."
             )
         found["options"] = options or found.get("options") or {}
-    data = found.get("data")
-    inside = data.get("name") if isinstance(data, Mapping) and not is_data(data) else data
+    if isinstance(found.get("arms"), Mapping):
+        found["arms"] = named_arms(found["arms"])
+    data, task = found.get("data"), found.get("task", "image_classification")
+    keys = KEYS[task].model_fields if task in KEYS else ()
+    inside = data.get("name") if isinstance(data, Mapping) and not is_data(data, keys) else data
     if is_data(inside):
-        task = found.get("task", "image_classification")
         if task not in IN_MEMORY:
             raise InputError(
                 f"Data of task {task!r} are read from files: in memory they work for {', '.join(IN_MEMORY)}."
             )
         found["data"] = {**(data if inside is not data else {}), "name": keep(inside)}  # type: ignore[dict-item]
     return found, Modules(given)
+
+
+def named_arms(arms: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms of a comparison with names of methods that are classes or instances; an instance's options are the arm's."""
+    found = {}
+    for name, arm in arms.items():
+        alone = isinstance(arm, (str, Method)) or (isinstance(arm, type) and issubclass(arm, Method))
+        arm = {"method": arm} if alone else dict(arm) if isinstance(arm, Mapping) else arm
+        if isinstance(arm, dict) and arm.get("method") is not None:
+            arm["method"], options = method_name(arm["method"])
+            if options and arm.get("options"):
+                raise InputError(
+                    f"arms.{name}.method is an instance with options of its own, and options are given too: give one of them."
+                )
+            if options:
+                arm["options"] = options
+        found[name] = arm
+    return found
 
 
 def method_name(method: Any) -> tuple[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from understudy.methods import all_methods, resolve
 from understudy.methods import get as get_method
 from understudy.models import is_new_causal_lm
 from understudy.reading import at_home, brief, check_plain, parse_yaml, read_yaml
+from understudy.runs.foreign import check_arguments
 from understudy.runs.kinds import check_kinds
 from understudy.runs.roles import check_roles
 from understudy.runs.specs import ModelSpec, OracleSpec, add_unnamed, said_no, take_unnamed
@@ -169,6 +170,7 @@ def make(values: Mapping[str, Any]) -> Recipe:
     """A validated recipe with its task's defaults."""
     if not isinstance(values, Mapping):
         raise InputError(f"A recipe is a mapping of keys to values, not {type(values).__name__}.")
+    check_arguments(values, Recipe.model_fields)
     check_plain(values)
     remember(values)
     values = _with_defaults(_placed(resolved(_with_method(values))))

@@ -46,6 +46,7 @@ from understudy.runs.roles import models_of
 from understudy.runs.specs import ModelSpec
 from understudy.runs.teachers import (
     MEMBERS,
+    check_room_first,
     comparable,
     copy_of,
     ensemble,
@@ -102,9 +103,8 @@ def distill(
         recipe: a recipe, a mapping, or the path of a YAML file; `keys` override it (`method="taid"`, ...). `method` may
             be a `Method` class or instance. `teacher` and `student` may be modules, or functions without arguments that
             return one (`model_init` is such a function for the student, called after the seed is set): image
-            classifiers that return logits, or causal LMs (name their tokenizer with `data={"tokenizer": ...}`). `data`,
-            or its `name`, may be a `datasets.Dataset`, a list of records, or either of these by split; they are
-            identified by their content.
+            classifiers that return logits, or causal LMs (their tokenizer is `data={"tokenizer": ...}`). `data`, or its
+            `name`, may be a `Dataset`, a list of records, a data frame, columns or a data set of torch, or these by split.
         callbacks: of transformers, for the student's training.
         progress: show a progress bar.
         overwrite: replace any run in the output folder.
@@ -201,7 +201,7 @@ def _fit(
     """Load student and teacher, check them, call `setup`, train, save, evaluate, report."""
     folder = journal.folder
     _check_recipe(recipe)
-    prepared = task.prepare(recipe)
+    prepared = _prepared(recipe, task, home, modules)
     set_seed(recipe.seed)  # a new teacher or head is the same on resume
     teacher = load_teacher(recipe, task, prepared, home, progress, modules.get("teacher"))
     shown = comparable(teacher, prepared)
@@ -260,6 +260,15 @@ def _fit(
     evaluation |= {"cost": {**meter.summary(), **speed}, "notes": findings.notes + findings.warnings}
     hashes["student"] = state_hash(student)
     return _finish(journal, evaluation, student.model)
+
+
+def _prepared(recipe: Recipe, task: Task, home: Path, modules: Mapping[str, nn.Module]) -> Prepared:
+    """The data, checked against the method before a model is loaded or trained."""
+    prepared = task.prepare(recipe)
+    recipe.build_method().check_data(prepared)
+    if trained_first(recipe, home) and "student" not in modules:
+        check_room_first(recipe, task, prepared)
+    return prepared
 
 
 def _hashes(prepared: Prepared, **models: ModelAdapter | None) -> dict[str, str]:

@@ -144,4 +144,5 @@ def add_unnamed(values: dict[str, Any], unnamed: Mapping[str, dict[str, Any]]) -
     for side, said in unnamed.items():
         if values.get(side) is None:
             raise InputError(f"{side}.{next(iter(said))} is of no model: the recipe has no {side}. Name {side}.model.")
-        values[side] = {**values[side], **said}
+        own = values[side]  # by its name alone, or a mapping
+        values[side] = {**({"model": own} if isinstance(own, str) else own), **said}

@@ -25,6 +25,7 @@ from understudy.tasks.base import COPY
 from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, OtherTokenizer, ServedTeacher, Teacher
 from understudy.teachers.server.scores import Score
 from understudy.training import Method
+from understudy.training.dry_run import check_room
 
 MEMBERS = "members"
 Load = Callable[[str, Recipe], ModelAdapter | Teacher | None]
@@ -68,6 +69,13 @@ def load_model(task: Task, spec: Any, prepared: Prepared, source: Path | nn.Modu
     if isinstance(folder, Path) and folder.is_dir():
         check_seal(folder)
     return task.model(spec, prepared, reload(source, None) if isinstance(source, Path) else source)
+
+
+def check_room_first(recipe: Recipe, task: Task, prepared: Prepared) -> None:
+    """Refuse texts that are too long for the student, before a teacher is trained that is to write them."""
+    spec = recipe.student
+    if recipe.on_policy is not None and spec is not None and spec.model != COPY and spec.train is None:
+        check_room(recipe.on_policy, {"student": load_model(task, spec, prepared)}, prepared.train)
 
 
 def member_recipes(recipe: Recipe) -> dict[str, Recipe]:

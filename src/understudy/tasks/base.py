@@ -24,7 +24,7 @@ MODULE = "module:"
 COPY = "teacher"
 """Name of a student that starts as a copy of the teacher."""
 
-Collate = Callable[[list[Any]], dict[str, Any]]
+Collate = Callable[[Any], dict[str, Any]]
 
 
 @dataclass
@@ -70,6 +70,11 @@ class Prepared:
     exact: bool = True
     measure: Callable[[ModelAdapter, ModelAdapter | None], dict[str, Any]] | None = None
     win_rate: Callable[[ModelAdapter, ModelAdapter], float] | None = None
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """The examples of train, validation and test by name."""
+        return {name: self.split(name) for name in ("train", "validation", "test")}
 
     def say(self, notes: Sequence[str]) -> None:
         """Add notes, each once, since a model may be loaded several times."""

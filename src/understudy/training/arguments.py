@@ -147,7 +147,7 @@ TrainerOptions = Annotated[dict[str, Any], AfterValidator(_of_option)]
 
 
 def _checked(key: str, value: Any, name: str) -> Any:
-    if key in UNSUPPORTED and not _is_default(key, value):
+    if key in UNSUPPORTED and not is_default(key, value):
         raise InputError(f"{name} is not supported: {UNSUPPORTED[key]}. Leave it out.")
     if key == "report_to":
         return _trackers(value, name)
@@ -166,7 +166,7 @@ def _checked(key: str, value: Any, name: str) -> Any:
     return read
 
 
-def _is_default(key: str, value: Any) -> bool:
+def is_default(key: str, value: Any) -> bool:
     """Whether an argument asks for nothing but what happens without it."""
     held = fields()[key].default
     return value == held or (held in (False, None, dataclasses.MISSING) and value in (None, 0, False, [], {}))

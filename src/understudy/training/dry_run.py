@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,7 @@ def dry_run(
         raise InputError(f"{type(student.model).__name__} has no generate and cannot write: leave out on_policy.")
     if "labels" not in examples[0] or examples[0]["labels"].dim() != 1:
         raise InputError("on_policy writes the completion of a token row, and these examples are none: leave it out.")
-    _check_room(policy, {"student": student, "teacher": getattr(teacher, "model", None)}, examples)
+    check_room(policy, {"student": student, "teacher": getattr(teacher, "model", None)}, examples)
     rows = []
     for example in (examples[i] for i in range(min(2, len(examples)))):
         start = prompt_length(example["labels"], policy.cut, 0.5)
@@ -73,7 +73,8 @@ def dry_run_stored(train_module: TrainModule, teacher: CachedTeacher | Ensemble,
         InputError: the method's losses are not defined for that kind of target, or the members' kinds cannot be
             combined.
     """
-    batch = _beginning(example).to(next(train_module.student.parameters()).device)
+    numbered = any(column.lengths is not None for column in train_module.train_state.columns.values())
+    batch = (example if numbered else _beginning(example)).to(next(train_module.student.parameters()).device)
     try:
         _try(train_module, batch, teacher.imagined(batch))
     except InputError as error:
@@ -104,7 +105,14 @@ def _try(train_module: TrainModule, batch: Batch, rows: ModelOutput | None) -> N
             state.load_state_dict(before)
 
 
-def _check_room(policy: OnPolicy, sides: dict[str, Any], examples: Any) -> None:
+def check_room(policy: OnPolicy, sides: Mapping[str, Any], examples: Any) -> None:
+    """Refuse texts that would be longer than the positions of a model.
+
+    Args:
+        sides: the models by side; one without a number of positions, or none, has room.
+    """
+    if not len(examples) or "labels" not in examples[0] or examples[0]["labels"].dim() != 1:
+        return
     longest = max(prompt_length(examples[i]["labels"], policy.cut, 1.0) for i in range(len(examples)))
     for side, rows in sides.items():
         most = positions(getattr(rows, "model", None))

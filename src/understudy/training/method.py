@@ -47,6 +47,7 @@ class Requirements:
         members: names of models that `setup` reads one by one; the recipe gives them in `teacher.members`.
         temperature: of the teacher's probabilities; a cache or server must hold probabilities at this temperature.
         support: what a capture stores of the teacher's outputs by default, if the method needs more than the usual.
+        splits: those about whose examples the teacher is asked, and which a capture stores by default.
     """
 
     teacher: TeacherUse = "outputs"
@@ -59,6 +60,7 @@ class Requirements:
     members: tuple[str, ...] = ()
     temperature: float = 1.0
     support: str | None = None
+    splits: tuple[str, ...] = ("train",)
 
     @property
     def needs_teacher(self) -> bool:
@@ -187,6 +189,14 @@ class Method(BaseModel):
 
     def check_trainer(self, trainer: Mapping[str, Any]) -> None:
         """Raise an `InputError` for a recipe's arguments of the trainer that the options do not go with."""
+
+    def check_data(self, data: Any) -> None:
+        """Raise an `InputError` for data that the method cannot learn from; `understudy check` and every run ask before a model
+        is loaded, or trained first.
+
+        Args:
+            data: their `splits`, `tokenizer` and `domains`, as a `SetupContext` has them too.
+        """
 
     # -- before training ----------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,9 +117,9 @@ def recorded(context: SetupContext) -> None:
             row["reference"] = row["log_probs"]
 
 
-def need_order(method: str, context: SetupContext) -> None:
+def need_order(method: str, data: Any) -> None:
     """Refuse lists without a better and a worse candidate."""
-    for split, examples in context.splits.items():
+    for split, examples in data.splits.items():
         for row in examples.records:
             if max(row["scores"]) == min(row["scores"]):
                 raise InputError(

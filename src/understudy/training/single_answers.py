@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ BALANCED = 1.0, 4 / 3
 """Least and most weight of all desirable examples over that of all others (Ethayarajh et al. 2024, Eq. 9)."""
 
 
-def are_single(context: SetupContext) -> bool:
+def are_single(data: Any) -> bool:
     """Whether the data are single answers.
 
     Raises:
         InputError: lists beside them.
     """
-    rows = [(split, row) for split, examples in context.splits.items() for row in examples.records]
+    rows = [(split, row) for split, examples in data.splits.items() for row in examples.records]
     lists = [(split, row) for split, row in rows if len(row["scores"]) > 1]
     if lists and len(lists) < len(rows):
         (split, row), number = lists[0], len(rows) - len(lists)

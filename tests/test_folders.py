@@ -323,7 +323,7 @@ def test_a_full_disk_is_one_line_and_resumes(error, where, tmp_path, monkeypatch
     assert distill(recipe(tmp_path / "run")).metrics
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["teacher", "outside"])
 def test_a_signal_outside_training_is_130_and_resumes(signal_number, moment, tmp_path, monkeypatch, capsys):
     from understudy.runs import run

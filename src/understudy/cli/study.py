@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from understudy.cli.options import Executor, Overwrite, Workers, out, works_in
+from understudy.cli.options import Executor, Overwrite, Workers, out, works_in, writable, write_result
 from understudy.errors import InputError
 
 EPILOG = "Example: understudy study study.yaml --seeds 3, or: understudy study runs/a runs/b --output runs/study"
@@ -30,7 +29,9 @@ def study_command(
     workers: Workers = None,
     executor: Executor = "processes",
     overwrite: Overwrite = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the study here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=writable, help="Write the study here too.")
+    ] = None,
 ) -> None:
     """Does a taught student beat one trained alone, and does it answer as its teacher does? Gains, fidelity, tests."""
     from understudy.reporting.study import notes, study_tables
@@ -60,5 +61,5 @@ def study_command(
     for note in notes(found.data):
         out.print(f"• {note}", highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(found.data, indent=1))
+        write_result(json_file, found.data)
     out.print(f"Report: {found.folder / 'report.html'}")

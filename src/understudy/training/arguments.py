@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import signal
+import time
 import typing
 from collections.abc import Mapping
 from enum import Enum
@@ -27,6 +27,7 @@ from transformers.integrations.integration_utils import (
 
 from understudy.errors import InputError, nearest
 from understudy.models.sharding import anywhere
+from understudy.stopping import AGAIN, listen, restore
 
 RUN = frozenset(
     {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
@@ -336,29 +337,27 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the step, write a checkpoint and stop on Ctrl-C or SIGTERM; a second signal stops at once."""
+    """Finish the step, write a checkpoint and stop on Ctrl-C, SIGTERM or SIGHUP; a later second signal stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.before: list[Any] = []
+        self.asked: float | None = None
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         def ask(number: int, frame: Any) -> None:
-            if self.asked:
+            now = time.monotonic()
+            if self.asked is None:
+                self.asked = now
+            elif now - self.asked > AGAIN:
                 raise KeyboardInterrupt
-            self.asked = True
 
-        try:
-            self.before = [signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)]
-        except ValueError:  # only the main thread may set signal handlers; elsewhere the caller handles signals
-            self.before = []
+        self.before = listen(ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked = anywhere(self.asked, args.device)  # the signal reaches ranks at different steps
-        if self.asked and state.global_step < state.max_steps:
+        # the signal reaches ranks at different steps
+        if anywhere(self.asked is not None, args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
         """Put the former handlers back. `on_train_end` is not called when training ends with an exception."""
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), self.before, strict=False):
-            signal.signal(number, handler)
+        restore(self.before)

@@ -7,12 +7,21 @@ import sys
 
 import pytest
 import yaml
+from pydantic import ValidationError
+from torch import nn
 
-from understudy import InputError
+from understudy import InputError, compare, distill
 from understudy.cli import main, options
+from understudy.data.knowledge import load_relations
 from understudy.files import append_line
+from understudy.generation import Endpoint
+from understudy.generation.tree_search import TreeJournal
 from understudy.models import onnx
+from understudy.planning import plan
 from understudy.runs.folder import held, written
+from understudy.teachers.server.teacher import _read_probe
+
+RUN = {"task": "image_classification", "method": "kd", "data": {"name": "digits", "limit": 32}, "student": "mlp:4"}
 
 UNFOLDED = "a: &a {k: 1}\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} {{x: *{chr(97 + i)}, y: *{chr(97 + i)}, z: *{chr(97 + i)}}}\n" for i in range(22)
@@ -33,6 +42,56 @@ def test_a_runs_own_recipe_is_read_as_any_other(text, says, tmp_path):
 def test_a_runs_own_recipe_keeps_text_that_looks_like_a_number(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"name": "1e5"}}))
     assert written(tmp_path) == {"data": {"name": "1e5"}}
+
+
+@pytest.mark.parametrize("held", ["[]", "", '{"support": 5, "sha256": "0"}', "{}"])
+def test_a_plan_reads_a_damaged_cache_as_training_does(held, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "identity.json").write_text(held)
+    with pytest.raises(InputError, match=r"identity.json is damaged|Support 'None'"):
+        plan({**RUN, "teacher": {"model": "mlp:4", "cache": str(tmp_path / "cache")}})
+
+
+def test_a_plan_says_the_whole_reason_why_a_configuration_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": "x"}')
+    with pytest.raises(InputError, match=r"'n_layer': \S+"):
+        plan({"task": "language_modeling", "method": "kd", "student": str(tmp_path), "teacher": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"ids": [1, 2]}', '{"ids": [1, 2], "log_probs": ["x"]}', '{"ids": 3, "log_probs": []}']
+)
+def test_a_damaged_probe_of_a_served_teacher_is_refused(text, tmp_path):
+    (tmp_path / "probe.json").write_text(text)
+    with pytest.raises(InputError, match=r"probe.json is damaged"):
+        _read_probe(tmp_path / "probe.json")
+
+
+def test_a_search_journal_nested_without_end_is_damaged(tmp_path):
+    (tmp_path / "nodes.jsonl").write_text('{"format": 1, "settings": {}}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"nodes.jsonl is damaged in line 2"):
+        TreeJournal(tmp_path / "nodes.jsonl", {})
+
+
+def test_relations_that_unfold_without_end_are_refused(tmp_path):
+    (tmp_path / "relations.yaml").write_text(UNFOLDED)
+    with pytest.raises(InputError, match=r"relations.yaml, line .*once its aliases are unfolded"):
+        load_relations(str(tmp_path / "relations.yaml"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"headers": {"Authorization": "Bearer sk-1234567"}},
+        {"providers": [{"x-api-key": "sk-1234567"}]},
+        {"openai_api_key": "sk-1234567"},
+    ],
+)
+def test_no_key_is_in_any_field_of_a_body(extra):
+    """What is in the body names the log of answers, which would hold the key."""
+    with pytest.raises(ValidationError, match="a key is no field of the body"):
+        Endpoint(url="http://h/v1", extra=extra)
+    assert Endpoint(url="http://h/v1", extra={"prompt_cache_key": "a", "stop_token_ids": [1]})
 
 
 @pytest.fixture
@@ -102,3 +161,45 @@ def test_a_command_needs_no_output_to_write_to():
     line = [sys.executable, "-c", "import sys; from understudy.cli import main; main(['keys', 'seed'])"]
     closed = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *line])
     assert closed.returncode == 0
+
+
+# -- calls from Python that cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seeds": [0, 1, 0]}, "Seed 0 is given twice"),
+        ({"seeds": "3"}, "seeds is '3'"),
+        ({"seeds": 1.5}, "seeds is 1.5"),
+        ({"workers": -1}, "-1 workers"),
+        ({"arms": {"a": 5}}, "arms.a = 5"),
+        ({"arms": ["a"]}, "arms = "),
+        ({"recipe": 5}, "int is neither"),
+    ],
+)
+def test_a_comparison_that_cannot_be_meant_is_one_line(changes, says, tmp_path):
+    """Two runs of one seed are one run: their interval was that of two."""
+    with pytest.raises(InputError, match=says):
+        compare(**{"recipe": {**RUN, "output": str(tmp_path / "runs")}, "methods": ["sft"], **changes})
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"student": nn.Identity()}, "given as student, Identity, has no weights"),
+        ({"teacher": lambda: nn.Flatten()}, "given as teacher, Flatten, has no weights"),
+        ({"trainer": {"torch_compile_backend": "nope"}}, "torch_compile_backend=nope is none of accelerate's: no, eager"),
+        ({"trainer": {"per_device_train_batch_size": 64, "dataloader_drop_last": True}}, "32 training examples fill none of 64"),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_meant_is_one_line(changes, says, tmp_path):
+    """A run without a whole batch took no step, and said that it was stopped and would go on."""
+    with pytest.raises(InputError, match=says):
+        distill({**RUN, "teacher": "mlp:4", "output": str(tmp_path / "run"), **changes})
+
+
+def test_a_recipe_is_a_mapping():
+    with pytest.raises(InputError, match="int is neither"):
+        distill(5)

@@ -36,11 +36,14 @@ class Modules(Mapping[str, nn.Module]):
 
     def __getitem__(self, side: str) -> nn.Module:
         one = self.given[side]
-        if isinstance(one, nn.Module):
-            return one
-        made = one()
+        made = one if isinstance(one, nn.Module) else one()
         if not isinstance(made, nn.Module):
             raise InputError(f"The factory given as {side} returns {type(made).__name__}, not a torch.nn.Module.")
+        if next(made.parameters(), None) is None:
+            raise InputError(
+                f"The module given as {side}, {type(made).__name__}, has no weights, so no device and no dtype: register one as "
+                "torch.nn.Parameter, or give a model that has some."
+            )
         return made
 
     def __iter__(self) -> Iterator[str]:
@@ -60,6 +63,10 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
     Raises:
         InputError: an unsupported object, or two keys for the same thing.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"A recipe is a mapping of keys to values or the path of a YAML file, and {type(values).__name__} is neither."
+        )
     found = dict(values)
     if "model_init" in found:
         if found.get("student") is not None:

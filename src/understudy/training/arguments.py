@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union
 
 import torch
+from accelerate.utils import DynamoBackend
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
@@ -271,6 +272,12 @@ def dry_run_arguments(values: Mapping[str, Any]) -> None:
     with TemporaryDirectory() as scratch:
         args = training_arguments(values, Path(scratch), 0)
     _dry_run_trackers(args)
+    if args.torch_compile:
+        backends = [backend.value.lower() for backend in DynamoBackend]
+        if args.torch_compile_backend not in backends:
+            raise InputError(
+                f"trainer.torch_compile_backend={args.torch_compile_backend} is none of accelerate's: {', '.join(backends)}."
+            )
     name = str(args.optim.value)
     package = next((p for part, p in _MODEL_BOUND.items() if part in name), None)
     if package is not None:
@@ -325,6 +332,16 @@ def update_size(args: TrainingArguments) -> int:
 def epoch_length(method: Any, args: TrainingArguments) -> int | None:
     """Number of examples in an epoch if the method sets its length; `None` means each example once."""
     return method.epoch_steps * update_size(args) if method.epoch_steps is not None else None
+
+
+def check_epoch(args: TrainingArguments, examples: int) -> None:
+    """Raise an error for an epoch without a whole batch where only whole ones are used: no step would be taken."""
+    batch = update_size(args) // args.gradient_accumulation_steps
+    if args.dataloader_drop_last and examples < batch:
+        raise InputError(
+            f"trainer.dataloader_drop_last leaves out batches that are not whole, and {examples} training examples fill none "
+            f"of {batch}: lower trainer.per_device_train_batch_size, or leave it out."
+        )
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:

@@ -1,5 +1,6 @@
 """Files of a run and a command's own results: damaged on purpose, on a full disk, without a terminal."""
 
+import json
 import os
 import resource
 import subprocess
@@ -18,7 +19,8 @@ from understudy.generation import Endpoint
 from understudy.generation.tree_search import TreeJournal
 from understudy.models import onnx
 from understudy.planning import plan
-from understudy.runs.folder import held, written
+from understudy.reporting import render_run
+from understudy.runs.folder import hashes_of, held, written
 from understudy.teachers.server.teacher import _read_probe
 
 RUN = {"task": "image_classification", "method": "kd", "data": {"name": "digits", "limit": 32}, "student": "mlp:4"}
@@ -203,3 +205,34 @@ def test_a_run_that_cannot_be_meant_is_one_line(changes, says, tmp_path):
 def test_a_recipe_is_a_mapping():
     with pytest.raises(InputError, match="int is neither"):
         distill(5)
+
+
+# -- files of a run that were edited into another shape
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tables": "x"},
+        {"tables": [{"title": "t", "headings": ["a"], "rows": [5]}]},
+        {"pictures": ["a.png"]},
+        {"metrics": {"accuracy": "high"}},
+        {"metrics": {"accuracy": [1]}},
+        {"cost": "x"},
+        {"notes": 5},
+        {"gain": "x"},
+    ],
+)
+def test_a_report_of_an_edited_evaluation_is_one_line(changes, tmp_path):
+    whole = {"metrics": {"accuracy": 0.5, "nll": 1.0}, "notes": []}
+    (tmp_path / "run.json").write_text('{"method": "kd", "task": "image_classification"}')
+    (tmp_path / "evaluation.json").write_text(json.dumps(whole))
+    assert render_run(tmp_path).is_file()
+    (tmp_path / "evaluation.json").write_text(json.dumps({**whole, **changes}))
+    with pytest.raises(InputError, match=r"run.json or .*evaluation.json is damaged: \w+Error"):
+        render_run(tmp_path)
+
+
+def test_hashes_of_another_shape_are_none(tmp_path):
+    (tmp_path / "run.json").write_text('{"hashes": ["x"]}')
+    assert hashes_of(tmp_path) == {}

@@ -262,14 +262,19 @@ def drop_replaced(folder: Path) -> None:
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 
+def hashes_of(folder: Path) -> dict[str, Any]:
+    """Those that the `run.json` of a folder holds; none if it is missing, or holds something else in their place."""
+    held: Any = (read_json(folder / "run.json") or {}).get("hashes")
+    return held if isinstance(held, dict) else {}
+
+
 def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
     """Compare data, tokenizer and models with those at the start of the folder's run.
 
     Raises:
         InputError: one of them has changed.
     """
-    held: Any = (read_json(folder / "run.json") or {}).get("hashes")
-    before: dict[str, Any] = held if isinstance(held, dict) else {}
+    before = hashes_of(folder)
     for key, now in hashes.items():
         if key in before and before[key] != now and key != "student_initial":  # checkpoints hold the whole student
             raise InputError(

@@ -48,6 +48,16 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(masked(value), indent=1))
 
 
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a record to a log of JSON lines.
+
+    Raises:
+        InputError: as `writing`.
+    """
+    with writing(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def read_log(
     path: Path, whole: Callable[[dict[str, Any]], bool] = lambda record: True
 ) -> tuple[list[dict[str, Any]], int]:

@@ -27,15 +27,18 @@ for _first in "-+.0123456789":
     )
 
 
-def parse_yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str, rules: type[yaml.SafeLoader] = _Loader) -> Any:
     """The plain values of a YAML text.
+
+    Args:
+        rules: those of YAML 1.2 for numbers, or PyYAML's own for what it has written.
 
     Raises:
         InputError: invalid YAML, a duplicate key, or a size that is too large after its aliases are expanded. `what`
             names the text.
     """
     try:
-        loader = _Loader(text)
+        loader = rules(text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from understudy.errors import InputError
+from understudy.stopping import SIGNALS, left_to_parent
 
 Work = Callable[..., Any]
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -118,18 +120,25 @@ class _Crew:
             member.send(self.waiting.pop())
 
     def stop(self) -> None:
-        """End idle workers; busy ones write a checkpoint and stop."""
+        """End idle workers; busy ones write a checkpoint and stop, or stop at once if they are asked again."""
         for member, process in self.members.items():
             if member in self.busy:
                 process.terminate()
             with suppress(OSError):
                 member.send(None)
-        for process in self.members.values():
-            process.join()
+        try:
+            for process in self.members.values():
+                process.join()
+        except KeyboardInterrupt:
+            for member in self.busy:
+                self.members[member].terminate()
+            raise
 
 
 def _serve(connection: Connection, work: Work) -> None:
     """Run jobs until there are no more, or the parent has ended."""
+    for number in (s for s in SIGNALS if s != signal.SIGTERM):
+        signal.signal(number, left_to_parent)
     gc.freeze()  # Each training has a full collection, which takes longer than many a small one: it skips what is imported.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Workers of data loaders end with the process that started them, which must be this one and no server of forks.

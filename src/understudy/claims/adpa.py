@@ -23,7 +23,7 @@ def _above(a: str, b: str, threshold: float, says: str) -> Check:
 
 CLAIM = Claim(
     name="adpa",
-    statement="ADPA reaches a higher return than DPO of the student, DCKD and supervised training, in as many steps.",
+    statement="ADPA reaches a higher return than DPO of the student, in as many steps.",
     recipe={
         "task": "preference_world",
         "data": {"name": "chains", "limit": 60},

@@ -6,7 +6,6 @@ quarter of those before, and the intervals hold at every look (`reporting.sequen
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from understudy.claims.claim import EMBEDDED, Arm, Check, Claim, Setting
 from understudy.claims.result import assemble, checked, result_table
 from understudy.errors import InputError
+from understudy.files import write_json
 from understudy.reporting.sequential import FIRST
 from understudy.runs.comparison import run_all
 from understudy.runs.executors import PROCESSES, executor_of
@@ -86,7 +86,7 @@ def reproduce(
         "command": _command(claim.name, seeds, max_seeds, hours, setting, data),
         "seconds": round(time.time() - started, 1),
     }
-    (output / "claim.json").write_text(json.dumps(result, indent=1))
+    write_json(output / "claim.json", result)
     return result
 
 

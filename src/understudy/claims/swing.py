@@ -29,7 +29,7 @@ _REAL: dict[str, Any] = {
 
 CLAIM = Claim(
     name="swing",
-    statement="Swing's student gives private tokens a lower likelihood than kd's, at a likelihood of others within 1 %.",
+    statement="Swing's student gives private tokens a lower likelihood than kd's.",
     recipe=_RECIPE,
     arms={
         "swing": Arm("swing", {"noise_on": "private"}, _LR),

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from understudy.cli.options import (
     load_recipe,
     out,
     works_in,
+    write_result,
 )
 from understudy.cli.plan import EPILOG as PLAN_EPILOG
 from understudy.cli.plan import plan_command
@@ -42,6 +42,7 @@ from understudy.cli.study import EPILOG as STUDY_EPILOG
 from understudy.cli.study import study_command
 from understudy.errors import InputError
 from understudy.masking import masked_text
+from understudy.stopping import SIGNALS, listen, restore
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -242,7 +243,7 @@ def compare(
     result = run_compare(asked, names, seeds, **options, progress=not out.quiet)
     out.print(comparison_table(result.data))
     if json_file is not None:
-        json_file.write_text(json.dumps(result.data, indent=1))
+        write_result(json_file, result.data)
     out.print(f"Report: {result.folder / 'report.html'}")
 
 
@@ -276,7 +277,7 @@ def reproduce(
     options: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours, "setting": setting, "data": data}
     result = run_claim(name, seeds, folder, **options, executor=executor, progress=not out.quiet)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1))
+        write_result(json_file, result)
     out.print(result_table(result))
     out.print(f"{result['verdict']}: {result['claim']}", style="bold")
 
@@ -384,8 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = typer.main.get_command(app)
-    with suppress(ValueError):  # only the main thread may set signal handlers
-        before = signal.signal(signal.SIGTERM, _interrupt)
+    before = listen(_interrupt, tuple(s for s in SIGNALS if s != signal.SIGINT))
     try:
         code = command.main(args=arguments, prog_name="understudy", standalone_mode=False)
     except InputError as error:
@@ -401,16 +401,16 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(error, "format_message"):  # an error of the command parser
             said = _parser_says(error)
             _fail(f"{said} See --help.", 2) if said else sys.exit(2)  # without arguments the help has been shown
-        said = " ".join(str(error).split()) or "no message"
+        said, kept = " ".join(str(error).split()) or "no message", keep_traceback()
+        where = f"is in {kept}" if kept is not None else "could not be written to a file"
         _fail(
-            f"unforeseen {type(error).__name__}: {masked_text(said)[:300]}. This is a fault in understudy; the traceback is in "
-            f"{keep_traceback()}.",
+            f"unforeseen {type(error).__name__}: {masked_text(said)[:300]}. This is a fault in understudy; the traceback "
+            f"{where}.",
             1,
         )
     finally:
         _leave_ranks()
-        with suppress(ValueError, UnboundLocalError):
-            signal.signal(signal.SIGTERM, before)
+        restore(before)
     if code == 130:  # also if the command parser caught Ctrl-C
         _fail("Stopped. The same command goes on from what is saved.", 130)
     sys.exit(code if isinstance(code, int) else 0)
@@ -429,7 +429,7 @@ def _parser_says(error: Any) -> str:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    """SIGTERM stops like Ctrl-C."""
+    """SIGTERM and SIGHUP stop like Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 import tempfile
 import traceback
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +17,12 @@ import typer
 from rich.console import Console
 
 from understudy.errors import InputError
-from understudy.masking import masked_text
+from understudy.files import write_json, writing
+from understudy.masking import masked, masked_text
+
+for _name in ("stdout", "stderr"):  # as of a service, which may start a process without any
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process
 
 # Under torchrun only the first rank prints. Names and paths may hold brackets and colons, so markup is off.
 out = Console(
@@ -45,20 +53,20 @@ Executor = Annotated[
 
 
 def _writable(path: Path | None) -> Path | None:
-    """A file to write when all is done, checked before anything starts; its folder is made.
+    """A file to write when all is done, checked before anything starts. A pipe or device is one too; its folder may have
+    to be made.
 
     Raises:
-        InputError: a folder, a file that may not be written, or one whose folder cannot be made.
+        InputError: a folder, or a file that may not be written or made.
     """
-    if path is None or str(path) == os.devnull:
+    if path is None:
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--json {path}: its folder cannot be made: {error.strerror}. Choose another file.") from None
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise InputError(f"--json {path} is {'a folder' if path.is_dir() else 'no regular file'}: name a file in it.")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir():
+        raise InputError(f"--json {path} is a folder: name a file in it.")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if there != path and not there.is_dir():
+        raise InputError(f"--json {path}: its folder cannot be made, for {there} is no folder. Choose another file.")
+    if not os.access(there, os.W_OK):
         raise InputError(f"--json {path} may not be written: change its permissions, or choose another file.")
     return path
 
@@ -93,21 +101,38 @@ def works_in(folder: Path) -> None:
     _folders.append(folder)
 
 
-def keep_traceback() -> Path:
-    """Write the traceback of the present exception to a file, without secrets; in the run folder if there is one."""
+def keep_traceback() -> Path | None:
+    """Write the traceback of the present exception to a file, without secrets; in the run folder if there is one. `None`
+    where no file can be written."""
     ours = ("recipe.yaml", "run.json", "comparison.json", "study.json")
     text = masked_text(traceback.format_exc())
     rank = os.environ.get("RANK", "0")
     for folder in reversed(_folders):
         if any((folder / name).is_file() for name in ours) and os.access(folder, os.W_OK):
-            path = folder / ("error.log" if rank == "0" else f"error-rank{rank}.log")
+            path: Path | None = folder / ("error.log" if rank == "0" else f"error-rank{rank}.log")
             break
     else:
-        handle, name = tempfile.mkstemp(prefix="understudy-", suffix=".log")
-        os.close(handle)
-        path = Path(name)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return path
+        path = None
+    for file in filter(None, (path, Path(tempfile.gettempdir()) / f"understudy-{uuid.uuid4().hex[:8]}.log")):
+        with suppress(OSError):  # a disk that is full may be the very reason
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return file
+    return None
+
+
+def write_result(path: Path, value: Any) -> None:
+    """Write a result to the file that a command was given for it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
+        with writing(path):
+            path.write_text(json.dumps(masked(value), indent=1))
+    else:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.resolve(), value)  # a link stays one
 
 
 def finite(value: float | None) -> float | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from understudy.cli.options import Executor, Overwrite, Workers, json_option, out, works_in
+from understudy.cli.options import Executor, Overwrite, Workers, json_option, out, works_in, write_result
 from understudy.errors import InputError
 
 EPILOG = "Example: understudy study study.yaml --seeds 3, or: understudy study runs/a runs/b --output runs/study"
@@ -60,5 +59,5 @@ def study_command(
     for note in notes(found.data):
         out.print(f"• {note}", highlight=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(found.data, indent=1))
+        write_result(json_file, found.data)
     out.print(f"Report: {found.folder / 'report.html'}")

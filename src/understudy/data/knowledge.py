@@ -18,6 +18,7 @@ from understudy.data.folders import find
 from understudy.data.records import place, read_records
 from understudy.data.tokenize import train_tokenizer
 from understudy.errors import InputError
+from understudy.reading import read_yaml
 
 PEOPLE = ("PersonX", "PersonY")
 NAMES = (
@@ -69,10 +70,7 @@ def load_relations(name: str | None = None) -> dict[str, Relation]:
             raise InputError(
                 f"data.relations {name!r} is not a file. Give a YAML file, or leave it out for ATOMIC's seven."
             )
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"data.relations {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(path, "data.relations")
     if not isinstance(values, Mapping) or not values:
         raise InputError(f"data.relations {name} must map names of relations to text, ask and examples.")
     return {str(key): _relation(str(key), value, name) for key, value in values.items()}

@@ -14,7 +14,9 @@ from understudy.errors import InputError
 
 MOST_TOKENS = 10**9  # largest valid token count of a response
 LONGEST_WAIT = 600.0  # longest `Retry-After` in seconds that is obeyed (daily quotas give hours)
-SECRET = {"apikey", "authorization", "accesstoken", "token", "secret", "password", "key"}
+SECRET = {"token", "key"}
+SECRET_ENDS = ("apikey", "authorization", "accesstoken", "authtoken", "bearertoken", "secret", "password")
+"""Ends of the names of fields that hold a key, in letters alone."""
 
 
 class Limits(BaseModel):
@@ -106,12 +108,12 @@ class Endpoint(Limits):
     @field_validator("extra")
     @classmethod
     def _json_without_a_key(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if any(re.sub(r"[^a-z]", "", name.lower()) in SECRET for name in value):
-            raise ValueError("a key is no field of the body, which is kept: name its variable with api_key_env")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise ValueError("fields of the body are JSON: texts, finite numbers, lists and objects") from None
+        if _holds_a_key(value):
+            raise ValueError("a key is no field of the body, which is kept: name its variable with api_key_env")
         return value
 
     @classmethod
@@ -124,6 +126,14 @@ class Endpoint(Limits):
     def limits(self) -> dict[str, Any]:
         """Only the limits, as arguments of `generate`."""
         return {name: getattr(self, name) for name in Limits.model_fields}
+
+
+def _holds_a_key(value: Any) -> bool:
+    """Whether a field that holds a key is somewhere in the fields of a body, as in headers that some servers take there."""
+    if isinstance(value, dict):
+        letters = [re.sub(r"[^a-z]", "", str(name).lower()) for name in value]
+        return any(n in SECRET or n.endswith(SECRET_ENDS) for n in letters) or any(map(_holds_a_key, value.values()))
+    return isinstance(value, list) and any(map(_holds_a_key, value))
 
 
 def _plain(value: str) -> str:

@@ -153,7 +153,7 @@ class TreeJournal:
                     self._known.setdefault((rows[-1]["tree"], rows[-1]["node"]), Expansion(steps, rows[-1]["calls"]))
                 else:
                     rows[0]["settings"].keys()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise InputError(
                     f"{self.path} is damaged in line {number + 1}: put it back, or delete it to search anew."
                 ) from None

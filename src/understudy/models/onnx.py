@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from understudy.data import Batch
 from understudy.errors import InputError
+from understudy.files import writing
 from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, ModelAdapter, ModelOutput
 from understudy.models.modalities import ModalitiesAdapter
 from understudy.models.modes import evaluating
@@ -90,8 +91,11 @@ def write_onnx(adapter: ModelAdapter, batch: Batch, file: Path) -> None:
                 verbose=False,
             )
         assert program is not None
-        file.parent.mkdir(parents=True, exist_ok=True)
-        program.save(str(file))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            program.save(str(file))
+    except InputError:
+        raise
     except Exception as error:  # torch raises any type on models that it cannot trace
         said = reason(error.__cause__ or error).rstrip(".")
         raise InputError(f"torch cannot export {type(adapter.model).__name__} to ONNX: {said}.") from error
@@ -108,7 +112,15 @@ def write_int8(file: Path, output: Path) -> None:
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends a preprocessing that dynamic quantisation does not need
     try:
-        quantize_dynamic(str(file), str(output), weight_type=QuantType.QInt8)
+        with writing(output):
+            quantize_dynamic(str(file), str(output), weight_type=QuantType.QInt8)
+    except InputError:
+        raise
+    except Exception as error:  # of any type, as for a file of its own that a full disk has cut
+        raise InputError(
+            f"onnxruntime cannot write {output}: {reason(error).rstrip('.')}. Free space if the disk is full, or export "
+            "without --int8."
+        ) from error
     finally:
         root.setLevel(level)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from understudy.runs.specs import ModelSpec
 from understudy.tasks import get as get_task
 from understudy.tasks.base import COPY, MODULE
 from understudy.teachers.cache.codecs import Support, row_bytes
+from understudy.teachers.cache.store import IDENTITY, ShardStore
 
 BATCH = 8
 """Examples per device if a recipe does not set them (the Trainer's default)."""
@@ -188,9 +188,8 @@ def answer_of(recipe: Recipe, found: Setting, teacher: ModelAdapter | None, supp
     if recipe.teacher is None or teacher is None or recipe.teacher.cache is None:
         return Answer(teacher)
     held = find(recipe.teacher.cache)
-    file = held / "identity.json" if held is not None else None
-    if file is not None and file.is_file():
-        support = str(json.loads(file.read_text())["support"])
+    if held is not None and (held / IDENTITY).is_file():
+        support = str(ShardStore(held).identity.get("support"))
     else:
         found.notes.append(f"Cache {recipe.teacher.cache} is not there yet: it is taken to be {support}.")
     kept = Support.parse(support)

@@ -23,6 +23,7 @@ from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, Model
 from understudy.models.bodies import is_causal, not_causal
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
 from understudy.models.transfer import BODY, TRANSFER, TransferClassifier, read_facts
+from understudy.models.weights import reason
 from understudy.models.zero_shot import is_zero_shot
 from understudy.runs.specs import ModelSpec
 
@@ -47,8 +48,7 @@ def config_of(spec: ModelSpec) -> Any:
     try:
         return AutoConfig.from_pretrained(str(path or spec.model), trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # as at loading: many types, all fixed by another model name
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"The configuration of {spec.model!r} cannot be read: {reason}") from error
+        raise InputError(f"The configuration of {spec.model!r} cannot be read: {reason(error)}") from error
 
 
 def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAdapter:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, TemplateError
 from markupsafe import Markup
 
 from understudy.errors import InputError
@@ -49,23 +50,24 @@ def render_run(folder: Path, drawn: Drawn | None = None) -> Path:
     changed = differing(folder, facts.get("files", {}))
     if changed is not None:
         raise InputError(f"{folder / changed} is missing or differs from what the run wrote. Put it back.")
-    evaluation, recipe = read_json(folder / "evaluation.json") or {}, folder / "recipe.yaml"
-    panels, damage = drawn or run_panels(folder)
-    gains = [*gain_table(evaluation), *export_table(folder, facts)]
-    return _written(
-        folder,
-        dict(
-            title=f"{facts.get('method', 'run')} on {facts.get('task', '')}",
-            subtitle=f"student {facts.get('student')} · teacher {facts.get('teacher')} · seed {facts.get('seed')}",
-            facts=facts,
-            headline=headline(evaluation),
-            **_metrics(facts, evaluation),
-            panels=panels + _pictures(folder, evaluation.get("pictures", {})),
-            sections=[{**table, "panels": [], "recipe": ""} for table in [*gains, *evaluation.get("tables", [])]],
-            notes=evaluation.get("notes", []) + _unseen(folder) + damage,
-            recipe=_text(recipe) if recipe.is_file() else "",
-        ),
-    )
+    with _read_as_written(folder / "run.json", folder / "evaluation.json"):
+        evaluation, recipe = read_json(folder / "evaluation.json") or {}, folder / "recipe.yaml"
+        panels, damage = drawn or run_panels(folder)
+        gains = [*gain_table(evaluation), *export_table(folder, facts)]
+        return _written(
+            folder,
+            dict(
+                title=f"{facts.get('method', 'run')} on {facts.get('task', '')}",
+                subtitle=f"student {facts.get('student')} · teacher {facts.get('teacher')} · seed {facts.get('seed')}",
+                facts=facts,
+                headline=headline(evaluation),
+                **_metrics(facts, evaluation),
+                panels=panels + _pictures(folder, evaluation.get("pictures", {})),
+                sections=[{**table, "panels": [], "recipe": ""} for table in [*gains, *evaluation.get("tables", [])]],
+                notes=evaluation.get("notes", []) + _unseen(folder) + damage,
+                recipe=_text(recipe) if recipe.is_file() else "",
+            ),
+        )
 
 
 def run_panels(folder: Path) -> Drawn:
@@ -360,12 +362,22 @@ def _study_panels(value: dict[str, Any]) -> list[Panel]:
 
 def _comparison(folder: Path) -> dict[str, Any]:
     file = folder / "comparison.json"
-    try:
+    with _read_as_written(file):
         return _section(folder, read_json(file) or {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+
+
+@contextmanager
+def _read_as_written(*files: Path) -> Iterator[None]:
+    """Turn what follows from values of other kinds than were written into an `InputError` that names the files."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, TemplateError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{file} is damaged: {type(error).__name__} {error}.") from error
+        named = " or ".join(str(file) for file in files)
+        raise InputError(
+            f"{named} is damaged: {type(error).__name__} {error}. Put it back as it was written."
+        ) from error
 
 
 def _section(folder: Path, value: dict[str, Any]) -> dict[str, Any]:

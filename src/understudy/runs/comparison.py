@@ -81,7 +81,9 @@ def compare(
     adopted = {name: {"method": name, "options": options} for name, options in pairs if options}
     recipe = recipe.model_copy(update={"arms": {**recipe.arms, **adopted}})
     chosen = _chosen(recipe, None if methods is None else [name for name, _ in pairs])
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    numbers = read_seeds(seeds)
+    if workers is not None and workers < 1:
+        raise InputError(f"A comparison with {workers} workers has none: give 1 or more.")
     if not numbers or not chosen:
         raise InputError("A comparison needs at least one method and one seed: --methods a,b --seeds 3.")
     baseline = baseline or next(iter(chosen))
@@ -114,7 +116,7 @@ def _read(recipe: Recipe | Mapping[str, Any] | str | Path) -> tuple[Recipe, Modu
     """The recipe of a comparison, and the caller's models in it."""
     if isinstance(recipe, Recipe):
         return recipe, Modules({})
-    if not isinstance(recipe, Mapping):
+    if isinstance(recipe, (str, Path)):
         return load(recipe), Modules({})
     values, given = named(recipe)
     if isinstance(given.given.get("student"), nn.Module):
@@ -122,6 +124,23 @@ def _read(recipe: Recipe | Mapping[str, Any] | str | Path) -> tuple[Recipe, Modu
             "compare trains a student of its own in every run: give a function that makes one (lambda: ...)."
         )
     return make(values), given
+
+
+def read_seeds(seeds: int | Sequence[int]) -> list[int]:
+    """The seeds of a comparison, given by their number or one by one.
+
+    Raises:
+        InputError: neither, or one is given twice, which would count one run as two.
+    """
+    if isinstance(seeds, int):
+        return list(range(seeds))
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise InputError(f"seeds is {seeds!r}: give their number, or a list of whole numbers.")
+    numbers = list(seeds)
+    twice = next((n for i, n in enumerate(numbers) if n in numbers[:i]), None)
+    if twice is not None:
+        raise InputError(f"Seed {twice} is given twice, and a run counts once: give each seed once.")
+    return numbers
 
 
 _Arm = dict[str, Any]

@@ -11,12 +11,13 @@ import torch
 from understudy.data import Batch
 from understudy.errors import InputError
 from understudy.evaluation.gain import sizes, speeds
-from understudy.files import read_json, write_json
+from understudy.files import write_json
 from understudy.models import ModelAdapter
 from understudy.models.onnx import OnnxAdapter, write_int8, write_onnx
 from understudy.reporting import render_run
 from understudy.runs.check import saved_student
 from understudy.runs.evaluating import evaluate_split, timed_batches
+from understudy.runs.folder import hashes_of
 from understudy.tasks import TASKS
 from understudy.tasks import get as get_task
 from understudy.tasks.base import LabelledTask
@@ -61,7 +62,7 @@ def export_run(run: Path, int8: bool = False) -> dict[str, Any]:
     models: dict[str, ModelAdapter] = {"student": student}
     models |= {name: OnnxAdapter(file, student) for name, file in files.items()}
     timed = speeds(models, one, many)
-    hashes = (read_json(run / "run.json") or {}).get("hashes", {})
+    hashes = hashes_of(run)
     found: dict[str, Any] = {"student": hashes.get("student"), "metric": task.metric, "models": {}}
     for name, model in models.items():
         size = sizes(student.model)["bytes"] if name == "student" else _bytes(files[name])

@@ -32,7 +32,7 @@ from understudy.tasks import Prepared, Task
 from understudy.tasks import get as get_task
 from understudy.teachers import CachedTeacher, Ensemble, LocalTeacher, Teacher
 from understudy.training import DistillationTrainer, Method, Phase, Rollouts, SetupContext, TrainModule, last_complete
-from understudy.training.arguments import StopOnSignal, epoch_length, total_steps, training_arguments
+from understudy.training.arguments import StopOnSignal, check_epoch, epoch_length, total_steps, training_arguments
 from understudy.training.dry_run import dry_run, dry_run_stored
 from understudy.training.phases import load_phase, save_phase, steps_of
 from understudy.training.shapes import probe
@@ -114,7 +114,9 @@ def fit(
     task, method = get_task(recipe.task), recipe.build_method()
     values = _with_metric(recipe, task)
     args = training_arguments(values, folder / "checkpoints", recipe.seed)
-    total = total_steps(args, epoch_length(method, args) or len(prepared.train))
+    examples = epoch_length(method, args) or len(prepared.train)
+    check_epoch(args, examples)
+    total = total_steps(args, examples)
     module, example = module_for(recipe, prepared, student, teacher, total, tables, context)
     if args.metric_for_best_model is not None:
         _check_metric(task, prepared, student, args.metric_for_best_model)

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from understudy.errors import InputError
-from understudy.files import differing, digest, read_json, replacing
+from understudy.files import differing, digest, read_json, replacing, writing
 from understudy.generation import Limits
+from understudy.reading import parse_yaml
 from understudy.runs.recipe import Recipe
 from understudy.training.arguments import fields as training_fields
 from understudy.training.arguments import is_default
@@ -106,10 +107,10 @@ def held(folder: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
             f"Output folder {folder} is being written by {owner}. Wait for it, stop it, or choose another output."
         )
     with lock:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
         try:
+            with writing(file):
+                lock.truncate(0)
+                os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
             yield folder
         finally:
             if os.listdir(folder) == [LOCK]:
@@ -171,10 +172,10 @@ def written(folder: Path) -> dict[str, Any] | None:
     """The recipe in a folder, or `None`."""
     file = folder / "recipe.yaml"
     try:
-        values = yaml.safe_load(file.read_bytes().decode())
+        values = parse_yaml(file.read_bytes().decode(), "the recipe", yaml.SafeLoader)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:  # InputError among them
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"{file} is damaged: {reason}. Put it back, or start again with --overwrite.") from error
     if not isinstance(values, dict):
@@ -271,14 +272,19 @@ def drop_replaced(folder: Path) -> None:
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 
+def hashes_of(folder: Path) -> dict[str, Any]:
+    """Those that the `run.json` of a folder holds; none if it is missing, or holds something else in their place."""
+    held: Any = (read_json(folder / "run.json") or {}).get("hashes")
+    return held if isinstance(held, dict) else {}
+
+
 def same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
     """Compare data, tokenizer and models with those at the start of the folder's run.
 
     Raises:
         InputError: one of them has changed.
     """
-    held: Any = (read_json(folder / "run.json") or {}).get("hashes")
-    before: dict[str, Any] = held if isinstance(held, dict) else {}
+    before = hashes_of(folder)
     for key, now in hashes.items():
         if key in before and before[key] != now and key != "student_initial":  # checkpoints hold the whole student
             raise InputError(

@@ -38,11 +38,14 @@ class Modules(Mapping[str, nn.Module]):
 
     def __getitem__(self, side: str) -> nn.Module:
         one = self.given[side]
-        if isinstance(one, nn.Module):
-            return one
-        made = one()
+        made = one if isinstance(one, nn.Module) else one()
         if not isinstance(made, nn.Module):
             raise InputError(f"The factory given as {side} returns {type(made).__name__}, not a torch.nn.Module.")
+        if next(made.parameters(), None) is None:
+            raise InputError(
+                f"The module given as {side}, {type(made).__name__}, has no weights, so no device and no dtype: register one as "
+                "torch.nn.Parameter, or give a model that has some."
+            )
         return made
 
     def __iter__(self) -> Iterator[str]:
@@ -62,6 +65,10 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
     Raises:
         InputError: an unsupported object, or two keys for the same thing.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"A recipe is a mapping of keys to values or the path of a YAML file, and {type(values).__name__} is neither."
+        )
     found = plain(values)
     if "model_init" in found:
         if found.get("student") is not None:
@@ -100,8 +107,13 @@ def named(values: Mapping[str, Any]) -> tuple[dict[str, Any], Modules]:
     return found, Modules(given)
 
 
-def named_arms(arms: Mapping[str, Any]) -> dict[str, Any]:
-    """The arms of a comparison with names of methods that are classes or instances; an instance's options are the arm's."""
+def named_arms(arms: Any) -> Any:
+    """The arms of a comparison with names of methods that are classes or instances; an instance's options are the arm's.
+
+    What is no mapping is left to the recipe, which refuses it.
+    """
+    if not isinstance(arms, Mapping):
+        return arms
     found = {}
     for name, arm in arms.items():
         alone = isinstance(arm, (str, Method)) or (isinstance(arm, type) and issubclass(arm, Method))

@@ -54,7 +54,13 @@ def _columns(source: Path) -> str:
         return ""
     try:
         return f"{', '.join(map(str, _READERS[tables[0].suffix](tables[0])))} (of {tables[0].name})"
-    except (OSError, ValueError, StopIteration):  # the data reader reports errors, or reads another format
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        StopIteration,
+    ):  # the data reader reports errors, or reads another format
         return ""
 
 

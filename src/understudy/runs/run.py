@@ -117,8 +117,8 @@ def distill(
     """
     if isinstance(recipe, (str, Path)):
         recipe = load(recipe)
-    values = {**(recipe.dump() if isinstance(recipe, Recipe) else dict(recipe or {})), **keys}
-    values, modules = named(values)
+    given = recipe.dump() if isinstance(recipe, Recipe) else {} if recipe is None else recipe
+    values, modules = named({**given, **keys} if isinstance(given, Mapping) else given)
     return run(
         make(values),
         progress=progress,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from understudy.files import append_line
 
 log = logging.getLogger(__name__)
 
@@ -56,5 +57,4 @@ def write_line(
         line["alarm"] = alarm.says
     if trainer.rollouts is not None:
         line |= trainer.rollouts.logs()
-    with trainer.metrics_file.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(trainer.metrics_file, line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import signal
+import time
 import typing
 from collections.abc import Mapping
 from enum import Enum
@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union
 
 import torch
+from accelerate.utils import DynamoBackend
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
@@ -27,6 +28,7 @@ from transformers.integrations.integration_utils import (
 
 from understudy.errors import InputError, nearest
 from understudy.models.sharding import anywhere
+from understudy.stopping import AGAIN, listen, restore
 
 RUN = frozenset(
     {"output_dir", "seed", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint"}
@@ -270,6 +272,12 @@ def dry_run_arguments(values: Mapping[str, Any]) -> None:
     with TemporaryDirectory() as scratch:
         args = training_arguments(values, Path(scratch), 0)
     _dry_run_trackers(args)
+    if args.torch_compile:
+        backends = [backend.value.lower() for backend in DynamoBackend]
+        if args.torch_compile_backend not in backends:
+            raise InputError(
+                f"trainer.torch_compile_backend={args.torch_compile_backend} is none of accelerate's: {', '.join(backends)}."
+            )
     name = str(args.optim.value)
     package = next((p for part, p in _MODEL_BOUND.items() if part in name), None)
     if package is not None:
@@ -326,6 +334,16 @@ def epoch_length(method: Any, args: TrainingArguments) -> int | None:
     return method.epoch_steps * update_size(args) if method.epoch_steps is not None else None
 
 
+def check_epoch(args: TrainingArguments, examples: int) -> None:
+    """Raise an error for an epoch without a whole batch where only whole ones are used: no step would be taken."""
+    batch = update_size(args) // args.gradient_accumulation_steps
+    if args.dataloader_drop_last and examples < batch:
+        raise InputError(
+            f"trainer.dataloader_drop_last leaves out batches that are not whole, and {examples} training examples fill none "
+            f"of {batch}: lower trainer.per_device_train_batch_size, or leave it out."
+        )
+
+
 def total_steps(args: TrainingArguments, examples: int) -> int:
     """Optimizer steps of a run whose epochs have `examples` examples."""
     if args.max_steps > 0:
@@ -336,29 +354,27 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the step, write a checkpoint and stop on Ctrl-C or SIGTERM; a second signal stops at once."""
+    """Finish the step, write a checkpoint and stop on Ctrl-C, SIGTERM or SIGHUP; a later second signal stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.before: list[Any] = []
+        self.asked: float | None = None
+        self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         def ask(number: int, frame: Any) -> None:
-            if self.asked:
+            now = time.monotonic()
+            if self.asked is None:
+                self.asked = now
+            elif now - self.asked > AGAIN:
                 raise KeyboardInterrupt
-            self.asked = True
 
-        try:
-            self.before = [signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)]
-        except ValueError:  # only the main thread may set signal handlers; elsewhere the caller handles signals
-            self.before = []
+        self.before = listen(ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked = anywhere(self.asked, args.device)  # the signal reaches ranks at different steps
-        if self.asked and state.global_step < state.max_steps:
+        # the signal reaches ranks at different steps
+        if anywhere(self.asked is not None, args.device) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
         """Put the former handlers back. `on_train_end` is not called when training ends with an exception."""
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), self.before, strict=False):
-            signal.signal(number, handler)
+        restore(self.before)

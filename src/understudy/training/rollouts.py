@@ -25,6 +25,7 @@ from understudy.data.batch import SOURCES
 from understudy.data.noise import uniform
 from understudy.data.samples import Sample, pack, prompt_length, sampled_row, token_rows, unpack
 from understudy.errors import InputError
+from understudy.files import writing
 from understudy.generation.continuous import sample_continuously
 from understudy.generation.decoding import end_tokens, sample, writer
 from understudy.models import ModelAdapter
@@ -198,7 +199,7 @@ class Rollouts:
         """Write one line per sample: when it was generated, for which update and example, and its text."""
         if self.file is None:
             return
-        with self.file.open("a") as file:
+        with writing(self.file), self.file.open("a") as file:
             for (use, number), text, end in zip(fresh, found, ended, strict=True):
                 words = self.tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 line = {"step": now, "for_step": use, "id": number, "tokens": len(text), "ended": end, "text": words}

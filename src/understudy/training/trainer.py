@@ -8,7 +8,6 @@ validation with the task's own metrics; checkpoints that resume exactly. These p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from understudy.data import Batch, augment
 from understudy.errors import InputError
+from understudy.files import append_line
 from understudy.models.sharding import agreed, is_sharded, load_optimizer, load_state, together, usable, whole_state
 from understudy.teachers import Teacher
 from understudy.training import checkpoint as ck
@@ -340,8 +340,7 @@ class DistillationTrainer(Trainer):
             self.rollouts.on_evaluate(found)
         if self.metrics_file is not None and self.args.should_save:
             line = {"step": self.steps_before + self.state.global_step, **found}
-            with self.metrics_file.with_name("validation.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.metrics_file.with_name("validation.jsonl"), line)
         named = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(named))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from understudy.data import IGNORE, Batch
 from understudy.errors import InputError
-from understudy.files import replacing
+from understudy.files import read_json, replacing
 from understudy.generation import Endpoint, SourceError
 from understudy.generation.endpoint import served_name
 from understudy.models import ModelAdapter, ModelOutput, evaluating
@@ -113,8 +113,7 @@ class ServedTeacher(CachedTeacher):
     def _probe(self, example: Batch) -> tuple[list[int], list[float] | None, list[float]]:
         """The tokens of a text, and their log-probabilities: those from the start of the store, if any, and the present
         ones."""
-        held = self.store.folder / PROBE
-        before = json.loads(held.read_text()) if held.is_file() else None
+        before = _read_probe(self.store.folder / PROBE)
         ids = before["ids"] if before else _sequence(example, 0)[0][:PROBE_TOKENS]
         if len(ids) < 2:
             raise InputError("The first training example has one token: a served teacher has nothing to score.")
@@ -266,6 +265,23 @@ def _sequence(batch: Batch, index: int) -> tuple[list[int], list[int]]:
 def _rendered(tokenizer: Any) -> list[int]:
     found = tokenizer.apply_chat_template(MESSAGES, tokenize=True, add_generation_prompt=False)
     return list(found["input_ids"] if isinstance(found, Mapping) else found)
+
+
+def _read_probe(file: Path) -> dict[str, Any] | None:
+    """The tokens of a text and their log-probabilities from the start of a store, or `None`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    held = read_json(file)
+    if held is None:
+        return None
+    ids: Any = held.get("ids")
+    said: Any = held.get("log_probs")
+    whole = isinstance(ids, list) and isinstance(said, list) and len(said) == len(ids) - 1
+    if not whole or not all(type(n) is int and n >= 0 for n in ids) or not all(type(v) is float for v in said):
+        raise InputError(f"{file} is damaged: it must hold ids and the log_probs of all but the first. Put it back.")
+    return held
 
 
 def _some(ids: Sequence[int] | None) -> str:

@@ -57,6 +57,7 @@ CLAIM = Claim(
         Check("distribution/kd", "distribution", 0.0, _FRESH, True, "and something to optimised ones"),
         Check("distribution", "random", 0.0, _OTHER, True, "in another kind of network, optimised ones are above too"),
     ),
+    knobs=({"iterations": 2000}, {"image_rate": 0.1}, {"image_rate": 1.0}, {"initial": "noise"}),
     tuned_on=(_FRESH, True),
     settings={
         "real": Setting({**_RECIPE, "data": {"name": "mnist10k"}}, needs=("mnist10k",)),

@@ -172,7 +172,7 @@ WITHOUT_REAL_DATA = {
     "qcrd",  # the error of its teacher is known in a world alone
     *("arte", "ded", "frontier-synthetic"),  # so are the styles of its solutions, and whom they help
     "mcts-dpo",  # a student of that size never reaches a right answer to a real problem
-    *("ddk", "first", "swing"),
+    "ddk",  # its embedded data are real texts
     "strategy-teaching",  # how content a customer is
 }
 

@@ -20,7 +20,7 @@ from understudy.pages import drawing, findings, page, rooms, table
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "understudy"
 ROOMS = (
-    "masking errors reading files targets losses streaming data models synthetic generation curation teachers training evaluation architectures tasks methods "
+    "masking errors stopping reading files targets losses streaming data models synthetic generation curation teachers training evaluation architectures tasks methods "
     "catalogue reporting workers runs planning claims keys pages scoreboard cli"
 ).split()
 

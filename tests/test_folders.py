@@ -21,8 +21,7 @@ from understudy.cli import main
 from understudy.files import read_json
 from understudy.reporting import render_comparison, render_run
 from understudy.runs.check import evaluate_run
-from understudy.runs.comparison import compare
-from understudy.runs.folder import LOCK, held
+from understudy.runs.folder import held
 from understudy.training import last_complete
 
 SFT = {
@@ -457,20 +456,3 @@ def test_a_file_of_results_that_cannot_be_written_is_refused_before_anything_sta
     with pytest.raises(SystemExit):
         main([command, *wrong, "--json", str(tmp_path / "new" / "out.json")])
     assert not (tmp_path / "new").exists()
-
-
-def test_one_run_and_several_do_not_mix_in_a_folder(tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "run.json").write_text('{"format": 1, "status": "done"}')
-    (tmp_path / "one" / "report.html").write_text("of the run")
-    with pytest.raises(InputError, match=r"holds a single run \(run\.json\), and several runs would mix"):
-        compare({**DIGITS, "output": str(tmp_path / "one")}, ["sft"], 1)
-    assert (tmp_path / "one" / "report.html").read_text() == "of the run" and not (tmp_path / "one" / "runs").exists()
-    for name in ("comparison.json", "study.json"):
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_text("{}")
-        (folder / LOCK).touch()
-        with pytest.raises(InputError, match=rf"holds a comparison or study \({name}\), and one run would mix"):
-            distill(**DIGITS, method="sft", output=str(folder))
-        assert {p.name for p in folder.iterdir()} == {name, LOCK}

@@ -561,3 +561,10 @@ def test_the_overview_names_the_tokens_at_both_ends_and_calls_no_graph_an_image(
     data = ["task=node_classification", "method=sft", f"output={tmp_path}"]
     code, shown, _ = call(capsys, "check", *data, "--json")
     assert code == 0 and "processor" not in json.loads(shown)["overview"]
+
+
+@pytest.mark.parametrize("value", [0, "0", 0.0])
+def test_no_steps_at_all_are_refused_and_do_not_become_all_epochs(value):
+    with pytest.raises(InputError, match=r"trainer\.max_steps = 0: .* trains all epochs\. Give 1 or more"):
+        checked_arguments({"max_steps": value}, "trainer")
+    assert checked_arguments({"max_steps": -1}, "trainer") == {"max_steps": -1}

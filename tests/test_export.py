@@ -124,3 +124,24 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
     ):
         export_run(tmp_path / "run")
     assert saved_student(tmp_path / "run")[0].task == "preference_world"
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_export_that_is_cut_off_leaves_the_former_file_whole(tmp_path, monkeypatch, stopped):
+    student = ClassifierAdapter(build_small("mlp:4", 3, (1, 4, 4)), 3)
+    batch = Batch({"pixel_values": torch.rand(2, 1, 4, 4)}, torch.zeros(2).long(), torch.arange(2))
+    file = tmp_path / "export" / "model.onnx"
+    file.parent.mkdir()
+    file.write_bytes(b"the former")
+
+    class Program:
+        def save(self, path):
+            with open(path, "wb") as half:
+                half.write(b"half of the n")
+            raise stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", lambda *args, **how: Program())
+        with pytest.raises((KeyboardInterrupt, InputError)):
+            write_onnx(student, batch, file)
+    assert file.read_bytes() == b"the former" and [p.name for p in file.parent.iterdir()] == ["model.onnx"]

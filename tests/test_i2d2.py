@@ -290,3 +290,12 @@ def test_arms_that_train_nothing_are_compared(tmp_path):
     found = compare({**tiny(tmp_path), "options": {}}, seeds=1, arms=arms, workers=1)
     assert [row["cost"]["steps"] for row in found.data["runs"]] == [0, 0]
     assert "Where the time goes" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_pretrained_student_is_not_judged_by_the_made_up_world():
+    recipe = {"method": "i2d2", "task": "statement_generation"}
+    assert make(recipe).data["name"] == "generics_world"
+    assert make({**recipe, "student": "llama:hidden=32,layers=1,heads=2"}).data["name"] == "generics_world"
+    pretrained = {**recipe, "student": "org/model"}
+    assert make({**pretrained, "options": {"filter": "none"}}).data["name"] == "generics"
+    assert make({**pretrained, "data": "generics_world"}).data["name"] == "generics_world"  # who asks for it has it

@@ -6,6 +6,7 @@ import os
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from engine_cases import TEXT
 from understudy import InputError, plan
 from understudy.cli import main
 from understudy.methods import get
+from understudy.models.weights import check_folder
 from understudy.planning.cost_trace import head_calls
 from understudy.planning.machine import CARDS
 from understudy.runs.capture import capture_recipe
@@ -129,6 +131,33 @@ def test_experts_count_whole_in_memory_and_in_part_in_work(tmp_path):
     found = plan(small(), student=str(tmp_path), **MACHINE)
     side = found.sides["student"]
     assert side.parameters - side.active == 2 * 6 * 3 * 32 * 48
+
+
+@pytest.mark.parametrize(
+    "key,size",
+    [
+        *[("num_hidden_layers", n) for n in (1_000_000, 10**23, 0, -3)],
+        *[("hidden_size", 0), ("hidden_size", 32_000_000), ("vocab_size", -5), ("vocab_size", 10**12)],
+    ],
+)
+def test_sizes_that_no_model_has_are_one_line_before_anything_is_built(key, size, tmp_path):
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, key: size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    began = time.monotonic()
+    with pytest.raises(InputError, match=f"{key} = {size}, and a model has 1 to"):
+        plan(small(), student=str(tmp_path), **MACHINE)
+    assert time.monotonic() - began < 30
+    if size and size != -3:
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        with pytest.raises(InputError, match=f"{key} = {size}, and a model has 0 to"):
+            check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama:layers=1000000", "llama:heads=0", "llama:layers=0", "llama:hidden=99000000"])
+def test_sizes_of_a_new_model_are_bounded_too(name):
+    with pytest.raises(InputError, match="and a model has 1 to"):
+        plan(small(), student=name, **MACHINE)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,29 @@ def test_the_command_goes_on_with_a_server_that_moved(tmp_path):
     assert len(output.read_text().splitlines()) == 5
 
 
+def test_parts_do_not_replace_each_other_in_one_output(tmp_path, capsys):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(5)))
+    with Upstream(key=None) as up:
+
+        def go(part, path):
+            words = ["--model", "toy", "--endpoint", up.url, "--shard", part, "--output", str(path)]
+            with pytest.raises(SystemExit) as left:
+                main(["generate", str(prompts), *words])
+            return left.value.code or 0
+
+        assert (go("1/2", output), up.requests) == (0, 3)
+        whole = output.read_text()
+        assert (go("2/2", output), up.requests) == (2, 3) and output.read_text() == whole
+        assert "--output out-2-of-2.jsonl, and join them" in capsys.readouterr().err
+        assert (go("1/2", output), up.requests) == (0, 3)  # its own part goes on
+        assert (go("2/2", tmp_path / "out-2-of-2.jsonl"), up.requests) == (0, 5)
+        with pytest.raises(SystemExit):
+            main(["generate", str(prompts), "--model", "toy", "--endpoint", up.url, "--output", str(output)])
+        assert len(output.read_text().splitlines()) == 5  # without parts it is the whole
+        assert go("1/2", output) == 2 and len(output.read_text().splitlines()) == 5
+
+
 def test_answers_of_another_model_are_never_mixed(tmp_path):
     with Upstream() as a, Upstream() as b:
         ask(tmp_path, model(a, b), 10)

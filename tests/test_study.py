@@ -18,6 +18,7 @@ from understudy.evaluation.fidelity import answer_agreement
 from understudy.files import digest, read_json, write_json
 from understudy.methods import get as get_method
 from understudy.reporting.study import Record, answers, assemble, best_temperature, notes, points, rows
+from understudy.runs.folder import LOCK
 from understudy.runs.measured import family_of, label_of
 from understudy.runs.recipe import make
 from understudy.runs.study import EXAMPLE
@@ -331,3 +332,20 @@ def test_bad_folders_are_one_line(tmp_path):
     one = distill({**DIGITS, "method": "sft", "teacher": "none", "trainer": TRAINER, "output": str(tmp_path / "one")})
     with pytest.raises(InputError, match="Every run is of 'sft'"):
         study([one.folder], output=tmp_path / "s")
+
+
+def test_one_run_and_several_do_not_mix_in_a_folder(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.json").write_text('{"format": 1, "status": "done"}')
+    (tmp_path / "one" / "report.html").write_text("of the run")
+    with pytest.raises(InputError, match=r"holds a single run \(run\.json\), and several runs would mix"):
+        compare({**DIGITS, "output": str(tmp_path / "one")}, ["sft"], 1)
+    assert (tmp_path / "one" / "report.html").read_text() == "of the run" and not (tmp_path / "one" / "runs").exists()
+    for name in ("comparison.json", "study.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        (folder / LOCK).touch()
+        with pytest.raises(InputError, match=rf"holds a comparison or study \({name}\), and one run would mix"):
+            distill(**DIGITS, method="sft", output=str(folder))
+        assert {p.name for p in folder.iterdir()} == {name, LOCK}

@@ -46,7 +46,7 @@ def reproduce(
     """Try the claim of `name`; see `understudy.claims.experiment.reproduce`."""
     budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
     claim = get(name)
-    with held(output):
+    with held(output, several=True):
         return _reproduce(
             claim, seeds, output, **budget, setting=setting, data=data, executor=executor, progress=progress
         )

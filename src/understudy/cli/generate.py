@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,10 @@ def generate_command(
         )
     served = dict(url=endpoint, api_key_env=api_key_env, timeout=timeout) if endpoint else None
     part, parts = shard_of(shard)
-    requests = read_requests(prompts, template, chat, draws, shape)[part::parts]
+    requests = read_requests(prompts, template, chat, draws, shape)
+    if parts > 1:
+        _refuse_other_parts(output, requests, part, parts)
+        requests = requests[part::parts]
     facts = _carry_out(requests, {"model": model, "endpoint": served}, limits, output, progress=not as_json)
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
@@ -82,6 +86,20 @@ def generate_command(
         f"{facts['answered']} completions in {output} ({facts['from_log']} from the log); the log holds "
         f"{facts['prompt_tokens']} prompt tokens and {facts['tokens']} written ones{cost}.\n"
     )
+
+
+def _refuse_other_parts(output: Path, requests: Sequence[Request], part: int, parts: int) -> None:
+    """Refuse to replace completions of other parts: the output would hold only the last part that was run."""
+    own = {request.id for request in requests[part::parts]}
+    others = {request.id for request in requests} - own
+    held: set[str] = set()
+    with suppress(OSError, ValueError, TypeError, KeyError):  # no output yet, or one that is no file of completions
+        held = {json.loads(line)["id"] for line in output.read_text(encoding="utf-8").split("\n") if line}
+    if held & others:
+        raise InputError(
+            f"Output {output} holds completions of other parts than {part + 1}/{parts}, which this part would replace: give "
+            f"each part its own, such as --output {output.stem}-{part + 1}-of-{parts}{output.suffix}, and join them."
+        )
 
 
 def _carry_out(

@@ -26,7 +26,7 @@ from understudy.models.bodies import check_causal
 from understudy.models.expert_files import EXPERTS, load_experts
 from understudy.models.small import IMAGENET, build_small, is_small, load_small, load_weights
 from understudy.models.transfer import BODY, TRANSFER, load_transfer
-from understudy.models.weights import add_note, check_folder, check_weights, read_object, reason
+from understudy.models.weights import add_note, check_folder, check_sizes, check_weights, read_object, reason
 
 ADAPTERS = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -279,6 +279,8 @@ def _new_llama(name: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
             raise InputError(f"{name!r}: {item!r} is not one of {', '.join(f'{k}=N' for k in values)}, init=0.N.")
         else:
             values[key] = int(value)
+    keys = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    check_sizes({key: values[own] for own, key in keys.items()}, repr(name), least=1)
     if values["hidden"] % (2 * values["heads"]):
         raise InputError(f"{name!r}: hidden must be an even multiple of heads.")
     return LlamaForCausalLM(

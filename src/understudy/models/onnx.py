@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import shutil
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +95,8 @@ def write_onnx(adapter: ModelAdapter, batch: Batch, file: Path) -> None:
                 verbose=False,
             )
         assert program is not None
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            program.save(str(file))
+        with _whole(file) as scratch:
+            program.save(str(scratch))
     except InputError:
         raise
     except Exception as error:  # torch raises any type on models that it cannot trace
@@ -101,6 +104,25 @@ def write_onnx(adapter: ModelAdapter, batch: Batch, file: Path) -> None:
         raise InputError(f"torch cannot export {type(adapter.model).__name__} to ONNX: {said}.") from error
     finally:
         logging.disable(silenced)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of its own, from where the file moves into place when it is complete, with what
+    lies beside it (weights above 2 GB, which it names): one that was cut off would look like an export.
+
+    Raises:
+        InputError: as `writing`.
+    """
+    scratch = file.parent / f"{file.name}.{uuid.uuid4().hex}.tmp"
+    with writing(file):
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch / file.name
+            for path in sorted(scratch.iterdir(), reverse=True):  # the file itself last
+                os.replace(path, file.parent / path.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_int8(file: Path, output: Path) -> None:
@@ -112,8 +134,8 @@ def write_int8(file: Path, output: Path) -> None:
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends a preprocessing that dynamic quantisation does not need
     try:
-        with writing(output):
-            quantize_dynamic(str(file), str(output), weight_type=QuantType.QInt8)
+        with _whole(output) as scratch:
+            quantize_dynamic(str(file), str(scratch), weight_type=QuantType.QInt8)
     except InputError:
         raise
     except Exception as error:  # of any type, as for a file of its own that a full disk has cut

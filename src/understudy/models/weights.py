@@ -15,6 +15,14 @@ from understudy.errors import InputError
 
 MODULE = "understudy_module"
 """Key of `config.json` with the name of the class of the caller's own module."""
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head"), 1_000_000),
+    **dict.fromkeys(("num_key_value_heads", "intermediate_size"), 10_000_000),
+    "vocab_size": 100_000_000,
+}
+"""Sizes in a configuration, and the most that is taken for a model's: building one of a million layers takes hours, even
+without its weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -75,6 +83,27 @@ def read_object(file: Path) -> dict[str, Any]:
     return values
 
 
+def check_sizes(values: Mapping[str, Any], name: str, least: int = 0) -> None:
+    """Refuse a configuration whose sizes are no model's, before anything is built from it.
+
+    Args:
+        values: the configuration, or that of a part of it.
+        name: what the error calls the model.
+        least: 1 where each size has to be there; a folder's configuration may say 0 for a part that it does not have.
+
+    Raises:
+        InputError: a size is too small or too large; it is named with its bounds.
+    """
+    for key, most in SIZES.items():
+        size = values.get(key)
+        if isinstance(size, int) and not isinstance(size, bool) and not least <= size <= most:
+            raise InputError(
+                f"The configuration of {name} says {key} = {str(size)[:30]}, and a model has {least} to {most:,}: correct it."
+            )
+    if isinstance(values.get("text_config"), Mapping):
+        check_sizes(values["text_config"], name, least)
+
+
 def reason(error: BaseException) -> str:
     """The message of an error on one line, without what transformers says about Hub ids if a file is missing in a
     folder."""
@@ -93,6 +122,7 @@ def check_folder(path: Path, config: str = "config.json") -> dict[str, Any]:
     if path.is_file() or not (path / config).is_file():
         raise InputError(f"{path} is not a model folder: it has no {config}.")
     facts = read_object(path / config)
+    check_sizes(facts, str(path))
     held = {file.name for file in path.glob("*.safetensors")}
     if not held:
         pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))

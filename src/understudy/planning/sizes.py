@@ -23,7 +23,7 @@ from understudy.models.adapters import CausalLMAdapter, ClassifierAdapter, Model
 from understudy.models.bodies import is_causal, not_causal
 from understudy.models.small import IMAGENET, build_small, is_small, normalisation
 from understudy.models.transfer import BODY, TRANSFER, TransferClassifier, read_facts
-from understudy.models.weights import reason
+from understudy.models.weights import SIZES, check_sizes, reason
 from understudy.models.zero_shot import is_zero_shot
 from understudy.runs.specs import ModelSpec
 
@@ -46,9 +46,11 @@ def config_of(spec: ModelSpec) -> Any:
     line."""
     path = find(spec.model)
     try:
-        return AutoConfig.from_pretrained(str(path or spec.model), trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path or spec.model), trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # as at loading: many types, all fixed by another model name
         raise InputError(f"The configuration of {spec.model!r} cannot be read: {reason(error)}") from error
+    check_sizes({key: getattr(config.get_text_config(), key, None) for key in SIZES}, repr(spec.model), least=1)
+    return config
 
 
 def outline_lm(spec: ModelSpec, vocabulary: int | None, gpu: bool) -> CausalLMAdapter:

@@ -134,7 +134,9 @@ def saved_student(folder: Path) -> tuple[Recipe, Prepared, ModelAdapter]:
     if status == "done" and isinstance(recipe.build_method(), Pipeline):
         raise InputError(f"{folder} is a procedure's; its evaluation.json is final, its models are in the runs below.")
     if status != "done" or not (folder / "student").is_dir():
-        raise InputError(f"{folder} is not finished ({status}): run `understudy train` on it again first.")
+        raise InputError(
+            f"{folder} is not finished ({status}): wait if it is being trained, else run `understudy train` on it again."
+        )
     task = get_task(recipe.task)
     prepared = task.prepare(recipe)
     same_inputs(folder, prepared.hashes)

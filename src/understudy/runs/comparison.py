@@ -92,7 +92,7 @@ def compare(
     folder, homes = recipe.output, places(chosen)
     runs = [(name, s) for name in chosen for s in numbers]
     plans = [_plan(recipe, chosen[name], s, folder / "runs" / f"{homes[name]}-s{s}") for name, s in runs]
-    with held(folder, inputs(recipe)):
+    with held(folder, inputs(recipe), several=True):
         results = run_all(
             plans,
             folder / "teacher",

@@ -16,7 +16,7 @@ PARTS = {"image": ["sft", "kd", "pld", "taid", "dhkd"], "text": ["sft", "kd", "p
 
 def demo(folder: Path, seeds: int, show: Callable[[Comparison], None], progress: bool = True) -> Path:
     """Run both comparisons into `folder` and return the report's path."""
-    with held(folder):
+    with held(folder, several=True):
         for part, methods in PARTS.items():
             with as_file(files("understudy") / "recipes" / f"demo_{part}.yaml") as path:
                 recipe = load(path, [f"output={folder / part}"])

@@ -72,16 +72,17 @@ def _lock(file: Path) -> Any:
 
 
 @contextmanager
-def held(folder: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def held(folder: Path, inputs: Iterable[Path] = (), several: bool = False) -> Iterator[Path]:
     """Create a folder for one or several runs and lock it against other processes.
 
     A folder that nothing was written to is removed at the end.
 
     Args:
         inputs: paths that are read; a folder that is or contains one of them is refused.
+        several: it is for several runs, so one of a single run is refused, and the other way round.
 
     Raises:
-        InputError: the folder is not a run folder and not empty, another process writes to it, or it is not writable.
+        InputError: the folder is not a run folder and not empty or one of the other kind, another process writes to it, or it is not writable.
     """
     if not first_rank():
         yield folder
@@ -108,6 +109,7 @@ def held(folder: Path, inputs: Iterable[Path] = ()) -> Iterator[Path]:
         )
     with lock:
         try:
+            _refuse_other_kind(folder, several)
             with writing(file):
                 lock.truncate(0)
                 os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
@@ -134,6 +136,19 @@ def _refuse_foreign(folder: Path, inputs: Iterable[Path]) -> None:
         shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         raise InputError(
             f"Output {folder} holds files that are no run's ({shown}): they are left alone. Choose a new or empty folder."
+        )
+
+
+def _refuse_other_kind(folder: Path, several: bool) -> None:
+    """Raise an error if a single run would write over the report of several, or they over its own."""
+    kind, others = "single run", ("run.json", "recipe.yaml")
+    if not several:
+        kind, others = "comparison or study", ("comparison.json", "study.json")
+    name = next((name for name in others if (folder / name).is_file()), None)
+    if name is not None:
+        wanted = "several runs" if several else "one run"
+        raise InputError(
+            f"Output {folder} holds a {kind} ({name}), and {wanted} would mix with it: choose another output."
         )
 
 

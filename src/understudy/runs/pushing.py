@@ -52,7 +52,9 @@ def prepare(run: Path, repo: str) -> Upload:
     if facts is None:
         raise InputError(f"{run} is not a run folder: run.json is missing.")
     if finished(run) is None:  # compares the hashes in run.json
-        raise InputError(f"{run} is not finished ({facts.get('status')}): run `understudy train` on it again first.")
+        raise InputError(
+            f"{run} is not finished ({facts.get('status')}): wait if it is being trained, else run `understudy train` on it again."
+        )
     folder = run / "student"
     if not folder.is_dir():
         raise InputError(f"{run} has no student of its own: a procedure's models are in the runs below it.")

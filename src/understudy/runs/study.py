@@ -126,7 +126,7 @@ def study(
         given = f"Folders of runs are read as they are: leave out {overrides[0]}." if overrides else ""
         raise InputError(given or "A study of run folders needs a folder of its own: --output runs/study.")
     out = Path(output)
-    with held(out, folders):
+    with held(out, folders, several=True):
         return _written(out, [place for folder in folders for place in places_of(folder)], baseline)
 
 
@@ -174,7 +174,7 @@ def _grown(
         cells[name] = make(rest | sides | {"output": str(output)})
         for arm in arms.values():  # what is wrong is said before anything is trained
             make(cells[name].dump() | arm)
-    with held(folder, inputs(base)):
+    with held(folder, inputs(base), several=True):
         found: list[Place] = []
         for name, (teacher, student) in pairs.items():
             home = folder / "teachers" / places(teachers, "Teachers")[teacher]

@@ -68,9 +68,13 @@ class StatementGeneration(TaskDefaults):
     higher_is_better = True
 
     def fill(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Default: the embedded world with a small Llama that is first trained on its text."""
+        """Default: the embedded world with a small Llama that is first trained on its text; a pretrained student writes
+        about the concepts of `generics`."""
         data = recipe.get("data") or {}
-        data.setdefault("name", WORLD)
+        own = recipe.get(
+            "student"
+        )  # a pretrained one does not know the world, whose truth says nothing of what it writes
+        data.setdefault("name", WORLD if own is None or is_new_causal_lm(str(own.get("model"))) else "generics")
         data.setdefault("max_length", 32)
         if recipe.get("student") is None:
             recipe["student"] = {"model": "llama:hidden=64,layers=1,heads=4,init=0.1"}

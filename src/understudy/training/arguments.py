@@ -153,6 +153,11 @@ def _checked(key: str, value: Any, name: str) -> Any:
         raise InputError(f"{name} is not supported: {UNSUPPORTED[key]}. Leave it out.")
     if key == "report_to":
         return _trackers(value, name)
+    if key == "max_steps" and not isinstance(value, bool) and value in (0, "0"):
+        raise InputError(
+            f"{name} = 0: transformers takes it for no bound and trains all epochs. Give 1 or more, or leave it out for "
+            "num_train_epochs."
+        )
     number = kind(key) in ("int", "float")
     if number and isinstance(value, bool):
         raise InputError(f"{name} = {value!r}: it is a number, not true or false.")

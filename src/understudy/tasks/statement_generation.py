@@ -71,9 +71,7 @@ class StatementGeneration(TaskDefaults):
         """Default: the embedded world with a small Llama that is first trained on its text; a pretrained student writes
         about the concepts of `generics`."""
         data = recipe.get("data") or {}
-        own = recipe.get(
-            "student"
-        )  # a pretrained one does not know the world, whose truth says nothing of what it writes
+        own = recipe.get("student")  # a pretrained one does not know the world, whose truth is not that of its texts
         data.setdefault("name", WORLD if own is None or is_new_causal_lm(str(own.get("model"))) else "generics")
         data.setdefault("max_length", 32)
         if recipe.get("student") is None:

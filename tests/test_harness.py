@@ -112,6 +112,7 @@ def test_training_and_metrics_do_not_change_by_it(tasks, names, tmp_path):
     assert ours == found[1].metrics
 
 
+@pytest.mark.slow
 def test_the_student_is_asked_as_it_was(tasks, names, tmp_path):
     """Random states, mode and tokenizer."""
     import torch

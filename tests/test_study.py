@@ -281,7 +281,7 @@ def test_the_example_of_the_page_is_a_grid(tmp_path, monkeypatch):
     class Begun(Exception):
         pass
 
-    def held(*given):
+    def held(*given, **how):
         raise Begun
 
     monkeypatch.setattr("understudy.runs.study.held", held)

@@ -194,7 +194,7 @@ def test_every_setting_of_every_claim_is_fair(name, setting, monkeypatch):
     assert len(budgets) == 1 and one.candidates >= 1
     parts = [(p, {}) for p in plans] + [(p, v) for p in plans for k, v in p.options.items() if k.endswith("_data")]
     worlds = [{**p.data, **(other or {})} for p, other in parts if p.task == "reasoning" and p.data["name"] == "sums"]
-    assert all(tasks.get("reasoning").read(data).test for data in worlds)
+    assert all(tasks.get("reasoning").read(json.loads(data)).test for data in {json.dumps(w) for w in worlds})
     assert {c.arm for c in one.checks} | {c.other for c in one.checks} <= one.arms.keys()
     assert bool(get(name).settings) != (name in WITHOUT_REAL_DATA)
 

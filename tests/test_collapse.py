@@ -91,6 +91,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_high_learning_rate_is_told_and_a_low_one_is_not(tmp_path, caplog):
     for name, options in (("high", HIGH), ("low", LOW)):
         caplog.clear()

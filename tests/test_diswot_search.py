@@ -272,6 +272,7 @@ def plain(result):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in result.ranking]
 
 
+@pytest.mark.slow
 def test_a_search_ranks_trains_and_distils_and_resumes(tmp_path, monkeypatch):
     options = {**SEARCH["options"], "train": 3}
     whole = search({**SEARCH, "options": options}, output=str(tmp_path / "whole"))

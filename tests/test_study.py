@@ -349,3 +349,7 @@ def test_one_run_and_several_do_not_mix_in_a_folder(tmp_path):
         with pytest.raises(InputError, match=rf"holds a comparison or study \({name}\), and one run would mix"):
             distill(**DIGITS, method="sft", output=str(folder))
         assert {p.name for p in folder.iterdir()} == {name, LOCK}
+    (tmp_path / "cut" / "runs").mkdir(parents=True)  # of a comparison that was killed before its first report
+    (tmp_path / "cut" / LOCK).touch()
+    with pytest.raises(InputError, match=r"holds a comparison or study \(runs\), and one run would mix"):
+        distill(**DIGITS, method="sft", output=str(tmp_path / "cut"))

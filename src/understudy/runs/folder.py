@@ -141,9 +141,9 @@ def _refuse_foreign(folder: Path, inputs: Iterable[Path]) -> None:
 
 def _refuse_other_kind(folder: Path, several: bool) -> None:
     """Raise an error if a single run would write over the report of several, or they over its own."""
-    kind, others = "single run", ("run.json", "recipe.yaml")
+    kind, others = "single run", ["run.json", "recipe.yaml"]
     if not several:
-        kind, others = "comparison or study", ("comparison.json", "study.json", "runs")  # the last if it was cut off
+        kind, others = "comparison or study", ["comparison.json", "study.json", "runs"]  # the last if it was cut off
     name = next((name for name in others if (folder / name).exists()), None)
     if name is not None:
         wanted = "several runs" if several else "one run"

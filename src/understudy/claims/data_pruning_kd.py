@@ -25,9 +25,9 @@ _REAL = Setting(
     recipe={
         "task": "image_classification",
         "data": {"name": "cifar10", "limit": 10000, "label_noise": 0.1},
-        "teacher": "cifar10_resnets/resnet20",
+        "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
         "student": "resnet8",
-        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "save_strategy": "no"},
+        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
     },
     needs=("cifar10", "cifar10_resnets/resnet20.safetensors"),
 )

@@ -25,7 +25,7 @@ _REAL = Setting(
             "train": {"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": 3e-3},
         },
         "student": "resnet8",
-        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "save_strategy": "no"},
+        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
     },
     needs=("cifar10",),
 )

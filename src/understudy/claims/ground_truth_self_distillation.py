@@ -14,7 +14,7 @@ _REAL = Setting(
         "task": "image_classification",
         "data": {"name": "cifar10", "limit": 5000, "label_noise": 0.4},
         "student": "resnet8",
-        "trainer": {"max_steps": 500, "per_device_train_batch_size": 64, "save_strategy": "no"},
+        "trainer": {"max_steps": 500, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
     },
     needs=("cifar10",),
 )

@@ -74,9 +74,9 @@ CLAIM = Claim(
             recipe={
                 "task": "image_classification",
                 "data": {**_PHOTOGRAPHS, "pool": ["cifar100", "mnist10k"]},
-                "teacher": "cifar10_resnets/resnet20",
+                "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
                 "student": "resnet8",
-                "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "save_strategy": "no"},
+                "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
             },
             needs=("cifar10", "cifar100", "mnist10k", "cifar10_resnets/resnet20.safetensors"),
             arms=_arms(_PHOTOGRAPHS, tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))),

@@ -15,7 +15,12 @@ def _grid(*options: dict[str, float]) -> tuple[dict[str, dict[str, float]], ...]
     return tuple({"options": o} for o in options)
 
 
-_REAL_TRAINER: dict[str, Any] = {"per_device_train_batch_size": 64, "learning_rate": 3e-3, "save_strategy": "no"}
+_REAL_TRAINER: dict[str, Any] = {
+    "per_device_train_batch_size": 64,
+    "learning_rate": 3e-3,
+    "bf16": True,
+    "save_strategy": "no",
+}
 _REAL = Setting(
     statement="On two classes of five kinds of photographs each, LELP beats plain distillation by half a point or more.",
     recipe={

@@ -142,3 +142,19 @@ def test_tables_of_ms_marco_have_no_headers(qrels: str, tmp_path: Any) -> None:
     asked = {row["query"] for part in (found.train, found.validation, found.test) for row in part.records}
     assert asked == {f"thing {i}" for i in range(20)}
     assert all(row["documents"][0] == f"passage about {row['query']}" for row in found.train.records)
+
+
+@pytest.mark.parametrize("name", ["qrels.txt", "qrels.robust04.txt", "helpdesk.qrels", "qrels.tsv", "qrels/test.trec"])
+def test_grades_as_trec_has_them_are_separated_by_spaces(name: str, tmp_path: Any) -> None:
+    (tmp_path / "collection.tsv").write_text("".join(f"d{i}\tpassage about thing {i}\n" for i in range(30)))
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tthing {i}\n" for i in range(20)))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("".join(f"q{i} 0 d{i}  {1 + i % 2}\n\n" for i in range(20)))
+    if name == "qrels/test.trec":
+        (tmp_path / "qrels/train.trec").write_text("".join(f"q{i} 0 d{i} 1\n" for i in range(10, 20)))
+        (tmp_path / name).write_text("".join(f"q{i} 0 d{i} {1 + i % 2}\n" for i in range(10)))
+    test = load_rankings({"name": str(tmp_path)}).test.records
+    assert test and all(max(row["labels"]) == 1 + int(row["query"].split()[1]) % 2 for row in test)
+    (tmp_path / name).write_text("q1 0 d1\nq1 d1\n")
+    with pytest.raises(InputError, match=r"row 1, has 2 columns; expected query_id, iteration, doc_id, grade"):
+        load_rankings({"name": str(tmp_path)})

@@ -28,6 +28,8 @@ COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels":
 BEIR = {"query-id": "query_id", "corpus-id": "doc_id", "score": "grade"}
 TREC = ("query_id", "iteration", "doc_id", "grade")
 TABLES = (".parquet", ".jsonl", ".csv", ".tsv")
+LINES = (".txt", ".qrels", ".trec")
+"""Endings of grades as TREC has them: query, iteration, document and grade with spaces between."""
 _QUERIES_AT_ONCE = 256
 
 
@@ -174,8 +176,10 @@ def _files(path: Path, kind: str) -> list[Path]:
         for f in visible(path)
         if f.suffix in TABLES and any(f.stem.endswith(name) or name in words_of(f.stem) for name in names)
     ]
+    spaced = LINES if kind == "qrels" else ()
+    found += [f for f in visible(path) if f.suffix in spaced and "qrels" in f.name]
     inside = path / kind
-    return found or ([f for f in visible(inside) if f.suffix in TABLES] if inside.is_dir() else [])
+    return found or ([f for f in visible(inside) if f.suffix in (*TABLES, *spaced)] if inside.is_dir() else [])
 
 
 def _tables(path: Path, kind: str) -> list[Path]:
@@ -185,7 +189,7 @@ def _tables(path: Path, kind: str) -> list[Path]:
     several = kind == "qrels" and "train" in splits and None not in splits and len(set(splits)) == len(files)
     if len(files) != 1 and not several:
         raise InputError(
-            f"{path} has {len(files)} files that end in {kind} ({', '.join(TABLES)}); expected one of docs, queries and qrels "
+            f"{path} has {len(files)} files that end in {kind} ({', '.join(TABLES + LINES * (kind == 'qrels'))}); expected one of docs, queries and qrels "
             "each (of qrels also one for each split, train_qrels and so on)."
         )
     return files
@@ -195,6 +199,7 @@ def _rows(file: Path, kind: str) -> list[dict[str, Any]]:
     read: Mapping[str, Callable[[Path], Sequence[dict[str, Any]]]] = {
         ".parquet": read_rows,
         ".tsv": partial(_tab_separated, kind),
+        **dict.fromkeys(LINES, _spaced),
     }
     names = BEIR | {"_id": COLUMNS[kind][0]}
     rows = []
@@ -219,6 +224,8 @@ def _tab_separated(kind: str, file: Path) -> list[dict[str, Any]]:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             first = opened.readline().rstrip("\r\n").split("\t")
             opened.seek(0)
+            if kind == "qrels" and len(first) == 1:
+                return _spaced(file)
             bare = not {*COLUMNS[kind], *BEIR, "_id", "id"} & set(first)
             names = {2: COLUMNS[kind][:2], 3: COLUMNS["qrels"], 4: TREC}.get(len(first)) if bare else None
             rows = list(csv.DictReader(opened, names, delimiter="\t", quoting=csv.QUOTE_NONE, restval=""))
@@ -227,6 +234,21 @@ def _tab_separated(kind: str, file: Path) -> list[dict[str, Any]]:
     wrong = next((i for i, row in enumerate(rows) if None in row), None)
     if wrong is not None:
         raise InputError(f"{file}, row {wrong}, has more columns than the header. Texts with tabs belong into .jsonl.")
+    return rows
+
+
+def _spaced(file: Path) -> list[dict[str, Any]]:
+    """The grades of a file as TREC has them, of three columns or four, with any space between."""
+    try:
+        lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{file} is not UTF-8 text: {str(error).splitlines()[0]}") from error
+    names = {3: COLUMNS["qrels"], 4: TREC}
+    rows = []
+    for number, cells in enumerate(lines):
+        if len(cells) not in names:
+            raise InputError(f"{file}, row {number}, has {len(cells)} columns; expected {', '.join(TREC)}.")
+        rows.append(dict(zip(names[len(cells)], cells, strict=True)))
     return rows
 
 

@@ -62,6 +62,11 @@ CLAIM = Claim(
         *(_says("kde", "softmax", noise) for noise in _NOISES),
         *(_says("dynamic", "softmax", noise) for noise in _NOISES),
     ),
+    knobs=(
+        *({"tau": t} for t in (0.25, 0.5, 2.0, 4.0)),
+        *({"beta_reward": b} for b in (0.25, 1.0)),
+        {"anchor": "dynamic", "every": 50},
+    ),
     tuned_on=("value", True),
     settings={"real": _REAL},
 )

@@ -61,6 +61,7 @@ CLAIM = Claim(
             "the weight matters little: λ = 0.1 is within 3 points of 0.9",
         ),
     ),
+    knobs=({"select": True}, *({"temperature": t} for t in (1.0, 4.0)), {"kd_head": "cosine"}),
     tuned_on=("accuracy", True),
     settings={"real": _REAL},
 )

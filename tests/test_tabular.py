@@ -158,3 +158,12 @@ def test_grades_as_trec_has_them_are_separated_by_spaces(name: str, tmp_path: An
     (tmp_path / name).write_text("q1 0 d1\nq1 d1\n")
     with pytest.raises(InputError, match=r"row 1, has 2 columns; expected query_id, iteration, doc_id, grade"):
         load_rankings({"name": str(tmp_path)})
+
+
+def test_a_text_beside_a_table_of_grades_is_no_second_one(tmp_path: Any) -> None:
+    (tmp_path / "collection.tsv").write_text("".join(f"d{i}\tpassage about thing {i}\n" for i in range(30)))
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tthing {i}\n" for i in range(20)))
+    (tmp_path / "qrels.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(20)))
+    alone = load_rankings({"name": str(tmp_path)}).hash
+    (tmp_path / "about-qrels.txt").write_text("Who graded these, and when.\n")
+    assert load_rankings({"name": str(tmp_path)}).hash == alone

@@ -27,6 +27,8 @@ from understudy.errors import InputError
 COLUMNS = {"docs": ("doc_id", "text"), "queries": ("query_id", "text"), "qrels": ("query_id", "doc_id", "grade")}
 BEIR = {"query-id": "query_id", "corpus-id": "doc_id", "score": "grade"}
 TREC = ("query_id", "iteration", "doc_id", "grade")
+WIDTHS = {3: COLUMNS["qrels"], 4: TREC}
+"""Columns of grades without a header, by their number."""
 TABLES = (".parquet", ".jsonl", ".csv", ".tsv")
 LINES = (".txt", ".qrels", ".trec")
 """Endings of grades as TREC has them: query, iteration, document and grade with spaces between."""
@@ -176,10 +178,15 @@ def _files(path: Path, kind: str) -> list[Path]:
         for f in visible(path)
         if f.suffix in TABLES and any(f.stem.endswith(name) or name in words_of(f.stem) for name in names)
     ]
-    spaced = LINES if kind == "qrels" else ()
-    found += [f for f in visible(path) if f.suffix in spaced and "qrels" in f.name]
     inside = path / kind
-    return found or ([f for f in visible(inside) if f.suffix in (*TABLES, *spaced)] if inside.is_dir() else [])
+    if not found and inside.is_dir():
+        found = [f for f in visible(inside) if f.suffix in TABLES]
+    if found or kind != "qrels":
+        return found
+    found = [
+        f for f in visible(path) if f.suffix in LINES and "qrels" in f.name
+    ]  # a text beside tables says something else
+    return found or ([f for f in visible(inside) if f.suffix in LINES] if inside.is_dir() else [])
 
 
 def _tables(path: Path, kind: str) -> list[Path]:
@@ -188,8 +195,9 @@ def _tables(path: Path, kind: str) -> list[Path]:
     splits = [split_of(f.stem) for f in files]
     several = kind == "qrels" and "train" in splits and None not in splits and len(set(splits)) == len(files)
     if len(files) != 1 and not several:
+        endings = ", ".join((*TABLES, *LINES) if kind == "qrels" else TABLES)
         raise InputError(
-            f"{path} has {len(files)} files that end in {kind} ({', '.join(TABLES + LINES * (kind == 'qrels'))}); expected one of docs, queries and qrels "
+            f"{path} has {len(files)} files that end in {kind} ({endings}); expected one of docs, queries and qrels "
             "each (of qrels also one for each split, train_qrels and so on)."
         )
     return files
@@ -227,7 +235,7 @@ def _tab_separated(kind: str, file: Path) -> list[dict[str, Any]]:
             if kind == "qrels" and len(first) == 1:
                 return _spaced(file)
             bare = not {*COLUMNS[kind], *BEIR, "_id", "id"} & set(first)
-            names = {2: COLUMNS[kind][:2], 3: COLUMNS["qrels"], 4: TREC}.get(len(first)) if bare else None
+            names = {2: COLUMNS[kind][:2], **WIDTHS}.get(len(first)) if bare else None
             rows = list(csv.DictReader(opened, names, delimiter="\t", quoting=csv.QUOTE_NONE, restval=""))
     except (UnicodeDecodeError, OSError, csv.Error) as error:
         raise InputError(f"{file} is not tab-separated UTF-8 text: {str(error).splitlines()[0]}") from error
@@ -243,12 +251,11 @@ def _spaced(file: Path) -> list[dict[str, Any]]:
         lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file} is not UTF-8 text: {str(error).splitlines()[0]}") from error
-    names = {3: COLUMNS["qrels"], 4: TREC}
     rows = []
     for number, cells in enumerate(lines):
-        if len(cells) not in names:
+        if len(cells) not in WIDTHS:
             raise InputError(f"{file}, row {number}, has {len(cells)} columns; expected {', '.join(TREC)}.")
-        rows.append(dict(zip(names[len(cells)], cells, strict=True)))
+        rows.append(dict(zip(WIDTHS[len(cells)], cells, strict=True)))
     return rows
 
 

@@ -108,6 +108,35 @@ def test_seeds_that_are_done_are_used_and_not_run_again(runs, tmp_path):
         reproduce(other, 6, tmp_path)
 
 
+def test_arms_of_side_claims_may_stop_earlier(runs, tmp_path):
+    done, gain = runs
+    gain["of"] = lambda seed: NOISE[seed % 20]
+    claim = dataclasses.replace(
+        CLAIM,
+        arms={**CLAIM.arms, "other": Arm("forward_kl", {}, RATES)},
+        checks=(*CLAIM.checks, Check("other", "taught", 0.0, "accuracy", True, "other is above taught")),
+    )
+    result = reproduce(claim, None, tmp_path / "few", max_seeds=12, side_seeds=4)
+    assert result["looks"] == [3, 4, 5, 6, 7, 8, 10, 12] and result["budget"]["seeds"] == 12
+    assert [c["seeds"] for c in result["checks"]] == [12, 12, 4]
+    assert {a: len(found["values"]["accuracy"]) for a, found in result["arms"].items()} == {
+        "taught": 12,
+        "alone": 12,
+        "other": 4,
+    }
+    assert [(m, s) for m, s, split in done if split == "test"].count(("forward_kl", 4)) == 0
+    assert result["command"] == "understudy reproduce toy --max-seeds 12 --side-seeds 4"
+    whole = reproduce(claim, None, tmp_path / "all", max_seeds=12)
+    assert result["checks"][:2] == whole["checks"][:2]  # what is judged of the main claim is the same
+    taught, other = (whole["arms"][a]["values"]["accuracy"][:4] for a in ("taught", "other"))
+    assert tuple(result["checks"][2]["interval"]) == pytest.approx(paired_sequence(other, taught)[1:])
+    assert "seeds would decide" in verdict_told(result, result["checks"][2])
+    number = len(done)
+    assert reproduce(claim, None, tmp_path / "few", max_seeds=12, side_seeds=4)["looks"] == [12] and len(done) == number
+    more = reproduce(claim, None, tmp_path / "few", max_seeds=12, side_seeds=6)  # and may go on later
+    assert [c["seeds"] for c in more["checks"]] == [12, 12, 6] and len(done) == number + 2
+
+
 def test_hours_end_it_before_a_round_that_would_not_fit(runs, tmp_path, monkeypatch):
     done, gain = runs
     gain["of"] = lambda seed: NOISE[seed % 20]
@@ -126,6 +155,7 @@ def test_hours_end_it_before_a_round_that_would_not_fit(runs, tmp_path, monkeypa
         (None, {"max_seeds": 2}, "--max-seeds is 2, and no verdict is possible below 3"),
         (None, {"hours": 0.0}, "--hours is 0"),
         (None, {"hours": float("nan")}, "--hours is nan"),
+        (None, {"side_seeds": 2}, "--side-seeds is 2, and no verdict of a side claim is possible below 3"),
         (None, {"setting": "reel"}, "no setting 'reel'. Did you mean 'real'.*Known: embedded, real"),
         (None, {"setting": "real"}, "needs folder and teacher, and folder is not in UNDERSTUDY_DATA"),
         (None, {"setting": "real", "data": "mine"}, "needs teacher, and teacher is not in UNDERSTUDY_DATA"),

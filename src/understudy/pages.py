@@ -240,7 +240,9 @@ def findings(folder: Path) -> str:
         for i, check in enumerate(results[stem]["checks"]):
             low, high = check["interval"]
             span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
-            paper = f"{entries[name].number} `{name}`{where}, {seeds} seeds" if i == 0 else ""
+            fewer = check.get("seeds", seeds)
+            told = f"{fewer} seeds" if fewer < seeds else ""
+            paper = f"{entries[name].number} `{name}`{where}, {seeds} seeds" if i == 0 else told
             difference = f"{check['difference']:+.3g}{span} {check['metric']}"
             found = verdict_told(results[stem], check)
             lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {found} |")

@@ -38,13 +38,14 @@ def reproduce(
     *,
     max_seeds: int | None = None,
     hours: float | None = None,
+    side_seeds: int | None = None,
     setting: str = EMBEDDED,
     data: str | None = None,
     executor: str = PROCESSES,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Try the claim of `name`; see `understudy.claims.experiment.reproduce`."""
-    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours}
+    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours, "side_seeds": side_seeds}
     claim = get(name)
     with held(output, several=True):
         return _reproduce(

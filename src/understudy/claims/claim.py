@@ -90,6 +90,11 @@ class Claim:
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
     @property
+    def main(self) -> set[str]:
+        """The arms that the main check compares."""
+        return {self.checks[0].arm, self.checks[0].other}
+
+    @property
     def candidates(self) -> int:
         """How many candidates each arm has to choose from."""
         numbers = {len(arm.candidates) for arm in self.arms.values()}

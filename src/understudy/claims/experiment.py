@@ -1,7 +1,8 @@
 """A claim as an experiment: arms of equal budget and equal tuning, tuned on validation, judged on test.
 
 Without a number of seeds it goes on until the main check is decided or its budget is spent: seeds come in rounds, each a
-quarter of those before, and the intervals hold at every look (`reporting.sequential`).
+quarter of those before, and the intervals hold at every look (`reporting.sequential`). Arms that only side claims compare
+may stop earlier than the two of the main check.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def reproduce(
     *,
     max_seeds: int | None = None,
     hours: float | None = None,
+    side_seeds: int | None = None,
     setting: str = EMBEDDED,
     data: str | None = None,
     executor: str = PROCESSES,
@@ -46,6 +48,7 @@ def reproduce(
         seeds: exactly so many, with intervals of that one look; `None`: rounds until the main check is decided.
         max_seeds: at most so many in rounds, 20 unless given.
         hours: begin no round that is not expected to end within so many; tuning and the first round are run in any case.
+        side_seeds: arms that the main check does not compare stop after so many; side checks are then of these seeds.
         setting, data: see `Claim.at`. executor: see `runs.comparison.compare`.
 
     Returns:
@@ -54,21 +57,24 @@ def reproduce(
         `knobs` reach on validation, where the verdict is *not supported*.
     """
     started = time.time()
-    _check_budget(seeds, max_seeds, hours)
+    _check_budget(seeds, max_seeds, hours, side_seeds)
     executor_of(executor)
     claim = claim.at(setting, data)
     chosen = _tune(claim, output, executor, progress)
     most = seeds or max_seeds or MAX_SEEDS
-    number = seeds or min(most, max(FIRST, _done(claim, chosen, output, most)))
+    ends = {label: most if label in claim.main else min(most, side_seeds or most) for label in claim.arms}
+    number = seeds or min(most, max(FIRST, _done(claim, chosen, ends, output)))
     looks: list[int] = []
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in claim.arms}
     stopped = None
     while stopped is None:
         begun = time.time()
-        _judge(claim, chosen, range(looks[-1] if looks else 0, number), output, found, executor, progress)
+        further = [(label, n) for n in range(looks[-1] if looks else 0, number) for label, end in ends.items() if n < end]
+        _judge(claim, chosen, further, output, found, executor, progress)
         checks = [checked(check, found, sequential=seeds is None) for check in claim.checks]
         more = min(number + max(1, number // 4), most) - number
-        ahead = (time.time() - begun) * more / (number - (looks[-1] if looks else 0))
+        runs = sum(min(end, number + more) - min(end, number) for end in ends.values())
+        ahead = (time.time() - begun) * runs / len(further)
         looks.append(number)
         number += more
         late = hours is not None and time.time() + ahead > started + hours * 3600
@@ -83,7 +89,7 @@ def reproduce(
         "sequential": seeds is None,
         "looks": looks,
         "stopped": stopped,
-        "command": _command(claim.name, seeds, max_seeds, hours, setting, data),
+        "command": _command(claim.name, seeds, max_seeds, hours, side_seeds, setting, data),
         "seconds": round(time.time() - started, 1),
     }
     write_json(output / "claim.json", result)
@@ -101,7 +107,7 @@ def _reason(fixed: bool, decided: bool, seeds: int | None, hours: float | None) 
     return f"{hours:g} hours spent" if hours is not None else None
 
 
-def _check_budget(seeds: int | None, max_seeds: int | None, hours: float | None) -> None:
+def _check_budget(seeds: int | None, max_seeds: int | None, hours: float | None, side_seeds: int | None) -> None:
     if seeds is not None and (max_seeds is not None or hours is not None):
         other = "--max-seeds" if max_seeds is not None else "--hours"
         raise InputError(f"--seeds asks for exactly {seeds} seeds, and {other} bounds rounds of them: leave one out.")
@@ -111,6 +117,8 @@ def _check_budget(seeds: int | None, max_seeds: int | None, hours: float | None)
         raise InputError(f"--max-seeds is {max_seeds}, and no verdict is possible below {FIRST} seeds.")
     if hours is not None and not hours > 0:
         raise InputError(f"--hours is {hours:g} and must be above 0.")
+    if side_seeds is not None and side_seeds < FIRST:
+        raise InputError(f"--side-seeds is {side_seeds}, and no verdict of a side claim is possible below {FIRST} seeds.")
 
 
 def _tune(claim: Claim, output: Path, executor: str, progress: bool) -> dict[str, int]:
@@ -130,15 +138,15 @@ def _tune(claim: Claim, output: Path, executor: str, progress: bool) -> dict[str
 def _judge(
     claim: Claim,
     chosen: Mapping[str, int],
-    numbers: Iterable[int],
+    further: Iterable[tuple[str, int]],
     output: Path,
     found: Mapping[str, list[dict[str, Any]]],
     executor: str,
     progress: bool,
 ) -> None:
-    """Add the results of further seeds, numbered from the claim's first, to those of each arm."""
-    runs = [(label, claim.first_seed + n) for n in numbers for label in claim.arms]
-    plans = [claim.judging(label, chosen[label], seed, output) for label, seed in runs]
+    """Add the results of further arms and seeds, numbered from the claim's first, to those of each arm."""
+    runs = [(label, claim.judging(label, chosen[label], claim.first_seed + n, output)) for label, n in further]
+    plans = [plan for _, plan in runs]
     results = run_all(plans, output / "teacher", executor=executor, progress=progress)
     for (label, _), result in zip(runs, results, strict=True):
         found[label].append(result)
@@ -163,20 +171,27 @@ def _search(
     return tried
 
 
-def _done(claim: Claim, chosen: Mapping[str, int], output: Path, most: int) -> int:
-    """How many seeds, from the first on, all arms have finished."""
+def _done(claim: Claim, chosen: Mapping[str, int], ends: Mapping[str, int], output: Path) -> int:
+    """How many seeds, from the first on, all arms have finished, each as far as it goes."""
+    most = max(ends.values())
     for number in range(most):
         seed = claim.first_seed + number
-        plans = [claim.judging(label, i, seed, output) for label, i in chosen.items()]
+        plans = [claim.judging(label, i, seed, output) for label, i in chosen.items() if number < ends[label]]
         if any(finished(plan.output) is None for plan in plans):
             return number
     return most
 
 
 def _command(
-    name: str, seeds: int | None, max_seeds: int | None, hours: float | None, setting: str, data: str | None
+    name: str,
+    seeds: int | None,
+    max_seeds: int | None,
+    hours: float | None,
+    side_seeds: int | None,
+    setting: str,
+    data: str | None,
 ) -> str:
-    given = {"seeds": seeds, "max-seeds": max_seeds, "hours": hours, "data": data}
+    given = {"seeds": seeds, "max-seeds": max_seeds, "hours": hours, "side-seeds": side_seeds, "data": data}
     options = [("setting", setting)] if setting != EMBEDDED else []
     options += [(k, v) for k, v in given.items() if v is not None]  # type: ignore[misc]
     return shlex.join(["understudy", "reproduce", name, *(w for k, v in options for w in (f"--{k}", f"{v}"))])

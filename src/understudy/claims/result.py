@@ -24,8 +24,9 @@ def checked(check: Check, found: Found, sequential: bool) -> dict[str, Any]:
     Args:
         sequential: the interval holds at every look; otherwise it is of the one number of seeds that was asked for.
     """
-    a = [r["metrics"][check.metric] for r in found[check.arm]]
-    b = [check.factor * r["metrics"][check.other_metric or check.metric] for r in found[check.other]]
+    seeds = min(len(found[check.arm]), len(found[check.other]))  # arms of side checks may have fewer
+    a = [r["metrics"][check.metric] for r in found[check.arm][:seeds]]
+    b = [check.factor * r["metrics"][check.other_metric or check.metric] for r in found[check.other][:seeds]]
     difference = paired_sequence(a, b) if sequential else paired(a, b)
     return {
         "says": check.says,
@@ -35,6 +36,7 @@ def checked(check: Check, found: Found, sequential: bool) -> dict[str, Any]:
         **({"other_metric": check.other_metric} if check.other_metric else {}),
         **({"factor": check.factor} if check.factor != 1 else {}),
         "threshold": check.threshold,
+        "seeds": seeds,
         "difference": difference.mean,
         "interval": [difference.low, difference.high],
         "verdict": verdict(difference, check.threshold, check.higher_is_better),
@@ -48,9 +50,9 @@ def verdict_told(result: Mapping[str, Any], check: Mapping[str, Any]) -> str:
         return found
     a = result["arms"][check["arm"]]["values"].get(check["metric"], [])
     b = result["arms"][check["other"]]["values"].get(check.get("other_metric", check["metric"]), [])
-    if len(a) < 2 or len(a) != len(b):
+    if min(len(a), len(b)) < 2:
         return found
-    number = required_size([x - check.get("factor", 1) * y for x, y in zip(a, b, strict=True)], check["threshold"])
+    number = required_size([x - check.get("factor", 1) * y for x, y in zip(a, b, strict=False)], check["threshold"])
     about = f"about {float(f'{number:.2g}'):,.0f}" if number else "more than 10,000"
     return f"{found}; {about} seeds would decide"
 
@@ -89,7 +91,7 @@ def _arm(
 
 def _budget(claim: Claim, found: Found) -> dict[str, Any]:
     return {
-        "seeds": len(next(iter(found.values()))),
+        "seeds": max(map(len, found.values())),
         "first_seed": claim.first_seed,
         "tuning_trials_per_arm": claim.candidates,
         "micro_batches": {label: rs[0]["cost"]["steps"] for label, rs in found.items()},
@@ -114,7 +116,9 @@ def result_table(result: Mapping[str, Any]) -> Table:
     for check in result["checks"]:
         low, high = check["interval"]
         span = f"{check['difference']:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
-        table.add_row(check["says"], check["metric"], span, f"{check['threshold']:+g}", verdict_told(result, check))
+        fewer = f" ({check['seeds']} seeds)" if check["seeds"] < result["budget"]["seeds"] else ""
+        told = verdict_told(result, check)
+        table.add_row(check["says"] + fewer, check["metric"], span, f"{check['threshold']:+g}", told)
     if "stopped" in result:
         table.caption = f"{result['budget']['seeds']} seeds, {result['setting']}: {result['stopped']}"
     return table

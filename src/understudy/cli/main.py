@@ -255,6 +255,9 @@ def reproduce(
     ] = None,
     max_seeds: Annotated[int | None, typer.Option(help="At most so many seeds in rounds (default 20).")] = None,
     hours: Annotated[float | None, typer.Option(help="Begin no round that would end later than this.")] = None,
+    side_seeds: Annotated[
+        int | None, typer.Option(help="Arms that the main claim does not compare stop after so many seeds.")
+    ] = None,
     setting: Annotated[str, typer.Option(help="embedded, or real: on real data.")] = "embedded",
     data: Annotated[
         str | None,
@@ -274,8 +277,9 @@ def reproduce(
         os.environ["UNDERSTUDY_DATA"], data = data, None
     parts = [name, *([setting] if setting != EMBEDDED else []), *([Path(data).name] if data is not None else [])]
     folder = output or Path("runs/claims") / "-".join(parts)
-    options: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours, "setting": setting, "data": data}
-    result = run_claim(name, seeds, folder, **options, executor=executor, progress=not out.quiet)
+    budget: dict[str, Any] = {"max_seeds": max_seeds, "hours": hours, "side_seeds": side_seeds}
+    where: dict[str, Any] = {"setting": setting, "data": data}
+    result = run_claim(name, seeds, folder, **budget, **where, executor=executor, progress=not out.quiet)
     if json_file is not None:
         write_result(json_file, result)
     out.print(result_table(result))

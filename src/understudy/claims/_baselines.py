@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (3e-3, 1e-2, 3e-2))
 _REAL_RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))
@@ -41,22 +42,5 @@ def baseline_claim(name: str, statement: str, options: Mapping[str, Any] | None 
             Check(name, "kd", 0.0, "accuracy", True, "it is above KD"),
         ),
         tuned_on=("accuracy", True),
-        settings={
-            "real": Setting(
-                recipe={
-                    "task": "image_classification",
-                    "data": {"name": "cifar10"},
-                    "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
-                    "student": "resnet8",
-                    "trainer": {
-                        "max_steps": 600,
-                        "per_device_train_batch_size": 64,
-                        "bf16": True,
-                        "save_strategy": "no",
-                    },
-                },
-                needs=("cifar10", "cifar10_resnets/resnet20.safetensors"),
-                arms=arms({}, _REAL_RATES),
-            )
-        },
+        settings={"real": photographs(arms=arms({}, _REAL_RATES))},
     )

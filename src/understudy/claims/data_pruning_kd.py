@@ -5,7 +5,8 @@ Digits with a tenth of the labels replaced by random ones; every run takes as ma
 
 from typing import Any
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))
 
@@ -21,17 +22,6 @@ _ARMS = {
     for fraction in (0.1, 0.5)
     for alpha in (0.0, 1.0)
 }
-_REAL = Setting(
-    recipe={
-        "task": "image_classification",
-        "data": {"name": "cifar10", "limit": 10000, "label_noise": 0.1},
-        "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
-        "student": "resnet8",
-        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-    },
-    needs=("cifar10", "cifar10_resnets/resnet20.safetensors"),
-)
-
 CLAIM = Claim(
     name="data-pruning-kd",
     statement="On a tenth of the data, chosen at random, distillation is at least 4 points above cross-entropy.",
@@ -58,5 +48,5 @@ CLAIM = Claim(
         Check("random/0.1", "forgetting/0.1", 0.0, "accuracy", True, "without a teacher, hard examples are worse"),
     ),
     tuned_on=("accuracy", True),
-    settings={"real": _REAL},
+    settings={"real": photographs({"limit": 10000, "label_noise": 0.1})},
 )

@@ -5,23 +5,10 @@ The card's World B: 40 classes in 8 super-clusters, a teacher that saw 400 examp
 On real data: photographs, a teacher that saw 1,000, a student that sees 5,000.
 """
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import CONVNET, photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _LR = tuple({"trainer": {"learning_rate": lr}} for lr in (1e-3, 2e-3, 4e-3))
-
-_REAL = Setting(
-    recipe={
-        "task": "image_classification",
-        "data": {"name": "cifar10", "limit": 5000, "teacher_limit": 1000},
-        "teacher": {
-            "model": "convnet:16",
-            "train": {"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": 3e-3},
-        },
-        "student": "resnet8",
-        "trainer": {"max_steps": 500, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-    },
-    needs=("cifar10",),
-)
 
 CLAIM = Claim(
     name="dhkd",
@@ -48,5 +35,5 @@ CLAIM = Claim(
         Check("dual_nonlinear", "sft", 0.0, "accuracy", True, "two heads beat cross-entropy alone"),
     ),
     tuned_on=("accuracy", True),
-    settings={"real": _REAL},
+    settings={"real": photographs({"limit": 5000, "teacher_limit": 1000}, CONVNET, 500)},
 )

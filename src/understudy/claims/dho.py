@@ -6,7 +6,8 @@ On real data: photographs with 1 % of labels and a teacher that saw 1,000.
 
 from typing import Any
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import CONVNET, photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (2e-3, 6e-3))
 
@@ -15,20 +16,6 @@ def _arm(heads: str, lam: float) -> Arm:
     options: dict[str, Any] = {"heads": heads, "lam": lam, "select": False}
     return Arm("dho", options, _RATES)
 
-
-_REAL = Setting(
-    recipe={
-        "task": "image_classification",
-        "data": {"name": "cifar10", "labelled": 45, "teacher_limit": 1000},
-        "teacher": {
-            "model": "convnet:16",
-            "train": {"max_steps": 400, "per_device_train_batch_size": 32, "learning_rate": 3e-3},
-        },
-        "student": "resnet8",
-        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-    },
-    needs=("cifar10",),
-)
 
 CLAIM = Claim(
     name="dho",
@@ -63,5 +50,5 @@ CLAIM = Claim(
     ),
     knobs=({"select": True}, *({"temperature": t} for t in (1.0, 4.0)), {"kd_head": "cosine"}),
     tuned_on=("accuracy", True),
-    settings={"real": _REAL},
+    settings={"real": photographs({"labelled": 45, "teacher_limit": 1000}, CONVNET)},
 )

@@ -69,7 +69,9 @@ def reproduce(
     stopped = None
     while stopped is None:
         begun = time.time()
-        further = [(label, n) for n in range(looks[-1] if looks else 0, number) for label, end in ends.items() if n < end]
+        further = [
+            (label, n) for n in range(looks[-1] if looks else 0, number) for label, end in ends.items() if n < end
+        ]
         _judge(claim, chosen, further, output, found, executor, progress)
         checks = [checked(check, found, sequential=seeds is None) for check in claim.checks]
         more = min(number + max(1, number // 4), most) - number
@@ -118,7 +120,9 @@ def _check_budget(seeds: int | None, max_seeds: int | None, hours: float | None,
     if hours is not None and not hours > 0:
         raise InputError(f"--hours is {hours:g} and must be above 0.")
     if side_seeds is not None and side_seeds < FIRST:
-        raise InputError(f"--side-seeds is {side_seeds}, and no verdict of a side claim is possible below {FIRST} seeds.")
+        raise InputError(
+            f"--side-seeds is {side_seeds}, and no verdict of a side claim is possible below {FIRST} seeds."
+        )
 
 
 def _tune(claim: Claim, output: Path, executor: str, progress: bool) -> dict[str, int]:

@@ -4,20 +4,11 @@ Digits, 400 training examples with two fifths of the labels random; generations 
 trains as many networks on the labels alone. On real data: photographs.
 """
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))
 _NAME = "ground-truth-self-distillation"
-
-_REAL = Setting(
-    recipe={
-        "task": "image_classification",
-        "data": {"name": "cifar10", "limit": 5000, "label_noise": 0.4},
-        "student": "resnet8",
-        "trainer": {"max_steps": 500, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-    },
-    needs=("cifar10",),
-)
 
 CLAIM = Claim(
     name=_NAME,
@@ -43,5 +34,5 @@ CLAIM = Claim(
     ),
     knobs=(*({"alpha": a} for a in (0.0, 0.2, 0.5, 0.7)), *({"generations": g} for g in (3, 5))),
     tuned_on=("accuracy", True),
-    settings={"real": _REAL},
+    settings={"real": photographs({"limit": 5000, "label_noise": 0.4}, None, 500)},
 )

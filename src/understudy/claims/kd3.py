@@ -6,7 +6,8 @@ takes as many steps. On real data: a teacher of ten kinds of photographs, and a 
 
 from typing import Any
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (3e-3, 1e-2))
 _KD = {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": 4.0}
@@ -29,7 +30,7 @@ def _arms(original: Any, rates: Any) -> dict[str, Arm]:
 
 
 _DIGITS = {"name": "digits", "teacher_limit": 500}
-_PHOTOGRAPHS = {"name": "cifar10"}
+_POOL = ["cifar100", "mnist10k"]
 _CHECKS = (
     Check("kd3", "kd", 0.0, "accuracy", True, "it is above KD on the whole pool"),
     Check(
@@ -70,16 +71,10 @@ CLAIM = Claim(
     ),
     tuned_on=("accuracy", True),
     settings={
-        "real": Setting(
-            recipe={
-                "task": "image_classification",
-                "data": {**_PHOTOGRAPHS, "pool": ["cifar100", "mnist10k"]},
-                "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
-                "student": "resnet8",
-                "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-            },
-            needs=("cifar10", "cifar100", "mnist10k", "cifar10_resnets/resnet20.safetensors"),
-            arms=_arms(_PHOTOGRAPHS, tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))),
+        "real": photographs(
+            {"pool": _POOL},
+            needs=_POOL,
+            arms=_arms({"name": "cifar10"}, tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))),
             checks=_CHECKS,
         )
     },

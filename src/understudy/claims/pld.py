@@ -5,7 +5,8 @@ Digits, as the card's experiment: the teacher sees the whole training part, the 
 On real data: photographs, a pretrained ResNet-20 as teacher, a ResNet-8 as student; four candidates for each arm.
 """
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 # Nine candidates for each arm: three learning rates by three temperatures, or nine learning rates in the same range.
 _RATES = (1e-3, 3e-3, 6e-3)
@@ -16,15 +17,7 @@ _FINE = tuple({"trainer": {"learning_rate": 1e-3 * 6 ** (i / 8)}} for i in range
 _REAL_GRID = tuple(
     {"trainer": {"learning_rate": rate}, "options": {"temperature": t}} for rate in (1e-3, 3e-3) for t in (1.0, 4.0)
 )
-_REAL = Setting(
-    recipe={
-        "task": "image_classification",
-        "data": {"name": "cifar10"},
-        "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
-        "student": "resnet8",
-        "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-    },
-    needs=("cifar10", "cifar10_resnets/resnet20.safetensors"),
+_REAL = photographs(
     arms={
         "sft": Arm("sft", {}, tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 2e-3, 3e-3, 6e-3))),
         "kd": Arm("kd", {"ce_weight": 0.1, "kd_weight": 0.9}, _REAL_GRID),

@@ -7,7 +7,8 @@ other kinds.
 
 from typing import Any
 
-from understudy.claims.experiment import Arm, Check, Claim, Setting
+from understudy.claims._photographs import photographs
+from understudy.claims.experiment import Arm, Check, Claim
 
 _RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (2e-3, 5e-3))
 _REAL_RATES = tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))
@@ -60,15 +61,8 @@ CLAIM = Claim(
     new_data=True,
     caveat="The paper's weights, layers and consistency losses are not published in full; those tried here are ours.",
     settings={
-        "real": Setting(
-            recipe={
-                "task": "image_classification",
-                "data": {"name": "cifar100", "limit": 5000},
-                "teacher": {"model": "cifar10_resnets/resnet20", "dtype": "bfloat16"},
-                "student": "resnet8",
-                "trainer": {"max_steps": 600, "per_device_train_batch_size": 64, "bf16": True, "save_strategy": "no"},
-            },
-            needs=("cifar100", "cifar10_resnets/resnet20.safetensors"),
+        "real": photographs(
+            {"name": "cifar100", "limit": 5000},
             arms=_arms(_REAL_RATES, "layer3", "layer3"),
             caveat="The paper's weights, layers and consistency losses are not published in full; those tried here are ours.",
         )

@@ -16,7 +16,7 @@ from typing import Any
 from understudy.claims.claim import EMBEDDED, Arm, Check, Claim, Setting
 from understudy.claims.result import assemble, checked, result_table
 from understudy.errors import InputError
-from understudy.files import write_json
+from understudy.files import read_json, write_json
 from understudy.reporting.sequential import FIRST
 from understudy.runs.comparison import run_all
 from understudy.runs.executors import PROCESSES, executor_of
@@ -64,6 +64,7 @@ def reproduce(
     most = seeds or max_seeds or MAX_SEEDS
     ends = {label: most if label in claim.main else min(most, side_seeds or most) for label in claim.arms}
     number = seeds or min(most, max(FIRST, _done(claim, chosen, ends, output)))
+    earlier = [n for n in _looks(output) if n < number] if seeds is None else []
     looks: list[int] = []
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in claim.arms}
     stopped = None
@@ -89,7 +90,7 @@ def reproduce(
         "setting": setting,
         **({"data": data} if data is not None else {}),
         "sequential": seeds is None,
-        "looks": looks,
+        "looks": earlier + looks,
         "stopped": stopped,
         "command": _command(claim.name, seeds, max_seeds, hours, side_seeds, setting, data),
         "seconds": round(time.time() - started, 1),
@@ -173,6 +174,12 @@ def _search(
             {"options": dict(knob), **{k: difference[k] for k in ("metric", "threshold", "difference", "interval")}}
         )
     return tried
+
+
+def _looks(output: Path) -> list[int]:
+    """After how many seeds earlier calls with this folder asked for a verdict."""
+    before = read_json(output / "claim.json") or {}
+    return list(before["looks"]) if before.get("sequential") else []
 
 
 def _done(claim: Claim, chosen: Mapping[str, int], ends: Mapping[str, int], output: Path) -> int:

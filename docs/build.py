@@ -37,7 +37,8 @@ def build(folder: Path) -> None:
     readme.write_text(f"{head}## Catalogue\n\n{table()}\n", encoding="utf-8")
     found = "# What was found\n\nEach claim of a paper as an experiment: every arm with the same budget and as many candidates to tune over, chosen\n"
     found += "on validation, evaluated on test. `understudy reproduce NAME` tries it again. Small models on small data: they say how the\n"
-    found += "methods behave here, not what they do at scale. Full results lie beside this page.\n\n"
+    found += "methods behave here, not what they do at scale. Where a check names fewer seeds than its claim,\n"
+    found += "an arm of it stopped earlier. Full results lie beside this page.\n\n"
     care = "\n\n## To be read with care\n\n" + "".join(
         f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
     )

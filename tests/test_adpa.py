@@ -141,6 +141,7 @@ def test_tokens_that_a_teacher_forbids():
 def staged(tokenizer, tmp_path, method, teacher, examples=None):
     student, examples = scorer(tokenizer), examples or lists(tokenizer)
     context = SetupContext(student, teacher, {"train": examples}, collate_lists, 300, tmp_path, "key")
+    method.check_data(context)  # as a run does
     method.setup(context)
     return student, examples, TrainState(columns=context.columns)
 

@@ -98,6 +98,8 @@ def test_every_method_has_a_learning_curve():
 def test_references_are_those_of_the_papers():
     for entry in catalogue():
         paper = reference(entry)
+        if entry.number is None and entry.name not in METHODS:
+            continue  # a plug-in, or a class of another test's
         if entry.number is None and entry.name in WITHOUT_PAPER:
             assert paper is None
             continue

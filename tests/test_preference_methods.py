@@ -38,7 +38,9 @@ def singles(tokenizer, records=SINGLES):
 
 
 def staged(method, examples, student, tmp_path, teacher=None):
-    method.setup(SetupContext(student, teacher, {"train": examples}, collate_lists, 300, tmp_path / "store", "key"))
+    context = SetupContext(student, teacher, {"train": examples}, collate_lists, 300, tmp_path / "store", "key")
+    method.check_data(context)  # as a run does
+    method.setup(context)
     return Batch.from_dict(collate_lists(list(examples.records)))
 
 

@@ -92,7 +92,6 @@ class ADPA(Method):
                 raise InputError(f"adpa: train example {row['id']} has one answer: give a better and a worse one.")
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        self.check_data(context)
         teacher = context.live_teacher()
         models = [teacher.model[name] for name in self.requires.members] or [teacher]
         read = partial(_kept if self.objective == "dckd" else _advantages, k=self.top_k)

@@ -119,7 +119,6 @@ class ADPO(Method):
             raise InputError(
                 f"adpo with target {self.target!r} and anchor {self.anchor!r} needs a teacher: set `teacher`."
             )
-        self.check_data(context)
         rewarded(context, self._reward)
         scorers = {"reference": context.student} if self.anchor == "fixed" else {}
         if context.teacher_model is not None and self.anchor == "teacher":

@@ -242,7 +242,6 @@ class DPO(Method):
         self._check_weights(data)
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        self.check_data(context)
         unpaired = self.loss_type == "kto" and are_single(context)
         if unpaired:
             check_balance(context, self.desirable_weight, self.undesirable_weight)

@@ -62,7 +62,6 @@ class DPOPG(Method):
         need_order(self.name, data)
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        self.check_data(context)
         rewarded(context, Reward(self.beta))
         if self.reference == "recorded":
             recorded(context)

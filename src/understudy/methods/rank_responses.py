@@ -51,7 +51,6 @@ class RankResponses(Method):
         need_order(self.name, data)
 
     def setup(self, context: SetupContext) -> dict[str, Tensor]:
-        self.check_data(context)
         rewarded(context, _REWARD)
         return {}
 

@@ -124,7 +124,6 @@ class Swing(Method):
             raise InputError(f"options.private_domains names {unknown[:1]}; known: {known}.")
 
     def setup(self, context: SetupContext) -> Mapping[str, Tensor]:
-        self.check_data(context)
         ids: list[Tensor] = []
         scores: list[Tensor] = []
         for batch in context.batches("train", 16):

@@ -69,7 +69,7 @@ CLAIM = Claim(
             "pool_from_digits",
         ),
     ),
-    knobs=({"cutoff": 0.5}, {"selection_steps": 100}, {"transfer_factor": 1}, {"contrast_weight": 0.0}),
+    knobs=({"cutoff": 0.5}, {"selection_steps": 100}),
     tuned_on=("accuracy", True),
     settings={
         "real": photographs(

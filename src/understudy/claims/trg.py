@@ -79,6 +79,12 @@ CLAIM = Claim(
         Check("trg", "kd", 0.0, "affinity_kl", False, "its graph on held-out images is nearer to the teacher's"),
         Check("trg", "kd", 0.0, "neighbour_overlap", True, "and its neighbours are more often the teacher's"),
     ),
+    knobs=(
+        *({"alpha": w, "beta": w, "gamma": w / 2} for w in (0.1, 0.3)),
+        {"direction": "teacher_student"},
+        {"tau_pace": "constant"},
+        {"k": 10},
+    ),
     tuned_on=("accuracy", True),
     settings={"real": _REAL},
     first_seed=6,

@@ -75,6 +75,7 @@ CLAIM = Claim(
         "real": photographs(
             {"pool": _POOL},
             needs=_POOL,
+            caveat="600 steps see the pool twice, where the paper trains for 240 epochs.",
             arms=_arms({"name": "cifar10"}, tuple({"trainer": {"learning_rate": rate}} for rate in (1e-3, 3e-3))),
             checks=_CHECKS,
         )

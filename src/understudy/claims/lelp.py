@@ -66,7 +66,7 @@ CLAIM = Claim(
         ),
         Check("oracle", "lelp", 0.0, "accuracy", True, "known subclasses are the upper bound"),
     ),
-    knobs=({"tau": 2.0}, {"beta": 1.0}, {"subclasses": 2}, {"split": "kmeans"}),
+    knobs=({"tau": 2.0}, {"beta": 1.0}, {"subclasses": 2}),
     tuned_on=("accuracy", True),
     new_data=True,
     settings={"real": _REAL},

@@ -40,7 +40,10 @@ def build(folder: Path) -> None:
     found += "methods behave here, not what they do at scale. Where a check names fewer seeds than its claim,\n"
     found += "an arm of it stopped earlier. Full results lie beside this page.\n\n"
     care = "\n\n## To be read with care\n\n" + "".join(
-        f"- `{n}`: {c.caveat}\n" for n, c in claims().items() if c.caveat
+        f"- `{n}`{where}: {told.caveat}\n"
+        for n, claim in claims().items()
+        for where, told in (("", claim), *((f" {s}", setting) for s, setting in claim.settings.items()))
+        if told.caveat
     )
     table_of_searches = searches(folder / "claims")
     searched = "\n\n## Searched where it was not supported\n\nThe main check on validation data with other options of the method's own, all else as it was judged. Three seeds that\n"

@@ -34,6 +34,6 @@ def photographs(
     needs = [data["name"], *setting.pop("needs", ())]
     if teacher is not None:
         recipe["teacher"] = teacher
-    if teacher is RESNET20:
+    if teacher == RESNET20:
         needs.append(f"{RESNET20['model']}.safetensors")
     return Setting(recipe=recipe, needs=needs, **setting)

@@ -60,11 +60,12 @@ def reproduce(
     _check_budget(seeds, max_seeds, hours, side_seeds)
     executor_of(executor)
     claim = claim.at(setting, data)
+    asked = _looks(output)  # a damaged file is told before anything is run
     chosen = _tune(claim, output, executor, progress)
     most = seeds or max_seeds or MAX_SEEDS
     ends = {label: most if label in claim.main else min(most, side_seeds or most) for label in claim.arms}
     number = seeds or min(most, max(FIRST, _done(claim, chosen, ends, output)))
-    earlier = [n for n in _looks(output) if n < number] if seeds is None else []
+    earlier = [n for n in asked if n < number] if seeds is None else []
     looks: list[int] = []
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in claim.arms}
     stopped = None

@@ -183,9 +183,8 @@ def _files(path: Path, kind: str) -> list[Path]:
         found = [f for f in visible(inside) if f.suffix in TABLES]
     if found or kind != "qrels":
         return found
-    found = [
-        f for f in visible(path) if f.suffix in LINES and "qrels" in f.name
-    ]  # a text beside tables says something else
+    # Only where there is no table: beside one, a text is a note.
+    found = [f for f in visible(path) if f.suffix in LINES and "qrels" in f.name]
     return found or ([f for f in visible(inside) if f.suffix in LINES] if inside.is_dir() else [])
 
 

@@ -136,6 +136,9 @@ def test_arms_of_side_claims_may_stop_earlier(runs, tmp_path):
     assert again["looks"] == result["looks"] and len(done) == number  # looks of an earlier call count
     more = reproduce(claim, None, tmp_path / "few", max_seeds=12, side_seeds=6)  # and may go on later
     assert [c["seeds"] for c in more["checks"]] == [12, 12, 6] and len(done) == number + 2
+    beside = dataclasses.replace(claim, name="beside", statement="Other is above alone.")
+    looks = reproduce(beside, None, tmp_path / "few", max_seeds=12, side_seeds=6)["looks"]
+    assert looks == [12] and len(done) == number + 2  # claims share runs, not looks
 
 
 def test_hours_end_it_before_a_round_that_would_not_fit(runs, tmp_path, monkeypatch):

@@ -208,6 +208,25 @@ def test_what_does_not_count_is_neither_scored_nor_kept(score, tmp_path):
     assert len(found[0][2]) == round(0.4 * int(counted.sum()))
 
 
+def test_one_training_gives_the_scores_of_every_fraction_and_kind(tmp_path, monkeypatch):
+    seen, history = [], DataPruningKD._history
+    monkeypatch.setattr(DataPruningKD, "_history", lambda *args: seen.append(args) or history(*args))
+    x = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    items = [(a, i % 2, i) for i, a in enumerate(x)]
+    model, scores = ClassifierAdapter(build_small("mlp:8", 2, (1, 4, 4)), 2), {}
+
+    def setup(store, **options):
+        context = SetupContext(model, model, {"train": items}, collate_images, 2, store, "key")
+        return DataPruningKD(score_epochs=2, **options).setup(context)["scores"]
+
+    for score, fraction in (("el2n", 0.4), ("el2n", 0.8), ("forgetting", 0.4)):
+        scores[score, fraction] = setup(tmp_path / "shared", score=score, fraction=fraction)
+    assert len(seen) == 1 and torch.equal(scores["el2n", 0.4], scores["el2n", 0.8])
+    torch.testing.assert_close(scores["forgetting", 0.4], setup(tmp_path / "own", score="forgetting", fraction=0.4))
+    setup(tmp_path / "shared", score="el2n", score_rate=1e-2)
+    assert len(seen) == 3
+
+
 class OnTheSame(SFT):
     """Cross-entropy on what the method keeps."""
 

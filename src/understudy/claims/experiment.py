@@ -60,7 +60,7 @@ def reproduce(
     _check_budget(seeds, max_seeds, hours, side_seeds)
     executor_of(executor)
     claim = claim.at(setting, data)
-    asked = _looks(output)  # a damaged file is told before anything is run
+    asked = _looks(claim, setting, output)  # a damaged file is told before anything is run
     chosen = _tune(claim, output, executor, progress)
     most = seeds or max_seeds or MAX_SEEDS
     ends = {label: most if label in claim.main else min(most, side_seeds or most) for label in claim.arms}
@@ -177,10 +177,11 @@ def _search(
     return tried
 
 
-def _looks(output: Path) -> list[int]:
-    """After how many seeds earlier calls with this folder asked for a verdict."""
+def _looks(claim: Claim, setting: str, output: Path) -> list[int]:
+    """After how many seeds earlier calls with this folder asked for a verdict; another claim may have been there too."""
     before = read_json(output / "claim.json") or {}
-    return list(before["looks"]) if before.get("sequential") else []
+    same = before.get("claim") == claim.statement and before.get("setting") == setting
+    return list(before["looks"]) if same and before.get("sequential") else []
 
 
 def _done(claim: Claim, chosen: Mapping[str, int], ends: Mapping[str, int], output: Path) -> int:

@@ -126,12 +126,18 @@ class DataPruningKD(Method):
                 return pruning.prototype_scores(features, self.clusters, context.seed)
             scorer = pruning.herding_scores if self.score == "herding" else pruning.moderate_scores
             return scorer(features, labels)
+        training = {**self.model_dump(include={"score_epochs", "score_rate"}), "seed": context.seed}
+        training |= {"student": state_hash(context.student), "features": self.score == "grand"}
+        return context.once("history-scores", lambda: self._of_history(context, places, labels), **training)[self.score]
+
+    def _of_history(self, context: SetupContext, places: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """All scores of one training, so that another score or fraction does not pay for it again."""
         logits, norms = self._history(context, places)
-        if self.score == "forgetting":
-            return pruning.forgetting_scores(pruning.correct(logits, labels))
-        return (
-            pruning.el2n_scores(logits, labels) if self.score == "el2n" else pruning.grand_scores(logits, labels, norms)
-        )
+        scores = {
+            "forgetting": pruning.forgetting_scores(pruning.correct(logits, labels)),
+            "el2n": pruning.el2n_scores(logits, labels),
+        }
+        return scores | ({"grand": pruning.grand_scores(logits, labels, norms)} if self.score == "grand" else {})
 
     def _history(self, context: SetupContext, places: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[epochs, examples, classes]` and norms of features `[epochs, examples]` of a copy of the student.

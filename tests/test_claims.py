@@ -285,6 +285,9 @@ def test_where_it_is_not_supported_own_options_are_tried_on_validation(runs, tmp
     assert len(done) == number
     gain["of"] = lambda seed: 1.0
     assert "search" not in reproduce(dataclasses.replace(CLAIM, knobs=knobs), None, tmp_path / "supported")
+    with pytest.raises(InputError, match="temperature"):
+        reproduce(dataclasses.replace(CLAIM, knobs=({"temperature": -1.0},)), None, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "runs").exists()
 
 
 @pytest.mark.parametrize("name", [name for name, claim in claims().items() if claim.knobs])

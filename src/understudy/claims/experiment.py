@@ -128,8 +128,11 @@ def _check_budget(seeds: int | None, max_seeds: int | None, hours: float | None,
 
 
 def _tune(claim: Claim, output: Path, executor: str, progress: bool) -> dict[str, int]:
-    """The best candidate of each arm on validation."""
+    """The best candidate of each arm on validation. What the search may try with it is checked first."""
     number = claim.candidates
+    for knob in claim.knobs:
+        for i in range(number):
+            claim.trying(claim.checks[0].arm, i, knob, 0, output).build_method()
     if number == 1:  # nothing to choose
         return dict.fromkeys(claim.arms, 0)
     labels = [(label, i) for label in claim.arms for i in range(number)]

@@ -11,7 +11,7 @@ from understudy import tasks
 from understudy.claims import claim as claim_file
 from understudy.claims import claims, get
 from understudy.claims.experiment import Arm, Check, Claim, Setting, reproduce
-from understudy.claims.result import verdict_told
+from understudy.claims.result import difference_told, verdict_told
 from understudy.cli.main import main
 from understudy.errors import InputError
 from understudy.files import write_json
@@ -299,6 +299,14 @@ def test_knobs_are_options_that_work_with_whatever_was_tuned(name, tmp_path):
             recipe = claim.trying(label, candidate, knob, 0, tmp_path)
             assert knob.items() <= recipe.options.items() and recipe.eval_split == "validation"
             recipe.build_method()
+
+
+def test_a_difference_is_told_with_its_interval_if_it_has_one():
+    check = {"difference": 0.04127, "interval": [0.0384, 0.04415], "metric": "accuracy"}
+    assert difference_told(check) == "+0.0413 [+0.0384, +0.0441] accuracy"
+    assert difference_told(check | {"interval": [None, None]}) == "+0.0413 accuracy"
+    level = {"difference": -3.7e-17, "interval": [-0.02939, 0.02939]}
+    assert difference_told(check | level) == "+0 [-0.0294, +0.0294] accuracy"
 
 
 def test_an_open_check_says_how_many_seeds_would_decide_it():

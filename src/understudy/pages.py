@@ -15,7 +15,7 @@ from typing import Any
 
 from understudy.catalogue import STUDIES, Entry, catalogue, reference, requirements
 from understudy.claims import claims
-from understudy.claims.result import verdict_told
+from understudy.claims.result import difference_told, verdict_told
 from understudy.keys import of_model
 from understudy.methods import all_methods, variants
 from understudy.reporting.side_by_side import method_rows
@@ -238,14 +238,11 @@ def findings(folder: Path) -> str:
         where = f" {setting}" if setting else ""
         seeds = results[stem]["budget"]["seeds"]
         for i, check in enumerate(results[stem]["checks"]):
-            low, high = check["interval"]
-            span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
             fewer = check.get("seeds", seeds)
             told = f"{fewer} seeds" if fewer < seeds else ""
             paper = f"{entries[name].number} `{name}`{where}, {seeds} seeds" if i == 0 else told
-            difference = f"{check['difference']:+.3g}{span} {check['metric']}"
-            found = verdict_told(results[stem], check)
-            lines.append(f"| {paper} | {check['says']} | {difference} | {check['threshold']:+g} | {found} |")
+            found = f"{difference_told(check)} | {check['threshold']:+g} | {verdict_told(results[stem], check)}"
+            lines.append(f"| {paper} | {check['says']} | {found} |")
     return "\n".join(lines)
 
 
@@ -256,9 +253,8 @@ def searches(folder: Path) -> str:
     for file in sorted(folder.glob("*.json")):
         for i, tried in enumerate(json.loads(file.read_text(encoding="utf-8")).get("search", [])):
             options = ", ".join(f"{k} {v}" for k, v in tried["options"].items()) or "as judged"
-            low, high = tried["interval"]
-            found = f"{tried['difference']:+.3g} [{low:+.3g}, {high:+.3g}] {tried['metric']}"
-            lines.append(f"| {f'`{file.stem}`' if i == 0 else ''} | {options} | {found} | {tried['threshold']:+g} |")
+            found = f"{difference_told(tried)} | {tried['threshold']:+g}"
+            lines.append(f"| {f'`{file.stem}`' if i == 0 else ''} | {options} | {found} |")
     head = ["| paper | options | difference [95 %] | bar |", "|---|---|---|---|"]
     return "\n".join([*head, *lines]) if lines else ""
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 
 from understudy.catalogue import Entry, catalogue
 from understudy.claims import EMBEDDED
-from understudy.claims.result import verdict_told
+from understudy.claims.result import difference_told, verdict_told
 from understudy.errors import InputError
 from understudy.files import read_json, replacing
 from understudy.reporting.side_by_side import method_rows
@@ -118,9 +118,7 @@ class Row:
         """Difference and interval of the main check, with the threshold that decides."""
         if not self.check:
             return ""
-        low, high = self.check["interval"]
-        span = f" [{low:+.3g}, {high:+.3g}]" if low is not None else ""
-        return f"{self.check['difference']:+.3g}{span} {self.check['metric']} (threshold {self.check['threshold']:+g})"
+        return f"{difference_told(self.check)} (threshold {self.check['threshold']:+g})"
 
     @property
     def seeds(self) -> int:

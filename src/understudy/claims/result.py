@@ -43,6 +43,13 @@ def checked(check: Check, found: Found, sequential: bool) -> dict[str, Any]:
     }
 
 
+def difference_told(check: Mapping[str, Any]) -> str:
+    """The difference with its interval and metric: `+0.041 [+0.038, +0.044] accuracy`."""
+    given = (check["difference"], *(v for v in check["interval"] if v is not None))
+    found, *ends = (f"{round(v, 12) + 0.0:+.3g}" for v in given)  # what rounding leaves of no difference is 0
+    return " ".join([found, *([f"[{', '.join(ends)}]"] if ends else []), str(check["metric"])])
+
+
 def verdict_told(result: Mapping[str, Any], check: Mapping[str, Any]) -> str:
     """The verdict of a check, and of one that is open, how many seeds would decide it if mean and deviation stay."""
     found = str(check["verdict"])

@@ -302,7 +302,7 @@ def test_knobs_are_options_that_work_with_whatever_was_tuned(name, tmp_path):
 
 
 def test_a_difference_is_told_with_its_interval_if_it_has_one():
-    check = {"difference": 0.04127, "interval": [0.0384, 0.04415], "metric": "accuracy"}
+    check = {"difference": 0.04127, "interval": [0.0384, 0.04414], "metric": "accuracy"}
     assert difference_told(check) == "+0.0413 [+0.0384, +0.0441] accuracy"
     assert difference_told(check | {"interval": [None, None]}) == "+0.0413 accuracy"
     level = {"difference": -3.7e-17, "interval": [-0.02939, 0.02939]}

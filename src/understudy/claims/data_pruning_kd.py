@@ -48,5 +48,6 @@ CLAIM = Claim(
         Check("random/0.1", "forgetting/0.1", 0.0, "accuracy", True, "without a teacher, hard examples are worse"),
     ),
     tuned_on=("accuracy", True),
+    knobs=({"temperature": 1.0}, {"temperature": 2.0}, {"alpha": 0.5}, {"alpha": 0.5, "temperature": 1.0}),
     settings={"real": photographs({"limit": 10000, "label_noise": 0.1})},
 )

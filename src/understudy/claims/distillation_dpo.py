@@ -53,6 +53,7 @@ CLAIM = Claim(
     arms=_ARMS,
     checks=_CHECKS,
     tuned_on=("chamfer", False),
+    knobs=({"lambda_l": 0.0}, {"lambda_l": 0.03}, {"assistant_rate": 1e-3}, {"t_min": 0.2}),
     settings={
         "real": Setting(
             statement="The same on scans of a real street, each of which is completed from 128 of its points.",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from understudy.runs.study import study
     from understudy.training import Method, Term
 
-__version__ = "0.13.0"
+__version__ = "0.14.0"
 __all__ = ["InputError", "Method", "Term", "capture_recipe", "compare", "distill", "plan", "search", "study"]
 
 _LAZY = {
